@@ -1,0 +1,95 @@
+"""The training loop you would write by hand, as functions; minus its bugs, minus a Trainer.
+
+Three levels, each built from the one below it:
+
+1. calls: ``prepare_dataloaders``, ``train_loop``, ``evaluate_loop``, ``predict_loop``
+2. a ``for`` loop: ``train_steps`` yields one ``Step`` per optimizer update
+3. the parts: ``windows``, ``accumulate_gradients``, ``prepare_optimizer`` and the others
+
+Names are loaded when they are first used, so importing this package imports nothing else.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Accelerated": "strategy",
+    "BatchReport": "data.inspect",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "DistributedError": "errors",
+    "ManualLoopError": "errors",
+    "MetricError": "errors",
+    "ModelError": "errors",
+    "Predictions": "evaluation",
+    "SingleDevice": "strategy",
+    "Step": "types",
+    "Strategy": "strategy",
+    "TrainResult": "loop",
+    "TrainState": "state",
+    "Update": "types",
+    "Window": "types",
+    "accumulate_gradients": "update",
+    "apply_update": "update",
+    "count_items": "tasks",
+    "evaluate_loop": "evaluation",
+    "inspect_batch": "data.inspect",
+    "load_metric": "metrics",
+    "predict_loop": "evaluation",
+    "prepare_dataloaders": "data.prepare",
+    "prepare_optimizer": "optim",
+    "prepare_scheduler": "optim",
+    "prepare_strategy": "strategy",
+    "train_loop": "loop",
+    "train_steps": "training",
+    "windows": "update",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
+
+
+if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
+    from manualloop.data.inspect import BatchReport as BatchReport
+    from manualloop.data.inspect import inspect_batch as inspect_batch
+    from manualloop.data.prepare import prepare_dataloaders as prepare_dataloaders
+    from manualloop.errors import ConfigError as ConfigError
+    from manualloop.errors import DataError as DataError
+    from manualloop.errors import DistributedError as DistributedError
+    from manualloop.errors import ManualLoopError as ManualLoopError
+    from manualloop.errors import MetricError as MetricError
+    from manualloop.errors import ModelError as ModelError
+    from manualloop.evaluation import Predictions as Predictions
+    from manualloop.evaluation import evaluate_loop as evaluate_loop
+    from manualloop.evaluation import predict_loop as predict_loop
+    from manualloop.loop import TrainResult as TrainResult
+    from manualloop.loop import train_loop as train_loop
+    from manualloop.metrics import load_metric as load_metric
+    from manualloop.optim import prepare_optimizer as prepare_optimizer
+    from manualloop.optim import prepare_scheduler as prepare_scheduler
+    from manualloop.state import TrainState as TrainState
+    from manualloop.strategy import Accelerated as Accelerated
+    from manualloop.strategy import SingleDevice as SingleDevice
+    from manualloop.strategy import Strategy as Strategy
+    from manualloop.strategy import prepare_strategy as prepare_strategy
+    from manualloop.tasks import count_items as count_items
+    from manualloop.training import train_steps as train_steps
+    from manualloop.types import Step as Step
+    from manualloop.types import Update as Update
+    from manualloop.types import Window as Window
+    from manualloop.update import accumulate_gradients as accumulate_gradients
+    from manualloop.update import apply_update as apply_update
+    from manualloop.update import windows as windows

@@ -1,0 +1,76 @@
+"""How often: the one grammar of ``evaluate_every`` and ``log_every``."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TypeAlias
+
+from manualloop.errors import ConfigError
+from manualloop.types import Step
+
+Cadence: TypeAlias = int | str
+_SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
+_TEXT = re.compile(r"(?:(\d+(?:\.\d+)?) ?)?(epochs?|s|sec|min|h)")
+
+
+def parse_cadence(
+    name: str, cadence: Cadence, num_steps_per_epoch: int | None
+) -> Callable[[Step], bool]:
+    """Turn a cadence into a question to ask of every step.
+
+    Args:
+        name: The argument's name, for messages.
+        cadence: Updates as an int, ``"epoch"``, ``"0.25 epoch"``, or time as ``"30 s"``,
+            ``"10 min"``, ``"2 h"``.
+        num_steps_per_epoch: Updates in an epoch; None if the data has no length.
+
+    Returns:
+        A function that tells whether a step is due. Counted in updates or epochs it depends on the
+        step's index alone, so that a resumed run acts on the same steps.
+
+    Raises:
+        ConfigError: The cadence cannot be read, or parts of an epoch are asked of data that has
+            no length.
+
+    >>> parse_cadence("log_every", "2 fortnights", None)
+    Traceback (most recent call last):
+    manualloop.errors.ConfigError: log_every='2 fortnights' is not a cadence. Write a number of \
+updates (200), "epoch", "0.25 epoch", or a time ("10 min").
+    """
+    if isinstance(cadence, int) and not isinstance(cadence, bool) and cadence > 0:
+        return lambda step: step.index % cadence == 0
+    parts = _TEXT.fullmatch(cadence) if isinstance(cadence, str) else None
+    amount = Fraction(parts[1] or 1) if parts else Fraction(0)
+    if parts is None or amount == 0:
+        raise ConfigError(
+            f"{name}={cadence!r} is not a cadence. Write a number of updates (200), "
+            '"epoch", "0.25 epoch", or a time ("10 min").'
+        )
+    if parts[2] in _SECONDS:
+        return _every_seconds(float(amount * _SECONDS[parts[2]]))
+    if amount == 1:
+        return lambda step: step.ends_epoch
+    if num_steps_per_epoch is None:
+        raise ConfigError(
+            f"{name}={cadence!r} needs to know how long an epoch is, and this data has no "
+            f"length. Give a number of updates: {name}=500."
+        )
+    period = amount * num_steps_per_epoch
+    return lambda step: step.index // period > (step.index - 1) // period
+
+
+def _every_seconds(seconds: float) -> Callable[[Step], bool]:
+    last = time.monotonic()
+
+    def is_due(step: Step) -> bool:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < seconds:
+            return False
+        last = now
+        return True
+
+    return is_due

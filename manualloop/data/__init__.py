@@ -1,0 +1,1 @@
+"""From datasets to batches: which columns, in which order, padded how."""

@@ -1,0 +1,107 @@
+"""``inspect_batch``: look at what the model will see, before it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manualloop.errors import DataError
+
+_NUM_ROWS_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """The first batch of a loader, described. Prints as a table, also in a notebook.
+
+    Attributes:
+        columns: Name to ``(shape, dtype)``, sorted by name.
+        num_rows: Rows in the batch.
+        padding: Share of the token positions that are padding, 0.0 to 1.0; None without an
+            ``attention_mask``.
+        rows: The first rows: decoded text (or token numbers) and label.
+    """
+
+    columns: dict[str, tuple[tuple[int, ...], str]]
+    num_rows: int
+    padding: float | None
+    rows: list[dict[str, Any]]
+
+    def _lines(self) -> list[tuple[str, str]]:
+        lines = [(name, f"{shape} {dtype}") for name, (shape, dtype) in self.columns.items()]
+        if self.padding is not None:
+            lines.append(("padding", f"{self.padding:.1%} of the token positions"))
+        return lines + [
+            (f"row {number}", "  ->  ".join(str(value) for value in row.values()))
+            for number, row in enumerate(self.rows)
+        ]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self._lines())
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in self._lines())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        cell = '<td style="text-align: left">'
+        rows = "".join(
+            f"<tr><th>{escape(name)}</th>{cell}{escape(text)}</td></tr>"
+            for name, text in self._lines()
+        )
+        return f"<table>{rows}</table>"
+
+
+def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
+    """Describe the first batch that a loader gives.
+
+    Nothing is changed by looking: the global random state is put back.
+
+    Args:
+        loader: Of dicts of tensors.
+        tokenizer: Decodes ``input_ids`` back to text; None: the numbers are shown.
+
+    Raises:
+        DataError: The loader gives no batch, or one that is not a dict.
+
+    >>> print(inspect_batch([{"input_ids": torch.tensor([[4, 5]]), "labels": torch.tensor([1])}]))
+    input_ids  (1, 2) int64
+    labels     (1,) int64
+    row 0      [4, 5]  ->  1
+    """
+    with torch.random.fork_rng(devices=[]):
+        batch = next(iter(loader), None)
+    if not isinstance(batch, Mapping):
+        got = "no batch" if batch is None else f"a {type(batch).__name__}"
+        raise DataError(
+            f"The loader gave {got}, not a dict of tensors. Use prepare_dataloaders, or a "
+            "collate_fn that returns a dict."
+        )
+    tensors = {name: value for name, value in sorted(batch.items()) if isinstance(value, Tensor)}
+    mask = tensors.get("attention_mask")
+    num_rows = len(next(iter(tensors.values()))) if tensors else 0
+    return BatchReport(
+        columns={
+            name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in tensors.items()
+        },
+        num_rows=num_rows,
+        padding=None if mask is None else 1 - mask.float().mean().item(),
+        rows=[_show_row(tensors, n, tokenizer) for n in range(min(num_rows, _NUM_ROWS_SHOWN))],
+    )
+
+
+def _show_row(tensors: Mapping[str, Tensor], number: int, tokenizer: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    if "input_ids" in tensors:
+        ids = tensors["input_ids"][number]
+        if (mask := tensors.get("attention_mask")) is not None:
+            ids = ids[mask[number].bool()]
+        row["input_ids"] = ids.tolist() if tokenizer is None else tokenizer.decode(ids)
+    if "labels" in tensors:
+        row["labels"] = tensors["labels"][number].tolist()
+    return row

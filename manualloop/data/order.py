@@ -1,0 +1,120 @@
+"""In which order a loader reads its rows: a pure function of seed and epoch, and a position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from manualloop.errors import ConfigError
+
+
+def order(num_rows: int, seed: int, epoch: int) -> list[int]:
+    """Return the rows in the order of one epoch.
+
+    It is the permutation that accelerate's seedable sampler, and so transformers' ``Trainer``,
+    draws for the same seed and epoch. Nothing is drawn from the global random generator.
+
+    Args:
+        num_rows: Rows in the dataset.
+        seed: Of the whole run.
+        epoch: From 0.
+
+    >>> order(5, seed=42, epoch=0)
+    [2, 4, 3, 0, 1]
+    >>> order(5, seed=42, epoch=1)
+    [3, 1, 4, 2, 0]
+    """
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return torch.randperm(num_rows, generator=generator).tolist()
+
+
+class OrderedBatchSampler:
+    """The batches of row numbers that a prepared DataLoader reads: a view of ``order``.
+
+    Args:
+        num_rows: Rows in the dataset.
+        batch_size: Rows a batch; the last one of an epoch may be shorter.
+        shuffle: False keeps the dataset's order.
+        seed: Of the whole run.
+        drop_last: Leave out a shorter last batch.
+        split: What the rows are called in messages.
+
+    >>> sampler = OrderedBatchSampler(5, batch_size=2, shuffle=True, seed=42)
+    >>> list(sampler)
+    [[2, 4], [3, 0], [1]]
+    >>> sampler.start_at(2)  # rows: for the next pass only, and the rows before are never loaded
+    >>> list(sampler), list(sampler)
+    ([[3, 0], [1]], [[2, 4], [3, 0], [1]])
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 42,
+        drop_last: bool = False,
+        split: str = "train",
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.split = split
+        self.epoch = 0
+        # A DataLoader draws a seed for its workers at every pass. It is given this generator, so
+        # that the draw leaves the global one alone and is a function of (seed, epoch) too.
+        self.generator = torch.Generator().manual_seed(seed)
+        self._start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next pass takes."""
+        self.epoch = epoch
+        self.generator.manual_seed(self.seed + epoch)
+
+    def start_at(self, num_rows: int) -> None:
+        """Let the next pass, and only that, begin after so many rows."""
+        self._start = num_rows
+
+    def rows(self) -> list[int]:
+        """Return the row numbers of a whole pass, in order."""
+        rows = order(self.num_rows, self.seed, self.epoch) if self.shuffle else None
+        rows = list(range(self.num_rows)) if rows is None else rows
+        return rows[: len(self) * self.batch_size]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows, start, self._start = self.rows(), self._start, 0
+        for begin in range(start, len(rows), self.batch_size):
+            yield rows[begin : begin + self.batch_size]
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.num_rows, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+
+def set_epoch(loader: Iterable[Any], epoch: int) -> None:
+    """Tell a loader which epoch begins, by the ecosystem's convention.
+
+    ``set_epoch`` of the loader itself (accelerate's loaders pass it on), or else of its batch
+    sampler, its sampler and its dataset, wherever there is one.
+    """
+    parts: list[Any] = [loader]
+    if not hasattr(loader, "set_epoch"):
+        parts = [getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset")]
+    for part in parts:
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+
+
+def num_batches(loader: Iterable[Any]) -> int | None:
+    """Return the number of batches of a pass, or None for a stream that has no length."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None

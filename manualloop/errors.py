@@ -1,0 +1,28 @@
+"""The errors users see: one tree, each class also the built-in a caller would expect to catch.
+
+A message says what happened, where (split, batch, row, rank), and ends with the line that mends it.
+"""
+
+
+class ManualLoopError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(ManualLoopError, ValueError):
+    """The arguments of a call do not fit together."""
+
+
+class DataError(ManualLoopError, ValueError):
+    """The data cannot be trained or evaluated on as it is."""
+
+
+class ModelError(ManualLoopError, ValueError):
+    """The model cannot be trained as it is, or does not fit the data."""
+
+
+class MetricError(ManualLoopError, ValueError):
+    """A metric is unknown, or was given what it cannot score."""
+
+
+class DistributedError(ManualLoopError, RuntimeError):
+    """The processes of a run do not fit together."""

@@ -1,0 +1,94 @@
+"""The record of a run: losses gathered on the device, read late, averaged by items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from manualloop.types import Step
+
+Record: TypeAlias = dict[str, Any]
+_NUM_UNSTACKED = 256  # a 0-d CUDA tensor occupies 512 bytes
+
+
+class LateTensor:
+    """A tensor on its way to the host; nothing waits for it until ``read``.
+
+    From CUDA the copy goes to pinned memory on the current stream, and an event tells when it has
+    landed. Elsewhere the copy is made when it is read.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.to("cpu", non_blocking=True) if tensor.is_cuda else tensor
+        self._event: Any = torch.cuda.Event() if tensor.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._event is not None:
+            self._event.record()
+
+    def has_landed(self) -> bool:
+        """Tell whether reading it would not wait for the work of this moment."""
+        return self._event is None or bool(self._event.query())
+
+    def read(self) -> list[float]:
+        """Return the numbers, waiting for them if they are still on their way."""
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[float] = self._tensor.tolist()
+        return values
+
+
+class History:
+    """Collects steps and evaluations into records.
+
+    A record of training holds ``step``, ``epoch`` (a fraction), ``loss`` (the mean over all items
+    since the record before), ``lr``, ``grad_norm`` (of its step; only with ``max_grad_norm``) and
+    ``num_items``; one of an evaluation ``step``, ``epoch`` and ``eval_...`` for each metric.
+
+    Attributes:
+        records: In the order of the run.
+        last_loss: The loss of the newest record that has reached the host; None before.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.last_loss: float | None = None
+        self._losses: list[Tensor] = []
+        self._num_items: list[int] = []
+        self._pending: list[tuple[Record, LateTensor, list[int]]] = []
+
+    def add(self, step: Step) -> None:
+        """Remember a step's loss, where it is."""
+        self._losses.append(step.loss)
+        self._num_items.append(step.num_items)
+        if len(self._losses) >= _NUM_UNSTACKED:
+            self._losses = [torch.cat([loss.reshape(-1) for loss in self._losses])]
+
+    def close_interval(self, step: Step, epoch: float) -> None:
+        """Make a record of the steps since the last one. Its loss is filled in when it lands."""
+        record: Record = {"step": step.index, "epoch": epoch, "loss": None, "lr": step.lr}
+        late = [loss.reshape(-1) for loss in self._losses]
+        if step.grad_norm is not None:
+            record["grad_norm"] = None
+            late.append(step.grad_norm.reshape(-1).to(late[0].dtype))
+        record["num_items"] = sum(self._num_items)
+        self.records.append(record)
+        self._pending.append((record, LateTensor(torch.cat(late)), self._num_items))
+        self._losses, self._num_items = [], []
+        self.collect(wait=False)
+
+    def add_evaluation(self, step: Step, epoch: float, metrics: Mapping[str, float]) -> None:
+        """Make a record of an evaluation."""
+        values = {f"eval_{name}": value for name, value in metrics.items()}
+        self.records.append({"step": step.index, "epoch": epoch, **values})
+
+    def collect(self, *, wait: bool) -> None:
+        """Fill in the losses that have landed; with ``wait`` all of them."""
+        while self._pending and (wait or self._pending[0][1].has_landed()):
+            record, late, num_items = self._pending.pop(0)
+            values = late.read()
+            if "grad_norm" in record:
+                record["grad_norm"] = values.pop()
+            total = sum(loss * items for loss, items in zip(values, num_items, strict=True))
+            record["loss"] = self.last_loss = total / sum(num_items)

@@ -1,0 +1,69 @@
+"""What can be read off a model without running it."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Take off the wrappers of ``torch.compile``, data parallelism and PEFT."""
+    while True:
+        inner: object = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None and callable(get_base_model := getattr(model, "get_base_model", None)):
+            inner = get_base_model()
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+
+
+def model_name(model: nn.Module) -> str:
+    """Return the class name of a model, for messages."""
+    return type(unwrap_model(model)).__name__
+
+
+def num_labels(model: nn.Module) -> int | None:
+    """Return ``config.num_labels``, or None where there is no such thing."""
+    value = getattr(getattr(unwrap_model(model), "config", None), "num_labels", None)
+    return value if isinstance(value, int) else None
+
+
+def forward_columns(model: nn.Module) -> list[str]:
+    """Name the arguments of a model's forward pass, without ``*args`` and ``**kwargs``."""
+    parameters = inspect.signature(unwrap_model(model).forward).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def takes_any_column(model: nn.Module) -> bool:
+    """Tell whether the forward pass takes ``**kwargs``."""
+    parameters = inspect.signature(unwrap_model(model).forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def vocab_size(model: nn.Module) -> int | None:
+    """Return the number of rows of the input embedding; None where there is none."""
+    get_embeddings = getattr(unwrap_model(model), "get_input_embeddings", None)
+    try:
+        embeddings = get_embeddings() if get_embeddings else None
+    except NotImplementedError:  # transformers' answer for models without one
+        return None
+    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+
+
+def max_length(model: nn.Module) -> int | None:
+    """Return how many tokens the position embeddings have room for.
+
+    None for models without learned absolute positions: they take any length, and the
+    ``max_position_embeddings`` of their config is advice.
+    """
+    for name, module in unwrap_model(model).named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and last in _POSITION_EMBEDDINGS:
+            # RoBERTa counts positions from padding_idx + 1; BART and OPT keep `offset` rows free.
+            unused = module.padding_idx + 1 if module.padding_idx is not None else 0
+            return module.num_embeddings - max(unused, getattr(module, "offset", 0))
+    return None
+
+
+_POSITION_EMBEDDINGS = ("position_embeddings", "wpe", "embed_positions")

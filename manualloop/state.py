@@ -1,0 +1,89 @@
+"""Everything of a run that must survive a crash, in one object."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from manualloop.errors import ConfigError
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        num_steps: Updates applied.
+        num_skipped: Updates left out: fp16 overflows, windows with nothing to learn from.
+        epoch: Epochs completed, which is also the index of the one under way.
+        num_samples: Rows of the epoch under way that updates have used.
+    """
+
+    num_steps: int = 0
+    num_skipped: int = 0
+    epoch: int = 0
+    num_samples: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class TrainState:
+    """What a run changes as it goes; the loop itself holds nothing.
+
+    Entering ``train_steps`` again with the same state goes on where it stopped.
+
+    Args:
+        model: The model being trained.
+        optimizer: Over parameters of this model.
+        lr_scheduler: Stepped once after every applied update; None keeps the rate constant.
+        extras: Anything else with ``state_dict`` and ``load_state_dict``: an average of the
+            weights, a second optimizer. They are kept, never called.
+
+    Attributes:
+        progress: Updates applied, epoch, rows used.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1)
+    >>> state = TrainState(model, torch.optim.SGD(model.parameters()))
+    >>> state.progress
+    Progress(num_steps=0, num_skipped=0, epoch=0, num_samples=0)
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler | None = None
+    extras: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    progress: Progress = field(default_factory=Progress, init=False)
+    is_training: bool = field(default=False, init=False, repr=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every part, by name, as PyTorch's ``state_dict`` does."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return parts | {"progress": asdict(self.progress)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned.
+
+        Raises:
+            ConfigError: It holds other parts than this state; the message names them, and
+                nothing was loaded.
+        """
+        parts = self._parts()
+        differing = {*parts, "progress"} ^ set(state_dict)
+        if differing:
+            raise ConfigError(
+                "The saved and the present training state disagree about: "
+                f"{', '.join(sorted(differing))}. Build the TrainState as it was when saved."
+            )
+        for name, part in parts.items():
+            part.load_state_dict(state_dict[name])
+        self.progress = Progress(**state_dict["progress"])
+
+    def _parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        if self.lr_scheduler is not None:
+            parts["lr_scheduler"] = self.lr_scheduler
+        return parts | {f"extras.{name}": extra for name, extra in self.extras.items()}

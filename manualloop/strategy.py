@@ -1,0 +1,313 @@
+"""Where and in which precision a model runs: the only module that knows about devices.
+
+The loop asks a strategy for seven things and knows nothing else about hardware. ``SingleDevice`` is
+plain torch; ``Accelerated`` hands the same seven to an ``accelerate.Accelerator``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from manualloop.errors import ConfigError, DistributedError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MixedPrecision = Literal["no", "bf16", "fp16"]
+
+
+class Strategy(Protocol):
+    """How the loop runs a model. Any object with these members will do.
+
+    Attributes:
+        device: Where the model's parameters and its batches are.
+        is_main: Whether this process prints, logs and writes shared files.
+    """
+
+    device: torch.device
+    is_main: bool
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Put a model where it runs. Preparing it again returns the same object."""
+        ...
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Make an optimizer fit for this device. Preparing it again returns the same object."""
+        ...
+
+    def to_device(self, batch: Any) -> Any:
+        """Copy a batch to the device, without waiting for the copy."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which forward passes run."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradients to the parameters'."""
+        ...
+
+    def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        """Scale the gradients down to a norm of at most ``max_norm``; return the norm before."""
+        ...
+
+    def apply(self, optimizer: Optimizer) -> bool:
+        """Make the update; tell whether it was made (an fp16 overflow skips it)."""
+        ...
+
+
+class SingleDevice:
+    """One process, one device, plain torch: no accelerate in the path.
+
+    Args:
+        device: ``"cpu"``, ``"cuda:1"``, ``"mps"``, ``"xpu"``, or a ``torch.device``.
+        mixed_precision: ``"no"`` runs in the parameters' dtype. ``"bf16"`` and ``"fp16"`` run
+            forward passes under autocast, fp16 with a ``GradScaler``, which costs one
+            host-device synchronisation an update: PyTorch's scaler decides on the host whether to
+            skip.
+
+    >>> SingleDevice("cpu")
+    SingleDevice(device='cpu', mixed_precision='no')
+    """
+
+    is_main = True
+
+    def __init__(
+        self, device: str | torch.device = "cpu", *, mixed_precision: MixedPrecision = "no"
+    ) -> None:
+        self.device = torch.device(device)
+        self.mixed_precision = mixed_precision
+        self._dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+        self.scaler = torch.amp.GradScaler(self.device.type) if mixed_precision == "fp16" else None
+
+    def __repr__(self) -> str:
+        return (
+            f"SingleDevice(device={str(self.device)!r}, mixed_precision={self.mixed_precision!r})"
+        )
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        if model not in _STRATEGY_OF or _STRATEGY_OF[model] is not self:
+            model.to(self.device)
+            _STRATEGY_OF[model] = self
+        return model
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        return optimizer
+
+    def to_device(self, batch: Any) -> Any:
+        return batch if self.device.type == "cpu" else move(batch, self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self._dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        return nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm)
+
+    def apply(self, optimizer: Optimizer) -> bool:
+        if self.scaler is None:
+            optimizer.step()
+            return True
+        scale = self.scaler.get_scale()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return self.scaler.get_scale() >= scale
+
+
+class Accelerated:
+    """The strategy of an ``accelerate.Accelerator``: its device, precision and plugins.
+
+    One process only so far.
+
+    Args:
+        accelerator: With ``gradient_accumulation_steps=1``: accumulation is the loop's business,
+            since accelerate divides by a constant, also in a window that holds fewer batches.
+
+    Raises:
+        ConfigError: The accelerator divides losses for accumulation by itself.
+        DistributedError: It runs more than one process.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        if accelerator.gradient_accumulation_steps != 1:
+            raise ConfigError(
+                "The Accelerator has gradient_accumulation_steps="
+                f"{accelerator.gradient_accumulation_steps}. Build it with 1 and pass "
+                "gradient_accumulation_steps to train_loop, which weighs micro-batches by items."
+            )
+        if accelerator.num_processes > 1:
+            raise DistributedError(
+                f"The Accelerator runs {accelerator.num_processes} processes; this version of "
+                "manualloop trains in one. Start the script with plain python."
+            )
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.is_main = accelerator.is_main_process
+
+    def __repr__(self) -> str:
+        precision = self.accelerator.mixed_precision
+        return f"Accelerated(device={str(self.device)!r}, mixed_precision={precision!r})"
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        prepared: nn.Module = self.accelerator.prepare_model(model)  # knows its own models
+        _STRATEGY_OF[model] = _STRATEGY_OF[prepared] = self
+        return prepared
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        prepared: Optimizer = self.accelerator.prepare_optimizer(optimizer)
+        return prepared
+
+    def to_device(self, batch: Any) -> Any:
+        return batch if self.device.type == "cpu" else move(batch, self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        norm: Tensor = self.accelerator.clip_grad_norm_(parameters_of(optimizer), max_norm)
+        return norm
+
+    def apply(self, optimizer: Optimizer) -> bool:
+        # Not AcceleratedOptimizer.step_was_skipped: a fused optimizer is always called, and skips
+        # inside its kernel. The scale only ever falls after an overflow.
+        scaler = self.accelerator.scaler
+        scale = 0.0 if scaler is None else scaler.get_scale()
+        optimizer.step()
+        return scaler is None or scaler.get_scale() >= scale
+
+
+def prepare_strategy(
+    spec: str | torch.device | Accelerator | Strategy = "auto",
+    *,
+    mixed_precision: MixedPrecision | Literal["auto"] = "no",
+) -> Strategy:
+    """Choose the device and the precision of a run.
+
+    Args:
+        spec: ``"auto"``: accelerate if its launcher started this process, else the best of cuda,
+            mps, xpu and cpu. A device name (``"cpu"``, ``"cuda:1"``) or ``torch.device``; an
+            ``accelerate.Accelerator``; or a strategy, which is returned as it is.
+        mixed_precision: ``"no"`` (default) computes in the parameters' dtype; ``"bf16"``;
+            ``"fp16"``; ``"auto"`` is bf16 where the device has it, else fp16 on cuda, else no.
+
+    Raises:
+        ConfigError: The device is not there, or cannot compute in this precision; or a precision
+            is given beside an Accelerator or Strategy, which has its own.
+        DistributedError: A launcher started several processes.
+
+    >>> prepare_strategy("cpu", mixed_precision="bf16")
+    SingleDevice(device='cpu', mixed_precision='bf16')
+    """
+    if spec == "auto":
+        _refuse_many_processes()
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch, always
+            from accelerate import Accelerator
+
+            return Accelerated(Accelerator())
+        spec = str(torch.accelerator.current_accelerator() or "cpu")
+    if not isinstance(spec, str | torch.device):
+        if mixed_precision != "no":
+            raise ConfigError(
+                f"{type(spec).__name__} has its own precision: say mixed_precision="
+                f'"{mixed_precision}" where it is built, not here.'
+            )
+        return spec if hasattr(spec, "prepare_model") and hasattr(spec, "apply") else _wrap(spec)
+    device = _checked_device(spec)
+    if mixed_precision == "auto":
+        without_bf16: MixedPrecision = "fp16" if device.type == "cuda" else "no"
+        mixed_precision = "bf16" if _has_bf16(device) else without_bf16
+    if mixed_precision not in ("no", "bf16", "fp16"):
+        raise ConfigError(
+            f'mixed_precision={mixed_precision!r} is none of "no", "bf16", "fp16", "auto".'
+        )
+    if mixed_precision == "bf16" and not _has_bf16(device):
+        raise ConfigError(f'{device} does not compute in bfloat16. Use mixed_precision="fp16".')
+    return SingleDevice(device, mixed_precision=mixed_precision)
+
+
+def strategy_for(model: nn.Module, strategy: Strategy | None) -> Strategy:
+    """Return the given strategy, else the one that prepared this model, else an "auto" one."""
+    return strategy or _STRATEGY_OF.get(model) or prepare_strategy("auto")
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """List the parameters that an optimizer updates, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Copy the tensors in a nest of mappings, lists and tuples to a device, without blocking."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {name: move(item, device) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(move(item, device) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(move(item, device) for item in value)
+    return value
+
+
+# Beside the model, not on it: an attribute would travel into its state, its copies and its pickles.
+_STRATEGY_OF: WeakKeyDictionary[nn.Module, Strategy] = WeakKeyDictionary()
+
+
+def _wrap(spec: Any) -> Strategy:
+    if hasattr(spec, "prepare_model") and hasattr(spec, "gradient_accumulation_steps"):
+        return Accelerated(spec)
+    raise ConfigError(
+        f"strategy={spec!r} is neither a device name, a torch.device, an Accelerator nor a "
+        'Strategy. Use prepare_strategy("auto").'
+    )
+
+
+def _checked_device(spec: str | torch.device) -> torch.device:
+    known: Iterable[str] = ("cpu", "cuda", "mps", "xpu")
+    try:
+        device = torch.device(spec)
+    except RuntimeError as error:
+        raise ConfigError(
+            f'{spec!r} is not a device. Use "auto", or one of {", ".join(known)}.'
+        ) from error
+    if device.type == "cpu":
+        return device
+    available = torch.accelerator.current_accelerator()
+    count = torch.accelerator.device_count()
+    if available is None or available.type != device.type or (device.index or 0) >= count:
+        found = f"{count} x {available.type}" if available else "no accelerator"
+        raise ConfigError(f'Device "{device}" is not here: torch sees {found}. Use "auto".')
+    return device
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type in ("cpu", "xpu")
+
+
+def _refuse_many_processes() -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise DistributedError(
+            f"A launcher started {world_size} processes (WORLD_SIZE); this version of manualloop "
+            "trains in one, and would train the same model in each. Start it with plain python."
+        )

@@ -1,0 +1,226 @@
+"""What a task is to the loop: the loss of a batch, the items it averages over, the predictions.
+
+A model's mean loss is a mean over *items*. What an item is depends on the task, and whoever adds up
+means must know it:
+
+| task | items of a batch |
+|---|---|
+| single_label_classification, multiple_choice | rows whose label is not -100 |
+| multi_label_classification, regression | elements of ``labels``: rows x classes, rows x outputs |
+| token_classification, masked_lm, seq2seq_lm | labels that are not -100 |
+| causal_lm | labels that are not -100, without each row's first: the model shifts them |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from manualloop.errors import DataError, ModelError
+from manualloop.models import forward_columns, model_name, unwrap_model
+from manualloop.types import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+"""The label that PyTorch's cross-entropy leaves out of the mean."""
+
+
+class Task(NamedTuple):
+    """One row of ``TASKS``.
+
+    Attributes:
+        count_items: Items of a batch (see the module's table).
+        predict: Logits to predictions.
+        float_labels: Whether the loss wants floating point labels.
+    """
+
+    count_items: Callable[[Batch], int]
+    predict: Callable[[Tensor], Tensor]
+    float_labels: bool = False
+
+
+def count_kept(labels: Tensor) -> int:
+    """Count the labels that are not -100.
+
+    On the CPU through NumPy, which costs 1 us and no ATen call; labels that are already on an
+    accelerator make the host wait for them, so leave batches on the CPU.
+    """
+    if labels.device.type == "cpu":
+        return int(np.count_nonzero(labels.numpy() != IGNORE_INDEX))
+    return int(torch.count_nonzero(labels != IGNORE_INDEX))
+
+
+def _kept_labels(batch: Batch) -> int:
+    return count_kept(batch["labels"])
+
+
+def _shifted_labels(batch: Batch) -> int:
+    shifted = batch.get("shift_labels")
+    return count_kept(batch["labels"][..., 1:] if shifted is None else shifted)
+
+
+def _elements(batch: Batch) -> int:
+    return int(batch["labels"].numel())
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+def _above_half(logits: Tensor) -> Tensor:
+    return (logits > 0).int()  # sigmoid(x) > 0.5
+
+
+def _as_value(logits: Tensor) -> Tensor:
+    return logits.squeeze(-1)
+
+
+TASKS: dict[str, Task] = {
+    "single_label_classification": Task(_kept_labels, _argmax),
+    "multi_label_classification": Task(_elements, _above_half, float_labels=True),
+    "regression": Task(_elements, _as_value, float_labels=True),
+    "token_classification": Task(_kept_labels, _argmax),
+    "multiple_choice": Task(_kept_labels, _argmax),
+    "masked_lm": Task(_kept_labels, _argmax),
+    "seq2seq_lm": Task(_kept_labels, _argmax),
+    "causal_lm": Task(_shifted_labels, _argmax),
+}
+
+_TASK_OF_HEAD = {
+    "ForTokenClassification": "token_classification",
+    "ForMultipleChoice": "multiple_choice",
+    "ForMaskedLM": "masked_lm",
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+}
+
+
+def infer_task(model: nn.Module, labels: Tensor | None = None) -> str:
+    """Name the task of a model, by its head, its config and the labels, as transformers does.
+
+    Args:
+        model: A transformers model, or any module: then the labels decide.
+        labels: Of one batch: ``(rows,)``, ``(rows, classes)`` or ``(rows, tokens)``; None for
+            rows without labels: a classification then, unless the model says otherwise.
+    """
+    model = unwrap_model(model)
+    name = type(model).__name__
+    for head, task in _TASK_OF_HEAD.items():
+        if name.endswith(head):
+            return task
+    config = getattr(model, "config", None)
+    if name.endswith("ForConditionalGeneration"):
+        return "seq2seq_lm" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
+    if name.endswith("Classification"):
+        # The rule of transformers' ForSequenceClassificationLoss, which the model writes into
+        # its config at the first forward pass.
+        if (problem_type := getattr(config, "problem_type", None)) in TASKS:
+            return str(problem_type)
+        if getattr(config, "num_labels", None) == 1:
+            return "regression"
+    if labels is None:
+        return "single_label_classification"
+    if not labels.is_floating_point():
+        return "single_label_classification" if labels.ndim < 2 else "token_classification"
+    if name.endswith("Classification") or (labels.ndim > 1 and labels.shape[-1] > 1):
+        return "multi_label_classification"
+    return "regression"
+
+
+def count_items(model: nn.Module, batch: Batch) -> int:
+    """Count the items that the model's mean loss over this batch is a mean of.
+
+    Args:
+        model: The model; its task decides what an item is (see the module's table).
+        batch: Column name to tensor. Without ``labels`` every row is an item.
+
+    >>> import torch
+    >>> labels = torch.tensor([[5, 6, -100], [7, -100, -100]])
+    >>> count_items(torch.nn.Linear(1, 1), {"labels": labels})
+    3
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if labels is None:
+        return num_rows(batch)
+    return TASKS[infer_task(model, labels)].count_items(batch)
+
+
+def num_rows(batch: Any) -> int:
+    """Count the rows of a batch: the length of its first tensor."""
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    for value in [values] if isinstance(values, torch.Tensor) else values:
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return len(value)
+    raise DataError(
+        f"A batch of type {type(batch).__name__} holds no tensor, so its rows cannot be counted. "
+        "Let the loader's collate_fn return a dict of tensors, one row per example."
+    )
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The default ``loss_fn``: the loss that the model itself returns for ``model(**batch)``.
+
+    Raises:
+        ModelError: It returned none; the message says why and what to do.
+        DataError: The batch has no labels.
+    """
+    return require_loss(model, batch, model(**batch))
+
+
+def require_loss(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
+    """Take the loss out of a model's outputs, or say why there is none."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    name = model_name(model)
+    if not isinstance(outputs, Mapping) and not hasattr(outputs, "loss"):
+        shape = f" of shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else ""
+        raise ModelError(
+            f"{name}.forward returned a {type(outputs).__name__}{shape}, not an output with a "
+            "loss. Pass the loss as a function: loss_fn=lambda model, batch: "
+            'torch.nn.functional.cross_entropy(model(batch["input_ids"]), batch["labels"]).'
+        )
+    if "labels" not in batch and "start_positions" not in batch:
+        raise DataError(no_labels_message(batch))
+    raise ModelError(no_head_message(model))
+
+
+def no_labels_message(batch: Batch) -> str:
+    """Say what a batch without labels holds, and which column might be the label."""
+    columns = ", ".join(map(str, batch))
+    suspects = [name for name in batch if name in LABEL_LIKE]
+    if suspects:
+        return (
+            f"No 'labels' in the batch. Columns: {columns}. Did you mean {suspects[0]!r}? Use "
+            f'prepare_dataloaders(..., label_column="{suspects[0]}") or '
+            f'dataset.rename_column("{suspects[0]}", "labels").'
+        )
+    return (
+        f"Training needs labels: the batch has only {columns}. For inference use predict_loop; "
+        "for a loss of your own pass loss_fn=."
+    )
+
+
+def no_head_message(model: nn.Module) -> str:
+    """Say that a model's forward pass ignores labels."""
+    model = unwrap_model(model)
+    name = type(model).__name__
+    if "For" in name or not hasattr(model, "config"):
+        accepted = ", ".join(forward_columns(model))
+        return (
+            f"{name}'s output has loss=None: its forward did not use the labels (it accepts: "
+            f"{accepted}). Pass the loss as a function: loss_fn=lambda model, batch: ...."
+        )
+    return (
+        f"{name} has no task head, so it returns no loss. Load one with a head, "
+        "AutoModelForSequenceClassification.from_pretrained(name, num_labels=2), or pass loss_fn=."
+    )
+
+
+LABEL_LIKE = ("label", "label_ids", "target", "targets", "class", "category", "y", "score")
+"""Names under which a label column is looked for when a message suggests one."""

@@ -1,0 +1,279 @@
+"""``train_steps``: training as a ``for`` loop over optimizer updates."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+from manualloop.data.order import num_batches, set_epoch
+from manualloop.errors import ConfigError, DataError
+from manualloop.preflight import check_batches, check_run, explain
+from manualloop.state import TrainState
+from manualloop.strategy import Strategy, strategy_for
+from manualloop.types import LossFn, Step, Window
+from manualloop.update import StepFn, apply_update, windows
+
+
+class Plan(NamedTuple):
+    """How long a run is.
+
+    Attributes:
+        num_steps: Updates in the run, if none is skipped.
+        num_epochs: Epochs after which it ends; None if ``max_steps`` ends it.
+        num_steps_per_epoch: None for data without a length.
+    """
+
+    num_steps: int
+    num_epochs: int | None
+    num_steps_per_epoch: int | None
+
+
+def plan_run(
+    train_dataloader: Any,
+    *,
+    num_epochs: int | None = None,
+    max_steps: int | None = None,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+) -> Plan:
+    """Check the numbers of a run against each other and against the data, all at once.
+
+    Args:
+        train_dataloader: Any iterable of batches, with or without a length.
+        num_epochs: Passes over the data; with ``max_steps`` also None: 3.
+        max_steps: Updates, over as many epochs as they take.
+        gradient_accumulation_steps: Micro-batches an update.
+        max_grad_norm: Only checked here.
+
+    Raises:
+        ConfigError: What does not fit together, every problem on a line of its own.
+        DataError: Not a loader, or one without batches.
+
+    >>> plan_run(range(5), num_epochs=2, gradient_accumulation_steps=4)
+    Plan(num_steps=4, num_epochs=2, num_steps_per_epoch=2)
+    """
+    _require_loader(train_dataloader)
+    length = num_batches(train_dataloader)
+    counts = {
+        "num_epochs": num_epochs,
+        "max_steps": max_steps,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+    }
+    problems = [
+        f"{name} must be a whole number of at least 1, got {count!r}."
+        for name, count in counts.items()
+        if count is not None and (not isinstance(count, int) or count < 1)
+    ]
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        problems.append(
+            f"max_grad_norm must be above 0, got {max_grad_norm!r}; None does not clip."
+        )
+    if num_epochs is not None and max_steps is not None:
+        problems.append(
+            f"Give num_epochs={num_epochs!r} or max_steps={max_steps!r}, not both: each ends the "
+            "run."
+        )
+    if length is None and max_steps is None:
+        problems.append("A streaming dataset has no length: give max_steps=, the updates to make.")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if length == 0:
+        raise DataError(
+            "The training loader has 0 batches. Check the filter of the dataset, and batch_size "
+            "with drop_last."
+        )
+    per_epoch = None if length is None else -(-length // gradient_accumulation_steps)
+    if max_steps is not None:
+        return Plan(max_steps, None, per_epoch)
+    num_epochs = num_epochs or 3
+    return Plan(num_epochs * (per_epoch or 0), num_epochs, per_epoch)
+
+
+def _require_loader(loader: Any) -> None:
+    if hasattr(loader, "keys"):
+        names = ", ".join(map(str, loader.keys()))
+        raise DataError(
+            f"Got a {type(loader).__name__} with splits {names}, where one loader is wanted. Pass "
+            'one of prepare_dataloaders(...): loaders["train"].'
+        )
+    if hasattr(loader, "features") or not hasattr(loader, "__iter__"):
+        raise DataError(
+            f"Got a {type(loader).__name__}, where a loader of batches is wanted. Make one: "
+            'prepare_dataloaders(dataset, tokenizer)["train"].'
+        )
+
+
+def train_steps(
+    state: TrainState,
+    train_dataloader: Iterable[Any],
+    *,
+    num_epochs: int | None = None,
+    max_steps: int | None = None,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    loss_fn: LossFn | None = None,
+    step_fn: StepFn | None = None,
+    strategy: Strategy | None = None,
+    preflight: bool = True,
+) -> Generator[Step, None, None]:
+    """Make one optimizer update each time the ``for`` loop asks for one.
+
+    ::
+
+        while epochs or steps are left:
+            set_epoch(train_dataloader, epoch)
+            for each window of gradient_accumulation_steps batches:
+                zero the gradients
+                for each batch: forward, loss, backward        (weighted by items)
+                clip, update the weights, advance the schedule (apply_update)
+                move state.progress, then yield a Step
+
+    Everything that lasts is in ``state``, which has moved before a step is yielded: leave the
+    loop anywhere, and the next ``train_steps`` with this state goes on with the next window. When
+    the planned number is reached it yields nothing. The gradients of a step stay until the next.
+    Nothing in here waits for the device.
+
+    Arguments are checked at the call, batches as they come. To end the generator before its end,
+    leave its ``for`` loop, or ``close()`` it if it has a name.
+
+    Args:
+        state: Model, optimizer, schedule and position; the strategy puts the model in place.
+        train_dataloader: Of dicts that the model takes; any iterable of anything with ``loss_fn``.
+        num_epochs: Passes over the data, those already in ``state`` included. Both None: 3.
+        max_steps: Updates instead, those already in ``state`` included.
+        gradient_accumulation_steps: Batches an update. The last window of an epoch may hold fewer.
+        max_grad_norm: Norm to which gradients are clipped; None does not clip.
+        loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)``.
+        step_fn: ``step_fn(state, batches, strategy) -> Update`` replaces the update, and with it
+            ``loss_fn`` and ``max_grad_norm``.
+        strategy: None: the one that prepared the model, else ``prepare_strategy("auto")``.
+        preflight: Check the first window before it is used.
+
+    Yields:
+        A ``Step`` for each update that was applied; one that was skipped is only counted in
+        ``state.progress.num_skipped``.
+
+    Raises:
+        ConfigError: The arguments do not fit together.
+        DataError: The data cannot be trained on.
+        ModelError: The model or the optimizer cannot be trained.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 1)
+    >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> batches = [{"x": torch.ones(4, 1)}, {"x": torch.ones(2, 1)}]
+    >>> for step in train_steps(state, batches, num_epochs=2,
+    ...                         loss_fn=lambda model, batch: model(batch["x"]).mean()):
+    ...     print(step)
+    Step(1/4, epoch=0, lr=0.1)
+    Step(2/4, epoch=0, lr=0.1, ends_epoch)
+    Step(3/4, epoch=1, lr=0.1)
+    Step(4/4, epoch=1, lr=0.1, ends_epoch)
+    """
+    plan = plan_run(
+        train_dataloader,
+        num_epochs=num_epochs,
+        max_steps=max_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        max_grad_norm=max_grad_norm,
+    )
+    if step_fn is not None and (loss_fn is not None or max_grad_norm is not None):
+        raise ConfigError(
+            "step_fn replaces the whole update, so loss_fn and max_grad_norm would be ignored. "
+            "Use them inside step_fn: functools.partial(apply_update, max_grad_norm=1.0)."
+        )
+    strategy = strategy_for(state.model, strategy)
+    check_run(state)
+    state.model = strategy.prepare_model(state.model)
+    state.optimizer = strategy.prepare_optimizer(state.optimizer)
+    own_loss = loss_fn is not None or step_fn is not None
+    step_fn = step_fn or partial(apply_update, loss_fn=loss_fn, max_grad_norm=max_grad_norm)
+    return _train_steps(
+        state,
+        train_dataloader,
+        plan,
+        gradient_accumulation_steps,
+        step_fn,
+        strategy,
+        explains=not own_loss,
+        preflight=preflight and not own_loss,
+    )
+
+
+def _train_steps(
+    state: TrainState,
+    loader: Iterable[Any],
+    plan: Plan,
+    window_size: int,
+    step_fn: StepFn,
+    strategy: Strategy,
+    *,
+    explains: bool,
+    preflight: bool,
+) -> Generator[Step, None, None]:
+    progress = state.progress
+    if state.is_training:
+        raise ConfigError(
+            "Another train_steps is still open on this state. Leave its loop, or close() it."
+        )
+    state.is_training = True
+    try:
+        while _goes_on(state, plan):
+            epoch, num_windows = progress.epoch, 0
+            set_epoch(loader, epoch)
+            for window in windows(loader, window_size, skip=progress.num_samples):
+                num_windows += 1
+                if preflight:
+                    check_batches(state.model, window.batches, loader, progress.num_samples)
+                    preflight = False
+                if not state.model.training:
+                    state.model.train()  # only then: it would thaw layers that were set to eval
+                lr = state.optimizer.param_groups[0]["lr"]
+                try:
+                    update = step_fn(state, window.batches, strategy)
+                except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                    if explains:
+                        explain(error, state.model, window.batches, loader, progress.num_samples)
+                    raise
+                _advance(state, window, applied=update.applied)
+                if not update.applied:
+                    continue
+                is_last = not _goes_on(state, plan)
+                yield Step(
+                    index=progress.num_steps,
+                    epoch=epoch,
+                    num_steps=plan.num_steps,
+                    loss=update.loss,
+                    lr=lr,
+                    grad_norm=update.grad_norm,
+                    num_items=update.num_items,
+                    ends_epoch=window.ends_epoch,
+                    is_last=is_last,
+                )
+                if is_last and not window.ends_epoch:
+                    return
+            if num_windows == 0:
+                raise DataError(
+                    f"The training loader gave no batch in epoch {epoch}. A generator can be read "
+                    "only once: pass a DataLoader or a list."
+                )
+    finally:
+        state.is_training = False
+
+
+def _goes_on(state: TrainState, plan: Plan) -> bool:
+    if plan.num_epochs is None:
+        return state.progress.num_steps < plan.num_steps
+    return state.progress.epoch < plan.num_epochs
+
+
+def _advance(state: TrainState, window: Window, *, applied: bool) -> None:
+    """Move the position past a window, before its step is seen by anyone."""
+    progress = state.progress
+    progress.num_samples += window.num_samples
+    progress.num_steps += applied
+    progress.num_skipped += not applied
+    if window.ends_epoch:
+        progress.epoch += 1
+        progress.num_samples = 0

@@ -1,0 +1,89 @@
+"""The plain data that passes between the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Batch: TypeAlias = Mapping[str, Any]
+"""What a loader yields: column name to tensor, the first axis being the rows."""
+
+LossFn: TypeAlias = "Callable[[nn.Module, Any], Tensor | tuple[Tensor, int | Tensor]]"
+"""``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The micro-batches of one update.
+
+    Attributes:
+        batches: At least one, at most ``gradient_accumulation_steps`` of them, as the loader gave
+            them (on the CPU, unless the loader itself puts them elsewhere).
+        num_samples: Rows in the window.
+        ends_epoch: Whether the loader has nothing after it.
+    """
+
+    batches: list[Any]
+    num_samples: int
+    ends_epoch: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one call of a ``step_fn`` did.
+
+    Attributes:
+        loss: 0-d, detached, on the device: the mean over all items of the window.
+        num_items: Items the mean is over: rows, tokens or elements, by task.
+        grad_norm: 0-d norm before clipping, or None where none was computed.
+        applied: False if the weights were left as they were (an fp16 overflow, or nothing to
+            learn from in the window).
+    """
+
+    loss: Tensor
+    num_items: int
+    grad_norm: Tensor | None = None
+    applied: bool = True
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Step:
+    """One optimizer update that was applied.
+
+    It holds Python numbers and detached 0-d tensors, so that keeping all of them is cheap, and
+    nothing in it waits for the device: ``float(step.loss)`` is yours to call.
+
+    Attributes:
+        index: Updates applied so far, this one included: counts from 1.
+        epoch: The epoch it belongs to: counts from 0.
+        num_steps: Updates planned for the whole run.
+        loss: Mean loss over the window's items before the update; 0-d, on the device.
+        lr: Learning rate of the first parameter group that this update used.
+        grad_norm: Gradient norm before clipping, 0-d, or None unless ``max_grad_norm`` is set.
+        num_items: Items in the window: rows, tokens or elements, by task.
+        ends_epoch: Whether this is the epoch's last update.
+        is_last: Whether the run ends with it.
+    """
+
+    index: int
+    epoch: int
+    num_steps: int
+    loss: Tensor
+    lr: float
+    grad_norm: Tensor | None
+    num_items: int
+    ends_epoch: bool
+    is_last: bool
+
+    def every(self, n: int) -> bool:
+        """Tell whether this is the n-th, 2n-th, ... update."""
+        return self.index % n == 0
+
+    def __repr__(self) -> str:
+        # No tensor in it: printing one would wait for the device.
+        end = ", ends_epoch" if self.ends_epoch else ""
+        return f"Step({self.index}/{self.num_steps}, epoch={self.epoch}, lr={self.lr:.3g}{end})"
