@@ -1,0 +1,75 @@
+"""The project's chores: `nox -l` lists them, `nox -s NAME` runs one.
+
+Everything after `--` reaches the tool: `nox -s tests -- -k accumulation -x`.
+"""
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "tests"]
+
+ROOT = Path(__file__).parent
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def install(session: nox.Session, *packages: str, group: str | None = None) -> None:
+    """Install packages, and a dependency group of pyproject.toml, at the pinned versions."""
+    pyproject = nox.project.load_toml(ROOT / "pyproject.toml")
+    group_packages = nox.project.dependency_groups(pyproject, group) if group else ()
+    session.install("--constraint", str(ROOT / "constraints.txt"), *packages, *group_packages)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    install(session, group="lint")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of the package."""
+    install(session, "-e", ".[metrics,plot]", group="types")
+    session.run("mypy", "--strict", "manualloop", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests and the doctests."""
+    install(session, "-e", ".[metrics,plot]", group="test")
+    session.run("pytest", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Do what a newcomer does: install the package alone, run the first example."""
+    install(session, "-e", ".")
+    session.run("python", "examples/quickstart.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the distribution and test the installed wheel, away from the checkout."""
+    tmp = Path(session.create_tmp())
+    shutil.rmtree(tmp)
+    tmp.mkdir()
+
+    install(session, "build")
+    session.run("python", "-m", "build", "--outdir", str(tmp / "dist"))
+    (built,) = (tmp / "dist").glob("*.whl")
+    install(session, f"{built}[metrics,plot]", group="test")
+    install(session, "--force-reinstall", "--no-deps", str(built))  # the version never changes
+
+    for name in ("tests", "docs", "examples"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp / name)
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp)
+    session.chdir(tmp)
+    session.run("pytest", "tests", "--pyargs", "manualloop", *session.posargs, env=OFFLINE)
