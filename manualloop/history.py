@@ -65,6 +65,10 @@ class History:
         if len(self._losses) >= _NUM_UNSTACKED:
             self._losses = [torch.cat([loss.reshape(-1) for loss in self._losses])]
 
+    def has_open_interval(self) -> bool:
+        """Tell whether there were steps since the last record of training."""
+        return bool(self._losses)
+
     def close_interval(self, step: Step, epoch: float) -> None:
         """Make a record of the steps since the last one. Its loss is filled in when it lands."""
         record: Record = {"step": step.index, "epoch": epoch, "loss": None, "lr": step.lr}

@@ -159,18 +159,25 @@ def train_loop(
     report = _Report(plan, log_is_due, shown=progress_bar and strategy.is_main)
     evaluations: list[dict[str, float]] = []
     stopped_by = "max_steps" if plan.num_epochs is None else "num_epochs"
+    step = evaluated = None
     with closing(report), closing(steps):
         for step in steps:
             report.add(step)
             if on_step is not None:
                 on_step(step)
-            if evaluate is not None and (evaluation_is_due(step) or step.is_last):
+            if evaluate is not None and evaluation_is_due(step):
                 evaluations.append(evaluate())
                 report.add_evaluation(step, evaluations[-1])
+                evaluated = step
                 best = best_of(evaluations, best_metric)
                 if patience is not None and len(evaluations) - 1 - best >= patience:
                     stopped_by = "patience"
                     break
+        report.end_interval()
+        if evaluate is not None and step is not None and evaluated is not step:
+            evaluations.append(evaluate())
+            report.add_evaluation(step, evaluations[-1])
+    best = best_of(evaluations, best_metric) if evaluations else 0
     return TrainResult(
         state,
         metrics=evaluations[-1] if evaluations else {},
@@ -219,10 +226,14 @@ class _Report:
     def add(self, step: Step) -> None:
         self._step = step
         self.history.add(step)
-        if self._log_is_due(step) or step.index == 1 or step.is_last:
-            self.history.close_interval(step, self._epochs(step))
+        if self._log_is_due(step) or step.index == 1:
+            self.end_interval()
         if self._bar.is_due():
             self._bar.show(step.index, self._facts(step))
+
+    def end_interval(self) -> None:
+        if self._step is not None and self.history.has_open_interval():
+            self.history.close_interval(self._step, self._epochs(self._step))
 
     def add_evaluation(self, step: Step, metrics: Mapping[str, float]) -> None:
         self.history.add_evaluation(step, self._epochs(step), metrics)

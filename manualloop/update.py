@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -163,7 +164,7 @@ def accumulate_gradients(
         total += num_items
     if total == 0:
         return Update(torch.zeros((), device=strategy.device), 0, applied=False)
-    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    loss = reduce(torch.add, losses)
     if len(batches) > 1 and total != planned:  # loss_fn counted otherwise than count_items
         _scale_gradients(model, planned / total)
         loss = loss * (planned / total)

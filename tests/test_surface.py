@@ -1,0 +1,242 @@
+"""The house: layers, public names, signatures, import cost, size."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import manualloop
+
+PACKAGE = Path(manualloop.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py"
+}
+
+# Imports point down: a module may import those of the rows below its own.
+LAYERS = [
+    ["loop"],
+    ["training", "evaluation"],
+    ["preflight"],
+    ["update"],
+    ["data.prepare", "data.inspect", "scorers", "plot"],
+    ["data.collate", "data.columns", "data.labels", "data.order", "metrics", "history"],
+    ["state", "tasks", "strategy", "optim", "progress"],
+    ["models", "cadence", "notices"],
+    ["types"],
+    ["errors"],
+]
+
+# One door per dependency.
+DOORS = {
+    "accelerate": {"strategy"},
+    "datasets": {"data.prepare"},
+    "transformers": {"data.prepare", "optim"},
+    "evaluate": {"metrics"},
+    "tqdm": {"progress"},
+    "sklearn": {"metrics"},
+    "scipy": {"metrics"},
+    "torchmetrics": set(),
+    "matplotlib": {"plot"},
+}
+
+PUBLIC_NAMES = [
+    "Accelerated",
+    "BatchReport",
+    "ConfigError",
+    "DataError",
+    "DistributedError",
+    "ManualLoopError",
+    "MetricError",
+    "ModelError",
+    "Predictions",
+    "SingleDevice",
+    "Step",
+    "Strategy",
+    "TrainResult",
+    "TrainState",
+    "Update",
+    "Window",
+    "accumulate_gradients",
+    "apply_update",
+    "count_items",
+    "evaluate_loop",
+    "inspect_batch",
+    "load_metric",
+    "predict_loop",
+    "prepare_dataloaders",
+    "prepare_optimizer",
+    "prepare_scheduler",
+    "prepare_strategy",
+    "train_loop",
+    "train_steps",
+    "windows",
+]
+
+SIGNATURES = {
+    "accumulate_gradients": "model, batches, *, loss_fn=None, strategy=None",
+    "apply_update": "state, batches, strategy, *, loss_fn=None, max_grad_norm=None",
+    "count_items": "model, batch",
+    "evaluate_loop": (
+        "model, eval_dataloader, metric=None, *, strategy=None, postprocess=None, loss_fn=None, "
+        "progress_bar=False"
+    ),
+    "inspect_batch": "loader, tokenizer=None",
+    "load_metric": "name, config=None",
+    "predict_loop": "model, dataloader, *, strategy=None, postprocess=None, progress_bar=False",
+    "prepare_dataloaders": (
+        "datasets, tokenizer=None, *, model=None, task=None, text_columns=None, "
+        "label_column=None, max_length=None, batch_size=8, eval_batch_size=None, "
+        "pad_to_multiple_of=None, drop_last=False, collate_fn=None, preprocess=None, seed=42, "
+        "num_workers=0, pin_memory=None"
+    ),
+    "prepare_optimizer": (
+        "model, *, lr=5e-05, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-08, fused='auto', "
+        "param_groups=None"
+    ),
+    "prepare_scheduler": (
+        "optimizer, name='linear', *, num_training_steps, num_warmup_steps=0, **kwargs"
+    ),
+    "prepare_strategy": "spec='auto', *, mixed_precision='no'",
+    "train_loop": (
+        "model, train_dataloader, optimizer=None, lr_scheduler='linear', *, num_epochs=None, "
+        "max_steps=None, gradient_accumulation_steps=1, max_grad_norm=None, loss_fn=None, "
+        "step_fn=None, strategy=None, extras=None, evaluate=None, evaluate_every='epoch', "
+        "best_metric=None, patience=None, on_step=None, log_every=50, progress_bar=True, "
+        "preflight=True"
+    ),
+    "train_steps": (
+        "state, train_dataloader, *, num_epochs=None, max_steps=None, "
+        "gradient_accumulation_steps=1, max_grad_norm=None, loss_fn=None, step_fn=None, "
+        "strategy=None, preflight=True"
+    ),
+    "windows": "loader, size, *, skip=0",
+}
+
+
+def imports_of(path):
+    """Yield the modules that a file imports at run time, wherever in it that stands."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def layer_of(module):
+    return next(number for number, layer in enumerate(LAYERS) if module in layer)
+
+
+def test_every_module_has_a_layer():
+    assert sorted(MODULES) == sorted(module for layer in LAYERS for module in layer)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    for imported in imports_of(MODULES[module]):
+        if imported.startswith("manualloop"):
+            target = imported.removeprefix("manualloop.")
+            assert layer_of(target) > layer_of(module), f"{module} imports {target}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_dependencies_come_in_by_their_door(module):
+    for imported in imports_of(MODULES[module]):
+        door = DOORS.get(imported.split(".")[0])
+        assert door is None or module in door, f"{module} imports {imported}"
+
+
+def test_public_names_are_frozen_sorted_and_documented():
+    assert manualloop.__all__ == PUBLIC_NAMES == sorted(PUBLIC_NAMES)
+    for name in PUBLIC_NAMES:
+        assert inspect.getdoc(getattr(manualloop, name)), f"{name} has no docstring"
+    with pytest.raises(AttributeError, match="no_such_name"):
+        manualloop.no_such_name  # noqa: B018
+
+
+def test_type_checkers_see_the_public_names():
+    source = ast.parse((PACKAGE / "__init__.py").read_text())
+    typed = {
+        alias.asname: (node.module, alias.name)
+        for block in source.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        for alias in node.names
+    }
+    assert sorted(typed) == PUBLIC_NAMES
+    for name, (module, original) in typed.items():
+        assert name == original
+        assert module.removeprefix("manualloop.") == manualloop._HOME[name]
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_frozen(name):
+    signature = inspect.signature(getattr(manualloop, name))
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    found = str(signature.replace(parameters=bare, return_annotation=signature.empty))
+    assert found == f"({SIGNATURES[name]})"
+
+
+def test_every_public_function_is_frozen():
+    functions = {name for name in PUBLIC_NAMES if inspect.isfunction(getattr(manualloop, name))}
+    assert functions == set(SIGNATURES)
+
+
+@pytest.mark.parametrize("name", sorted(SIGNATURES))
+def test_docstrings_name_every_argument(name):
+    function = getattr(manualloop, name)
+    documented = inspect.getdoc(function)
+    if "Args:" not in documented:
+        assert name == "apply_update"  # documented by the functions it is made of
+        return
+    for argument in inspect.signature(function).parameters:
+        assert re.search(rf"^ *\**{argument}: ", documented, re.MULTILINE), argument
+
+
+def run_python(code):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    return result.stdout.strip()
+
+
+def test_importing_the_loop_loads_no_other_library_than_torch():
+    heavy = ("transformers", "datasets", "evaluate", "accelerate", "sklearn", "scipy", "matplotlib")
+    loaded = run_python(
+        "import sys; from manualloop import train_loop, train_steps, evaluate_loop, load_metric, "
+        "prepare_dataloaders, prepare_strategy; "
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    assert loaded == "[]"
+
+
+def test_importing_the_package_loads_nothing_and_touches_no_device():
+    assert run_python("import sys, manualloop; print('torch' in sys.modules)") == "False"
+    code = "import torch, manualloop.loop; print(torch.cuda.is_initialized())"
+    assert run_python(code) == "False"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_stays_readable(module):
+    source = MODULES[module].read_text()
+    assert source.count("\n") <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert length <= 60, f"{module}.{node.name}: {length} lines"
+
+
+def test_no_pickle():
+    for module, path in MODULES.items():
+        assert not re.search(r"\bpickle\b|torch\.load\b", path.read_text()), module
