@@ -100,6 +100,7 @@ def level_3_the_parts(model: torch.nn.Module, loaders: dict[str, DataLoader]) ->
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # a model this small gains nothing from more
     disable_progress_bars()
     datasets = load_docstrings()
     tokenizer = train_tokenizer(datasets["train"]["text"])

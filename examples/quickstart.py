@@ -22,6 +22,7 @@ from manualloop import (
 
 def main() -> dict[str, float]:
     torch.manual_seed(42)
+    torch.set_num_threads(1)  # a model this small gains nothing from more, and has one result
     disable_progress_bars()
     datasets = load_docstrings()
     tokenizer = train_tokenizer(datasets["train"]["text"])
@@ -49,7 +50,9 @@ def main() -> dict[str, float]:
         guess, truth = predictions.predictions[row], predictions.references[row]
         verdict = "right" if guess == truth else f"wrong: {names[truth]}"
         text = datasets["validation"][row]["text"]
-        print(f"{names[guess]:<12} {predictions.scores[row].max():4.0%}  {text[:60]:<60}  {verdict}")
+        print(
+            f"{names[guess]:<12} {predictions.scores[row].max():4.0%}  {text[:60]:<60}  {verdict}"
+        )
     return result.metrics
 
 

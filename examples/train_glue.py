@@ -38,8 +38,12 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--data", help="folder or hub name of the task's splits; default: glue/TASK")
     data.add_argument("--model", default="bert-base-uncased", help="pretrained name or folder")
     data.add_argument("--tokenizer", help="name or folder; default: the model's")
-    data.add_argument("--config", nargs="+", metavar="KEY=VALUE",
-                      help="train a new BERT of this configuration instead of pretrained weights")
+    data.add_argument(
+        "--config",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="train a new BERT of this configuration instead of pretrained weights",
+    )
     data.add_argument("--max-length", type=int, help="tokens at which texts are cut")
     data.add_argument("--batch-size", type=int, default=8)
     data.add_argument("--eval-batch-size", type=int)
@@ -60,9 +64,13 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16", "auto"))
 
     report = parser.add_argument_group("evaluation and report")
-    report.add_argument("--evaluate-every", type=cadence, default="epoch",
-                        help='updates, "epoch", "0.25 epoch" or "10 min"')
-    report.add_argument("--best-metric", help='such as f1 or -loss; default: the task\'s')
+    report.add_argument(
+        "--evaluate-every",
+        type=cadence,
+        default="epoch",
+        help='updates, "epoch", "0.25 epoch" or "10 min"',
+    )
+    report.add_argument("--best-metric", help="such as f1 or -loss; default: the task's")
     report.add_argument("--patience", type=int, help="evaluations without improvement")
     report.add_argument("--log-every", type=cadence, default=50)
     report.add_argument("--no-progress-bar", action="store_true")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import random
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,15 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
+from torch.utils.data import IterableDataset, SequentialSampler
 
 from manualloop.data.order import OrderedBatchSampler, num_batches
 from manualloop.errors import DataError, ModelError
-from manualloop.metrics import as_metric
+from manualloop.models import forward_columns, takes_any_column
 from manualloop.preflight import explain
 from manualloop.progress import ProgressBar
+from manualloop.scorers import Scorer, as_metric
 from manualloop.strategy import Strategy, strategy_for
-from manualloop.tasks import IGNORE_INDEX, TASKS, count_items, infer_task, require_loss
+from manualloop.tasks import IGNORE_INDEX, TASKS, count_items, infer_task, num_rows, require_loss
 from manualloop.types import Batch, LossFn
 
 Postprocess: TypeAlias = Callable[[Any, Batch], Tensor]
@@ -32,10 +34,11 @@ class Predictions:
 
     Attributes:
         index: int64 ``(rows,)``: row numbers in the dataset.
-        predictions: ``(rows,)`` class numbers or values, ``(rows, classes)`` for multi-label.
-        scores: float32 ``(rows, classes)``: probability of each class; None for a regression, or
-            with a ``postprocess`` of your own.
-        references: The labels, or None if the data has none.
+        predictions: ``(rows,)`` class numbers or values, ``(rows, classes)`` for multi-label,
+            ``(rows, tokens)`` for tokens. Rows of a batch narrower than the widest end in -100.
+        scores: float32 ``(rows, classes)``: probability of each class; None for a regression, for
+            tokens, or with a ``postprocess`` of your own.
+        references: The labels, padded as ``predictions`` are, or None if the data has none.
     """
 
     index: NDArray[np.int64]
@@ -59,9 +62,9 @@ def evaluate_loop(
 ) -> dict[str, float]:
     """Score a model on every row of a loader.
 
-    The loss is the mean over all items, so it does not depend on how rows were batched. Every
-    submodule's mode and the random state of training are as before when it returns or raises.
-    Of the outputs only what the metric needs is kept, never the logits.
+    The loss is the mean over all items, so it does not depend on how rows were batched. Of the
+    outputs only what the metric needs is kept, never the logits. Every submodule's mode and the
+    random states of torch, NumPy and Python are as before when it returns or raises.
 
     Args:
         model: Moved to the strategy's device if no strategy has prepared it.
@@ -79,7 +82,8 @@ def evaluate_loop(
         ``loss``, if there are labels or a ``loss_fn``, and what the metric computes.
 
     Raises:
-        DataError: The loader gives no batch, or a metric is asked for and there are no labels.
+        DataError: The loader gives no batch, all labels are -100, or a metric is asked for and
+            there are no labels.
         MetricError: The metric cannot score these predictions.
 
     >>> model = nn.Linear(1, 1)
@@ -91,22 +95,47 @@ def evaluate_loop(
     model = strategy.prepare_model(model)
     scorer = None if metric is None else as_metric(metric)
     total_loss, total_items = 0.0, 0
-    with evaluation_mode(model, strategy.device):
-        for batch in _shown(eval_dataloader, "Evaluating", progress_bar and strategy.is_main):
-            outputs, loss = _forward(model, batch, strategy, loss_fn)
-            if loss is None and scorer is None:
-                loss = require_loss(model, batch, outputs)
-            mean_loss, num_items = loss if isinstance(loss, tuple) else (loss, None)
-            if mean_loss is not None:
-                num_items = count_items(model, batch) if num_items is None else int(num_items)
-                if num_items:  # else its mean is 0/0
-                    total_loss += float(mean_loss) * num_items
-                    total_items += num_items
-            if scorer is not None:
-                predictions, references = _for_metric(model, outputs, batch, postprocess)
-                scorer.add_batch(predictions=predictions, references=references)
+    shown = progress_bar and strategy.is_main
+    with (
+        evaluation_mode(model, strategy.device),
+        closing(_shown(eval_dataloader, "Evaluating", shown)) as batches,
+    ):
+        for batch in batches:
+            loss, num_items = _score(model, batch, strategy, loss_fn, postprocess, scorer)
+            total_loss += loss
+            total_items += num_items
     scores: dict[str, float] = {} if scorer is None else scorer.compute()
+    if total_items == 0 and scorer is None:
+        raise DataError(
+            f"Nothing to score: every label of the loader is {IGNORE_INDEX}. Check the masking of "
+            "the labels, and that truncation leaves some."
+        )
     return {"loss": total_loss / total_items, **scores} if total_items else scores
+
+
+def _score(
+    model: nn.Module,
+    batch: Any,
+    strategy: Strategy,
+    loss_fn: LossFn | None,
+    postprocess: Postprocess | None,
+    scorer: Scorer | None,
+) -> tuple[float, int]:
+    """Give a batch to the metric; return its loss, summed over items, and their number.
+
+    A function, so that its outputs are gone before the next batch needs the memory.
+    """
+    outputs, loss = _forward(model, batch, strategy, loss_fn)
+    if scorer is not None:
+        predictions, references = _for_metric(model, outputs, batch, postprocess)
+        scorer.add_batch(predictions=predictions, references=references)
+    elif loss is None:
+        loss = require_loss(model, batch, outputs)
+    if loss is None:
+        return 0.0, 0
+    mean, num_items = loss if isinstance(loss, tuple) else (loss, count_items(model, batch))
+    num_items = int(num_items)
+    return (float(mean) * num_items if num_items else 0.0), num_items  # a mean of none is 0/0
 
 
 def predict_loop(
@@ -143,53 +172,90 @@ def predict_loop(
     predictions: list[Tensor] = []
     scores: list[Tensor] = []
     references: list[Tensor] = []
-    with evaluation_mode(model, strategy.device):
-        for batch in _shown(dataloader, "Predicting", progress_bar and strategy.is_main):
-            outputs, _ = _forward(model, batch, strategy, None)
-            if postprocess is not None:
-                predictions.append(postprocess(outputs, batch).cpu())
-            else:
-                logits, task = _logits(outputs), infer_task(model, batch.get("labels"))
-                predictions.append(TASKS[task].predict(logits).cpu())
-                if task in _PROBABILITIES:
-                    scores.append(_PROBABILITIES[task](logits.float()).cpu())
+    shown = progress_bar and strategy.is_main
+    with (
+        evaluation_mode(model, strategy.device),
+        closing(_shown(dataloader, "Predicting", shown)) as batches,
+    ):
+        for batch in batches:
+            predicted, probabilities = _predict(model, batch, strategy, postprocess)
+            predictions.append(predicted)
+            if probabilities is not None:
+                scores.append(probabilities)
             if "labels" in batch:
                 references.append(batch["labels"].cpu())
     rows = sum(map(len, predictions))
     index = np.arange(rows) if index is None else index[:rows]
     order = np.argsort(index, kind="stable")
+    tables = [_table(parts)[order] if parts else None for parts in (scores, references)]
+    return Predictions(index[order], _table(predictions)[order], *tables)
 
-    def table(parts: list[Tensor]) -> Any:
-        return torch.cat(parts).numpy()[order] if parts else None
 
-    return Predictions(index[order], table(predictions), table(scores), table(references))
+def _predict(
+    model: nn.Module, batch: Any, strategy: Strategy, postprocess: Postprocess | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the predictions for a batch, and the probabilities where the task has them."""
+    outputs, _ = _forward(model, batch, strategy, None)
+    probabilities = None
+    if postprocess is not None:
+        predictions = postprocess(outputs, batch)
+    else:
+        logits, task = _logits(outputs), infer_task(model, batch.get("labels"))
+        predictions = TASKS[task].predict(logits)
+        if task in _PROBABILITIES:
+            probabilities = _PROBABILITIES[task](logits.float()).cpu()
+    if len(predictions) != (rows := num_rows(batch)):
+        raise DataError(
+            f"{len(predictions)} predictions for a batch of {rows} rows. Let postprocess return "
+            "one for each row, such as outputs.logits.argmax(-1)."
+        )
+    return predictions.to("cpu", copy=True), probabilities  # a view would keep all the outputs
+
+
+def _table(parts: list[Tensor]) -> NDArray[Any]:
+    """Put the rows of all batches into one array; rows of narrower ones are padded with -100."""
+    widest = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)][1:]
+    padded = []
+    for part in parts:
+        missing = [size - own for size, own in zip(widest, part.shape[1:], strict=True)]
+        if any(missing):
+            ends = [end for size in reversed(missing) for end in (0, size)]
+            part = nn.functional.pad(part, ends, value=IGNORE_INDEX)
+        padded.append(part.float() if part.dtype == torch.bfloat16 else part)  # NumPy has none
+    table: NDArray[Any] = torch.cat(padded).numpy()
+    return table
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Put a model into eval mode and inference mode, and every submodule back afterwards.
 
-    The random states of the CPU and of the model's CUDA device are put back too, so that
-    evaluating in the middle of training changes nothing in it.
+    The random states of Python, NumPy, torch's CPU and the model's device are put back too, so
+    that evaluating in the middle of training changes nothing in it.
     """
     modes = [(module, module.training) for module in model.modules()]
-    cuda_devices = [device] if device.type == "cuda" else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [device] if device.type in ("cuda", "mps", "xpu") else []
+    kind = device.type if devices else "cpu"
     try:
-        with torch.random.fork_rng(devices=cuda_devices), torch.inference_mode():
+        with torch.random.fork_rng(devices, device_type=kind), torch.inference_mode():
             model.eval()
             yield
     finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
         for module, training in modes:
             module.training = training
 
 
-def _shown(loader: Iterable[Any], name: str, shown: bool) -> Iterator[Any]:
+def _shown(loader: Iterable[Any], name: str, shown: bool) -> Generator[Any, None, None]:
     """Give the batches of a loader, at least one, under a bar."""
     bar = ProgressBar(num_batches(loader), name=name, unit="batch", shown=shown)
     number = 0
     try:
-        for number, batch in enumerate(loader, start=1):
+        for batch in loader:
             yield batch
+            number += 1
             if bar.is_due():
                 bar.show(number)
     finally:
@@ -217,12 +283,19 @@ def _forward(
                 hook.remove()
             return (seen[-1] if seen else None), loss
         try:
-            outputs = model(**inputs)
+            outputs = model(**_taken(model, inputs))
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            explain(error, model, [batch], (), 0)
+            explain(error, model, [batch], (), 0, needs_labels=False)
             raise
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     return outputs, loss
+
+
+def _taken(model: nn.Module, batch: Batch) -> Batch:
+    """Leave the labels out for a model that does not compute its own loss."""
+    if "labels" not in batch or takes_any_column(model) or "labels" in forward_columns(model):
+        return batch
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _logits(outputs: Any) -> Tensor:
@@ -241,10 +314,11 @@ def _for_metric(
     model: nn.Module, outputs: Any, batch: Any, postprocess: Postprocess | None
 ) -> tuple[Tensor, Tensor]:
     """Return predictions and references of a batch, without those labelled -100."""
-    if "labels" not in batch:
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise DataError(
-            f"The metric needs labels: the batch has only {', '.join(batch)}. For rows without "
-            "labels use predict_loop."
+            f"The metric needs labels: the batch has only {found}. For rows without labels use "
+            'predict_loop; let collate_fn name those of others: {"labels": ...}.'
         )
     labels: Tensor = batch["labels"]
     task = infer_task(model, labels)
@@ -252,6 +326,10 @@ def _for_metric(
         predictions = postprocess(outputs, batch)
     else:
         predictions = TASKS[task].predict(_logits(outputs))
+        if "shift_labels" in batch:
+            labels = batch["shift_labels"]
+        elif task == "causal_lm":  # a position predicts the token after it
+            predictions, labels = predictions[..., :-1], labels[..., 1:]
     predictions, labels = predictions.cpu(), labels.cpu()
     if task == "multi_label_classification":
         return predictions, labels.int()
@@ -265,15 +343,17 @@ def _for_metric(
 
 def _dataset_rows(loader: Iterable[Any]) -> NDArray[np.int64] | None:
     """Return the dataset's row numbers in the loader's order; None: it is the dataset's."""
-    sampler = getattr(loader, "batch_sampler", None)
-    if isinstance(sampler, OrderedBatchSampler):
-        return np.array(sampler.rows(), dtype=np.int64)
-    if isinstance(getattr(loader, "sampler", None), RandomSampler):
-        raise DataError(
-            "The loader shuffles, so predictions could not be put in the dataset's order. Build "
-            "it with shuffle=False, or use prepare_dataloaders."
-        )
-    return None
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(batch_sampler, OrderedBatchSampler):
+        return np.array(batch_sampler.rows(), dtype=np.int64)
+    sampler = getattr(loader if batch_sampler is None else batch_sampler, "sampler", batch_sampler)
+    is_stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    if sampler is None or is_stream or isinstance(sampler, SequentialSampler):
+        return None
+    raise DataError(
+        f"The loader reads its rows by a {type(sampler).__name__}, so predictions could not be put "
+        "in the dataset's order. Build it with shuffle=False, or use prepare_dataloaders."
+    )
 
 
 _PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -60,7 +61,7 @@ class History:
 
     def add(self, step: Step) -> None:
         """Remember a step's loss, where it is."""
-        self._losses.append(step.loss)
+        self._losses.append(step.loss.detach())  # a step_fn may have forgotten it
         self._num_items.append(step.num_items)
         if len(self._losses) >= _NUM_UNSTACKED:
             self._losses = [torch.cat([loss.reshape(-1) for loss in self._losses])]
@@ -95,4 +96,5 @@ class History:
             if "grad_norm" in record:
                 record["grad_norm"] = values.pop()
             total = sum(loss * items for loss, items in zip(values, num_items, strict=True))
-            record["loss"] = self.last_loss = total / sum(num_items)
+            mean = total / record["num_items"] if record["num_items"] else math.nan
+            record["loss"] = self.last_loss = mean

@@ -66,6 +66,7 @@ def train_loop(
     *,
     num_epochs: int | None = None,
     max_steps: int | None = None,
+    num_warmup_steps: float = 0,
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float | None = None,
     loss_fn: LossFn | None = None,
@@ -100,6 +101,8 @@ def train_loop(
             update, or None for a constant rate. The default decays linearly to 0.
         num_epochs: Passes over the data. With ``max_steps`` also None: 3.
         max_steps: Updates, instead.
+        num_warmup_steps: Updates over which a schedule given by name rises from 0; a float below
+            1 is a share of all updates.
         gradient_accumulation_steps: Batches an update, weighted by items.
         max_grad_norm: Norm to which gradients are clipped; None does not clip.
         loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)``.
@@ -143,9 +146,8 @@ def train_loop(
     evaluation_is_due = parse_cadence("evaluate_every", evaluate_every, plan.num_steps_per_epoch)
     strategy = strategy_for(model, strategy)
     optimizer = optimizer or prepare_optimizer(model)
-    if isinstance(lr_scheduler, str):
-        lr_scheduler = prepare_scheduler(optimizer, lr_scheduler, num_training_steps=plan.num_steps)
-    state = TrainState(model, optimizer, lr_scheduler, extras=extras or {})
+    schedule = _schedule(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
+    state = TrainState(model, optimizer, schedule, extras=extras or {})
     steps = train_steps(
         state,
         train_dataloader,
@@ -242,8 +244,8 @@ class _Report:
 
     def close(self) -> None:
         self.history.collect(wait=True)
-        if self._step is not None:
-            self._bar.close(self._step.index, self._facts(self._step))
+        step = self._step
+        self._bar.close(step.index if step else 0, self._facts(step) if step else "")
 
     def _epochs(self, step: Step) -> float:
         return step.index / self._per_epoch if self._per_epoch else float(step.epoch)
@@ -252,6 +254,27 @@ class _Report:
         loss = self.history.last_loss
         shown = "" if loss is None else f"loss={loss:.4f}, "
         return f"{shown}lr={step.lr:.2e}"
+
+
+def _schedule(
+    lr_scheduler: str | LRScheduler | None,
+    optimizer: Optimizer,
+    num_steps: int,
+    num_warmup_steps: float,
+) -> LRScheduler | None:
+    if isinstance(lr_scheduler, str):
+        return prepare_scheduler(
+            optimizer,
+            lr_scheduler,
+            num_training_steps=num_steps,
+            num_warmup_steps=num_warmup_steps,
+        )
+    if num_warmup_steps:
+        raise ConfigError(
+            f"num_warmup_steps={num_warmup_steps} belongs to a schedule given by name. Build it "
+            "into the scheduler: prepare_scheduler(optimizer, num_warmup_steps=...)."
+        )
+    return lr_scheduler
 
 
 def _check_evaluation(evaluate: object, best_metric: str | None, patience: int | None) -> None:

@@ -24,9 +24,23 @@ def model_name(model: nn.Module) -> str:
 
 
 def num_labels(model: nn.Module) -> int | None:
-    """Return ``config.num_labels``, or None where there is no such thing."""
-    value = getattr(getattr(unwrap_model(model), "config", None), "num_labels", None)
+    """Return how many classes a classifier has outputs for, or None where nothing tells.
+
+    That is ``config.num_labels``, but not of a transformers model with another head: there it is a
+    default that means nothing.
+    """
+    model = unwrap_model(model)
+    config = getattr(model, "config", None)
+    if hasattr(config, "id2label") and "Classif" not in type(model).__name__:
+        return None
+    value = getattr(config, "num_labels", None)
     return value if isinstance(value, int) else None
+
+
+def problem_type(model: nn.Module) -> str | None:
+    """Return ``config.problem_type``: what the user chose, or the model at its first batch."""
+    value = getattr(getattr(unwrap_model(model), "config", None), "problem_type", None)
+    return value if isinstance(value, str) else None
 
 
 def forward_columns(model: nn.Module) -> list[str]:

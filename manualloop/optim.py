@@ -45,24 +45,27 @@ def prepare_optimizer(
     >>> [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
     [(0.01, 1), (0.0, 1)]
     """
-    if lr < 0 or weight_decay < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas):
+    numbers_fit = all(number >= 0 for number in (lr, weight_decay, eps))
+    if not numbers_fit or not all(0 <= beta < 1 for beta in betas):
         raise ConfigError(
             f"lr={lr}, weight_decay={weight_decay} and eps={eps} must be at least 0, and "
             f"betas={betas} in [0, 1). Write prepare_optimizer(model, lr=5e-5)."
         )
     if param_groups is None:
         param_groups = _decay_groups(require_trainable(model), weight_decay)
-    groups = list(param_groups)
-    if fused != "auto":
-        return torch.optim.AdamW(
-            groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused
-        )
-    try:
-        return torch.optim.AdamW(
-            groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True
-        )
-    except RuntimeError:  # torch's own list of devices and dtypes that have the kernel
-        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+    kernel = (_has_fused_kernel(model) or None) if fused == "auto" else fused
+    groups = [dict(group) for group in param_groups]  # torch writes the defaults into them
+    return torch.optim.AdamW(
+        groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=kernel
+    )
+
+
+def _has_fused_kernel(model: nn.Module) -> bool:
+    # torch itself looks only at the first update, and raises then.
+    return all(p.device.type in _FUSED and p.is_floating_point() for p in model.parameters())
+
+
+_FUSED = ("cpu", "cuda", "mps", "xpu")
 
 
 def require_trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -105,14 +108,16 @@ def prepare_scheduler(
     Args:
         optimizer: Its ``lr`` is the schedule's maximum.
         name: One of transformers' ``SchedulerType``: ``"linear"`` (to 0, the Trainer's default),
-            ``"cosine"``, ``"constant"``, ``"constant_with_warmup"``, ``"polynomial"``, ...
+            ``"cosine"``, ``"constant"``, ``"constant_with_warmup"``, ``"polynomial"``, ...; not
+            those that follow a metric.
         num_training_steps: Updates in the run, warm-up included.
         num_warmup_steps: Updates of linear warm-up; a float below 1 is a share of
             ``num_training_steps``, rounded up as in the Trainer.
         **kwargs: Passed to the schedule, such as ``num_cycles`` for ``"cosine"``.
 
     Raises:
-        ConfigError: The name is unknown, or a number is out of its range.
+        ConfigError: The name is unknown or follows a metric, the schedule does not take the
+            arguments, or a number is out of its range.
 
     >>> optimizer = prepare_optimizer(nn.Linear(2, 2), lr=1.0)
     >>> lr_scheduler = prepare_scheduler(optimizer, num_training_steps=4)
@@ -129,7 +134,13 @@ def prepare_scheduler(
     from transformers import get_scheduler
     from transformers.trainer_utils import SchedulerType
 
-    names = [str(scheduler.value) for scheduler in SchedulerType]
+    names = [str(kind.value) for kind in SchedulerType if kind.value not in _FOLLOW_A_METRIC]
+    if name in _FOLLOW_A_METRIC:
+        raise ConfigError(
+            f"lr_scheduler={name!r} follows a metric, and a schedule is stepped after every "
+            "update, without one. Step it in a loop over train_steps after each evaluation, or "
+            f"use one of: {', '.join(names)}."
+        )
     if name not in names:
         raise ConfigError(
             f"lr_scheduler={name!r} is unknown. Use None (constant), a scheduler object, or one "
@@ -137,17 +148,32 @@ def prepare_scheduler(
         )
     if 0 < num_warmup_steps < 1:
         num_warmup_steps = math.ceil(num_warmup_steps * num_training_steps)
-    if num_training_steps < 1 or not 0 <= num_warmup_steps <= num_training_steps:
+    is_whole = math.isfinite(num_warmup_steps) and num_warmup_steps == int(num_warmup_steps)
+    if num_training_steps < 1 or not is_whole or not 0 <= num_warmup_steps <= num_training_steps:
         raise ConfigError(
             f"A schedule of num_training_steps={num_training_steps} updates cannot have "
-            f"num_warmup_steps={num_warmup_steps}. Give 0 <= num_warmup_steps <= "
+            f"num_warmup_steps={num_warmup_steps}. Give a whole number, 0 <= num_warmup_steps <= "
             "num_training_steps, or a share such as 0.1."
         )
-    scheduler: LRScheduler = get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=int(num_warmup_steps),
-        num_training_steps=num_training_steps,
-        scheduler_specific_kwargs=kwargs,
-    )
+    if name == "constant" and (num_warmup_steps or kwargs):
+        ignored = ", ".join((["num_warmup_steps"] if num_warmup_steps else []) + list(kwargs))
+        raise ConfigError(
+            f'lr_scheduler="constant" would ignore {ignored}. Use "constant_with_warmup".'
+        )
+    try:
+        scheduler: LRScheduler = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=int(num_warmup_steps),
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"lr_scheduler={name!r} does not take these arguments: {error}. Give "
+            f"prepare_scheduler what {name!r} wants as keywords."
+        ) from error
     return scheduler
+
+
+_FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")

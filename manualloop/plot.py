@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from typing import Any
 
 from manualloop.history import Record
@@ -24,12 +25,19 @@ def plot_history(history: Sequence[Record]) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot() needs matplotlib: pip install manualloop[plot]") from error
+
+    class Curves(Figure):  # type: ignore[misc]  # matplotlib has no types here
+        def _repr_png_(self) -> bytes:  # without pyplot no notebook knows how to show a Figure
+            with BytesIO() as file:
+                self.savefig(file, format="png")
+                return file.getvalue()
+
     training = [record for record in history if "loss" in record]
     evaluations = [record for record in history if "loss" not in record]
     scores = sorted({name for record in evaluations for name in record if name[:5] == "eval_"})
     scores = [name for name in scores if name != "eval_loss"]
     panels = ["loss", *(["scores"] if scores else []), "learning rate"]
-    figure = Figure(figsize=(6.4, 2.4 * len(panels)), layout="constrained")
+    figure = Curves(figsize=(6.4, 2.4 * len(panels)), layout="constrained")
     axes = dict(zip(panels, figure.subplots(len(panels), sharex=True), strict=True))
 
     def curve(panel: str, records: Sequence[Record], name: str, label: str, marker: str) -> None:
@@ -45,7 +53,7 @@ def plot_history(history: Sequence[Record]) -> Any:
     for panel, axis in axes.items():
         axis.set_ylabel(panel)
         axis.grid(alpha=0.3)
-        if panel != "learning rate":
+        if panel != "learning rate" and axis.lines:
             axis.legend()
     axes["learning rate"].set_xlabel("step (optimizer update)")
     return figure

@@ -1,19 +1,26 @@
 """The mistakes that can be seen before the first update, and what to say of each.
 
-``check_run`` looks at the model and its optimizer, ``check_batch`` at the first batch of a run.
+``check_run`` looks at the model and its optimizer, ``check_batches`` at the first window of a run.
 When a later batch fails inside the model, ``explain`` looks at that batch in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 
 from manualloop.data.collate import text_message
-from manualloop.data.labels import check_class_ids
+from manualloop.data.labels import (
+    BY_TOKEN,
+    check_class_ids,
+    filter_missing,
+    scalar_floats_message,
+    warn_of_classes_as_values,
+)
 from manualloop.data.order import OrderedBatchSampler
 from manualloop.errors import DataError, ManualLoopError, ModelError
 from manualloop.models import (
@@ -21,6 +28,7 @@ from manualloop.models import (
     max_length,
     model_name,
     num_labels,
+    problem_type,
     takes_any_column,
     vocab_size,
 )
@@ -31,6 +39,7 @@ from manualloop.tasks import (
     IGNORE_INDEX,
     count_items,
     infer_task,
+    misaligned_message,
     no_head_message,
     no_labels_message,
     num_rows,
@@ -54,7 +63,12 @@ def check_run(state: TrainState) -> None:
 
 
 def check_batches(
-    model: nn.Module, batches: Sequence[Any], loader: Iterable[Any], num_samples: int
+    model: nn.Module,
+    batches: Sequence[Any],
+    loader: Iterable[Any],
+    num_samples: int,
+    *,
+    needs_labels: bool = True,
 ) -> None:
     """Refuse micro-batches that the model cannot learn from.
 
@@ -63,15 +77,34 @@ def check_batches(
         batches: Micro-batches that follow each other.
         loader: They came from.
         num_samples: Rows of the epoch before the first of them.
+        needs_labels: False where the model only predicts.
 
     Raises:
         DataError: Text, missing or impossible labels, tokens the model does not know, ...
         ModelError: The model has no head, or does not take these columns.
     """
-    sampler = getattr(loader, "batch_sampler", None)
+    num_items = 0
     for batch in batches:
-        check_batch(model, batch, _namer(sampler, num_samples))
+        place = _place_of(loader, num_samples)
+        _check_columns(model, batch, needs_labels)
+        if isinstance(ids := batch.get("input_ids"), Tensor):
+            _check_tokens(model, ids.cpu().numpy(), place)
+        if isinstance(labels := batch.get("labels"), Tensor):
+            _check_labels(model, batch, labels, place)
         num_samples += num_rows(batch)
+        num_items += count_items(model, batch)
+    if needs_labels and num_items == 0:
+        raise DataError(
+            f"No label to learn from in {place.batch}: all {labels.numel()} are {IGNORE_INDEX}. "
+            "Check the masking, and that truncation leaves some; rows without one go with "
+            f"dataset.filter(lambda row: {_HAS_LABEL[labels.ndim > 1]})."
+        )
+
+
+_HAS_LABEL = {
+    False: f'row["labels"] != {IGNORE_INDEX}',
+    True: f'set(row["labels"]) != {{{IGNORE_INDEX}}}',
+}
 
 
 def explain(
@@ -80,46 +113,58 @@ def explain(
     batches: Sequence[Any],
     loader: Iterable[Any],
     num_samples: int,
+    *,
+    needs_labels: bool = True,
 ) -> None:
     """Raise, from an error out of the model, the mistake in the data that explains it, if any."""
     try:
-        check_batches(model, batches, loader, num_samples)
+        check_batches(model, batches, loader, num_samples, needs_labels=needs_labels)
     except ManualLoopError as mistake:
         raise mistake from error
 
 
-def _namer(sampler: object, num_samples: int) -> Callable[[int], str]:
-    """Return a function that names a row of the batch that begins after so many rows."""
-    if not isinstance(sampler, OrderedBatchSampler):
-        return lambda row: f"row {row} of a batch"
-    number = num_samples // sampler.batch_size
-    rows = sampler.rows()
-    return lambda row: f"{sampler.split} batch {number} (row id {rows[num_samples + row]})"
+class _Place(NamedTuple):
+    """Where a batch and its rows come from, in words."""
+
+    batch: str
+    row: Callable[[int], str]
 
 
-def check_batch(model: nn.Module, batch: Any, where: Callable[[int], str]) -> None:
-    """Check one batch; ``where`` names one of its rows."""
-    _check_columns(model, batch)
-    if isinstance(ids := batch.get("input_ids"), Tensor):
-        _check_tokens(model, ids.cpu().numpy(), where)
-    if isinstance(labels := batch.get("labels"), Tensor):
-        _check_labels(model, batch, labels, where)
+def _place_of(loader: Iterable[Any], num_samples: int) -> _Place:
+    """Name the batch that begins after so many rows of a loader."""
+    sampler = getattr(loader, "batch_sampler", None)
+    size = getattr(sampler, "batch_size", None)
+    if not isinstance(size, int):
+        return _Place("a batch", lambda row: f"row {row} of a batch")
+    batch = f"batch {num_samples // size}"
+    if isinstance(sampler, OrderedBatchSampler):
+        batch, rows = f"{sampler.split} {batch}", sampler.rows()
+        return _Place(batch, lambda row: f"{batch} (row id {rows[num_samples + row]})")
+    if isinstance(getattr(loader, "sampler", None), SequentialSampler):
+        return _Place(batch, lambda row: f"{batch} (row id {num_samples + row})")
+    return _Place(batch, lambda row: f"row {row} of {batch}")
 
 
-def _check_columns(model: nn.Module, batch: Any) -> None:
+def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
     name = model_name(model)
     if not isinstance(batch, Mapping):
         raise DataError(
             f"The loader gives a {type(batch).__name__}, and {name} is called as model(**batch). "
             "Let collate_fn return a dict, or pass loss_fn=lambda model, batch: ...."
         )
+    taken = forward_columns(model)
     for column, value in batch.items():
         example = value[0] if isinstance(value, list | tuple) and value else value
-        if isinstance(example, str):
-            raise DataError(text_message(column, example))
-    taken = forward_columns(model)
+        if isinstance(example, str) and (column == "labels" or column not in taken):
+            raise DataError(text_message(column, example, is_tokenized="input_ids" in batch))
+        if column == "input_ids" and isinstance(example, Tensor) and example is not value:
+            raise DataError(
+                f"'input_ids' is a list of {len(value)} tensors of shape {tuple(example.shape)}: "
+                "torch's default collate turned rows of lists around. Give it rows of tensors: "
+                'dataset.with_format("torch").'
+            )
     labelled = "labels" in batch or "start_positions" in batch
-    if "labels" in taken and not labelled:
+    if needs_labels and "labels" in taken and not labelled:
         raise DataError(no_labels_message(batch))
     if takes_any_column(model):
         return
@@ -133,20 +178,20 @@ def _check_columns(model: nn.Module, batch: Any) -> None:
         )
 
 
-def _check_tokens(model: nn.Module, ids: np.ndarray[Any, Any], where: Callable[[int], str]) -> None:
+def _check_tokens(model: nn.Module, ids: np.ndarray[Any, Any], place: _Place) -> None:
     size = vocab_size(model)
     if size is not None and ids.size and (ids.max() >= size or ids.min() < 0):
         row, *_ = np.argwhere((ids >= size) | (ids < 0))[0]
         token = int(ids[(ids >= size) | (ids < 0)][0])
         raise DataError(
-            f"Token id {token} in {where(int(row))} is beyond the vocabulary of "
+            f"Token id {token} in {place.row(int(row))} is beyond the vocabulary of "
             f"{model_name(model)}: vocab_size {size}. Tokenizer and model differ; if tokens were "
             "added: model.resize_token_embeddings(len(tokenizer))."
         )
     room = max_length(model)
     if room is not None and ids.ndim > 1 and ids.shape[1] > room:
         raise DataError(
-            f"A sequence of {ids.shape[1]} tokens in {where(0).partition(' (')[0]}, but "
+            f"A sequence of {ids.shape[1]} tokens in {place.batch}, but "
             f"{model_name(model)} takes {room}. Cut the texts: "
             f"prepare_dataloaders(..., max_length={room}), or tokenizer(..., truncation=True, "
             f"max_length={room})."
@@ -154,36 +199,45 @@ def _check_tokens(model: nn.Module, ids: np.ndarray[Any, Any], where: Callable[[
 
 
 def _check_labels(
-    model: nn.Module, batch: Mapping[str, Any], labels: Tensor, where: Callable[[int], str]
+    model: nn.Module, batch: Mapping[str, Any], labels: Tensor, place: _Place
 ) -> None:
-    task, classes = infer_task(model, labels), num_labels(model)
     ids = batch.get("input_ids")
-    by_token = task in ("token_classification", "masked_lm", "causal_lm")
+    by_token = infer_task(model) in BY_TOKEN  # by its head: of other models nobody knows
     if by_token and isinstance(ids, Tensor) and labels.shape != ids.shape:
+        lengths = (labels.shape[-1] if labels.ndim > 1 else 1, ids.shape[-1])
+        raise DataError(misaligned_message(*lengths, place.batch))
+    if labels.is_floating_point() and bool((is_nan := labels.isnan()).any()):
+        row = int(is_nan.nonzero()[0, 0])
         raise DataError(
-            f"labels have length {labels.shape[-1]}, input_ids {ids.shape[-1]} ({where(0)}). "
-            f"Align the labels to the tokens and pad them with {IGNORE_INDEX}: transformers' "
-            "DataCollatorForTokenClassification(tokenizer)."
+            f"Label NaN in {place.row(row)}: it is missing. Filter such rows out: "
+            f"{filter_missing('labels', is_float=True)}."
         )
-    if count_items(model, batch) == 0:
-        raise DataError(
-            f"No label to learn from in {where(0).partition(' (')[0]}: all {labels.numel()} are "
-            f"{IGNORE_INDEX}. Check the masking of the labels, and that truncation leaves some."
-        )
+    task, classes = infer_task(model, labels), num_labels(model)
     if classes is None:
         return
-    by_class = task in ("single_label_classification", "token_classification")
-    if by_class and not labels.is_floating_point():
-        check_class_ids(labels.cpu().numpy(), classes, where)
-    if task == "multi_label_classification" and tuple(labels.shape[1:]) != (classes,):
+    if task == "multi_label_classification":
+        _check_multi_label(labels, classes, place)
+    elif task in ("single_label_classification", "token_classification"):
+        check_class_ids(labels.cpu().numpy(), classes, place.row)
+    elif task == "regression" and not labels.is_floating_point() and not problem_type(model):
+        warn_of_classes_as_values(labels.cpu().numpy(), f"the labels of {place.batch}")
+
+
+def _check_multi_label(labels: Tensor, classes: int, place: _Place) -> None:
+    shape = tuple(labels.shape)
+    if labels.ndim == 1:
         raise DataError(
-            f"Float labels of shape {tuple(labels.shape)} with {classes} classes are read as "
-            f"multi-label, which wants ({len(labels)}, {classes}). For one class a row make them "
-            'integers: dataset.cast_column("labels", Value("int64")); for a regression load the '
-            "model with num_labels=1."
+            scalar_floats_message(f"of shape {shape} in {place.batch}", "labels", classes)
         )
-    if task == "multi_label_classification" and not labels.is_floating_point():
+    if shape[1:] != (classes,):
         raise DataError(
-            f"Multi-label classification wants float labels, got {labels.dtype}. "
-            'Use prepare_dataloaders, or batch["labels"] = batch["labels"].float() in collate_fn.'
+            f"Labels of shape {shape} in {place.batch}, but the model has num_labels={classes}: "
+            "multi-label wants one number for each class. Load the model with room for them: "
+            f"from_pretrained(name, num_labels={shape[-1]})."
+        )
+    if not labels.is_floating_point():
+        raise DataError(
+            f"Labels of shape {shape} in {place.batch} are multi-label, which wants floats, not "
+            f"{str(labels.dtype).removeprefix('torch.')}. Use prepare_dataloaders, or "
+            'dataset.cast_column("labels", datasets.Sequence(datasets.Value("float32"))).'
         )

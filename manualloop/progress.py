@@ -83,7 +83,8 @@ class ProgressBar:
         """Draw the last position and stop. Nothing is drawn afterwards."""
         if self._due == float("inf"):
             return
-        self.show(position, facts)
+        if self._bar is not None or position > self._initial:
+            self.show(position, facts)
         self._due = float("inf")
         if self._bar is not None:
             self._bar.close()
@@ -95,7 +96,7 @@ class ProgressBar:
         if self.total:
             parts = [f"{parts[0]}/{self.total} ({position / self.total:.0%})"]
         parts += [facts] if facts else []
-        parts.append(f"{rate:.2f} {self.unit}s/s, {_clock(seconds)} gone")
+        parts.append(f"{rate:.2f} {self.unit}/s, {_clock(seconds)} gone")
         if self.total and rate > 0:
             parts.append(f"{_clock((self.total - position) / rate)} left")
         return ", ".join(parts)

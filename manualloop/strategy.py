@@ -7,10 +7,10 @@ plain torch; ``Accelerated`` hands the same seven to an ``accelerate.Accelerator
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -94,10 +94,8 @@ class SingleDevice:
         )
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        if model not in _STRATEGY_OF or _STRATEGY_OF[model] is not self:
-            model.to(self.device)
-            _STRATEGY_OF[model] = self
-        return model
+        _STRATEGY_OF[model] = lambda: self
+        return model.to(self.device)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
         return optimizer
@@ -158,17 +156,24 @@ class Accelerated:
         self.accelerator = accelerator
         self.device = accelerator.device
         self.is_main = accelerator.is_main_process
+        accelerator.manualloop_strategy = self  # to live as long: see _STRATEGY_OF
 
     def __repr__(self) -> str:
         precision = self.accelerator.mixed_precision
         return f"Accelerated(device={str(self.device)!r}, mixed_precision={precision!r})"
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        prepared: nn.Module = self.accelerator.prepare_model(model)  # knows its own models
-        _STRATEGY_OF[model] = _STRATEGY_OF[prepared] = self
+        # Older versions of accelerate do not know their own models, and would wrap them again.
+        is_held = any(model is held for held in self.accelerator._models)
+        prepared: nn.Module = model if is_held else self.accelerator.prepare_model(model)
+        _STRATEGY_OF[model] = _STRATEGY_OF[prepared] = ref(self)
         return prepared
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        # accelerate would wrap what it has wrapped, and then unscale its gradients twice.
+        for held in self.accelerator._optimizers:
+            if optimizer is held or optimizer is held.optimizer:
+                return held  # type: ignore[no-any-return]
         prepared: Optimizer = self.accelerator.prepare_optimizer(optimizer)
         return prepared
 
@@ -208,6 +213,7 @@ def prepare_strategy(
             ``accelerate.Accelerator``; or a strategy, which is returned as it is.
         mixed_precision: ``"no"`` (default) computes in the parameters' dtype; ``"bf16"``;
             ``"fp16"``; ``"auto"`` is bf16 where the device has it, else fp16 on cuda, else no.
+            Under a launcher of accelerate ``"no"`` and ``"auto"`` are what it was configured for.
 
     Raises:
         ConfigError: The device is not there, or cannot compute in this precision; or a precision
@@ -217,13 +223,18 @@ def prepare_strategy(
     >>> prepare_strategy("cpu", mixed_precision="bf16")
     SingleDevice(device='cpu', mixed_precision='bf16')
     """
+    if mixed_precision not in ("no", "bf16", "fp16", "auto"):
+        raise ConfigError(
+            f'mixed_precision={mixed_precision!r} is none of "no", "bf16", "fp16", "auto".'
+        )
     if spec == "auto":
         _refuse_many_processes()
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch, always
             from accelerate import Accelerator
 
-            return Accelerated(Accelerator())
-        spec = str(torch.accelerator.current_accelerator() or "cpu")
+            precision = None if mixed_precision in ("no", "auto") else mixed_precision
+            return Accelerated(Accelerator(mixed_precision=precision))
+        spec = str(_accelerator() or "cpu")
     if not isinstance(spec, str | torch.device):
         if mixed_precision != "no":
             raise ConfigError(
@@ -235,10 +246,6 @@ def prepare_strategy(
     if mixed_precision == "auto":
         without_bf16: MixedPrecision = "fp16" if device.type == "cuda" else "no"
         mixed_precision = "bf16" if _has_bf16(device) else without_bf16
-    if mixed_precision not in ("no", "bf16", "fp16"):
-        raise ConfigError(
-            f'mixed_precision={mixed_precision!r} is none of "no", "bf16", "fp16", "auto".'
-        )
     if mixed_precision == "bf16" and not _has_bf16(device):
         raise ConfigError(f'{device} does not compute in bfloat16. Use mixed_precision="fp16".')
     return SingleDevice(device, mixed_precision=mixed_precision)
@@ -246,7 +253,10 @@ def prepare_strategy(
 
 def strategy_for(model: nn.Module, strategy: Strategy | None) -> Strategy:
     """Return the given strategy, else the one that prepared this model, else an "auto" one."""
-    return strategy or _STRATEGY_OF.get(model) or prepare_strategy("auto")
+    if strategy is not None:
+        return prepare_strategy(strategy)
+    prepared_by = _STRATEGY_OF.get(model)
+    return (prepared_by and prepared_by()) or prepare_strategy("auto")
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -268,12 +278,14 @@ def move(value: Any, device: torch.device) -> Any:
 
 
 # Beside the model, not on it: an attribute would travel into its state, its copies and its pickles.
-_STRATEGY_OF: WeakKeyDictionary[nn.Module, Strategy] = WeakKeyDictionary()
+# An Accelerator holds its models, so a strategy that holds an Accelerator is referred to weakly:
+# else no model in here would ever be freed.
+_STRATEGY_OF: WeakKeyDictionary[nn.Module, Callable[[], Strategy | None]] = WeakKeyDictionary()
 
 
 def _wrap(spec: Any) -> Strategy:
     if hasattr(spec, "prepare_model") and hasattr(spec, "gradient_accumulation_steps"):
-        return Accelerated(spec)
+        return getattr(spec, "manualloop_strategy", None) or Accelerated(spec)
     raise ConfigError(
         f"strategy={spec!r} is neither a device name, a torch.device, an Accelerator nor a "
         'Strategy. Use prepare_strategy("auto").'
@@ -290,12 +302,17 @@ def _checked_device(spec: str | torch.device) -> torch.device:
         ) from error
     if device.type == "cpu":
         return device
-    available = torch.accelerator.current_accelerator()
-    count = torch.accelerator.device_count()
+    available = _accelerator()
+    count = torch.accelerator.device_count() if available else 0
     if available is None or available.type != device.type or (device.index or 0) >= count:
         found = f"{count} x {available.type}" if available else "no accelerator"
         raise ConfigError(f'Device "{device}" is not here: torch sees {found}. Use "auto".')
     return device
+
+
+def _accelerator() -> torch.device | None:
+    # current_accelerator() alone names what torch was built for, also where there is none.
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from manualloop.errors import DataError, ModelError
-from manualloop.models import forward_columns, model_name, unwrap_model
+from manualloop.models import forward_columns, model_name, problem_type, unwrap_model
 from manualloop.types import Batch
 
 if TYPE_CHECKING:
@@ -119,17 +119,18 @@ def infer_task(model: nn.Module, labels: Tensor | None = None) -> str:
     if name.endswith("Classification"):
         # The rule of transformers' ForSequenceClassificationLoss, which the model writes into
         # its config at the first forward pass.
-        if (problem_type := getattr(config, "problem_type", None)) in TASKS:
-            return str(problem_type)
+        if (chosen := problem_type(model)) in TASKS:
+            return str(chosen)
         if getattr(config, "num_labels", None) == 1:
             return "regression"
     if labels is None:
         return "single_label_classification"
+    is_row = labels.ndim > 1 and labels.shape[-1] > 1  # more than one number for each
+    if name.endswith("Classification") and (is_row or labels.is_floating_point()):
+        return "multi_label_classification"
     if not labels.is_floating_point():
         return "single_label_classification" if labels.ndim < 2 else "token_classification"
-    if name.endswith("Classification") or (labels.ndim > 1 and labels.shape[-1] > 1):
-        return "multi_label_classification"
-    return "regression"
+    return "multi_label_classification" if is_row else "regression"
 
 
 def count_items(model: nn.Module, batch: Batch) -> int:
@@ -137,7 +138,7 @@ def count_items(model: nn.Module, batch: Batch) -> int:
 
     Args:
         model: The model; its task decides what an item is (see the module's table).
-        batch: Column name to tensor. Without ``labels`` every row is an item.
+        batch: Column name to tensor. Without a tensor of ``labels`` every row is an item.
 
     >>> import torch
     >>> labels = torch.tensor([[5, 6, -100], [7, -100, -100]])
@@ -145,16 +146,19 @@ def count_items(model: nn.Module, batch: Batch) -> int:
     3
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if labels is None:
+    if not isinstance(labels, torch.Tensor):
         return num_rows(batch)
     return TASKS[infer_task(model, labels)].count_items(batch)
 
 
 def num_rows(batch: Any) -> int:
-    """Count the rows of a batch: the length of its first tensor."""
+    """Count the rows of a batch: the length of its first tensor, or list of a dict's values."""
     values = batch.values() if isinstance(batch, Mapping) else batch
     for value in [values] if isinstance(values, torch.Tensor) else values:
         if isinstance(value, torch.Tensor) and value.ndim:
+            return len(value)
+    for value in values if isinstance(batch, Mapping) else ():
+        if isinstance(value, list | tuple):
             return len(value)
     raise DataError(
         f"A batch of type {type(batch).__name__} holds no tensor, so its rows cannot be counted. "
@@ -182,12 +186,21 @@ def require_loss(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
         shape = f" of shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else ""
         raise ModelError(
             f"{name}.forward returned a {type(outputs).__name__}{shape}, not an output with a "
-            "loss. Pass the loss as a function: loss_fn=lambda model, batch: "
-            'torch.nn.functional.cross_entropy(model(batch["input_ids"]), batch["labels"]).'
+            f"loss. Pass the loss as a function: {_example_loss(model, batch, outputs)}."
         )
     if "labels" not in batch and "start_positions" not in batch:
         raise DataError(no_labels_message(batch))
     raise ModelError(no_head_message(model))
+
+
+def _example_loss(model: nn.Module, batch: Batch, outputs: Any) -> str:
+    if isinstance(outputs, tuple):  # of transformers with return_dict=False, the loss first
+        return "loss_fn=lambda model, batch: model(**batch)[0]"
+    inputs = next((c for c in batch if c in forward_columns(model) and c != "labels"), "input_ids")
+    return (
+        "loss_fn=lambda model, batch: torch.nn.functional.cross_entropy(model("
+        f'{inputs}=batch["{inputs}"]), batch["labels"])'
+    )
 
 
 def no_labels_message(batch: Batch) -> str:
@@ -219,6 +232,15 @@ def no_head_message(model: nn.Module) -> str:
     return (
         f"{name} has no task head, so it returns no loss. Load one with a head, "
         "AutoModelForSequenceClassification.from_pretrained(name, num_labels=2), or pass loss_fn=."
+    )
+
+
+def misaligned_message(num_labels: int, num_tokens: int, where: str) -> str:
+    """Say that a row has another number of labels than of tokens."""
+    return (
+        f"labels have length {num_labels}, input_ids {num_tokens} ({where}). Align the labels to "
+        f"the tokens, with {IGNORE_INDEX} for special tokens, and let the collator pad both: "
+        "transformers' DataCollatorForTokenClassification(tokenizer)."
     )
 
 

@@ -105,10 +105,10 @@ SIGNATURES = {
     "prepare_strategy": "spec='auto', *, mixed_precision='no'",
     "train_loop": (
         "model, train_dataloader, optimizer=None, lr_scheduler='linear', *, num_epochs=None, "
-        "max_steps=None, gradient_accumulation_steps=1, max_grad_norm=None, loss_fn=None, "
-        "step_fn=None, strategy=None, extras=None, evaluate=None, evaluate_every='epoch', "
-        "best_metric=None, patience=None, on_step=None, log_every=50, progress_bar=True, "
-        "preflight=True"
+        "max_steps=None, num_warmup_steps=0, gradient_accumulation_steps=1, max_grad_norm=None, "
+        "loss_fn=None, step_fn=None, strategy=None, extras=None, evaluate=None, "
+        "evaluate_every='epoch', best_metric=None, patience=None, on_step=None, log_every=50, "
+        "progress_bar=True, preflight=True"
     ),
     "train_steps": (
         "state, train_dataloader, *, num_epochs=None, max_steps=None, "

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from manualloop.errors import DataError
+from manualloop.tasks import misaligned_message
 
 Row = Mapping[str, Any]
 
@@ -32,8 +35,11 @@ def collate_rows(
         if reason := explain_rows(rows):
             raise DataError(reason) from error
         raise
-    if float_labels and "labels" in batch:
-        batch["labels"] = batch["labels"].float()
+    if "labels" in batch:
+        if float_labels:
+            batch["labels"] = batch["labels"].float()
+        elif batch["labels"].dtype == torch.bool:
+            batch["labels"] = batch["labels"].long()
     return batch
 
 
@@ -43,24 +49,28 @@ def explain_rows(rows: Sequence[Any]) -> str | None:
         return None
     for column in rows[0]:
         values = [row.get(column) for row in rows]
-        for number, value in enumerate(values):
-            if value is None:
-                return (
-                    f"Row {number} of the batch has {column}=None, as have {values.count(None)} "
-                    f"of {len(rows)} rows. Filter them out: dataset.filter(lambda row: "
-                    f'row["{column}"] is not None).'
-                )
+        if missing := [number for number, value in enumerate(values) if value is None]:
+            return (
+                f"Row {missing[0]} of the {len(rows)} rows checked has {column}=None; so have "
+                f"{len(missing)} of them. Filter them out: dataset.filter(lambda row: "
+                f'row["{column}"] is not None).'
+            )
         if isinstance(values[0], str):
-            return text_message(column, values[0])
+            return text_message(column, values[0], is_tokenized="input_ids" in rows[0])
     return _explain_lengths(rows)
 
 
-def text_message(column: str, example: str) -> str:
+def text_message(column: str, example: str, *, is_tokenized: bool) -> str:
     """Say that a column is text where numbers are wanted."""
     if column in ("label", "labels"):
         return (
-            f"{column!r} holds strings, e.g. {example!r} (row 0 of the batch). Turn them into "
-            f'class numbers: dataset.class_encode_column("{column}").'
+            f"{column!r} holds strings, e.g. {example!r} (row 0). Turn them into class numbers: "
+            f'dataset.class_encode_column("{column}").'
+        )
+    if is_tokenized:
+        return (
+            f"Column {column!r} is text, e.g. {example!r} (row 0), beside the tokens made of it. "
+            f'Leave it out: dataset.remove_columns("{column}").'
         )
     return (
         f"Column {column!r} is still text. Tokenise it: prepare_dataloaders(dataset, tokenizer), "
@@ -70,7 +80,7 @@ def text_message(column: str, example: str) -> str:
 
 def _explain_lengths(rows: Sequence[Row]) -> str | None:
     def lengths(column: str) -> list[int]:
-        return [len(row[column]) if hasattr(row.get(column), "__len__") else 0 for row in rows]
+        return [_length(row.get(column)) for row in rows]
 
     columns = [column for column in rows[0] if any(lengths(column))]
     ragged = [column for column in columns if len(set(lengths(column))) > 1]
@@ -79,11 +89,7 @@ def _explain_lengths(rows: Sequence[Row]) -> str | None:
             zip(lengths("input_ids"), lengths("labels"), strict=True)
         ):
             if "labels" in ragged and ids != labels:
-                return (
-                    f"labels have length {labels}, input_ids {ids} (row {number} of the batch). "
-                    "Align the labels to the tokens, with -100 for special tokens, and pad them "
-                    "with -100: transformers' DataCollatorForTokenClassification(tokenizer)."
-                )
+                return misaligned_message(labels, ids, f"row {number} of the {len(rows)} checked")
     if not ragged:
         return None
     found = lengths(ragged[0])
@@ -92,3 +98,9 @@ def _explain_lengths(rows: Sequence[Row]) -> str | None:
         "Pass the tokenizer, prepare_dataloaders(dataset, tokenizer), or a collate_fn that pads: "
         "transformers' DataCollatorWithPadding(tokenizer)."
     )
+
+
+def _length(value: Any) -> int:
+    if getattr(value, "ndim", 1) == 0:  # a tensor or array of one number: len() refuses it
+        return 0
+    return len(value) if hasattr(value, "__len__") else 0

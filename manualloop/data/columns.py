@@ -70,6 +70,8 @@ def find_columns(
     kinds: Mapping[str, str],
     text_columns: str | Sequence[str] | None = None,
     label_column: str | None = None,
+    *,
+    needs_text: bool = True,
 ) -> Columns:
     """Find the text and the label among a split's columns.
 
@@ -78,6 +80,7 @@ def find_columns(
         kinds: What ``column_kinds`` returns.
         text_columns: The user's choice; None: inferred.
         label_column: The user's choice; None: inferred.
+        needs_text: False leaves text alone that the user did not name.
 
     Raises:
         ConfigError: A column that the user named is not there.
@@ -93,18 +96,24 @@ def find_columns(
                 f"{split} has no column {name!r}. It has: {', '.join(kinds)}. "
                 "Name them with text_columns= and label_column=."
             )
+    if wrong := [name for name in texts if kinds[name] not in ("text", "list", "other")]:
+        raise ConfigError(
+            f"Column {wrong[0]!r} of {split} is no text: it holds values of kind "
+            f"{kinds[wrong[0]]!r}. Name columns of strings with text_columns=."
+        )
     if len(texts) > 2:
         raise ConfigError(
             f"text_columns={texts}: a tokenizer takes one text or a pair. Join them into one "
             'column first: dataset.map(lambda row: {"text": row["title"] + " " + row["body"]}).'
         )
-    label = label_column or _find_label(kinds)
-    if not texts and "input_ids" not in kinds:
+    label = label_column or find_label(kinds)
+    if not texts and needs_text and "input_ids" not in kinds:
         texts = _find_texts(split, kinds, label)
     return Columns(texts, label)
 
 
-def _find_label(kinds: Mapping[str, str]) -> str | None:
+def find_label(kinds: Mapping[str, str]) -> str | None:
+    """Return the name of the label column, None where no name tells."""
     for name in _LABELS:
         if name in kinds:
             return name

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +62,8 @@ class BatchReport:
 def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
     """Describe the first batch that a loader gives.
 
-    Nothing is changed by looking: the global random state is put back.
+    Nothing is changed by looking: the random states of torch, NumPy, Python and the loader's own
+    generators are put back.
 
     Args:
         loader: Of dicts of tensors.
@@ -73,7 +77,7 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
     labels     (1,) int64
     row 0      [4, 5]  ->  1
     """
-    with torch.random.fork_rng(devices=[]):
+    with _random_states_kept(loader):
         batch = next(iter(loader), None)
     if not isinstance(batch, Mapping):
         got = "no batch" if batch is None else f"a {type(batch).__name__}"
@@ -81,18 +85,40 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
             f"The loader gave {got}, not a dict of tensors. Use prepare_dataloaders, or a "
             "collate_fn that returns a dict."
         )
-    tensors = {name: value for name, value in sorted(batch.items()) if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     mask = tensors.get("attention_mask")
-    num_rows = len(next(iter(tensors.values()))) if tensors else 0
+    num_rows = next((len(tensor) for tensor in tensors.values() if tensor.ndim), 0)
     return BatchReport(
-        columns={
-            name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            for name, tensor in tensors.items()
-        },
+        columns={name: _describe(batch[name]) for name in sorted(batch)},
         num_rows=num_rows,
         padding=None if mask is None else 1 - mask.float().mean().item(),
         rows=[_show_row(tensors, n, tokenizer) for n in range(min(num_rows, _NUM_ROWS_SHOWN))],
     )
+
+
+@contextmanager
+def _random_states_kept(loader: Iterable[Any]) -> Iterator[None]:
+    parts = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
+    generators = [getattr(part, "generator", None) for part in parts]
+    states = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _describe(value: Any) -> tuple[tuple[int, ...], str]:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    kind = type(value).__name__
+    if isinstance(value, list | tuple) and value:
+        return (len(value),), f"{kind} of {type(value[0]).__name__}, no tensor"
+    return (), f"{kind}, no tensor"
 
 
 def _show_row(tensors: Mapping[str, Tensor], number: int, tokenizer: Any) -> dict[str, Any]:

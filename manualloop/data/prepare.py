@@ -11,24 +11,24 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from manualloop.data.collate import collate_rows
-from manualloop.data.columns import Columns, column_kinds, find_columns
-from manualloop.data.labels import check_class_ids
+from manualloop.data.columns import Columns, column_kinds, find_columns, find_label
+from manualloop.data.labels import Labels, check_complete, describe_labels, prepare_labels
 from manualloop.data.order import OrderedBatchSampler
 from manualloop.errors import ConfigError, DataError
-from manualloop.models import forward_columns, model_name, num_labels
+from manualloop.models import forward_columns, model_name
 from manualloop.models import max_length as model_max_length
 from manualloop.notices import say
-from manualloop.tasks import LABEL_LIKE, TASKS, infer_task
+from manualloop.tasks import LABEL_LIKE, TASKS
 
 
 class _Plan(NamedTuple):
     """What is done to every split alike."""
 
-    columns: Columns
-    task: str | None
-    num_classes: int | None  # of labels that are lists of class numbers
+    texts: tuple[str, ...]
+    labels: Labels
     encode: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None
     takes: Callable[[str], bool]
+    takes_text: bool  # by a collate_fn of the user's
 
 
 def prepare_dataloaders(
@@ -53,8 +53,9 @@ def prepare_dataloaders(
     """Turn datasets into DataLoaders: tokenized, pruned to what the model takes, padded by batch.
 
     Splits whose name begins with "train" are shuffled, in the order of ``(seed, epoch)`` and
-    without a draw from the global random generator; the others keep the dataset's order. Which
-    columns were taken for what is said once.
+    without a draw from the global random generator; the others keep the dataset's order. A stream
+    keeps its own: shuffle it with ``dataset.shuffle(buffer_size=...)``. Which columns were taken
+    for what is said once.
 
     Args:
         datasets: A ``DatasetDict``, any mapping from split to dataset, or one dataset, which
@@ -73,9 +74,10 @@ def prepare_dataloaders(
         eval_batch_size: Rows a batch of the splits that are not shuffled; None: ``batch_size``.
         pad_to_multiple_of: Pad further, to a multiple of so many tokens.
         drop_last: Leave out a shorter last batch of the shuffled splits.
-        collate_fn: Replaces padding; all columns then reach it.
-        preprocess: Replaces tokenization: a function of a batch of rows, as ``dataset.map``
-            calls it with ``batched=True``.
+        collate_fn: Replaces padding. All columns then reach it, texts that the tokenizer has
+            replaced by tokens excepted.
+        preprocess: Replaces tokenization: a function of a batch of rows as they are in the
+            dataset, as ``dataset.map`` calls it with ``batched=True``. It may return ``labels``.
         seed: Of the order.
         num_workers: Processes that read and pad.
         pin_memory: None: if there is a CUDA device.
@@ -95,34 +97,46 @@ def prepare_dataloaders(
     >>> loaders = prepare_dataloaders(rows, batch_size=2)
     >>> batch = next(iter(loaders["train"]))
     >>> batch["input_ids"].tolist(), batch["labels"].tolist()
-    ([[5, 6], [7, 8]], [0, 1])
+    ([[5, 6], [9, 4]], [0, 0])
     """
+    _check_arguments(
+        task,
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+        max_length=max_length,
+        pad_to_multiple_of=pad_to_multiple_of,
+    )
     splits = _as_splits(datasets)
-    if task is not None and task not in TASKS:
-        raise ConfigError(f"task={task!r} is unknown. Use one of: {', '.join(TASKS)}.")
-    if collate_fn is None and tokenizer is not None and getattr(tokenizer, "pad_token", 0) is None:
-        raise DataError(
-            "The tokenizer has no pad token, so batches cannot be padded. Give it one: "
-            "tokenizer.pad_token = tokenizer.eos_token; model.config.pad_token_id = "
-            "tokenizer.pad_token_id."
-        )
+    if collate_fn is None:
+        _require_pad_token(tokenizer)
+    takes = _column_filter(tokenizer, model, keep_all=collate_fn is not None)
+    if preprocess is not None:
+        splits = {
+            name: _preprocess(dataset, preprocess, takes, label_column)
+            for name, dataset in splits.items()
+        }
     first = next((name for name in splits if name.startswith("train")), next(iter(splits)))
     kinds = column_kinds(splits[first])
-    columns = find_columns(first, kinds, text_columns, label_column)
-    if columns.texts and tokenizer is None and preprocess is None:
+    if not kinds:
+        raise DataError(_NO_ROWS.format(first))
+    if preprocess is not None and "labels" in kinds:
+        label_column = "labels"
+    needs_text = preprocess is None and (tokenizer is not None or collate_fn is None)
+    columns = find_columns(first, kinds, text_columns, label_column, needs_text=needs_text)
+    if needs_text and columns.texts and tokenizer is None:
         raise DataError(
             f"Column {columns.texts[0]!r} of {first} is still text. Pass the tokenizer: "
             "prepare_dataloaders(dataset, tokenizer)."
         )
     if columns.label is None and preprocess is None and collate_fn is None:
         _refuse_unnamed_label(first, kinds)
-    task = task or _infer_task(splits[first], columns, model)
+    labels = describe_labels(splits[first], columns.label, task, model)
     plan = _Plan(
-        columns,
-        task,
-        _num_listed_classes(splits[first], columns, task, model),
-        preprocess or _encoder(tokenizer, columns, max_length, model),
-        _column_filter(tokenizer, model, keep_all=collate_fn is not None),
+        columns.texts,
+        labels,
+        _encoder(tokenizer, columns, max_length, model) if needs_text else None,
+        takes,
+        takes_text=collate_fn is not None,
     )
     tables: dict[str, Any] = {}
     notes: dict[str, list[str]] = {}
@@ -132,8 +146,8 @@ def prepare_dataloaders(
     for note, names in notes.items():
         say(f"{', '.join(names)}: {note}")
     if collate_fn is None:
-        collator = _collator(tokenizer, task, pad_to_multiple_of)
-        float_labels = task is not None and TASKS[task].float_labels
+        collator = _collator(tokenizer, labels.task, pad_to_multiple_of)
+        float_labels = labels.task is not None and TASKS[labels.task].float_labels
         collate_fn = partial(collate_rows, collator=collator, float_labels=float_labels)
     options = {
         "collate_fn": collate_fn,
@@ -144,6 +158,30 @@ def prepare_dataloaders(
         name: _loader(name, table, batch_size, eval_batch_size, drop_last, seed, options)
         for name, table in tables.items()
     }
+
+
+def _check_arguments(task: str | None, **counts: int | None) -> None:
+    problems = [
+        f"{name} must be a whole number of at least 1, got {count!r}."
+        for name, count in counts.items()
+        if count is not None and (not isinstance(count, int) or count < 1)
+    ]
+    if task is not None and task not in TASKS:
+        problems.append(f"task={task!r} is unknown. Use one of: {', '.join(TASKS)}.")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _require_pad_token(tokenizer: Any) -> None:
+    if getattr(tokenizer, "pad_token", 0) is None:
+        raise DataError(
+            "The tokenizer has no pad token, so batches cannot be padded. Give it one: "
+            "tokenizer.pad_token = tokenizer.eos_token; model.config.pad_token_id = "
+            "tokenizer.pad_token_id."
+        )
+
+
+_NO_ROWS = "{} has 0 rows. Check the filter or the name of the split: dataset.num_rows."
 
 
 def _as_splits(datasets: Any) -> dict[str, Any]:
@@ -157,10 +195,36 @@ def _as_splits(datasets: Any) -> dict[str, Any]:
                 "datasets.load_dataset, or build one from rows: datasets.Dataset.from_list(rows)."
             )
         if hasattr(dataset, "__len__") and len(dataset) == 0:
+            raise DataError(_NO_ROWS.format(name))
+        if getattr(dataset, "format", {}).get("type") == "custom":
             raise DataError(
-                f"{name} has 0 rows. Check the filter or the name of the split: dataset.num_rows."
+                f"{name} has a transform, so its columns are not known before it runs. Pass it as "
+                "the function that it is: prepare_dataloaders(dataset.with_format(None), "
+                "preprocess=transform); or build the loader: DataLoader(dataset, batch_size=8)."
             )
-    return splits
+    return {name: _without_format(dataset) for name, dataset in splits.items()}
+
+
+def _without_format(dataset: Any) -> Any:
+    """Undo ``set_format``: rows of plain Python are what tokenizers and collators want."""
+    if not hasattr(dataset, "format"):
+        return dataset.with_format(None)  # a stream
+    kind, columns = dataset.format["type"], dataset.format["columns"]
+    if kind is None and len(columns) == len(dataset.column_names):
+        return dataset
+    return dataset.with_format(None).select_columns(columns)
+
+
+def _preprocess(
+    dataset: Any,
+    function: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    takes: Callable[[str], bool],
+    label_column: str | None,
+) -> Any:
+    kinds = column_kinds(dataset)
+    label = label_column or find_label(kinds)
+    drop = [column for column in kinds if column != label and not takes(column)]
+    return dataset.map(function, batched=True, remove_columns=drop)
 
 
 def _refuse_unnamed_label(split: str, kinds: Mapping[str, str]) -> None:
@@ -172,45 +236,10 @@ def _refuse_unnamed_label(split: str, kinds: Mapping[str, str]) -> None:
         )
 
 
-def _infer_task(dataset: Any, columns: Columns, model: nn.Module | None) -> str | None:
-    row: dict[str, Any] = next(iter(dataset), {}) if columns.label else {}
-    label = row.get(columns.label) if columns.label else None
-    if label is None or isinstance(label, str):
-        return None  # said by _prepare_split, with the row
-    if hasattr(label, "__len__"):
-        tokens = row.get("input_ids")
-        if tokens is None or len(tokens) != len(label):
-            return "multi_label_classification"
-        return infer_task(nn.Module() if model is None else model, torch.tensor([list(label)]))
-    return infer_task(nn.Module() if model is None else model, torch.tensor([label]))
-
-
-def _num_listed_classes(
-    dataset: Any, columns: Columns, task: str | None, model: nn.Module | None
-) -> int | None:
-    """Return the number of classes if labels are lists of class numbers, None if of 0 and 1."""
-    if task != "multi_label_classification" or columns.label is None or dataset.features is None:
-        return None
-    feature = dataset.features[columns.label]
-    inner: Any = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
-    if hasattr(inner, "names"):
-        return len(inner.names)
-    labels = dataset.with_format(None)[columns.label] if hasattr(dataset, "__len__") else []
-    if len({len(label) for label in labels if label is not None}) < 2:
-        return None
-    classes = num_labels(model) if model is not None else None
-    if classes is None:
-        raise DataError(
-            f"{columns.label!r} holds lists of different lengths, so they are class numbers, and "
-            "how many classes there are is not known. Pass model=, or rows of 0 and 1."
-        )
-    return classes
-
-
 def _encoder(
     tokenizer: Any, columns: Columns, max_length: int | None, model: nn.Module | None
 ) -> Callable[[Mapping[str, Any]], Mapping[str, Any]] | None:
-    if not columns.texts:
+    if not columns.texts or tokenizer is None:
         return None
     if max_length is None and model is not None and (room := model_max_length(model)) is not None:
         max_length = min(room, tokenizer.model_max_length)
@@ -242,81 +271,37 @@ def _prepare_split(
     name: str, dataset: Any, plan: _Plan, model: nn.Module | None
 ) -> tuple[Any, str]:
     """Tokenize a split and keep what the model takes; also say what was used and left out."""
-    texts, label = plan.columns
+    texts, label = plan.texts, plan.labels.column
     kinds = column_kinds(dataset)
     if missing := [column for column in texts if column not in kinds]:
         raise DataError(
             f"{name} has no column {missing[0]!r}; it has {', '.join(kinds)}. Give all splits the "
             "same columns, or prepare them one by one."
         )
-    note = ""
-    if label is not None and label in kinds:
-        if _labels_are_hidden(dataset, label):
-            note = f"; every {label} is -1 (hidden), so it has no labels"
-            dataset = dataset.remove_columns(label)
-        else:
-            _check_labels(name, dataset, label, kinds[label], plan, model)
-            if label != "labels":
-                dataset = dataset.remove_columns("labels") if "labels" in kinds else dataset
-                dataset = dataset.rename_column(label, "labels")
-            if plan.num_classes is not None:
-                dataset = dataset.map(partial(_multi_hot, num_classes=plan.num_classes))
-    present = set(column_kinds(dataset))
+    for column in texts if hasattr(dataset, "__len__") else ():
+        check_complete(name, dataset, column)
+    dataset, note = prepare_labels(name, dataset, kinds, plan.labels, may_be_text=plan.takes_text)
     if plan.encode is not None:
-        drop = [column for column in present if column != "labels" and not plan.takes(column)]
-        dataset = dataset.map(plan.encode, batched=True, remove_columns=[*{*drop, *texts}])
+        others = [c for c in kinds if c not in (label, "labels") and not plan.takes(c)]
+        dataset = dataset.map(plan.encode, batched=True, remove_columns=[*{*others, *texts}])
     produced = column_kinds(dataset)
-    kept = [column for column in produced if plan.takes(column) and produced[column] != "text"]
+    kept = [
+        column
+        for column, kind in produced.items()
+        if plan.takes(column) and (kind != "text" or plan.takes_text)
+    ]
+    inputs = [column for column in kept if column != "labels"]
+    taker = "" if model is None else f" (not in {model_name(model)}.forward)"
+    if not inputs:
+        raise DataError(
+            f"{name} has nothing for the model to read, only {', '.join(produced)}{taker}. Make "
+            "the columns that it takes, such as input_ids, with preprocess= or dataset.map."
+        )
     left_out = [c for c in (*kinds, *produced) if c not in (*kept, *texts, label)]
-    used = ", ".join(texts or [column for column in kept if column != "labels"])
-    target = " -> labels" if "labels" in kept else ""
     if left_out:
-        taker = f" (not in {model_name(model)}.forward)" if model is not None else ""
         note = f"; left out: {', '.join(dict.fromkeys(left_out))}{taker}{note}"
-    return dataset.select_columns(kept), f"using {used}{target}{note}"
-
-
-def _multi_hot(row: Mapping[str, Any], *, num_classes: int) -> dict[str, list[float]]:
-    return {"labels": [float(number in row["labels"]) for number in range(num_classes)]}
-
-
-def _label_table(dataset: Any, label: str) -> Any:
-    return dataset.select_columns([label]).with_format("arrow")[:].column(label)
-
-
-def _labels_are_hidden(dataset: Any, label: str) -> bool:
-    """Tell whether all labels are -1: GLUE's convention for test splits."""
-    if not hasattr(dataset, "__len__") or column_kinds(dataset)[label] not in ("int", "class"):
-        return False
-    import pyarrow.compute as pc
-
-    extremes = pc.min_max(_label_table(dataset, label)).as_py()
-    return bool(extremes["min"] == extremes["max"] == -1)
-
-
-def _check_labels(
-    name: str, dataset: Any, label: str, kind: str, plan: _Plan, model: nn.Module | None
-) -> None:
-    if kind == "text":
-        example = next(iter(dataset))[label]
-        raise DataError(
-            f"{label!r} of {name} holds strings, e.g. {example!r} (row 0). Turn them into class "
-            f'numbers: dataset.class_encode_column("{label}").'
-        )
-    if not hasattr(dataset, "__len__"):
-        return  # a stream is checked batch by batch
-    labels = _label_table(dataset, label)
-    if labels.null_count:
-        import pyarrow.compute as pc
-
-        row = pc.index(pc.is_null(labels), True).as_py()
-        raise DataError(
-            f"Row {row} of {name} has {label}=None; so have {labels.null_count} of {len(dataset)} "
-            f'rows. Filter them out: dataset.filter(lambda row: row["{label}"] is not None).'
-        )
-    classes = num_labels(model) if model is not None else None
-    if plan.task == "single_label_classification" and kind in ("int", "class") and classes:
-        check_class_ids(labels.to_numpy(), classes, lambda row: f"row {row} of {name}")
+    target = " -> labels" if "labels" in kept else ""
+    return dataset.select_columns(kept), f"using {', '.join(texts or inputs)}{target}{note}"
 
 
 def _collator(tokenizer: Any, task: str | None, pad_to_multiple_of: int | None) -> Any:
@@ -326,7 +311,7 @@ def _collator(tokenizer: Any, task: str | None, pad_to_multiple_of: int | None) 
         default_data_collator,
     )
 
-    if tokenizer is None:
+    if not hasattr(tokenizer, "pad_token"):  # None, or a processor of images
         return default_data_collator
     token_labels = task in ("token_classification", "masked_lm", "causal_lm", "seq2seq_lm")
     kind = DataCollatorForTokenClassification if token_labels else DataCollatorWithPadding

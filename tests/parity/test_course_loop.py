@@ -173,7 +173,9 @@ def test_evaluating_in_the_middle_changes_nothing(rows):
     )
     shuffled = DataLoader(dataset, batch_size=5, shuffle=True, collate_fn=collator)
     models = [new_model(), new_model()]
-    for model, evaluate in zip(models, (None, lambda: evaluate_loop(models[1], shuffled)), strict=True):
+    for model, evaluate in zip(
+        models, (None, lambda: evaluate_loop(models[1], shuffled)), strict=True
+    ):
         torch.manual_seed(1)
         train_loop(
             model,

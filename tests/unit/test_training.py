@@ -104,7 +104,10 @@ def test_a_loader_of_ones_own_that_is_entered_again_says_what_it_cannot_know(cap
 
 def test_max_steps_runs_over_as_many_epochs_as_it_takes_and_can_be_raised():
     state = new_state()
-    epochs = [step.epoch for step in train_steps(state, new_loader(), **options(num_epochs=None, max_steps=6))]
+    epochs = [
+        step.epoch
+        for step in train_steps(state, new_loader(), **options(num_epochs=None, max_steps=6))
+    ]
     assert epochs == [0, 0, 0, 0, 1, 1]
     rest = list(train_steps(state, new_loader(), **options(num_epochs=None, max_steps=9)))
     assert [(step.index, step.epoch, step.is_last) for step in rest] == [
@@ -142,7 +145,9 @@ def test_a_stream_trains_by_max_steps():
 
 def test_arguments_are_checked_at_the_call_and_all_at_once():
     with pytest.raises(ConfigError) as caught:
-        train_steps(new_state(), new_loader(), num_epochs=0, gradient_accumulation_steps=0, max_grad_norm=-1)
+        train_steps(
+            new_state(), new_loader(), num_epochs=0, gradient_accumulation_steps=0, max_grad_norm=-1
+        )
     assert str(caught.value).splitlines() == [
         "num_epochs must be a whole number of at least 1, got 0.",
         "gradient_accumulation_steps must be a whole number of at least 1, got 0.",
@@ -243,7 +248,11 @@ def test_a_skipped_update_moves_nothing_is_not_yielded_and_is_counted():
 
     steps = list(
         train_steps(
-            state, new_loader(), num_epochs=2, gradient_accumulation_steps=2, step_fn=every_third_is_skipped
+            state,
+            new_loader(),
+            num_epochs=2,
+            gradient_accumulation_steps=2,
+            step_fn=every_third_is_skipped,
         )
     )
     assert [step.index for step in steps] == [1, 2, 3, 4, 5, 6]
@@ -384,6 +393,14 @@ def test_the_schedule_is_as_long_as_the_updates_made():
         num_steps = 2 * math.ceil(8 / accumulation)
         assert rates == pytest.approx([0.1 * (1 - n / num_steps) for n in range(num_steps)])
         assert result.state.lr_scheduler.get_last_lr() == [0.0]
+
+
+def test_warm_up_belongs_to_a_schedule_given_by_name():
+    rates = []
+    run(num_warmup_steps=0.25, on_step=lambda step: rates.append(step.lr))
+    assert rates == pytest.approx([0, 0.05, 0.1] + [0.1 * (1 - n / 6) for n in range(1, 6)])
+    with pytest.raises(ConfigError, match="num_warmup_steps=3 belongs to a schedule given by name"):
+        run(lr_scheduler=None, num_warmup_steps=3)
 
 
 def test_result_prints_well():

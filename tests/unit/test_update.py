@@ -59,7 +59,9 @@ def test_windows_hold_every_batch_once_and_in_order(sizes, size, has_length):
 @given(num_rows=st.integers(1, 30), batch_size=st.integers(1, 5), size=st.integers(1, 3))
 def test_skipping_gives_the_rest_and_nothing_twice(num_rows, batch_size, size):
     sampler = OrderedBatchSampler(num_rows, batch_size, shuffle=True, seed=3)
-    loader = DataLoader(range(num_rows), batch_sampler=sampler, collate_fn=lambda x: {"x": torch.tensor(x)})
+    loader = DataLoader(
+        range(num_rows), batch_sampler=sampler, collate_fn=lambda x: {"x": torch.tensor(x)}
+    )
 
     def rows(found):
         return [row for window in found for batch in window.batches for row in batch["x"].tolist()]
@@ -119,7 +121,10 @@ def rows(num_rows, *, ignored=()):
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(2, (num_rows,), generator=generator)
     labels[list(ignored)] = -100
-    return {"x": torch.randn(num_rows, 3, dtype=torch.float64, generator=generator), "labels": labels}
+    return {
+        "x": torch.randn(num_rows, 3, dtype=torch.float64, generator=generator),
+        "labels": labels,
+    }
 
 
 def split(batch, sizes):
@@ -248,6 +253,4 @@ def test_an_encoder_decoder_is_not_shifted_and_shift_labels_are_taken():
 
 def test_a_model_without_a_loss_says_so():
     with pytest.raises(ModelError, match=r"forward returned a Tensor of shape \(2, 1\), not"):
-        accumulate_gradients(
-            torch.nn.Linear(1, 1), [{"input": torch.zeros(2, 1)}]
-        )
+        accumulate_gradients(torch.nn.Linear(1, 1), [{"input": torch.zeros(2, 1)}])

@@ -1,0 +1,66 @@
+"""Every test runs offline and leaves the process as it found it."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Before any of these libraries is imported: they read it once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# On a tensor of a few numbers, threads that wait for a busy core cost a hundred times the sum.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+# No test depends on a wall clock; CI runs the same examples every time.
+hypothesis.settings.register_profile("manualloop", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("manualloop")
+
+_SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "KINETO_", "TORCHINDUCTOR_", "TRITON_")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of the real data sets and tokenizers."""
+    folder = os.environ.get("MANUALLOOP_SHARED")
+    if not folder:
+        pytest.skip("MANUALLOOP_SHARED does not name the folder of the shared data sets")
+    return Path(folder)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(_SET_BY_LIBRARIES)
+    }
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_trace() -> Iterator[None]:
+    """Fail a test that leaves settings of the process changed; then put them back."""
+    environment, dtype = _environment(), torch.get_default_dtype()
+    num_threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    logger = logging.getLogger("manualloop")
+    handlers = list(logger.handlers)
+    yield
+    changed_names = {name for name, _ in environment.items() ^ _environment().items()}
+    left = {
+        f"environment variables {sorted(changed_names)}": not changed_names,
+        "torch's default dtype": torch.get_default_dtype() == dtype,
+        "torch's number of threads": torch.get_num_threads() == num_threads,
+        "torch's grad mode": torch.is_grad_enabled() == grad,
+        'handlers of the logger "manualloop"': logger.handlers == handlers,
+    }
+    for name in changed_names - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(num_threads)
+    torch.set_grad_enabled(grad)
+    logger.handlers[:] = handlers
+    changed = [name for name, is_same in left.items() if not is_same]
+    assert not changed, f"The test changed {', '.join(changed)} and did not put it back."

@@ -1,0 +1,1076 @@
+"""The mistakes people make: each is refused before the first update, in words that help.
+
+A mistake is a function ``(fit, model, line)``. With ``line=None`` it is what the user wrote. Then
+the error must name what happened and where, and hold a line of code; with that very line, taken
+out of the message, the same program must run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+from helpers import VOCAB_SIZE, rows, tiny_bert, tiny_tokenizer
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader
+from transformers import (
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForTokenClassification,
+    BertModel,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+)
+
+from manualloop import (
+    ConfigError,
+    DataError,
+    ManualLoopError,
+    ModelError,
+    TrainState,
+    evaluate_loop,
+    prepare_dataloaders,
+    prepare_optimizer,
+    train_loop,
+    train_steps,
+)
+
+Fit = Callable[..., Any]
+
+
+def by_train_loop(model: nn.Module, loader: Any, **arguments: Any) -> None:
+    length = {} if "max_steps" in arguments else {"num_epochs": 1}
+    train_loop(model, loader, progress_bar=False, **{**length, **arguments})
+
+
+def by_train_steps(model: nn.Module, loader: Any, **arguments: Any) -> None:
+    length = {} if "max_steps" in arguments else {"num_epochs": 1}
+    optimizer = arguments.pop("optimizer", None) or prepare_optimizer(model)
+    for _ in train_steps(TrainState(model, optimizer), loader, **{**length, **arguments}):
+        pass
+
+
+class Mistake(NamedTuple):
+    name: str
+    error: type[ManualLoopError]
+    says: tuple[str, ...]  # what happened, and where
+    line: str  # that mends it; a part of the message, and code
+    script: Callable[[Fit, nn.Module, str | None], None]
+    model: Callable[[], nn.Module]
+    from_error: bool  # raised from another library's error: nothing is lost
+
+
+MISTAKES: list[Mistake] = []
+
+
+def mistake(
+    name: str,
+    error: type[ManualLoopError],
+    *says: str,
+    line: str,
+    model: Callable[[], nn.Module] = tiny_bert,
+    from_error: bool = False,
+) -> Callable[[Any], Any]:
+    def register(script: Any) -> Any:
+        MISTAKES.append(Mistake(name, error, says, line, script, model, from_error))
+        return script
+
+    return register
+
+
+def keywords(line: str | None) -> dict[str, Any]:
+    """The line is one of keyword arguments."""
+    return eval(f"dict({line})", {"torch": torch}) if line else {}
+
+
+def value(line: str | None, **names: Any) -> Any:
+    """The line is an expression of names, and replaces the first of them."""
+    if line is None:
+        return next(iter(names.values()))
+    modules = {"datasets": datasets, "prepare_optimizer": prepare_optimizer}
+    return eval(line, {**modules, **names})
+
+
+# What users write who build their loaders themselves. -----------------------------------------
+
+
+def tokenized(dataset: Dataset, **options: Any) -> Dataset:
+    """The rows of a dataset of sentences, tokenized and all of one length."""
+    options = {"truncation": True, "padding": "max_length", "max_length": 8, **options}
+    tokenizer = tiny_tokenizer()
+    table = dataset.map(lambda row: dict(tokenizer(row["sentence"], **options)))
+    return table.remove_columns("sentence")
+
+
+def own_loader(dataset: Dataset, **options: Any) -> DataLoader:
+    """torch's default collate over rows of tensors."""
+    return DataLoader(dataset.with_format("torch"), batch_size=4, **options)
+
+
+# The list. ------------------------------------------------------------------------------------
+
+
+@mistake(
+    "01 label column is target, prepared",
+    *(DataError, "No label column in train", "Its columns: sentence, target", "mean 'target'?"),
+    line='label_column="target"',
+)
+def _(fit, model, line):
+    dataset = rows().rename_column("label", "target")
+    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), **keywords(line))["train"])
+
+
+@mistake(
+    "01 label column is target, own loader",
+    *(DataError, "No 'labels' in the batch", "input_ids, token_type_ids, attention_mask"),
+    *("target", "Did you mean 'target'?"),
+    line='dataset.rename_column("target", "labels")',
+)
+def _(fit, model, line):
+    dataset = tokenized(rows().rename_column("label", "target"))
+    fit(model, own_loader(value(line, dataset=dataset)))
+
+
+@mistake(
+    "02 no labels, prepared",
+    *(DataError, "Training needs labels", "has only input_ids, token_type_ids, attention_mask"),
+    line="loss_fn=",
+)
+def _(fit, model, line):
+    dataset = rows().remove_columns("label")
+    loaders = prepare_dataloaders(dataset, tiny_tokenizer(), model=model)
+    own = {"loss_fn": lambda model, batch: model(**batch).logits.mean()} if line else {}
+    fit(model, loaders["train"], **own)
+
+
+@mistake(
+    "02 no labels, own loader",
+    *(DataError, "Training needs labels", "the batch has only input_ids"),
+    line="loss_fn=",
+)
+def _(fit, model, line):
+    own = {"loss_fn": lambda model, batch: model(**batch).logits.mean()} if line else {}
+    fit(model, [{"input_ids": torch.ones(2, 3, dtype=torch.long)}], **own)
+
+
+@mistake(
+    "03 text only, prepared",
+    *(DataError, "Column 'sentence' of train is still text"),
+    line="prepare_dataloaders(dataset, tokenizer)",
+)
+def _(fit, model, line):
+    fit(model, prepare_dataloaders(rows(), tiny_tokenizer() if line else None)["train"])
+
+
+@mistake(
+    "03 text only, own loader",
+    *(DataError, "Column 'text' is still text"),
+    line='dataset.map(lambda rows: tokenizer(rows["text"], truncation=True), batched=True)',
+)
+def _(fit, model, line):
+    tokenizer = tiny_tokenizer()
+    dataset = rows().rename_column("sentence", "text")
+    dataset = value(line, dataset=dataset, tokenizer=tokenizer)
+    if line is None:
+        fit(model, DataLoader(dataset, batch_size=4))
+    else:
+        dataset = dataset.remove_columns("text")
+        fit(model, DataLoader(dataset, batch_size=4, collate_fn=DataCollatorWithPadding(tokenizer)))
+
+
+@mistake(
+    "03 text only, without labels, own loader",
+    *(DataError, "Column 'text' is still text"),
+    line="prepare_dataloaders(dataset, tokenizer)",
+)
+def _(fit, model, line):
+    if line is None:
+        fit(model, DataLoader(rows(text=["good movie", "bad movie"]), batch_size=2))
+    else:
+        fit(model, prepare_dataloaders(rows(), tiny_tokenizer())["train"])
+
+
+@mistake(
+    "03 text beside its tokens, own loader",
+    *(DataError, "Column 'sentence' is text", "'good movie'", "row 0"),
+    line='dataset.remove_columns("sentence")',
+)
+def _(fit, model, line):
+    dataset = tokenized(rows(sentence=["good movie", "bad"], labels=[1, 0]))
+    dataset = dataset.add_column("sentence", ["good movie", "bad"])
+    fit(model, own_loader(value(line, dataset=dataset)))
+
+
+@mistake(
+    "04 labels are strings, prepared",
+    *(DataError, "'label' of train holds strings", "'pos'", "row 0"),
+    line='dataset.class_encode_column("label")',
+)
+def _(fit, model, line):
+    dataset = rows(text=["good", "bad", "fine"], label=["pos", "neg", "pos"])
+    fit(model, prepare_dataloaders(value(line, dataset=dataset), tiny_tokenizer())["train"])
+
+
+@mistake(
+    "04 labels are strings, own loader",
+    *(DataError, "'labels' holds strings", "'pos'", "row 0"),
+    line='dataset.class_encode_column("labels")',
+)
+def _(fit, model, line):
+    dataset = tokenized(rows(sentence=["good", "bad", "fine"], labels=["pos", "neg", "pos"]))
+    fit(model, own_loader(value(line, dataset=dataset)))
+
+
+@mistake(
+    "05 a label is None, prepared",
+    *(DataError, "Row 3 of train has label=None", "1 of 6 rows"),
+    line='dataset.filter(lambda row: row["label"] is not None)',
+)
+def _(fit, model, line):
+    texts = ["good", "bad", "fine", "dull", "good", "bad"]
+    dataset = rows(text=texts, label=[1, 0, 1, None, 1, 0])
+    fit(model, prepare_dataloaders(value(line, dataset=dataset), tiny_tokenizer())["train"])
+
+
+@mistake(
+    "05 the first label is None, prepared",
+    *(DataError, "Row 0 of train has labels=None", "2 of 3 rows"),
+    line='dataset.filter(lambda row: row["labels"] is not None)',
+)
+def _(fit, model, line):
+    dataset = rows(text=["good", "bad", "fine"], labels=[None, 0, None])
+    fit(model, prepare_dataloaders(value(line, dataset=dataset), tiny_tokenizer())["train"])
+
+
+@mistake(
+    "05 a label is None, own loader",
+    *(DataError, "Row 3 of the 6 rows checked has labels=None", "1 of them"),
+    line='dataset.filter(lambda row: row["labels"] is not None)',
+    from_error=True,
+)
+def _(fit, model, line):
+    dataset = tokenized(rows(sentence=["good"] * 6, labels=[1, 0, 1, None, 1, 0]))
+    dataset = value(line, dataset=dataset)
+    fit(model, DataLoader(dataset, 4) if line is None else own_loader(dataset))
+
+
+NAN = 'dataset.filter(lambda row: row["labels"] is not None and row["labels"] == row["labels"])'
+
+
+@mistake(
+    "05 a label is None, which set_format turns into NaN, own loader",
+    *(DataError, "Label NaN in batch 0 (row id 3)"),
+    line=NAN,
+)
+def _(fit, model, line):
+    dataset = tokenized(rows(sentence=["good"] * 6, labels=[1, 0, 1, None, 1, 0]))
+    fit(model, own_loader(value(line, dataset=dataset)))
+
+
+@mistake(
+    "05 a value is NaN, prepared",
+    *(DataError, "Row 1 of train has labels=nan", "1 of 3 rows"),
+    line=NAN,
+    model=lambda: tiny_bert(1),
+)
+def _(fit, model, line):
+    dataset = rows(text=["good", "bad", "fine"], labels=[0.5, float("nan"), 0.1])
+    fit(model, prepare_dataloaders(value(line, dataset=dataset), tiny_tokenizer())["train"])
+
+
+HEADLESS = (ModelError, "BertModel has no task head", "no loss")
+
+
+@mistake(
+    "06 model without a head, prepared",
+    *HEADLESS,
+    line="AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)",
+    model=lambda: tiny_bert(kind=BertModel),
+)
+def _(fit, model, line):
+    model = tiny_bert() if line else model
+    fit(model, prepare_dataloaders(rows(), tiny_tokenizer(), model=model)["train"])
+
+
+@mistake(
+    "06 model without a head, own loader, three classes",
+    *HEADLESS,
+    line="loss_fn=",
+    model=lambda: tiny_bert(kind=BertModel),
+)
+def _(fit, model, line):
+    dataset = tokenized(rows(sentence=["good", "bad", "fine"], labels=[0, 1, 2]))
+    own = {"loss_fn": lambda model, batch: model(batch["input_ids"]).pooler_output.mean()}
+    fit(model, own_loader(dataset), **(own if line else {}))
+
+
+class Logits(nn.Module):
+    """Returns what many models of one's own do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB_SIZE, 2)
+
+    def forward(self, input_ids, labels=None):
+        return self.embedding(input_ids).mean(dim=1)
+
+
+@mistake(
+    "07 model returns a tensor",
+    *(ModelError, "Logits.forward returned a Tensor of shape (4, 2)", "not an output with a loss"),
+    line="loss_fn=lambda model, batch: torch.nn.functional.cross_entropy("
+    'model(input_ids=batch["input_ids"]), batch["labels"])',
+    model=Logits,
+)
+def _(fit, model, line):
+    dataset = tokenized(rows().rename_column("label", "labels"))
+    loader = own_loader(dataset.select_columns(["input_ids", "labels"]))
+    fit(model, loader, **keywords(line))
+
+
+@mistake(
+    "07 model returns a tuple",
+    *(ModelError, "BertForSequenceClassification.forward returned a tuple", "not an output with"),
+    line="loss_fn=lambda model, batch: model(**batch)[0]",
+    model=lambda: tiny_bert(return_dict=False),
+)
+def _(fit, model, line):
+    loader = prepare_dataloaders(rows(), tiny_tokenizer(), model=model)["train"]
+    fit(model, loader, **keywords(line))
+
+
+class NeverALoss(Logits):
+    def forward(self, input_ids, **columns):
+        return {"loss": None, "logits": super().forward(input_ids)}
+
+
+@mistake(
+    "08 model returns loss=None",
+    *(ModelError, "NeverALoss's output has loss=None", "it accepts: input_ids"),
+    line="loss_fn=lambda model, batch: ...",
+    model=NeverALoss,
+)
+def _(fit, model, line):
+    own = {"loss_fn": lambda model, batch: model(**batch)["logits"].mean()} if line else {}
+    fit(model, prepare_dataloaders(rows(), tiny_tokenizer(), model=model)["train"], **own)
+
+
+@mistake(
+    "09 label 2 of 2 classes, prepared with the model",
+    *(DataError, "Label 2 in row 4 of train", "num_labels=2 (0..1)"),
+    line="num_labels=3",
+)
+def _(fit, model, line):
+    model = tiny_bert(**keywords(line)) if line else model
+    dataset = rows(text=["good", "bad", "fine", "dull", "a"], label=[0, 1, 0, 1, 2])
+    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
+
+
+@mistake(
+    "09 label 2 of 2 classes, prepared without the model",
+    *(DataError, "Label 2 in train batch 0 (row id 4)", "num_labels=2 (0..1)"),
+    line="num_labels=3",
+)
+def _(fit, model, line):
+    model = tiny_bert(**keywords(line)) if line else model
+    dataset = rows(text=["good", "bad", "fine", "dull", "a"], label=[0, 1, 0, 1, 2])
+    fit(model, prepare_dataloaders(dataset, tiny_tokenizer())["train"])
+
+
+@mistake(
+    "09 label 2 of 2 classes, own loader",
+    *(DataError, "Label 2 in batch 0 (row id 1)", "num_labels=2 (0..1)"),
+    line="num_labels=3",
+)
+def _(fit, model, line):
+    model = tiny_bert(**keywords(line)) if line else model
+    fit(model, own_loader(tokenized(rows(sentence=["good", "bad", "a"], labels=[0, 2, 1]))))
+
+
+@mistake(
+    "09 label 2 of 2 classes, own loader that shuffles",
+    *(DataError, "Label 2 in row", "of batch 0", "num_labels=2 (0..1)"),
+    line="num_labels=3",
+)
+def _(fit, model, line):
+    model = tiny_bert(**keywords(line)) if line else model
+    dataset = tokenized(rows(sentence=["good", "bad", "a"], labels=[0, 2, 1]))
+    fit(model, own_loader(dataset, shuffle=True, generator=torch.Generator()))
+
+
+@mistake(
+    "09 class 3 of 3 in a list of classes",
+    *(DataError, "Label 3 in row 1 of train", "num_labels=3 (0..2)"),
+    line="num_labels=4",
+    model=lambda: tiny_bert(3),
+)
+def _(fit, model, line):
+    model = tiny_bert(**keywords(line)) if line else model
+    dataset = rows(text=["good", "bad", "a"], labels=[[0, 1], [3], []])
+    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
+
+
+@mistake(
+    "10 label -1, prepared",
+    *(DataError, "Label -1 in row 1 of train", "-100"),
+    line='dataset.filter(lambda row: row["label"] >= 0)',
+)
+def _(fit, model, line):
+    dataset = value(line, dataset=rows(text=["good", "bad", "fine"], label=[0, -1, 1]))
+    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
+
+
+@mistake(
+    "10 label -1, own loader",
+    *(DataError, "Label -1 in batch 0 (row id 2)", "-100"),
+    line='dataset.filter(lambda row: row["labels"] >= 0)',
+)
+def _(fit, model, line):
+    dataset = tokenized(rows(sentence=["good", "bad", "fine"], labels=[0, 1, -1]))
+    fit(model, own_loader(value(line, dataset=dataset)))
+
+
+@mistake(
+    "10 label -1 of a token",
+    *(DataError, "Label -1 in train batch 0 (row id 0)", "-100"),
+    line='dataset.map(lambda row: {"labels": [label if label >= 0 else -100 '
+    'for label in row["labels"]]})',
+    model=lambda: tiny_bert(kind=BertForTokenClassification),
+)
+def _(fit, model, line):
+    dataset = value(line, dataset=rows(input_ids=[[4, 5, 6]], labels=[[0, -1, 1]]))
+    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
+
+
+@mistake(
+    "11 labels start at 1, prepared",
+    *(DataError, "Label 2 in row 1 of train", "num_labels=2 (0..1)", "The smallest label is 1"),
+    line='dataset.map(lambda row: {"label": row["label"] - 1})',
+)
+def _(fit, model, line):
+    dataset = value(line, dataset=rows(text=["good", "bad", "fine"], label=[1, 2, 1]))
+    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
+
+
+@mistake(
+    "11 labels start at 1, own loader",
+    *(DataError, "Label 3 in batch 0 (row id 0)", "num_labels=3", "The smallest label is 1"),
+    line='dataset.map(lambda row: {"labels": row["labels"] - 1})',
+    model=lambda: tiny_bert(3),
+)
+def _(fit, model, line):
+    dataset = tokenized(rows(sentence=["good", "bad", "fine"], labels=[3, 2, 1]))
+    fit(model, own_loader(value(line, dataset=dataset)))
+
+
+@mistake(
+    "12 float labels, two classes, prepared with the model",
+    *(DataError, "Float labels in train, e.g. 1.0 (row 0)", "multi-label", "2 of them a row"),
+    line='dataset.cast_column("label", datasets.Value("int64"))',
+)
+def _(fit, model, line):
+    dataset = value(line, dataset=rows(text=["good", "bad"], label=[1.0, 0.0]))
+    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
+
+
+@mistake(
+    "12 float labels, two classes, prepared without the model",
+    *(DataError, "Float labels of shape (2,) in train batch 0", "multi-label", "2 of them a row"),
+    line='dataset.cast_column("labels", datasets.Value("int64"))',
+)
+def _(fit, model, line):
+    dataset = value(line, dataset=rows(text=["good", "bad"], labels=[1.0, 0.0]))
+    fit(model, prepare_dataloaders(dataset, tiny_tokenizer())["train"])
+
+
+@mistake(
+    "12 float labels, two classes, own loader",
+    *(DataError, "Float labels of shape (2,) in batch 0", "multi-label"),
+    line='dataset.cast_column("labels", datasets.Value("int64"))',
+)
+def _(fit, model, line):
+    dataset = tokenized(rows(sentence=["good", "bad"], labels=[1.0, 0.0]))
+    fit(model, own_loader(value(line, dataset=dataset)))
+
+
+@mistake(
+    "12 multi-label rows of another width, own loader",
+    *(DataError, "Labels of shape (2, 3) in batch 0", "num_labels=2"),
+    line="num_labels=3",
+)
+def _(fit, model, line):
+    model = tiny_bert(**keywords(line)) if line else model
+    labels = [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
+    fit(model, own_loader(tokenized(rows(sentence=["good", "bad"], labels=labels))))
+
+
+@mistake(
+    "12 multi-label rows of integers, own loader",
+    *(DataError, "Labels of shape (2, 3) in batch 0", "multi-label", "wants floats, not int64"),
+    line='dataset.cast_column("labels", datasets.Sequence(datasets.Value("float32")))',
+    model=lambda: tiny_bert(3),
+)
+def _(fit, model, line):
+    dataset = tokenized(rows(sentence=["good", "bad"], labels=[[1, 0, 1], [0, 0, 1]]))
+    fit(model, own_loader(value(line, dataset=dataset)))
+
+
+@mistake(
+    "14 all labels -100, prepared",
+    *(DataError, "No label to learn from in train batch 0", "all 2 are -100"),
+    line='dataset.filter(lambda row: row["labels"] != -100)',
+)
+def _(fit, model, line):
+    dataset = rows(input_ids=[[4, 5], [6, 7]], labels=[-100, -100])
+    if line is not None:  # would leave none: with one more row
+        dataset = value(line, dataset=rows(input_ids=[[4], [5], [6]], labels=[-100, 1, -100]))
+    fit(model, prepare_dataloaders(dataset, tiny_tokenizer())["train"])
+
+
+@mistake(
+    "14 all labels of tokens -100, own loader",
+    *(DataError, "No label to learn from in batch 0", "all 6 are -100"),
+    line='dataset.filter(lambda row: set(row["labels"]) != {-100})',
+    model=lambda: tiny_bert(kind=BertForMaskedLM),
+)
+def _(fit, model, line):
+    labels = [[-100] * 3, [-100] * 3, [-100, 4, -100]][: 3 if line else 2]
+    dataset = rows(input_ids=[[4, 5, 6]] * len(labels), labels=labels)
+    fit(model, own_loader(value(line, dataset=dataset)))
+
+
+@mistake(
+    "15 token beyond the vocabulary, prepared",
+    *(DataError, "Token id 5 in train batch 0 (row id 1)", "vocab_size 5"),
+    *("BertForSequenceClassification", "Tokenizer and model differ"),
+    line="model.resize_token_embeddings(len(tokenizer))",
+    model=lambda: tiny_bert(vocab_size=5),
+)
+def _(fit, model, line):
+    tokenizer = tiny_tokenizer()
+    loaders = prepare_dataloaders(rows(text=["good", "bad"], label=[0, 1]), tokenizer, seed=1)
+    value(line, model=model, tokenizer=tokenizer)
+    fit(model, loaders["train"])
+
+
+@mistake(
+    "15 token beyond the vocabulary, own loader",
+    *(DataError, "Token id 5 in batch 0 (row id 1)", "vocab_size 5"),
+    line="model.resize_token_embeddings(len(tokenizer))",
+    model=lambda: tiny_bert(vocab_size=5),
+)
+def _(fit, model, line):
+    dataset = tokenized(rows(sentence=["good", "bad"], labels=[0, 1]))
+    value(line, model=model, tokenizer=tiny_tokenizer())
+    fit(model, own_loader(dataset))
+
+
+LONG = {"text": ["good movie " * 20, "bad movie"], "label": [0, 1]}
+
+
+@mistake(
+    "16 too many tokens, prepared without the model",
+    *(DataError, "A sequence of 42 tokens in train batch 0", "takes 16"),
+    line="max_length=16",
+    model=lambda: tiny_bert(max_position_embeddings=16),
+)
+def _(fit, model, line):
+    fit(model, prepare_dataloaders(rows(**LONG), tiny_tokenizer(), **keywords(line))["train"])
+
+
+@mistake(
+    "16 too many tokens, own loader",
+    *(DataError, "A sequence of 20 tokens in batch 0", "takes 16"),
+    line="truncation=True, max_length=16",
+    model=lambda: tiny_bert(max_position_embeddings=16),
+)
+def _(fit, model, line):
+    dataset = rows(sentence=LONG["text"], labels=[0, 1])
+    fit(model, own_loader(tokenized(dataset, **{"max_length": 20, **keywords(line)})))
+
+
+RAGGED = (DataError, "Rows have lengths 2..4 in 'input_ids'", "nothing pads them")
+
+
+@mistake(
+    "17 ragged rows, prepared without a tokenizer",
+    *RAGGED,
+    line="prepare_dataloaders(dataset, tokenizer)",
+    from_error=True,
+)
+def _(fit, model, line):
+    dataset = rows(input_ids=[[4, 5, 6, 7], [4, 5]], labels=[0, 1])
+    fit(model, prepare_dataloaders(dataset, tiny_tokenizer() if line else None)["train"])
+
+
+@mistake(
+    "17 ragged rows of tensors, own loader",
+    *RAGGED,
+    line="DataCollatorWithPadding(tokenizer)",
+    from_error=True,
+)
+def _(fit, model, line):
+    dataset = rows(input_ids=[[4, 5, 6, 7], [4, 5]], labels=[0, 1])
+    padding = {"collate_fn": DataCollatorWithPadding(tiny_tokenizer())} if line else {}
+    fit(model, own_loader(dataset, **padding))
+
+
+@mistake(
+    "17 ragged rows of lists, own loader",
+    *RAGGED,
+    line="DataCollatorWithPadding(tokenizer)",
+    from_error=True,
+)
+def _(fit, model, line):
+    dataset = rows(input_ids=[[4, 5, 6, 7], [4, 5]], labels=[0, 1])
+    padding = {"collate_fn": DataCollatorWithPadding(tiny_tokenizer())} if line else {}
+    fit(model, DataLoader(dataset, batch_size=2, **padding))
+
+
+@mistake(
+    "17 rows of lists, which torch's collate turns around",
+    *(DataError, "'input_ids' is a list of 3 tensors of shape (2,)", "default collate"),
+    line='dataset.with_format("torch")',
+)
+def _(fit, model, line):
+    dataset = rows(input_ids=[[4, 5, 6], [7, 8, 9]], labels=[0, 1])
+    fit(model, DataLoader(value(line, dataset=dataset), batch_size=2))
+
+
+@mistake(
+    "18 tokenizer without a pad token",
+    *(DataError, "The tokenizer has no pad token"),
+    line="tokenizer.pad_token = tokenizer.eos_token; "
+    "model.config.pad_token_id = tokenizer.pad_token_id",
+)
+def _(fit, model, line):
+    tokenizer = tiny_tokenizer(pad_token=None, eos_token="[SEP]")
+    exec(line or "", {"tokenizer": tokenizer, "model": model})
+    fit(model, prepare_dataloaders(rows(), tokenizer, model=model)["train"])
+
+
+MISALIGNED = (DataError, "labels have length 2, input_ids 4")
+
+
+@mistake(
+    "19 fewer labels than tokens, prepared",
+    *(*MISALIGNED, "row 1 of train"),
+    line="-100",
+    model=lambda: tiny_bert(kind=BertForTokenClassification),
+)
+def _(fit, model, line):
+    labels = [[0, 1, 1], [0, 1] + ([-100] * 2 if line else [])]
+    dataset = rows(input_ids=[[4, 5, 6], [4, 5, 6, 7]], labels=labels)
+    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
+
+
+@mistake(
+    "19 fewer labels than tokens in the first row, prepared",
+    *(*MISALIGNED, "row 0 of train"),
+    line="-100",
+    model=lambda: tiny_bert(kind=BertForTokenClassification),
+)
+def _(fit, model, line):
+    labels = [[0, 1] + ([-100] * 2 if line else []), [0, 1, 1]]
+    dataset = rows(input_ids=[[4, 5, 6, 7], [4, 5, 6]], labels=labels)
+    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
+
+
+@mistake(
+    "19 labels of tokens not padded, own loader",
+    *(*MISALIGNED, "batch 0"),
+    line="-100",
+    model=lambda: tiny_bert(kind=BertForTokenClassification),
+)
+def _(fit, model, line):
+    labels = [[0, 1] + ([-100] * 2 if line else [])] * 2
+    fit(model, own_loader(rows(input_ids=[[4, 5, 6, 7]] * 2, labels=labels)))
+
+
+@mistake(
+    "19 ragged labels of tokens, own loader",
+    *(*MISALIGNED, "row 1 of the 2 checked"),
+    line="DataCollatorForTokenClassification(tokenizer)",
+    model=lambda: tiny_bert(kind=BertForTokenClassification),
+    from_error=True,
+)
+def _(fit, model, line):
+    labels = [[0, 1, 1], [0, 1] + ([-100] * 2 if line else [])]
+    dataset = rows(input_ids=[[4, 5, 6], [4, 5, 6, 7]], labels=labels)
+    padding = {"collate_fn": DataCollatorForTokenClassification(tiny_tokenizer())} if line else {}
+    fit(model, DataLoader(dataset, batch_size=2, **padding))
+
+
+@mistake(
+    "22 empty split, prepared",
+    *(DataError, "validation has 0 rows", "Check the filter"),
+    line="dataset.num_rows",
+)
+def _(fit, model, line):
+    keep = (lambda row: row["label"] > 1) if line is None else (lambda row: row["label"] > 0)
+    splits = DatasetDict(train=rows(), validation=rows().filter(keep))
+    fit(model, prepare_dataloaders(splits, tiny_tokenizer())["train"])
+
+
+@mistake("22 empty stream, prepared", DataError, "train has 0 rows", line="dataset.num_rows")
+def _(fit, model, line):
+    stream = IterableDataset.from_generator(lambda: iter(rows() if line else ()))
+    fit(model, prepare_dataloaders(stream, tiny_tokenizer())["train"], max_steps=1)
+
+
+@mistake(
+    "22 empty data set, own loader",
+    *(DataError, "The training loader has 0 batches", "Check the filter of the dataset"),
+    line="batch_size",
+)
+def _(fit, model, line):
+    dataset = tokenized(rows().rename_column("label", "labels"))
+    fit(model, own_loader(dataset if line else dataset.select([])))
+
+
+@mistake(
+    "23 DatasetDict for a loader",
+    *(DataError, "Got a DatasetDict with splits train, test", "one loader is wanted"),
+    line='loaders["train"]',
+)
+def _(fit, model, line):
+    splits = DatasetDict(train=rows(), test=rows())
+    loaders = prepare_dataloaders(splits, tiny_tokenizer())
+    fit(model, splits if line is None else value(line, loaders=loaders))
+
+
+@mistake(
+    "23 all loaders for one",
+    *(DataError, "Got a dict with splits train, test", "one loader is wanted"),
+    line='loaders["train"]',
+)
+def _(fit, model, line):
+    loaders = prepare_dataloaders(DatasetDict(train=rows(), test=rows()), tiny_tokenizer())
+    fit(model, value(line, loaders=loaders))
+
+
+@mistake(
+    "23 Dataset for a loader",
+    *(DataError, "Got a Dataset", "a loader of batches is wanted"),
+    line='prepare_dataloaders(dataset, tokenizer)["train"]',
+)
+def _(fit, model, line):
+    loader = prepare_dataloaders(rows(), tiny_tokenizer())["train"]
+    fit(model, loader if line else rows())
+
+
+@mistake(
+    "28 nothing to evaluate",
+    *(DataError, "No rows to evaluate", "0 batches"),
+    line="Check the filter of the dataset",
+)
+def _(fit, model, line):
+    loaders = prepare_dataloaders(rows(), tiny_tokenizer())
+    dataset = tokenized(rows().rename_column("label", "labels"))
+    evaluate_loop(model, own_loader(dataset if line else dataset.select([])), "accuracy")
+    fit(model, loaders["train"])
+
+
+@mistake(
+    "32 all parameters frozen",
+    *(ModelError, "BertForSequenceClassification has 0 trainable parameters of 25"),
+    line="for parameter in model.classifier.parameters(): parameter.requires_grad_(True)",
+    model=lambda: tiny_bert().requires_grad_(False),
+)
+def _(fit, model, line):
+    exec(line or "", {"model": model})
+    fit(model, prepare_dataloaders(rows(), tiny_tokenizer(), model=model)["train"])
+
+
+@mistake(
+    "32 parameters frozen after the optimizer was built",
+    *(ModelError, "BertForSequenceClassification has 0 trainable parameters of 25"),
+    line="for parameter in model.classifier.parameters(): parameter.requires_grad_(True)",
+)
+def _(fit, model, line):
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.requires_grad_(False)
+    exec(line or "", {"model": model})
+    loaders = prepare_dataloaders(rows(), tiny_tokenizer(), model=model)
+    fit(model, loaders["train"], optimizer=optimizer)
+
+
+@mistake(
+    "33 optimizer of another model",
+    *(ModelError, "None of the optimizer's 25 parameters", "this BertForSequenceClassification"),
+    line="prepare_optimizer(model)",
+)
+def _(fit, model, line):
+    optimizer = value(line, optimizer=torch.optim.AdamW(tiny_bert().parameters()), model=model)
+    loaders = prepare_dataloaders(rows(), tiny_tokenizer(), model=model)
+    fit(model, loaders["train"], optimizer=optimizer)
+
+
+@mistake(
+    "35 numbers out of range, all at once",
+    *(ConfigError, "num_epochs must be a whole number of at least 1, got 0."),
+    "gradient_accumulation_steps must be a whole number of at least 1, got 0.",
+    "max_grad_norm must be above 0, got -1",
+    line="None does not clip",
+)
+def _(fit, model, line):
+    numbers = {"num_epochs": 0, "gradient_accumulation_steps": 0, "max_grad_norm": -1}
+    loaders = prepare_dataloaders(rows(), tiny_tokenizer(), model=model)
+    fit(model, loaders["train"], **({} if line else numbers))
+
+
+@mistake(
+    "35 numbers of the loaders out of range, all at once",
+    *(ConfigError, "batch_size must be a whole number of at least 1, got 0."),
+    "eval_batch_size must be a whole number of at least 1, got -8.",
+    "max_length must be a whole number of at least 1, got 0.5.",
+    line="at least 1",
+)
+def _(fit, model, line):
+    numbers = {"batch_size": 0, "eval_batch_size": -8, "max_length": 0.5}
+    dataset = rows().to_iterable_dataset()
+    loaders = prepare_dataloaders(dataset, tiny_tokenizer(), **({} if line else numbers))
+    fit(model, loaders["train"], max_steps=1)
+
+
+@mistake(
+    "35 learning rate below 0",
+    *(ConfigError, "lr=-0.001", "must be at least 0"),
+    line="prepare_optimizer(model, lr=5e-5)",
+)
+def _(fit, model, line):
+    loaders = prepare_dataloaders(rows(), tiny_tokenizer(), model=model)
+    optimizer = value(line, model=model) if line else prepare_optimizer(model, lr=-1e-3)
+    fit(model, loaders["train"], optimizer=optimizer)
+
+
+@mistake(
+    "36 both epochs and steps",
+    *(ConfigError, "Give num_epochs=1 or max_steps=3"),
+    line="max_steps=3",
+)
+def _(fit, model, line):
+    loaders = prepare_dataloaders(rows(), tiny_tokenizer(), model=model)
+    fit(model, loaders["train"], **(keywords(line) if line else {"num_epochs": 1, "max_steps": 3}))
+
+
+@mistake(
+    "36 a stream without max_steps, prepared",
+    *(ConfigError, "A streaming dataset has no length"),
+    line="max_steps=",
+)
+def _(fit, model, line):
+    loaders = prepare_dataloaders(rows().to_iterable_dataset(), tiny_tokenizer(), model=model)
+    fit(model, loaders["train"], **({"max_steps": 1} if line else {}))
+
+
+@mistake(
+    "36 a stream without max_steps, own loader",
+    *(ConfigError, "A streaming dataset has no length"),
+    line="max_steps=",
+)
+def _(fit, model, line):
+    stream = tokenized(rows().rename_column("label", "labels")).to_iterable_dataset()
+    fit(model, own_loader(stream), **({"max_steps": 1} if line else {}))
+
+
+# The tests. -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def updates() -> Iterator[list[torch.optim.Optimizer]]:
+    """The optimizer of every step that anything makes."""
+    made: list[torch.optim.Optimizer] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: made.append(optimizer))
+    yield made
+    hook.remove()
+
+
+def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+
+
+each_mistake = pytest.mark.parametrize(
+    "mistake", MISTAKES, ids=[mistake.name.replace(" ", "-") for mistake in MISTAKES]
+)
+each_loop = pytest.mark.parametrize("fit", [by_train_loop, by_train_steps])
+
+
+@each_mistake
+@each_loop
+def test_a_mistake_is_refused_before_the_first_update(mistake, fit, updates):
+    model = mistake.model()
+    before = bits_of(model)
+    with pytest.raises(ManualLoopError) as refused:
+        mistake.script(fit, model, None)
+    message = str(refused.value)
+    assert type(refused.value) is mistake.error
+    assert isinstance(refused.value, ValueError)
+    for part in (*mistake.says, mistake.line):
+        assert part in message
+    assert all(message.index(part) <= message.rindex(mistake.line) for part in mistake.says)
+    assert message.endswith(".")
+    assert len(message) < 500
+    assert isinstance(refused.value.__cause__, Exception) == mistake.from_error
+    assert updates == []
+    assert_same_bits(model, before)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+@each_mistake
+def test_the_line_in_the_message_mends_it(mistake, updates):
+    model = mistake.model()
+    mistake.script(by_train_loop, model, mistake.line)
+    assert updates
+
+
+# What is seen only later, or is only warned of. ------------------------------------------------
+
+
+def test_a_later_batch_is_explained_and_the_weights_stay_as_the_update_before_left_them(updates):
+    labels = [0, 1, 0, 1, 0, 1, 2, 0]
+    dataset = tokenized(rows(sentence=["good"] * 8, labels=labels))
+    model = tiny_bert()
+    state = TrainState(model, prepare_optimizer(model))
+    steps = train_steps(state, DataLoader(dataset.with_format("torch"), batch_size=2), num_epochs=1)
+    for _ in range(3):
+        next(steps)
+    before = bits_of(model)
+    with pytest.raises(DataError) as refused:
+        next(steps)
+    assert str(refused.value) == (
+        "Label 2 in batch 3 (row id 6), but the model has num_labels=2 (0..1). Mend the label, or "
+        "load the model with room for it: from_pretrained(name, num_labels=3)."
+    )
+    assert isinstance(refused.value.__cause__, IndexError)
+    assert len(updates) == state.progress.num_steps == 3
+    assert_same_bits(model, before)
+
+
+def test_the_row_of_a_shuffled_prepared_loader_is_named_by_its_number_in_the_dataset():
+    labels = [0, 1] * 10
+    labels[13] = 7
+    dataset = rows(input_ids=[[4, 5]] * 20, labels=labels)
+    model = tiny_bert()
+    loader = prepare_dataloaders(dataset, tiny_tokenizer(), batch_size=3)["train"]
+    number = next(n for n, batch in enumerate(loader.batch_sampler) if 13 in batch)
+    with pytest.raises(DataError, match=rf"Label 7 in train batch {number} \(row id 13\)"):
+        by_train_loop(model, loader)
+
+
+@pytest.mark.parametrize(
+    ("config", "columns", "message"),
+    [
+        ({}, {"labels": [0, 2]}, "Label 2 in .*num_labels=3"),
+        ({"vocab_size": 5}, {"labels": [0, 1]}, r"Token id 5 in .*resize_token_embeddings"),
+        ({"max_position_embeddings": 6}, {"labels": [0, 1]}, "8 tokens in .*max_length=6"),
+    ],
+    ids=["09-label", "15-token", "16-length"],
+)
+def test_an_evaluation_is_explained_in_the_same_words(config, columns, message, updates):
+    model = tiny_bert(**config)
+    before = bits_of(model)
+    loader = own_loader(tokenized(rows(sentence=["good", "bad"], **columns)))
+    with pytest.raises(DataError, match=message):
+        evaluate_loop(model, loader, "accuracy")
+    assert updates == []
+    assert_same_bits(model, before)
+
+
+@pytest.fixture
+def warnings_of(caplog) -> Callable[[], list[str]]:
+    return lambda: [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_13_classes_under_a_regression_head_prepared(warnings_of):
+    prepare_dataloaders(rows(), tiny_tokenizer(), model=tiny_bert(1))
+    (message,) = warnings_of()
+    assert message == (
+        "num_labels=1 means regression (MSE), and 'label' of train look like classes: 0, 1. If "
+        "they are, load the model with num_labels=2; if they are values, set "
+        'model.config.problem_type = "regression".'
+    )
+
+
+@each_loop
+def test_13_classes_under_a_regression_head_own_loader(fit, warnings_of):
+    dataset = tokenized(rows().rename_column("label", "labels"))
+    fit(tiny_bert(1), own_loader(dataset))
+    (message,) = warnings_of()
+    assert "the labels of batch 0 look like classes: 0, 1." in message
+
+
+@pytest.mark.parametrize("mend", ["num_labels=2", "problem_type", "task", "values"])
+def test_13_is_not_warned_of_when_mended_or_meant(mend, warnings_of):
+    model = tiny_bert(2 if mend == "num_labels=2" else 1)
+    if mend == "problem_type":
+        exec('model.config.problem_type = "regression"', {"model": model})
+    labels = [30, 12, 55] if mend == "values" else [0, 1, 0]
+    dataset = rows(text=["good", "bad", "fine"], labels=labels)
+    task = "regression" if mend == "task" else None
+    by_train_loop(
+        model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model, task=task)["train"]
+    )
+    by_train_loop(model, prepare_dataloaders(dataset, tiny_tokenizer(), task=task)["train"])
+    assert warnings_of() == []
+
+
+# What is no mistake. ---------------------------------------------------------------------------
+
+
+def test_a_window_needs_one_label_not_one_in_each_batch(updates):
+    dataset = tokenized(rows(sentence=["good"] * 4, labels=[-100, -100, 0, 1]))
+    loader = DataLoader(dataset.with_format("torch"), batch_size=2)
+    by_train_loop(tiny_bert(), loader, gradient_accumulation_steps=2)
+    assert len(updates) == 1
+
+
+def test_the_num_labels_of_a_model_that_is_no_classifier_says_nothing(updates):
+    model = tiny_bert(kind=BertForPreTraining)
+    assert model.config.num_labels == 2
+    batch = {"input_ids": torch.tensor([[4, 5, 6]]), "labels": torch.tensor([[-100, 9, -100]])}
+    by_train_loop(model, [{**batch, "next_sentence_label": torch.tensor([0])}])
+    assert len(updates) == 1
+
+
+def test_columns_of_a_shape_of_their_own_are_no_mistake(updates):
+    class Free(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(1, 1)
+
+        def forward(self, texts: list[str], labels: list[dict[str, torch.Tensor]]):
+            lengths = torch.tensor([[float(len(text))] for text in texts])
+            return {"loss": self.linear(lengths).mean() + labels[0]["boxes"].mean()}
+
+    batch = {"texts": ["good", "bad"], "labels": [{"boxes": torch.ones(3, 4)}] * 2}
+    by_train_loop(Free(), [batch])
+    assert len(updates) == 1
+
+
+def test_a_forward_that_takes_anything_is_tried(updates):
+    class Anything(Logits):
+        def forward(self, **batch):
+            logits = super().forward(batch["input_ids"])
+            return {"loss": nn.functional.cross_entropy(logits, batch["labels"])}
+
+    by_train_loop(Anything(), prepare_dataloaders(rows(), tiny_tokenizer())["train"])
+    assert updates
+
+
+def test_a_loss_of_ones_own_switches_the_checks_off(updates):
+    batch = {"x": torch.ones(3, 1), "labels": torch.tensor([7, 8, 9])}
+    by_train_loop(nn.Linear(1, 1), [batch], loss_fn=lambda model, batch: model(batch["x"]).mean())
+    assert len(updates) == 1
