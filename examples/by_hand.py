@@ -68,7 +68,7 @@ def level_2_a_for_loop(model: torch.nn.Module, loaders: dict[str, DataLoader]) -
 
 
 def level_3_the_parts(model: torch.nn.Module, loaders: dict[str, DataLoader]) -> dict[str, float]:
-    """Your own loop, with what is easy to get wrong borrowed: the weighting, the order, the tail."""
+    """Your own loop, and what is easy to get wrong borrowed: weighting, order, tail."""
     strategy = prepare_strategy("auto")
     model = strategy.prepare_model(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)

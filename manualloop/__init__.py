@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Accelerated": "strategy",
+    "AccumulationReport": "verify",
     "BatchReport": "data.inspect",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -23,6 +24,7 @@ _HOME = {
     "ManualLoopError": "errors",
     "MetricError": "errors",
     "ModelError": "errors",
+    "NonFiniteError": "errors",
     "Predictions": "evaluation",
     "SingleDevice": "strategy",
     "Step": "types",
@@ -33,6 +35,7 @@ _HOME = {
     "Window": "types",
     "accumulate_gradients": "update",
     "apply_update": "update",
+    "check_accumulation": "verify",
     "count_items": "tasks",
     "evaluate_loop": "evaluation",
     "inspect_batch": "data.inspect",
@@ -72,6 +75,7 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.errors import ManualLoopError as ManualLoopError
     from manualloop.errors import MetricError as MetricError
     from manualloop.errors import ModelError as ModelError
+    from manualloop.errors import NonFiniteError as NonFiniteError
     from manualloop.evaluation import Predictions as Predictions
     from manualloop.evaluation import evaluate_loop as evaluate_loop
     from manualloop.evaluation import predict_loop as predict_loop
@@ -93,3 +97,5 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.update import accumulate_gradients as accumulate_gradients
     from manualloop.update import apply_update as apply_update
     from manualloop.update import windows as windows
+    from manualloop.verify import AccumulationReport as AccumulationReport
+    from manualloop.verify import check_accumulation as check_accumulation

@@ -28,8 +28,8 @@ def parse_cadence(
         num_steps_per_epoch: Updates in an epoch; None if the data has no length.
 
     Returns:
-        A function that tells whether a step is due. Counted in updates or epochs it depends on the
-        step's index alone, so that a resumed run acts on the same steps.
+        A function that tells whether a step is due. Counted in updates or parts of epochs it
+        depends on the step's index alone, so that a resumed run acts on the same steps.
 
     Raises:
         ConfigError: The cadence cannot be read, or parts of an epoch are asked of data that has
@@ -52,7 +52,7 @@ updates (200), "epoch", "0.25 epoch", or a time ("10 min").
     if parts[2] in _SECONDS:
         return _every_seconds(float(amount * _SECONDS[parts[2]]))
     if amount == 1:
-        return lambda step: step.ends_epoch
+        return _every_epoch()
     if num_steps_per_epoch is None:
         raise ConfigError(
             f"{name}={cadence!r} needs to know how long an epoch is, and this data has no "
@@ -60,6 +60,19 @@ updates (200), "epoch", "0.25 epoch", or a time ("10 min").
         )
     period = amount * num_steps_per_epoch
     return lambda step: step.index // period > (step.index - 1) // period
+
+
+def _every_epoch() -> Callable[[Step], bool]:
+    last: Step | None = None
+
+    def is_due(step: Step) -> bool:
+        nonlocal last
+        # An epoch whose last update was skipped ends unseen: the next step makes up for it.
+        is_late = last is not None and step.epoch > last.epoch and not last.ends_epoch
+        last = step
+        return step.ends_epoch or is_late
+
+    return is_due
 
 
 def _every_seconds(seconds: float) -> Callable[[Step], bool]:

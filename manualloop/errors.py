@@ -24,5 +24,9 @@ class MetricError(ManualLoopError, ValueError):
     """A metric is unknown, or was given what it cannot score."""
 
 
+class NonFiniteError(ManualLoopError, ArithmeticError):
+    """The loss or the gradient norm is NaN or infinite."""
+
+
 class DistributedError(ManualLoopError, RuntimeError):
     """The processes of a run do not fit together."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,12 +15,20 @@ from torch.utils.data import IterableDataset, SequentialSampler
 
 from manualloop.data.order import OrderedBatchSampler, num_batches
 from manualloop.errors import DataError, ModelError
-from manualloop.models import forward_columns, takes_any_column
-from manualloop.preflight import explain
+from manualloop.models import evaluation_mode, forward_columns, takes_any_column
+from manualloop.preflight import explain, require_loader
 from manualloop.progress import ProgressBar
 from manualloop.scorers import Scorer, as_metric
-from manualloop.strategy import Strategy, strategy_for
-from manualloop.tasks import IGNORE_INDEX, TASKS, count_items, infer_task, num_rows, require_loss
+from manualloop.strategy import Strategy, require_one_process, strategy_for
+from manualloop.tasks import (
+    IGNORE_INDEX,
+    TASKS,
+    count_terms,
+    infer_task,
+    num_rows,
+    require_loss,
+    term_losses,
+)
 from manualloop.types import Batch, LossFn
 
 Postprocess: TypeAlias = Callable[[Any, Batch], Tensor]
@@ -91,51 +98,62 @@ def evaluate_loop(
     ...               loss_fn=lambda model, batch: 0 * model(batch["x"]).mean())
     {'loss': 0.0}
     """
-    strategy = strategy_for(model, strategy)
+    strategy = require_one_process(strategy_for(model, strategy))
     model = strategy.prepare_model(model)
     scorer = None if metric is None else as_metric(metric)
-    total_loss, total_items = 0.0, 0
+    losses: list[list[tuple[float, int]]] = []
     shown = progress_bar and strategy.is_main
     with (
         evaluation_mode(model, strategy.device),
         closing(_shown(eval_dataloader, "Evaluating", shown)) as batches,
     ):
-        for batch in batches:
-            loss, num_items = _score(model, batch, strategy, loss_fn, postprocess, scorer)
-            total_loss += loss
-            total_items += num_items
+        for place, batch in batches:
+            if parts := _score(model, batch, place, strategy, loss_fn, postprocess, scorer):
+                losses.append(parts)
     scores: dict[str, float] = {} if scorer is None else scorer.compute()
-    if total_items == 0 and scorer is None:
+    means = [_mean(term) for term in zip(*losses, strict=True) if any(n for _, n in term)]
+    if not means and scorer is None:
         raise DataError(
             f"Nothing to score: every label of the loader is {IGNORE_INDEX}. Check the masking of "
             "the labels, and that truncation leaves some."
         )
-    return {"loss": total_loss / total_items, **scores} if total_items else scores
+    return {"loss": sum(means) / len(means), **scores} if means else scores
+
+
+def _mean(parts: Sequence[tuple[float, int]]) -> float:
+    return sum(loss for loss, _ in parts) / sum(num_items for _, num_items in parts)
 
 
 def _score(
     model: nn.Module,
     batch: Any,
+    place: tuple[Any, int],
     strategy: Strategy,
     loss_fn: LossFn | None,
     postprocess: Postprocess | None,
     scorer: Scorer | None,
-) -> tuple[float, int]:
-    """Give a batch to the metric; return its loss, summed over items, and their number.
+) -> list[tuple[float, int]]:
+    """Give a batch to the metric; return its losses, summed over items, and their numbers.
 
-    A function, so that its outputs are gone before the next batch needs the memory.
+    There is one, but for question answering (see ``count_terms``); none without labels. A function,
+    so that its outputs are gone before the next batch needs the memory.
     """
-    outputs, loss = _forward(model, batch, strategy, loss_fn)
+    outputs, loss = _forward(model, batch, place, strategy, loss_fn)
     if scorer is not None:
         predictions, references = _for_metric(model, outputs, batch, postprocess)
         scorer.add_batch(predictions=predictions, references=references)
     elif loss is None:
         loss = require_loss(model, batch, outputs)
     if loss is None:
-        return 0.0, 0
-    mean, num_items = loss if isinstance(loss, tuple) else (loss, count_items(model, batch))
-    num_items = int(num_items)
-    return (float(mean) * num_items if num_items else 0.0), num_items  # a mean of none is 0/0
+        return []
+    counts = count_terms(model, batch)
+    if isinstance(loss, tuple):
+        loss, counts = loss[0], (int(loss[1]),)
+    means = [loss] if len(counts) == 1 else term_losses(outputs, strategy.to_device(batch))
+    return [
+        (float(mean) * num_items if num_items else 0.0, num_items)  # a mean of none is 0/0
+        for mean, num_items in zip(means, counts, strict=True)
+    ]
 
 
 def predict_loop(
@@ -166,7 +184,7 @@ def predict_loop(
     >>> predict_loop(Half(), batches).predictions
     array([1, 0])
     """
-    strategy = strategy_for(model, strategy)
+    strategy = require_one_process(strategy_for(model, strategy))
     model = strategy.prepare_model(model)
     index = _dataset_rows(dataloader)
     predictions: list[Tensor] = []
@@ -177,8 +195,8 @@ def predict_loop(
         evaluation_mode(model, strategy.device),
         closing(_shown(dataloader, "Predicting", shown)) as batches,
     ):
-        for batch in batches:
-            predicted, probabilities = _predict(model, batch, strategy, postprocess)
+        for place, batch in batches:
+            predicted, probabilities = _predict(model, batch, place, strategy, postprocess)
             predictions.append(predicted)
             if probabilities is not None:
                 scores.append(probabilities)
@@ -192,10 +210,14 @@ def predict_loop(
 
 
 def _predict(
-    model: nn.Module, batch: Any, strategy: Strategy, postprocess: Postprocess | None
+    model: nn.Module,
+    batch: Any,
+    place: tuple[Any, int],
+    strategy: Strategy,
+    postprocess: Postprocess | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the predictions for a batch, and the probabilities where the task has them."""
-    outputs, _ = _forward(model, batch, strategy, None)
+    outputs, _ = _forward(model, batch, place, strategy, None)
     probabilities = None
     if postprocess is not None:
         predictions = postprocess(outputs, batch)
@@ -226,35 +248,16 @@ def _table(parts: list[Tensor]) -> NDArray[Any]:
     return table
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put a model into eval mode and inference mode, and every submodule back afterwards.
-
-    The random states of Python, NumPy, torch's CPU and the model's device are put back too, so
-    that evaluating in the middle of training changes nothing in it.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [device] if device.type in ("cuda", "mps", "xpu") else []
-    kind = device.type if devices else "cpu"
-    try:
-        with torch.random.fork_rng(devices, device_type=kind), torch.inference_mode():
-            model.eval()
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for module, training in modes:
-            module.training = training
-
-
-def _shown(loader: Iterable[Any], name: str, shown: bool) -> Generator[Any, None, None]:
-    """Give the batches of a loader, at least one, under a bar."""
+def _shown(
+    loader: Iterable[Any], name: str, shown: bool
+) -> Generator[tuple[tuple[Any, int], Any], None, None]:
+    """Give the batches of a loader, at least one, under a bar; each after its place."""
+    require_loader(loader)
     bar = ProgressBar(num_batches(loader), name=name, unit="batch", shown=shown)
     number = 0
     try:
         for batch in loader:
-            yield batch
+            yield (loader, number), batch
             number += 1
             if bar.is_due():
                 bar.show(number)
@@ -268,7 +271,11 @@ def _shown(loader: Iterable[Any], name: str, shown: bool) -> Generator[Any, None
 
 
 def _forward(
-    model: nn.Module, batch: Any, strategy: Strategy, loss_fn: LossFn | None
+    model: nn.Module,
+    batch: Any,
+    place: tuple[Any, int],
+    strategy: Strategy,
+    loss_fn: LossFn | None,
 ) -> tuple[Any, Any]:
     """Return the outputs for a batch and its loss: a mean, ``(mean, items)``, or None."""
     inputs = strategy.to_device(batch)
@@ -285,7 +292,9 @@ def _forward(
         try:
             outputs = model(**_taken(model, inputs))
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            explain(error, model, [batch], (), 0, needs_labels=False)
+            loader, number = place
+            size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 0
+            explain(error, model, [batch], loader, number * size, needs_labels=False)
             raise
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     return outputs, loss

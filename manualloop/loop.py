@@ -21,7 +21,7 @@ from manualloop.state import TrainState
 from manualloop.strategy import Strategy, strategy_for
 from manualloop.training import Plan, plan_run, train_steps
 from manualloop.types import LossFn, Step
-from manualloop.update import StepFn
+from manualloop.update import OnNonfinite, StepFn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +71,7 @@ def train_loop(
     max_grad_norm: float | None = None,
     loss_fn: LossFn | None = None,
     step_fn: StepFn | None = None,
+    on_nonfinite: OnNonfinite = "raise",
     strategy: Strategy | None = None,
     extras: dict[str, Any] | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
@@ -107,6 +108,8 @@ def train_loop(
         max_grad_norm: Norm to which gradients are clipped; None does not clip.
         loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)``.
         step_fn: ``step_fn(state, batches, strategy) -> Update`` replaces the whole update.
+        on_nonfinite: What a loss or gradient norm that is NaN or infinite does: ``"raise"``,
+            ``"skip"`` or ``"ignore"``; see ``train_steps``.
         strategy: Device and precision; None: ``prepare_strategy("auto")``.
         extras: Kept in ``TrainState.extras``.
         evaluate: Called without arguments; returns metrics by name.
@@ -127,6 +130,7 @@ def train_loop(
         ConfigError: The arguments do not fit together.
         DataError: The data cannot be trained on.
         ModelError: The model or the optimizer cannot be trained.
+        NonFiniteError: The loss or the gradient norm is NaN or infinite; it names the rows.
 
     >>> import torch
     >>> model = nn.Linear(1, 1)
@@ -154,6 +158,7 @@ def train_loop(
         max_grad_norm=max_grad_norm,
         loss_fn=loss_fn,
         step_fn=step_fn,
+        on_nonfinite=on_nonfinite,
         strategy=strategy,
         preflight=preflight,
         **length,

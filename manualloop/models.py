@@ -1,9 +1,14 @@
-"""What can be read off a model without running it."""
+"""What can be read off a model without running it, and the mode it is evaluated in."""
 
 from __future__ import annotations
 
 import inspect
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
+import torch
 from torch import nn
 
 
@@ -81,3 +86,27 @@ def max_length(model: nn.Module) -> int | None:
 
 
 _POSITION_EMBEDDINGS = ("position_embeddings", "wpe", "embed_positions")
+
+
+@contextmanager
+def evaluation_mode(
+    model: nn.Module, device: torch.device, *, inference: bool = True
+) -> Iterator[None]:
+    """Put a model into eval mode and inference mode, and every submodule back afterwards.
+
+    The random states of Python, NumPy, torch's CPU and the model's device are put back too, so
+    that evaluating in the middle of training changes nothing in it.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [device] if device.type in ("cuda", "mps", "xpu") else []
+    kind = device.type if devices else "cpu"
+    try:
+        with torch.random.fork_rng(devices, device_type=kind), torch.inference_mode(inference):
+            model.eval()
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for module, training in modes:
+            module.training = training

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
@@ -32,9 +33,10 @@ from manualloop.models import (
     takes_any_column,
     vocab_size,
 )
+from manualloop.notices import logger
 from manualloop.optim import require_trainable
 from manualloop.state import TrainState
-from manualloop.strategy import parameters_of
+from manualloop.strategy import Strategy, parameters_of
 from manualloop.tasks import (
     IGNORE_INDEX,
     count_items,
@@ -46,19 +48,60 @@ from manualloop.tasks import (
 )
 
 
-def check_run(state: TrainState) -> None:
-    """Refuse a model without trainable parameters, or an optimizer of another model.
+def require_loader(loader: Any) -> None:
+    """Refuse what is no loader of batches: a dict of them, a dataset.
 
     Raises:
-        ModelError: One of the two.
+        DataError: The message says how to come by one.
     """
-    own = {id(parameter) for parameter in require_trainable(state.model)}
+    if hasattr(loader, "keys"):
+        names = ", ".join(map(str, loader.keys()))
+        raise DataError(
+            f"Got a {type(loader).__name__} with splits {names}, where one loader is wanted. Pass "
+            'one of prepare_dataloaders(...): loaders["train"].'
+        )
+    if hasattr(loader, "features") or not hasattr(loader, "__iter__"):
+        raise DataError(
+            f"Got a {type(loader).__name__}, where a loader of batches is wanted. Make one: "
+            'prepare_dataloaders(dataset, tokenizer)["train"].'
+        )
+
+
+def check_run(state: TrainState, strategy: Strategy) -> None:
+    """Refuse a model that cannot be trained, or an optimizer of another model.
+
+    Raises:
+        ModelError: No trainable parameter, float16 weights under a loss scale, or none of the
+            optimizer's parameters belongs to the model.
+    """
+    trainable = require_trainable(state.model)
+    _check_precision(state.model, trainable, strategy)
+    own = {id(parameter) for parameter in trainable}
     updated = parameters_of(state.optimizer)
     if not any(id(parameter) in own for parameter in updated):
         raise ModelError(
             f"None of the optimizer's {len(updated)} parameters is a trainable one of this "
             f"{model_name(state.model)}. Build it from the model after loading it: "
             "prepare_optimizer(model)."
+        )
+
+
+def _check_precision(
+    model: nn.Module, trainable: Sequence[nn.Parameter], strategy: Strategy
+) -> None:
+    dtypes = {parameter.dtype for parameter in trainable}
+    fix = "load the model in float32, from_pretrained(name, dtype=torch.float32)"
+    if torch.float16 in dtypes and strategy.scales_losses:
+        raise ModelError(
+            f"The weights of {model_name(model)} are float16: gradients of a scaled loss cannot "
+            f'be unscaled in it. Keep mixed_precision="fp16", and {fix}.'
+        )
+    for dtype in dtypes & {torch.bfloat16, torch.float16}:
+        name = str(dtype).removeprefix("torch.")
+        logger.warning(
+            f"The trainable weights of {model_name(model)} are {name}: small updates are rounded "
+            f"away. For mixed precision {fix}, and prepare_strategy(mixed_precision="
+            f'"{"bf16" if dtype == torch.bfloat16 else "fp16"}").'
         )
 
 
@@ -85,7 +128,7 @@ def check_batches(
     """
     num_items = 0
     for batch in batches:
-        place = _place_of(loader, num_samples)
+        place = place_of(loader, num_samples)
         _check_columns(model, batch, needs_labels)
         if isinstance(ids := batch.get("input_ids"), Tensor):
             _check_tokens(model, ids.cpu().numpy(), place)
@@ -123,26 +166,26 @@ def explain(
         raise mistake from error
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a batch and its rows come from, in words."""
 
     batch: str
     row: Callable[[int], str]
 
 
-def _place_of(loader: Iterable[Any], num_samples: int) -> _Place:
-    """Name the batch that begins after so many rows of a loader."""
+def place_of(loader: Iterable[Any], num_samples: int, epoch: int | None = None) -> Place:
+    """Name the batch that begins after so many rows of an epoch; None: of the current one."""
     sampler = getattr(loader, "batch_sampler", None)
     size = getattr(sampler, "batch_size", None)
     if not isinstance(size, int):
-        return _Place("a batch", lambda row: f"row {row} of a batch")
+        return Place("a batch", lambda row: f"row {row} of a batch")
     batch = f"batch {num_samples // size}"
     if isinstance(sampler, OrderedBatchSampler):
-        batch, rows = f"{sampler.split} {batch}", sampler.rows()
-        return _Place(batch, lambda row: f"{batch} (row id {rows[num_samples + row]})")
+        batch, rows = f"{sampler.split} {batch}", sampler.rows(epoch)
+        return Place(batch, lambda row: f"{batch} (row id {rows[num_samples + row]})")
     if isinstance(getattr(loader, "sampler", None), SequentialSampler):
-        return _Place(batch, lambda row: f"{batch} (row id {num_samples + row})")
-    return _Place(batch, lambda row: f"row {row} of {batch}")
+        return Place(batch, lambda row: f"{batch} (row id {num_samples + row})")
+    return Place(batch, lambda row: f"row {row} of {batch}")
 
 
 def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
@@ -178,7 +221,7 @@ def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
         )
 
 
-def _check_tokens(model: nn.Module, ids: np.ndarray[Any, Any], place: _Place) -> None:
+def _check_tokens(model: nn.Module, ids: np.ndarray[Any, Any], place: Place) -> None:
     size = vocab_size(model)
     if size is not None and ids.size and (ids.max() >= size or ids.min() < 0):
         row, *_ = np.argwhere((ids >= size) | (ids < 0))[0]
@@ -198,9 +241,7 @@ def _check_tokens(model: nn.Module, ids: np.ndarray[Any, Any], place: _Place) ->
         )
 
 
-def _check_labels(
-    model: nn.Module, batch: Mapping[str, Any], labels: Tensor, place: _Place
-) -> None:
+def _check_labels(model: nn.Module, batch: Mapping[str, Any], labels: Tensor, place: Place) -> None:
     ids = batch.get("input_ids")
     by_token = infer_task(model) in BY_TOKEN  # by its head: of other models nobody knows
     if by_token and isinstance(ids, Tensor) and labels.shape != ids.shape:
@@ -223,7 +264,7 @@ def _check_labels(
         warn_of_classes_as_values(labels.cpu().numpy(), f"the labels of {place.batch}")
 
 
-def _check_multi_label(labels: Tensor, classes: int, place: _Place) -> None:
+def _check_multi_label(labels: Tensor, classes: int, place: Place) -> None:
     shape = tuple(labels.shape)
     if labels.ndim == 1:
         raise DataError(

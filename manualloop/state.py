@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -44,6 +44,11 @@ class TrainState:
 
     Attributes:
         progress: Updates applied, epoch, rows used.
+        max_batch_rows: Rows that go through the model at once, found out when memory ran out;
+            None: as many as the loader gives.
+        has_failed: 0-d flag on the device: whether an update was not finite, and those since then
+            left out; None where the host knows at once.
+        is_training: Whether a ``train_steps`` is open on it.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1)
@@ -57,6 +62,8 @@ class TrainState:
     lr_scheduler: LRScheduler | None = None
     extras: dict[str, Any] = field(default_factory=dict, kw_only=True)
     progress: Progress = field(default_factory=Progress, init=False)
+    max_batch_rows: int | None = field(default=None, init=False, repr=False)
+    has_failed: Tensor | None = field(default=None, init=False, repr=False)
     is_training: bool = field(default=False, init=False, repr=False)
 
     def state_dict(self) -> dict[str, Any]:

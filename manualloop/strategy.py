@@ -30,10 +30,12 @@ class Strategy(Protocol):
     Attributes:
         device: Where the model's parameters and its batches are.
         is_main: Whether this process prints, logs and writes shared files.
+        world_size: Processes that train the model together.
     """
 
     device: torch.device
     is_main: bool
+    world_size: int
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Put a model where it runs. Preparing it again returns the same object."""
@@ -51,6 +53,14 @@ class Strategy(Protocol):
         """The context in which forward passes run."""
         ...
 
+    def hold_gradients(self, model: nn.Module, hold: bool) -> AbstractContextManager[Any]:
+        """The context of a micro-batch; with ``hold`` its gradients are not reduced yet."""
+        ...
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Add up a tensor over all processes. Call on every rank, or the others wait for ever."""
+        ...
+
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients to the parameters'."""
         ...
@@ -61,6 +71,11 @@ class Strategy(Protocol):
 
     def apply(self, optimizer: Optimizer) -> bool:
         """Make the update; tell whether it was made (an fp16 overflow skips it)."""
+        ...
+
+    @property
+    def scales_losses(self) -> bool:
+        """Whether gradients may overflow as a matter of course, and updates then be skipped."""
         ...
 
 
@@ -79,6 +94,7 @@ class SingleDevice:
     """
 
     is_main = True
+    world_size = 1
 
     def __init__(
         self, device: str | torch.device = "cpu", *, mixed_precision: MixedPrecision = "no"
@@ -108,6 +124,12 @@ class SingleDevice:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
 
+    def hold_gradients(self, model: nn.Module, hold: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return values
+
     def backward(self, loss: Tensor) -> None:
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
@@ -116,6 +138,10 @@ class SingleDevice:
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         return nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm)
+
+    @property
+    def scales_losses(self) -> bool:
+        return self.scaler is not None
 
     def apply(self, optimizer: Optimizer) -> bool:
         if self.scaler is None:
@@ -130,15 +156,12 @@ class SingleDevice:
 class Accelerated:
     """The strategy of an ``accelerate.Accelerator``: its device, precision and plugins.
 
-    One process only so far.
-
     Args:
         accelerator: With ``gradient_accumulation_steps=1``: accumulation is the loop's business,
             since accelerate divides by a constant, also in a window that holds fewer batches.
 
     Raises:
         ConfigError: The accelerator divides losses for accumulation by itself.
-        DistributedError: It runs more than one process.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -148,14 +171,10 @@ class Accelerated:
                 f"{accelerator.gradient_accumulation_steps}. Build it with 1 and pass "
                 "gradient_accumulation_steps to train_loop, which weighs micro-batches by items."
             )
-        if accelerator.num_processes > 1:
-            raise DistributedError(
-                f"The Accelerator runs {accelerator.num_processes} processes; this version of "
-                "manualloop trains in one. Start the script with plain python."
-            )
         self.accelerator = accelerator
         self.device = accelerator.device
         self.is_main = accelerator.is_main_process
+        self.world_size = accelerator.num_processes
         accelerator.manualloop_strategy = self  # to live as long: see _STRATEGY_OF
 
     def __repr__(self) -> str:
@@ -184,12 +203,26 @@ class Accelerated:
         context: AbstractContextManager[Any] = self.accelerator.autocast()
         return context
 
+    def hold_gradients(self, model: nn.Module, hold: bool) -> AbstractContextManager[Any]:
+        if not hold or self.world_size == 1:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
+        return context
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(values)
+        return total
+
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
     def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
         norm: Tensor = self.accelerator.clip_grad_norm_(parameters_of(optimizer), max_norm)
         return norm
+
+    @property
+    def scales_losses(self) -> bool:
+        return self.accelerator.scaler is not None
 
     def apply(self, optimizer: Optimizer) -> bool:
         # Not AcceleratedOptimizer.step_was_skipped: a fused optimizer is always called, and skips
@@ -228,7 +261,6 @@ def prepare_strategy(
             f'mixed_precision={mixed_precision!r} is none of "no", "bf16", "fp16", "auto".'
         )
     if spec == "auto":
-        _refuse_many_processes()
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch, always
             from accelerate import Accelerator
 
@@ -242,6 +274,7 @@ def prepare_strategy(
                 f'"{mixed_precision}" where it is built, not here.'
             )
         return spec if hasattr(spec, "prepare_model") and hasattr(spec, "apply") else _wrap(spec)
+    _refuse_many_processes()
     device = _checked_device(spec)
     if mixed_precision == "auto":
         without_bf16: MixedPrecision = "fp16" if device.type == "cuda" else "no"
@@ -257,6 +290,20 @@ def strategy_for(model: nn.Module, strategy: Strategy | None) -> Strategy:
         return prepare_strategy(strategy)
     prepared_by = _STRATEGY_OF.get(model)
     return (prepared_by and prepared_by()) or prepare_strategy("auto")
+
+
+def require_one_process(strategy: Strategy) -> Strategy:
+    """Refuse a strategy of several processes where the data is not dealt to them.
+
+    Raises:
+        DistributedError: It runs more than one.
+    """
+    if strategy.world_size > 1:
+        raise DistributedError(
+            f"{strategy} runs {strategy.world_size} processes; this version of manualloop trains "
+            "and evaluates in one, and would use every row in each. Start it with plain python."
+        )
+    return strategy
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:

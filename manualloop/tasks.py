@@ -9,6 +9,7 @@ means must know it:
 | multi_label_classification, regression | elements of ``labels``: rows x classes, rows x outputs |
 | token_classification, masked_lm, seq2seq_lm | labels that are not -100 |
 | causal_lm | labels that are not -100, without each row's first: the model shifts them |
+| question_answering | positions inside the input, of starts and of ends: two means |
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ class Task(NamedTuple):
     """One row of ``TASKS``.
 
     Attributes:
-        count_items: Items of a batch (see the module's table).
+        count_items: Items of a batch (see the module's table), for each of the means that the
+            loss is the mean of: one, but two for question answering.
         predict: Logits to predictions.
         float_labels: Whether the loss wants floating point labels.
     """
 
-    count_items: Callable[[Batch], int]
+    count_items: Callable[[Batch], tuple[int, ...]]
     predict: Callable[[Tensor], Tensor]
     float_labels: bool = False
 
@@ -55,17 +57,25 @@ def count_kept(labels: Tensor) -> int:
     return int(torch.count_nonzero(labels != IGNORE_INDEX))
 
 
-def _kept_labels(batch: Batch) -> int:
-    return count_kept(batch["labels"])
+def _kept_labels(batch: Batch) -> tuple[int, ...]:
+    return (count_kept(batch["labels"]),)
 
 
-def _shifted_labels(batch: Batch) -> int:
+def _shifted_labels(batch: Batch) -> tuple[int, ...]:
     shifted = batch.get("shift_labels")
-    return count_kept(batch["labels"][..., 1:] if shifted is None else shifted)
+    return (count_kept(batch["labels"][..., 1:] if shifted is None else shifted),)
 
 
-def _elements(batch: Batch) -> int:
-    return int(batch["labels"].numel())
+def _elements(batch: Batch) -> tuple[int, ...]:
+    return (int(batch["labels"].numel()),)
+
+
+def _positions_inside(batch: Batch) -> tuple[int, ...]:
+    length = batch["input_ids"].shape[-1]
+    return tuple(
+        int(np.count_nonzero(batch[name].cpu().numpy() < length))
+        for name in ("start_positions", "end_positions")
+    )
 
 
 def _argmax(logits: Tensor) -> Tensor:
@@ -89,6 +99,7 @@ TASKS: dict[str, Task] = {
     "masked_lm": Task(_kept_labels, _argmax),
     "seq2seq_lm": Task(_kept_labels, _argmax),
     "causal_lm": Task(_shifted_labels, _argmax),
+    "question_answering": Task(_positions_inside, _argmax),
 }
 
 _TASK_OF_HEAD = {
@@ -145,10 +156,38 @@ def count_items(model: nn.Module, batch: Batch) -> int:
     >>> count_items(torch.nn.Linear(1, 1), {"labels": labels})
     3
     """
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, torch.Tensor):
-        return num_rows(batch)
-    return TASKS[infer_task(model, labels)].count_items(batch)
+    return sum(count_terms(model, batch))
+
+
+def count_terms(model: nn.Module, batch: Batch) -> tuple[int, ...]:
+    """Count the items of each of the means that the model's loss is the mean of.
+
+    They are one, but for question answering, whose loss is the mean of the start positions' and
+    the end positions' means.
+    """
+    columns = batch if isinstance(batch, Mapping) else {}
+    if isinstance(labels := columns.get("labels"), torch.Tensor):
+        return TASKS[infer_task(model, labels)].count_items(batch)
+    if {"start_positions", "end_positions", "input_ids"} <= set(columns):
+        return TASKS["question_answering"].count_items(batch)
+    return (num_rows(batch),)
+
+
+def term_losses(outputs: Any, batch: Batch) -> list[Tensor]:
+    """Return the means of a question answering head apart: of start and of end positions.
+
+    The formula is transformers' ``ForQuestionAnsweringLoss``: positions beyond the input are left
+    out of the mean.
+    """
+    losses = []
+    for logits, name in (
+        (outputs.start_logits, "start_positions"),
+        (outputs.end_logits, "end_positions"),
+    ):
+        length = logits.shape[1]
+        positions = batch[name].reshape(-1).clamp(0, length)
+        losses.append(torch.nn.functional.cross_entropy(logits, positions, ignore_index=length))
+    return losses
 
 
 def num_rows(batch: Any) -> int:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from manualloop.data.order import num_batches, set_epoch
-from manualloop.errors import ConfigError, DataError
-from manualloop.preflight import check_batches, check_run, explain
+from manualloop.errors import ConfigError, DataError, NonFiniteError
+from manualloop.history import LateTensor
+from manualloop.nonfinite import explain_nonfinite
+from manualloop.notices import say
+from manualloop.preflight import check_batches, check_run, explain, require_loader
 from manualloop.state import TrainState
-from manualloop.strategy import Strategy, strategy_for
-from manualloop.types import LossFn, Step, Window
-from manualloop.update import StepFn, apply_update, windows
+from manualloop.strategy import Strategy, require_one_process, strategy_for
+from manualloop.types import LossFn, Step, Update, Window
+from manualloop.update import OnNonfinite, StepFn, apply_update, windows
 
 
 class Plan(NamedTuple):
@@ -53,7 +58,7 @@ def plan_run(
     >>> plan_run(range(5), num_epochs=2, gradient_accumulation_steps=4)
     Plan(num_steps=4, num_epochs=2, num_steps_per_epoch=2)
     """
-    _require_loader(train_dataloader)
+    require_loader(train_dataloader)
     length = num_batches(train_dataloader)
     counts = {
         "num_epochs": num_epochs,
@@ -90,20 +95,6 @@ def plan_run(
     return Plan(num_epochs * (per_epoch or 0), num_epochs, per_epoch)
 
 
-def _require_loader(loader: Any) -> None:
-    if hasattr(loader, "keys"):
-        names = ", ".join(map(str, loader.keys()))
-        raise DataError(
-            f"Got a {type(loader).__name__} with splits {names}, where one loader is wanted. Pass "
-            'one of prepare_dataloaders(...): loaders["train"].'
-        )
-    if hasattr(loader, "features") or not hasattr(loader, "__iter__"):
-        raise DataError(
-            f"Got a {type(loader).__name__}, where a loader of batches is wanted. Make one: "
-            'prepare_dataloaders(dataset, tokenizer)["train"].'
-        )
-
-
 def train_steps(
     state: TrainState,
     train_dataloader: Iterable[Any],
@@ -114,6 +105,7 @@ def train_steps(
     max_grad_norm: float | None = None,
     loss_fn: LossFn | None = None,
     step_fn: StepFn | None = None,
+    on_nonfinite: OnNonfinite = "raise",
     strategy: Strategy | None = None,
     preflight: bool = True,
 ) -> Generator[Step, None, None]:
@@ -147,6 +139,11 @@ def train_steps(
         loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)``.
         step_fn: ``step_fn(state, batches, strategy) -> Update`` replaces the update, and with it
             ``loss_fn`` and ``max_grad_norm``.
+        on_nonfinite: What a loss that is NaN or infinite does, or a gradient norm, where one is
+            computed. ``"raise"``: the run ends, with the weights from before; on an accelerator
+            the host learns of it some steps late, and the weights have not moved since.
+            ``"skip"``: the update is left out and counted; on an accelerator that waits for every
+            update. ``"ignore"``: the update is made.
         strategy: None: the one that prepared the model, else ``prepare_strategy("auto")``.
         preflight: Check the first window before it is used.
 
@@ -158,6 +155,7 @@ def train_steps(
         ConfigError: The arguments do not fit together.
         DataError: The data cannot be trained on.
         ModelError: The model or the optimizer cannot be trained.
+        NonFiniteError: The loss or the gradient norm is NaN or infinite; it names the rows.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1)
@@ -183,12 +181,16 @@ def train_steps(
             "step_fn replaces the whole update, so loss_fn and max_grad_norm would be ignored. "
             "Use them inside step_fn: functools.partial(apply_update, max_grad_norm=1.0)."
         )
-    strategy = strategy_for(state.model, strategy)
-    check_run(state)
+    if on_nonfinite not in ("raise", "skip", "ignore"):
+        raise ConfigError(f'on_nonfinite={on_nonfinite!r} is none of "raise", "skip", "ignore".')
+    strategy = require_one_process(strategy_for(state.model, strategy))
+    check_run(state, strategy)
     state.model = strategy.prepare_model(state.model)
     state.optimizer = strategy.prepare_optimizer(state.optimizer)
     own_loss = loss_fn is not None or step_fn is not None
-    step_fn = step_fn or partial(apply_update, loss_fn=loss_fn, max_grad_norm=max_grad_norm)
+    step_fn = step_fn or partial(
+        apply_update, loss_fn=loss_fn, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite
+    )
     return _train_steps(
         state,
         train_dataloader,
@@ -196,6 +198,7 @@ def train_steps(
         gradient_accumulation_steps,
         step_fn,
         strategy,
+        _Watch(state, train_dataloader, loss_fn, strategy, on_nonfinite),
         explains=not own_loss,
         preflight=preflight and not own_loss,
     )
@@ -208,6 +211,7 @@ def _train_steps(
     window_size: int,
     step_fn: StepFn,
     strategy: Strategy,
+    watch: _Watch,
     *,
     explains: bool,
     preflight: bool,
@@ -220,10 +224,9 @@ def _train_steps(
     state.is_training = True
     try:
         while _goes_on(state, plan):
-            epoch, num_windows = progress.epoch, 0
+            epoch, window = progress.epoch, None
             set_epoch(loader, epoch)
             for window in windows(loader, window_size, skip=progress.num_samples):
-                num_windows += 1
                 if preflight:
                     check_batches(state.model, window.batches, loader, progress.num_samples)
                     preflight = False
@@ -236,30 +239,87 @@ def _train_steps(
                     if explains:
                         explain(error, state.model, window.batches, loader, progress.num_samples)
                     raise
+                watch.look_at(update, window)
                 _advance(state, window, applied=update.applied)
-                if not update.applied:
-                    continue
                 is_last = not _goes_on(state, plan)
-                yield Step(
-                    index=progress.num_steps,
-                    epoch=epoch,
-                    num_steps=plan.num_steps,
-                    loss=update.loss,
-                    lr=lr,
-                    grad_norm=update.grad_norm,
-                    num_items=update.num_items,
-                    ends_epoch=window.ends_epoch,
-                    is_last=is_last,
-                )
+                if update.applied:
+                    yield Step(
+                        index=progress.num_steps,
+                        epoch=epoch,
+                        num_steps=plan.num_steps,
+                        loss=update.loss,
+                        lr=lr,
+                        grad_norm=update.grad_norm,
+                        num_items=update.num_items,
+                        num_skipped=progress.num_skipped,
+                        ends_epoch=window.ends_epoch,
+                        is_last=is_last,
+                    )
                 if is_last and not window.ends_epoch:
-                    return
-            if num_windows == 0:
+                    break
+            if window is None:
                 raise DataError(
                     f"The training loader gave no batch in epoch {epoch}. A generator can be read "
                     "only once: pass a DataLoader or a list."
                 )
+        watch.settle(wait=True)
     finally:
         state.is_training = False
+
+
+class _Watch:
+    """Looks out for updates that were not finite, and acts on them.
+
+    Those that the host knows of at once are acted on before anything moves. The flags of the
+    others are read when they have landed, in order: from the first bad one on, the device has
+    left the weights alone.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        loader: Iterable[Any],
+        loss_fn: LossFn | None,
+        strategy: Strategy,
+        on_nonfinite: OnNonfinite,
+    ) -> None:
+        self._explain = partial(
+            explain_nonfinite, loader=loader, loss_fn=loss_fn, strategy=strategy
+        )
+        self._state = state
+        self._raises = on_nonfinite == "raise"
+        self._has_spoken = False
+        self._flags: list[tuple[LateTensor, Callable[[], NonFiniteError]]] = []
+
+    def look_at(self, update: Update, window: Window) -> None:
+        """Act on an update before the position moves past its window."""
+        if update.is_finite is None or update.is_finite is True:
+            return
+        progress = self._state.progress
+        error = partial(
+            self._explain,
+            self._state.model,
+            window,
+            num_samples=progress.num_samples,
+            step=progress.num_steps + 1,
+            epoch=progress.epoch,
+            update=update,
+        )
+        if isinstance(update.is_finite, Tensor):
+            self._flags.append((LateTensor(update.is_finite), error))
+            self.settle(wait=False)
+        elif self._raises:
+            raise error()
+        elif not self._has_spoken:
+            self._has_spoken = True
+            say(f"skipped an update: {error()} Further ones are only counted.")
+
+    def settle(self, *, wait: bool) -> None:
+        """Read the flags that have landed; with ``wait`` all of them."""
+        while self._flags and (wait or self._flags[0][0].has_landed()):
+            flag, error = self._flags.pop(0)
+            if not flag.read():
+                raise error()
 
 
 def _goes_on(state: TrainState, plan: Plan) -> bool:

@@ -40,14 +40,17 @@ class Update:
         loss: 0-d, detached, on the device: the mean over all items of the window.
         num_items: Items the mean is over: rows, tokens or elements, by task.
         grad_norm: 0-d norm before clipping, or None where none was computed.
-        applied: False if the weights were left as they were (an fp16 overflow, or nothing to
-            learn from in the window).
+        applied: False if the weights were left as they were: nothing to learn from in the
+            window, an fp16 overflow, or a loss or norm that is not finite.
+        is_finite: Whether loss and gradient norm are: a bool if the host knows, else a 0-d flag on
+            the device, by which the update was guarded; None where nobody watches them.
     """
 
     loss: Tensor
     num_items: int
     grad_norm: Tensor | None = None
     applied: bool = True
+    is_finite: bool | Tensor | None = None
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -67,6 +70,7 @@ class Step:
         num_items: Items in the window: rows, tokens or elements, by task.
         ends_epoch: Whether this is the epoch's last update.
         is_last: Whether the run ends with it.
+        num_skipped: Updates left out so far in the run.
     """
 
     index: int
@@ -78,6 +82,7 @@ class Step:
     num_items: int
     ends_epoch: bool
     is_last: bool
+    num_skipped: int = 0
 
     def every(self, n: int) -> bool:
         """Tell whether this is the n-th, 2n-th, ... update."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from manualloop.errors import DataError
 from manualloop.notices import say
 from manualloop.state import TrainState
 from manualloop.strategy import Strategy, strategy_for
-from manualloop.tasks import count_items, model_loss, num_rows
+from manualloop.tasks import count_terms, num_rows, require_loss, term_losses
 from manualloop.types import LossFn, Update, Window
+
+OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]
 
 StepFn: TypeAlias = Callable[[TrainState, list[Any], Strategy], Update]
 """``step_fn(state, batches, strategy) -> Update`` replaces the whole update."""
@@ -104,8 +107,14 @@ def _fetch(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def _explain_fetch(loader: Iterable[Any]) -> str | None:
-    """Look for the reason of a failed fetch in the first rows of the loader's dataset."""
+    """Look for the reason of a failed fetch in the first rows of the loader's dataset.
+
+    Only of collators that do nothing but stack: one of the user's may fail for reasons of its own.
+    """
     dataset: Any = getattr(loader, "dataset", None)
+    collator = getattr(getattr(loader, "collate_fn", None), "__name__", "")
+    if collator not in ("default_collate", "default_data_collator"):
+        return None
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         return None
     return explain_rows([dataset[number] for number in range(min(len(dataset), 100))])
@@ -120,20 +129,21 @@ def accumulate_gradients(
 ) -> Update:
     """Add to the parameters' gradients those of the mean loss over all items of a window.
 
-    With ``n_j`` items in micro-batch j and ``N`` in the window, that is the gradient of
-    ``sum(n_j / N * mean_loss_j)``: the one big batch's, however it is split. A single micro-batch
-    is not multiplied by anything, so that its bits are those of ``loss.backward()``.
+    With ``n_j`` items in micro-batch j and ``N`` in the window, on all ranks, that is the gradient
+    of ``sum(n_j / N * mean_loss_j)``: the one big batch's, however it is split. A single
+    micro-batch on a single rank is not multiplied by anything, so that its bits are those of
+    ``loss.backward()``. Call on every rank, or the others wait for ever.
 
     Args:
         model: Prepared by the strategy; its gradients are zero or None.
-        batches: The micro-batches, on the CPU or the device.
+        batches: The micro-batches, on the CPU or the device; on every rank as many.
         loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)`` if
             only it knows what it counted; None: the loss that the model returns, over the items
             of ``count_items``.
         strategy: None: the one that prepared the model.
 
     Returns:
-        The window's mean loss and number of items. ``applied`` is False, and no gradient was
+        The mean loss and number of items of the window. ``applied`` is False, and no gradient was
         added, if there is no item to learn from.
 
     >>> def loss_fn(model, batch):
@@ -143,38 +153,136 @@ def accumulate_gradients(
     4
     """
     strategy = strategy_for(model, strategy)
-    loss_fn = loss_fn or model_loss
-    counts = [count_items(model, batch) for batch in batches]
-    planned = max(1, sum(counts))
-    losses: list[Tensor] = []
-    total = 0
-    for batch, num_items in zip(batches, counts, strict=True):
-        with strategy.autocast():
-            result = loss_fn(model, strategy.to_device(batch))
-        if isinstance(result, tuple):
-            loss, num_items = result[0], int(result[1])
-        else:
-            loss = result
-        if num_items == 0:
-            continue  # its mean is 0/0 and would turn every gradient into NaN
-        if len(batches) > 1:
-            loss = loss * (num_items / planned)
-        strategy.backward(loss)
-        losses.append(loss.detach())
-        total += num_items
+    counts = [count_terms(model, batch) for batch in batches]
+    totals = _over_ranks(strategy, [sum(term) for term in zip(*counts, strict=True)])
+    is_alone = len(batches) == strategy.world_size == 1
+    planned = totals
+    parts: list[Tensor] = []
+    num_items = 0
+    for number, (batch, count) in enumerate(zip(batches, counts, strict=True), start=1):
+        with strategy.hold_gradients(model, hold=number < len(batches)):
+            with strategy.autocast():
+                terms = _mean_losses(model, strategy.to_device(batch), count, loss_fn)
+            if is_alone:
+                planned = [items for _, items in terms]
+            part = _weigh(terms, planned, strategy.world_size)
+            if part is None:
+                continue
+            strategy.backward(part)
+        if items := sum(items for _, items in terms):
+            parts.append(part.detach())
+            num_items += items
+    (total,) = _over_ranks(strategy, [num_items])
+    loss = reduce(torch.add, parts) if parts else torch.zeros_like(terms[0][0].detach())
     if total == 0:
-        return Update(torch.zeros((), device=strategy.device), 0, applied=False)
-    loss = reduce(torch.add, losses)
-    if len(batches) > 1 and total != planned:  # loss_fn counted otherwise than count_items
-        _scale_gradients(model, planned / total)
-        loss = loss * (planned / total)
+        return Update(loss, 0, applied=False)
+    if strategy.world_size > 1:
+        loss = strategy.sum_over_ranks(loss) / strategy.world_size
+    if loss_fn is not None and not is_alone and total != planned[0]:
+        factor = planned[0] / total  # loss_fn counted otherwise than count_items
+        _scale_gradients(model, factor)
+        loss = loss * factor
     return Update(loss, total)
+
+
+def _over_ranks(strategy: Strategy, counts: list[int]) -> list[int]:
+    if strategy.world_size == 1:
+        return counts
+    local = torch.tensor(counts, device=strategy.device)
+    total: list[int] = strategy.sum_over_ranks(local).tolist()
+    return total
+
+
+def _mean_losses(
+    model: nn.Module, batch: Any, counts: Sequence[int], loss_fn: LossFn | None
+) -> list[tuple[Tensor, int]]:
+    """Return the means that the loss of a micro-batch is the mean of, each with its items."""
+    if loss_fn is not None:
+        result = loss_fn(model, batch)
+        if isinstance(result, tuple):
+            return [(result[0], int(result[1]))]
+        return [(result, counts[0])]
+    outputs = model(**batch)
+    loss = require_loss(model, batch, outputs)
+    if len(counts) == 1:
+        return [(loss, counts[0])]
+    return list(zip(term_losses(outputs, batch), counts, strict=True))
+
+
+def _weigh(
+    terms: Sequence[tuple[Tensor, int]], totals: Sequence[int], world_size: int
+) -> Tensor | None:
+    """Return a micro-batch's share of the window's loss, None if it holds no item.
+
+    Means of no item are left out: they are 0/0 and would turn every gradient into NaN. Among
+    several ranks one remains, times 0: the others wait for this rank's gradients.
+    """
+    shares = []
+    for (mean, num_items), total in zip(terms, totals, strict=True):
+        if num_items:
+            weight = num_items * world_size / (len(terms) * total)
+            shares.append(mean if weight == 1 else mean * weight)
+    if shares:
+        return reduce(torch.add, shares)
+    return terms[0][0] * 0 if world_size > 1 else None
 
 
 def _scale_gradients(model: nn.Module, factor: float) -> None:
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(factor)
+
+
+def split_batch(batch: Any, max_rows: int) -> list[Any]:
+    """Split a batch into batches of at most so many rows; rows stay padded as they are.
+
+    Raises:
+        DataError: The batch is no mapping whose tensors all have one entry a row.
+
+    >>> split_batch({"x": torch.tensor([1, 2, 3])}, 2)
+    [{'x': tensor([1, 2])}, {'x': tensor([3])}]
+    """
+    rows = num_rows(batch)
+    if rows <= max_rows:
+        return [batch]
+    columns = batch if isinstance(batch, Mapping) else {}
+    if not columns or any(not isinstance(c, Tensor) or len(c) != rows for c in columns.values()):
+        raise DataError(
+            f"A {type(batch).__name__} cannot be split into smaller batches: that takes a dict of "
+            f"tensors with one entry for each of its {rows} rows. Use a smaller batch_size and "
+            "more gradient_accumulation_steps."
+        )
+    starts = range(0, rows, max_rows)
+    return [{name: c[start : start + max_rows] for name, c in columns.items()} for start in starts]
+
+
+def _accumulate_in_memory(
+    state: TrainState, batches: Sequence[Any], strategy: Strategy, loss_fn: LossFn | None
+) -> Update:
+    """Accumulate gradients from zero; if memory runs out, again, with half as many rows at once.
+
+    The update is the same: micro-batches are weighted by items, however they are cut. The size
+    that fits is kept in the state.
+    """
+    while True:
+        state.optimizer.zero_grad()  # also what a failed attempt has added
+        parts = batches
+        if (max_rows := state.max_batch_rows) is not None:
+            parts = [part for batch in batches for part in split_batch(batch, max_rows)]
+        try:
+            return accumulate_gradients(state.model, parts, loss_fn=loss_fn, strategy=strategy)
+        except torch.OutOfMemoryError:
+            largest = max(map(num_rows, parts))
+            if largest == 1:
+                raise
+        # Outside the handler: the error's traceback holds the activations.
+        state.max_batch_rows = (largest + 1) // 2
+        say(
+            f"out of memory with {largest} rows: going on with {state.max_batch_rows} at once. "
+            "The updates stay the same."
+        )
+        if strategy.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def apply_update(
@@ -184,17 +292,63 @@ def apply_update(
     *,
     loss_fn: LossFn | None = None,
     max_grad_norm: float | None = None,
+    on_nonfinite: OnNonfinite = "raise",
 ) -> Update:
     """The default ``step_fn``: gradients, clip, update, schedule. Copy it to change it.
 
     Gradients are zeroed first, so that they can be looked at until the next update.
     """
-    state.optimizer.zero_grad()
-    update = accumulate_gradients(state.model, batches, loss_fn=loss_fn, strategy=strategy)
+    update = _accumulate_in_memory(state, batches, strategy, loss_fn)
+    if not update.applied:
+        return update
     grad_norm = None
-    if update.applied and max_grad_norm is not None:
+    if max_grad_norm is not None:
         grad_norm = strategy.clip_gradients(state.optimizer, max_grad_norm)
-    applied = update.applied and strategy.apply(state.optimizer)
+    is_finite = None if on_nonfinite == "ignore" else _is_finite(update.loss, grad_norm, strategy)
+    may_wait = on_nonfinite == "skip" or not _can_guard(state, strategy)
+    if isinstance(is_finite, Tensor) and may_wait:
+        is_finite = bool(is_finite)
+    if isinstance(is_finite, Tensor):
+        applied = _apply_guarded(state, strategy, is_finite)
+    else:
+        applied = is_finite is not False and strategy.apply(state.optimizer)
     if applied and state.lr_scheduler is not None:
         state.lr_scheduler.step()
-    return Update(update.loss, update.num_items, grad_norm, applied)
+    return Update(update.loss, update.num_items, grad_norm, applied, is_finite)
+
+
+def _is_finite(loss: Tensor, grad_norm: Tensor | None, strategy: Strategy) -> bool | Tensor:
+    """Tell whether loss and norm are finite: at once on the CPU, else as a flag on the device."""
+    # Under a loss scale the norm overflows as a matter of course, and the scaler skips.
+    watched = loss if grad_norm is None or strategy.scales_losses else loss + grad_norm
+    if reads_at_once(watched):
+        return math.isfinite(watched.float().numpy())  # no .item(): it counts as a wait
+    return torch.isfinite(watched)
+
+
+def reads_at_once(tensor: Tensor) -> bool:
+    """Tell whether the host can read a tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def _can_guard(state: TrainState, strategy: Strategy) -> bool:
+    """Tell whether the optimizer's kernel can leave the weights alone by a flag on the device."""
+    optimizer = getattr(state.optimizer, "optimizer", state.optimizer)
+    return not strategy.scales_losses and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _apply_guarded(state: TrainState, strategy: Strategy, is_finite: Tensor) -> bool:
+    """Make the update on the device unless this one, or one before, was not finite.
+
+    Fused optimizers take the flag ``found_inf`` for the sake of fp16's loss scaling, and leave
+    weights and moments as they are where it is 1. It stays 1, so that whenever the host gets to
+    read it, the weights are those before the first bad update. Nothing waits.
+    """
+    optimizer: Any = getattr(state.optimizer, "optimizer", state.optimizer)
+    has_failed = ~is_finite if state.has_failed is None else state.has_failed | ~is_finite
+    state.has_failed = has_failed
+    optimizer.found_inf, optimizer.grad_scale = has_failed.float(), None
+    try:
+        return strategy.apply(state.optimizer)
+    finally:
+        del optimizer.found_inf, optimizer.grad_scale

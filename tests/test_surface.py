@@ -22,6 +22,7 @@ MODULES = {
 LAYERS = [
     ["loop"],
     ["training", "evaluation"],
+    ["nonfinite", "verify"],
     ["preflight"],
     ["update"],
     ["data.prepare", "data.inspect", "scorers", "plot"],
@@ -47,6 +48,7 @@ DOORS = {
 
 PUBLIC_NAMES = [
     "Accelerated",
+    "AccumulationReport",
     "BatchReport",
     "ConfigError",
     "DataError",
@@ -54,6 +56,7 @@ PUBLIC_NAMES = [
     "ManualLoopError",
     "MetricError",
     "ModelError",
+    "NonFiniteError",
     "Predictions",
     "SingleDevice",
     "Step",
@@ -64,6 +67,7 @@ PUBLIC_NAMES = [
     "Window",
     "accumulate_gradients",
     "apply_update",
+    "check_accumulation",
     "count_items",
     "evaluate_loop",
     "inspect_batch",
@@ -80,7 +84,10 @@ PUBLIC_NAMES = [
 
 SIGNATURES = {
     "accumulate_gradients": "model, batches, *, loss_fn=None, strategy=None",
-    "apply_update": "state, batches, strategy, *, loss_fn=None, max_grad_norm=None",
+    "apply_update": (
+        "state, batches, strategy, *, loss_fn=None, max_grad_norm=None, on_nonfinite='raise'"
+    ),
+    "check_accumulation": "model, batch, *, loss_fn=None, strategy=None",
     "count_items": "model, batch",
     "evaluate_loop": (
         "model, eval_dataloader, metric=None, *, strategy=None, postprocess=None, loss_fn=None, "
@@ -106,14 +113,14 @@ SIGNATURES = {
     "train_loop": (
         "model, train_dataloader, optimizer=None, lr_scheduler='linear', *, num_epochs=None, "
         "max_steps=None, num_warmup_steps=0, gradient_accumulation_steps=1, max_grad_norm=None, "
-        "loss_fn=None, step_fn=None, strategy=None, extras=None, evaluate=None, "
-        "evaluate_every='epoch', best_metric=None, patience=None, on_step=None, log_every=50, "
-        "progress_bar=True, preflight=True"
+        "loss_fn=None, step_fn=None, on_nonfinite='raise', strategy=None, extras=None, "
+        "evaluate=None, evaluate_every='epoch', best_metric=None, patience=None, on_step=None, "
+        "log_every=50, progress_bar=True, preflight=True"
     ),
     "train_steps": (
         "state, train_dataloader, *, num_epochs=None, max_steps=None, "
         "gradient_accumulation_steps=1, max_grad_norm=None, loss_fn=None, step_fn=None, "
-        "strategy=None, preflight=True"
+        "on_nonfinite='raise', strategy=None, preflight=True"
     ),
     "windows": "loader, size, *, skip=0",
 }

@@ -82,9 +82,10 @@ class OrderedBatchSampler:
         """Let the next pass, and only that, begin after so many rows."""
         self._start = num_rows
 
-    def rows(self) -> list[int]:
-        """Return the row numbers of a whole pass, in order."""
-        rows = order(self.num_rows, self.seed, self.epoch) if self.shuffle else None
+    def rows(self, epoch: int | None = None) -> list[int]:
+        """Return the row numbers of a whole pass, in order; None: of the current epoch."""
+        epoch = self.epoch if epoch is None else epoch
+        rows = order(self.num_rows, self.seed, epoch) if self.shuffle else None
         rows = list(range(self.num_rows)) if rows is None else rows
         return rows[: len(self) * self.batch_size]
 

@@ -1,6 +1,5 @@
 """The promise "same numbers": the course's loop, written out, beside ours; every bit compared."""
 
-import copy
 import random
 
 import pytest

@@ -95,7 +95,7 @@ def test_parts_of_an_epoch_do_not_drift(per_epoch: int, tenths: int) -> None:
 
 @settings(deadline=None)
 @given(
-    cadence=st.sampled_from([1, 3, 50, "epoch", "0.25 epoch", "0.3 epoch", "2 epochs"]),
+    cadence=st.sampled_from([1, 3, 50, "0.25 epoch", "0.3 epoch", "2 epochs"]),
     per_epoch=st.integers(1, 40),
     order=st.permutations(range(1, 81)),
 )
@@ -165,3 +165,27 @@ def test_what_is_no_cadence(cadence: Any) -> None:
 def test_parts_of_an_epoch_of_unknown_length(cadence: str) -> None:
     with pytest.raises(ConfigError, match="evaluate_every=500"):
         parse_cadence("evaluate_every", cadence, None)
+
+
+def test_an_epoch_whose_last_update_was_skipped_is_made_up_for() -> None:
+    """4 updates an epoch, the last of the second is skipped: steps 8.. belong to the third."""
+    is_due = parse_cadence("evaluate_every", "epoch", 4)
+    places = [
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (0, 4),
+        (1, 1),
+        (1, 2),
+        (1, 3),
+        (2, 1),
+        (2, 2),
+        (2, 3),
+        (2, 4),
+    ]
+    seen = []
+    for index, (epoch, number) in enumerate(places, start=1):
+        one = step(index, 4)
+        one.epoch, one.ends_epoch = epoch, number == 4
+        seen.append(is_due(one))
+    assert [index for index, is_it in enumerate(seen, start=1) if is_it] == [4, 8, 11]

@@ -691,7 +691,7 @@ def test_labels_that_are_all_ignored() -> None:
 
 def test_an_error_of_the_model_is_explained_by_its_batch() -> None:
     data = make_rows(by_class, 8)  # class 2
-    with pytest.raises(DataError, match="Label 2 in row 2 of a batch") as caught:
+    with pytest.raises(DataError, match=r"Label 2 in batch 0 \(row id 2\)") as caught:
         evaluate_loop(tiny_bert(num_labels=2), load(data))
     assert isinstance(caught.value.__cause__, IndexError)
     data = [{"input_ids": torch.tensor([4, 99])}]

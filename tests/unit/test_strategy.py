@@ -167,10 +167,16 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_strategy()
 
 
-def test_an_accelerator_of_several_processes_is_refused() -> None:
-    accelerator: Any = SimpleNamespace(gradient_accumulation_steps=1, num_processes=2)
+@pytest.mark.parametrize("loop", [train_steps, evaluate_loop])
+def test_several_processes_are_refused_where_rows_are_not_dealt_to_them(loop: Any) -> None:
+    strategy: Any = Accelerated(Accelerator(cpu=True))
+    strategy.world_size = 2
+    model = nn.Linear(2, 1)
+    subject = (
+        TrainState(model, torch.optim.SGD(model.parameters())) if loop is train_steps else model
+    )
     with pytest.raises(DistributedError, match="2 processes"):
-        Accelerated(accelerator)
+        loop(subject, [{"x": torch.zeros(1, 2)}], strategy=strategy)
 
 
 def test_an_accelerator_that_divides_losses_is_refused() -> None:

@@ -386,12 +386,11 @@ def test_a_scheduler_of_ones_own_none_and_extras():
 
 def test_the_schedule_is_as_long_as_the_updates_made():
     for accumulation in (1, 2, 3, 8, 50):
-        rates = []
-        result = run(
-            gradient_accumulation_steps=accumulation, on_step=lambda step: rates.append(step.lr)
-        )
+        steps = []
+        result = run(gradient_accumulation_steps=accumulation, on_step=steps.append)
         num_steps = 2 * math.ceil(8 / accumulation)
-        assert rates == pytest.approx([0.1 * (1 - n / num_steps) for n in range(num_steps)])
+        expected = [0.1 * (1 - n / num_steps) for n in range(num_steps)]
+        assert [step.lr for step in steps] == pytest.approx(expected)
         assert result.state.lr_scheduler.get_last_lr() == [0.0]
 
 
