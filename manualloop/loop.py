@@ -43,9 +43,9 @@ class TrainResult:
     stopped_by: str
 
     def __repr__(self) -> str:
-        scores = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items())
+        scores = "".join(f", {name}={value:.4g}" for name, value in self.metrics.items())
         steps = self.state.progress.num_steps
-        return f"TrainResult({steps} steps, stopped_by={self.stopped_by!r}, {scores})"
+        return f"TrainResult({steps} steps, stopped_by={self.stopped_by!r}{scores})"
 
     def plot(self) -> Any:
         """Draw loss, learning rate and evaluations over the steps; return matplotlib's figure.

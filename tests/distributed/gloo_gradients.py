@@ -1,5 +1,7 @@
 """Run by test_gloo_gradients.py in each of two processes."""
 
+import gc
+
 import torch
 from accelerate import Accelerator
 from heads import HEADS, build, head_id, make_batch
@@ -56,7 +58,13 @@ def main():
             assert update.num_items == count_items(whole, batch)
             torch.testing.assert_close(update.loss, loss.detach(), rtol=1e-6, atol=0)
             num_splits += 1
-    print(f"{len(heads)} heads, {num_splits} splits")
+    print(f"{len(heads)} heads, {num_splits} splits", flush=True)
+    # gloo aborts the process if a connection is closed while the other side still uses it, or if
+    # DDP's reducers outlive the group.
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    del model
+    gc.collect()
     accelerator.end_training()
 
 

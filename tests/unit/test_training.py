@@ -405,3 +405,4 @@ def test_warm_up_belongs_to_a_schedule_given_by_name():
 def test_result_prints_well():
     result = run(lambda: {"loss": 0.51234, "f1": 0.81})
     assert repr(result) == "TrainResult(8 steps, stopped_by='num_epochs', loss=0.5123, f1=0.81)"
+    assert repr(run()) == "TrainResult(8 steps, stopped_by='num_epochs')"
