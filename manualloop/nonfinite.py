@@ -1,25 +1,89 @@
-"""A loss that is NaN or infinite: which row it comes from, said once, when it has happened."""
+"""Losses that are NaN or infinite: noticed without waiting, traced to the rows they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from manualloop.errors import NonFiniteError
+from manualloop.history import LateTensor
 from manualloop.models import evaluation_mode
+from manualloop.notices import say
 from manualloop.preflight import place_of
+from manualloop.state import TrainState
 from manualloop.strategy import Strategy
 from manualloop.tasks import count_items, model_loss, num_rows
 from manualloop.types import LossFn, Update, Window
-from manualloop.update import split_batch
+from manualloop.update import OnNonfinite, split_batch
 
 _NUM_ROWS_NAMED = 3
 
 
-def explain_nonfinite(
+class Watch:
+    """Looks out for updates that were not finite, and acts on them.
+
+    Those that the host knows of at once are acted on before anything moves. The flags of the
+    others are read when they have landed, in order: from the first bad one on, the device has
+    left the weights alone.
+
+    Args:
+        state: Of the run.
+        loader: That gives its batches.
+        loss_fn: As in ``train_steps``.
+        strategy: That runs the model.
+        on_nonfinite: As in ``train_steps``.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        loader: Iterable[Any],
+        loss_fn: LossFn | None,
+        strategy: Strategy,
+        on_nonfinite: OnNonfinite,
+    ) -> None:
+        self._explain = partial(_explain, loader=loader, loss_fn=loss_fn, strategy=strategy)
+        self._state = state
+        self._raises = on_nonfinite == "raise"
+        self._has_spoken = False
+        self._flags: list[tuple[LateTensor, Callable[[], NonFiniteError]]] = []
+
+    def look_at(self, update: Update, window: Window) -> None:
+        """Act on an update before the position moves past its window."""
+        if update.is_finite is None or update.is_finite is True:
+            return
+        progress = self._state.progress
+        error = partial(
+            self._explain,
+            self._state.model,
+            window,
+            num_samples=progress.num_samples,
+            step=progress.num_steps + 1,
+            epoch=progress.epoch,
+            update=update,
+        )
+        if isinstance(update.is_finite, Tensor):
+            self._flags.append((LateTensor(update.is_finite), error))
+            self.settle(wait=False)
+        elif self._raises:
+            raise error()
+        elif not self._has_spoken:
+            self._has_spoken = True
+            say(f"skipped an update: {error()} Further ones are only counted.")
+
+    def settle(self, *, wait: bool) -> None:
+        """Read the flags that have landed; with ``wait`` all of them."""
+        while self._flags and (wait or self._flags[0][0].has_landed()):
+            flag, error = self._flags.pop(0)
+            if not flag.read():
+                raise error()
+
+
+def _explain(
     model: nn.Module,
     window: Window,
     *,

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from manualloop.data.order import num_batches, set_epoch
-from manualloop.errors import ConfigError, DataError, NonFiniteError
-from manualloop.history import LateTensor
-from manualloop.nonfinite import explain_nonfinite
-from manualloop.notices import say
+from manualloop.errors import ConfigError, DataError
+from manualloop.nonfinite import Watch
 from manualloop.preflight import check_batches, check_run, explain, require_loader
 from manualloop.state import TrainState
 from manualloop.strategy import Strategy, require_one_process, strategy_for
-from manualloop.types import LossFn, Step, Update, Window
+from manualloop.types import LossFn, Step, Window
 from manualloop.update import OnNonfinite, StepFn, apply_update, windows
 
 
@@ -198,7 +194,7 @@ def train_steps(
         gradient_accumulation_steps,
         step_fn,
         strategy,
-        _Watch(state, train_dataloader, loss_fn, strategy, on_nonfinite),
+        Watch(state, train_dataloader, loss_fn, strategy, on_nonfinite),
         explains=not own_loss,
         preflight=preflight and not own_loss,
     )
@@ -211,12 +207,12 @@ def _train_steps(
     window_size: int,
     step_fn: StepFn,
     strategy: Strategy,
-    watch: _Watch,
+    watch: Watch,
     *,
     explains: bool,
     preflight: bool,
 ) -> Generator[Step, None, None]:
-    progress = state.progress
+    progress, num_skipped = state.progress, 0
     if state.is_training:
         raise ConfigError(
             "Another train_steps is still open on this state. Leave its loop, or close() it."
@@ -240,6 +236,9 @@ def _train_steps(
                         explain(error, state.model, window.batches, loader, progress.num_samples)
                     raise
                 watch.look_at(update, window)
+                num_skipped = 0 if update.applied else num_skipped + 1
+                if num_skipped == _TOO_MANY_SKIPPED:
+                    raise DataError(_SKIPPED_MESSAGE)
                 _advance(state, window, applied=update.applied)
                 is_last = not _goes_on(state, plan)
                 if update.applied:
@@ -267,59 +266,13 @@ def _train_steps(
         state.is_training = False
 
 
-class _Watch:
-    """Looks out for updates that were not finite, and acts on them.
-
-    Those that the host knows of at once are acted on before anything moves. The flags of the
-    others are read when they have landed, in order: from the first bad one on, the device has
-    left the weights alone.
-    """
-
-    def __init__(
-        self,
-        state: TrainState,
-        loader: Iterable[Any],
-        loss_fn: LossFn | None,
-        strategy: Strategy,
-        on_nonfinite: OnNonfinite,
-    ) -> None:
-        self._explain = partial(
-            explain_nonfinite, loader=loader, loss_fn=loss_fn, strategy=strategy
-        )
-        self._state = state
-        self._raises = on_nonfinite == "raise"
-        self._has_spoken = False
-        self._flags: list[tuple[LateTensor, Callable[[], NonFiniteError]]] = []
-
-    def look_at(self, update: Update, window: Window) -> None:
-        """Act on an update before the position moves past its window."""
-        if update.is_finite is None or update.is_finite is True:
-            return
-        progress = self._state.progress
-        error = partial(
-            self._explain,
-            self._state.model,
-            window,
-            num_samples=progress.num_samples,
-            step=progress.num_steps + 1,
-            epoch=progress.epoch,
-            update=update,
-        )
-        if isinstance(update.is_finite, Tensor):
-            self._flags.append((LateTensor(update.is_finite), error))
-            self.settle(wait=False)
-        elif self._raises:
-            raise error()
-        elif not self._has_spoken:
-            self._has_spoken = True
-            say(f"skipped an update: {error()} Further ones are only counted.")
-
-    def settle(self, *, wait: bool) -> None:
-        """Read the flags that have landed; with ``wait`` all of them."""
-        while self._flags and (wait or self._flags[0][0].has_landed()):
-            flag, error = self._flags.pop(0)
-            if not flag.read():
-                raise error()
+# An fp16 loss scale falls from 65536 below any float in fewer.
+_TOO_MANY_SKIPPED = 200
+_SKIPPED_MESSAGE = (
+    f"{_TOO_MANY_SKIPPED} updates in a row were skipped: their losses are not finite, or their "
+    "windows hold no label to learn from. Look at the data with inspect_batch(train_dataloader), "
+    'or let on_nonfinite="raise" name the rows.'
+)
 
 
 def _goes_on(state: TrainState, plan: Plan) -> bool:

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from manualloop import NonFiniteError, SingleDevice, TrainState, train_loop, train_steps, update
+from manualloop import (
+    DataError,
+    NonFiniteError,
+    SingleDevice,
+    TrainState,
+    train_loop,
+    train_steps,
+    update,
+)
 from manualloop.data.order import OrderedBatchSampler, order
 
 NUM_ROWS, BATCH_SIZE = 24, 3
@@ -222,3 +230,11 @@ def test_fp16_overflow_is_skipped_nan_in_the_loss_is_not():
                 new_state(), loader_with(math.nan), strategy=SingleDevice(mixed_precision="fp16")
             )
         )
+
+
+def test_a_run_that_only_skips_ends():
+    state = new_state()
+    with torch.no_grad():
+        state.model.layers[2].bias[0] = math.nan
+    with pytest.raises(DataError, match="200 updates in a row were skipped"):
+        list(steps_of(state, loader_with(0.0), on_nonfinite="skip", num_epochs=None, max_steps=3))
