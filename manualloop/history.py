@@ -61,7 +61,8 @@ class History:
 
     def add(self, step: Step) -> None:
         """Remember a step's loss, where it is."""
-        self._losses.append(step.loss.detach())  # a step_fn may have forgotten it
+        loss = step.loss.detach() if step.loss.requires_grad else step.loss  # by a step_fn
+        self._losses.append(loss)
         self._num_items.append(step.num_items)
         if len(self._losses) >= _NUM_UNSTACKED:
             self._losses = [torch.cat([loss.reshape(-1) for loss in self._losses])]

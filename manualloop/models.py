@@ -6,6 +6,7 @@ import inspect
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,23 @@ from torch import nn
 def unwrap_model(model: nn.Module) -> nn.Module:
     """Take off the wrappers of ``torch.compile``, data parallelism and PEFT."""
     while True:
-        inner: object = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if inner is None and callable(get_base_model := getattr(model, "get_base_model", None)):
-            inner = get_base_model()
+        # By way of _modules: an attribute that a module does not have costs it 1 us to deny.
+        children = model._modules
+        inner: object = children.get("_orig_mod", children.get("module"))
+        if inner is None and "base_model" in children:
+            get_base_model: Any = getattr(model, "get_base_model", None)
+            inner = get_base_model and get_base_model()
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner
+
+
+def config_of(model: nn.Module) -> Any:
+    """Return the ``config`` of a model of transformers; None for other modules."""
+    model = unwrap_model(model)
+    if "config" in vars(model) or hasattr(type(model), "config"):
+        return model.config
+    return None
 
 
 def model_name(model: nn.Module) -> str:
@@ -44,7 +56,7 @@ def num_labels(model: nn.Module) -> int | None:
 
 def problem_type(model: nn.Module) -> str | None:
     """Return ``config.problem_type``: what the user chose, or the model at its first batch."""
-    value = getattr(getattr(unwrap_model(model), "config", None), "problem_type", None)
+    value = getattr(config_of(model), "problem_type", None)
     return value if isinstance(value, str) else None
 
 

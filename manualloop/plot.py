@@ -26,7 +26,7 @@ def plot_history(history: Sequence[Record]) -> Any:
     except ImportError as error:
         raise ImportError("plot() needs matplotlib: pip install manualloop[plot]") from error
 
-    class Curves(Figure):  # type: ignore[misc]  # matplotlib has no types here
+    class Curves(Figure):
         def _repr_png_(self) -> bytes:  # without pyplot no notebook knows how to show a Figure
             with BytesIO() as file:
                 self.savefig(file, format="png")

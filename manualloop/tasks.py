@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from manualloop.errors import DataError, ModelError
-from manualloop.models import forward_columns, model_name, problem_type, unwrap_model
+from manualloop.models import config_of, forward_columns, model_name, problem_type, unwrap_model
 from manualloop.types import Batch
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def infer_task(model: nn.Module, labels: Tensor | None = None) -> str:
     for head, task in _TASK_OF_HEAD.items():
         if name.endswith(head):
             return task
-    config = getattr(model, "config", None)
+    config = config_of(model)
     if name.endswith("ForConditionalGeneration"):
         return "seq2seq_lm" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
     if name.endswith("Classification"):
@@ -195,7 +195,7 @@ def num_rows(batch: Any) -> int:
     values = batch.values() if isinstance(batch, Mapping) else batch
     for value in [values] if isinstance(values, torch.Tensor) else values:
         if isinstance(value, torch.Tensor) and value.ndim:
-            return len(value)
+            return value.shape[0]  # len() of a tensor is slow
     for value in values if isinstance(batch, Mapping) else ():
         if isinstance(value, list | tuple):
             return len(value)

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from manualloop.data.collate import explain_rows
 from manualloop.data.order import OrderedBatchSampler, num_batches
@@ -152,7 +153,7 @@ def accumulate_gradients(
     >>> accumulate_gradients(nn.Linear(1, 1), batches, loss_fn=loss_fn).num_items
     4
     """
-    strategy = strategy_for(model, strategy)
+    strategy = strategy_for(model, None) if strategy is None else strategy
     counts = [count_terms(model, batch) for batch in batches]
     totals = _over_ranks(strategy, [sum(term) for term in zip(*counts, strict=True)])
     is_alone = len(batches) == strategy.world_size == 1
@@ -305,9 +306,10 @@ def apply_update(
     if max_grad_norm is not None:
         grad_norm = strategy.clip_gradients(state.optimizer, max_grad_norm)
     is_finite = None if on_nonfinite == "ignore" else _is_finite(update.loss, grad_norm, strategy)
-    may_wait = on_nonfinite == "skip" or not _can_guard(state, strategy)
-    if isinstance(is_finite, Tensor) and may_wait:
-        is_finite = bool(is_finite)
+    if isinstance(is_finite, Tensor) and (
+        on_nonfinite == "skip" or not _can_guard(state.optimizer, strategy)
+    ):
+        is_finite = bool(is_finite)  # waits for the device
     if isinstance(is_finite, Tensor):
         applied = _apply_guarded(state, strategy, is_finite)
     else:
@@ -331,10 +333,10 @@ def reads_at_once(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _can_guard(state: TrainState, strategy: Strategy) -> bool:
+def _can_guard(optimizer: Optimizer, strategy: Strategy) -> bool:
     """Tell whether the optimizer's kernel can leave the weights alone by a flag on the device."""
-    optimizer = getattr(state.optimizer, "optimizer", state.optimizer)
-    return not strategy.scales_losses and getattr(optimizer, "_step_supports_amp_scaling", False)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return not strategy.scales_losses and getattr(inner, "_step_supports_amp_scaling", False)
 
 
 def _apply_guarded(state: TrainState, strategy: Strategy, is_finite: Tensor) -> bool:
