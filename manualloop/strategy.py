@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -71,6 +71,10 @@ class Strategy(Protocol):
 
     def apply(self, optimizer: Optimizer) -> bool:
         """Make the update; tell whether it was made (an fp16 overflow skips it)."""
+        ...
+
+    def skip(self, optimizer: Optimizer) -> None:
+        """Leave the update out, though its gradients are there."""
         ...
 
     @property
@@ -152,6 +156,10 @@ class SingleDevice:
         self.scaler.update()
         return self.scaler.get_scale() >= scale
 
+    def skip(self, optimizer: Optimizer) -> None:
+        if self.scaler is not None:
+            _forget_gradients(self.scaler, optimizer)
+
 
 class Accelerated:
     """The strategy of an ``accelerate.Accelerator``: its device, precision and plugins.
@@ -231,6 +239,17 @@ class Accelerated:
         scale = 0.0 if scaler is None else scaler.get_scale()
         optimizer.step()
         return scaler is None or scaler.get_scale() >= scale
+
+    def skip(self, optimizer: Optimizer) -> None:
+        if self.accelerator.scaler is not None:
+            _forget_gradients(self.accelerator.scaler, getattr(optimizer, "optimizer", optimizer))
+
+
+def _forget_gradients(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+    """Bring a scaler to the next update without making this one."""
+    with suppress(RuntimeError):  # clipping has unscaled them already
+        scaler.unscale_(optimizer)
+    scaler.update()
 
 
 def prepare_strategy(

@@ -155,9 +155,8 @@ def accumulate_gradients(
     """
     strategy = strategy_for(model, None) if strategy is None else strategy
     counts = [count_terms(model, batch) for batch in batches]
-    totals = _over_ranks(strategy, [sum(term) for term in zip(*counts, strict=True)])
+    planned = _over_ranks(strategy, [sum(term) for term in zip(*counts, strict=True)])
     is_alone = len(batches) == strategy.world_size == 1
-    planned = totals
     parts: list[Tensor] = []
     num_items = 0
     for number, (batch, count) in enumerate(zip(batches, counts, strict=True), start=1):
@@ -312,8 +311,11 @@ def apply_update(
         is_finite = bool(is_finite)  # waits for the device
     if isinstance(is_finite, Tensor):
         applied = _apply_guarded(state, strategy, is_finite)
+    elif is_finite is False:
+        applied = False
+        strategy.skip(state.optimizer)
     else:
-        applied = is_finite is not False and strategy.apply(state.optimizer)
+        applied = strategy.apply(state.optimizer)
     if applied and state.lr_scheduler is not None:
         state.lr_scheduler.step()
     return Update(update.loss, update.num_items, grad_norm, applied, is_finite)

@@ -1,12 +1,16 @@
 """A loss or norm that is NaN or infinite: never in the weights, never hidden, its row named."""
 
 import math
+import os
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader, TensorDataset
 
 from manualloop import (
+    Accelerated,
     DataError,
     NonFiniteError,
     SingleDevice,
@@ -61,6 +65,15 @@ def new_state(fused=False):
 def steps_of(state, loader, **changes):
     options = {"num_epochs": 2, "gradient_accumulation_steps": 2} | changes
     return train_steps(state, loader, **options)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
 
 
 def weights(state):
@@ -230,6 +243,27 @@ def test_fp16_overflow_is_skipped_nan_in_the_loss_is_not():
                 new_state(), loader_with(math.nan), strategy=SingleDevice(mixed_precision="fp16")
             )
         )
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_skipped_loss_leaves_the_loss_scale_usable(max_grad_norm, accelerated, fresh_accelerate):
+    strategy = SingleDevice("cpu", mixed_precision="fp16")
+    if accelerated:
+        strategy = Accelerated(Accelerator(cpu=True, mixed_precision="fp16"))
+    state = new_state()
+    steps = list(
+        steps_of(
+            state,
+            loader_with(math.nan),
+            strategy=strategy,
+            on_nonfinite="skip",
+            max_grad_norm=max_grad_norm,
+        )
+    )
+    assert state.progress.num_skipped >= 2
+    assert len(steps) + state.progress.num_skipped == 8
+    assert all(torch.isfinite(parameter).all() for parameter in state.model.parameters())
 
 
 def test_a_run_that_only_skips_ends():
