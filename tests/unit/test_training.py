@@ -19,6 +19,7 @@ from manualloop import (
     train_steps,
 )
 from manualloop.data.order import OrderedBatchSampler
+from manualloop.history import LateTensor
 
 NUM_ROWS = 22
 
@@ -330,6 +331,30 @@ def test_history_has_the_mean_over_the_items_of_each_interval():
         assert record["loss"] == pytest.approx(total / record["num_items"], rel=1e-15)
         assert record["lr"] == part[-1].lr
         assert record["grad_norm"] == float(part[-1].grad_norm)
+
+
+def test_the_device_is_read_once_a_log_event_and_never_else(monkeypatch):
+    """The count that a profile gives: no ATen read at all, and one LateTensor a record."""
+    reads = []
+    read = LateTensor.read
+    monkeypatch.setattr(LateTensor, "read", lambda self: reads.append(self) or read(self))
+    state = new_state()
+    optimizer = torch.optim.SGD(state.model.parameters(), lr=0.1)  # it reads nothing itself
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result = train_loop(
+            state.model,
+            list(new_loader()) * 7,
+            optimizer,
+            max_steps=50,
+            loss_fn=loss_fn,
+            max_grad_norm=1.0,
+            log_every=10,
+            progress_bar=False,
+        )
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::linear"] == 50
+    assert "aten::_local_scalar_dense" not in calls
+    assert len(reads) == len(result.history) == 6
 
 
 def test_patience_counts_evaluations_without_improvement():
