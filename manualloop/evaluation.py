@@ -25,6 +25,7 @@ from manualloop.tasks import (
     TASKS,
     count_terms,
     infer_task,
+    loss_and_items,
     num_rows,
     require_loss,
     term_losses,
@@ -101,7 +102,7 @@ def evaluate_loop(
     strategy = require_one_process(strategy_for(model, strategy))
     model = strategy.prepare_model(model)
     scorer = None if metric is None else as_metric(metric)
-    losses: list[list[tuple[float, int]]] = []
+    losses: list[list[tuple[float, float]]] = []
     shown = progress_bar and strategy.is_main
     with (
         evaluation_mode(model, strategy.device),
@@ -120,7 +121,7 @@ def evaluate_loop(
     return {"loss": sum(means) / len(means), **scores} if means else scores
 
 
-def _mean(parts: Sequence[tuple[float, int]]) -> float:
+def _mean(parts: Sequence[tuple[float, float]]) -> float:
     return sum(loss for loss, _ in parts) / sum(num_items for _, num_items in parts)
 
 
@@ -132,7 +133,7 @@ def _score(
     loss_fn: LossFn | None,
     postprocess: Postprocess | None,
     scorer: Scorer | None,
-) -> list[tuple[float, int]]:
+) -> list[tuple[float, float]]:
     """Give a batch to the metric; return its losses, summed over items, and their numbers.
 
     There is one, but for question answering (see ``count_terms``); none without labels. A function,
@@ -146,9 +147,10 @@ def _score(
         loss = require_loss(model, batch, outputs)
     if loss is None:
         return []
-    counts = count_terms(model, batch)
+    counts: Sequence[float] = count_terms(model, batch)
     if isinstance(loss, tuple):
-        loss, counts = loss[0], (int(loss[1]),)
+        loss, num_items = loss_and_items(loss, 0)
+        counts = (num_items,)
     means = [loss] if len(counts) == 1 else term_losses(outputs, strategy.to_device(batch))
     return [
         (float(mean) * num_items if num_items else 0.0, num_items)  # a mean of none is 0/0

@@ -56,8 +56,8 @@ class History:
         self.records: list[Record] = []
         self.last_loss: float | None = None
         self._losses: list[Tensor] = []
-        self._num_items: list[int] = []
-        self._pending: list[tuple[Record, LateTensor, list[int]]] = []
+        self._num_items: list[float] = []
+        self._pending: list[tuple[Record, LateTensor, list[float]]] = []
 
     def add(self, step: Step) -> None:
         """Remember a step's loss, where it is."""
@@ -77,7 +77,7 @@ class History:
         late = [loss.reshape(-1) for loss in self._losses]
         if step.grad_norm is not None:
             record["grad_norm"] = None
-            late.append(step.grad_norm.reshape(-1).to(late[0].dtype))
+            late.append(step.grad_norm.reshape(-1))
         record["num_items"] = sum(self._num_items)
         self.records.append(record)
         self._pending.append((record, LateTensor(torch.cat(late)), self._num_items))

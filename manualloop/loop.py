@@ -284,6 +284,11 @@ def _schedule(
 
 def _check_evaluation(evaluate: object, best_metric: str | None, patience: int | None) -> None:
     problems = []
+    if evaluate is not None and not callable(evaluate):
+        problems.append(
+            f"evaluate is a {type(evaluate).__name__}, already computed. Pass a function: "
+            "evaluate=lambda: evaluate_loop(model, loader)."
+        )
     if best_metric is not None and evaluate is None:
         problems.append(
             f"best_metric={best_metric!r} needs evaluate=lambda: evaluate_loop(model, ...)."

@@ -18,13 +18,23 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     while True:
         # By way of _modules: an attribute that a module does not have costs it 1 us to deny.
         children = model._modules
-        inner: object = children.get("_orig_mod", children.get("module"))
-        if inner is None and "base_model" in children:
+        inner: object = children.get("_orig_mod")
+        if "module" in children and type(model).__name__ in _PARALLEL:
+            inner = children["module"]
+        elif "base_model" in children:
             get_base_model: Any = getattr(model, "get_base_model", None)
             inner = get_base_model and get_base_model()
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner
+
+
+_PARALLEL = (
+    "DataParallel",
+    "DeepSpeedEngine",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+)
 
 
 def config_of(model: nn.Module) -> Any:
@@ -121,4 +131,5 @@ def evaluation_mode(
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         for module, training in modes:
-            module.training = training
+            if module.training != training:
+                module.train(training)  # not the attribute alone: some merge weights in train()

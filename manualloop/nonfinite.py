@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -125,7 +126,10 @@ def _explain(
         more = f" and {len(rows) - _NUM_ROWS_NAMED} more" if len(rows) > _NUM_ROWS_NAMED else ""
         where = f"it comes from {', '.join(rows[:_NUM_ROWS_NAMED])}{more}"
     else:
-        where = f"no row of {first} gives it alone: lower the learning rate, or set max_grad_norm"
+        where = (
+            f"no row of {first}, tried by itself, shows it. If it is the step size: a lower "
+            "learning rate, or max_grad_norm=1.0"
+        )
     found = [f"The loss is {update.loss.item()}"]
     if update.grad_norm is not None:
         found.append(f"the gradient norm {update.grad_norm.item()}")
@@ -139,7 +143,8 @@ def _bad_rows(
     model: nn.Module, batch: Any, loss_fn: LossFn | None, strategy: Strategy
 ) -> list[int]:
     bad = []
-    with evaluation_mode(model, strategy.device):
+    # Whatever a row alone does to a model or a loss_fn, it must not hide what is to be said.
+    with suppress(Exception), evaluation_mode(model, strategy.device):
         for number, row in enumerate(split_batch(batch, 1)):
             if count_items(model, row) == 0:
                 continue  # its mean is 0/0, and no part of the window's

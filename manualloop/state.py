@@ -75,9 +75,14 @@ class TrainState:
         """Load what ``state_dict`` returned.
 
         Raises:
-            ConfigError: It holds other parts than this state; the message names them, and
-                nothing was loaded.
+            ConfigError: It holds other parts than this state, which the message names, or a
+                ``train_steps`` is open on it. Nothing was loaded.
         """
+        if self.is_training:
+            raise ConfigError(
+                "A train_steps is open on this state and would go on from where it was. Leave its "
+                "loop, or close() it, then load."
+            )
         parts = self._parts()
         differing = {*parts, "progress"} ^ set(state_dict)
         if differing:
@@ -88,6 +93,7 @@ class TrainState:
         for name, part in parts.items():
             part.load_state_dict(state_dict[name])
         self.progress = Progress(**state_dict["progress"])
+        self.has_failed = None
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}

@@ -1,14 +1,14 @@
 """Where and in which precision a model runs: the only module that knows about devices.
 
-The loop asks a strategy for seven things and knows nothing else about hardware. ``SingleDevice`` is
-plain torch; ``Accelerated`` hands the same seven to an ``accelerate.Accelerator``.
+The loop asks a strategy for a few things and knows nothing else about hardware. ``SingleDevice`` is
+plain torch; ``Accelerated`` hands the same to an ``accelerate.Accelerator``.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -73,10 +73,6 @@ class Strategy(Protocol):
         """Make the update; tell whether it was made (an fp16 overflow skips it)."""
         ...
 
-    def skip(self, optimizer: Optimizer) -> None:
-        """Leave the update out, though its gradients are there."""
-        ...
-
     @property
     def scales_losses(self) -> bool:
         """Whether gradients may overflow as a matter of course, and updates then be skipped."""
@@ -105,6 +101,11 @@ class SingleDevice:
     ) -> None:
         self.device = torch.device(device)
         self.mixed_precision = mixed_precision
+        if mixed_precision not in ("no", "bf16", "fp16"):
+            raise ConfigError(
+                f"SingleDevice takes mixed_precision={mixed_precision!r} from prepare_strategy "
+                'only: prepare_strategy(device, mixed_precision="auto").'
+            )
         self._dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
         self.scaler = torch.amp.GradScaler(self.device.type) if mixed_precision == "fp16" else None
 
@@ -155,10 +156,6 @@ class SingleDevice:
         self.scaler.step(optimizer)
         self.scaler.update()
         return self.scaler.get_scale() >= scale
-
-    def skip(self, optimizer: Optimizer) -> None:
-        if self.scaler is not None:
-            _forget_gradients(self.scaler, optimizer)
 
 
 class Accelerated:
@@ -239,17 +236,6 @@ class Accelerated:
         scale = 0.0 if scaler is None else scaler.get_scale()
         optimizer.step()
         return scaler is None or scaler.get_scale() >= scale
-
-    def skip(self, optimizer: Optimizer) -> None:
-        if self.accelerator.scaler is not None:
-            _forget_gradients(self.accelerator.scaler, getattr(optimizer, "optimizer", optimizer))
-
-
-def _forget_gradients(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
-    """Bring a scaler to the next update without making this one."""
-    with suppress(RuntimeError):  # clipping has unscaled them already
-        scaler.unscale_(optimizer)
-    scaler.update()
 
 
 def prepare_strategy(
@@ -332,7 +318,7 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 def move(value: Any, device: torch.device) -> Any:
     """Copy the tensors in a nest of mappings, lists and tuples to a device, without blocking."""
-    if isinstance(value, Tensor):
+    if hasattr(value, "to"):  # a tensor, a BatchEncoding, a packed sequence
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
         return {name: move(item, device) for name, item in value.items()}

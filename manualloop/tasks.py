@@ -102,6 +102,21 @@ TASKS: dict[str, Task] = {
     "question_answering": Task(_positions_inside, _argmax),
 }
 
+# Heads whose question answering loss is another.
+_BEAM_SEARCHING = (
+    "FlaubertForQuestionAnswering",
+    "XLMForQuestionAnswering",
+    "XLNetForQuestionAnswering",
+)
+
+# Heads of language models that want their labels shifted already (transformers 5.23).
+_UNSHIFTED = (
+    "BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM",
+    "BlenderbotSmallForCausalLM", "MarianForCausalLM", "MBartForCausalLM", "PegasusForCausalLM",
+    "PLBartForCausalLM", "ProphetNetForCausalLM", "WhisperForCausalLM", "XLMWithLMHeadModel",
+    "XLNetLMHeadModel",
+)  # fmt: skip
+
 _TASK_OF_HEAD = {
     "ForTokenClassification": "token_classification",
     "ForMultipleChoice": "multiple_choice",
@@ -121,6 +136,8 @@ def infer_task(model: nn.Module, labels: Tensor | None = None) -> str:
     """
     model = unwrap_model(model)
     name = type(model).__name__
+    if name in _UNSHIFTED:
+        return "masked_lm"  # which counts as they do
     for head, task in _TASK_OF_HEAD.items():
         if name.endswith(head):
             return task
@@ -168,7 +185,8 @@ def count_terms(model: nn.Module, batch: Batch) -> tuple[int, ...]:
     columns = batch if isinstance(batch, Mapping) else {}
     if isinstance(labels := columns.get("labels"), torch.Tensor):
         return TASKS[infer_task(model, labels)].count_items(batch)
-    if {"start_positions", "end_positions", "input_ids"} <= set(columns):
+    name = model_name(model) if "start_positions" in columns else ""
+    if name.endswith("ForQuestionAnswering") and name not in _BEAM_SEARCHING:
         return TASKS["question_answering"].count_items(batch)
     return (num_rows(batch),)
 
@@ -180,10 +198,8 @@ def term_losses(outputs: Any, batch: Batch) -> list[Tensor]:
     out of the mean.
     """
     losses = []
-    for logits, name in (
-        (outputs.start_logits, "start_positions"),
-        (outputs.end_logits, "end_positions"),
-    ):
+    for key, name in (("start_logits", "start_positions"), ("end_logits", "end_positions")):
+        logits = outputs[key] if isinstance(outputs, Mapping) else getattr(outputs, key)
         length = logits.shape[1]
         positions = batch[name].reshape(-1).clamp(0, length)
         losses.append(torch.nn.functional.cross_entropy(logits, positions, ignore_index=length))
@@ -205,6 +221,17 @@ def num_rows(batch: Any) -> int:
     )
 
 
+def loss_and_items(result: Any, num_items: float) -> tuple[Tensor, float]:
+    """Take apart what a ``loss_fn`` returned: a mean, or a mean and its items.
+
+    Items may be a fraction: with class weights they are the sum of the rows' weights.
+    """
+    if not isinstance(result, tuple):
+        return result, num_items
+    loss, num_items = result
+    return loss, num_items.item() if isinstance(num_items, torch.Tensor) else num_items
+
+
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The default ``loss_fn``: the loss that the model itself returns for ``model(**batch)``.
 
@@ -221,6 +248,11 @@ def require_loss(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
     if isinstance(loss, torch.Tensor):
         return loss
     name = model_name(model)
+    if isinstance(outputs, torch.Tensor) and outputs.ndim == 0:
+        raise ModelError(
+            f"{name}.forward returned a 0-d Tensor, not an output with a loss. If that is the "
+            "loss: loss_fn=lambda model, batch: model(**batch)."
+        )
     if not isinstance(outputs, Mapping) and not hasattr(outputs, "loss"):
         shape = f" of shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else ""
         raise ModelError(

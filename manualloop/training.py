@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from manualloop.data.order import num_batches, set_epoch
 from manualloop.errors import ConfigError, DataError
@@ -64,7 +67,8 @@ def plan_run(
     problems = [
         f"{name} must be a whole number of at least 1, got {count!r}."
         for name, count in counts.items()
-        if count is not None and (not isinstance(count, int) or count < 1)
+        if count is not None
+        and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1)
     ]
     if max_grad_norm is not None and not max_grad_norm > 0:
         problems.append(
@@ -120,7 +124,8 @@ def train_steps(
     Everything that lasts is in ``state``, which has moved before a step is yielded: leave the
     loop anywhere, and the next ``train_steps`` with this state goes on with the next window. When
     the planned number is reached it yields nothing. The gradients of a step stay until the next.
-    Nothing in here waits for the device.
+    Nothing in here waits for the device, but for what ``on_nonfinite`` says. An interrupt inside an
+    update leaves the state in the middle of it.
 
     Arguments are checked at the call, batches as they come. To end the generator before its end,
     leave its ``for`` loop, or ``close()`` it if it has a name.
@@ -136,10 +141,11 @@ def train_steps(
         step_fn: ``step_fn(state, batches, strategy) -> Update`` replaces the update, and with it
             ``loss_fn`` and ``max_grad_norm``.
         on_nonfinite: What a loss that is NaN or infinite does, or a gradient norm, where one is
-            computed. ``"raise"``: the run ends, with the weights from before; on an accelerator
-            the host learns of it some steps late, and the weights have not moved since.
-            ``"skip"``: the update is left out and counted; on an accelerator that waits for every
-            update. ``"ignore"``: the update is made.
+            computed. ``"raise"``: the run ends, with the weights from before. On an accelerator
+            with a fused optimizer the host learns of it some steps late; weights have not moved
+            since, position and schedule have. ``"skip"``: the update is left out and counted.
+            ``"ignore"``: the update is made. On an accelerator ``"skip"``, and ``"raise"`` with an
+            optimizer that is not fused, wait for every update.
         strategy: None: the one that prepared the model, else ``prepare_strategy("auto")``.
         preflight: Check the first window before it is used.
 
@@ -212,15 +218,16 @@ def _train_steps(
     explains: bool,
     preflight: bool,
 ) -> Generator[Step, None, None]:
-    progress, num_skipped = state.progress, 0
+    progress = state.progress
     if state.is_training:
         raise ConfigError(
             "Another train_steps is still open on this state. Leave its loop, or close() it."
         )
-    state.is_training = True
+    state.is_training, state.has_failed = True, None
+    num_skipped = 0
     try:
         while _goes_on(state, plan):
-            epoch, window = progress.epoch, None
+            epoch, window, num_applied = progress.epoch, None, 0
             set_epoch(loader, epoch)
             for window in windows(loader, window_size, skip=progress.num_samples):
                 if preflight:
@@ -228,7 +235,8 @@ def _train_steps(
                     preflight = False
                 if not state.model.training:
                     state.model.train()  # only then: it would thaw layers that were set to eval
-                lr = state.optimizer.param_groups[0]["lr"]
+                lr: Any = state.optimizer.param_groups[0]["lr"]
+                lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes it in place
                 try:
                     update = step_fn(state, window.batches, strategy)
                 except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -236,9 +244,8 @@ def _train_steps(
                         explain(error, state.model, window.batches, loader, progress.num_samples)
                     raise
                 watch.look_at(update, window)
+                num_applied += update.applied
                 num_skipped = 0 if update.applied else num_skipped + 1
-                if num_skipped == _TOO_MANY_SKIPPED:
-                    raise DataError(_SKIPPED_MESSAGE)
                 _advance(state, window, applied=update.applied)
                 is_last = not _goes_on(state, plan)
                 if update.applied:
@@ -261,17 +268,22 @@ def _train_steps(
                     f"The training loader gave no batch in epoch {epoch}. A generator can be read "
                     "only once: pass a DataLoader or a list."
                 )
+            if num_applied == 0 and num_skipped >= _TOO_MANY_SKIPPED and plan.num_epochs is None:
+                raise DataError(_SKIPPED_MESSAGE)
         watch.settle(wait=True)
+    except GeneratorExit:  # the loop was left: what is known of its last updates is still said
+        watch.settle(wait=True)
+        raise
     finally:
         state.is_training = False
 
 
-# An fp16 loss scale falls from 65536 below any float in fewer.
+# Only max_steps could go on for ever. An fp16 loss scale falls below any float in fewer.
 _TOO_MANY_SKIPPED = 200
 _SKIPPED_MESSAGE = (
-    f"{_TOO_MANY_SKIPPED} updates in a row were skipped: their losses are not finite, or their "
-    "windows hold no label to learn from. Look at the data with inspect_batch(train_dataloader), "
-    'or let on_nonfinite="raise" name the rows.'
+    "No update of a whole epoch was applied, nor of the 200 before: the losses are not finite, or "
+    "the windows hold no label to learn from. Look at the data with inspect_batch(loader), or let "
+    'on_nonfinite="raise" name the rows.'
 )
 
 

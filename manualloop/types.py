@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 Batch: TypeAlias = Mapping[str, Any]
 """What a loader yields: column name to tensor, the first axis being the rows."""
 
-LossFn: TypeAlias = "Callable[[nn.Module, Any], Tensor | tuple[Tensor, int | Tensor]]"
-"""``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)``."""
+LossFn: TypeAlias = "Callable[[nn.Module, Any], Tensor | tuple[Tensor, float | Tensor]]"
+"""``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)``.
+
+With class weights the items are the sum of the rows' weights. A tensor of items is waited for.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,8 @@ class Update:
 
     Attributes:
         loss: 0-d, detached, on the device: the mean over all items of the window.
-        num_items: Items the mean is over: rows, tokens or elements, by task.
+        num_items: Items the mean is over: rows, tokens or elements, by task; a fraction only if
+            ``loss_fn`` returned one.
         grad_norm: 0-d norm before clipping, or None where none was computed.
         applied: False if the weights were left as they were: nothing to learn from in the
             window, an fp16 overflow, or a loss or norm that is not finite.
@@ -47,7 +51,7 @@ class Update:
     """
 
     loss: Tensor
-    num_items: int
+    num_items: float
     grad_norm: Tensor | None = None
     applied: bool = True
     is_finite: bool | Tensor | None = None
@@ -79,7 +83,7 @@ class Step:
     loss: Tensor
     lr: float
     grad_norm: Tensor | None
-    num_items: int
+    num_items: float
     ends_epoch: bool
     is_last: bool
     num_skipped: int = 0

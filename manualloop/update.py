@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any, Literal, TypeAlias
 
@@ -13,11 +14,11 @@ from torch.optim import Optimizer
 
 from manualloop.data.collate import explain_rows
 from manualloop.data.order import OrderedBatchSampler, num_batches
-from manualloop.errors import DataError
+from manualloop.errors import DataError, ModelError
 from manualloop.notices import say
 from manualloop.state import TrainState
-from manualloop.strategy import Strategy, strategy_for
-from manualloop.tasks import count_terms, num_rows, require_loss, term_losses
+from manualloop.strategy import Strategy, parameters_of, strategy_for
+from manualloop.tasks import count_terms, loss_and_items, num_rows, require_loss, term_losses
 from manualloop.types import LossFn, Update, Window
 
 OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]
@@ -72,11 +73,13 @@ def _mark_last(loader: Iterable[Any], skip: int) -> Iterator[tuple[Any, bool]]:
         yield batch, number == length
         if number == length:
             # Read to its end, as a plain `for` would: a sampler may have work to do there.
-            number += sum(1 for _ in batches)
+            number += next(batches, None) is not None
     if number != length:
+        found = number if number < length else f"more than {length}"
         raise DataError(
-            f"The loader gave {number} batches, but its len() is {length}, and updates and "
-            "schedule were planned by it. Mend __len__, or leave it out and give max_steps=."
+            f"The loader gave {found} batches, but its len() is {length}, and updates and "
+            "schedule were planned by it. Mend __len__, or leave it out and give max_steps=; if "
+            "the run was begun with another batch_size, go on with that."
         )
 
 
@@ -154,63 +157,90 @@ def accumulate_gradients(
     4
     """
     strategy = strategy_for(model, None) if strategy is None else strategy
-    counts = [count_terms(model, batch) for batch in batches]
-    planned = _over_ranks(strategy, [sum(term) for term in zip(*counts, strict=True)])
+    return _accumulate(model, batches, loss_fn, strategy, model.parameters())
+
+
+def _accumulate(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: LossFn | None,
+    strategy: Strategy,
+    parameters: Iterable[Tensor],
+) -> Update:
+    counts: list[Sequence[float]] = [count_terms(model, batch) for batch in batches]
+    planned = _sum_counts(strategy, [sum(term) for term in zip(*counts, strict=True)])
+    if loss_fn is not None:
+        planned = [planned[0] or 1]  # it may count what the labels do not show
     is_alone = len(batches) == strategy.world_size == 1
-    parts: list[Tensor] = []
-    num_items = 0
+    weighted_losses: list[Tensor] = []
+    num_items: float = 0
     for number, (batch, count) in enumerate(zip(batches, counts, strict=True), start=1):
         with strategy.hold_gradients(model, hold=number < len(batches)):
             with strategy.autocast():
                 terms = _mean_losses(model, strategy.to_device(batch), count, loss_fn)
             if is_alone:
                 planned = [items for _, items in terms]
-            part = _weigh(terms, planned, strategy.world_size)
-            if part is None:
+            weighted = _weighted_loss(terms, planned, strategy.world_size)
+            if weighted is None:
                 continue
-            strategy.backward(part)
+            strategy.backward(weighted)
         if items := sum(items for _, items in terms):
-            parts.append(part.detach())
+            weighted_losses.append(weighted.detach())
             num_items += items
-    (total,) = _over_ranks(strategy, [num_items])
-    loss = reduce(torch.add, parts) if parts else torch.zeros_like(terms[0][0].detach())
+    (total,) = _sum_counts(strategy, [num_items])
+    if weighted_losses:
+        loss = reduce(torch.add, weighted_losses)
+    else:
+        loss = torch.zeros_like(terms[0][0].detach())
     if total == 0:
         return Update(loss, 0, applied=False)
     if strategy.world_size > 1:
         loss = strategy.sum_over_ranks(loss) / strategy.world_size
     if loss_fn is not None and not is_alone and total != planned[0]:
         factor = planned[0] / total  # loss_fn counted otherwise than count_items
-        _scale_gradients(model, factor)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
         loss = loss * factor
     return Update(loss, total)
 
 
-def _over_ranks(strategy: Strategy, counts: list[int]) -> list[int]:
+def _sum_counts(strategy: Strategy, counts: list[float]) -> list[float]:
     if strategy.world_size == 1:
         return counts
     local = torch.tensor(counts, device=strategy.device)
-    total: list[int] = strategy.sum_over_ranks(local).tolist()
+    total: list[float] = strategy.sum_over_ranks(local).tolist()
     return total
 
 
 def _mean_losses(
-    model: nn.Module, batch: Any, counts: Sequence[int], loss_fn: LossFn | None
-) -> list[tuple[Tensor, int]]:
+    model: nn.Module, batch: Any, counts: Sequence[float], loss_fn: LossFn | None
+) -> list[tuple[Tensor, float]]:
     """Return the means that the loss of a micro-batch is the mean of, each with its items."""
     if loss_fn is not None:
-        result = loss_fn(model, batch)
-        if isinstance(result, tuple):
-            return [(result[0], int(result[1]))]
-        return [(result, counts[0])]
+        loss, num_items = loss_and_items(loss_fn(model, batch), counts[0])
+        return [(_require_scalar(loss), num_items)]
     outputs = model(**batch)
     loss = require_loss(model, batch, outputs)
     if len(counts) == 1:
-        return [(loss, counts[0])]
+        return [(_require_scalar(loss), counts[0])]
     return list(zip(term_losses(outputs, batch), counts, strict=True))
 
 
-def _weigh(
-    terms: Sequence[tuple[Tensor, int]], totals: Sequence[int], world_size: int
+def _require_scalar(loss: Tensor) -> Tensor:
+    if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
+        return loss if loss.ndim == 0 else loss.reshape(())
+    found = f"{type(loss).__name__}"
+    if isinstance(loss, Tensor):
+        found = f"Tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+    raise ModelError(
+        f"The loss is a {found}. It must be one number that depends on trainable parameters: "
+        "return losses.mean() from loss_fn, not detached and not under no_grad."
+    )
+
+
+def _weighted_loss(
+    terms: Sequence[tuple[Tensor, float]], totals: Sequence[float], world_size: int
 ) -> Tensor | None:
     """Return a micro-batch's share of the window's loss, None if it holds no item.
 
@@ -225,12 +255,6 @@ def _weigh(
     if shares:
         return reduce(torch.add, shares)
     return terms[0][0] * 0 if world_size > 1 else None
-
-
-def _scale_gradients(model: nn.Module, factor: float) -> None:
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)
 
 
 def split_batch(batch: Any, max_rows: int) -> list[Any]:
@@ -270,7 +294,9 @@ def _accumulate_in_memory(
         if (max_rows := state.max_batch_rows) is not None:
             parts = [part for batch in batches for part in split_batch(batch, max_rows)]
         try:
-            return accumulate_gradients(state.model, parts, loss_fn=loss_fn, strategy=strategy)
+            return _accumulate(
+                state.model, parts, loss_fn, strategy, parameters_of(state.optimizer)
+            )
         except torch.OutOfMemoryError:
             largest = max(map(num_rows, parts))
             if largest == 1:
@@ -301,30 +327,30 @@ def apply_update(
     update = _accumulate_in_memory(state, batches, strategy, loss_fn)
     if not update.applied:
         return update
-    grad_norm = None
+    watches, grad_norm = on_nonfinite != "ignore", None
+    is_finite: bool | Tensor | None = None
+    if watches and strategy.scales_losses:
+        # Before clipping, which would tell the scaler. A norm that overflows is left to it.
+        is_finite = bool(_is_finite(update.loss))
+        if not is_finite:
+            return replace(update, applied=False, is_finite=False)
     if max_grad_norm is not None:
         grad_norm = strategy.clip_gradients(state.optimizer, max_grad_norm)
-    is_finite = None if on_nonfinite == "ignore" else _is_finite(update.loss, grad_norm, strategy)
-    if isinstance(is_finite, Tensor) and (
-        on_nonfinite == "skip" or not _can_guard(state.optimizer, strategy)
-    ):
-        is_finite = bool(is_finite)  # waits for the device
+    if watches and not strategy.scales_losses:
+        is_finite = _is_finite(update.loss if grad_norm is None else update.loss + grad_norm)
+        if on_nonfinite == "skip" or not _can_guard(state.optimizer):
+            is_finite = bool(is_finite)  # on an accelerator this waits
     if isinstance(is_finite, Tensor):
         applied = _apply_guarded(state, strategy, is_finite)
-    elif is_finite is False:
-        applied = False
-        strategy.skip(state.optimizer)
     else:
-        applied = strategy.apply(state.optimizer)
+        applied = is_finite is not False and strategy.apply(state.optimizer)
     if applied and state.lr_scheduler is not None:
         state.lr_scheduler.step()
     return Update(update.loss, update.num_items, grad_norm, applied, is_finite)
 
 
-def _is_finite(loss: Tensor, grad_norm: Tensor | None, strategy: Strategy) -> bool | Tensor:
-    """Tell whether loss and norm are finite: at once on the CPU, else as a flag on the device."""
-    # Under a loss scale the norm overflows as a matter of course, and the scaler skips.
-    watched = loss if grad_norm is None or strategy.scales_losses else loss + grad_norm
+def _is_finite(watched: Tensor) -> bool | Tensor:
+    """Tell whether a number is finite: at once on the CPU, else as a flag on the device."""
     if reads_at_once(watched):
         return math.isfinite(watched.float().numpy())  # no .item(): it counts as a wait
     return torch.isfinite(watched)
@@ -335,10 +361,10 @@ def reads_at_once(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _can_guard(optimizer: Optimizer, strategy: Strategy) -> bool:
+def _can_guard(optimizer: Optimizer) -> bool:
     """Tell whether the optimizer's kernel can leave the weights alone by a flag on the device."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    return not strategy.scales_losses and getattr(inner, "_step_supports_amp_scaling", False)
+    return getattr(inner, "_step_supports_amp_scaling", False)
 
 
 def _apply_guarded(state: TrainState, strategy: Strategy, is_finite: Tensor) -> bool:

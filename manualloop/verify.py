@@ -34,7 +34,7 @@ class AccumulationReport:
 
     model: str
     num_rows: int
-    num_items: int
+    num_items: float
     loss_difference: float
     gradient_difference: float
     unweighted_difference: float
@@ -55,7 +55,7 @@ class AccumulationReport:
         )
         return (
             f"{self.model}, {self.num_rows} rows at once against {self.num_rows} of one row, "
-            f"{self.num_items} items: loss differs by {self.loss_difference:.1e}, gradient by "
+            f"{self.num_items:g} items: loss differs by {self.loss_difference:.1e}, gradient by "
             f"{self.gradient_difference:.1e} (relative; rounding is {self.tolerance:.0e}). "
             f"{verdict} Without the weighting by items the gradient would differ by "
             f"{self.unweighted_difference:.1e}."

@@ -70,6 +70,7 @@ HEADS = [
     ("ModernBert", "MaskedLM", "masked_lm"),
     ("Llama", "CausalLM", "causal_lm"),
     ("GPT2", "LMHeadModel", "causal_lm"),
+    ("Bart", "CausalLM", "causal_lm"),  # wants its labels shifted already
     ("Qwen2", "CausalLM", "causal_lm"),
     ("T5", "ConditionalGeneration", "seq2seq_lm"),
     ("Bart", "ConditionalGeneration", "seq2seq_lm"),

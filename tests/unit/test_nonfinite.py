@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -209,6 +210,60 @@ def test_on_an_accelerator_the_kernel_guards_and_the_host_learns_late(monkeypatc
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_leaving_the_loop_with_flags_pending_does_not_hide_them(monkeypatch):
+    monkeypatch.setattr(update, "reads_at_once", lambda tensor: False)
+    monkeypatch.setattr("manualloop.history.LateTensor.has_landed", lambda self: False)
+    state = new_state(fused=True)
+    steps = steps_of(state, loader_with(math.nan))
+    with pytest.raises(NonFiniteError):
+        for step in steps:
+            if step.index == step_of(BAD_ROW) + 1:
+                steps.close()
+    before = weights(state)
+    assert list(steps_of(state, loader_with(0.0), num_epochs=4)), "the state trains no more"
+    assert not is_equal(weights(state), before)
+
+
+@pytest.mark.parametrize("kind", ["tuples", "two rows at least", "step_fn"])
+def test_what_cannot_be_tried_row_by_row_hides_nothing(kind):
+    def loss_fn(model, batch):
+        x, labels = batch if isinstance(batch, tuple) else batch.values()
+        if len(x) < 2 and kind != "tuples":
+            raise ValueError("one row only")
+        return model(x=x, labels=labels)["loss"]
+
+    batches = list(loader_with(math.nan))
+    if kind == "tuples":
+        batches = [tuple(batch.values()) for batch in batches]
+    changes = {"loss_fn": loss_fn}
+    if kind == "step_fn":
+        changes = {"step_fn": partial(update.apply_update, loss_fn=loss_fn)}
+    found = "it comes from row" if kind == "step_fn" else "tried by itself"
+    with pytest.raises(NonFiniteError, match=found):
+        list(steps_of(new_state(), batches, **changes))
+
+
+def test_bad_rows_do_not_eat_the_loss_scale():
+    """A third of the batches is NaN: the scale falls by overflows only."""
+    strategy = SingleDevice("cpu", mixed_precision="fp16")
+    state = new_state()
+    good, bad = list(loader_with(0.0)), list(loader_with(math.nan))
+    bad_batch = next(batch for batch in bad if batch["x"].isnan().any())
+    batches = [bad_batch if number % 3 == 0 else good[number % 8] for number in range(60)]
+    for _ in steps_of(
+        state,
+        batches,
+        strategy=strategy,
+        on_nonfinite="skip",
+        max_grad_norm=1.0,
+        gradient_accumulation_steps=1,
+        num_epochs=1,
+    ):
+        pass
+    assert state.progress.num_skipped >= 20
+    assert strategy.scaler.get_scale() >= 2.0**10
+
+
 def test_an_unfused_optimizer_on_an_accelerator_is_waited_for(monkeypatch):
     monkeypatch.setattr(update, "reads_at_once", lambda tensor: False)
     state, before = new_state(fused=False), None
@@ -270,5 +325,5 @@ def test_a_run_that_only_skips_ends():
     state = new_state()
     with torch.no_grad():
         state.model.layers[2].bias[0] = math.nan
-    with pytest.raises(DataError, match="200 updates in a row were skipped"):
+    with pytest.raises(DataError, match="No update of a whole epoch was applied"):
         list(steps_of(state, loader_with(0.0), on_nonfinite="skip", num_epochs=None, max_steps=3))

@@ -272,6 +272,15 @@ def test_an_error_in_the_loop_body_does_not_enter_the_generator():
     assert len(list(train_steps(state, new_loader(), **options()))) == 5
 
 
+def test_loading_into_a_state_that_is_being_trained_is_refused():
+    state = new_state()
+    saved = state.state_dict()
+    for _ in train_steps(state, new_loader(), **options()):
+        with pytest.raises(ConfigError, match="A train_steps is open on this state"):
+            state.load_state_dict(saved)
+        break
+
+
 def test_states_that_do_not_fit_name_the_difference():
     saved = new_state(ema=torch.nn.Linear(1, 1)).state_dict()
     with pytest.raises(ConfigError, match=r"disagree about: extras\.ema"):
@@ -338,12 +347,12 @@ def test_the_device_is_read_once_a_log_event_and_never_else(monkeypatch):
     reads = []
     read = LateTensor.read
     monkeypatch.setattr(LateTensor, "read", lambda self: reads.append(self) or read(self))
-    state = new_state()
+    state, batches = new_state(), list(new_loader()) * 7
     optimizer = torch.optim.SGD(state.model.parameters(), lr=0.1)  # it reads nothing itself
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result = train_loop(
             state.model,
-            list(new_loader()) * 7,
+            batches,
             optimizer,
             max_steps=50,
             loss_fn=loss_fn,

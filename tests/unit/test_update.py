@@ -16,6 +16,7 @@ from manualloop import (
     accumulate_gradients,
     apply_update,
     count_items,
+    evaluate_loop,
     windows,
 )
 from manualloop.data.order import OrderedBatchSampler
@@ -94,13 +95,13 @@ def test_a_stream_tells_its_last_window():
     assert [window.ends_epoch for window in windows(loader, 2)] == [False, True]
 
 
-@pytest.mark.parametrize("claimed", [2, 4])
-def test_a_wrong_length_is_an_error(claimed):
+@pytest.mark.parametrize(("claimed", "found"), [(2, "more than 2"), (4, "3")])
+def test_a_wrong_length_is_an_error(claimed, found):
     class Liar(list):
         def __len__(self):
             return claimed
 
-    with pytest.raises(DataError, match=rf"gave 3 batches, but its len\(\) is {claimed}"):
+    with pytest.raises(DataError, match=rf"gave {found} batches, but its len\(\) is {claimed}"):
         list(windows(Liar(batches_of(1, 1, 1)), 1))
 
 
@@ -180,6 +181,76 @@ def test_items_that_only_the_loss_knows_are_weighted_by_one_rescale():
     assert 0 < update.num_items < 12
     for ours, theirs in zip(gradients(parts), gradients(whole), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_class_weights_are_items_of_a_fraction():
+    weight = torch.tensor([0.2, 3.1], dtype=torch.float64)
+
+    def weighted(model, batch):
+        logits = model.linear(batch["x"])
+        loss = torch.nn.functional.cross_entropy(logits, batch["labels"], weight=weight)
+        return loss, weight[batch["labels"]].sum()
+
+    batch = rows(12)
+    whole, parts = Line(), Line()
+    loss, num_items = weighted(whole, batch)
+    loss.backward()
+    update = accumulate_gradients(parts, split(batch, [1, 7, 4]), loss_fn=weighted)
+    assert update.num_items == pytest.approx(float(num_items), rel=1e-12)
+    torch.testing.assert_close(gradients(parts), gradients(whole), rtol=1e-12, atol=1e-14)
+    scores = [
+        evaluate_loop(whole, split(batch, sizes), loss_fn=weighted)["loss"]
+        for sizes in ([12], [1, 7, 4])
+    ]
+    assert scores == pytest.approx([float(loss.detach())] * 2, rel=1e-12)
+
+
+def test_a_loss_fn_may_count_where_labels_are_all_ignored():
+    def distilled(model, batch):
+        return model.linear(batch["x"]).square().mean(), len(batch["x"])
+
+    batch = rows(6, ignored=range(6))
+    whole, parts = Line(), Line()
+    distilled(whole, batch)[0].backward()
+    assert accumulate_gradients(parts, split(batch, [2, 4]), loss_fn=distilled).num_items == 6
+    torch.testing.assert_close(gradients(parts), gradients(whole), rtol=1e-12, atol=1e-14)
+
+
+def test_parameters_of_the_loss_are_rescaled_too():
+    """A learned temperature, in the optimizer but not in the model."""
+    batch = rows(8)
+
+    def loss_of(temperature):
+        def loss_fn(model, batch):
+            losses = torch.nn.functional.cross_entropy(
+                model.linear(batch["x"]) * temperature, batch["labels"], reduction="none"
+            )
+            kept = batch["x"][:, 0] > 0
+            return losses[kept].mean(), int(kept.sum())
+
+        return loss_fn
+
+    found = []
+    for sizes in ([8], [3, 5]):
+        model, temperature = Line(), torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        optimizer = torch.optim.SGD([*model.parameters(), temperature], lr=0.1)
+        state = TrainState(model, optimizer)
+        apply_update(state, split(batch, sizes), SingleDevice(), loss_fn=loss_of(temperature))
+        found.append(float(temperature.grad))
+    assert found[1] == pytest.approx(found[0], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda model, batch: model.linear(batch["x"]).detach().mean(),
+        lambda model, batch: model.linear(batch["x"]),
+        lambda model, batch: 0.5,
+    ],
+)
+def test_a_loss_that_cannot_be_learned_from_says_so(loss_fn):
+    with pytest.raises(ModelError, match="must be one number that depends on trainable"):
+        accumulate_gradients(Line(), [rows(4)], loss_fn=loss_fn)
 
 
 def test_one_micro_batch_keeps_the_bits():
