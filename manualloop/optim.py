@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manualloop.errors import ConfigError, ModelError
 
@@ -174,6 +174,36 @@ def prepare_scheduler(
             f"prepare_scheduler what {name!r} wants as keywords."
         ) from error
     return scheduler
+
+
+def require_schedule(lr_scheduler: object, optimizer: Optimizer) -> None:
+    """Refuse a scheduler that cannot be stepped once an update, or that drives another optimizer.
+
+    Raises:
+        ConfigError: It is none, it follows a metric, or it belongs to another optimizer.
+    """
+    if lr_scheduler is None:
+        return
+    name = type(lr_scheduler).__name__
+    lr_scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate's wrapper
+    if isinstance(lr_scheduler, ReduceLROnPlateau):
+        raise ConfigError(
+            f"{name} follows a metric, and a schedule is stepped after every update, without one. "
+            "Pass lr_scheduler=None and step it yourself after each evaluation: "
+            'scheduler.step(scores["loss"]).'
+        )
+    if not hasattr(lr_scheduler, "step"):
+        raise ConfigError(
+            f"lr_scheduler is a {name}, which has no step(). Build one: "
+            'prepare_scheduler(optimizer, "linear", num_training_steps=...).'
+        )
+    driven = getattr(lr_scheduler, "optimizer", optimizer)
+    if getattr(driven, "optimizer", driven) is not getattr(optimizer, "optimizer", optimizer):
+        raise ConfigError(
+            f"The {name} drives another optimizer than the {type(optimizer).__name__} that is "
+            "given, so the learning rate would never move. Pass both: train_loop(model, loader, "
+            "optimizer, lr_scheduler)."
+        )
 
 
 _FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")

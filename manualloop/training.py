@@ -12,6 +12,7 @@ from torch import Tensor
 from manualloop.data.order import num_batches, set_epoch
 from manualloop.errors import ConfigError, DataError
 from manualloop.nonfinite import Watch
+from manualloop.optim import require_schedule
 from manualloop.preflight import check_batches, check_run, explain, require_loader
 from manualloop.state import TrainState
 from manualloop.strategy import Strategy, require_one_process, strategy_for
@@ -187,6 +188,7 @@ def train_steps(
         raise ConfigError(f'on_nonfinite={on_nonfinite!r} is none of "raise", "skip", "ignore".')
     strategy = require_one_process(strategy_for(state.model, strategy))
     check_run(state, strategy)
+    require_schedule(state.lr_scheduler, state.optimizer)
     state.model = strategy.prepare_model(state.model)
     state.optimizer = strategy.prepare_optimizer(state.optimizer)
     own_loss = loss_fn is not None or step_fn is not None

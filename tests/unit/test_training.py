@@ -440,3 +440,23 @@ def test_result_prints_well():
     result = run(lambda: {"loss": 0.51234, "f1": 0.81})
     assert repr(result) == "TrainResult(8 steps, stopped_by='num_epochs', loss=0.5123, f1=0.81)"
     assert repr(run()) == "TrainResult(8 steps, stopped_by='num_epochs')"
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (torch.optim.lr_scheduler.ReduceLROnPlateau, "ReduceLROnPlateau follows a metric"),
+        (lambda optimizer: "linear", r"lr_scheduler is a str, which has no step\(\)"),
+        (
+            lambda optimizer: torch.optim.lr_scheduler.ConstantLR(new_state().optimizer),
+            "drives another optimizer than the AdamW",
+        ),
+    ],
+)
+def test_a_schedule_that_would_not_work_is_refused_before_the_first_update(build, message):
+    state = new_state()
+    state.lr_scheduler = build(state.optimizer)
+    before = weights(state)
+    with pytest.raises(ConfigError, match=message):
+        train_steps(state, new_loader(), **options())
+    assert all(map(torch.equal, before, weights(state)))
