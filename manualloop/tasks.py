@@ -15,6 +15,7 @@ means must know it:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -126,6 +127,13 @@ _TASK_OF_HEAD = {
 }
 
 
+@cache  # asked at every step
+def _task_of_class(name: str) -> str | None:
+    if name in _UNSHIFTED:
+        return "masked_lm"  # which counts as they do
+    return next((task for head, task in _TASK_OF_HEAD.items() if name.endswith(head)), None)
+
+
 def infer_task(model: nn.Module, labels: Tensor | None = None) -> str:
     """Name the task of a model, by its head, its config and the labels, as transformers does.
 
@@ -136,11 +144,8 @@ def infer_task(model: nn.Module, labels: Tensor | None = None) -> str:
     """
     model = unwrap_model(model)
     name = type(model).__name__
-    if name in _UNSHIFTED:
-        return "masked_lm"  # which counts as they do
-    for head, task in _TASK_OF_HEAD.items():
-        if name.endswith(head):
-            return task
+    if task := _task_of_class(name):
+        return task
     config = config_of(model)
     if name.endswith("ForConditionalGeneration"):
         return "seq2seq_lm" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
