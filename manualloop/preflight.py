@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
-from manualloop.data.collate import text_message
+from manualloop.data.collate import filter_missing, text_message
 from manualloop.data.labels import (
     BY_TOKEN,
     check_class_ids,
-    filter_missing,
     scalar_floats_message,
     warn_of_classes_as_values,
 )
@@ -126,6 +125,7 @@ def check_batches(
         DataError: Text, missing or impossible labels, tokens the model does not know, ...
         ModelError: The model has no head, or does not take these columns.
     """
+    first = place_of(loader, num_samples)
     num_items = 0
     for batch in batches:
         place = place_of(loader, num_samples)
@@ -137,17 +137,24 @@ def check_batches(
         num_samples += num_rows(batch)
         num_items += count_items(model, batch)
     if needs_labels and num_items == 0:
-        raise DataError(
-            f"No label to learn from in {place.batch}: all {labels.numel()} are {IGNORE_INDEX}. "
-            "Check the masking, and that truncation leaves some; rows without one go with "
-            f"dataset.filter(lambda row: {_HAS_LABEL[labels.ndim > 1]})."
-        )
+        raise DataError(_no_items_message(batches, first.batch))
 
 
-_HAS_LABEL = {
-    False: f'row["labels"] != {IGNORE_INDEX}',
-    True: f'set(row["labels"]) != {{{IGNORE_INDEX}}}',
-}
+def _no_items_message(batches: Sequence[Mapping[str, Any]], place: str) -> str:
+    more = f" and {len(batches) - 1} more" if len(batches) > 1 else ""
+    labels = [batch["labels"] for batch in batches if "labels" in batch]
+    if labels:
+        found = f"all {sum(map(torch.numel, labels))} are {IGNORE_INDEX}. Check the masking, and"
+        has_item = f'row["labels"] != {IGNORE_INDEX}'
+        if labels[0].ndim > 1:
+            has_item = f'set(row["labels"]) != {{{IGNORE_INDEX}}}'
+    else:
+        found = "all start and end positions are beyond the tokens. Check"
+        has_item = 'row["start_positions"] < len(row["input_ids"])'
+    return (
+        f"No label to learn from in {place}{more}: {found} that truncation leaves some; rows "
+        f"without one go with dataset.filter(lambda row: {has_item})."
+    )
 
 
 def explain(
@@ -181,8 +188,10 @@ def place_of(loader: Iterable[Any], num_samples: int, epoch: int | None = None) 
         return Place("a batch", lambda row: f"row {row} of a batch")
     batch = f"batch {num_samples // size}"
     if isinstance(sampler, OrderedBatchSampler):
-        batch, rows = f"{sampler.split} {batch}", sampler.rows(epoch)
-        return Place(batch, lambda row: f"{batch} (row id {rows[num_samples + row]})")
+        batch = f"{sampler.split} {batch}"
+        return Place(
+            batch, lambda row: f"{batch} (row id {sampler.rows(epoch)[num_samples + row]})"
+        )
     if isinstance(getattr(loader, "sampler", None), SequentialSampler):
         return Place(batch, lambda row: f"{batch} (row id {num_samples + row})")
     return Place(batch, lambda row: f"row {row} of {batch}")
@@ -251,7 +260,7 @@ def _check_labels(model: nn.Module, batch: Mapping[str, Any], labels: Tensor, pl
         row = int(is_nan.nonzero()[0, 0])
         raise DataError(
             f"Label NaN in {place.row(row)}: it is missing. Filter such rows out: "
-            f"{filter_missing('labels', is_float=True)}."
+            f"{filter_missing('labels', is_float=True, in_lists=labels.ndim > 1)}."
         )
     task, classes = infer_task(model, labels), num_labels(model)
     if classes is None:
@@ -259,7 +268,7 @@ def _check_labels(model: nn.Module, batch: Mapping[str, Any], labels: Tensor, pl
     if task == "multi_label_classification":
         _check_multi_label(labels, classes, place)
     elif task in ("single_label_classification", "token_classification"):
-        check_class_ids(labels.cpu().numpy(), classes, place.row)
+        check_class_ids(labels.cpu().numpy(), classes, place.row, in_lists=labels.ndim > 1)
     elif task == "regression" and not labels.is_floating_point() and not problem_type(model):
         warn_of_classes_as_values(labels.cpu().numpy(), f"the labels of {place.batch}")
 

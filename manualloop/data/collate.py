@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from manualloop.errors import DataError
 from manualloop.tasks import misaligned_message
+
+if TYPE_CHECKING:
+    from manualloop.data.columns import Split
 
 Row = Mapping[str, Any]
 
@@ -18,6 +22,7 @@ def collate_rows(
     *,
     collator: Callable[[list[Any]], Mapping[str, Any]],
     float_labels: bool = False,
+    token_labels: bool = False,
 ) -> dict[str, Any]:
     """Make a batch with a collator of transformers.
 
@@ -25,21 +30,25 @@ def collate_rows(
         rows: Of the dataset, as dicts.
         collator: Pads and stacks.
         float_labels: Whether the loss wants ``labels`` in float32: multi-label, regression.
+        token_labels: Whether every token has a label; padding would hide that some have none.
 
     Raises:
         DataError: The collator failed on these rows; the message says on which and why.
     """
+    if token_labels and (reason := _explain_alignment(rows)):
+        raise DataError(reason)
     try:
         batch = dict(collator(list(rows)))
     except Exception as error:
         if reason := explain_rows(rows):
             raise DataError(reason) from error
         raise
-    if "labels" in batch:
-        if float_labels:
-            batch["labels"] = batch["labels"].float()
-        elif batch["labels"].dtype == torch.bool:
-            batch["labels"] = batch["labels"].long()
+    if batch.get("labels") is None:
+        batch.pop("labels", None)  # DataCollatorForSeq2Seq makes one of rows that have none
+    elif float_labels:
+        batch["labels"] = batch["labels"].float()
+    elif batch["labels"].dtype == torch.bool:
+        batch["labels"] = batch["labels"].long()
     return batch
 
 
@@ -47,57 +56,150 @@ def explain_rows(rows: Sequence[Any]) -> str | None:
     """Say why rows cannot be stacked into a batch; None if they look fine."""
     if not rows or not isinstance(rows[0], Mapping):
         return None
+    lengths: dict[str, list[int]] = {}
     for column in rows[0]:
         values = [row.get(column) for row in rows]
         if missing := [number for number, value in enumerate(values) if value is None]:
             return (
                 f"Row {missing[0]} of the {len(rows)} rows checked has {column}=None; so have "
-                f"{len(missing)} of them. Filter them out: dataset.filter(lambda row: "
-                f'row["{column}"] is not None).'
+                f"{len(missing)} of them. Filter them out: {filter_missing(column)}."
             )
-        if isinstance(values[0], str):
+        if _is_text(values[0]):
             return text_message(column, values[0], is_tokenized="input_ids" in rows[0])
-    return _explain_lengths(rows)
-
-
-def text_message(column: str, example: str, *, is_tokenized: bool) -> str:
-    """Say that a column is text where numbers are wanted."""
-    if column in ("label", "labels"):
-        return (
-            f"{column!r} holds strings, e.g. {example!r} (row 0). Turn them into class numbers: "
-            f'dataset.class_encode_column("{column}").'
-        )
-    if is_tokenized:
-        return (
-            f"Column {column!r} is text, e.g. {example!r} (row 0), beside the tokens made of it. "
-            f'Leave it out: dataset.remove_columns("{column}").'
-        )
-    return (
-        f"Column {column!r} is still text. Tokenise it: prepare_dataloaders(dataset, tokenizer), "
-        f'or dataset.map(lambda rows: tokenizer(rows["{column}"], truncation=True), batched=True).'
-    )
-
-
-def _explain_lengths(rows: Sequence[Row]) -> str | None:
-    def lengths(column: str) -> list[int]:
-        return [_length(row.get(column)) for row in rows]
-
-    columns = [column for column in rows[0] if any(lengths(column))]
-    ragged = [column for column in columns if len(set(lengths(column))) > 1]
-    if "labels" in columns and "input_ids" in columns:
-        for number, (ids, labels) in enumerate(
-            zip(lengths("input_ids"), lengths("labels"), strict=True)
-        ):
-            if "labels" in ragged and ids != labels:
-                return misaligned_message(labels, ids, f"row {number} of the {len(rows)} checked")
+        lengths[column] = [_length(value) for value in values]
+    ragged = [column for column, found in lengths.items() if len(set(found)) > 1]
+    if "labels" in ragged and (reason := _explain_alignment(rows)):
+        return reason
     if not ragged:
         return None
-    found = lengths(ragged[0])
+    found = lengths[ragged[0]]
     return (
         f"Rows have lengths {min(found)}..{max(found)} in {ragged[0]!r}, and nothing pads them. "
         "Pass the tokenizer, prepare_dataloaders(dataset, tokenizer), or a collate_fn that pads: "
         "transformers' DataCollatorWithPadding(tokenizer)."
     )
+
+
+def _is_text(value: Any) -> bool:
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, str)
+
+
+def text_message(
+    column: str, example: Any, *, split: str | None = None, is_tokenized: bool = False
+) -> str:
+    """Say that a column is text, or lists of text, where numbers are wanted."""
+    if column in ("label", "labels"):
+        return text_label_message(column, example, split=split)
+    of = "" if split is None else f" of {split}"
+    if is_tokenized:
+        return (
+            f"Column {column!r}{of} is text, e.g. {example!r} (row 0), beside the tokens made of "
+            f'it. Leave it out: dataset.remove_columns("{column}").'
+        )
+    return (
+        f"Column {column!r}{of} is still text. Tokenise it: prepare_dataloaders(dataset, "
+        f'tokenizer), or dataset.map(lambda rows: tokenizer(rows["{column}"], truncation=True), '
+        "batched=True)."
+    )
+
+
+def text_label_message(column: str, example: Any, *, split: str | None = None) -> str:
+    """Say that a column of labels is text, or lists of text."""
+    of = "" if split is None else f" of {split}"
+    mended = f'dataset.class_encode_column("{column}")'
+    if not isinstance(example, str):
+        names = f'sorted({{name for names in dataset["{column}"] for name in names}})'
+        mended = (
+            f'dataset.cast_column("{column}", datasets.Sequence(datasets.ClassLabel('
+            f"names={names})))"
+        )
+    return (
+        f"{column!r}{of} holds strings, e.g. {example!r} (row 0). Turn them into class numbers: "
+        f"{mended}."
+    )
+
+
+def check_columns(
+    split: Split, texts: Sequence[str], label: str | None, *, may_be_text: bool
+) -> None:
+    """Refuse a split that lacks the text, has gaps, or has labels that are text.
+
+    Args:
+        split: That is to be tokenized and collated.
+        texts: Its columns of text.
+        label: Its column of labels, which it may lack.
+        may_be_text: Whether the labels may be text.
+
+    Raises:
+        DataError: The message names the column, and the first row if it is one of the rows.
+    """
+    kinds = split.kinds
+    for column in texts:
+        if column not in kinds:
+            raise DataError(
+                f"{split.name} has no column {column!r}; it has {', '.join(kinds)}. Give all "
+                "splits the same columns, or prepare them one by one."
+            )
+        _check_complete(split, column)
+    if label is None or label not in kinds:
+        return
+    _check_complete(split, label)
+    if kinds[label] in ("text", "texts") and not may_be_text:
+        raise DataError(text_label_message(label, split.first[label], split=split.name))
+
+
+def _check_complete(split: Split, column: str) -> None:
+    import pyarrow.compute as pc
+
+    if (values := split.column(column)) is None:
+        return
+    kind, in_lists = split.kinds[column], False
+    rows = np.flatnonzero(pc.is_null(values, nan_is_null=True))
+    if kind in ("list", "texts") and not rows.size:
+        in_lists, is_missing = True, pc.is_null(pc.list_flatten(values), nan_is_null=True)
+        rows = np.unique(pc.list_parent_indices(values).filter(is_missing))
+    if rows.size:
+        found = "None or NaN in it" if in_lists else values[int(rows[0])].as_py()
+        raise DataError(
+            f"Row {rows[0]} of {split.name} has {column}={found}; so have {rows.size} of "
+            f"{len(values)} rows. Filter them out: "
+            f"{filter_missing(column, is_float=kind == 'float', in_lists=in_lists)}."
+        )
+
+
+def filter_missing(column: str, *, is_float: bool = False, in_lists: bool = False) -> str:
+    """Return the code that filters out rows without a value: None or, among floats, NaN."""
+    value = f'row["{column}"]'
+    if in_lists:
+        return f"dataset.filter(lambda row: all(x is not None and x == x for x in {value}))"
+    is_number = f" and {value} == {value}" if is_float else ""  # NaN does not equal itself
+    return f"dataset.filter(lambda row: {value} is not None{is_number})"
+
+
+def check_alignment(split: Split) -> None:
+    """Refuse labels of tokens that are not one a token: padding both would hide it.
+
+    Raises:
+        DataError: A row has another number of them; of a stream only the first is looked at.
+    """
+    if "input_ids" not in split.first or split.first.get("labels") is None:
+        return
+    if (row := split.first_misaligned("labels")) is not None:
+        found = split.rows[row] if row else split.first
+        lengths = np.size(found["labels"]), len(found["input_ids"])
+        raise DataError(misaligned_message(*lengths, f"row {row} of {split.name}"))
+
+
+def _explain_alignment(rows: Sequence[Row]) -> str | None:
+    for number, row in enumerate(rows):
+        if "labels" in row and "input_ids" in row:
+            num_labels, num_tokens = _length(row["labels"]), _length(row["input_ids"])
+            if num_labels != num_tokens:
+                where = f"row {number} of the {len(rows)} checked"
+                return misaligned_message(num_labels, num_tokens, where)
+    return None
 
 
 def _length(value: Any) -> int:

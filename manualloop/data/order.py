@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
-from manualloop.errors import ConfigError
+from manualloop.errors import ConfigError, DataError
 
 
 def order(num_rows: int, seed: int, epoch: int) -> list[int]:
@@ -97,6 +98,35 @@ class OrderedBatchSampler:
     def __len__(self) -> int:
         whole, rest = divmod(self.num_rows, self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
+
+
+def ordered_loader(
+    rows: Any,
+    split: str,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    drop_last: bool,
+    **options: Any,
+) -> DataLoader[Any]:
+    """Make a loader that reads a dataset by ``order``, or a stream in the stream's own.
+
+    Raises:
+        DataError: There would be no batch in it.
+    """
+    if not hasattr(rows, "__len__"):
+        options["generator"] = torch.Generator().manual_seed(seed)
+        return DataLoader(rows, batch_size=batch_size, drop_last=drop_last, **options)
+    sampler = OrderedBatchSampler(
+        len(rows), batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, split=split
+    )
+    if len(sampler) == 0:
+        raise DataError(
+            f"{split} has {len(rows)} rows: with batch_size={batch_size} and drop_last it has 0 "
+            "batches. Use drop_last=False or a smaller batch_size."
+        )
+    return DataLoader(rows, batch_sampler=sampler, generator=sampler.generator, **options)
 
 
 def set_epoch(loader: Iterable[Any], epoch: int) -> None:

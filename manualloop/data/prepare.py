@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from manualloop.data.collate import collate_rows
-from manualloop.data.columns import Columns, column_kinds, find_columns, find_label
-from manualloop.data.labels import Labels, check_complete, describe_labels, prepare_labels
-from manualloop.data.order import OrderedBatchSampler
+from manualloop.data.collate import check_alignment, check_columns, collate_rows, text_message
+from manualloop.data.columns import (
+    Columns,
+    Rows,
+    Split,
+    Takes,
+    column_filter,
+    find_columns,
+    find_label,
+    open_split,
+    open_splits,
+)
+from manualloop.data.labels import BY_TOKEN, Labels, describe_labels, prepare_labels
+from manualloop.data.order import ordered_loader
 from manualloop.errors import ConfigError, DataError
-from manualloop.models import forward_columns, model_name
 from manualloop.models import max_length as model_max_length
+from manualloop.models import model_name
 from manualloop.notices import say
 from manualloop.tasks import LABEL_LIKE, TASKS
-
-
-class _Plan(NamedTuple):
-    """What is done to every split alike."""
-
-    texts: tuple[str, ...]
-    labels: Labels
-    encode: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None
-    takes: Callable[[str], bool]
-    takes_text: bool  # by a collate_fn of the user's
 
 
 def prepare_dataloaders(
@@ -106,57 +106,50 @@ def prepare_dataloaders(
         max_length=max_length,
         pad_to_multiple_of=pad_to_multiple_of,
     )
-    splits = _as_splits(datasets)
     if collate_fn is None:
         _require_pad_token(tokenizer)
-    takes = _column_filter(tokenizer, model, keep_all=collate_fn is not None)
+    takes = column_filter(tokenizer, model, takes_all=collate_fn is not None)
+
+    splits = open_splits(datasets)
     if preprocess is not None:
-        splits = {
-            name: _preprocess(dataset, preprocess, takes, label_column)
-            for name, dataset in splits.items()
-        }
-    first = next((name for name in splits if name.startswith("train")), next(iter(splits)))
-    kinds = column_kinds(splits[first])
-    if not kinds:
-        raise DataError(_NO_ROWS.format(first))
-    if preprocess is not None and "labels" in kinds:
+        for key, split in splits.items():
+            splits[key] = _preprocess(split, preprocess, takes, label_column)
+    first = max(splits.values(), key=lambda split: split.is_train)  # or the first one, if none is
+    if preprocess is not None and "labels" in first.kinds:
         label_column = "labels"
-    needs_text = preprocess is None and (tokenizer is not None or collate_fn is None)
-    columns = find_columns(first, kinds, text_columns, label_column, needs_text=needs_text)
-    if needs_text and columns.texts and tokenizer is None:
-        raise DataError(
-            f"Column {columns.texts[0]!r} of {first} is still text. Pass the tokenizer: "
-            "prepare_dataloaders(dataset, tokenizer)."
-        )
-    if columns.label is None and preprocess is None and collate_fn is None:
-        _refuse_unnamed_label(first, kinds)
-    labels = describe_labels(splits[first], columns.label, task, model)
-    plan = _Plan(
-        columns.texts,
-        labels,
-        _encoder(tokenizer, columns, max_length, model) if needs_text else None,
-        takes,
-        takes_text=collate_fn is not None,
+
+    tokenizes = preprocess is None and tokenizer is not None
+    columns = find_columns(
+        first.name, first.kinds, text_columns, label_column, needs_text=tokenizes
     )
-    tables: dict[str, Any] = {}
+    if preprocess is None and collate_fn is None:
+        _refuse_leftovers(first, columns, tokenizer)
+    for split in splits.values():
+        check_columns(split, *columns, may_be_text=collate_fn is not None)
+
+    labels = describe_labels(first, columns.label, task, model)
+    encode = _encoder(first, columns, tokenizer, max_length, model) if tokenizes else None
     notes: dict[str, list[str]] = {}
-    for name, dataset in splits.items():
-        tables[name], note = _prepare_split(name, dataset, plan, model)
-        notes.setdefault(note, []).append(name)
+    for key, split in splits.items():
+        splits[key], note = _prepare_split(split, columns, labels, encode, takes, model)
+        notes.setdefault(note, []).append(split.name)
     for note, names in notes.items():
         say(f"{', '.join(names)}: {note}")
-    if collate_fn is None:
-        collator = _collator(tokenizer, labels.task, pad_to_multiple_of)
-        float_labels = labels.task is not None and TASKS[labels.task].float_labels
-        collate_fn = partial(collate_rows, collator=collator, float_labels=float_labels)
-    options = {
-        "collate_fn": collate_fn,
-        "num_workers": num_workers,
-        "pin_memory": torch.cuda.is_available() if pin_memory is None else pin_memory,
-    }
+
+    collate_fn = collate_fn or _collate_fn(tokenizer, labels.task, pad_to_multiple_of)
     return {
-        name: _loader(name, table, batch_size, eval_batch_size, drop_last, seed, options)
-        for name, table in tables.items()
+        key: ordered_loader(
+            split.rows,
+            split.name,
+            batch_size if split.is_train else eval_batch_size or batch_size,
+            shuffle=split.is_train,
+            drop_last=drop_last and split.is_train,
+            seed=seed,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        )
+        for key, split in splits.items()
     }
 
 
@@ -173,7 +166,7 @@ def _check_arguments(task: str | None, **counts: int | None) -> None:
 
 
 def _require_pad_token(tokenizer: Any) -> None:
-    if getattr(tokenizer, "pad_token", 0) is None:
+    if getattr(tokenizer, "pad_token", "") is None:
         raise DataError(
             "The tokenizer has no pad token, so batches cannot be padded. Give it one: "
             "tokenizer.pad_token = tokenizer.eos_token; model.config.pad_token_id = "
@@ -181,166 +174,112 @@ def _require_pad_token(tokenizer: Any) -> None:
         )
 
 
-_NO_ROWS = "{} has 0 rows. Check the filter or the name of the split: dataset.num_rows."
-
-
-def _as_splits(datasets: Any) -> dict[str, Any]:
-    splits = dict(datasets) if isinstance(datasets, Mapping) else {"train": datasets}
-    if not splits:
-        raise DataError("No split was given. Pass load_dataset(...), or a dict of datasets.")
-    for name, dataset in splits.items():
-        if not hasattr(dataset, "features") or not hasattr(dataset, "map"):
-            raise DataError(
-                f"{name} is a {type(dataset).__name__}, not a datasets.Dataset. Load files with "
-                "datasets.load_dataset, or build one from rows: datasets.Dataset.from_list(rows)."
-            )
-        if hasattr(dataset, "__len__") and len(dataset) == 0:
-            raise DataError(_NO_ROWS.format(name))
-        if getattr(dataset, "format", {}).get("type") == "custom":
-            raise DataError(
-                f"{name} has a transform, so its columns are not known before it runs. Pass it as "
-                "the function that it is: prepare_dataloaders(dataset.with_format(None), "
-                "preprocess=transform); or build the loader: DataLoader(dataset, batch_size=8)."
-            )
-    return {name: _without_format(dataset) for name, dataset in splits.items()}
-
-
-def _without_format(dataset: Any) -> Any:
-    """Undo ``set_format``: rows of plain Python are what tokenizers and collators want."""
-    if not hasattr(dataset, "format"):
-        return dataset.with_format(None)  # a stream
-    kind, columns = dataset.format["type"], dataset.format["columns"]
-    if kind is None and len(columns) == len(dataset.column_names):
-        return dataset
-    return dataset.with_format(None).select_columns(columns)
-
-
 def _preprocess(
-    dataset: Any,
-    function: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-    takes: Callable[[str], bool],
-    label_column: str | None,
-) -> Any:
-    kinds = column_kinds(dataset)
+    split: Split, function: Callable[[Rows], Rows], takes: Takes, label_column: str | None
+) -> Split:
+    kinds = split.kinds
     label = label_column or find_label(kinds)
-    drop = [column for column in kinds if column != label and not takes(column)]
-    return dataset.map(function, batched=True, remove_columns=drop)
+    kept = [name for name, kind in kinds.items() if name == label or takes(name, kind)]
+
+    def run(rows: Rows) -> Rows:
+        made = function(rows) or {}
+        # With labels of its own it may also make more rows, or fewer, than there were labels.
+        left = [name for name in kept if name != label or "labels" not in made]
+        return {**{name: rows[name] for name in left}, **made}
+
+    return open_split(split.name, split.rows.map(run, batched=True, remove_columns=list(kinds)))
 
 
-def _refuse_unnamed_label(split: str, kinds: Mapping[str, str]) -> None:
+def _refuse_leftovers(split: Split, columns: Columns, tokenizer: Any) -> None:
+    """Refuse text that nothing tokenizes, and labels under a name that does not tell."""
+    kinds = {name: kind for name, kind in split.kinds.items() if name != columns.label}
+    if tokenizer is None:
+        is_ready = {"list", "other"} & set(kinds.values())
+        found = [name for name, kind in kinds.items() if kind == "text" and not is_ready]
+        if texts := columns.texts or found:
+            raise DataError(text_message(texts[0], split.first[texts[0]], split=split.name))
     suspects = [name for name in kinds if name in LABEL_LIKE]
-    if split.startswith("train") and suspects:
+    if columns.label is None and suspects and split.is_train:
         raise DataError(
-            f"No label column in {split}. Its columns: {', '.join(kinds)}. Did you mean "
+            f"No label column in {split.name}. Its columns: {', '.join(kinds)}. Did you mean "
             f'{suspects[0]!r}? Use label_column="{suspects[0]}".'
         )
 
 
 def _encoder(
-    tokenizer: Any, columns: Columns, max_length: int | None, model: nn.Module | None
-) -> Callable[[Mapping[str, Any]], Mapping[str, Any]] | None:
-    if not columns.texts or tokenizer is None:
+    split: Split,
+    columns: Columns,
+    tokenizer: Any,
+    max_length: int | None,
+    model: nn.Module | None,
+) -> Callable[[Rows], Rows] | None:
+    if not columns.texts:
         return None
     if max_length is None and model is not None and (room := model_max_length(model)) is not None:
-        max_length = min(room, tokenizer.model_max_length)
+        max_length = min(room, getattr(tokenizer, "model_max_length", room))
+    options = {"truncation": True, "max_length": max_length}
+    if split.kinds[columns.texts[0]] == "texts":  # or a list of two words would be taken for a pair
+        options["is_split_into_words"] = True
 
-    def encode(rows: Mapping[str, Any]) -> Mapping[str, Any]:
-        texts = (rows[name] for name in columns.texts)
-        encoded: Mapping[str, Any] = tokenizer(*texts, truncation=True, max_length=max_length)
+    def encode(rows: Rows) -> Rows:
+        encoded: Rows = tokenizer(*(rows[name] for name in columns.texts), **options)
         return encoded
 
     return encode
 
 
-def _column_filter(
-    tokenizer: Any, model: nn.Module | None, *, keep_all: bool
-) -> Callable[[str], bool]:
-    if keep_all:
-        return lambda name: True
-    if model is not None:
-        names = {*forward_columns(model), "labels"}
-    elif tokenizer is not None:
-        extra = ("labels", "start_positions", "end_positions", "position_ids")
-        names = {*tokenizer.model_input_names, *extra}
-    else:
-        return lambda name: True
-    return lambda name: name in names
-
-
 def _prepare_split(
-    name: str, dataset: Any, plan: _Plan, model: nn.Module | None
-) -> tuple[Any, str]:
-    """Tokenize a split and keep what the model takes; also say what was used and left out."""
-    texts, label = plan.texts, plan.labels.column
-    kinds = column_kinds(dataset)
-    if missing := [column for column in texts if column not in kinds]:
-        raise DataError(
-            f"{name} has no column {missing[0]!r}; it has {', '.join(kinds)}. Give all splits the "
-            "same columns, or prepare them one by one."
-        )
-    for column in texts if hasattr(dataset, "__len__") else ():
-        check_complete(name, dataset, column)
-    dataset, note = prepare_labels(name, dataset, kinds, plan.labels, may_be_text=plan.takes_text)
-    if plan.encode is not None:
-        others = [c for c in kinds if c not in (label, "labels") and not plan.takes(c)]
-        dataset = dataset.map(plan.encode, batched=True, remove_columns=[*{*others, *texts}])
-    produced = column_kinds(dataset)
-    kept = [
-        column
-        for column, kind in produced.items()
-        if plan.takes(column) and (kind != "text" or plan.takes_text)
-    ]
-    inputs = [column for column in kept if column != "labels"]
+    split: Split,
+    columns: Columns,
+    labels: Labels,
+    encode: Callable[[Rows], Rows] | None,
+    takes: Takes,
+    model: nn.Module | None,
+) -> tuple[Split, str]:
+    """Tokenize a split and prune it; also say what was used and what was left out."""
+    texts, label = columns
+    raw = split.kinds
+    split = prepare_labels(split, labels)
+    if encode is not None:
+        kinds = split.kinds
+        split = split.select([name for name in kinds if name in texts or takes(name, kinds[name])])
+        split = split.map(encode, remove=texts)
+    if labels.task in BY_TOKEN:
+        check_alignment(split)
+    kinds = split.kinds
+    kept = [name for name in kinds if takes(name, kinds[name])]
+    inputs = [name for name in kept if name != "labels"]
     taker = "" if model is None else f" (not in {model_name(model)}.forward)"
     if not inputs:
         raise DataError(
-            f"{name} has nothing for the model to read, only {', '.join(produced)}{taker}. Make "
-            "the columns that it takes, such as input_ids, with preprocess= or dataset.map."
+            f"{split.name} has nothing for the model to read, only {', '.join(kinds)}{taker}. "
+            "Make the columns that it takes, such as input_ids, with preprocess= or dataset.map."
         )
-    left_out = [c for c in (*kinds, *produced) if c not in (*kept, *texts, label)]
-    if left_out:
-        note = f"; left out: {', '.join(dict.fromkeys(left_out))}{taker}{note}"
-    target = " -> labels" if "labels" in kept else ""
-    return dataset.select_columns(kept), f"using {', '.join(texts or inputs)}{target}{note}"
+    note = f"using {', '.join(texts or inputs)}{' -> labels' if 'labels' in kept else ''}"
+    if left_out := [name for name in (*raw, *kinds) if name not in (*kept, *texts, label)]:
+        note += f"; left out: {', '.join(dict.fromkeys(left_out))}{taker}"
+    if label in raw and "labels" not in kinds:
+        note += f"; every {label} is -1 (hidden), so it has none"
+    return split.select(kept), note
 
 
-def _collator(tokenizer: Any, task: str | None, pad_to_multiple_of: int | None) -> Any:
-    from transformers import (
-        DataCollatorForTokenClassification,
-        DataCollatorWithPadding,
-        default_data_collator,
+def _collate_fn(
+    tokenizer: Any, task: str | None, pad_to_multiple_of: int | None
+) -> Callable[[list[Any]], dict[str, Any]]:
+    import transformers
+
+    collator: Any = transformers.default_data_collator
+    if hasattr(tokenizer, "pad_token"):  # it is neither None nor a processor of images
+        collators = {
+            "seq2seq_lm": transformers.DataCollatorForSeq2Seq,
+            "multiple_choice": transformers.DataCollatorForMultipleChoice,
+            **dict.fromkeys(BY_TOKEN, transformers.DataCollatorForTokenClassification),
+        }
+        kind = collators.get(task or "", transformers.DataCollatorWithPadding)
+        collator = kind(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
+    return partial(
+        collate_rows,
+        collator=collator,
+        float_labels=task is not None and TASKS[task].float_labels,
+        token_labels=task in BY_TOKEN,
     )
-
-    if not hasattr(tokenizer, "pad_token"):  # None, or a processor of images
-        return default_data_collator
-    token_labels = task in ("token_classification", "masked_lm", "causal_lm", "seq2seq_lm")
-    kind = DataCollatorForTokenClassification if token_labels else DataCollatorWithPadding
-    return kind(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
-
-
-def _loader(
-    name: str,
-    table: Any,
-    batch_size: int,
-    eval_batch_size: int | None,
-    drop_last: bool,
-    seed: int,
-    options: dict[str, Any],
-) -> DataLoader[Any]:
-    is_train = name.startswith("train")
-    size = batch_size if is_train or eval_batch_size is None else eval_batch_size
-    drop_last = drop_last and is_train
-    if not hasattr(table, "__len__"):
-        generator = torch.Generator().manual_seed(seed)
-        return DataLoader(
-            table, batch_size=size, drop_last=drop_last, generator=generator, **options
-        )
-    sampler = OrderedBatchSampler(
-        len(table), size, shuffle=is_train, seed=seed, drop_last=drop_last, split=name
-    )
-    if len(sampler) == 0:
-        raise DataError(
-            f"{name} has {len(table)} rows: with batch_size={size} and drop_last it has 0 batches. "
-            "Use drop_last=False or a smaller batch_size."
-        )
-    return DataLoader(table, batch_sampler=sampler, generator=sampler.generator, **options)
