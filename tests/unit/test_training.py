@@ -10,6 +10,7 @@ import torch
 from manualloop import (
     ConfigError,
     DataError,
+    ModelError,
     SingleDevice,
     TrainState,
     Update,
@@ -460,3 +461,42 @@ def test_a_schedule_that_would_not_work_is_refused_before_the_first_update(build
     with pytest.raises(ConfigError, match=message):
         train_steps(state, new_loader(), **options())
     assert all(map(torch.equal, before, weights(state)))
+
+
+def test_five_batches_with_accumulation_four_are_two_updates_the_second_of_one_batch():
+    """Plain torch beside it: four batches as one, then the fifth by itself."""
+    rows = torch.randn(10, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    batches = [{"x": part} for part in rows.split(2)]
+    ours, theirs = (torch.nn.Linear(2, 1, dtype=torch.float64) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    state = TrainState(ours, torch.optim.SGD(ours.parameters(), lr=0.1))
+    steps = train_steps(
+        state, batches, num_epochs=1, gradient_accumulation_steps=4, loss_fn=loss_fn
+    )
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    for step, whole in zip(steps, rows.split(8), strict=True):
+        optimizer.zero_grad()
+        theirs(whole).square().mean().backward()
+        optimizer.step()
+        assert step.num_items == len(whole)
+        torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_warned_of_once_with_the_line_that_mends_it(dtype, caplog):
+    model = torch.nn.Linear(2, 1).to(dtype)
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    batches = [{"x": batch["x"].to(dtype)} for batch in new_loader()]
+    with caplog.at_level("WARNING", logger="manualloop"):
+        list(train_steps(state, batches, num_epochs=1, loss_fn=loss_fn))
+    (record,) = caplog.records
+    assert str(dtype).removeprefix("torch.") in record.getMessage()
+    assert "from_pretrained(name, dtype=torch.float32)" in record.getMessage()
+
+
+def test_float16_weights_under_a_loss_scale_are_refused():
+    model = torch.nn.Linear(2, 1).half()
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    strategy = SingleDevice("cpu", mixed_precision="fp16")
+    with pytest.raises(ModelError, match=r"are float16.*dtype=torch\.float32"):
+        train_steps(state, new_loader(), **options(strategy=strategy))
