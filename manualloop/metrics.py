@@ -69,7 +69,10 @@ def _correlation(function: str, rows: _Rows) -> float:
     with warnings.catch_warnings():
         # The nan says it; a model that predicts one value is nothing unusual early in training.
         warnings.simplefilter("ignore", RuntimeWarning)
-        return float(getattr(stats, function)(rows.predictions, rows.references)[0])
+        try:
+            return float(getattr(stats, function)(rows.predictions, rows.references)[0])
+        except ValueError:  # older SciPy refuses rows that are not finite
+            return float("nan")
 
 
 def _error(function: str, rows: _Rows) -> float:
