@@ -111,6 +111,7 @@ def check_batches(
     num_samples: int,
     *,
     needs_labels: bool = True,
+    needs_items: bool = True,
 ) -> None:
     """Refuse micro-batches that the model cannot learn from.
 
@@ -120,6 +121,7 @@ def check_batches(
         loader: They came from.
         num_samples: Rows of the epoch before the first of them.
         needs_labels: False where the model only predicts.
+        needs_items: False lets batches pass whose labels are all ignored.
 
     Raises:
         DataError: Text, missing or impossible labels, tokens the model does not know, ...
@@ -136,7 +138,7 @@ def check_batches(
             _check_labels(model, batch, labels, place)
         num_samples += num_rows(batch)
         num_items += count_items(model, batch)
-    if needs_labels and num_items == 0:
+    if needs_labels and needs_items and num_items == 0:
         raise DataError(_no_items_message(batches, first.batch))
 
 
@@ -168,7 +170,10 @@ def explain(
 ) -> None:
     """Raise, from an error out of the model, the mistake in the data that explains it, if any."""
     try:
-        check_batches(model, batches, loader, num_samples, needs_labels=needs_labels)
+        # Batches whose labels are all ignored are legal later on: they explain no error.
+        check_batches(
+            model, batches, loader, num_samples, needs_labels=needs_labels, needs_items=False
+        )
     except ManualLoopError as mistake:
         raise mistake from error
 

@@ -500,3 +500,18 @@ def test_float16_weights_under_a_loss_scale_are_refused():
     strategy = SingleDevice("cpu", mixed_precision="fp16")
     with pytest.raises(ModelError, match=r"are float16.*dtype=torch\.float32"):
         train_steps(state, new_loader(), **options(strategy=strategy))
+
+
+def test_masked_labels_are_not_blamed_for_another_error():
+    class Broken(torch.nn.Linear):
+        def forward(self, x, labels):
+            if (labels == -100).all():
+                raise RuntimeError("my own bug")
+            return {"loss": super().forward(x).mean()}
+
+    model = Broken(2, 1)
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    labels = torch.tensor([0, 1]), torch.tensor([-100, -100])
+    batches = [{"x": torch.zeros(2, 2), "labels": each} for each in labels]
+    with pytest.raises(RuntimeError, match="my own bug"):
+        list(train_steps(state, batches, num_epochs=1))
