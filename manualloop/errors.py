@@ -30,3 +30,7 @@ class NonFiniteError(ManualLoopError, ArithmeticError):
 
 class DistributedError(ManualLoopError, RuntimeError):
     """The processes of a run do not fit together."""
+
+
+class CheckpointError(ManualLoopError, OSError):
+    """A checkpoint cannot be written, or not be used: missing, damaged, or of another run."""

@@ -49,6 +49,8 @@ class TrainState:
         has_failed: 0-d flag on the device: whether an update was not finite, and those since then
             left out; None where the host knows at once.
         is_training: Whether a ``train_steps`` is open on it.
+        feed: Gives the batches, and knows the place in them; None before the first ``train_steps``.
+        position: The place that was loaded, for the next one.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1)
@@ -65,11 +67,21 @@ class TrainState:
     max_batch_rows: int | None = field(default=None, init=False, repr=False)
     has_failed: Tensor | None = field(default=None, init=False, repr=False)
     is_training: bool = field(default=False, init=False, repr=False)
+    feed: Any = field(default=None, init=False, repr=False)
+    position: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of every part, by name, as PyTorch's ``state_dict`` does."""
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return parts | {"progress": asdict(self.progress)}
+        """Return the state of every part, by name, as PyTorch's ``state_dict`` does.
+
+        With the place in the data, but without random states: those are the process's.
+        """
+        parts = {name: part.state_dict() for name, part in self.parts().items()}
+        return {
+            **parts,
+            "progress": asdict(self.progress),
+            "position": self.place(),
+            "max_batch_rows": self.max_batch_rows,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned.
@@ -83,8 +95,8 @@ class TrainState:
                 "A train_steps is open on this state and would go on from where it was. Leave its "
                 "loop, or close() it, then load."
             )
-        parts = self._parts()
-        differing = {*parts, "progress"} ^ set(state_dict)
+        parts = self.parts()
+        differing = {*parts, "progress"} ^ (set(state_dict) - {"position", "max_batch_rows"})
         if differing:
             raise ConfigError(
                 "The saved and the present training state disagree about: "
@@ -93,9 +105,16 @@ class TrainState:
         for name, part in parts.items():
             part.load_state_dict(state_dict[name])
         self.progress = Progress(**state_dict["progress"])
+        self.position, self.feed = state_dict.get("position"), None
+        self.max_batch_rows = state_dict.get("max_batch_rows")
         self.has_failed = None
 
-    def _parts(self) -> dict[str, Any]:
+    def place(self) -> dict[str, Any] | None:
+        """Return the place in the data; None: at its start."""
+        return self.position if self.feed is None else self.feed.state_dict()
+
+    def parts(self) -> dict[str, Any]:
+        """Return what has a ``state_dict`` of its own, by name."""
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
         if self.lr_scheduler is not None:
             parts["lr_scheduler"] = self.lr_scheduler

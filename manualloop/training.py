@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from manualloop.data.feed import Feed
 from manualloop.data.order import num_batches, set_epoch
 from manualloop.errors import ConfigError, DataError
 from manualloop.nonfinite import Watch
@@ -17,7 +18,7 @@ from manualloop.preflight import check_batches, check_run, explain, require_load
 from manualloop.state import TrainState
 from manualloop.strategy import Strategy, require_one_process, strategy_for
 from manualloop.types import LossFn, Step, Window
-from manualloop.update import OnNonfinite, StepFn, apply_update, windows
+from manualloop.update import OnNonfinite, StepFn, apply_update, group
 
 
 class Plan(NamedTuple):
@@ -220,18 +221,12 @@ def _train_steps(
     explains: bool,
     preflight: bool,
 ) -> Generator[Step, None, None]:
-    progress = state.progress
-    if state.is_training:
-        raise ConfigError(
-            "Another train_steps is still open on this state. Leave its loop, or close() it."
-        )
-    state.is_training, state.has_failed = True, None
-    num_skipped = 0
+    progress, feed, num_skipped = state.progress, _enter(state, loader), 0
     try:
         while _goes_on(state, plan):
             epoch, window, num_applied = progress.epoch, None, 0
             set_epoch(loader, epoch)
-            for window in windows(loader, window_size, skip=progress.num_samples):
+            for window in group(feed.batches(progress.num_samples), window_size):
                 if preflight:
                     check_batches(state.model, window.batches, loader, progress.num_samples)
                     preflight = False
@@ -265,7 +260,9 @@ def _train_steps(
                     )
                 if is_last and not window.ends_epoch:
                     break
-            if window is None:
+            if window is None and progress.num_samples:
+                _end_epoch(state)  # in larger batches than before, nothing is left of it
+            elif window is None:
                 raise DataError(
                     f"The training loader gave no batch in epoch {epoch}. A generator can be read "
                     "only once: pass a DataLoader or a list."
@@ -278,6 +275,17 @@ def _train_steps(
         raise
     finally:
         state.is_training = False
+
+
+def _enter(state: TrainState, loader: Iterable[Any]) -> Feed:
+    if state.is_training:
+        raise ConfigError(
+            "Another train_steps is still open on this state. Leave its loop, or close() it."
+        )
+    feed = Feed(loader, state.place())
+    state.feed, state.position = feed, None
+    state.is_training, state.has_failed = True, None
+    return feed
 
 
 # Only max_steps could go on for ever. An fp16 loss scale falls below any float in fewer.
@@ -301,6 +309,11 @@ def _advance(state: TrainState, window: Window, *, applied: bool) -> None:
     progress.num_samples += window.num_samples
     progress.num_steps += applied
     progress.num_skipped += not applied
+    state.feed.settle(ends_epoch=window.ends_epoch)
     if window.ends_epoch:
-        progress.epoch += 1
-        progress.num_samples = 0
+        _end_epoch(state)
+
+
+def _end_epoch(state: TrainState) -> None:
+    state.progress.epoch += 1
+    state.progress.num_samples = 0

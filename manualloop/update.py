@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from manualloop.data.collate import explain_rows
-from manualloop.data.order import OrderedBatchSampler, num_batches
+from manualloop.data.feed import Feed
 from manualloop.errors import DataError, ModelError
 from manualloop.notices import say
 from manualloop.state import TrainState
@@ -48,80 +47,19 @@ def windows(loader: Iterable[Any], size: int, *, skip: int = 0) -> Iterator[Wind
     >>> [(len(window.batches), window.num_samples) for window in windows(batches, 2)]
     [(2, 4), (1, 1)]
     """
-    batches: list[Any] = []
+    return group(Feed(loader).batches(skip), size)
+
+
+def group(batches: Iterable[tuple[Any, bool]], size: int) -> Iterator[Window]:
+    """Make windows of batches, each given with whether it is the last one of its pass."""
+    window: list[Any] = []
     num_samples = 0
-    for batch, is_last in _mark_last(loader, skip):
-        batches.append(batch)
+    for batch, is_last in batches:
+        window.append(batch)
         num_samples += num_rows(batch)
-        if is_last or len(batches) == size:
-            yield Window(batches, num_samples, is_last)
-            batches, num_samples = [], 0
-
-
-def _mark_last(loader: Iterable[Any], skip: int) -> Iterator[tuple[Any, bool]]:
-    length = num_batches(loader)
-    batches, num_skipped = _skip_rows(loader, skip)
-    if length is None:
-        batch = next(batches, None)
-        while batch is not None:
-            following = next(batches, None)
-            yield batch, following is None
-            batch = following
-        return
-    number = num_skipped
-    for number, batch in enumerate(batches, start=num_skipped + 1):
-        yield batch, number == length
-        if number == length:
-            # Read to its end, as a plain `for` would: a sampler may have work to do there.
-            number += next(batches, None) is not None
-    if number != length:
-        found = number if number < length else f"more than {length}"
-        raise DataError(
-            f"The loader gave {found} batches, but its len() is {length}, and updates and "
-            "schedule were planned by it. Mend __len__, or leave it out and give max_steps=; if "
-            "the run was begun with another batch_size, go on with that."
-        )
-
-
-def _skip_rows(loader: Iterable[Any], skip: int) -> tuple[Iterator[Any], int]:
-    """Return the batches after so many rows, and how many batches that left out."""
-    sampler = getattr(loader, "batch_sampler", None)
-    if isinstance(sampler, OrderedBatchSampler):
-        sampler.start_at(skip)
-        return _fetch(loader), -(-skip // sampler.batch_size)
-    if skip:
-        say(
-            "going on inside an epoch of a loader that prepare_dataloaders did not make: its rows "
-            "are read again and dropped, and if it shuffles, others are than were used before."
-        )
-    batches, num_skipped, num_rows_skipped = _fetch(loader), 0, 0
-    while num_rows_skipped < skip and (batch := next(batches, None)) is not None:
-        num_rows_skipped += num_rows(batch)
-        num_skipped += 1
-    return batches, num_skipped
-
-
-def _fetch(loader: Iterable[Any]) -> Iterator[Any]:
-    try:
-        yield from loader
-    except (TypeError, ValueError, RuntimeError) as error:
-        if not isinstance(error, DataError) and (reason := _explain_fetch(loader)):
-            raise DataError(reason) from error
-        raise
-
-
-def _explain_fetch(loader: Iterable[Any]) -> str | None:
-    """Look for the reason of a failed fetch in the first rows of the loader's dataset.
-
-    Only of collators that do nothing but stack: one of the user's may fail for reasons of its own.
-    """
-    dataset: Any = getattr(loader, "dataset", None)
-    collator = getattr(getattr(loader, "collate_fn", None), "__name__", "")
-    if collator not in ("default_collate", "default_data_collator"):
-        return None
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        return None
-    return explain_rows([dataset[number] for number in range(min(len(dataset), 100))])
+        if is_last or len(window) == size:
+            yield Window(window, num_samples, is_last)
+            window, num_samples = [], 0
 
 
 def accumulate_gradients(

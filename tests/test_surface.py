@@ -25,10 +25,19 @@ LAYERS = [
     ["nonfinite", "verify"],
     ["preflight"],
     ["update"],
-    ["data.prepare", "data.inspect", "scorers", "plot"],
-    ["data.collate", "data.columns", "data.labels", "data.order", "metrics", "history"],
-    ["state", "tasks", "strategy", "optim", "progress"],
-    ["models", "cadence", "notices"],
+    ["data.feed", "data.prepare", "data.inspect", "scorers", "plot"],
+    ["data.passes"],
+    [
+        "data.collate",
+        "data.columns",
+        "data.labels",
+        "data.order",
+        "data.workers",
+        "metrics",
+        "history",
+    ],
+    ["data.generators", "state", "tasks", "strategy", "optim", "progress", "serialize", "tensors"],
+    ["models", "cadence", "notices", "randomness", "folder"],
     ["types"],
     ["errors"],
 ]
@@ -44,6 +53,7 @@ DOORS = {
     "scipy": {"metrics"},
     "torchmetrics": set(),
     "matplotlib": {"plot"},
+    "safetensors": {"tensors"},
 }
 
 PUBLIC_NAMES = [

@@ -72,32 +72,46 @@ class OrderedBatchSampler:
         # A DataLoader draws a seed for its workers at every pass. It is given this generator, so
         # that the draw leaves the global one alone and is a function of (seed, epoch) too.
         self.generator = torch.Generator().manual_seed(seed)
-        self._start = 0
+        self._start, self._start_seed = 0, seed
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next pass takes."""
         self.epoch = epoch
         self.generator.manual_seed(self.seed + epoch)
 
-    def start_at(self, num_rows: int) -> None:
-        """Let the next pass, and only that, begin after so many rows."""
+    def start_at(self, num_rows: int, seed: int | None = None) -> None:
+        """Let the next pass, and only that, begin after so many rows.
+
+        Args:
+            num_rows: Rows to leave out.
+            seed: Of that pass, if the rows were used in the order of another seed; None: the own.
+        """
         self._start = num_rows
+        self._start_seed = self.seed if seed is None else seed
 
     def rows(self, epoch: int | None = None) -> list[int]:
         """Return the row numbers of a whole pass, in order; None: of the current epoch."""
-        epoch = self.epoch if epoch is None else epoch
-        rows = order(self.num_rows, self.seed, epoch) if self.shuffle else None
-        rows = list(range(self.num_rows)) if rows is None else rows
+        rows = self._order(self.seed, self.epoch if epoch is None else epoch)
         return rows[: len(self) * self.batch_size]
 
+    def count_batches(self, start: int) -> int:
+        """Return the number of batches in a pass that begins after so many rows."""
+        whole, rest = divmod(max(self.num_rows - start, 0), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def _order(self, seed: int, epoch: int) -> list[int]:
+        return order(self.num_rows, seed, epoch) if self.shuffle else list(range(self.num_rows))
+
     def __iter__(self) -> Iterator[list[int]]:
-        rows, start, self._start = self.rows(), self._start, 0
-        for begin in range(start, len(rows), self.batch_size):
+        start, seed = self._start, self._start_seed
+        self._start, self._start_seed = 0, self.seed
+        rows = self._order(seed, self.epoch)
+        for number in range(self.count_batches(start)):
+            begin = start + number * self.batch_size
             yield rows[begin : begin + self.batch_size]
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.num_rows, self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        return self.count_batches(0)
 
 
 def ordered_loader(

@@ -95,12 +95,20 @@ def test_leaving_anywhere_and_entering_again_is_the_same_run(cut):
     assert not list(train_steps(second, new_loader(), **options())), "a finished run trained"
 
 
-def test_a_loader_of_ones_own_that_is_entered_again_says_what_it_cannot_know(caplog):
-    state, batches = new_state(), list(new_loader())
+def test_a_place_that_nothing_tells_but_the_rows_used_is_read_up_to_and_said(caplog):
+    batches = list(new_loader())
+    first = new_state()
+    losses = [float(step.loss) for step in train_steps(first, batches, **options())]
+    state = new_state()
     next(train_steps(state, batches, **options()))
+    saved = copy.deepcopy(state.state_dict())
+    del saved["position"]
+    state = new_state()
+    state.load_state_dict(saved)
     with caplog.at_level("INFO", logger="manualloop"):
-        list(train_steps(state, batches, **options()))
-    assert "if it shuffles, others are than were used before" in caplog.text
+        rest = [float(step.loss) for step in train_steps(state, batches, **options())]
+    assert "if the loader shuffles, others are than were used before" in caplog.text
+    assert rest == losses[1:]
     assert state.progress.num_steps == 8
 
 

@@ -1,0 +1,320 @@
+"""One pass over a loader, begun at its start or where another process stood.
+
+What tells the place depends on the loader. Of a prepared one it is the number of rows used: the
+order is a function of seed and epoch. Of a ``DataLoader`` that the user built it is the random
+state in which the pass began: the sampler draws the same order from it again, and what was used is
+skipped before it is loaded. Of a stream it is what the dataset says of itself. Anything else is
+read again from its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from manualloop.data.generators import SAMPLERS, get_generator_states, set_generator_states
+from manualloop.data.order import OrderedBatchSampler, num_batches
+from manualloop.data.workers import (
+    CarryingCollate,
+    WorkerStart,
+    dataset_state,
+    is_stateful,
+    set_dataset_state,
+    shut_down_at_exit,
+)
+from manualloop.notices import say
+from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
+from manualloop.tasks import num_rows
+
+Position = Mapping[str, Any]
+"""A place in a pass, as ``place_in`` describes it; empty: the start of a first pass."""
+
+
+class Pass(NamedTuple):
+    """A pass that has begun.
+
+    Attributes:
+        items: The batches from the place on, some of them ``Carried``.
+        left: How many they are; None if nobody knows.
+        start: What a later pass needs to begin as this one did.
+    """
+
+    items: Iterator[Any]
+    left: int | None
+    start: dict[str, Any]
+
+
+def open_pass(loader: Iterable[Any], skip: int, position: Position) -> Pass:
+    """Begin a pass over a loader.
+
+    Args:
+        loader: Any iterable of batches.
+        skip: Rows at its start that were used before.
+        position: Where they ended; empty if nothing tells.
+    """
+    kind = _kind_of(loader)
+    start = {**_beginning(loader), "reuses_workers": _reuses_workers(loader)}
+    if kind == "prepared":
+        return Pass(*_open_prepared(loader, skip, position), {})
+    if not position or position["kind"] != kind:
+        if not skip:
+            return Pass(_iterate(loader, {}), num_batches(loader), start)
+        say(
+            "going on inside an epoch, and nothing tells the place but the number of rows used: "
+            "they are read again and dropped, and if the loader shuffles, others are than were "
+            "used before."
+        )
+        return Pass(_drop_rows(iter(loader), skip), None, start)
+    start |= {key: position[key] for key in start if key in position}
+    now = get_random_state(devices=False)
+    set_random_state(start["random"])
+    set_generator_states(loader, SAMPLERS, start["generators"])
+    items, left = _OPEN[kind](loader, {**position, **start}, now)
+    return Pass(items, left, start)
+
+
+def place_in(loader: Iterable[Any], start: dict[str, Any], num_used: int) -> dict[str, Any]:
+    """Describe the place in a pass behind so many batches: what ``open_pass`` asks for.
+
+    Args:
+        loader: That gives the batches.
+        start: Of the pass; empty between two of them.
+        num_used: Batches of the pass.
+    """
+    kind = _kind_of(loader)
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    place = {"kind": kind, "num_batches": num_used, "batch_size": _batch_size(loader)}
+    if kind == "prepared":
+        place["seed"] = sampler.seed
+    elif not start:
+        # The random state in which the next pass begins is that of its time, not of now.
+        place["generators"] = _beginning(loader)["generators"]
+        place["reuses_workers"] = _reuses_workers(loader)
+    place |= start
+    if num_used and kind == "stateful":
+        place["loader"] = loader.state_dict()  # type: ignore[attr-defined]
+    elif _has_dataset_here(loader) and (num_used or kind != "stream"):
+        place |= dataset_state(loader.dataset)  # type: ignore[attr-defined]
+    return place
+
+
+def is_read_ahead(position: Position) -> bool:
+    """Tell whether batches that were read but not used are behind the place, so must be kept."""
+    return "loader" in position or (position["kind"] == "stream" and "dataset" in position)
+
+
+def _kind_of(loader: Any) -> str:
+    if isinstance(getattr(loader, "batch_sampler", None), OrderedBatchSampler):
+        return "prepared"
+    if is_stateful(loader):
+        return "stateful"
+    # A subclass that iterates in a way of its own is an iterable like any other.
+    if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
+        return "stream" if isinstance(loader.dataset, IterableDataset) else "dataloader"
+    return "iterable"
+
+
+def _open_prepared(loader: Any, skip: int, position: Position) -> tuple[Iterator[Any], int]:
+    loader.batch_sampler.start_at(skip, position.get("seed"))
+    if _has_dataset_here(loader):
+        set_dataset_state(loader.dataset, position)
+    return _iterate(loader, position), loader.batch_sampler.count_batches(skip)
+
+
+def _open_stateful(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], int | None]:
+    set_random_state(now)
+    length = num_batches(loader)
+    if "loader" not in position:
+        return iter(loader), length
+    loader.load_state_dict(position["loader"])
+    items = chain(position.get("pending", ()), iter(loader))
+    return items, None if length is None else length - position["num_batches"]
+
+
+def _open_dataloader(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], int | None]:
+    if _has_dataset_here(loader):
+        set_dataset_state(loader.dataset, position)
+    name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
+    left: int | None = len(loader) - position["num_batches"]
+    num_indices = None
+    if position["batch_size"] != _batch_size(loader) and position["num_batches"]:
+        num_indices, left = position["num_batches"] * position["batch_size"], None
+
+    def rewind() -> None:
+        # Workers that go on from the epoch before cost no draw; new ones have just cost one.
+        if position["reuses_workers"]:
+            set_random_state(position["random"])
+            set_generator_states(loader, SAMPLERS, position["generators"])
+
+    sampler = _Resumed(getattr(loader, name), position["num_batches"], num_indices, rewind, now)
+    return _iterate(loader, position, {name: sampler}), left
+
+
+def _open_stream(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], int | None]:
+    is_known = "workers" in position or "dataset" in position
+    if position["num_batches"] and not is_known:
+        return _reread(loader, position, now)
+    if _has_dataset_here(loader):
+        set_dataset_state(loader.dataset, position)
+    length = num_batches(loader)
+    items = _iterate(loader, position)
+    if position["num_batches"] or position["reuses_workers"]:
+        set_random_state(now)
+    if _has_dataset_here(loader) and hasattr(loader.dataset, "_starting_state_dict"):
+        items = _forget_start(items, loader.dataset)
+    items = chain(position.get("pending", ()), items)
+    return items, None if length is None else length - position["num_batches"]
+
+
+def _forget_start(items: Iterator[Any], dataset: Any) -> Iterator[Any]:
+    # The streams of datasets would begin there again with every later pass of the same epoch.
+    for item in items:
+        dataset._starting_state_dict = None
+        yield item
+
+
+def _reread(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], int | None]:
+    num_used, length = position["num_batches"], num_batches(loader)
+    left = None if length is None else length - num_used
+    if isinstance(loader, Sequence):
+        set_random_state(now)
+        return islice(iter(loader), num_used, None), left
+    items = iter(loader)
+    if num_used:
+        say(
+            f"reading the {num_used} batches of this epoch that were used, and dropping them: the "
+            "data has neither a sampler nor a state_dict() to go on from."
+        )
+    for _ in islice(items, num_used):
+        pass
+    # A stream is read one batch ahead, so that was drawn before the place too.
+    ahead = list(islice(items, 1)) if length is None and num_used else []
+    if num_used and not is_same_random_state(get_random_state(devices=False), position["random"]):
+        say("not bit-exact, because this data draws random numbers while it is read.")
+    set_random_state(now)
+    return chain(ahead, items), left
+
+
+_OPEN: dict[str, Callable[[Any, Position, Any], tuple[Iterator[Any], int | None]]] = {
+    "stateful": _open_stateful,
+    "dataloader": _open_dataloader,
+    "stream": _open_stream,
+    "iterable": _reread,
+}
+
+
+def _iterate(
+    loader: Any, position: Position, changes: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
+    """Begin to iterate over a loader whose workers carry home what they know."""
+    if _kind_of(loader) in ("stateful", "iterable"):
+        return iter(loader)
+    changes = dict(changes or {})
+    if loader.num_workers > 0:
+        states = {int(worker): state for worker, state in position.get("workers", {}).items()}
+        last = position.get("last_worker")
+        first = 0 if last is None else (last + 1) % loader.num_workers
+        changes["collate_fn"] = CarryingCollate(loader.collate_fn)
+        changes["worker_init_fn"] = WorkerStart(loader.worker_init_fn, first, states)
+    if position:
+        loader._iterator = None  # workers that are there already are elsewhere
+    # For the time of iter() only, and past __setattr__, which forbids to change a sampler: the
+    # iterator keeps what it was made with.
+    kept = {name: vars(loader)[name] for name in changes}
+    vars(loader).update(changes)
+    try:
+        iterator = iter(loader)
+    finally:
+        vars(loader).update(kept)
+    if loader.num_workers > 0:
+        shut_down_at_exit(iterator)
+    return iterator
+
+
+class _Resumed:
+    """A sampler whose first pass leaves out what was used before.
+
+    Args:
+        sampler: That the loader has.
+        num_used: Of what it gives, to leave out.
+        num_indices: Rows to leave out instead, if they came in batches of another size.
+        rewind: Called before the sampler draws.
+        now: The random state after that.
+    """
+
+    def __init__(
+        self,
+        sampler: Any,
+        num_used: int,
+        num_indices: int | None,
+        rewind: Callable[[], None],
+        now: Any,
+    ) -> None:
+        self._sampler, self._num_used, self._num_indices = sampler, num_used, num_indices
+        self._rewind: Callable[[], None] | None = rewind
+        self._now = now
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._rewind is None:
+            yield from self._sampler
+            return
+        self._rewind()
+        self._rewind = None  # it holds the loader, and so this: workers would end late
+        entries = iter(self._sampler)
+        if self._num_indices is not None:
+            entries = self._skip_indices(entries, self._num_indices)
+        elif self._num_used:
+            next(entries, None)
+            drawn = get_random_state(devices=False)
+            for _ in islice(entries, self._num_used - 1):
+                pass
+            if not is_same_random_state(drawn, get_random_state(devices=False)):
+                say(
+                    "not bit-exact, because the sampler draws from the global random generator as "
+                    "it goes. Give it a generator of its own."
+                )
+            set_random_state(self._now)
+        yield from entries
+
+    def _skip_indices(self, entries: Iterator[Any], num_indices: int) -> Iterator[Any]:
+        for entry in entries:
+            skipped = min(num_indices, len(entry))
+            num_indices -= skipped
+            if num_indices == 0 and self._now is not None:
+                set_random_state(self._now)
+                self._now = None
+            if skipped < len(entry):
+                yield entry[skipped:]
+
+
+def _beginning(loader: Any) -> dict[str, Any]:
+    return {
+        "random": get_random_state(devices=False),
+        "generators": get_generator_states(loader, SAMPLERS),
+    }
+
+
+def _reuses_workers(loader: Any) -> bool:
+    return getattr(loader, "persistent_workers", False) and loader._iterator is not None
+
+
+def _has_dataset_here(loader: Any) -> bool:
+    """Tell whether the rows are read in this process, by the dataset that the loader holds."""
+    return isinstance(loader, DataLoader) and loader.num_workers == 0
+
+
+def _batch_size(loader: Any) -> int | None:
+    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _drop_rows(items: Iterator[Any], num_used: int) -> Iterator[Any]:
+    while num_used > 0 and (batch := next(items, None)) is not None:
+        num_used -= num_rows(batch)
+    yield from items

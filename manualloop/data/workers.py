@@ -1,0 +1,161 @@
+"""The processes of a DataLoader: what they carry home, and how new ones go on where old ones were.
+
+A worker draws random numbers of its own, and an iterable dataset has its position there. So each
+batch brings along what changed in its worker, and a new worker is given what the last batch of the
+old one brought.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+from manualloop.data.generators import DATASETS, get_generator_states, set_generator_states
+from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
+
+
+class Carried:
+    """A batch from a worker, and what changed in there.
+
+    Attributes:
+        batch: What ``collate_fn`` returned.
+        worker: Number of the worker.
+        state: Of the worker after the batch; None if it is what it was before.
+    """
+
+    __slots__ = ("batch", "state", "worker")
+
+    def __init__(self, batch: Any, worker: int, state: dict[str, Any] | None) -> None:
+        self.batch, self.worker, self.state = batch, worker, state
+
+    def pin_memory(self) -> Carried:
+        """Pin the batch: the DataLoader calls this where it pins what it gives."""
+        pin_memory: Any = torch.utils.data._utils.pin_memory.pin_memory
+        return Carried(pin_memory(self.batch), self.worker, self.state)
+
+
+class CarryingCollate:
+    """A ``collate_fn`` that adds the worker's state to what another one returns."""
+
+    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
+        self._collate_fn = collate_fn
+        self._last: dict[str, Any] | None = None
+
+    def __call__(self, rows: Any) -> Any:  # noqa: D102
+        batch = self._collate_fn(rows)
+        if (info := get_worker_info()) is None:
+            return batch
+        last, self._last = self._last, get_random_state(devices=False)
+        state: dict[str, Any] = {}
+        if last is None or not is_same_random_state(last, self._last):
+            state["random"] = self._last
+        state |= dataset_state(info.dataset)
+        return Carried(batch, info.id, state or None)
+
+
+def dataset_state(dataset: Any) -> dict[str, Any]:
+    """Return what a dataset says of its position, and the generators that it owns."""
+    state = {}
+    if generators := get_generator_states(dataset, DATASETS):
+        state["generators"] = generators
+    if is_stateful(dataset):
+        state["dataset"] = dataset.state_dict()
+    return state
+
+
+def set_dataset_state(dataset: Any, state: Mapping[str, Any]) -> None:
+    """Put a dataset where ``dataset_state`` found it."""
+    set_generator_states(dataset, DATASETS, state.get("generators", {}))
+    if "dataset" in state and is_stateful(dataset):
+        dataset.load_state_dict(state["dataset"])
+
+
+def is_stateful(part: Any) -> bool:
+    """Tell whether a dataset or loader can say where it is, and go there."""
+    return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
+
+
+class WorkerStart:
+    """A ``worker_init_fn`` that lets a worker go on where an earlier one was.
+
+    Args:
+        init_fn: The loader's own, called first.
+        first: Number of the worker that is to give the next batch. Torch asks worker 0 first, so
+            the workers are numbered from here.
+        states: What the workers have carried, by number.
+    """
+
+    def __init__(
+        self,
+        init_fn: Callable[[int], None] | None,
+        first: int = 0,
+        states: Mapping[int, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._init_fn, self._first, self._states = init_fn, first, states or {}
+
+    def __call__(self, worker: int) -> None:  # noqa: D102
+        _outlive_signals()
+        info: Any = get_worker_info()
+        number = (worker + self._first) % info.num_workers
+        if number != worker:
+            _renumber(info, number)
+        if self._init_fn is not None:
+            self._init_fn(number)
+        state = self._states.get(number, {})
+        if "random" in state:
+            set_random_state(state["random"])
+        set_dataset_state(info.dataset, state)
+
+
+def _renumber(info: Any, number: int) -> None:
+    """Seed this worker as torch seeds the one of another number."""
+    generate_state: Any = torch.utils.data._utils.worker._generate_state
+    base_seed = info.seed - info.id
+    for name, value in (("id", number), ("seed", base_seed + number)):
+        object.__setattr__(info, name, value)  # torch's own refuses, lest a worker does it
+    random.seed(info.seed)
+    torch.manual_seed(info.seed)
+    np.random.seed(generate_state(base_seed, number))
+
+
+def shut_down_at_exit(iterator: Any) -> None:
+    """End the workers of an iterator when Python ends, if nobody has before.
+
+    Left to itself, Python sends them a SIGTERM then and waits for their end: see below.
+    """
+    _ITERATORS.add(iterator)
+
+
+_ITERATORS: WeakSet[Any] = WeakSet()
+
+
+@atexit.register
+def _shut_down() -> None:
+    for iterator in list(_ITERATORS):
+        iterator._shutdown_workers()
+
+
+def _outlive_signals() -> None:
+    """Leave it to the main process what a signal to all processes of the run means.
+
+    Schedulers and terminals signal the whole group. A worker that died of it would take the
+    update with it that the main process wants to finish. A second SIGTERM is obeyed: torch sends
+    one to a worker that hangs.
+    """
+
+    def survive_once(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, survive_once)
+    if os.name == "posix":
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,0 +1,65 @@
+"""The random states of a process: Python's, NumPy's, torch's and every device's."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+RandomState: TypeAlias = dict[str, Any]
+"""Numbers, tensors, and lists of them, by the name of the generator."""
+
+
+def get_random_state(*, devices: bool = True) -> RandomState:
+    """Return the states of all global generators.
+
+    Args:
+        devices: Also those of accelerators, which waits for the device.
+    """
+    state: RandomState = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if devices and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if devices and torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    if devices and hasattr(torch, "xpu") and torch.xpu.is_initialized():
+        state["xpu"] = torch.xpu.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: RandomState) -> None:
+    """Put the generators back to what ``get_random_state`` returned.
+
+    Devices that are not here any more are left out.
+
+    >>> state = get_random_state()
+    >>> drawn = torch.rand(3)
+    >>> set_random_state(state)
+    >>> torch.equal(torch.rand(3), drawn)
+    True
+    """
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        for number, of_device in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(of_device, number)
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+    if "xpu" in state and hasattr(torch, "xpu") and torch.xpu.is_available():
+        for number, of_device in enumerate(state["xpu"][: torch.xpu.device_count()]):
+            torch.xpu.set_rng_state(of_device, number)
+
+
+def is_same_random_state(one: RandomState, other: RandomState) -> bool:
+    """Tell whether nothing was drawn on the host between the two."""
+    return (
+        one["python"] == other["python"]
+        and torch.equal(one["torch"], other["torch"])
+        and all(np.array_equal(a, b) for a, b in zip(one["numpy"], other["numpy"], strict=True))
+    )

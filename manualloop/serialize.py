@@ -1,0 +1,144 @@
+"""Nested state as JSON and tensors, and back: no pickle, and nothing guessed.
+
+A ``state_dict`` is a nest of dicts, lists and numbers with tensors in it. ``take_apart`` puts the
+tensors aside, under the path at which they stood, and returns the rest as JSON; ``put_together`` is
+its inverse, to the last bit and the last type. Whatever JSON does not have is a list that begins
+with its tag: ``["tuple", 1, 2]``.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manualloop.errors import CheckpointError
+
+
+def take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a nest as JSON; its tensors go into ``tensors``.
+
+    Args:
+        value: Of dicts, lists, tuples, sets, numbers, strings, bytes, None, tensors, and arrays.
+        path: Names the value, in messages and as the beginning of its tensors' names.
+        tensors: Filled.
+
+    Raises:
+        CheckpointError: It holds anything else, which the message names by its path.
+
+    >>> tensors = {}
+    >>> take_apart({"step": 3, "betas": (0.9, 0.999), "mean": torch.ones(2)}, "adam", tensors)
+    {'step': 3, 'betas': ['tuple', 0.9, 0.999], 'mean': ['tensor', 'adam.mean']}
+    >>> tensors
+    {'adam.mean': tensor([1., 1.])}
+    """
+    if value is None or isinstance(value, bool | str) or type(value) is int:
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else ["float", repr(value)]
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach()
+        return ["tensor", path]
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        tensors[path] = _as_tensor(value)
+        return ["array", path, value.dtype.str]
+    if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+        return ["scalar", take_apart(value.item(), path, tensors), value.dtype.str]
+    if isinstance(value, bytes):
+        return ["bytes", base64.b64encode(value).decode()]
+    if isinstance(value, torch.dtype | torch.device):
+        return [type(value).__name__, str(value).removeprefix("torch.")]
+    if isinstance(value, Mapping) and type(value) in _MAPPINGS:
+        return _take_mapping_apart(value, path, tensors)
+    if type(value) in _SEQUENCES:
+        parts = [take_apart(v, f"{path}.{i}", tensors) for i, v in enumerate(value)]
+        return [_SEQUENCES[type(value)], *parts]
+    raise CheckpointError(
+        f"{path} holds a {type(value).__name__}, which cannot be saved: a checkpoint is tensors and "
+        "JSON, so that loading one never runs code. Let its state_dict() return numbers, strings, "
+        "lists, dicts and tensors."
+    )
+
+
+def _take_mapping_apart(value: Mapping[Any, Any], path: str, tensors: dict[str, Tensor]) -> Any:
+    if type(value) is dict and all(isinstance(key, str) for key in value):
+        return {key: take_apart(v, f"{path}.{key}", tensors) for key, v in value.items()}
+    pairs = [
+        [take_apart(key, f"{path} key", tensors), take_apart(v, f"{path}.{key}", tensors)]
+        for key, v in value.items()
+    ]
+    return [_MAPPINGS[type(value)], *pairs]
+
+
+def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the nest that ``take_apart`` took apart.
+
+    Raises:
+        CheckpointError: It is not one of those, or a tensor is missing.
+
+    >>> put_together({"betas": ["tuple", 0.9, 0.999]}, {})
+    {'betas': (0.9, 0.999)}
+    """
+    if isinstance(value, dict):
+        return {key: put_together(v, tensors) for key, v in value.items()}
+    if not isinstance(value, list):
+        return value
+    try:
+        return _put_list_together(value, tensors)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"The saved state cannot be read: {value!r:.80}.") from error
+
+
+def _put_list_together(value: list[Any], tensors: Mapping[str, Tensor]) -> Any:
+    tag, *parts = value
+    if tag == "tensor":
+        return tensors[parts[0]]
+    if tag == "array":
+        return tensors[parts[0]].numpy().view(np.dtype(parts[1]))
+    if tag == "scalar":
+        return np.dtype(parts[1]).type(put_together(parts[0], tensors))
+    if tag == "float":
+        return float(parts[0])
+    if tag == "bytes":
+        return base64.b64decode(parts[0], validate=True)
+    if tag == "dtype":
+        return _DTYPES[parts[0]]
+    if tag == "device":
+        return torch.device(parts[0])
+    if tag in _MAPPING_OF:
+        pairs = [(put_together(k, tensors), put_together(v, tensors)) for k, v in parts]
+        return _MAPPING_OF[tag](pairs)
+    return _SEQUENCE_OF[tag]([put_together(part, tensors) for part in parts])
+
+
+def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    # torch has few unsigned types; the bytes are what counts, and the dtype is kept beside them.
+    array = np.ascontiguousarray(array)
+    return torch.from_numpy(array.view(f"i{array.dtype.itemsize}") if array.ndim else array.copy())
+
+
+_SEQUENCES = {list: "list", tuple: "tuple", set: "set", torch.Size: "size"}
+_SEQUENCE_OF: dict[str, Any] = {name: kind for kind, name in _SEQUENCES.items()}
+# A defaultdict is saved as a dict: what it makes of missing keys is code.
+_MAPPINGS: dict[Any, str] = {
+    dict: "dict",
+    defaultdict: "dict",
+    OrderedDict: "ordered",
+    Counter: "counter",
+}
+_MAPPING_OF: dict[str, Any] = {
+    "dict": dict,
+    "ordered": OrderedDict,
+    "counter": lambda p: Counter(dict(p)),
+}
+_DTYPES = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}

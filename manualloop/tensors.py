@@ -1,0 +1,151 @@
+"""Tensors in safetensors files: in parts of a bounded size, and what shares memory only once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from manualloop.errors import CheckpointError
+
+MAX_FILE_BYTES = 500_000_000
+"""At which a file is full. From an accelerator, a file is copied to the host as a whole."""
+
+Aliases = dict[str, str]
+"""Names that are other names of the same tensor: name to the name under which it is saved."""
+
+
+def find_aliases(tensors: Mapping[str, Tensor], tied: Collection[str] = ()) -> Aliases:
+    """Find the names of tensors that are one and the same memory.
+
+    Args:
+        tensors: By name.
+        tied: Names that are an alias rather than the tensor's own name, where there is a choice:
+            those that a model derives from others when it is loaded. Else the first is its own.
+
+    >>> weight = torch.ones(2)
+    >>> find_aliases({"embedding": weight, "head": weight, "half": weight[:1]})
+    {'head': 'embedding'}
+    """
+    own: dict[tuple[object, ...], str] = {}
+    aliases: Aliases = {}
+    for name in sorted(tensors, key=lambda name: name in tied):  # stable: else in their order
+        tensor = tensors[name]
+        if tensor.numel() == 0 or tensor.device.type == "meta":
+            continue
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if own.setdefault(place, name) != name:
+            aliases[name] = own[place]
+    return aliases
+
+
+def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> Iterator[Path]:
+    """Write ``stem.safetensors``, or several parts and their index; yield each file written.
+
+    The names are those of transformers, so that ``from_pretrained`` reads the files of a model.
+
+    Args:
+        tensors: On any device. No two of them the same memory.
+        folder: That exists.
+        stem: Beginning of the files' names.
+
+    Raises:
+        OSError: The disk is full, the folder read-only, ...
+        CheckpointError: A tensor has no place in such a file: it is sparse, quantized, on "meta".
+    """
+    parts = list(_split(tensors))
+    if len(parts) == 1:
+        path = folder / f"{stem}.safetensors"
+        _save(parts[0], path)
+        yield path
+        return
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts, start=1):
+        path = folder / f"{stem}-{number:05}-of-{len(parts):05}.safetensors"
+        _save(part, path)
+        yield path
+        weight_map |= dict.fromkeys(part, path.name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    path = folder / f"{stem}.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    yield path
+
+
+def _split(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if part and size + tensor.nbytes > MAX_FILE_BYTES:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+    yield part
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if "I/O" in str(error) or "os error" in str(error):
+            raise OSError(str(error)) from error
+        raise CheckpointError(f"{path.name} cannot be written: {error}") from error
+    except (ValueError, RuntimeError, NotImplementedError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"A tensor for {path.name} cannot be saved: {error}. Of {len(tensors)}, the first is "
+            f"{next(iter(tensors), None)!r}; let state_dict() return dense tensors."
+        ) from error
+
+
+def load_tensors(folder: Path, stem: str, files: Collection[str]) -> dict[str, Tensor]:
+    """Read what ``save_tensors`` wrote, to the CPU.
+
+    Args:
+        folder: That holds the files.
+        stem: As it was given to ``save_tensors``.
+        files: Names of the files in the folder that may be read.
+
+    Raises:
+        CheckpointError: A file is none of safetensors, or there is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    parts = sorted(name for name in files if _is_part(name, stem))
+    if not parts:
+        raise CheckpointError(f"{folder} holds no {stem}.safetensors.")
+    tensors: dict[str, Tensor] = {}
+    for name in parts:
+        try:
+            # A copy: the file is mapped into memory, and would keep its disk space when deleted.
+            with safe_open(folder / name, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{folder / name} cannot be read: {error}.") from error
+    return tensors
+
+
+def _is_part(name: str, stem: str) -> bool:
+    return name == f"{stem}.safetensors" or (
+        name.startswith(f"{stem}-") and name.endswith(".safetensors")
+    )
+
+
+def describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return dtype and shape of each tensor, in words: ``float32 (2, 3)``."""
+    return {
+        name: f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+    }
+
+
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the size of the tensors in a file, what shares memory counted once."""
+    aliases = find_aliases(tensors)
+    return sum(tensor.nbytes for name, tensor in tensors.items() if name not in aliases)
