@@ -18,6 +18,8 @@ _HOME = {
     "Accelerated": "strategy",
     "AccumulationReport": "verify",
     "BatchReport": "data.inspect",
+    "CheckpointError": "errors",
+    "CheckpointInfo": "checkpoint",
     "ConfigError": "errors",
     "DataError": "errors",
     "DistributedError": "errors",
@@ -39,12 +41,14 @@ _HOME = {
     "count_items": "tasks",
     "evaluate_loop": "evaluation",
     "inspect_batch": "data.inspect",
+    "load_checkpoint": "checkpoint",
     "load_metric": "metrics",
     "predict_loop": "evaluation",
     "prepare_dataloaders": "data.prepare",
     "prepare_optimizer": "optim",
     "prepare_scheduler": "optim",
     "prepare_strategy": "strategy",
+    "save_checkpoint": "checkpoint",
     "train_loop": "loop",
     "train_steps": "training",
     "windows": "update",
@@ -66,9 +70,13 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
+    from manualloop.checkpoint import CheckpointInfo as CheckpointInfo
+    from manualloop.checkpoint import load_checkpoint as load_checkpoint
+    from manualloop.checkpoint import save_checkpoint as save_checkpoint
     from manualloop.data.inspect import BatchReport as BatchReport
     from manualloop.data.inspect import inspect_batch as inspect_batch
     from manualloop.data.prepare import prepare_dataloaders as prepare_dataloaders
+    from manualloop.errors import CheckpointError as CheckpointError
     from manualloop.errors import ConfigError as ConfigError
     from manualloop.errors import DataError as DataError
     from manualloop.errors import DistributedError as DistributedError

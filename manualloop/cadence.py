@@ -62,6 +62,30 @@ updates (200), "epoch", "0.25 epoch", or a time ("10 min").
     return lambda step: step.index // period > (step.index - 1) // period
 
 
+def parse_seconds(name: str, time: float | str | None) -> float | None:
+    """Turn a time into seconds: a number of them, ``"30 s"``, ``"10 min"`` or ``"2 h"``.
+
+    Raises:
+        ConfigError: It cannot be read, or is not above 0.
+
+    >>> parse_seconds("max_time", "1.5 h")
+    5400.0
+    """
+    if time is None:
+        return None
+    parts = _TEXT.fullmatch(time) if isinstance(time, str) else None
+    seconds = 0.0
+    if parts is not None and parts[2] in _SECONDS:
+        seconds = float(Fraction(parts[1] or 1) * _SECONDS[parts[2]])
+    elif isinstance(time, int | float) and not isinstance(time, bool):
+        seconds = float(time)
+    if not seconds > 0:
+        raise ConfigError(
+            f'{name}={time!r} is not a time. Write seconds (600), or "30 s", "10 min", "2 h".'
+        )
+    return seconds
+
+
 def _every_epoch() -> Callable[[Step], bool]:
     last: Step | None = None
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from manualloop.errors import ConfigError
 from manualloop.types import Step
 
 Record: TypeAlias = dict[str, Any]
@@ -55,9 +56,10 @@ class History:
     def __init__(self) -> None:
         self.records: list[Record] = []
         self.last_loss: float | None = None
+        self._read: list[float] = []  # losses that a checkpoint brought along
         self._losses: list[Tensor] = []
         self._num_items: list[float] = []
-        self._pending: list[tuple[Record, LateTensor, list[float]]] = []
+        self._pending: list[tuple[Record, LateTensor | None, list[float], list[float]]] = []
 
     def add(self, step: Step) -> None:
         """Remember a step's loss, where it is."""
@@ -69,7 +71,7 @@ class History:
 
     def has_open_interval(self) -> bool:
         """Tell whether there were steps since the last record of training."""
-        return bool(self._losses)
+        return bool(self._num_items)
 
     def close_interval(self, step: Step, epoch: float) -> None:
         """Make a record of the steps since the last one. Its loss is filled in when it lands."""
@@ -80,22 +82,61 @@ class History:
             late.append(step.grad_norm.reshape(-1))
         record["num_items"] = sum(self._num_items)
         self.records.append(record)
-        self._pending.append((record, LateTensor(torch.cat(late)), self._num_items))
-        self._losses, self._num_items = [], []
+        landing = LateTensor(torch.cat(late)) if late else None
+        self._pending.append((record, landing, self._read, self._num_items))
+        self._read, self._losses, self._num_items = [], [], []
         self.collect(wait=False)
 
-    def add_evaluation(self, step: Step, epoch: float, metrics: Mapping[str, float]) -> None:
-        """Make a record of an evaluation."""
+    def add_evaluation(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        """Make a record of an evaluation after so many updates."""
         values = {f"eval_{name}": value for name, value in metrics.items()}
-        self.records.append({"step": step.index, "epoch": epoch, **values})
+        self.records.append({"step": step, "epoch": epoch, **values})
+
+    def open_interval(self) -> dict[str, list[float]]:
+        """Return the losses and items since the last record of training, waiting for them."""
+        losses = [value for loss in self._losses for value in loss.reshape(-1).tolist()]
+        return {"losses": [*self._read, *losses], "num_items": list(self._num_items)}
+
+    def restore(self, records: list[Record], interval: Mapping[str, list[float]]) -> None:
+        """Go on from records, and from what ``open_interval`` returned."""
+        self.records = records
+        self._read, self._num_items = list(interval["losses"]), list(interval["num_items"])
 
     def collect(self, *, wait: bool) -> None:
         """Fill in the losses that have landed; with ``wait`` all of them."""
-        while self._pending and (wait or self._pending[0][1].has_landed()):
-            record, late, num_items = self._pending.pop(0)
-            values = late.read()
+        while self._pending and (
+            wait or self._pending[0][1] is None or self._pending[0][1].has_landed()
+        ):
+            record, late, read, num_items = self._pending.pop(0)
+            values = read + (late.read() if late else [])
             if "grad_norm" in record:
                 record["grad_norm"] = values.pop()
             total = sum(loss * items for loss, items in zip(values, num_items, strict=True))
             mean = total / record["num_items"] if record["num_items"] else math.nan
             record["loss"] = self.last_loss = mean
+
+
+def best_of(evaluations: Sequence[Mapping[str, float]], best_metric: str | None) -> int:
+    """Return which evaluation is the best so far: the first of equals, and NaN is the worst.
+
+    Args:
+        evaluations: At least one, oldest first.
+        best_metric: As in ``train_loop``; None: the newest is the best.
+
+    Raises:
+        ConfigError: The metric is not among the results.
+
+    >>> best_of([{"loss": 0.7}, {"loss": 0.4}, {"loss": float("nan")}], "-loss")
+    1
+    """
+    if best_metric is None:
+        return len(evaluations) - 1
+    name = best_metric.removeprefix("-")
+    if name not in evaluations[-1]:
+        raise ConfigError(
+            f"best_metric={best_metric!r}, and evaluate returned no {name!r}: "
+            f"{', '.join(evaluations[-1]) or 'nothing'}. Name one of its results."
+        )
+    sign = -1 if best_metric.startswith("-") else 1
+    values = [sign * metrics[name] for metrics in evaluations]
+    return max(range(len(values)), key=lambda i: -math.inf if math.isnan(values[i]) else values[i])

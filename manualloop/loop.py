@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, closing, suppress
+from dataclasses import astuple, dataclass
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from manualloop.cadence import Cadence, parse_cadence
-from manualloop.errors import ConfigError
-from manualloop.history import History, Record
+from manualloop.cadence import Cadence, parse_cadence, parse_seconds
+from manualloop.errors import CheckpointError, ConfigError
+from manualloop.history import Record, best_of
 from manualloop.optim import prepare_optimizer, prepare_scheduler
-from manualloop.progress import ProgressBar
+from manualloop.randomness import get_random_state, set_random_state
+from manualloop.report import Report
+from manualloop.run_folder import RunFolder, open_run_folder
 from manualloop.state import TrainState
+from manualloop.stopping import EvaluationStopped, Stopping
 from manualloop.strategy import Strategy, strategy_for
-from manualloop.training import Plan, plan_run, train_steps
+from manualloop.training import plan_run, train_steps
 from manualloop.types import LossFn, Step
 from manualloop.update import OnNonfinite, StepFn
 
@@ -32,8 +35,10 @@ class TrainResult:
         state: Model, optimizer and schedule as the last update left them, and the progress.
         metrics: Of the last evaluation; empty if there was none.
         best_metrics: Of the best evaluation by ``best_metric``; empty without it.
-        history: Records of training and evaluation, oldest first: see ``manualloop.history``.
-        stopped_by: What ended the run: "num_epochs", "max_steps" or "patience".
+        history: Records of training and evaluation, oldest first: see ``manualloop.history``. Of
+            a resumed run all of them, also those of earlier processes.
+        stopped_by: What ended the run: "num_epochs", "max_steps", "patience", "max_time", or a
+            signal: "SIGINT" (Ctrl-C), "SIGTERM", "SIGUSR1".
     """
 
     state: TrainState
@@ -46,6 +51,12 @@ class TrainResult:
         scores = "".join(f", {name}={value:.4g}" for name, value in self.metrics.items())
         steps = self.state.progress.num_steps
         return f"TrainResult({steps} steps, stopped_by={self.stopped_by!r}{scores})"
+
+    def to_pandas(self) -> Any:
+        """Return the history as a ``pandas.DataFrame``, a record a row."""
+        from pandas import DataFrame  # that datasets brings along
+
+        return DataFrame(self.history)
 
     def plot(self) -> Any:
         """Draw loss, learning rate and evaluations over the steps; return matplotlib's figure.
@@ -66,6 +77,7 @@ def train_loop(
     *,
     num_epochs: int | None = None,
     max_steps: int | None = None,
+    max_time: float | str | None = None,
     num_warmup_steps: float = 0,
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float | None = None,
@@ -78,6 +90,10 @@ def train_loop(
     evaluate_every: Cadence = "epoch",
     best_metric: str | None = None,
     patience: int | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: Cadence = "epoch",
+    keep_checkpoints: int = 2,
+    resume: bool | Literal["auto"] = "auto",
     on_step: Callable[[Step], object] | None = None,
     log_every: Cadence = 50,
     progress_bar: bool = True,
@@ -87,11 +103,18 @@ def train_loop(
 
     ::
 
+        go on from the newest checkpoint, if there is one
         for step in train_steps(...):
             log                     if due
             on_step(step)
             evaluate()              if due, and after the last step
-            leave                   if patience is exhausted
+            save                    if due, if it is the best, and after the last step
+            leave                   if patience or max_time is over, or at a signal
+
+    With a ``checkpoint_dir`` a run can be killed at any moment: the same command goes on where the
+    newest checkpoint was made, and ends with the same bits. SIGTERM, SIGUSR1 and Ctrl-C then end
+    the run after the update under way and a checkpoint; a second one ends it at once. If the
+    script has nothing else to do, it exits with status 143 after a SIGTERM.
 
     Args:
         model: Trained in place.
@@ -102,6 +125,8 @@ def train_loop(
             update, or None for a constant rate. The default decays linearly to 0.
         num_epochs: Passes over the data. With ``max_steps`` also None: 3.
         max_steps: Updates, instead.
+        max_time: Seconds, or ``"30 s"``, ``"10 min"``, ``"2 h"``, after which this process ends the
+            run, with a checkpoint.
         num_warmup_steps: Updates over which a schedule given by name rises from 0; a float below
             1 is a share of all updates.
         gradient_accumulation_steps: Batches an update, weighted by items.
@@ -111,12 +136,18 @@ def train_loop(
         on_nonfinite: What a loss or gradient norm that is NaN or infinite does: ``"raise"``,
             ``"skip"`` or ``"ignore"``; see ``train_steps``.
         strategy: Device and precision; None: ``prepare_strategy("auto")``.
-        extras: Kept in ``TrainState.extras``.
+        extras: Kept in ``TrainState.extras``, and saved with the rest.
         evaluate: Called without arguments; returns metrics by name.
         evaluate_every: Updates (200), ``"epoch"``, ``"0.25 epoch"`` or ``"10 min"``; the end of
             the run always evaluates.
         best_metric: A name among the metrics to maximise, or with "-" before it to minimise.
         patience: Evaluations without a better ``best_metric`` after which the run ends.
+        checkpoint_dir: Folder of this run's checkpoints and of its ``history.jsonl``, made if it
+            is not there. One run at a time.
+        checkpoint_every: As ``evaluate_every``; a new best evaluation and the end always save.
+        keep_checkpoints: Newest to keep; the best one is kept beside them.
+        resume: ``"auto"`` goes on if the folder holds a checkpoint, and returns at once if that is
+            of a finished run; True: there must be one; False: there must be none.
         on_step: Called with every step, before an evaluation.
         log_every: When ``history`` gets a record of training; the first step and the last always
             do.
@@ -127,6 +158,7 @@ def train_loop(
         The trained state, the metrics and the history.
 
     Raises:
+        CheckpointError: ``checkpoint_dir`` cannot be used, or is of another run.
         ConfigError: The arguments do not fit together.
         DataError: The data cannot be trained on.
         ModelError: The model or the optimizer cannot be trained.
@@ -146,119 +178,179 @@ def train_loop(
     }
     plan = plan_run(train_dataloader, max_grad_norm=max_grad_norm, **length)
     _check_evaluation(evaluate, best_metric, patience)
-    log_is_due = parse_cadence("log_every", log_every, plan.num_steps_per_epoch)
-    evaluation_is_due = parse_cadence("evaluate_every", evaluate_every, plan.num_steps_per_epoch)
+    per_epoch = plan.num_steps_per_epoch
+    log_is_due = parse_cadence("log_every", log_every, per_epoch)
+    evaluation_is_due = parse_cadence("evaluate_every", evaluate_every, per_epoch)
+    save_is_due = parse_cadence("checkpoint_every", checkpoint_every, per_epoch)
+    stopping = Stopping(parse_seconds("max_time", max_time))
     strategy = strategy_for(model, strategy)
     optimizer = optimizer or prepare_optimizer(model)
     schedule = _schedule(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
     state = TrainState(model, optimizer, schedule, extras=extras or {})
-    steps = train_steps(
-        state,
-        train_dataloader,
-        max_grad_norm=max_grad_norm,
-        loss_fn=loss_fn,
-        step_fn=step_fn,
-        on_nonfinite=on_nonfinite,
-        strategy=strategy,
-        preflight=preflight,
-        **length,
-    )
-    report = _Report(plan, log_is_due, shown=progress_bar and strategy.is_main)
-    evaluations: list[dict[str, float]] = []
-    stopped_by = "max_steps" if plan.num_epochs is None else "num_epochs"
-    step = evaluated = None
-    with closing(report), closing(steps):
-        for step in steps:
-            report.add(step)
+    with ExitStack() as stack:
+        folder = stack.enter_context(
+            open_run_folder(checkpoint_dir, state, strategy, keep_checkpoints, best_metric)
+        )
+        report = Report(plan, shown=progress_bar and strategy.is_main)
+        run = _Run(state, report, folder, stopping, evaluate, best_metric, patience)
+        stack.callback(run.close)
+        run.resume(resume)
+        report.open()
+        steps = train_steps(
+            state,
+            train_dataloader,
+            max_grad_norm=max_grad_norm,
+            loss_fn=loss_fn,
+            step_fn=step_fn,
+            on_nonfinite=on_nonfinite,
+            strategy=strategy,
+            preflight=preflight,
+            **length,
+        )
+        stack.enter_context(closing(steps))
+        if folder is not None:
+            stack.enter_context(stopping.watching_signals())
+        run.catch_up()
+        for step in steps if run.stopped_by is None else ():
+            report.add(step, closes=log_is_due(step) or step.index == 1 or step.is_last)
             if on_step is not None:
                 on_step(step)
-            if evaluate is not None and evaluation_is_due(step):
-                evaluations.append(evaluate())
-                report.add_evaluation(step, evaluations[-1])
-                evaluated = step
-                best = best_of(evaluations, best_metric)
-                if patience is not None and len(evaluations) - 1 - best >= patience:
-                    stopped_by = "patience"
-                    break
-        report.end_interval()
-        if evaluate is not None and step is not None and evaluated is not step:
-            evaluations.append(evaluate())
-            report.add_evaluation(step, evaluations[-1])
-    best = best_of(evaluations, best_metric) if evaluations else 0
+            if evaluation_is_due(step) or step.is_last:
+                run.evaluate()
+            run.stopped_by = run.reason_to_stop()
+            if save_is_due(step) or step.is_last or run.is_best or run.stopped_by is not None:
+                run.save()
+            if run.stopped_by is not None:
+                break
+        run.finish()
     return TrainResult(
         state,
-        metrics=evaluations[-1] if evaluations else {},
-        best_metrics=evaluations[best] if evaluations and best_metric else {},
+        metrics=run.evaluations[-1] if run.evaluations else {},
+        best_metrics=run.evaluations[run.best] if run.evaluations and best_metric else {},
         history=report.history.records,
-        stopped_by=stopped_by,
+        stopped_by=run.stopped_by or ("max_steps" if plan.num_epochs is None else "num_epochs"),
     )
 
 
-def best_of(evaluations: Sequence[Mapping[str, float]], best_metric: str | None) -> int:
-    """Return which evaluation is the best so far: the first of equals, and NaN is the worst.
+class _Run:
+    """What a run knows beside its state, and saves with it.
 
-    Args:
-        evaluations: At least one, oldest first.
-        best_metric: As in ``train_loop``; None: the newest is the best.
-
-    Raises:
-        ConfigError: The metric is not among the results.
-
-    >>> best_of([{"loss": 0.7}, {"loss": 0.4}, {"loss": float("nan")}], "-loss")
-    1
+    Attributes:
+        evaluations: All of them, oldest first.
+        stopped_by: What ended the run early; None: nothing.
     """
-    if best_metric is None:
-        return len(evaluations) - 1
-    name = best_metric.removeprefix("-")
-    if name not in evaluations[-1]:
-        raise ConfigError(
-            f"best_metric={best_metric!r}, and evaluate returned no {name!r}: "
-            f"{', '.join(evaluations[-1]) or 'nothing'}. Name one of its results."
-        )
-    sign = -1 if best_metric.startswith("-") else 1
-    values = [sign * metrics[name] for metrics in evaluations]
-    return max(range(len(values)), key=lambda i: -math.inf if math.isnan(values[i]) else values[i])
 
+    def __init__(
+        self,
+        state: TrainState,
+        report: Report,
+        folder: RunFolder | None,
+        stopping: Stopping,
+        evaluate: Callable[[], dict[str, float]] | None,
+        best_metric: str | None,
+        patience: int | None,
+    ) -> None:
+        self.evaluations: list[dict[str, float]] = []
+        self.stopped_by: str | None = None
+        self._state, self._report, self._folder = state, report, folder
+        self._stopping, self._evaluate = stopping, evaluate
+        self._best_metric, self._patience = best_metric, patience
+        self._evaluated_step = 0
+        self._is_pending = False  # an evaluation that was due and was not made
+        self._saved: object = None
 
-class _Report:
-    """What a run tells while it goes: the history, and the bar above it."""
+    @property
+    def best(self) -> int:
+        """Which of the evaluations is the best."""
+        return best_of(self.evaluations, self._best_metric)
 
-    def __init__(self, plan: Plan, log_is_due: Callable[[Step], bool], *, shown: bool) -> None:
-        self.history = History()
-        self._per_epoch = plan.num_steps_per_epoch
-        self._log_is_due = log_is_due
-        self._bar = ProgressBar(plan.num_steps, name="Training", unit="step", shown=shown)
-        self._step: Step | None = None
+    @property
+    def is_best(self) -> bool:
+        """Whether the weights as they are were evaluated, and are the best so far."""
+        is_evaluated = self.evaluations and self._evaluated_step == self._state.progress.num_steps
+        return bool(is_evaluated and self._best_metric and self.best == len(self.evaluations) - 1)
 
-    def add(self, step: Step) -> None:
-        self._step = step
-        self.history.add(step)
-        if self._log_is_due(step) or step.index == 1:
-            self.end_interval()
-        if self._bar.is_due():
-            self._bar.show(step.index, self._facts(step))
+    def resume(self, resume: bool | Literal["auto"]) -> None:
+        """Go on from the folder's checkpoint, if there is one."""
+        if self._folder is None:
+            return
+        notes, records = self._folder.resume(resume)
+        if notes:
+            self.evaluations = notes["evaluations"]
+            self._evaluated_step, self._is_pending = notes["evaluated_step"], notes["is_pending"]
+            self._report.restore(notes["report"], records, self._state.progress.num_steps)
+            self._saved = self._fingerprint()
 
-    def end_interval(self) -> None:
-        if self._step is not None and self.history.has_open_interval():
-            self.history.close_interval(self._step, self._epochs(self._step))
+    def catch_up(self) -> None:
+        """Make the evaluation that the process before had no time for."""
+        if self._is_pending:
+            self.evaluate()
+            self.save()
+        self.stopped_by = self.reason_to_stop()
 
-    def add_evaluation(self, step: Step, metrics: Mapping[str, float]) -> None:
-        self.history.add_evaluation(step, self._epochs(step), metrics)
-        scores = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self._bar.write(f"step {step.index}  epoch {self._epochs(step):.2f}  {scores}")
+    def evaluate(self) -> None:
+        """Evaluate, unless a signal says that there is no time; then the next process does."""
+        if self._evaluate is None:
+            return
+        self._is_pending = True
+        random_state = get_random_state()
+        try:
+            with self._stopping.evaluating():
+                metrics = self._evaluate()
+        except EvaluationStopped:
+            set_random_state(random_state)  # it may have struck while they were put back
+            return
+        except Exception:
+            if self._stopping.reason() in (None, "max_time"):
+                self.save()  # so that no update is lost; the next process evaluates first
+                raise
+            return  # the signal has reached a worker of the loader first
+        self._is_pending, self._evaluated_step = False, self._state.progress.num_steps
+        self.evaluations.append(metrics)
+        self._report.add_evaluation(self._evaluated_step, metrics)
+
+    def reason_to_stop(self) -> str | None:
+        """Return what ends the run after this step."""
+        num_worse = len(self.evaluations) - 1 - self.best if self.evaluations else 0
+        if self._patience is not None and num_worse >= self._patience:
+            self._report.end_interval()
+            return "patience"
+        return self._stopping.reason()
+
+    def save(self) -> None:
+        """Save the run as it is, if it has a folder and has moved since the last time."""
+        if self._folder is None or self._saved == self._fingerprint():
+            return
+        notes = {
+            "evaluations": self.evaluations,
+            "evaluated_step": self._evaluated_step,
+            "is_pending": self._is_pending,
+            "report": self._report.notes(),
+        }
+        is_evaluated = self._evaluated_step == self._state.progress.num_steps
+        metrics = self.evaluations[-1] if self.evaluations and is_evaluated else {}
+        self._folder.save(notes, self._report.history.records, metrics)
+        self._saved = self._fingerprint()
+
+    def finish(self) -> None:
+        """Evaluate and save the end of the run, where the last step has not done so."""
+        num_steps = self._state.progress.num_steps
+        if self.stopped_by not in (None, "patience") and self._folder is not None:
+            return  # it is not the end
+        self._report.end_interval()
+        if self._evaluate is not None and self._evaluated_step != num_steps:
+            self.evaluate()
+        self.save()
 
     def close(self) -> None:
-        self.history.collect(wait=True)
-        step = self._step
-        self._bar.close(step.index if step else 0, self._facts(step) if step else "")
+        """Close the bar; write what the history has got since the last checkpoint."""
+        self._report.close()
+        if self._folder is not None:
+            with suppress(CheckpointError):  # another error may be on its way
+                self._folder.write_records(self._report.history.records)
 
-    def _epochs(self, step: Step) -> float:
-        return step.index / self._per_epoch if self._per_epoch else float(step.epoch)
-
-    def _facts(self, step: Step) -> str:
-        loss = self.history.last_loss
-        shown = "" if loss is None else f"loss={loss:.4f}, "
-        return f"{shown}lr={step.lr:.2e}"
+    def _fingerprint(self) -> object:
+        return astuple(self._state.progress), len(self.evaluations), self._is_pending
 
 
 def _schedule(

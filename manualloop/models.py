@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,15 +14,20 @@ import torch
 from torch import nn
 
 
-def unwrap_model(model: nn.Module) -> nn.Module:
-    """Take off the wrappers of ``torch.compile``, data parallelism and PEFT."""
+def unwrap_model(model: nn.Module, *, adapters: bool = True) -> nn.Module:
+    """Take off the wrappers of ``torch.compile`` and data parallelism, and those of PEFT.
+
+    Args:
+        model: Wrapped or not.
+        adapters: False leaves the wrappers of PEFT, which hold weights, where they are.
+    """
     while True:
         # By way of _modules: an attribute that a module does not have costs it 1 us to deny.
         children = model._modules
         inner: object = children.get("_orig_mod")
         if "module" in children and type(model).__name__ in _PARALLEL:
             inner = children["module"]
-        elif "base_model" in children:
+        elif adapters and "base_model" in children:
             get_base_model: Any = getattr(model, "get_base_model", None)
             inner = get_base_model and get_base_model()
         if not isinstance(inner, nn.Module) or inner is model:
@@ -43,6 +49,15 @@ def config_of(model: nn.Module) -> Any:
     if "config" in vars(model) or hasattr(type(model), "config"):
         return model.config
     return None
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Name the weights that a model of transformers makes from others when it is loaded."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied is None:  # before transformers 5: patterns, or None
+        patterns = getattr(model, "_tied_weights_keys", None) or []
+        return {name for name in model.state_dict() if any(re.search(p, name) for p in patterns)}
+    return set(tied)
 
 
 def model_name(model: nn.Module) -> str:

@@ -51,6 +51,8 @@ class TrainState:
         is_training: Whether a ``train_steps`` is open on it.
         feed: Gives the batches, and knows the place in them; None before the first ``train_steps``.
         position: The place that was loaded, for the next one.
+        contract: What the run depends on; see ``manualloop.contract``.
+        is_resumed: Whether the contract is that of a checkpoint, not compared yet.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1)
@@ -69,6 +71,8 @@ class TrainState:
     is_training: bool = field(default=False, init=False, repr=False)
     feed: Any = field(default=None, init=False, repr=False)
     position: dict[str, Any] | None = field(default=None, init=False, repr=False)
+    contract: dict[str, Any] | None = field(default=None, init=False, repr=False)
+    is_resumed: bool = field(default=False, init=False, repr=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every part, by name, as PyTorch's ``state_dict`` does.

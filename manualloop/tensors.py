@@ -6,7 +6,6 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from manualloop.errors import CheckpointError

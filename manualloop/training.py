@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from manualloop.contract import check_contract, describe_run
 from manualloop.data.feed import Feed
 from manualloop.data.order import num_batches, set_epoch
+from manualloop.data.passes import workers_matter
 from manualloop.errors import ConfigError, DataError
 from manualloop.nonfinite import Watch
 from manualloop.optim import require_schedule
@@ -192,6 +194,9 @@ def train_steps(
     require_schedule(state.lr_scheduler, state.optimizer)
     state.model = strategy.prepare_model(state.model)
     state.optimizer = strategy.prepare_optimizer(state.optimizer)
+    _agree_on_contract(
+        state, train_dataloader, plan, strategy, max_grad_norm, gradient_accumulation_steps
+    )
     own_loss = loss_fn is not None or step_fn is not None
     step_fn = step_fn or partial(
         apply_update, loss_fn=loss_fn, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite
@@ -207,6 +212,28 @@ def train_steps(
         explains=not own_loss,
         preflight=preflight and not own_loss,
     )
+
+
+def _agree_on_contract(
+    state: TrainState,
+    loader: Iterable[Any],
+    plan: Plan,
+    strategy: Strategy,
+    max_grad_norm: float | None,
+    gradient_accumulation_steps: int,
+) -> None:
+    """Note what the run depends on; if it goes on from a checkpoint, compare with that."""
+    settings: dict[str, Any] = {
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "max_grad_norm": max_grad_norm,
+    }
+    if state.lr_scheduler is not None:
+        settings["num_steps"] = plan.num_steps  # that the rate usually depends on
+    contract = describe_run(state, loader, strategy, **settings)
+    if state.is_resumed and state.contract is not None and _goes_on(state, plan):
+        matter = workers_matter(state.position or {})
+        check_contract(state.contract, contract, workers_matter=matter)
+    state.contract, state.is_resumed = contract, False
 
 
 def _train_steps(

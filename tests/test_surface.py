@@ -21,24 +21,27 @@ MODULES = {
 # Imports point down: a module may import those of the rows below its own.
 LAYERS = [
     ["loop"],
+    ["report"],
     ["training", "evaluation"],
-    ["nonfinite", "verify"],
-    ["preflight"],
-    ["update"],
-    ["data.feed", "data.prepare", "data.inspect", "scorers", "plot"],
+    ["nonfinite", "verify", "run_folder"],
+    ["preflight", "checkpoint"],
+    ["update", "snapshot", "contract"],
+    ["data.feed", "data.prepare", "data.inspect", "data.fingerprint", "scorers", "plot"],
     ["data.passes"],
+    ["data.collate", "data.columns", "data.labels", "data.order", "data.workers"],
+    ["data.generators", "metrics", "history", "state", "tasks", "strategy", "optim", "progress"],
     [
-        "data.collate",
-        "data.columns",
-        "data.labels",
-        "data.order",
-        "data.workers",
-        "metrics",
-        "history",
+        "models",
+        "cadence",
+        "randomness",
+        "serialize",
+        "tensors",
+        "folder",
+        "ledger",
+        "lock",
+        "stopping",
     ],
-    ["data.generators", "state", "tasks", "strategy", "optim", "progress", "serialize", "tensors"],
-    ["models", "cadence", "notices", "randomness", "folder"],
-    ["types"],
+    ["notices", "types"],
     ["errors"],
 ]
 
@@ -60,6 +63,8 @@ PUBLIC_NAMES = [
     "Accelerated",
     "AccumulationReport",
     "BatchReport",
+    "CheckpointError",
+    "CheckpointInfo",
     "ConfigError",
     "DataError",
     "DistributedError",
@@ -81,12 +86,14 @@ PUBLIC_NAMES = [
     "count_items",
     "evaluate_loop",
     "inspect_batch",
+    "load_checkpoint",
     "load_metric",
     "predict_loop",
     "prepare_dataloaders",
     "prepare_optimizer",
     "prepare_scheduler",
     "prepare_strategy",
+    "save_checkpoint",
     "train_loop",
     "train_steps",
     "windows",
@@ -104,6 +111,7 @@ SIGNATURES = {
         "progress_bar=False"
     ),
     "inspect_batch": "loader, tokenizer=None",
+    "load_checkpoint": "checkpoint_dir, state, *, which='last', strategy=None, verify=True",
     "load_metric": "name, config=None",
     "predict_loop": "model, dataloader, *, strategy=None, postprocess=None, progress_bar=False",
     "prepare_dataloaders": (
@@ -120,11 +128,15 @@ SIGNATURES = {
         "optimizer, name='linear', *, num_training_steps, num_warmup_steps=0, **kwargs"
     ),
     "prepare_strategy": "spec='auto', *, mixed_precision='no'",
+    "save_checkpoint": (
+        "checkpoint_dir, state, *, metrics=None, keep=2, best_metric=None, strategy=None"
+    ),
     "train_loop": (
         "model, train_dataloader, optimizer=None, lr_scheduler='linear', *, num_epochs=None, "
-        "max_steps=None, num_warmup_steps=0, gradient_accumulation_steps=1, max_grad_norm=None, "
+        "max_steps=None, max_time=None, num_warmup_steps=0, gradient_accumulation_steps=1, max_grad_norm=None, "
         "loss_fn=None, step_fn=None, on_nonfinite='raise', strategy=None, extras=None, "
-        "evaluate=None, evaluate_every='epoch', best_metric=None, patience=None, on_step=None, "
+        "evaluate=None, evaluate_every='epoch', best_metric=None, patience=None, checkpoint_dir=None, "
+        "checkpoint_every='epoch', keep_checkpoints=2, resume='auto', on_step=None, "
         "log_every=50, progress_bar=True, preflight=True"
     ),
     "train_steps": (

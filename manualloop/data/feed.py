@@ -61,8 +61,9 @@ class Feed:
         begun = open_pass(self._loader, skip, position)
         self._resumed, self._start = None, begun.start
         self._num_used = position.get("num_batches", 0)
-        self._workers |= position.get("workers", {})
-        self._last_worker = position.get("last_worker")
+        if position.get("num_workers") == getattr(self._loader, "num_workers", 0):
+            self._workers |= position.get("workers", {})
+            self._last_worker = position.get("last_worker")
         self._is_renumbered = self._last_worker is not None
         self._is_read = self._is_at_end = False
         self._items = items = _fetch(begun.items, self._loader, skip)
@@ -141,8 +142,9 @@ def _batch_of(item: Any) -> Any:
 def _fetch(items: Iterator[Any], loader: Any, num_used: int) -> Iterator[Any]:
     number = 0
     try:
-        for number, item in enumerate(items, start=1):
+        for item in items:
             yield item
+            number += 1
     except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise

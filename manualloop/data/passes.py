@@ -33,6 +33,9 @@ Position = Mapping[str, Any]
 """A place in a pass, as ``place_in`` describes it; empty: the start of a first pass."""
 
 
+_OF_WORKERS = ("workers", "last_worker", "dataset", "pending")
+
+
 class Pass(NamedTuple):
     """A pass that has begun.
 
@@ -57,6 +60,8 @@ def open_pass(loader: Iterable[Any], skip: int, position: Position) -> Pass:
     """
     kind = _kind_of(loader)
     start = {**_beginning(loader), "reuses_workers": _reuses_workers(loader)}
+    if position.get("num_workers", 0) != getattr(loader, "num_workers", 0):
+        position = {key: position[key] for key in position if key not in _OF_WORKERS}
     if kind == "prepared":
         return Pass(*_open_prepared(loader, skip, position), {})
     if not position or position["kind"] != kind:
@@ -86,7 +91,12 @@ def place_in(loader: Iterable[Any], start: dict[str, Any], num_used: int) -> dic
     """
     kind = _kind_of(loader)
     sampler: Any = getattr(loader, "batch_sampler", None)
-    place = {"kind": kind, "num_batches": num_used, "batch_size": _batch_size(loader)}
+    place = {
+        "kind": kind,
+        "num_batches": num_used,
+        "num_workers": getattr(loader, "num_workers", 0),
+        "batch_size": _batch_size(loader),
+    }
     if kind == "prepared":
         place["seed"] = sampler.seed
     elif not start:
@@ -104,6 +114,12 @@ def place_in(loader: Iterable[Any], start: dict[str, Any], num_used: int) -> dic
 def is_read_ahead(position: Position) -> bool:
     """Tell whether batches that were read but not used are behind the place, so must be kept."""
     return "loader" in position or (position["kind"] == "stream" and "dataset" in position)
+
+
+def workers_matter(position: Position) -> bool:
+    """Tell whether the batches depend on how many processes read them."""
+    states = position.get("workers", {}).values()
+    return position.get("kind") == "stream" or any("random" in state for state in states)
 
 
 def _kind_of(loader: Any) -> str:
@@ -226,7 +242,7 @@ def _iterate(
     kept = {name: vars(loader)[name] for name in changes}
     vars(loader).update(changes)
     try:
-        iterator = iter(loader)
+        iterator: Iterator[Any] = iter(loader)
     finally:
         vars(loader).update(kept)
     if loader.num_workers > 0:
@@ -301,7 +317,7 @@ def _beginning(loader: Any) -> dict[str, Any]:
 
 
 def _reuses_workers(loader: Any) -> bool:
-    return getattr(loader, "persistent_workers", False) and loader._iterator is not None
+    return bool(getattr(loader, "persistent_workers", False)) and loader._iterator is not None
 
 
 def _has_dataset_here(loader: Any) -> bool:

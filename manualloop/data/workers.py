@@ -48,17 +48,16 @@ class CarryingCollate:
 
     def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
         self._collate_fn = collate_fn
-        self._last: dict[str, Any] | None = None
 
     def __call__(self, rows: Any) -> Any:  # noqa: D102
         batch = self._collate_fn(rows)
         if (info := get_worker_info()) is None:
             return batch
-        last, self._last = self._last, get_random_state(devices=False)
-        state: dict[str, Any] = {}
-        if last is None or not is_same_random_state(last, self._last):
-            state["random"] = self._last
-        state |= dataset_state(info.dataset)
+        state = dataset_state(info.dataset)
+        now = get_random_state(devices=False)
+        if not is_same_random_state(_known, now):
+            state["random"] = now
+            _known.update(now)
         return Carried(batch, info.id, state or None)
 
 
@@ -114,6 +113,11 @@ class WorkerStart:
         if "random" in state:
             set_random_state(state["random"])
         set_dataset_state(info.dataset, state)
+        _known.update(get_random_state(devices=False))
+
+
+_known: dict[str, Any] = {}
+"""In a worker: the random state that the main process knows of."""
 
 
 def _renumber(info: Any, number: int) -> None:

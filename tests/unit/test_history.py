@@ -142,7 +142,7 @@ def test_records_come_in_the_order_of_the_run() -> None:
     kept.close_interval(step(1, 2.0), epoch=0.1)
     assert not kept.has_open_interval()
     kept.add(step(2, 3.0))
-    kept.add_evaluation(step(2, 3.0), 0.2, {"loss": 0.5, "f1": 0.9})
+    kept.add_evaluation(2, 0.2, {"loss": 0.5, "f1": 0.9})
     kept.add(step(3, 5.0))
     kept.close_interval(step(3, 5.0), epoch=0.3)
     assert kept.records == [

@@ -1,0 +1,309 @@
+"""Checkpoints: folders that hold all of a run, or are not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from manualloop.errors import CheckpointError, ConfigError, ManualLoopError
+from manualloop.folder import (
+    Found,
+    find_folders,
+    list_names,
+    read_manifest,
+    remove_folder,
+    sweep,
+    verify_folder,
+    write_folder,
+)
+from manualloop.history import best_of
+from manualloop.ledger import as_json, from_json
+from manualloop.lock import hold_lock
+from manualloop.notices import logger
+from manualloop.snapshot import put_state_back, read_snapshot, take_state_apart
+from manualloop.state import TrainState
+from manualloop.strategy import Strategy, strategy_for
+from manualloop.tensors import num_bytes
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """Which checkpoint was loaded.
+
+    Attributes:
+        path: Its folder.
+        step: Updates that had been applied.
+        metrics: That it was saved with.
+        run: What else ``train_loop`` had noted.
+    """
+
+    path: Path
+    step: int
+    metrics: dict[str, Any]
+    run: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+def save_checkpoint(
+    checkpoint_dir: str | os.PathLike[str],
+    state: TrainState,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    keep: int = 2,
+    best_metric: str | None = None,
+    strategy: Strategy | None = None,
+) -> Path:
+    """Save all of a run in ``checkpoint_dir/step-00000500``; return that folder.
+
+    It is written aside, forced to disk and renamed, so that a kill or a power cut at any moment
+    leaves either the whole checkpoint or none, and the older ones as they were. The weights are in
+    ``model.safetensors`` beside the model's config: ``from_pretrained(folder)`` loads them. All
+    else is safetensors and JSON too, with a sha256 of each file.
+
+    Args:
+        checkpoint_dir: Of one run. Made if it is not there.
+        state: As it is between two updates.
+        metrics: Of an evaluation of these weights.
+        keep: Newest checkpoints to keep; older ones are removed, but for the best.
+        best_metric: A metric to maximise, or with "-" before it to minimise: the best checkpoint
+            is kept, and ``load_checkpoint(which="best")`` finds it.
+        strategy: None: the one that prepared the model, else ``prepare_strategy("auto")``.
+
+    Raises:
+        CheckpointError: It cannot be written: the disk is full, the folder read-only, in use by
+            another run, or holds a later step. What was there before still is.
+
+    >>> import tempfile, torch
+    >>> model = torch.nn.Linear(2, 1)
+    >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     saved = save_checkpoint(folder, state)
+    ...     info = load_checkpoint(folder, state)
+    >>> saved.name, info.step
+    ('step-00000000', 0)
+    """
+    if keep < 1:
+        raise ConfigError(f"keep must be at least 1 checkpoint, got {keep!r}.")
+    directory = Path(checkpoint_dir)
+    with explain_disk(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with hold_lock(directory, again=True):
+            sweep(directory)
+            path = write_checkpoint(directory, state, strategy, metrics, best_metric, {})
+            rotate(directory, keep)
+            return path
+
+
+def write_checkpoint(
+    directory: Path,
+    state: TrainState,
+    strategy: Strategy | None,
+    metrics: Mapping[str, Any] | None,
+    best_metric: str | None,
+    run: Mapping[str, Any],
+) -> Path:
+    """Write a checkpoint for the holder of the folder's lock; ``run`` goes into it as it is."""
+    step = state.progress.num_steps
+    later = [f for f in find_folders(directory) if f.manifest and f.manifest["step"] > step]
+    if later:
+        raise CheckpointError(
+            f"{directory} holds {later[0].path.name}, and this run is at step {step}: it would be "
+            "taken for the older one. Give each run its own checkpoint_dir, or remove the later "
+            "checkpoints."
+        )
+    if state.has_failed is not None and bool(state.has_failed):
+        raise CheckpointError(
+            "The loss was not finite some updates ago, and the weights have not moved since: "
+            "nothing is saved. Go on, and the next step says which rows it comes from."
+        )
+    strategy = strategy_for(state.model, strategy)
+    snapshot = take_state_apart(state, strategy, run)
+    content = {
+        "metrics": as_json(dict(metrics or {})),
+        "best_metric": best_metric,
+        "contract": state.contract,
+    }
+    size = sum(map(num_bytes, snapshot.tensors.values()))
+    with explain_disk(directory, size):
+        return write_folder(directory, step, snapshot.write, content)
+
+
+def load_checkpoint(
+    checkpoint_dir: str | os.PathLike[str],
+    state: TrainState,
+    *,
+    which: str | os.PathLike[str] = "last",
+    strategy: Strategy | None = None,
+    verify: bool = True,
+) -> CheckpointInfo:
+    """Put a state, and the random states of this process, where a checkpoint has left them.
+
+    Every file is compared with its sha256, and every name and shape with the state, before
+    anything is changed. The next ``train_steps`` goes on with the next window, and says what
+    differs from the run that was saved.
+
+    Args:
+        checkpoint_dir: That ``save_checkpoint`` was given.
+        state: Built as the one that was saved.
+        which: ``"last"``: the newest that is whole; ones that are damaged are skipped with a
+            warning. ``"best"``: by the ``best_metric`` that they were saved with. Or a folder.
+        strategy: None: the one that prepared the model, else ``prepare_strategy("auto")``.
+        verify: False trusts the disk: a flipped bit in a tensor then goes unnoticed.
+
+    Raises:
+        CheckpointError: There is none, it is damaged, or does not fit the state; the message names
+            the part. Nothing was loaded.
+        ConfigError: A ``train_steps`` is open on the state.
+    """
+    directory = Path(checkpoint_dir)
+    if which == "last":
+        found = find_last(directory, verify=verify)
+        if found is None:
+            raise CheckpointError(f"There is no checkpoint in {directory}.")
+    elif which == "best":
+        found = _require_best(directory)
+    else:
+        path = Path(which) if Path(which).is_dir() else directory / which
+        found = Found(path, _explain(path, read_manifest, path))
+    if which != "last" and verify:
+        _explain(found.path, verify_folder, found.path, found.manifest)
+    return load_found(found, state, strategy)
+
+
+def load_found(found: Found, state: TrainState, strategy: Strategy | None) -> CheckpointInfo:
+    """Load a checkpoint that was found and verified."""
+    if state.is_training:
+        raise ConfigError(
+            "A train_steps is open on this state and would go on from where it was. Leave its "
+            "loop, or close() it, then load."
+        )
+    strategy = strategy_for(state.model, strategy)
+    manifest: dict[str, Any] = found.manifest or {}
+    saved = _explain(found.path, read_snapshot, found.path, manifest["files"])
+    state.model = strategy.prepare_model(state.model)
+    state.optimizer = strategy.prepare_optimizer(state.optimizer)
+    put_state_back(saved, state, strategy)
+    state.contract, state.is_resumed = manifest["contract"], True
+    return CheckpointInfo(found.path, manifest["step"], from_json(manifest["metrics"]), saved.run)
+
+
+def _explain(path: Path, function: Callable[..., _T], *args: Any) -> _T:
+    """Call a function, and name the checkpoint in what it raises."""
+    try:
+        return function(*args)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+
+
+def find_last(directory: Path, *, verify: bool = True) -> Found | None:
+    """Return the newest checkpoint that is whole; None if there is no checkpoint.
+
+    Raises:
+        CheckpointError: There are some, and each is damaged.
+    """
+    damaged: list[Found] = []
+    for entry in find_folders(directory):
+        try:
+            if entry.manifest is None:
+                raise CheckpointError(entry.problem)
+            if verify:
+                verify_folder(entry.path, entry.manifest)
+        except CheckpointError as error:
+            damaged.append(Found(entry.path, None, str(error)))
+            continue
+        if damaged:
+            logger.warning(
+                f"skipped {', '.join(list_names(damaged))}: going on from {entry.path.name}."
+            )
+        return entry
+    if damaged:
+        raise CheckpointError(
+            f"No checkpoint in {directory} is whole: {', '.join(list_names(damaged))}. To begin "
+            "anew, remove them or use another checkpoint_dir."
+        )
+    return None
+
+
+def find_best(directory: Path) -> Found | None:
+    """Return the checkpoint with the best metrics, by the ``best_metric`` of the newest.
+
+    None: no checkpoint was saved with a ``best_metric``.
+    """
+    entries = [entry for entry in find_folders(directory) if entry.manifest is not None]
+    entries.reverse()  # oldest first: of equals it is the best
+    names = [name for entry in entries if (name := _manifest(entry)["best_metric"])]
+    if not names:
+        return None
+    scored = [e for e in entries if names[-1].removeprefix("-") in _manifest(e)["metrics"]]
+    metrics = [from_json(_manifest(entry)["metrics"]) for entry in scored]
+    return scored[best_of(metrics, names[-1])] if scored else None
+
+
+def _require_best(directory: Path) -> Found:
+    found = find_best(directory)
+    if found is None:
+        raise CheckpointError(
+            f"No checkpoint in {directory} was saved with a best_metric. Save them with "
+            'save_checkpoint(..., metrics=scores, best_metric="f1"), or load which="last".'
+        )
+    return found
+
+
+def _manifest(entry: Found) -> dict[str, Any]:
+    assert entry.manifest is not None
+    return entry.manifest
+
+
+def rotate(directory: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints and the best one; those that are damaged stay.
+
+    Of two of the same step the older goes: it was replaced.
+    """
+    best = find_best(directory)
+    steps: list[int] = []
+    for entry in find_folders(directory):
+        if entry.manifest is None:
+            continue
+        step = entry.manifest["step"]
+        is_kept = step not in steps and len(steps) < keep
+        if not is_kept and (best is None or entry.path != best.path):
+            remove_folder(entry.path)
+        steps.append(step)
+
+
+@contextmanager
+def explain_disk(directory: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Turn an error of the disk into one that tells what to do.
+
+    Args:
+        directory: Of the checkpoints.
+        num_bytes: That a checkpoint takes.
+    """
+    try:
+        yield
+    except ManualLoopError:
+        raise
+    except OSError as error:
+        needed = "" if num_bytes is None else f" It takes {num_bytes / 1e6:.1f} MB."
+        free = _free_bytes(directory)
+        space = "" if free is None else f" Free there: {free / 1e6:.1f} MB."
+        entry = next((e for e in find_folders(directory) if e.manifest is not None), None)
+        last = "There is none from before." if entry is None else f"The last is {entry.path}."
+        raise CheckpointError(
+            f"No checkpoint could be written in {directory}: {error}.{needed}{space} {last} "
+            "Make room, or the folder writable; the run goes on from there when it is started "
+            "again."
+        ) from error
+
+
+def _free_bytes(directory: Path) -> int | None:
+    for folder in (directory, *directory.absolute().parents):
+        with suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return None

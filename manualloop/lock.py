@@ -1,0 +1,99 @@
+"""One run a folder: a lock that ends with its process, however that ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from manualloop.errors import CheckpointError
+from manualloop.notices import say
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+_held: dict[str, int] = {}  # folder to process: a fork does not hold what its parent does
+
+
+@contextmanager
+def hold_lock(directory: Path, *, again: bool = False) -> Iterator[None]:
+    """Keep other runs out of a folder.
+
+    The kernel gives the lock back when the process ends, so that none is ever left by a kill; the
+    file then tells whose it was.
+
+    Args:
+        directory: That exists.
+        again: Also let in who holds it in this process already.
+
+    Raises:
+        CheckpointError: Another run is in there; the message names it.
+    """
+    key = os.path.realpath(directory)
+    if _held.get(key) == os.getpid():
+        if not again:
+            raise CheckpointError(
+                f"Another run of this process uses {directory}. Give each its own checkpoint_dir."
+            )
+        yield
+        return
+    if fcntl is None:
+        say(f"this system has no file locks: start no second run in {directory}.")
+        yield
+        return
+    descriptor = _acquire(directory / LOCK)
+    _held[key] = os.getpid()
+    try:
+        yield
+    finally:
+        del _held[key]
+        with suppress(OSError):  # the folder may be gone, or read-only by now
+            os.unlink(directory / LOCK)
+        os.close(descriptor)
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # Of the process, not of the open file: workers that it forks must not keep it.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = _read(descriptor)
+            os.close(descriptor)
+            raise CheckpointError(
+                f"Another run uses {path.parent}: {owner or 'it has just begun'}. Wait for its "
+                "end, or give this one its own checkpoint_dir."
+            ) from error
+        except OSError as error:
+            say(f"{path} cannot be locked ({error}): start no second run in its folder.")
+            return descriptor
+        with suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                break
+        os.close(descriptor)  # its owner has removed it since it was opened
+    if owner := _read(descriptor):
+        say(f"taking over {path.parent} from a run that did not end by itself: {owner}.")
+    text = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(text).encode(), 0)
+    return descriptor
+
+
+def _read(descriptor: int) -> str:
+    try:
+        owner = json.loads(os.pread(descriptor, 1000, 0))
+        return f"process {owner['pid']} on {owner['host']}, since {owner['started']}"
+    except (ValueError, KeyError, TypeError):
+        return ""

@@ -1,0 +1,187 @@
+"""The ``checkpoint_dir`` of ``train_loop``: guarded, gone on from, and written to."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from manualloop.checkpoint import explain_disk, find_last, load_found, rotate, write_checkpoint
+from manualloop.errors import CheckpointError, ConfigError
+from manualloop.folder import find_folders, sweep
+from manualloop.history import Record
+from manualloop.ledger import LEDGER, Ledger, read_ledger
+from manualloop.lock import hold_lock
+from manualloop.notices import logger, say
+from manualloop.state import TrainState
+from manualloop.strategy import Strategy
+
+
+class RunFolder:
+    """The folder of a run that holds its lock.
+
+    Args:
+        directory: That exists.
+        state: Of the run.
+        strategy: That runs it.
+        keep: As in ``save_checkpoint``.
+        best_metric: As in ``save_checkpoint``.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        state: TrainState,
+        strategy: Strategy,
+        *,
+        keep: int,
+        best_metric: str | None,
+    ) -> None:
+        self._directory, self._state, self._strategy = directory, state, strategy
+        self._keep, self._best_metric = keep, best_metric
+        self._ledger: Ledger | None = None
+
+    def resume(self, resume: bool | Literal["auto"]) -> tuple[dict[str, Any], list[Record]]:
+        """Load the newest checkpoint that is whole, if there is one and it is asked for.
+
+        Returns:
+            What ``save`` was given with it, and the records of the run; both empty at a beginning.
+        """
+        directory = self._directory
+        if resume is False and (find_folders(directory) or (directory / LEDGER).exists()):
+            raise CheckpointError(
+                f"{directory} holds a run, and resume=False begins a new one. Give it another "
+                'checkpoint_dir, remove this one, or go on with it: resume="auto".'
+            )
+        found = find_last(directory)
+        if found is None and resume is True:
+            raise CheckpointError(
+                f"There is no checkpoint in {directory} to go on from. Check the path, or let "
+                'resume="auto" begin if there is none.'
+            )
+        notes: dict[str, Any] = {}
+        records: list[Record] = []
+        if found is not None:
+            info = load_found(found, self._state, self._strategy)
+            self._set_aside_damaged(info.step)
+            say(f"going on from {found.path}.")
+            notes = info.run
+            records = read_ledger(directory)[: notes.get("num_records", 0)]
+        with explain_disk(directory):
+            self._ledger = Ledger(directory, self._state.progress.num_steps, len(records))
+        return notes, records
+
+    def save(self, notes: dict[str, Any], records: list[Record], metrics: dict[str, Any]) -> None:
+        """Write records and a checkpoint, then remove old ones.
+
+        Args:
+            notes: Given back by ``resume``.
+            records: All of the run, complete.
+            metrics: Of the weights as they are; empty if they were not evaluated.
+        """
+        self.write_records(records)
+        notes = notes | {"num_records": len(records)}
+        write_checkpoint(
+            self._directory, self._state, self._strategy, metrics, self._best_metric, notes
+        )
+        with explain_disk(self._directory):
+            rotate(self._directory, self._keep)
+
+    def write_records(self, records: list[Record]) -> None:
+        """Append what is new to the ledger."""
+        if self._ledger is not None:
+            with explain_disk(self._directory):
+                self._ledger.write(records)
+
+    def check_space(self) -> None:
+        """Refuse a run whose first checkpoint has no room; warn if the later ones have none."""
+        size = _estimate(self._state)
+        stats = os.statvfs(self._directory) if hasattr(os, "statvfs") else None
+        if stats is None:
+            return
+        free = stats.f_bavail * stats.f_frsize
+        if free < size:
+            raise CheckpointError(
+                f"{self._directory} has {free / 1e6:.0f} MB free, and a checkpoint of this run "
+                f"takes about {size / 1e6:.0f} MB. Make room, or use another checkpoint_dir."
+            )
+        there = sum(entry.manifest is not None for entry in find_folders(self._directory))
+        if free < size * (self._keep + 1 - there):
+            logger.warning(
+                f"{self._directory} has {free / 1e6:.0f} MB free, and {self._keep} checkpoints "
+                f"and the one that is being written take about {size * (self._keep + 1) / 1e6:.0f} "
+                "MB: the disk may fill up. Keep fewer: keep_checkpoints=1."
+            )
+
+    def _set_aside_damaged(self, step: int) -> None:
+        """Rename what is newer than the checkpoint that the run goes on from."""
+        for entry in find_folders(self._directory):
+            manifest_step = entry.manifest["step"] if entry.manifest else None
+            if manifest_step == step:
+                break
+            aside = f"damaged-{entry.path.name}-{secrets.token_hex(2)}"
+            entry.path.rename(entry.path.with_name(aside))
+
+
+@contextmanager
+def open_run_folder(
+    checkpoint_dir: str | os.PathLike[str] | None,
+    state: TrainState,
+    strategy: Strategy,
+    keep: int,
+    best_metric: str | None,
+) -> Iterator[RunFolder | None]:
+    """Hold the folder of a run; None without one.
+
+    Raises:
+        CheckpointError: It cannot be written to, or another run holds it.
+    """
+    if checkpoint_dir is None:
+        yield None
+        return
+    if keep < 1:
+        raise ConfigError(f"keep_checkpoints must be at least 1, got {keep!r}.")
+    directory = Path(checkpoint_dir)
+    with explain_disk(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    with _explained_lock(directory):
+        with explain_disk(directory):
+            sweep(directory)
+            _probe(directory)
+        yield RunFolder(directory, state, strategy, keep=keep, best_metric=best_metric)
+
+
+@contextmanager
+def _explained_lock(directory: Path) -> Iterator[None]:
+    lock = hold_lock(directory)
+    with explain_disk(directory):
+        lock.__enter__()
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def _probe(directory: Path) -> None:
+    """Write and remove a file: a folder that cannot be written to is found out now."""
+    path = directory / f".probe-{secrets.token_hex(4)}"
+    try:
+        path.write_bytes(b"manualloop")
+    finally:
+        with suppress(FileNotFoundError):
+            path.unlink()
+
+
+def _estimate(state: TrainState) -> int:
+    """Return about how many bytes a checkpoint takes, before the optimizer has its state."""
+    weights = sum(tensor.nbytes for tensor in state.model.state_dict().values())
+    trained = [p for group in state.optimizer.param_groups for p in group["params"]]
+    options = state.optimizer.defaults
+    num_moments = 2 if "betas" in options else int(bool(options.get("momentum")))
+    moments = num_moments * sum(p.nbytes for p in trained if isinstance(p, Tensor))
+    return int(weights + moments)

@@ -1,0 +1,200 @@
+"""A training state as tensors and JSON, and back into a state that was built like it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from manualloop.errors import CheckpointError
+from manualloop.models import tied_names, unwrap_model
+from manualloop.randomness import get_random_state, set_random_state
+from manualloop.serialize import put_together, take_apart
+from manualloop.state import Progress, TrainState
+from manualloop.strategy import Strategy
+from manualloop.tensors import Aliases, describe, find_aliases, load_tensors, save_tensors
+
+_STATE = "state.json"
+_STEMS = ("model", "optimizer", "extras", "rng")
+_NUM_NAMED = 5
+
+
+class Snapshot(NamedTuple):
+    """A state as it goes into files.
+
+    Attributes:
+        tensors: By name, by the file they go into. None is there twice.
+        state: All else, as JSON.
+        model: Whose config is saved beside its weights.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    model: nn.Module
+
+    def write(self, folder: Path) -> Iterator[Path]:
+        """Write the files, and name each that is complete."""
+        for stem, tensors in self.tensors.items():
+            yield from save_tensors(tensors, folder, stem)
+        yield from _save_configs(self.model, folder)
+        path = folder / _STATE
+        path.write_text(json.dumps(self.state, allow_nan=False))
+        yield path
+
+
+def take_state_apart(state: TrainState, strategy: Strategy, run: Mapping[str, Any]) -> Snapshot:
+    """Take a snapshot of a state and of this process's random states; ``run`` goes along."""
+    model = unwrap_model(state.model, adapters=False)
+    values = {name: part.state_dict() for name, part in _parts(state, strategy).items()}
+    weights = values.pop("model")
+    tensors: dict[str, dict[str, Tensor]] = {stem: {} for stem in _STEMS}
+    tensors["model"] = {k: v.detach() for k, v in weights.items() if isinstance(v, Tensor)}
+    more = {key: value for key, value in weights.items() if key not in tensors["model"]}
+    values |= {
+        "model": more,
+        "progress": asdict(state.progress),
+        "position": state.place(),
+        "max_batch_rows": state.max_batch_rows,
+        "run": dict(run),
+    }
+    apart = {
+        name: take_apart(value, name, tensors["optimizer" if name == "optimizer" else "extras"])
+        for name, value in values.items()
+    }
+    # Last: what was asked above may still have drawn, as a sampler does at the end of its pass.
+    apart["rng"] = take_apart(get_random_state(), "rng", tensors["rng"])
+    apart["aliases"] = {}
+    for stem, group in tensors.items():
+        aliases = find_aliases(group, tied_names(model) if stem == "model" else ())
+        apart["aliases"][stem] = aliases
+        tensors[stem] = {name: value for name, value in group.items() if name not in aliases}
+    return Snapshot(tensors, apart, model)
+
+
+def _parts(state: TrainState, strategy: Strategy) -> dict[str, Any]:
+    """Return what is saved by its own ``state_dict``."""
+    parts = state.parts() | {"model": unwrap_model(state.model, adapters=False)}
+    scaler = getattr(strategy, "scaler", None)
+    return parts if scaler is None else parts | {"scaler": scaler}
+
+
+def _save_configs(model: nn.Module, folder: Path) -> Iterator[Path]:
+    """Write what ``from_pretrained`` needs beside the weights."""
+    if hasattr(model, "peft_config"):
+        return  # the weights are not those of the class that the config names
+    for name in ("config", "generation_config"):
+        config: Any = getattr(model, name, None)
+        if hasattr(config, "save_pretrained"):
+            config = copy(config)
+            if name == "config":
+                config.architectures = [type(model).__name__]
+            config.save_pretrained(folder)
+    yield from folder.glob("*config.json")
+
+
+class Saved(NamedTuple):
+    """What a folder holds, read and put together.
+
+    Attributes:
+        values: Of each part, by name.
+        run: What had gone along.
+        aliases: Of the model's tensors.
+    """
+
+    values: dict[str, Any]
+    run: dict[str, Any]
+    aliases: Aliases
+
+
+def read_snapshot(folder: Path, files: Mapping[str, Any]) -> Saved:
+    """Read the files of a snapshot.
+
+    Args:
+        folder: That holds them.
+        files: Those that may be read, by name.
+
+    Raises:
+        CheckpointError: One is missing, or none of ours.
+    """
+    if _STATE not in files:
+        raise CheckpointError(f"{folder.name} has no {_STATE}.")
+    try:
+        state = json.loads((folder / _STATE).read_bytes())
+        aliases = state.pop("aliases")
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{folder / _STATE} cannot be read: {error}.") from error
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for stem in _STEMS:
+        group = load_tensors(folder, stem, files)
+        tensors[stem] = group | {name: group[own] for name, own in aliases[stem].items()}
+    nested = tensors["optimizer"] | tensors["extras"] | tensors["rng"]
+    values = {name: put_together(value, nested) for name, value in state.items()}
+    values["model"] |= tensors["model"]
+    return Saved(values, values.pop("run"), aliases["model"])
+
+
+def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
+    """Load a snapshot into a state, and into this process's random generators.
+
+    Raises:
+        CheckpointError: It does not fit. If a name or a shape differs, nothing was loaded.
+    """
+    parts = _parts(state, strategy)
+    if differences := _differences(saved, state, parts):
+        more = len(differences) - _NUM_NAMED
+        raise CheckpointError(
+            "The checkpoint does not fit this run, and nothing was loaded:\n"
+            + "\n".join(f"- {difference}" for difference in differences[:_NUM_NAMED])
+            + (f"\n- and {more} more" if more > 0 else "")
+            + "\nBuild model, optimizer, lr_scheduler and extras as they were when it was saved."
+        )
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(saved.values[name])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{name} ({type(part).__name__}) does not take the state it was saved with: "
+                f"{error}. The state is half loaded: build it anew."
+            ) from error
+    state.progress = Progress(**saved.values["progress"])
+    state.position, state.feed = saved.values["position"], None
+    state.max_batch_rows, state.has_failed = saved.values["max_batch_rows"], None
+    set_random_state(saved.values["rng"])
+
+
+_NO_PARTS = {"progress", "position", "max_batch_rows", "rng", "run"}
+
+
+def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> list[str]:
+    values = saved.values
+    found = [
+        f"{name} is in the {'run' if name in parts else 'checkpoint'} only"
+        for name in sorted(set(parts) ^ (set(values) - _NO_PARTS))
+    ]
+    model = parts["model"]
+    weights = {key: v for key, v in model.state_dict().items() if isinstance(v, Tensor)}
+    ours = describe(weights)
+    theirs = describe({key: v for key, v in values["model"].items() if isinstance(v, Tensor)})
+    found += [
+        f"model: {key} is {theirs.get(key, 'missing')} in the checkpoint, "
+        f"{ours.get(key, 'missing')} here"
+        for key in dict.fromkeys((*theirs, *ours))
+        if ours.get(key) != theirs.get(key)
+    ]
+    aliases = find_aliases(weights, tied_names(model))
+    found += [
+        f"model: {key} is {'tied' if key in saved.aliases else 'not tied'} to another weight in "
+        "the checkpoint, and here it is otherwise"
+        for key in sorted(set(aliases) ^ set(saved.aliases))
+        if key in ours and key in theirs
+    ]
+    groups = [len(group["params"]) for group in values["optimizer"].get("param_groups", ())]
+    own = [len(group["params"]) for group in state.optimizer.param_groups]
+    if groups != own:
+        found.append(f"optimizer: groups of {groups} parameters in the checkpoint, of {own} here")
+    return found

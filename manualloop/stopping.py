@@ -1,0 +1,113 @@
+"""How a run is asked to end: signals that set a flag, and a time that is up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
+
+
+class EvaluationStopped(BaseException):
+    """Ends an evaluation that a signal came into. Not an Exception: nobody means to catch it."""
+
+
+class Stopping:
+    """Knows whether, and by what, the run was asked to end.
+
+    Args:
+        max_seconds: After which it is; None: never.
+
+    Attributes:
+        cause: "SIGTERM", "SIGUSR1", "SIGINT" (Ctrl-C), or None.
+    """
+
+    def __init__(self, max_seconds: float | None = None) -> None:
+        self.cause: str | None = None
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self._is_evaluating = False
+        self._previous: dict[int, Any] = {}
+
+    def reason(self) -> str | None:
+        """Return what ends the run: a signal or "max_time"; None: nothing yet."""
+        if self.cause is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            return "max_time"
+        return self.cause
+
+    @contextmanager
+    def watching_signals(self) -> Iterator[None]:
+        """Take SIGINT, SIGTERM and SIGUSR1 as a wish to end, and put their handlers back.
+
+        The second one is what it was before: an immediate KeyboardInterrupt, or the end. Only
+        Python's main thread can do this; elsewhere signals stay as they are.
+        """
+        if threading.current_thread() is threading.main_thread():
+            # None: a handler that was not set from Python, and cannot be put back from it.
+            previous = {number: signal.getsignal(number) for number in _SIGNALS}
+            self._previous = {n: handler for n, handler in previous.items() if handler is not None}
+            for number in self._previous:
+                signal.signal(number, self._handle)
+        try:
+            yield
+        finally:
+            self._restore()
+        if self.cause == "SIGTERM":
+            _exit_as_terminated()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Let a signal raise ``EvaluationStopped`` in here: an evaluation can be long."""
+        self._is_evaluating = True
+        try:
+            if self.cause is not None:
+                raise EvaluationStopped
+            yield
+        finally:
+            self._is_evaluating = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.cause is not None:
+            self._restore()
+            os.kill(os.getpid(), number)
+            return
+        self.cause = signal.Signals(number).name
+        if self._is_evaluating:
+            self._is_evaluating = False
+            raise EvaluationStopped
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+class _Exit:
+    """Sets the exit status when it is deleted, which is when Python ends.
+
+    Not by ``atexit``: what was registered there before would not run any more. An error that ends
+    the script keeps its own status.
+    """
+
+    def __init__(self, status: int) -> None:
+        self._status = status
+
+    def __del__(self, _exit: Any = os._exit, _sys: Any = sys) -> None:
+        if not hasattr(_sys, "last_value"):
+            _exit(self._status)
+
+
+_at_exit: list[_Exit] = []
+
+
+def _exit_as_terminated() -> None:
+    if not _at_exit:
+        _at_exit.append(_Exit(128 + signal.SIGTERM))
