@@ -28,6 +28,8 @@ _HOME = {
     "ModelError": "errors",
     "NonFiniteError": "errors",
     "Predictions": "evaluation",
+    "ResumeReport": "verify",
+    "RunComparison": "compare",
     "SingleDevice": "strategy",
     "Step": "types",
     "Strategy": "strategy",
@@ -38,6 +40,7 @@ _HOME = {
     "accumulate_gradients": "update",
     "apply_update": "update",
     "check_accumulation": "verify",
+    "compare_runs": "compare",
     "count_items": "tasks",
     "evaluate_loop": "evaluation",
     "inspect_batch": "data.inspect",
@@ -51,6 +54,7 @@ _HOME = {
     "save_checkpoint": "checkpoint",
     "train_loop": "loop",
     "train_steps": "training",
+    "verify_resume": "verify",
     "windows": "update",
 }
 
@@ -73,6 +77,8 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.checkpoint import CheckpointInfo as CheckpointInfo
     from manualloop.checkpoint import load_checkpoint as load_checkpoint
     from manualloop.checkpoint import save_checkpoint as save_checkpoint
+    from manualloop.compare import RunComparison as RunComparison
+    from manualloop.compare import compare_runs as compare_runs
     from manualloop.data.inspect import BatchReport as BatchReport
     from manualloop.data.inspect import inspect_batch as inspect_batch
     from manualloop.data.prepare import prepare_dataloaders as prepare_dataloaders
@@ -106,4 +112,6 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.update import apply_update as apply_update
     from manualloop.update import windows as windows
     from manualloop.verify import AccumulationReport as AccumulationReport
+    from manualloop.verify import ResumeReport as ResumeReport
     from manualloop.verify import check_accumulation as check_accumulation
+    from manualloop.verify import verify_resume as verify_resume

@@ -98,6 +98,12 @@ def check_contract(saved: Contract, now: Contract, *, workers_matter: bool) -> N
         say(f"going on with the optimizer's settings of the checkpoint, not {difference}.")
 
 
+def contract_differences(a: Contract, b: Contract) -> list[str]:
+    """List in what two runs were set up differently: ``"seed: 1 -> 2"``."""
+    groups = dict.fromkeys((*a, *b))
+    return [line for group in groups for line in _differences(a.get(group, {}), b.get(group, {}))]
+
+
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}: {saved.get(name)} -> {now.get(name)}"

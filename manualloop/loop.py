@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from manualloop.cadence import Cadence, parse_cadence, parse_seconds
+from manualloop.data.passes import has_shuffle_buffer
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.history import Record, best_of
+from manualloop.notices import say
 from manualloop.optim import prepare_optimizer, prepare_scheduler
 from manualloop.randomness import get_random_state, set_random_state
 from manualloop.report import Report
@@ -194,7 +196,7 @@ def train_loop(
         report = Report(plan, shown=progress_bar and strategy.is_main)
         run = _Run(state, report, folder, stopping, evaluate, best_metric, patience)
         stack.callback(run.close)
-        run.resume(resume)
+        run.resume(resume, train_dataloader)
         report.open()
         steps = train_steps(
             state,
@@ -270,10 +272,15 @@ class _Run:
         is_evaluated = self.evaluations and self._evaluated_step == self._state.progress.num_steps
         return bool(is_evaluated and self._best_metric and self.best == len(self.evaluations) - 1)
 
-    def resume(self, resume: bool | Literal["auto"]) -> None:
+    def resume(self, resume: bool | Literal["auto"], loader: Iterable[Any]) -> None:
         """Go on from the folder's checkpoint, if there is one."""
         if self._folder is None:
             return
+        if has_shuffle_buffer(loader):
+            say(
+                "the stream has a shuffle buffer, which no checkpoint holds: what is resumed inside "
+                "an epoch is not bit-exact."
+            )
         notes, records = self._folder.resume(resume)
         if notes:
             self.evaluations = notes["evaluations"]

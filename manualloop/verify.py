@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manualloop.errors import DataError
+import manualloop.training as training
+import manualloop.update as update
+from manualloop.errors import ConfigError, DataError
 from manualloop.models import evaluation_mode, model_name
 from manualloop.strategy import Strategy, strategy_for
 from manualloop.tasks import count_items, model_loss, num_rows
-from manualloop.types import LossFn, Update
+from manualloop.types import LossFn, Step, Update, Window
 from manualloop.update import accumulate_gradients, split_batch
 
 
@@ -136,3 +147,176 @@ def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     largest = max(float(their.abs().max()) for _, their in pairs)
     difference = max(float((our - their).abs().max()) for our, their in pairs)
     return difference / largest if largest else difference
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeReport:
+    """Whether a run that was interrupted ends as one that was not. Prints in words.
+
+    Attributes:
+        at: Step at which it was interrupted.
+        num_steps: Of the whole run.
+        difference: The first difference, in words; None: not a bit.
+    """
+
+    at: int
+    num_steps: int
+    difference: str | None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether batches, losses, history, weights and optimizer are equal to the last bit."""
+        return self.difference is None
+
+    def __str__(self) -> str:
+        verdict = "equal to the last bit: batches, losses, history, weights, optimizer"
+        if self.difference is not None:
+            verdict = f"different. First: {self.difference}"
+        return f"{self.num_steps} steps, interrupted after step {self.at} and resumed: {verdict}."
+
+    __repr__ = __str__
+
+
+def verify_resume(train_fn: Callable[..., Any], *, at: int) -> ResumeReport:
+    """Interrupt a run of yours, resume it, and compare it with one that was left alone.
+
+    Three fresh processes: one trains to the end; one is sent a SIGTERM after step ``at``; one goes
+    on from its checkpoint. Whatever is not restored shows: a sampler with random numbers of its
+    own, a dataset that keeps count, weights that are not in a ``state_dict``.
+
+    Args:
+        train_fn: ``train_fn(**options)`` builds everything, seeds included, calls
+            ``train_loop(..., **options)`` once and returns its result. The options are
+            ``checkpoint_dir`` and ``on_step``. A function of a module or script (a script then
+            needs its ``if __name__ == "__main__":``); in a notebook, where the system can fork,
+            any function.
+        at: Steps after which to interrupt; inside an epoch, and inside an interval of the log, it
+            shows the most.
+
+    Raises:
+        ConfigError: ``at`` is not inside the run, or ``train_fn`` does not pass the options on.
+        RuntimeError: A process failed; its traceback is in the message.
+
+    ::
+
+        def train(**options):
+            set_seed(0)
+            ...
+            return train_loop(model, loader, optimizer, num_epochs=2, **options)
+
+        if __name__ == "__main__":
+            print(verify_resume(train, at=7))
+    """
+    if at < 1:
+        raise ConfigError(f"at must be at least 1 step, got {at!r}.")
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        whole = _trace(train_fn, folder / "whole", None)
+        num_steps = max(map(int, whole["steps"]), default=0)
+        if at >= num_steps:
+            raise ConfigError(f"at={at} is not inside the run: it has {num_steps} steps.")
+        before = _trace(train_fn, folder / "resumed", at)
+        after = _trace(train_fn, folder / "resumed", None)
+    return ResumeReport(at, num_steps, _first_difference(whole, before, after, at))
+
+
+def _first_difference(
+    whole: dict[str, Any], before: dict[str, Any], after: dict[str, Any], at: int
+) -> str | None:
+    for number, expected in whole["steps"].items():
+        part = before if int(number) <= at else after
+        found = part["steps"].get(number)
+        if found is None:
+            return f"step {number} was not made, or made under another number"
+        for name, value in expected.items():
+            if found[name] != value:
+                return f"step {number}: {name} {value} -> {found[name]}"
+    if extra := set(after["steps"]) - {n for n in whole["steps"] if int(n) > at}:
+        return f"step {min(extra, key=int)} was made twice"
+    for name, digest in whole["end"].items():
+        if after["end"].get(name) != digest:
+            return f"at the end: {name}"
+    return None
+
+
+def _trace(train_fn: Callable[..., Any], directory: Path, at: int | None) -> dict[str, Any]:
+    """Train in a fresh process; return what it has written down."""
+    main = sys.modules["__main__"]
+    is_notebook = train_fn.__module__ == "__main__" and not hasattr(main, "__file__")
+    context: Any = multiprocessing.get_context("fork" if is_notebook else "spawn")
+    path = directory.with_name(f"{directory.name}-{at}.json")
+    process = context.Process(target=_write_trace, args=(train_fn, directory, at, path))
+    process.start()
+    process.join()
+    trace: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+    if "steps" not in trace:
+        raise RuntimeError(
+            f"The process that trained ended with {process.exitcode}:\n{trace.get('error', '')}"
+        )
+    return trace
+
+
+def _write_trace(train_fn: Callable[..., Any], directory: Path, at: int | None, path: Path) -> None:
+    steps: dict[int, dict[str, Any]] = {}
+    batches: list[str] = []
+
+    def group_and_note(*args: Any) -> Iterator[Window]:
+        for window in update.group(*args):
+            batches.append(_digest(window.batches))
+            yield window
+
+    def on_step(step: Step) -> None:
+        norm = None if step.grad_norm is None else float(step.grad_norm)
+        steps[step.index] = {"batches": list(batches), "loss": repr(float(step.loss))}
+        steps[step.index] |= {"lr": repr(float(step.lr)), "grad_norm": repr(norm)}
+        batches.clear()
+        if step.index == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    vars(training)["group"] = group_and_note  # this process does nothing else
+    try:
+        result = train_fn(checkpoint_dir=directory, on_step=on_step)
+        if not steps or not directory.exists():
+            raise ConfigError(
+                "train_fn has not passed its options on: def train_fn(**options): ... return "
+                "train_loop(..., **options)."
+            )
+        trace: dict[str, Any] = {"steps": steps, "end": _describe_end(result)}
+    except Exception:
+        trace = {"error": traceback.format_exc()}
+    path.write_text(json.dumps(trace))
+
+
+def _describe_end(result: Any) -> dict[str, str]:
+    state = result.state.state_dict()
+    parts = {
+        f"{name} {key}": value
+        for name, part in state.items()
+        if isinstance(part, dict)
+        for key, value in part.items()
+    }
+    parts |= {"history": result.history, "metrics": result.metrics}
+    return {name: _digest(value) for name, value in parts.items()}
+
+
+def _digest(value: Any) -> str:
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous()
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                digest.update(repr(key).encode())
+                add(item)
+        elif isinstance(value, list | tuple):
+            digest.update(type(value).__name__.encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    add(value)
+    return digest.hexdigest()[:16]

@@ -21,9 +21,9 @@ MODULES = {
 # Imports point down: a module may import those of the rows below its own.
 LAYERS = [
     ["loop"],
-    ["report"],
+    ["report", "verify", "compare"],
     ["training", "evaluation"],
-    ["nonfinite", "verify", "run_folder"],
+    ["nonfinite", "run_folder"],
     ["preflight", "checkpoint"],
     ["update", "snapshot", "contract"],
     ["data.feed", "data.prepare", "data.inspect", "data.fingerprint", "scorers", "plot"],
@@ -73,6 +73,8 @@ PUBLIC_NAMES = [
     "ModelError",
     "NonFiniteError",
     "Predictions",
+    "ResumeReport",
+    "RunComparison",
     "SingleDevice",
     "Step",
     "Strategy",
@@ -83,6 +85,7 @@ PUBLIC_NAMES = [
     "accumulate_gradients",
     "apply_update",
     "check_accumulation",
+    "compare_runs",
     "count_items",
     "evaluate_loop",
     "inspect_batch",
@@ -96,6 +99,7 @@ PUBLIC_NAMES = [
     "save_checkpoint",
     "train_loop",
     "train_steps",
+    "verify_resume",
     "windows",
 ]
 
@@ -105,6 +109,7 @@ SIGNATURES = {
         "state, batches, strategy, *, loss_fn=None, max_grad_norm=None, on_nonfinite='raise'"
     ),
     "check_accumulation": "model, batch, *, loss_fn=None, strategy=None",
+    "compare_runs": "a, b",
     "count_items": "model, batch",
     "evaluate_loop": (
         "model, eval_dataloader, metric=None, *, strategy=None, postprocess=None, loss_fn=None, "
@@ -133,10 +138,10 @@ SIGNATURES = {
     ),
     "train_loop": (
         "model, train_dataloader, optimizer=None, lr_scheduler='linear', *, num_epochs=None, "
-        "max_steps=None, max_time=None, num_warmup_steps=0, gradient_accumulation_steps=1, max_grad_norm=None, "
-        "loss_fn=None, step_fn=None, on_nonfinite='raise', strategy=None, extras=None, "
-        "evaluate=None, evaluate_every='epoch', best_metric=None, patience=None, checkpoint_dir=None, "
-        "checkpoint_every='epoch', keep_checkpoints=2, resume='auto', on_step=None, "
+        "max_steps=None, max_time=None, num_warmup_steps=0, gradient_accumulation_steps=1, "
+        "max_grad_norm=None, loss_fn=None, step_fn=None, on_nonfinite='raise', strategy=None, extras=None, "
+        "evaluate=None, evaluate_every='epoch', best_metric=None, patience=None, "
+        "checkpoint_dir=None, checkpoint_every='epoch', keep_checkpoints=2, resume='auto', on_step=None, "
         "log_every=50, progress_bar=True, preflight=True"
     ),
     "train_steps": (
@@ -144,6 +149,7 @@ SIGNATURES = {
         "gradient_accumulation_steps=1, max_grad_norm=None, loss_fn=None, step_fn=None, "
         "on_nonfinite='raise', strategy=None, preflight=True"
     ),
+    "verify_resume": "train_fn, *, at",
     "windows": "loader, size, *, skip=0",
 }
 

@@ -116,6 +116,16 @@ def is_read_ahead(position: Position) -> bool:
     return "loader" in position or (position["kind"] == "stream" and "dataset" in position)
 
 
+def has_shuffle_buffer(loader: Any) -> bool:
+    """Tell whether a loader reads a stream of datasets through a buffer that no state holds."""
+    part = getattr(getattr(loader, "dataset", None), "_ex_iterable", None)
+    while part is not None:
+        if type(part).__name__ == "BufferShuffledExamplesIterable":
+            return True
+        part = getattr(part, "ex_iterable", None)
+    return False
+
+
 def workers_matter(position: Position) -> bool:
     """Tell whether the batches depend on how many processes read them."""
     states = position.get("workers", {}).values()
@@ -170,6 +180,8 @@ def _open_dataloader(loader: Any, position: Position, now: Any) -> tuple[Iterato
 
 
 def _open_stream(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], int | None]:
+    if position["num_batches"] and has_shuffle_buffer(loader):
+        say("not bit-exact, because what was in the stream's shuffle buffer is lost.")
     is_known = "workers" in position or "dataset" in position
     if position["num_batches"] and not is_known:
         return _reread(loader, position, now)
