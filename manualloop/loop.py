@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, closing, suppress
-from dataclasses import astuple, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -13,16 +13,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from manualloop.cadence import Cadence, parse_cadence, parse_seconds
-from manualloop.data.passes import has_shuffle_buffer
-from manualloop.errors import CheckpointError, ConfigError
-from manualloop.history import Record, best_of
-from manualloop.notices import say
+from manualloop.errors import ConfigError
+from manualloop.history import Record
 from manualloop.optim import prepare_optimizer, prepare_scheduler
-from manualloop.randomness import get_random_state, set_random_state
 from manualloop.report import Report
-from manualloop.run_folder import RunFolder, open_run_folder
+from manualloop.run import Run
+from manualloop.run_folder import open_run_folder
 from manualloop.state import TrainState
-from manualloop.stopping import EvaluationStopped, Stopping
+from manualloop.stopping import Stopping
 from manualloop.strategy import Strategy, strategy_for
 from manualloop.training import plan_run, train_steps
 from manualloop.types import LossFn, Step
@@ -180,10 +178,9 @@ def train_loop(
     }
     plan = plan_run(train_dataloader, max_grad_norm=max_grad_norm, **length)
     _check_evaluation(evaluate, best_metric, patience)
-    per_epoch = plan.num_steps_per_epoch
-    log_is_due = parse_cadence("log_every", log_every, per_epoch)
-    evaluation_is_due = parse_cadence("evaluate_every", evaluate_every, per_epoch)
-    save_is_due = parse_cadence("checkpoint_every", checkpoint_every, per_epoch)
+    log_is_due = parse_cadence("log_every", log_every, plan.num_steps_per_epoch)
+    evaluation_is_due = parse_cadence("evaluate_every", evaluate_every, plan.num_steps_per_epoch)
+    save_is_due = parse_cadence("checkpoint_every", checkpoint_every, plan.num_steps_per_epoch)
     stopping = Stopping(parse_seconds("max_time", max_time))
     strategy = strategy_for(model, strategy)
     optimizer = optimizer or prepare_optimizer(model)
@@ -191,12 +188,12 @@ def train_loop(
     state = TrainState(model, optimizer, schedule, extras=extras or {})
     with ExitStack() as stack:
         folder = stack.enter_context(
-            open_run_folder(checkpoint_dir, state, strategy, keep_checkpoints, best_metric)
+            open_run_folder(checkpoint_dir, state, strategy, resume, keep_checkpoints, best_metric)
         )
         report = Report(plan, shown=progress_bar and strategy.is_main)
-        run = _Run(state, report, folder, stopping, evaluate, best_metric, patience)
+        run = Run(state, report, folder, stopping, evaluate, best_metric, patience)
         stack.callback(run.close)
-        run.resume(resume, train_dataloader)
+        run.resume(train_dataloader)
         report.open()
         steps = train_steps(
             state,
@@ -227,137 +224,11 @@ def train_loop(
         run.finish()
     return TrainResult(
         state,
-        metrics=run.evaluations[-1] if run.evaluations else {},
-        best_metrics=run.evaluations[run.best] if run.evaluations and best_metric else {},
+        metrics=run.metrics,
+        best_metrics=run.best_metrics,
         history=report.history.records,
         stopped_by=run.stopped_by or ("max_steps" if plan.num_epochs is None else "num_epochs"),
     )
-
-
-class _Run:
-    """What a run knows beside its state, and saves with it.
-
-    Attributes:
-        evaluations: All of them, oldest first.
-        stopped_by: What ended the run early; None: nothing.
-    """
-
-    def __init__(
-        self,
-        state: TrainState,
-        report: Report,
-        folder: RunFolder | None,
-        stopping: Stopping,
-        evaluate: Callable[[], dict[str, float]] | None,
-        best_metric: str | None,
-        patience: int | None,
-    ) -> None:
-        self.evaluations: list[dict[str, float]] = []
-        self.stopped_by: str | None = None
-        self._state, self._report, self._folder = state, report, folder
-        self._stopping, self._evaluate = stopping, evaluate
-        self._best_metric, self._patience = best_metric, patience
-        self._evaluated_step = 0
-        self._is_pending = False  # an evaluation that was due and was not made
-        self._saved: object = None
-
-    @property
-    def best(self) -> int:
-        """Which of the evaluations is the best."""
-        return best_of(self.evaluations, self._best_metric)
-
-    @property
-    def is_best(self) -> bool:
-        """Whether the weights as they are were evaluated, and are the best so far."""
-        is_evaluated = self.evaluations and self._evaluated_step == self._state.progress.num_steps
-        return bool(is_evaluated and self._best_metric and self.best == len(self.evaluations) - 1)
-
-    def resume(self, resume: bool | Literal["auto"], loader: Iterable[Any]) -> None:
-        """Go on from the folder's checkpoint, if there is one."""
-        if self._folder is None:
-            return
-        if has_shuffle_buffer(loader):
-            say(
-                "the stream has a shuffle buffer, which no checkpoint holds: what is resumed inside "
-                "an epoch is not bit-exact."
-            )
-        notes, records = self._folder.resume(resume)
-        if notes:
-            self.evaluations = notes["evaluations"]
-            self._evaluated_step, self._is_pending = notes["evaluated_step"], notes["is_pending"]
-            self._report.restore(notes["report"], records, self._state.progress.num_steps)
-            self._saved = self._fingerprint()
-
-    def catch_up(self) -> None:
-        """Make the evaluation that the process before had no time for."""
-        if self._is_pending:
-            self.evaluate()
-            self.save()
-        self.stopped_by = self.reason_to_stop()
-
-    def evaluate(self) -> None:
-        """Evaluate, unless a signal says that there is no time; then the next process does."""
-        if self._evaluate is None:
-            return
-        self._is_pending = True
-        random_state = get_random_state()
-        try:
-            with self._stopping.evaluating():
-                metrics = self._evaluate()
-        except EvaluationStopped:
-            set_random_state(random_state)  # it may have struck while they were put back
-            return
-        except Exception:
-            if self._stopping.reason() in (None, "max_time"):
-                self.save()  # so that no update is lost; the next process evaluates first
-                raise
-            return  # the signal has reached a worker of the loader first
-        self._is_pending, self._evaluated_step = False, self._state.progress.num_steps
-        self.evaluations.append(metrics)
-        self._report.add_evaluation(self._evaluated_step, metrics)
-
-    def reason_to_stop(self) -> str | None:
-        """Return what ends the run after this step."""
-        num_worse = len(self.evaluations) - 1 - self.best if self.evaluations else 0
-        if self._patience is not None and num_worse >= self._patience:
-            self._report.end_interval()
-            return "patience"
-        return self._stopping.reason()
-
-    def save(self) -> None:
-        """Save the run as it is, if it has a folder and has moved since the last time."""
-        if self._folder is None or self._saved == self._fingerprint():
-            return
-        notes = {
-            "evaluations": self.evaluations,
-            "evaluated_step": self._evaluated_step,
-            "is_pending": self._is_pending,
-            "report": self._report.notes(),
-        }
-        is_evaluated = self._evaluated_step == self._state.progress.num_steps
-        metrics = self.evaluations[-1] if self.evaluations and is_evaluated else {}
-        self._folder.save(notes, self._report.history.records, metrics)
-        self._saved = self._fingerprint()
-
-    def finish(self) -> None:
-        """Evaluate and save the end of the run, where the last step has not done so."""
-        num_steps = self._state.progress.num_steps
-        if self.stopped_by not in (None, "patience") and self._folder is not None:
-            return  # it is not the end
-        self._report.end_interval()
-        if self._evaluate is not None and self._evaluated_step != num_steps:
-            self.evaluate()
-        self.save()
-
-    def close(self) -> None:
-        """Close the bar; write what the history has got since the last checkpoint."""
-        self._report.close()
-        if self._folder is not None:
-            with suppress(CheckpointError):  # another error may be on its way
-                self._folder.write_records(self._report.history.records)
-
-    def _fingerprint(self) -> object:
-        return astuple(self._state.progress), len(self.evaluations), self._is_pending
 
 
 def _schedule(

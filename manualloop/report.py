@@ -20,11 +20,12 @@ class Report:
 
     Attributes:
         history: Of the run.
+        plan: As given.
     """
 
     def __init__(self, plan: Plan, *, shown: bool) -> None:
         self.history = History()
-        self._plan, self._shown = plan, shown
+        self.plan, self._shown = plan, shown
         self._bar = ProgressBar(plan.num_steps, name="Training", unit="step", shown=False)
         self._step: Step | None = None
         self._position = 0
@@ -38,7 +39,7 @@ class Report:
     def open(self) -> None:
         """Show the bar."""
         self._bar = ProgressBar(
-            self._plan.num_steps,
+            self.plan.num_steps,
             name="Training",
             unit="step",
             initial=self._position,
@@ -53,7 +54,7 @@ class Report:
     def add(self, step: Step, *, closes: bool) -> None:
         """Take note of a step; ``closes``: and make a record of those since the last one."""
         self._step, self._position = step, step.index
-        per_epoch = self._plan.num_steps_per_epoch
+        per_epoch = self.plan.num_steps_per_epoch
         self._epoch = step.index / per_epoch if per_epoch else float(step.epoch)
         self.history.add(step)
         if closes:

@@ -29,6 +29,7 @@ class RunFolder:
         directory: That exists.
         state: Of the run.
         strategy: That runs it.
+        resume: As in ``train_loop``.
         keep: As in ``save_checkpoint``.
         best_metric: As in ``save_checkpoint``.
     """
@@ -39,27 +40,28 @@ class RunFolder:
         state: TrainState,
         strategy: Strategy,
         *,
+        resume: bool | Literal["auto"],
         keep: int,
         best_metric: str | None,
     ) -> None:
         self._directory, self._state, self._strategy = directory, state, strategy
-        self._keep, self._best_metric = keep, best_metric
+        self._resume, self._keep, self._best_metric = resume, keep, best_metric
         self._ledger: Ledger | None = None
 
-    def resume(self, resume: bool | Literal["auto"]) -> tuple[dict[str, Any], list[Record]]:
+    def resume(self) -> tuple[dict[str, Any], list[Record]]:
         """Load the newest checkpoint that is whole, if there is one and it is asked for.
 
         Returns:
             What ``save`` was given with it, and the records of the run; both empty at a beginning.
         """
         directory = self._directory
-        if resume is False and (find_folders(directory) or (directory / LEDGER).exists()):
+        if self._resume is False and (find_folders(directory) or (directory / LEDGER).exists()):
             raise CheckpointError(
                 f"{directory} holds a run, and resume=False begins a new one. Give it another "
                 'checkpoint_dir, remove this one, or go on with it: resume="auto".'
             )
         found = find_last(directory)
-        if found is None and resume is True:
+        if found is None and self._resume is True:
             raise CheckpointError(
                 f"There is no checkpoint in {directory} to go on from. Check the path, or let "
                 'resume="auto" begin if there is none.'
@@ -133,6 +135,7 @@ def open_run_folder(
     checkpoint_dir: str | os.PathLike[str] | None,
     state: TrainState,
     strategy: Strategy,
+    resume: bool | Literal["auto"],
     keep: int,
     best_metric: str | None,
 ) -> Iterator[RunFolder | None]:
@@ -140,12 +143,20 @@ def open_run_folder(
 
     Raises:
         CheckpointError: It cannot be written to, or another run holds it.
+        ConfigError: The arguments do not fit together.
     """
+    problems = []
+    if resume not in (True, False, "auto"):
+        problems.append(f'resume={resume!r} is none of "auto", True, False.')
+    if resume is True and checkpoint_dir is None:
+        problems.append("resume=True needs the checkpoint_dir to go on from.")
+    if keep < 1:
+        problems.append(f"keep_checkpoints must be at least 1, got {keep!r}.")
+    if problems:
+        raise ConfigError("\n".join(problems))
     if checkpoint_dir is None:
         yield None
         return
-    if keep < 1:
-        raise ConfigError(f"keep_checkpoints must be at least 1, got {keep!r}.")
     directory = Path(checkpoint_dir)
     with explain_disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -153,7 +164,9 @@ def open_run_folder(
         with explain_disk(directory):
             sweep(directory)
             _probe(directory)
-        yield RunFolder(directory, state, strategy, keep=keep, best_metric=best_metric)
+        yield RunFolder(
+            directory, state, strategy, resume=resume, keep=keep, best_metric=best_metric
+        )
 
 
 @contextmanager

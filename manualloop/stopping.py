@@ -80,6 +80,8 @@ class Stopping:
             os.kill(os.getpid(), number)
             return
         self.cause = signal.Signals(number).name
+        if number == signal.SIGINT:  # not by a log record: its lock may be held just now
+            os.write(2, b"\nmanualloop: finishing this update; Ctrl-C again ends at once.\n")
         if self._is_evaluating:
             self._is_evaluating = False
             raise EvaluationStopped

@@ -230,7 +230,9 @@ def _first_difference(
             return f"step {number} was not made, or made under another number"
         for name, value in expected.items():
             if found[name] != value:
-                return f"step {number}: {name} {value} -> {found[name]}"
+                where = f"step {number}: {name} {value} -> {found[name]}"
+                again = ", before the interruption: the run is never the same twice. Seed it first"
+                return where + (again if part is before else "")
     if extra := set(after["steps"]) - {n for n in whole["steps"] if int(n) > at}:
         return f"step {min(extra, key=int)} was made twice"
     for name, digest in whole["end"].items():

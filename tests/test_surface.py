@@ -21,6 +21,7 @@ MODULES = {
 # Imports point down: a module may import those of the rows below its own.
 LAYERS = [
     ["loop"],
+    ["run"],
     ["report", "verify", "compare"],
     ["training", "evaluation"],
     ["nonfinite", "run_folder"],

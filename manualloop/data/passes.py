@@ -238,8 +238,8 @@ def _iterate(
     loader: Any, position: Position, changes: Mapping[str, Any] | None = None
 ) -> Iterator[Any]:
     """Begin to iterate over a loader whose workers carry home what they know."""
-    if _kind_of(loader) in ("stateful", "iterable"):
-        return iter(loader)
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
+        return iter(loader)  # accelerate's, for example, which wrap another
     changes = dict(changes or {})
     if loader.num_workers > 0:
         states = {int(worker): state for worker, state in position.get("workers", {}).items()}

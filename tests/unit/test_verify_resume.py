@@ -1,0 +1,146 @@
+"""verify_resume and compare_runs: proofs that find what is wrong, and say where."""
+
+import itertools
+import time
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from manualloop import CheckpointError, ConfigError, compare_runs, train_loop, verify_resume
+
+
+class Rows(Dataset):
+    """Twenty-two rows with noise; with ``counts`` also the number of rows read so far."""
+
+    def __init__(self, counts):
+        self.numbers = itertools.count() if counts else itertools.repeat(0)
+
+    def __len__(self):
+        return 22
+
+    def __getitem__(self, row):
+        return row * torch.rand(2) + next(self.numbers)
+
+
+def train(counts=False, lr=0.1, seed=0, num_epochs=2, **options):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+    return train_loop(
+        model,
+        DataLoader(Rows(counts), 4, shuffle=True),
+        torch.optim.AdamW(model.parameters(), lr=lr),
+        num_epochs=num_epochs,
+        gradient_accumulation_steps=2,
+        loss_fn=lambda model, batch: model(batch).square().mean(),
+        evaluate=lambda: {"weight": model[0].weight.sum().item()},
+        log_every=4,
+        progress_bar=False,
+        **options,
+    )
+
+
+def train_on_rows_that_count(**options):
+    return train(counts=True, **options)
+
+
+def train_without_options(**options):
+    return train()
+
+
+def train_with_an_error(**options):
+    raise KeyError("no such column")
+
+
+def train_without_a_seed(**options):
+    return train(seed=time.time_ns(), **options)
+
+
+def train_from_another_start(**options):
+    # A part of the run that no checkpoint holds: a schedule of the process's own.
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    scale = itertools.count(1)
+    return train_loop(
+        model,
+        [torch.ones(2, 1)] * 6,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        num_epochs=1,
+        loss_fn=lambda model, batch: model(batch).square().mean() * next(scale),
+        progress_bar=False,
+        **options,
+    )
+
+
+def test_a_run_that_is_restored_is_equal_to_the_last_bit():
+    report = verify_resume(train, at=2)
+    assert report.is_exact
+    assert report.num_steps == 6
+    assert str(report) == (
+        "6 steps, interrupted after step 2 and resumed: equal to the last bit: batches, losses, "
+        "history, weights, optimizer."
+    )
+
+
+def test_data_that_keep_count_are_found_at_the_first_step_after_the_resume():
+    report = verify_resume(train_on_rows_that_count, at=4)
+    assert not report.is_exact
+    assert report.difference.startswith("step 5: batches ")
+
+
+def test_a_loss_that_keeps_count_is_found_too():
+    report = verify_resume(train_from_another_start, at=3)
+    assert report.difference.startswith("step 4: loss ")
+
+
+def test_a_run_that_is_not_seeded_is_told_from_one_that_is_not_restored():
+    report = verify_resume(train_without_a_seed, at=3)
+    assert report.difference.startswith("step 1: ")
+    assert "never the same twice. Seed it" in report.difference
+
+
+def test_what_cannot_be_verified_is_said():
+    with pytest.raises(ConfigError, match="at must be at least 1"):
+        verify_resume(train, at=0)
+    with pytest.raises(ConfigError, match="at=6 is not inside the run: it has 6 steps"):
+        verify_resume(train, at=6)
+    with pytest.raises(RuntimeError, match="has not passed its options on"):
+        verify_resume(train_without_options, at=1)
+    with pytest.raises(RuntimeError, match="KeyError: 'no such column'"):
+        verify_resume(train_with_an_error, at=1)
+
+
+def test_equal_runs_compare_equal(tmp_path):
+    for name in "ab":
+        train(checkpoint_dir=tmp_path / name)
+    comparison = compare_runs(tmp_path / "a", tmp_path / "b")
+    assert comparison.is_same
+    assert comparison.settings == []
+    assert str(comparison) == "The same in all 5 records."
+
+
+def test_the_first_step_that_differs_and_what_was_set_up_otherwise_are_named(tmp_path):
+    train(checkpoint_dir=tmp_path / "a")
+    train(checkpoint_dir=tmp_path / "b", lr=0.2)
+    comparison = compare_runs(tmp_path / "a", tmp_path / "b")
+    assert (comparison.step, comparison.names, comparison.num_records) == (1, ["lr"], 0)
+    assert comparison.settings == ["lr: 0.1 -> 0.2"]
+    assert "Different from step 1 on" in str(comparison)
+    assert "lr 0.1 -> 0.2" in str(comparison)
+
+
+def test_a_run_that_goes_on_longer_differs_where_the_other_ends(tmp_path):
+    train(checkpoint_dir=tmp_path / "a", lr_scheduler=None)
+    train(checkpoint_dir=tmp_path / "b", lr_scheduler=None, num_epochs=3)
+    comparison = compare_runs(tmp_path / "a", tmp_path / "b")
+    # The last step of a run always makes a record, so the shorter run has one of its own there.
+    assert comparison.step == 6
+    assert "loss" in comparison.first
+    assert "eval_weight" in comparison.second
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    train(checkpoint_dir=tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty holds no run"):
+        compare_runs(tmp_path / "a", tmp_path / "empty")
