@@ -5,6 +5,8 @@
     python examples/train_glue.py --task rte --config hidden_size=128 num_hidden_layers=2
                                                                      # a new model, no weights
     python examples/train_glue.py --task mrpc --max-grad-norm 1 --accumulation 4 --patience 3
+    python examples/train_glue.py --task qqp --checkpoint-dir runs/qqp --checkpoint-every "10 min"
+                                                                     # killed? the same again
 
 Splits and columns are found by prepare_dataloaders; the metric is the task's own.
 """
@@ -62,6 +64,12 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--seed", type=int, default=42)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda:1, mps, ...")
     run.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16", "auto"))
+
+    safety = parser.add_argument_group("checkpoints")
+    safety.add_argument("--checkpoint-dir", help="go on from there, and save there")
+    safety.add_argument("--checkpoint-every", type=cadence, default="epoch")
+    safety.add_argument("--keep-checkpoints", type=int, default=2)
+    safety.add_argument("--max-time", help='such as "50 min": then save and end')
 
     report = parser.add_argument_group("evaluation and report")
     report.add_argument(
@@ -137,6 +145,10 @@ def main() -> None:
         evaluate_every=args.evaluate_every,
         best_metric=args.best_metric or default_best_metric(args.task),
         patience=args.patience,
+        max_time=args.max_time,
+        checkpoint_dir=args.checkpoint_dir,
+        checkpoint_every=args.checkpoint_every,
+        keep_checkpoints=args.keep_checkpoints,
         log_every=args.log_every,
         progress_bar=not args.no_progress_bar,
     )
