@@ -47,7 +47,10 @@ def windows(loader: Iterable[Any], size: int, *, skip: int = 0) -> Iterator[Wind
     >>> [(len(window.batches), window.num_samples) for window in windows(batches, 2)]
     [(2, 4), (1, 1)]
     """
-    return group(Feed(loader).batches(skip), size)
+    feed = Feed(loader)
+    for window in group(feed.batches(skip), size):
+        yield window
+        feed.settle()  # else it would keep every batch
 
 
 def group(batches: Iterable[tuple[Any, bool]], size: int) -> Iterator[Window]:
