@@ -1,7 +1,7 @@
 """Folders that are whole or not there: written aside, guarded by a manifest, renamed into place.
 
-A folder ``step-00000500`` holds files and ``manifest.json``, which lists each file with its size and
-sha256 and is written last. It guards itself too: its bytes must be those that its content gives.
+A folder ``step-00000500`` holds files and ``manifest.json``, which lists each file with its size
+and sha256 and is written last. It guards itself too: its bytes must be those that its content gives.
 """
 
 from __future__ import annotations

@@ -23,11 +23,11 @@ def get_random_state(*, devices: bool = True) -> RandomState:
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
     }
-    if devices and torch.cuda.is_initialized():
+    if devices and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     if devices and torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
-    if devices and hasattr(torch, "xpu") and torch.xpu.is_initialized():
+    if devices and hasattr(torch, "xpu") and torch.xpu.is_initialized():  # type: ignore[no-untyped-call]
         state["xpu"] = torch.xpu.get_rng_state_all()
     return state
 

@@ -1,4 +1,4 @@
-"""Nested state as JSON and tensors, and back: no pickle, and nothing guessed.
+"""Nested state as JSON and tensors, and back: no code is run, and nothing guessed.
 
 A ``state_dict`` is a nest of dicts, lists and numbers with tensors in it. ``take_apart`` puts the
 tensors aside, under the path at which they stood, and returns the rest as JSON; ``put_together`` is
@@ -60,9 +60,9 @@ def take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         parts = [take_apart(v, f"{path}.{i}", tensors) for i, v in enumerate(value)]
         return [_SEQUENCES[type(value)], *parts]
     raise CheckpointError(
-        f"{path} holds a {type(value).__name__}, which cannot be saved: a checkpoint is tensors and "
-        "JSON, so that loading one never runs code. Let its state_dict() return numbers, strings, "
-        "lists, dicts and tensors."
+        f"{path} holds a {type(value).__name__}, which cannot be saved: a checkpoint is tensors "
+        "and JSON, so that loading one never runs code. Let its state_dict() return numbers, "
+        "strings, lists, dicts and tensors."
     )
 
 
@@ -123,7 +123,7 @@ def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(array.view(f"i{array.dtype.itemsize}") if array.ndim else array.copy())
 
 
-_SEQUENCES = {list: "list", tuple: "tuple", set: "set", torch.Size: "size"}
+_SEQUENCES: dict[Any, str] = {list: "list", tuple: "tuple", set: "set", torch.Size: "size"}
 _SEQUENCE_OF: dict[str, Any] = {name: kind for kind, name in _SEQUENCES.items()}
 # A defaultdict is saved as a dict: what it makes of missing keys is code.
 _MAPPINGS: dict[Any, str] = {

@@ -22,7 +22,7 @@ def get_generator_states(owner: Any, parts: Sequence[str]) -> dict[str, Any]:
 
     >>> loader = torch.utils.data.DataLoader([1], shuffle=True, generator=torch.Generator())
     >>> list(get_generator_states(loader, SAMPLERS))
-    ['generator', 'batch_sampler.sampler.generator']
+    ['sampler.generator', 'generator']
     """
     return {path: _get(generator) for path, generator in _find(owner, parts, "", set())}
 
