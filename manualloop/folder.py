@@ -1,7 +1,8 @@
 """Folders that are whole or not there: written aside, guarded by a manifest, renamed into place.
 
 A folder ``step-00000500`` holds files and ``manifest.json``, which lists each file with its size
-and sha256 and is written last. It guards itself too: its bytes must be those that its content gives.
+and sha256 and is written last. It guards itself too: its bytes must be those that its content
+gives.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"format {manifest.get('format')!r} is not {FORMAT}: another version of manualloop "
             "wrote it"
         )
+    if not _has_our_types(manifest):
+        raise CheckpointError("manifest.json is not one of ours")
     for name in manifest["files"]:
         if name != os.path.basename(name) or name in ("", ".", "..", MANIFEST) or "\\" in name:
             raise CheckpointError(f"the manifest names {name!r}, which is not a file of the folder")
@@ -178,6 +181,19 @@ def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
     text = json.dumps(content, indent=1, allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return (json.dumps({**content, "sha256": digest}, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _has_our_types(manifest: dict[str, Any]) -> bool:
+    step, files = manifest.get("step"), manifest.get("files")
+    return (
+        type(step) is int
+        and step >= 0
+        and isinstance(manifest.get("metrics"), dict)
+        and isinstance(manifest.get("best_metric"), str | None)
+        and isinstance(manifest.get("contract"), dict | None)
+        and isinstance(files, dict)
+        and all(isinstance(f, dict) and {"size", "sha256"} <= set(f) for f in files.values())
+    )
 
 
 def _refuse_constant(name: str) -> None:

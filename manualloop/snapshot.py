@@ -123,19 +123,18 @@ def read_snapshot(folder: Path, files: Mapping[str, Any]) -> Saved:
     """
     if _STATE not in files:
         raise CheckpointError(f"{folder.name} has no {_STATE}.")
+    tensors = {stem: load_tensors(folder, stem, files) for stem in _STEMS}
     try:
         state = json.loads((folder / _STATE).read_bytes())
         aliases = state.pop("aliases")
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{folder / _STATE} cannot be read: {error}.") from error
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for stem in _STEMS:
-        group = load_tensors(folder, stem, files)
-        tensors[stem] = group | {name: group[own] for name, own in aliases[stem].items()}
-    nested = tensors["optimizer"] | tensors["extras"] | tensors["rng"]
-    values = {name: put_together(value, nested) for name, value in state.items()}
-    values["model"] |= tensors["model"]
-    return Saved(values, values.pop("run"), aliases["model"])
+        for stem, group in tensors.items():
+            group |= {name: group[own] for name, own in aliases[stem].items()}
+        nested = tensors["optimizer"] | tensors["extras"] | tensors["rng"]
+        values = {name: put_together(value, nested) for name, value in state.items()}
+        values["model"] |= tensors["model"]
+        return Saved(values, values.pop("run"), aliases["model"])
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{_STATE} cannot be read: {error!r:.200}.") from error
 
 
 def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:

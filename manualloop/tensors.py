@@ -25,6 +25,7 @@ def find_aliases(tensors: Mapping[str, Tensor], tied: Collection[str] = ()) -> A
         tied: Names that are an alias rather than the tensor's own name, where there is a choice:
             those that a model derives from others when it is loaded. Else the first is its own.
 
+    >>> import torch
     >>> weight = torch.ones(2)
     >>> find_aliases({"embedding": weight, "head": weight, "half": weight[:1]})
     {'head': 'embedding'}

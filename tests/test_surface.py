@@ -140,10 +140,10 @@ SIGNATURES = {
     "train_loop": (
         "model, train_dataloader, optimizer=None, lr_scheduler='linear', *, num_epochs=None, "
         "max_steps=None, max_time=None, num_warmup_steps=0, gradient_accumulation_steps=1, "
-        "max_grad_norm=None, loss_fn=None, step_fn=None, on_nonfinite='raise', strategy=None, extras=None, "
-        "evaluate=None, evaluate_every='epoch', best_metric=None, patience=None, "
-        "checkpoint_dir=None, checkpoint_every='epoch', keep_checkpoints=2, resume='auto', on_step=None, "
-        "log_every=50, progress_bar=True, preflight=True"
+        "max_grad_norm=None, loss_fn=None, step_fn=None, on_nonfinite='raise', strategy=None, "
+        "extras=None, evaluate=None, evaluate_every='epoch', best_metric=None, patience=None, "
+        "checkpoint_dir=None, checkpoint_every='epoch', keep_checkpoints=2, resume='auto', "
+        "on_step=None, log_every=50, progress_bar=True, preflight=True"
     ),
     "train_steps": (
         "state, train_dataloader, *, num_epochs=None, max_steps=None, "
