@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from manualloop.data.collate import explain_rows
 from manualloop.data.order import OrderedBatchSampler
 from manualloop.data.passes import is_read_ahead, open_pass, place_in
-from manualloop.data.workers import Carried
+from manualloop.data.workers import Carried, states_between_passes
 from manualloop.errors import DataError
 
 _END = object()
@@ -115,9 +115,8 @@ class Feed:
         self._is_at_end = ends_epoch
         if ends_epoch:
             self._num_used, self._start, self._ahead, self._last_worker = 0, {}, _END, None
-            if not getattr(self._loader, "persistent_workers", False):
-                self._workers = {}
-            elif self._is_renumbered:
+            self._workers = states_between_passes(self._loader, self._workers)
+            if self._workers and self._is_renumbered:
                 self._resumed = self.state_dict()  # torch counts them from 0 again, so we must too
 
     def state_dict(self) -> dict[str, Any]:

@@ -170,12 +170,17 @@ def _open_dataloader(loader: Any, position: Position, now: Any) -> tuple[Iterato
         num_indices, left = position["num_batches"] * position["batch_size"], None
 
     def rewind() -> None:
-        # Workers that go on from the epoch before cost no draw; new ones have just cost one.
-        if position["reuses_workers"]:
-            set_random_state(position["random"])
-            set_generator_states(loader, SAMPLERS, position["generators"])
+        set_random_state(position["random"])
+        set_generator_states(loader, SAMPLERS, position["generators"])
 
-    sampler = _Resumed(getattr(loader, name), position["num_batches"], num_indices, rewind, now)
+    sampler = _Resumed(
+        getattr(loader, name),
+        position["num_batches"],
+        num_indices,
+        # Workers that go on from the epoch before cost no draw; new ones do.
+        rewind if position["reuses_workers"] else None,
+        now,
+    )
     return _iterate(loader, position, {name: sampler}), left
 
 
@@ -211,16 +216,19 @@ def _reread(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], i
         set_random_state(now)
         return islice(iter(loader), num_used, None), left
     items = iter(loader)
-    if num_used:
-        say(
-            f"reading the {num_used} batches of this epoch that were used, and dropping them: the "
-            "data has neither a sampler nor a state_dict() to go on from."
-        )
-    for _ in islice(items, num_used):
+    if not num_used:
+        return items, left
+    say(
+        f"reading the {num_used} batches of this epoch that were used, and dropping them: the "
+        "data has neither a sampler nor a state_dict() to go on from."
+    )
+    next(items, None)
+    drawn = get_random_state(devices=False)
+    for _ in islice(items, num_used - 1):
         pass
     # A stream is read one batch ahead, so that was drawn before the place too.
-    ahead = list(islice(items, 1)) if length is None and num_used else []
-    if num_used and not is_same_random_state(get_random_state(devices=False), position["random"]):
+    ahead = list(islice(items, 1)) if length is None else []
+    if not is_same_random_state(drawn, get_random_state(devices=False)):
         say("not bit-exact, because this data draws random numbers while it is read.")
     set_random_state(now)
     return chain(ahead, items), left
@@ -269,8 +277,9 @@ class _Resumed:
         sampler: That the loader has.
         num_used: Of what it gives, to leave out.
         num_indices: Rows to leave out instead, if they came in batches of another size.
-        rewind: Called before the sampler draws.
-        now: The random state after that.
+        rewind: Called before the sampler may draw; what is drawn between that and its first
+            entry, by others, is undone. None: nothing needs it.
+        now: The random state to go on with.
     """
 
     def __init__(
@@ -278,23 +287,31 @@ class _Resumed:
         sampler: Any,
         num_used: int,
         num_indices: int | None,
-        rewind: Callable[[], None],
+        rewind: Callable[[], None] | None,
         now: Any,
     ) -> None:
         self._sampler, self._num_used, self._num_indices = sampler, num_used, num_indices
-        self._rewind: Callable[[], None] | None = rewind
-        self._now = now
+        self._rewind, self._now, self._is_first = rewind, now, True
 
     def __len__(self) -> int:
         return len(self._sampler)
 
     def __iter__(self) -> Iterator[Any]:
+        # Not a generator: samplers may draw here, or when the first entry is asked for. A loader
+        # with workers calls this twice before it takes any.
+        if not self._is_first:
+            return iter(self._sampler)
         if self._rewind is None:
-            yield from self._sampler
-            return
+            return self._skip(iter(self._sampler), None)
         self._rewind()
-        self._rewind = None  # it holds the loader, and so this: workers would end late
         entries = iter(self._sampler)
+        return self._skip(entries, get_random_state(devices=False))
+
+    def _skip(self, entries: Iterator[Any], drawn: Any) -> Iterator[Any]:
+        self._is_first = False
+        self._rewind = None  # it holds the loader, and so this: workers would end late
+        if drawn is not None:
+            set_random_state(drawn)
         if self._num_indices is not None:
             entries = self._skip_indices(entries, self._num_indices)
         elif self._num_used:

@@ -17,7 +17,7 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from manualloop.data.generators import DATASETS, get_generator_states, set_generator_states
 from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
@@ -76,6 +76,16 @@ def set_dataset_state(dataset: Any, state: Mapping[str, Any]) -> None:
     set_generator_states(dataset, DATASETS, state.get("generators", {}))
     if "dataset" in state and is_stateful(dataset):
         dataset.load_state_dict(state["dataset"])
+
+
+def states_between_passes(loader: Any, states: dict[str, Any]) -> dict[str, Any]:
+    """Return what of the workers' states lasts from one pass to the next."""
+    if not getattr(loader, "persistent_workers", False):
+        return {}
+    if not isinstance(loader.dataset, IterableDataset):
+        return states
+    # They are those of the last batch; reaching the end has moved the dataset to its start.
+    return {key: {k: v for k, v in s.items() if k != "dataset"} for key, s in states.items()}
 
 
 def is_stateful(part: Any) -> bool:

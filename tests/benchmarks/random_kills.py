@@ -1,11 +1,11 @@
-"""Kill a training run at random moments; is there a checkpoint, and does the same command finish it?
+"""Kill a training run at random moments: is there a checkpoint, and does it finish?
 
     python tests/benchmarks/random_kills.py [--kills 40] [--only manualloop]
 
-The same small model (dropout on), 64 shuffled rows, 8 rows an update, 40 updates, a checkpoint after
-each, one kept, under manualloop, transformers' Trainer and accelerate, each as its documentation says.
-A process is sent SIGKILL at a moment drawn evenly from the time between its first checkpoint and its
-end. Then the same command is started again:
+The same small model (dropout on), 64 shuffled rows, 8 rows an update, 40 updates, a checkpoint
+after each, one kept, under manualloop, transformers' Trainer and accelerate, each as its
+documentation says. A process is sent SIGKILL at a moment drawn evenly from the time between its
+first checkpoint and its end. Then the same command is started again:
 
 newest unusable    what the library picks by itself raises an error, or nothing is left to pick
 none usable        and so does every other checkpoint that is left: all is lost
@@ -26,6 +26,7 @@ import shutil
 import signal
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -241,7 +242,8 @@ def kill_once(library, folder, delay):
         time.sleep(0.001)
     time.sleep(delay)
     in_save = bool(is_saving.value)
-    os.kill(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it has just ended: its last checkpoint is tried
+        os.kill(process.pid, signal.SIGKILL)
     process.join()
     return in_save, num_saved.value
 

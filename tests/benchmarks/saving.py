@@ -4,8 +4,8 @@
 
 A BERT base (110 million weights) with AdamW's two moments, 1.3 GB. The plain way is
 `safetensors.torch.save_file` of the weights and of the moments, then sha256, then fsync, one after
-the other. Both in turns, each in a process of its own, into the same folder; the printed time is the
-median. Memory is the highest resident size during the writing, less that before it.
+the other. Both in turns, each in a process of its own, into the same folder; the printed time is
+the median. Memory is the highest resident size during the writing, less that before it.
 """
 
 import argparse
