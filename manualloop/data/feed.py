@@ -116,7 +116,7 @@ class Feed:
         if ends_epoch:
             self._num_used, self._start, self._ahead, self._last_worker = 0, {}, _END, None
             self._workers = states_between_passes(self._loader, self._workers)
-            if self._workers and self._is_renumbered:
+            if self._is_renumbered and getattr(self._loader, "persistent_workers", False):
                 self._resumed = self.state_dict()  # torch counts them from 0 again, so we must too
 
     def state_dict(self) -> dict[str, Any]:
