@@ -21,7 +21,10 @@ from manualloop.data.order import ordered_loader
 
 NUM_ROWS, NUM_STEPS = 64, 12  # 16 batches of 4 an epoch, in windows of 3: six updates, two epochs
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "manualloop.loop", "safetensors.torch"])
+# What a training process imports, once for all of them: 0.2 s a process instead of 3 s.
+CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "transformers.optimization", "manualloop.loop", "safetensors.torch"]
+)
 
 
 class Rows(torch.utils.data.Dataset):

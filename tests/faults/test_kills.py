@@ -14,7 +14,7 @@ from manualloop.folder import find_folders, verify_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
-# Of a save's dozen fsyncs the first, one in the middle and later ones, in the first save and others.
+# Of the dozen fsyncs of a save: first, middle, last; of the first save and of the second.
 FSYNCS = [("fsync", n) for n in (1, 2, 5, 8, 9, 10, 11, 15, 24)]
 OTHERS = [(point, n) for point in POINTS if not point.startswith("fsync") for n in (1, 3)]
 
@@ -59,7 +59,7 @@ def kill_at_random(folder, log, draws):
     process, _ = bench.start(folder, log, keep_checkpoints=1)
     while not (folder / "history.jsonl").exists() and process.is_alive():
         time.sleep(0.001)
-    time.sleep(draws.uniform(0, 0.35))
+    time.sleep(draws.uniform(0, 0.15))
     if process.is_alive():
         os.kill(process.pid, signal.SIGKILL)
     process.join(60)

@@ -1,0 +1,313 @@
+"""Rows 7, 8, 20 and 21 of the fault plan: files that are not what was written."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import bench
+import pytest
+import torch
+
+from manualloop import CheckpointError, SingleDevice, TrainState, load_checkpoint, save_checkpoint
+from manualloop.folder import _manifest_bytes, find_folders
+
+FILES = (
+    "manifest.json",
+    "state.json",
+    "model.safetensors",
+    "optimizer.safetensors",
+    "extras.safetensors",
+    "rng.safetensors",
+)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A folder of a run with two checkpoints, of steps 4 and 5, and more to come."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    from strikes import KillAt
+
+    bench.run(folder, None, KillAt("rename", 6))
+    assert bench.saved_steps(folder) == [4, 5]
+    return folder
+
+
+@pytest.fixture
+def folder(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def new_state():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 1)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return TrainState(model, optimizer, schedule)
+
+
+def load(folder, **options):
+    state = new_state()
+    return load_checkpoint(folder, state, strategy=SingleDevice("cpu"), **options), state
+
+
+def test_the_files_are_those_that_are_damaged_below(folder):
+    assert {path.name for path in (folder / "step-00000005").iterdir()} == set(FILES)
+    assert load(folder)[0].step == 5
+
+
+@pytest.mark.parametrize("part", ["nothing", "half", "all but the last byte", "missing"])
+@pytest.mark.parametrize("name", FILES)
+def test_f07_a_truncated_file_is_skipped_with_a_warning(name, part, folder, finish):
+    path = folder / "step-00000005" / name
+    size = path.stat().st_size
+    if part == "missing":
+        path.unlink()
+    else:
+        kept = {"nothing": 0, "half": size // 2, "all but the last byte": size - 1}[part]
+        os.truncate(path, kept)
+    finish(folder)
+    text = bench.messages(folder)
+    assert re.search(rf"skipped step-00000005 \(.*{re.escape(name)}", text)
+    assert "going on from step-00000004" in text
+    assert any(path.name.startswith("damaged-step-00000005-") for path in folder.iterdir())
+
+
+def flip_bits(data, number, draws):
+    """Copies of the bytes with one bit flipped, each another one."""
+    for bit in draws.sample(range(8 * len(data)), number):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        yield bit, bytes(flipped)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_f08_a_flipped_bit_never_loads(name, folder):
+    shutil.rmtree(folder / "step-00000004")
+    path = folder / "step-00000005" / name
+    whole = path.read_bytes()
+    for bit, data in flip_bits(whole, 20, random.Random(name)):
+        path.write_bytes(data)
+        state = new_state()
+        weights = [weight.clone() for weight in state.model.parameters()]
+        for which in ("last", "step-00000005"):
+            with pytest.raises(CheckpointError, match=re.escape(name)):
+                load_checkpoint(folder, state, which=which, strategy=SingleDevice("cpu"))
+        assert all(map(torch.equal, weights, state.model.parameters())), f"bit {bit} was loaded"
+    path.write_bytes(whole)
+    assert load(folder)[0].step == 5
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_f08_with_a_flipped_bit_the_older_checkpoint_is_used(name, folder, finish):
+    path = folder / "step-00000005" / name
+    (_, data), *_ = flip_bits(path.read_bytes(), 1, random.Random(name + "older"))
+    path.write_bytes(data)
+    finish(folder)
+    assert re.search(rf"skipped step-00000005 \(.*{re.escape(name)}", bench.messages(folder))
+
+
+@pytest.mark.exhaustive
+def test_f08_each_bit_of_the_manifest(folder):
+    shutil.rmtree(folder / "step-00000004")
+    path = folder / "step-00000005" / "manifest.json"
+    whole = path.read_bytes()
+    for _, data in flip_bits(whole, 8 * len(whole), random.Random(0)):
+        path.write_bytes(data)
+        (entry,) = find_folders(folder)
+        assert entry.manifest is None
+
+
+def test_f08_verify_false_is_told_to_trust_the_disk(folder):
+    path = folder / "step-00000005" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    whole = load(folder, which="step-00000004")[1]
+    trusted = load(folder, verify=False)[1]
+    assert trusted.progress.num_steps == 5
+    assert whole.progress.num_steps == 4
+    assert "flipped bit" in load_checkpoint.__doc__
+
+
+def test_when_no_checkpoint_is_whole_the_run_does_not_begin_anew(folder):
+    for step in (4, 5):
+        os.truncate(folder / f"step-0000000{step}" / "model.safetensors", 3)
+    kind, error, text = bench.run(folder)
+    assert (kind, error) == ("failed", "CheckpointError")
+    assert "No checkpoint in" in text
+    assert text.count("model.safetensors has 3 bytes, not") == 2
+    assert bench.saved_steps(folder) == [4, 5]
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+def sign(folder, **changes):
+    """Write a manifest as an attacker could: everything in it is consistent."""
+    path = folder / "manifest.json"
+    manifest = {**json.loads(path.read_bytes()), **changes}
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if isinstance(entry, dict) and file.is_file():
+            data = file.read_bytes()
+            entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path.write_bytes(_manifest_bytes(manifest))
+
+
+@pytest.mark.parametrize("name", [*FILES[1:], "optimizer.pt", "rng_state.pth", "scaler.pt"])
+def test_f20_a_pickle_is_never_opened(name, folder, tmp_path):
+    canary = tmp_path / "canary"
+    checkpoint = folder / "step-00000005"
+    (checkpoint / name).write_bytes(pickle.dumps(Canary(canary)))
+    sign(checkpoint)
+    if name in FILES:
+        with pytest.raises(CheckpointError):
+            load(folder, which=checkpoint)
+    else:
+        assert load(folder)[0].step == 5
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(Canary(canary)))
+    assert canary.exists(), "the canary works"
+
+
+OPENED = []
+
+
+def _note_opens(event, arguments):
+    if (
+        event == "open"
+        and OPENED is not None
+        and isinstance(arguments[0], str | bytes | os.PathLike)
+    ):
+        OPENED.append(os.fsdecode(arguments[0]))
+
+
+@pytest.fixture(scope="module")
+def audited():
+    sys.addaudithook(_note_opens)  # for the rest of the process: there is no way to remove one
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"files": {"../../secret": {"size": 6, "sha256": "0"}}}, "not a file of the folder"),
+        ({"files": {"/etc/hostname": {"size": 6, "sha256": "0"}}}, "not a file of the folder"),
+        ({"files": {"..": {"size": 6, "sha256": "0"}}}, "not a file of the folder"),
+        ({"files": {"a\\..\\b": {"size": 6, "sha256": "0"}}}, "not a file of the folder"),
+        ({"files": {"link": {"size": 6, "sha256": "0"}}}, "link is a link"),
+        ({"files": {}}, "holds no model.safetensors|state.json"),
+        ({"files": ["model.safetensors"]}, "not one of ours"),
+        ({"files": {"model.safetensors": 7}}, "not one of ours"),
+        ({"files": {"model.safetensors": {"size": 6}}}, "not one of ours"),
+        ({"step": "5"}, "not one of ours"),
+        ({"step": -1}, "not one of ours"),
+        ({"metrics": None}, "not one of ours"),
+        ({"format": 2}, "format 2 is not 1"),
+        ({"format": None}, "format None is not 1"),
+    ],
+)
+def test_f21_a_manifest_with_tricks_is_refused(changes, reason, folder, audited):
+    checkpoint = folder / "step-00000005"
+    (folder.parent / "secret").write_text("secret")
+    (checkpoint / "link").symlink_to(folder.parent / "secret")
+    path = checkpoint / "manifest.json"
+    path.write_bytes(_manifest_bytes({**json.loads(path.read_bytes()), **changes}))
+    OPENED.clear()
+    with pytest.raises(CheckpointError, match=reason):
+        load(folder, which=checkpoint)
+    assert OPENED, "nothing was audited"
+    outside = [name for name in OPENED if "secret" in name or "hostname" in name]
+    assert outside == []
+    assert load(folder)[0].step == 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"NaN",
+        b'{"step": NaN}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"\xff\xfe",
+        b'{"format": 1, "step": 5, "files": {}, "sha256": "0"}',
+    ],
+    ids=range(9),
+)
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_f21_json_with_tricks_is_refused(name, text, folder):
+    checkpoint = folder / "step-00000005"
+    (checkpoint / name).write_bytes(text)
+    if name == "state.json":
+        sign(checkpoint)
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        load(folder, which=checkpoint)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        (10**10).to_bytes(8, "little") + b"{}",
+        (2**63).to_bytes(8, "little"),
+        (8).to_bytes(8, "little") + b"{" * 8,
+        b"",
+    ],
+    ids=["10 GB", "2**63", "no JSON", "empty"],
+)
+def test_f21_a_safetensors_header_with_tricks_is_refused(header, folder):
+    checkpoint = folder / "step-00000005"
+    (checkpoint / "optimizer.safetensors").write_bytes(header)
+    sign(checkpoint)
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors cannot be read"):
+        load(folder, which=checkpoint)
+
+
+def test_f21_a_manifest_that_is_a_link_is_refused(folder):
+    checkpoint = folder / "step-00000005"
+    (checkpoint / "manifest.json").rename(folder.parent / "manifest.json")
+    (checkpoint / "manifest.json").symlink_to(folder.parent / "manifest.json")
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
+        load(folder, which=checkpoint)
+
+
+def test_foreign_files_in_a_checkpoint_are_left_alone(folder, finish):
+    (folder / "step-00000005" / "README.md").write_text("the good one")
+    (folder / "notes.txt").write_text("mine")
+    assert load(folder)[0].step == 5
+    (folder / "notes.txt").unlink()
+    finish(folder)
+
+
+def test_a_state_of_another_shape_says_where_it_differs_and_nothing_is_loaded(tmp_path):
+    cpu = SingleDevice("cpu")
+    save_checkpoint(tmp_path, new_state(), strategy=cpu)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 17), torch.nn.Dropout(0.3), torch.nn.Linear(17, 1, bias=False)
+    )
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1), extras={"ema": model})
+    weights = [weight.clone() for weight in model.parameters()]
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(tmp_path, state, strategy=cpu)
+    for line in (
+        "- extras.ema is in the run only",
+        "- lr_scheduler is in the checkpoint only",
+        "- model: 0.weight is float32 (16, 8) in the checkpoint, float32 (17, 8) here",
+        "nothing was loaded",
+    ):
+        assert line in str(error.value)
+    assert all(map(torch.equal, weights, model.parameters()))

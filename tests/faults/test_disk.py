@@ -1,0 +1,315 @@
+"""Rows 5, 6, 22, 23 and 25 of the fault plan: disks, folders, power, other runs, clocks."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import bench
+import pytest
+from strikes import DiskFull, FileSizeLimit, KillAt
+
+from manualloop import CheckpointError, SingleDevice, TrainState, load_checkpoint, save_checkpoint
+from manualloop.folder import find_folders, verify_folder
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
+
+
+def check_refused(folder, outcome, cause):
+    kind, error, text = outcome
+    assert (kind, error) == ("failed", "CheckpointError"), outcome
+    assert str(folder) in text
+    assert re.search(cause, text), text
+    for entry in find_folders(folder):
+        verify_folder(entry.path, entry.manifest)
+    assert not list(folder.glob(".step-*")), "a temporary folder is left"
+
+
+@pytest.mark.parametrize("number", [1, 3, 6, 7, 8, 9, 20, 40])
+def test_f05_a_full_disk_is_explained_and_the_old_checkpoint_stays(number, tmp_path, finish):
+    folder, log = tmp_path / "run", tmp_path / "log.jsonl"
+    outcome = bench.run(folder, log, DiskFull(number))
+    check_refused(folder, outcome, "No space left on device")
+    if number > 1:  # the first fsync is that of the ledger
+        assert re.search(r"It takes [\d.]+ MB. Free there: [\d.]+ MB.", outcome[2])
+    last = max(bench.saved_steps(folder), default=None)
+    assert ("There is none from before" if last is None else f"The last is {folder}") in outcome[2]
+    finish(folder, log)
+
+
+@pytest.mark.parametrize("num_bytes", [200, 1500, 4000])
+def test_f05_a_file_that_may_not_grow_is_explained(num_bytes, tmp_path, finish):
+    folder, log = tmp_path / "run", tmp_path / "log.jsonl"
+    outcome = bench.run(folder, log, FileSizeLimit(num_bytes))
+    assert outcome[:2] == ("failed", "CheckpointError")
+    assert "File too large" in outcome[2]
+    assert not list(folder.glob(".step-*"))
+    finish(folder, log)
+
+
+@dataclass
+class Recorder:
+    """Writes the order of what goes to the disk into a file; can stop the machine at the end."""
+
+    path: str
+
+    def __call__(self):
+        fsync, rename = os.fsync, os.rename
+
+        def note(*words):
+            with open(self.path, "a") as file:
+                file.write(" ".join(words) + "\n")
+
+        def recorded_fsync(descriptor):
+            fsync(descriptor)
+            note("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+
+        def recorded_rename(source, target):
+            rename(source, target)
+            note("rename", str(source), str(target))
+
+        os.fsync, os.rename = recorded_fsync, recorded_rename
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_f06_the_order_is_files_manifest_folder_rename_parent(tmp_path):
+    folder, record = tmp_path / "run", tmp_path / "record.txt"
+    bench.run(folder, None, Recorder(str(record)), max_steps=1, num_epochs=None)
+    lines = [line.split() for line in record.read_text().splitlines()]
+    lines = [line for line in lines if "history.jsonl" not in line[-1]]
+    names = [Path(line[1]).name for line in lines if line[0] == "fsync"]
+    (rename,) = [number for number, line in enumerate(lines) if line[0] == "rename"]
+    files = {path.name for path in (folder / "step-00000001").iterdir()}
+    assert set(names[: len(files) - 1]) == files - {"manifest.json"}
+    assert names[len(files) - 1] == "manifest.json"
+    assert re.fullmatch(r"\.step-00000001\.tmp-\w+", names[len(files)])
+    assert rename == len(files) + 1
+    assert lines[rename + 1] == ["fsync", str(folder)]
+    assert len(lines) == rename + 2
+
+
+@dataclass
+class PowerCut(Recorder):
+    """Loses, when the process is killed at the ``number``-th fsync, all that was not forced."""
+
+    number: int = 1
+
+    def __call__(self):
+        super().__call__()
+        KillAt("fsync", self.number)()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+@pytest.mark.parametrize("number", [1, 2, 5, 6, 7, 8, 9, 10, 11, 15, 18, 19, 20, 30])
+def test_f06_what_was_not_forced_to_disk_is_lost_and_the_run_goes_on(number, tmp_path, finish):
+    folder, log, record = tmp_path / "run", tmp_path / "log.jsonl", tmp_path / "record.txt"
+    record.touch()
+    bench.run(folder, log, PowerCut(str(record), number))
+    lines = [line.split() for line in record.read_text().splitlines()]
+    forced = {line[1] for line in lines if line[0] == "fsync"}
+    renames = [line[1:] for line in lines if line[0] == "rename"]
+    last_parent = max((n for n, x in enumerate(lines) if x == ["fsync", str(folder)]), default=-1)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        # A rename counts for certain once the parent was forced; before that either may be true.
+        names = [str(path), *(str(path).replace(new, old) for old, new in renames)]
+        if path.is_file() and path.name != ".lock" and not forced & set(names):
+            path.write_bytes(b"\0" * path.stat().st_size)  # its blocks never reached the disk
+    if last_parent < len(lines) - 1:
+        undone = [line for line in lines[last_parent + 1 :] if line[0] == "rename"]
+        for _, old, new in reversed(undone):
+            if ".tmp-" in old and Path(new).exists():
+                os.rename(new, old)
+    finish(folder, log)
+
+
+@dataclass
+class Unprivileged:
+    """Drops root, and makes a folder read-only after some calls of fsync."""
+
+    folder: str
+    number: int | None = None
+
+    def __call__(self):
+        for path in (Path(self.folder).parent, Path(self.folder)):
+            path.mkdir(exist_ok=True)
+            path.chmod(0o777)
+        inner, seen = os.fsync, 0
+
+        def fsync(descriptor):
+            nonlocal seen
+            seen += 1
+            if seen == self.number:
+                os.chmod(self.folder, 0o555)
+            inner(descriptor)
+
+        os.fsync = fsync
+        if self.number is None:
+            os.chmod(self.folder, 0o555)
+        if os.geteuid() == 0:
+            os.chown(self.folder, 65534, 65534)
+            for path in Path(self.folder).rglob("*"):
+                os.chown(path, 65534, 65534)
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+
+
+@pytest.fixture
+def open_path(tmp_path):
+    """A folder that an unprivileged process can reach."""
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent.stat().st_uid == os.geteuid() and not parent.stat().st_mode & stat.S_IXOTH:
+            parent.chmod(parent.stat().st_mode | stat.S_IXOTH | stat.S_IROTH)
+    return tmp_path
+
+
+def test_f22_a_read_only_folder_is_found_out_before_the_first_step(open_path):
+    folder, log = open_path / "run", open_path / "log.jsonl"
+    folder.mkdir()
+    outcome = bench.run(folder, None, Unprivileged(str(folder)))
+    check_refused(folder, outcome, "Permission denied")
+    assert not log.exists()
+    assert not (folder / "history.jsonl").exists()
+
+
+def test_f22_a_folder_that_becomes_read_only_ends_the_run_with_the_old_checkpoint(
+    open_path, finish
+):
+    folder = open_path / "run"
+    folder.mkdir()
+    outcome = bench.run(folder, None, Unprivileged(str(folder), 25))
+    assert outcome[:2] == ("failed", "CheckpointError"), outcome
+    assert "Permission denied" in outcome[2]
+    assert f"The last is {folder}" in outcome[2]
+    folder.chmod(0o777)
+    if os.geteuid() == 0:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, 0, 0)
+    finish(folder)
+
+
+@dataclass
+class ParentRemoved:
+    folder: str
+    number: int
+
+    def __call__(self):
+        inner, seen = os.fsync, 0
+
+        def fsync(descriptor):
+            nonlocal seen
+            seen += 1
+            inner(descriptor)
+            if seen == self.number:
+                shutil.rmtree(self.folder)
+
+        os.fsync = fsync
+
+
+@pytest.mark.parametrize("number", [8, 9, 10, 25])
+def test_f22_a_folder_that_is_deleted_in_mid_run_ends_it_with_an_explanation(number, tmp_path):
+    folder = tmp_path / "deep" / "run"
+    folder.parent.mkdir()
+    outcome = bench.run(folder, None, ParentRemoved(str(folder.parent), number))
+    assert outcome[:2] == ("failed", "CheckpointError"), outcome
+    assert "No such file or directory" in outcome[2]
+    assert "There is none from before" in outcome[2]
+
+
+def wait_for(path, process):
+    while not path.exists() and process.is_alive():
+        time.sleep(0.001)
+
+
+def test_f23_a_second_run_in_the_same_folder_is_refused(tmp_path, undisturbed):
+    folder = tmp_path / "run"
+    process, receiver = bench.start(folder, None, Slow())
+    wait_for(folder / "step-00000001", process)
+    kind, error, text = bench.run(folder)
+    assert (kind, error) == ("failed", "CheckpointError")
+    assert f"process {process.pid} on " in text
+    assert re.search(r"since \d{4}-\d\d-\d\dT", text)
+    assert receiver.recv() == ("finished", "num_epochs", undisturbed[0])
+    process.join()
+    assert bench.junk(folder) == []
+
+
+@dataclass
+class Slow:
+    """Takes its time for every save."""
+
+    def __call__(self):
+        inner = os.rename
+
+        def rename(source, target):
+            time.sleep(0.1)
+            inner(source, target)
+
+        os.rename = rename
+
+
+def test_f23_the_lock_of_a_killed_run_is_taken_over_with_a_notice(tmp_path, finish):
+    folder = tmp_path / "run"
+    process, _ = bench.start(folder, None, Slow())
+    wait_for(folder / "step-00000002", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert json.loads((folder / ".lock").read_text())["pid"] == process.pid
+    finish(folder)
+    assert f"taking over {folder} from a run that did not end by itself: process {process.pid}" in (
+        bench.messages(folder)
+    )
+
+
+def new_state():
+    import torch
+
+    model = torch.nn.Linear(3, 2)
+    return TrainState(model, torch.optim.AdamW(model.parameters()))
+
+
+def test_f25_only_the_step_in_the_manifest_orders_and_foreign_folders_are_left_alone(tmp_path):
+    cpu = SingleDevice("cpu")
+    state = new_state()
+    folder = tmp_path / "run"
+    for step in (1, 2, 3):
+        state.progress.num_steps = step
+        path = save_checkpoint(folder, state, keep=2, strategy=cpu)
+        past = 1_000_000_000 - step * 1000  # the clock goes backwards
+        os.utime(path, (past, past))
+        for foreign in ("checkpoint-9-backup", "STEP-00000009", "step-9", "step-00000009.bak"):
+            (folder / foreign).mkdir(exist_ok=True)
+        (folder / ".step-00000002.tmp-0badcafe").mkdir()
+        (folder / "step-00000077").touch()  # a file, not a folder
+    assert load_checkpoint(folder, state, strategy=cpu).step == 3
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".step-00000002.tmp-0badcafe",
+        "STEP-00000009",
+        "checkpoint-9-backup",
+        "step-00000002",
+        "step-00000003",
+        "step-00000009.bak",
+        "step-00000077",
+        "step-9",
+    ]
+    state.progress.num_steps = 4
+    save_checkpoint(folder, state, keep=1, strategy=cpu)
+    assert not (folder / ".step-00000002.tmp-0badcafe").exists(), "swept by the next one who saves"
+    # A folder that was renamed by hand counts by its manifest.
+    (folder / "step-00000004").rename(folder / "step-00000001")
+    assert load_checkpoint(folder, state, strategy=cpu).step == 4
+
+
+def test_an_older_step_is_not_saved_into_a_folder_of_later_ones(tmp_path):
+    cpu, state = SingleDevice("cpu"), new_state()
+    state.progress.num_steps = 5
+    save_checkpoint(tmp_path, state, strategy=cpu)
+    state.progress.num_steps = 4
+    with pytest.raises(CheckpointError, match="holds step-00000005, and this run is at step 4"):
+        save_checkpoint(tmp_path, state, strategy=cpu)
+    assert bench.saved_steps(tmp_path) == [5]
