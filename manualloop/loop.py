@@ -216,10 +216,11 @@ def train_loop(
                 on_step(step)
             if evaluation_is_due(step) or step.is_last:
                 run.evaluate()
-            run.stopped_by = run.reason_to_stop()
-            if save_is_due(step) or step.is_last or run.is_best or run.stopped_by is not None:
+            if save_is_due(step) or step.is_last or run.is_best:
                 run.save()
+            run.stopped_by = run.reason_to_stop()
             if run.stopped_by is not None:
+                run.save()  # unless that was done just now
                 break
         run.finish()
     return TrainResult(

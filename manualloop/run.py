@@ -106,13 +106,12 @@ class Run:
         self._is_pending, self._evaluated_step = False, self._state.progress.num_steps
         self.evaluations.append(metrics)
         self._report.add_evaluation(self._evaluated_step, metrics)
+        if self._is_out_of_patience():
+            self._report.end_interval()
 
     def reason_to_stop(self) -> str | None:
         """Return what ends the run after this step."""
-        if self._patience is not None and self._num_worse() >= self._patience:
-            self._report.end_interval()
-            return "patience"
-        return self._stopping.reason()
+        return "patience" if self._is_out_of_patience() else self._stopping.reason()
 
     def save(self) -> None:
         """Save the run as it is, if it has a folder and has moved since the last time."""
@@ -152,6 +151,9 @@ class Run:
 
     def _num_worse(self) -> int:
         return len(self.evaluations) - 1 - self._best() if self.evaluations else 0
+
+    def _is_out_of_patience(self) -> bool:
+        return self._patience is not None and self._num_worse() >= self._patience
 
     def _fingerprint(self) -> object:
         return astuple(self._state.progress), len(self.evaluations), self._is_pending

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -93,23 +94,27 @@ class Stopping:
 
 
 class _Exit:
-    """Sets the exit status when it is deleted, which is when Python ends.
+    """Sets the exit status when Python deletes it, which is the last that happens.
 
-    Not by ``atexit``: what was registered there before would not run any more. An error that ends
-    the script keeps its own status.
+    An ``atexit`` function that ended the process would keep those from running that were
+    registered before it.
     """
 
     def __init__(self, status: int) -> None:
         self._status = status
 
-    def __del__(self, _exit: Any = os._exit, _sys: Any = sys) -> None:
-        if not hasattr(_sys, "last_value"):
-            _exit(self._status)
+    def __del__(self, _exit: Any = os._exit) -> None:
+        _exit(self._status)
 
 
 _at_exit: list[_Exit] = []
 
 
 def _exit_as_terminated() -> None:
-    if not _at_exit:
+    atexit.unregister(_set_status)
+    atexit.register(_set_status)
+
+
+def _set_status() -> None:
+    if not hasattr(sys, "last_value"):  # else an error ended the script, and its status tells so
         _at_exit.append(_Exit(128 + signal.SIGTERM))

@@ -1,0 +1,344 @@
+"""Rows 9 to 11 of the fault plan, and max_time: asked to stop, a run ends well and goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from manualloop import SingleDevice, train_loop
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+
+# A script as a user would write it; STRIKE names where it signals itself, in update 4 of 12.
+SCRIPT = textwrap.dedent(
+    """
+    import atexit, json, os, signal, sys, time
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+    from manualloop import SingleDevice, evaluate_loop, train_loop
+
+    torch.set_num_threads(1)
+    folder, log, strike, number, workers = sys.argv[1:6]
+    number = getattr(signal, number)
+    calls = {"forward": 0, "evaluate": 0, "fsync": 0}
+
+    class Rows(Dataset):
+        x = torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
+        def __len__(self): return 64
+        def __getitem__(self, row):
+            return {"x": self.x[row] + 0.1 * torch.rand(8), "id": torch.tensor(row)}
+
+    def hit(where):
+        if where == strike:
+            (os.killpg if workers != "0" else os.kill)(
+                os.getpgid(0) if workers != "0" else os.getpid(), number)
+            time.sleep(0.02)
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    loader = DataLoader(Rows(), 4, shuffle=True, num_workers=int(workers))
+    scores = DataLoader(Rows(), 4, num_workers=int(workers))
+    ids, steps = [], {"index": 0}
+
+    def loss_fn(model, batch):
+        ids.append(batch["id"].tolist())
+        calls["forward"] += 1
+        if calls["forward"] == 11:
+            hit("forward")
+        loss = model(batch["x"]).square().mean()
+        if calls["forward"] == 11:
+            loss.register_hook(lambda gradient: hit("backward"))
+        return loss
+
+    def after_step(*args):
+        if steps["index"] == 3:
+            hit("optimizer")
+    optimizer.register_step_post_hook(after_step)
+
+    inner_fsync = os.fsync
+    def fsync(descriptor):
+        calls["fsync"] += 1
+        if calls["fsync"] == 15:  # in the save of step 6
+            hit("save")
+        inner_fsync(descriptor)
+    os.fsync = fsync
+
+    def on_step(s):
+        steps["index"] = s.index
+        with open(log, "a") as file:
+            file.write(json.dumps({"step": s.index, "ids": list(ids)}) + "\\n")
+        ids.clear()
+        if s.index == 4:
+            hit("on_step")
+
+    def evaluate():
+        calls["evaluate"] += 1
+        total = 0.0
+        for number, batch in enumerate(scores):
+            with torch.no_grad():
+                total += model(batch["x"]).sum().item() + torch.rand(()).item()
+            if calls["evaluate"] == 2 and number == 5:
+                hit("evaluation")
+        return {"total": total}
+
+    atexit.register(lambda: print("atexit ran"))
+    result = train_loop(
+        model, loader, optimizer, loss_fn=loss_fn, num_epochs=2, gradient_accumulation_steps=3,
+        evaluate=evaluate, evaluate_every=2, log_every=5, checkpoint_dir=folder,
+        checkpoint_every=3, on_step=on_step, progress_bar=False, strategy=SingleDevice("cpu"))
+    print(json.dumps({
+        "stopped_by": result.stopped_by,
+        "num_steps": result.state.progress.num_steps,
+        "weights": [w.tolist() for w in model.parameters()],
+        "history": result.history,
+        "drawn": torch.rand(3).tolist(),
+    }))
+    if "raise" in sys.argv:
+        raise KeyError("after the loop")
+    """
+)
+
+
+class Script:
+    """The script in a folder of its own, started as often as it takes."""
+
+    def __init__(self, tmp_path, name="run"):
+        self.folder, self.log = tmp_path / name, tmp_path / f"{name}.jsonl"
+        self.path = tmp_path / "script.py"
+        self.path.write_text(SCRIPT)
+
+    def run(self, strike="nothing", number="SIGTERM", workers=0, *more):
+        arguments = (str(self.folder), str(self.log), strike, number, str(workers), *more)
+        self.process = subprocess.run(
+            [sys.executable, "-W", "ignore", str(self.path), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            start_new_session=True,
+            cwd=Path(__file__).parents[2],
+        )
+        lines = self.process.stdout.splitlines()
+        assert lines, self.process.stderr
+        assert lines[-1] == "atexit ran", self.process.stderr
+        self.result = json.loads(lines[0]) if lines[0].startswith("{") else None
+        return self.result
+
+    def steps(self):
+        steps = {}
+        for line in self.log.read_text().splitlines():
+            entry = json.loads(line)
+            steps[entry["step"]] = entry
+        return [steps[step] for step in sorted(steps)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What the script ends with, by number of workers."""
+    known = {}
+
+    def undisturbed(workers):
+        if workers not in known:
+            script = Script(tmp_path_factory.mktemp("undisturbed"))
+            known[workers] = script.run(workers=workers), script.steps()
+            assert script.process.returncode == 0
+        return known[workers]
+
+    return undisturbed
+
+
+def check(script, undisturbed, strike, number, workers=0, status=0):
+    stopped = script.run(strike, number, workers)
+    assert script.process.returncode == status, script.process.stderr
+    assert stopped["stopped_by"] == number
+    assert stopped["num_steps"] == (6 if strike == "save" else 4)
+    assert (script.folder / f"step-{stopped['num_steps']:08}").is_dir()
+    assert not list(script.folder.glob(".*"))
+    expected, steps = undisturbed(workers)
+    finished = script.run(workers=workers)
+    assert script.process.returncode == 0
+    assert finished == expected
+    assert script.steps() == steps
+
+
+WHERE = ["forward", "backward", "optimizer", "on_step", "evaluation", "save"]
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_f09_sigterm_finishes_the_update_saves_and_exits_with_143(where, tmp_path, undisturbed):
+    check(Script(tmp_path), undisturbed, where, "SIGTERM", status=143)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param(w, marks=() if w in ("forward", "evaluation") else pytest.mark.exhaustive)
+        for w in WHERE
+    ],
+)
+def test_f10_sigterm_to_the_whole_group_leaves_the_workers_alive(where, tmp_path, undisturbed):
+    check(Script(tmp_path), undisturbed, where, "SIGTERM", workers=2, status=143)
+
+
+@pytest.mark.parametrize("number", ["SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_f10_other_signals_stop_as_well_and_the_script_goes_on(
+    number, workers, tmp_path, undisturbed
+):
+    check(Script(tmp_path), undisturbed, "backward", number, workers)
+
+
+def test_f09_a_script_that_fails_after_a_sigterm_keeps_its_own_status(tmp_path):
+    script = Script(tmp_path)
+    script.run("forward", "SIGTERM", 0, "raise")
+    assert script.process.returncode == 1
+    assert "KeyError: 'after the loop'" in script.process.stderr
+
+
+def orphans(folder):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+def test_f10_no_process_is_left(tmp_path):
+    script = Script(tmp_path)
+    script.run("forward", "SIGTERM", 2)
+    deadline = time.monotonic() + 30
+    while orphans(script.folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert orphans(script.folder) == []
+
+
+def train(folder, on_step=None, **options):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    return train_loop(
+        model,
+        [torch.ones(2, 1)] * 8,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss_fn=lambda model, batch: model(batch).square().mean(),
+        strategy=SingleDevice("cpu"),
+        checkpoint_dir=folder,
+        on_step=on_step,
+        progress_bar=False,
+        **options,
+    )
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.fixture
+def handlers():
+    """Handlers of the program's own, that must be there again afterwards."""
+    seen = []
+
+    def handle(number, frame):
+        seen.append(number)
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    yield seen
+    now = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert set(now.values()) == {handle}
+
+
+def test_f11_the_first_ctrl_c_stops_and_the_handlers_are_put_back(tmp_path, handlers):
+    def on_step(step):
+        if step.index == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = train(tmp_path, on_step)
+    assert (result.stopped_by, result.state.progress.num_steps) == ("SIGINT", 3)
+    assert (tmp_path / "step-00000003").is_dir()
+    assert handlers == []
+
+
+def test_f11_the_second_ctrl_c_is_immediate(tmp_path):
+    seen = []
+
+    def on_step(step):
+        seen.append(step.index)
+        if step.index == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            seen.append("still here")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, on_step)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert seen == [1, 2, 3]
+
+
+def test_f11_the_second_signal_reaches_the_handler_from_before(tmp_path, handlers):
+    def on_step(step):
+        if step.index == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(tmp_path, on_step).stopped_by == "SIGUSR1"
+    assert handlers == [signal.SIGTERM]
+
+
+def test_f11_the_handlers_are_put_back_after_an_error(tmp_path, handlers):
+    def on_step(step):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, on_step)
+
+
+def test_without_a_folder_ctrl_c_ends_the_script_as_ever():
+    def on_step(step):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(None, on_step)
+
+
+def test_outside_the_main_thread_signals_are_left_as_they_are(tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(tmp_path)))
+    thread.start()
+    thread.join(60)
+    assert results[0].stopped_by == "num_epochs"
+
+
+def test_max_time_saves_and_the_next_process_goes_on(tmp_path):
+    whole = train(tmp_path / "whole", log_every=3)
+    stops = []
+    while not stops or stops[-1] == "max_time":
+        result = train(tmp_path / "cut", lambda step: time.sleep(0.02), log_every=3, max_time=0.05)
+        stops.append(result.stopped_by)
+        assert len(stops) < 30
+    assert len(stops) > 2
+    assert stops[-1] == "num_epochs"
+    assert result.history == whole.history
+    assert result.state.model.weight.tolist() == whole.state.model.weight.tolist()
+
+
+def test_max_time_without_a_folder_ends_with_an_evaluation():
+    result = train(
+        None, lambda step: time.sleep(0.02), max_time="0.05 s", evaluate=lambda: {"score": 1.0}
+    )
+    assert result.stopped_by == "max_time"
+    assert result.state.progress.num_steps < 24
+    assert result.metrics == {"score": 1.0}
