@@ -47,6 +47,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Strike every fault, and stop at every point: all cases, of which `tests` runs a part."""
+    install(session, "-e", ".[metrics,plot]", group="test")
+    paths = ["tests/faults", "tests/unit/test_resume.py"]
+    session.run("pytest", "-m", "", *paths, *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def quickstart(session: nox.Session) -> None:
     """Do what a newcomer does: install the package alone, run the first example."""
     install(session, "-e", ".")

@@ -57,6 +57,7 @@ def take_state_apart(state: TrainState, strategy: Strategy, run: Mapping[str, An
     more = {key: value for key, value in weights.items() if key not in tensors["model"]}
     values |= {
         "model": more,
+        "optimizer_class": _class_of(state.optimizer),
         "progress": asdict(state.progress),
         "position": state.place(),
         "max_batch_rows": state.max_batch_rows,
@@ -166,7 +167,11 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
     set_random_state(saved.values["rng"])
 
 
-_NO_PARTS = {"progress", "position", "max_batch_rows", "rng", "run"}
+def _class_of(optimizer: Any) -> str:
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate's wraps another
+
+
+_NO_PARTS = {"optimizer_class", "progress", "position", "max_batch_rows", "rng", "run"}
 
 
 def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> list[str]:
@@ -192,6 +197,8 @@ def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> l
         for key in sorted(set(aliases) ^ set(saved.aliases))
         if key in ours and key in theirs
     ]
+    if (saved_class := values["optimizer_class"]) != (own_class := _class_of(state.optimizer)):
+        found.append(f"optimizer: {saved_class} in the checkpoint, {own_class} here")
     groups = [len(group["params"]) for group in values["optimizer"].get("param_groups", ())]
     own = [len(group["params"]) for group in state.optimizer.param_groups]
     if groups != own:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -147,7 +148,9 @@ def _fetch(items: Iterator[Any], loader: Any, num_used: int) -> Iterator[Any]:
     except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        if reason := _explain_stack(loader):
+        has_died = "DataLoader worker (pid" in str(error) or "DataLoader timed out" in str(error)
+        # A row that has killed a worker, or stopped it, must not be read here as well.
+        if not has_died and (reason := _explain_stack(loader)):
             raise DataError(reason) from error
         if isinstance(loader, DataLoader) and "DataLoader" in str(error):
             raise DataError(_worker_message(loader, num_used, number, error)) from error
@@ -165,7 +168,9 @@ def _explain_stack(loader: Any) -> str | None:
         return None
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         return None
-    return explain_rows([dataset[number] for number in range(min(len(dataset), 100))])
+    with suppress(Exception):  # one of them may be what cannot be read
+        return explain_rows([dataset[number] for number in range(min(len(dataset), 100))])
+    return None
 
 
 def _worker_message(loader: DataLoader[Any], skip: int, number: int, error: Exception) -> str:
