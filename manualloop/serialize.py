@@ -119,8 +119,9 @@ def _put_list_together(value: list[Any], tensors: Mapping[str, Tensor]) -> Any:
 
 def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
     # torch has few unsigned types; the bytes are what counts, and the dtype is kept beside them.
-    array = np.ascontiguousarray(array)
-    return torch.from_numpy(array.view(f"i{array.dtype.itemsize}") if array.ndim else array.copy())
+    # A copy, which is contiguous and may be written to.
+    copy = np.array(array, order="C")
+    return torch.from_numpy(copy.view(f"i{copy.dtype.itemsize}"))
 
 
 _SEQUENCES: dict[Any, str] = {list: "list", tuple: "tuple", set: "set", torch.Size: "size"}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from manualloop.errors import CheckpointError
@@ -56,6 +57,12 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> Iter
         OSError: The disk is full, the folder read-only, ...
         CheckpointError: A tensor has no place in such a file: it is sparse, quantized, on "meta".
     """
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise CheckpointError(
+                f"{name} cannot be saved: it is {tensor.layout} on {tensor.device}. Let "
+                "state_dict() return dense tensors that hold data."
+            )
     parts = list(_split(tensors))
     if len(parts) == 1:
         path = folder / f"{stem}.safetensors"
