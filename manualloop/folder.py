@@ -169,7 +169,7 @@ def sweep(directory: Path) -> None:
 def _free_name(directory: Path, step: int) -> Path:
     # A second folder of the same step has a number, so that the first stays until it is there.
     taken = {
-        int(name[2] or 0)
+        int(name[2] or 1)
         for path in directory.iterdir()
         if (name := _NAME.fullmatch(path.name)) and int(name[1]) == step
     }
