@@ -226,6 +226,10 @@ class Accelerated:
         return norm
 
     @property
+    def scaler(self) -> Any:
+        return self.accelerator.scaler
+
+    @property
     def scales_losses(self) -> bool:
         return self.accelerator.scaler is not None
 

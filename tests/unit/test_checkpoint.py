@@ -5,6 +5,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from manualloop import (
+    Accelerated,
     CheckpointError,
     ConfigError,
     SingleDevice,
@@ -157,3 +158,24 @@ def test_the_memory_limit_that_was_found_is_kept(tmp_path):
     other = new_state()
     load_checkpoint(tmp_path, other)
     assert other.max_batch_rows == 3
+
+
+@pytest.mark.parametrize("cut", [3, 8])
+def test_a_run_of_accelerate_goes_on_as_well(cut, tmp_path):
+    from accelerate import Accelerator
+
+    def run(folder, stop_after=None, resumes=False):
+        strategy = Accelerated(Accelerator(cpu=True))
+        state = new_state(seed=3 if resumes else 0)
+        state.extras.clear()
+        if resumes:
+            load_checkpoint(folder, state, strategy=strategy)
+        for step in train_steps(state, batches(), num_epochs=2, loss_fn=loss_fn, strategy=strategy):
+            save_checkpoint(folder, state, strategy=strategy)
+            if step.index == stop_after:
+                break
+        return state
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "cut", stop_after=cut)
+    assert flat(run(tmp_path / "cut", resumes=True).state_dict()) == flat(whole.state_dict())
