@@ -70,10 +70,16 @@ class RunFolder:
         records: list[Record] = []
         if found is not None:
             info = load_found(found, self._state, self._strategy)
-            self._set_aside_damaged(info.step)
+            self._set_aside_damaged(found.path)
             say(f"going on from {found.path}.")
             notes = info.run
-            records = read_ledger(directory)[: notes.get("num_records", 0)]
+            num_records = notes.get("num_records", 0)
+            records = read_ledger(directory)[:num_records]
+            if len(records) < num_records:
+                logger.warning(
+                    f"{directory / LEDGER} has {len(records)} of the {num_records} records that "
+                    "the checkpoint knows of: the history begins with those."
+                )
         with explain_disk(directory):
             self._ledger = Ledger(directory, self._state.progress.num_steps, len(records))
         return notes, records
@@ -120,11 +126,10 @@ class RunFolder:
                 "MB: the disk may fill up. Keep fewer: keep_checkpoints=1."
             )
 
-    def _set_aside_damaged(self, step: int) -> None:
+    def _set_aside_damaged(self, last: Path) -> None:
         """Rename what is newer than the checkpoint that the run goes on from."""
         for entry in find_folders(self._directory):
-            manifest_step = entry.manifest["step"] if entry.manifest else None
-            if manifest_step == step:
+            if entry.path == last:
                 break
             aside = f"damaged-{entry.path.name}-{secrets.token_hex(2)}"
             entry.path.rename(entry.path.with_name(aside))

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from datasets import Dataset as ArrowDataset
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -50,6 +49,43 @@ class OwnGenerator(Rows):
     def __getitem__(self, row):
         item = super().__getitem__(row)
         return item | {"x": item["x"] + float(self.rng.normal())}
+
+
+class ByWorker(Rows):
+    """Rows that depend on the number and the seed of the worker that reads them."""
+
+    def __getitem__(self, row):
+        info, item = get_worker_info(), super().__getitem__(row)
+        return item | {"x": item["x"] + info.id + info.seed % 7}
+
+
+class StatefulLoader:
+    """A loader that knows its place itself, as torchdata's does; with or without a length."""
+
+    def __init__(self):
+        self.rows, self.position = Rows(draws=True), 0
+
+    def __iter__(self):
+        start, self.position = self.position, 0
+        torch.rand(1)  # as a DataLoader does
+        return self._batches(start)
+
+    def _batches(self, start):
+        for begin in range(start, NUM_ROWS, 2):
+            self.position = begin + 2
+            yield torch.utils.data.default_collate([self.rows[begin], self.rows[begin + 1]])
+        self.position = 0
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+class SizedStatefulLoader(StatefulLoader):
+    def __len__(self):
+        return NUM_ROWS // 2
 
 
 class Stream(IterableDataset):
@@ -161,19 +197,14 @@ PLAIN = {
     ),
     "built, dataset's generator": lambda: built(OwnGenerator()),
     "built, noisy collate_fn": lambda: built(collate_fn=noisy_collate),
-    "built, no batch_size": lambda: DataLoader(
-        Rows(draws=True),
-        batch_size=None,
-        sampler=BatchSampler(RandomSampler(range(NUM_ROWS)), 2, False),
-        collate_fn=None,
-    ),
     "stream": lambda: DataLoader(Stream(draws=True), 2),
     "arrow stream": arrow_stream,
+    "stateful loader": StatefulLoader,
+    "stateful loader, with a length": SizedStatefulLoader,
     "list": lambda: list(DataLoader(Rows(), 2)),
     "unsized": Unsized,
     "stream without a state": lambda: DataLoader(StatelessStream(), 2),
 }
-del PLAIN["built, no batch_size"]  # rows of a list of ids are not what Rows gives
 
 WORKERS = {
     f"{name}, {num_workers} workers{', persistent' if persistent else ''}": (
@@ -185,6 +216,7 @@ WORKERS = {
             Rows(draws=True), batch_sampler=GroupedBatches(), **options
         ),
         "built, draws": lambda **options: built(Rows(draws=True), **options),
+        "built, by worker": lambda **options: built(ByWorker(), **options),
         "built, init_fn": lambda **options: built(
             Rows(draws=True), worker_init_fn=init_by_number, **options
         ),

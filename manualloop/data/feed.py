@@ -61,7 +61,7 @@ class Feed:
         position = self._resumed or {}
         begun = open_pass(self._loader, skip, position)
         self._resumed, self._start = None, begun.start
-        self._num_used = position.get("num_batches", 0)
+        self._num_used = begun.num_used
         if position.get("num_workers") == getattr(self._loader, "num_workers", 0):
             self._workers |= position.get("workers", {})
             self._last_worker = position.get("last_worker")

@@ -43,11 +43,13 @@ class Pass(NamedTuple):
         items: The batches from the place on, some of them ``Carried``.
         left: How many they are; None if nobody knows.
         start: What a later pass needs to begin as this one did.
+        num_used: Batches before the place, in batches of today's size.
     """
 
     items: Iterator[Any]
     left: int | None
     start: dict[str, Any]
+    num_used: int = 0
 
 
 def open_pass(loader: Iterable[Any], skip: int, position: Position) -> Pass:
@@ -63,7 +65,7 @@ def open_pass(loader: Iterable[Any], skip: int, position: Position) -> Pass:
     if position.get("num_workers", 0) != getattr(loader, "num_workers", 0):
         position = {key: position[key] for key in position if key not in _OF_WORKERS}
     if kind == "prepared":
-        return Pass(*_open_prepared(loader, skip, position), {})
+        return Pass(*_open_prepared(loader, skip, position), {}, position.get("num_batches", 0))
     if not position or position["kind"] != kind:
         if not skip:
             return Pass(_iterate(loader, {}), num_batches(loader), start)
@@ -78,7 +80,11 @@ def open_pass(loader: Iterable[Any], skip: int, position: Position) -> Pass:
     set_random_state(start["random"])
     set_generator_states(loader, SAMPLERS, start["generators"])
     items, left = _OPEN[kind](loader, {**position, **start}, now)
-    return Pass(items, left, start)
+    num_used = position["num_batches"]
+    if _has_other_size(loader, position):
+        # The rest of the batch in which the place is will be given as one, so this is its number.
+        num_used = num_used * position["batch_size"] // _batch_size(loader)
+    return Pass(items, left, start, num_used)
 
 
 def place_in(loader: Iterable[Any], start: dict[str, Any], num_used: int) -> dict[str, Any]:
@@ -151,12 +157,13 @@ def _open_prepared(loader: Any, skip: int, position: Position) -> tuple[Iterator
 
 
 def _open_stateful(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], int | None]:
-    set_random_state(now)
     length = num_batches(loader)
     if "loader" not in position:
+        set_random_state(now)
         return iter(loader), length
     loader.load_state_dict(position["loader"])
     items = chain(position.get("pending", ()), iter(loader))
+    set_random_state(now)
     return items, None if length is None else length - position["num_batches"]
 
 
@@ -166,7 +173,7 @@ def _open_dataloader(loader: Any, position: Position, now: Any) -> tuple[Iterato
     name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
     left: int | None = len(loader) - position["num_batches"]
     num_indices = None
-    if position["batch_size"] != _batch_size(loader) and position["num_batches"]:
+    if position["num_batches"] and _has_other_size(loader, position):
         num_indices, left = position["num_batches"] * position["batch_size"], None
 
     def rewind() -> None:
@@ -352,6 +359,11 @@ def _reuses_workers(loader: Any) -> bool:
 def _has_dataset_here(loader: Any) -> bool:
     """Tell whether the rows are read in this process, by the dataset that the loader holds."""
     return isinstance(loader, DataLoader) and loader.num_workers == 0
+
+
+def _has_other_size(loader: Any, position: Position) -> bool:
+    sizes = position["batch_size"], _batch_size(loader)
+    return None not in sizes and sizes[0] != sizes[1]
 
 
 def _batch_size(loader: Any) -> int | None:

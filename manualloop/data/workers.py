@@ -48,12 +48,15 @@ class CarryingCollate:
 
     def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
         self._collate_fn = collate_fn
+        self._has_told_seed = False
 
     def __call__(self, rows: Any) -> Any:  # noqa: D102
         batch = self._collate_fn(rows)
         if (info := get_worker_info()) is None:
             return batch
         state = dataset_state(info.dataset)
+        if not self._has_told_seed:
+            state["base_seed"], self._has_told_seed = info.seed - info.id, True
         now = get_random_state(devices=False)
         if not is_same_random_state(_known, now):
             state["random"] = now
@@ -115,8 +118,11 @@ class WorkerStart:
         _outlive_signals()
         info: Any = get_worker_info()
         number = (worker + self._first) % info.num_workers
-        if number != worker:
-            _renumber(info, number)
+        # Persistent workers keep the seed of their first pass, which this one's loader has not.
+        seeds = [state["base_seed"] for state in self._states.values() if "base_seed" in state]
+        base_seed = seeds[0] if seeds else info.seed - worker
+        if (number, base_seed) != (worker, info.seed - worker):
+            _renumber(info, number, base_seed)
         if self._init_fn is not None:
             self._init_fn(number)
         state = self._states.get(number, {})
@@ -130,10 +136,9 @@ _known: dict[str, Any] = {}
 """In a worker: the random state that the main process knows of."""
 
 
-def _renumber(info: Any, number: int) -> None:
-    """Seed this worker as torch seeds the one of another number."""
+def _renumber(info: Any, number: int, base_seed: int) -> None:
+    """Make this worker the one of another number, seeded as torch does it."""
     generate_state: Any = torch.utils.data._utils.worker._generate_state
-    base_seed = info.seed - info.id
     for name, value in (("id", number), ("seed", base_seed + number)):
         object.__setattr__(info, name, value)  # torch's own refuses, lest a worker does it
     random.seed(info.seed)

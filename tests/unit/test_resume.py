@@ -230,6 +230,25 @@ def test_with_another_batch_size_the_rows_of_the_epoch_are_still_used_once(
     assert f"not bit-exact because batch_size: 2 -> {batch_size}" in caplog.text
 
 
+@pytest.mark.parametrize("make", [prepared, built], ids=["prepared", "built"])
+def test_two_changes_of_the_batch_size_in_one_epoch_lose_no_row_either(make, tmp_path):
+    ids = []
+    for batch_size, stop_after in ((2, 3), (3, 4), (1, 6), (4, None)):
+
+        def sized(batch_size=batch_size):
+            loader = make()
+            if make is prepared:
+                loader.batch_sampler.batch_size = batch_size
+                return loader
+            return built(batch_size=batch_size)
+
+        options = {"num_epochs": 1, "gradient_accumulation_steps": 1, "log_every": 1}
+        part = Trained(sized, tmp_path, stop_after=stop_after, **options)
+        ids += part.ids[: -1 if stop_after else None]  # the last one's checkpoint was not made
+    rows = [row for batch in ids for row in batch]
+    assert sorted(rows) == list(range(NUM_ROWS))
+
+
 def test_the_best_evaluation_and_patience_last_over_a_resume(tmp_path):
     values = [0.5, 0.9, 0.7, 0.8, 0.6, 0.4]
 
