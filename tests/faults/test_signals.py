@@ -271,7 +271,15 @@ def test_f11_the_first_ctrl_c_stops_and_the_handlers_are_put_back(tmp_path, hand
     assert handlers == []
 
 
-def test_f11_the_second_ctrl_c_is_immediate(tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which a process that was started in the background has not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_f11_the_second_ctrl_c_is_immediate(tmp_path, ctrl_c):
     seen = []
 
     def on_step(step):
@@ -306,7 +314,7 @@ def test_f11_the_handlers_are_put_back_after_an_error(tmp_path, handlers):
         train(tmp_path, on_step)
 
 
-def test_without_a_folder_ctrl_c_ends_the_script_as_ever():
+def test_without_a_folder_ctrl_c_ends_the_script_as_ever(ctrl_c):
     def on_step(step):
         os.kill(os.getpid(), signal.SIGINT)
 
