@@ -132,7 +132,7 @@ class Run:
         """Evaluate and save the end of the run, where the last step has not done so."""
         num_steps = self._state.progress.num_steps
         if self.stopped_by not in (None, "patience") and self._folder is not None:
-            say(f"{self.stopped_by}: ended after step {num_steps}; the same command goes on there.")
+            say(f"{self.stopped_by}: ended after step {num_steps}. The same command goes on there.")
             return
         self._report.end_interval()
         if self._evaluate is not None and self._evaluated_step != num_steps:
