@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,8 +24,8 @@ from manualloop.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
-_LEFTOVER = re.compile(r"\.step-\d{8,}(-\d+)?\.(tmp|trash)-[0-9a-f]+")
+_NAME = re.compile(r"step-([0-9]{8,})(?:-([0-9]+))?")
+_LEFTOVER = re.compile(r"\.step-[0-9]{8,}(-[0-9]+)?\.(tmp|trash)-[0-9a-f]+")
 _MAX_MANIFEST_BYTES = 100_000_000
 
 
@@ -86,7 +87,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not _has_our_types(manifest):
         raise CheckpointError("manifest.json is not one of ours")
     for name in manifest["files"]:
-        if name != os.path.basename(name) or name in ("", ".", "..", MANIFEST) or "\\" in name:
+        if not _is_name(name):
             raise CheckpointError(f"the manifest names {name!r}, which is not a file of the folder")
     return dict(manifest)
 
@@ -98,16 +99,25 @@ def verify_folder(folder: Path, manifest: dict[str, Any]) -> None:
         CheckpointError: A file is missing, or not the one that was written.
     """
     for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file() or path.is_symlink():
-            raise CheckpointError(
-                f"{name} is missing" if not path.exists() else f"{name} is a link"
-            )
-        size = path.stat().st_size
-        if size != expected["size"]:
-            raise CheckpointError(f"{name} has {size} bytes, not {expected['size']}")
-        if _sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{name} is damaged: its sha256 is another")
+        try:
+            _verify_file(folder / name, expected)
+        except CheckpointError:
+            raise
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{name} is missing") from error
+        except OSError as error:  # a bad sector, say: an older checkpoint may be whole
+            raise CheckpointError(f"{name} cannot be read: {error}") from error
+
+
+def _verify_file(path: Path, expected: dict[str, Any]) -> None:
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a link" if stat.S_ISLNK(found.st_mode) else "not a regular file"
+        raise CheckpointError(f"{path.name} is {kind}")
+    if found.st_size != expected["size"]:
+        raise CheckpointError(f"{path.name} has {found.st_size} bytes, not {expected['size']}")
+    if _sha256(path) != expected["sha256"]:
+        raise CheckpointError(f"{path.name} is damaged: its sha256 is another")
 
 
 def write_folder(
@@ -156,14 +166,21 @@ def remove_folder(folder: Path) -> None:
     trash = folder.with_name(f".{folder.name}.trash-{secrets.token_hex(4)}")
     with suppress(FileNotFoundError):
         os.rename(folder, trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        _remove(trash)
 
 
 def sweep(directory: Path) -> None:
     """Remove what killed runs have left half written or half removed. For the lock's holder."""
     for path in directory.iterdir():
         if _LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():  # to a folder: what it points to is not ours, and rmtree leaves the link
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _free_name(directory: Path, step: int) -> Path:
@@ -183,14 +200,20 @@ def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
     return (json.dumps({**content, "sha256": digest}, indent=1, allow_nan=False) + "\n").encode()
 
 
+def _is_name(name: str) -> bool:
+    is_base = name == os.path.basename(name) and "\\" not in name
+    return is_base and name.isprintable() and name not in ("", ".", "..", MANIFEST)
+
+
 def _has_our_types(manifest: dict[str, Any]) -> bool:
     step, files = manifest.get("step"), manifest.get("files")
     return (
         type(step) is int
         and step >= 0
         and isinstance(manifest.get("metrics"), dict)
-        and isinstance(manifest.get("best_metric"), str | None)
-        and isinstance(manifest.get("contract"), dict | None)
+        and {"best_metric", "contract"} <= set(manifest)
+        and isinstance(manifest["best_metric"], str | None)
+        and isinstance(manifest["contract"], dict | None)
         and isinstance(files, dict)
         and all(isinstance(f, dict) and {"size", "sha256"} <= set(f) for f in files.values())
     )
@@ -201,8 +224,11 @@ def _refuse_constant(name: str) -> None:
 
 
 def _read_regular(path: Path, max_bytes: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    with open(descriptor, "rb") as file:
+    # Opening a pipe would wait for its writer.
+    more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | more)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("not a regular file")
         return file.read(max_bytes)
 
 
@@ -223,7 +249,8 @@ def _sha256(path: Path) -> str:
 def _fsync(path: Path) -> None:
     if os.name != "posix" and path.is_dir():
         return  # only POSIX opens a directory to force it to disk
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows forces only what it may write to.
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

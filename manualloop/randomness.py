@@ -20,7 +20,7 @@ def get_random_state(*, devices: bool = True) -> RandomState:
     """
     state: RandomState = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": np.random.get_state(legacy=False),  # legacy: of the Mersenne twister only
         "torch": torch.get_rng_state(),
     }
     if devices and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -61,5 +61,11 @@ def is_same_random_state(one: RandomState, other: RandomState) -> bool:
     return (
         one["python"] == other["python"]
         and torch.equal(one["torch"], other["torch"])
-        and all(np.array_equal(a, b) for a, b in zip(one["numpy"], other["numpy"], strict=True))
+        and _is_same(one["numpy"], other["numpy"])
     )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
+    return np.array_equal(one, other)

@@ -43,12 +43,10 @@ def take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if type(value) is float:
         return value if math.isfinite(value) else ["float", repr(value)]
     if isinstance(value, Tensor):
-        tensors[path] = value.detach()
-        return ["tensor", path]
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        tensors[path] = _as_tensor(value)
-        return ["array", path, value.dtype.str]
-    if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+        return ["tensor", _put_aside(value.detach(), path, tensors)]
+    if type(value) is np.ndarray and _is_number(value.dtype):  # a masked one would lose its mask
+        return ["array", _put_aside(_as_tensor(value), path, tensors), value.dtype.str]
+    if isinstance(value, np.generic) and _is_number(value.dtype):
         return ["scalar", take_apart(value.item(), path, tensors), value.dtype.str]
     if isinstance(value, bytes):
         return ["bytes", base64.b64encode(value).decode()]
@@ -64,6 +62,15 @@ def take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         "and JSON, so that loading one never runs code. Let its state_dict() return numbers, "
         "strings, lists, dicts and tensors."
     )
+
+
+def _put_aside(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
+    # {"a.b": x, "a": {"b": y}} has one path for two tensors, and {1: x, "1": y} too.
+    name, number = path, 2
+    while name in tensors:
+        name, number = f"{path} ({number})", number + 1
+    tensors[name] = tensor
+    return name
 
 
 def _take_mapping_apart(value: Mapping[Any, Any], path: str, tensors: dict[str, Tensor]) -> Any:
@@ -91,7 +98,7 @@ def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return value
     try:
         return _put_list_together(value, tensors)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"The saved state cannot be read: {value!r:.80}.") from error
 
 
@@ -100,9 +107,9 @@ def _put_list_together(value: list[Any], tensors: Mapping[str, Tensor]) -> Any:
     if tag == "tensor":
         return tensors[parts[0]]
     if tag == "array":
-        return tensors[parts[0]].numpy().view(np.dtype(parts[1]))
+        return tensors[parts[0]].numpy().view(_number_type(parts[1]))
     if tag == "scalar":
-        return np.dtype(parts[1]).type(put_together(parts[0], tensors))
+        return _number_type(parts[1]).type(put_together(parts[0], tensors))
     if tag == "float":
         return float(parts[0])
     if tag == "bytes":
@@ -117,6 +124,17 @@ def _put_list_together(value: list[Any], tensors: Mapping[str, Tensor]) -> Any:
     return _SEQUENCE_OF[tag]([put_together(part, tensors) for part in parts])
 
 
+def _is_number(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "biuf" and dtype.itemsize <= 8  # no longer doubles: torch has none
+
+
+def _number_type(text: str) -> np.dtype[Any]:
+    dtype = np.dtype(text)
+    if not _is_number(dtype):
+        raise ValueError(f"{text!r} is not a type of numbers")
+    return dtype
+
+
 def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
     # torch has few unsigned types; the bytes are what counts, and the dtype is kept beside them.
     # A copy, which is contiguous and may be written to.
@@ -124,6 +142,16 @@ def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(copy.view(f"i{copy.dtype.itemsize}"))
 
 
+# RuntimeError: of torch.device. SyntaxError: of np.dtype.
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 _SEQUENCES: dict[Any, str] = {list: "list", tuple: "tuple", set: "set", torch.Size: "size"}
 _SEQUENCE_OF: dict[str, Any] = {name: kind for kind, name in _SEQUENCES.items()}
 # A defaultdict is saved as a dict: what it makes of missing keys is code.

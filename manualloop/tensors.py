@@ -35,12 +35,18 @@ def find_aliases(tensors: Mapping[str, Tensor], tied: Collection[str] = ()) -> A
     aliases: Aliases = {}
     for name in sorted(tensors, key=lambda name: name in tied):  # stable: else in their order
         tensor = tensors[name]
-        if tensor.numel() == 0 or tensor.device.type == "meta":
+        if not _has_place(tensor) or tensor.is_meta or tensor.numel() == 0:
             continue
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        is_flipped = (tensor.is_conj(), tensor.is_neg())  # the same memory, read otherwise
+        extent = (tensor.dtype, tensor.shape, tensor.stride())
+        place = (tensor.device, tensor.data_ptr(), *extent, *is_flipped)
         if own.setdefault(place, name) != name:
             aliases[name] = own[place]
     return aliases
+
+
+def _has_place(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> Iterator[Path]:
@@ -49,7 +55,7 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> Iter
     The names are those of transformers, so that ``from_pretrained`` reads the files of a model.
 
     Args:
-        tensors: On any device. No two of them the same memory.
+        tensors: On any device. Those that share memory are written each by itself.
         folder: That exists.
         stem: Beginning of the files' names.
 
@@ -58,9 +64,10 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> Iter
         CheckpointError: A tensor has no place in such a file: it is sparse, quantized, on "meta".
     """
     for name, tensor in tensors.items():
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        if not _has_place(tensor) or tensor.is_quantized or tensor.is_meta:
+            layout = "nested" if tensor.is_nested else tensor.layout
             raise CheckpointError(
-                f"{name} cannot be saved: it is {tensor.layout} on {tensor.device}. Let "
+                f"{name} cannot be saved: it is {tensor.dtype}, {layout}, on {tensor.device}. Let "
                 "state_dict() return dense tensors that hold data."
             )
     parts = list(_split(tensors))
@@ -98,8 +105,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     try:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, path, metadata={"format": "pt"})
+        save_file(dict(_contiguous(tensors)), path, metadata={"format": "pt"})
     except SafetensorError as error:
         if "I/O" in str(error) or "os error" in str(error):
             raise OSError(str(error)) from error
@@ -109,6 +115,16 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
             f"A tensor for {path.name} cannot be saved: {error}. Of {len(tensors)}, the first is "
             f"{next(iter(tensors), None)!r}; let state_dict() return dense tensors."
         ) from error
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    # safetensors refuses tensors that overlap, and writes bytes without regard to a lazy conj().
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.resolve_conj().resolve_neg().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        yield name, tensor.to("cpu", copy=True) if memory in seen else tensor
+        seen.add(memory)
 
 
 def load_tensors(folder: Path, stem: str, files: Collection[str]) -> dict[str, Tensor]:
@@ -153,6 +169,7 @@ def describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Return the size of the tensors in a file, what shares memory counted once."""
+    """Return the size of the tensors in a file; those that have no place in one do not count."""
     aliases = find_aliases(tensors)
-    return sum(tensor.nbytes for name, tensor in tensors.items() if name not in aliases)
+    dense = (tensor for name, tensor in tensors.items() if name not in aliases)
+    return sum(tensor.nbytes for tensor in dense if _has_place(tensor))
