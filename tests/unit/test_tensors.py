@@ -251,6 +251,14 @@ def test_a_conjugate_is_no_alias_though_it_is_the_same_memory():
     assert find_aliases({"a": value.imag, "b": negative}) == {}
 
 
+def test_a_square_matrix_is_no_alias_of_its_transpose(tmp_path):
+    weight = torch.arange(4.0).reshape(2, 2)
+    values = {"weight": weight, "transposed": weight.T}
+    assert find_aliases(values) == {}
+    loaded = load_tensors(tmp_path, "x", save(values, tmp_path))
+    assert torch.equal(loaded["transposed"], weight.T)
+
+
 def test_of_many_names_all_are_aliases_of_one():
     weight, other = torch.ones(2), torch.ones(2)
     values = {"a": weight, "b": other, "c": weight.detach(), "d": torch.nn.Parameter(weight)}
