@@ -99,6 +99,7 @@ class Run:
             set_random_state(random_state)  # it may have struck while they were put back
             return
         except Exception:
+            set_random_state(random_state)
             if self._stopping.reason() in (None, "max_time"):
                 self.save()  # so that no update is lost; the next process evaluates first
                 raise

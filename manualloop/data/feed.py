@@ -130,6 +130,8 @@ class Feed:
         if getattr(self._loader, "num_workers", 0):
             position |= {"workers": dict(self._workers), "last_worker": self._last_worker}
         if is_read_ahead(position):
+            if isinstance(self._ahead, Carried):
+                position["is_at_end"] = True  # and the dataset may be at its start again
             batches = [_batch_of(item) for item in (*self._unused, self._ahead) if item is not _END]
             position["pending"] = [dict(b) if isinstance(b, Mapping) else b for b in batches]
         return position

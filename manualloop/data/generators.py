@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-SAMPLERS = ("batch_sampler", "sampler")
+SAMPLERS = ("base_dataloader", "batch_sampler", "sampler")  # the first is accelerate's
 DATASETS = ("dataset",)
 
 

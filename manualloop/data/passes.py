@@ -33,7 +33,7 @@ Position = Mapping[str, Any]
 """A place in a pass, as ``place_in`` describes it; empty: the start of a first pass."""
 
 
-_OF_WORKERS = ("workers", "last_worker", "dataset", "pending")
+_OF_WORKERS = ("workers", "last_worker", "dataset", "pending", "is_at_end")
 
 
 class Pass(NamedTuple):
@@ -124,11 +124,13 @@ def is_read_ahead(position: Position) -> bool:
 
 def has_shuffle_buffer(loader: Any) -> bool:
     """Tell whether a loader reads a stream of datasets through a buffer that no state holds."""
-    part = getattr(getattr(loader, "dataset", None), "_ex_iterable", None)
-    while part is not None:
+    parts = [getattr(getattr(loader, "dataset", None), "_ex_iterable", None)]
+    while parts:
+        part = parts.pop()
         if type(part).__name__ == "BufferShuffledExamplesIterable":
             return True
-        part = getattr(part, "ex_iterable", None)
+        if part is not None:
+            parts += [getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", ())]
     return False
 
 
@@ -141,7 +143,8 @@ def workers_matter(position: Position) -> bool:
 def _kind_of(loader: Any) -> str:
     if isinstance(getattr(loader, "batch_sampler", None), OrderedBatchSampler):
         return "prepared"
-    if is_stateful(loader):
+    # Loaders of accelerate have the methods always, and a state only if they were told to.
+    if is_stateful(loader) and getattr(loader, "use_stateful_dataloader", True):
         return "stateful"
     # A subclass that iterates in a way of its own is an iterable like any other.
     if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
@@ -194,12 +197,16 @@ def _open_dataloader(loader: Any, position: Position, now: Any) -> tuple[Iterato
 def _open_stream(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], int | None]:
     if position["num_batches"] and has_shuffle_buffer(loader):
         say("not bit-exact, because what was in the stream's shuffle buffer is lost.")
-    is_known = "workers" in position or "dataset" in position
+    states = [position, *position.get("workers", {}).values()]
+    is_known = any("dataset" in state or "is_at_end" in state for state in states)
     if position["num_batches"] and not is_known:
         return _reread(loader, position, now)
+    length = num_batches(loader)
+    if position.get("is_at_end"):
+        set_random_state(now)
+        return iter(position["pending"]), None
     if _has_dataset_here(loader):
         set_dataset_state(loader.dataset, position)
-    length = num_batches(loader)
     items = _iterate(loader, position)
     if position["num_batches"] or position["reuses_workers"]:
         set_random_state(now)
@@ -256,11 +263,13 @@ def _iterate(
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return iter(loader)  # accelerate's, for example, which wrap another
     changes = dict(changes or {})
+    full = loader.batch_size if isinstance(loader.dataset, IterableDataset) else None
+    if full is not None or loader.num_workers > 0:
+        changes["collate_fn"] = CarryingCollate(loader.collate_fn, full)
     if loader.num_workers > 0:
         states = {int(worker): state for worker, state in position.get("workers", {}).items()}
         last = position.get("last_worker")
         first = 0 if last is None else (last + 1) % loader.num_workers
-        changes["collate_fn"] = CarryingCollate(loader.collate_fn)
         changes["worker_init_fn"] = WorkerStart(loader.worker_init_fn, first, states)
     if position:
         loader._iterator = None  # workers that are there already are elsewhere

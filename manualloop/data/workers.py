@@ -44,17 +44,24 @@ class Carried:
 
 
 class CarryingCollate:
-    """A ``collate_fn`` that adds the worker's state to what another one returns."""
+    """A ``collate_fn`` that adds the worker's state to what another one returns.
 
-    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
-        self._collate_fn = collate_fn
+    Args:
+        collate_fn: The loader's own.
+        full: Rows of a batch of a stream: a shorter one is the worker's last. None: no stream.
+    """
+
+    def __init__(self, collate_fn: Callable[[Any], Any], full: int | None) -> None:
+        self._collate_fn, self._full = collate_fn, full
         self._has_told_seed = False
 
     def __call__(self, rows: Any) -> Any:  # noqa: D102
+        is_last = self._full is not None and len(rows) < self._full
         batch = self._collate_fn(rows)
         if (info := get_worker_info()) is None:
-            return batch
-        state = dataset_state(info.dataset)
+            return Carried(batch, 0, {"is_at_end": True}) if is_last else batch
+        # At its end a stream may already say that it is at its start again.
+        state: dict[str, Any] = {"is_at_end": True} if is_last else dataset_state(info.dataset)
         if not self._has_told_seed:
             state["base_seed"], self._has_told_seed = info.seed - info.id, True
         now = get_random_state(devices=False)
@@ -88,7 +95,8 @@ def states_between_passes(loader: Any, states: dict[str, Any]) -> dict[str, Any]
     if not isinstance(loader.dataset, IterableDataset):
         return states
     # They are those of the last batch; reaching the end has moved the dataset to its start.
-    return {key: {k: v for k, v in s.items() if k != "dataset"} for key, s in states.items()}
+    places = ("dataset", "is_at_end")
+    return {key: {k: v for k, v in s.items() if k not in places} for key, s in states.items()}
 
 
 def is_stateful(part: Any) -> bool:
@@ -129,11 +137,24 @@ class WorkerStart:
         if "random" in state:
             set_random_state(state["random"])
         set_dataset_state(info.dataset, state)
+        if state.get("is_at_end"):
+            _give_nothing_once(info.dataset)
         _known.update(get_random_state(devices=False))
 
 
 _known: dict[str, Any] = {}
 """In a worker: the random state that the main process knows of."""
+
+
+def _give_nothing_once(dataset: Any) -> None:
+    """Let the next iteration over a dataset be an empty one."""
+    own = type(dataset)
+
+    def iterate(dataset: Any) -> Any:
+        dataset.__class__ = own
+        return iter(())
+
+    dataset.__class__ = type(own.__name__, (own,), {"__iter__": iterate})
 
 
 def _renumber(info: Any, number: int, base_seed: int) -> None:
