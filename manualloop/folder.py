@@ -25,7 +25,7 @@ from manualloop.errors import CheckpointError
 FORMAT = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-([0-9]{8,})(?:-([0-9]+))?")
-_LEFTOVER = re.compile(r"\.step-[0-9]{8,}(-[0-9]+)?\.(tmp|trash)-[0-9a-f]+")
+_LEFTOVER = re.compile(r"\.(step-[0-9]{8,}(-[0-9]+)?\.(tmp|trash)|probe)-[0-9a-f]+")
 _MAX_MANIFEST_BYTES = 100_000_000
 
 
@@ -73,7 +73,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"manifest.json cannot be read: {error}") from error
     try:
-        manifest = json.loads(data, parse_constant=_refuse_constant)
+        manifest = json.loads(data, parse_constant=refuse_constant)
         is_whole = isinstance(manifest, dict) and _manifest_bytes(manifest) == data
     except (ValueError, RecursionError, UnicodeError):
         is_whole = False
@@ -177,7 +177,9 @@ def sweep(directory: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink():  # to a folder: what it points to is not ours, and rmtree leaves the link
+    if (
+        path.is_symlink() or path.is_file()
+    ):  # a link to a folder: what it points to is not ours, and rmtree leaves the link
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
@@ -219,7 +221,8 @@ def _has_our_types(manifest: dict[str, Any]) -> bool:
     )
 
 
-def _refuse_constant(name: str) -> None:
+def refuse_constant(name: str) -> None:
+    """Refuse what Python's JSON takes and JSON is not: NaN and the infinities."""
     raise ValueError(f"{name} in JSON")
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from manualloop.errors import CheckpointError
+from manualloop.folder import refuse_constant
 from manualloop.models import tied_names, unwrap_model
 from manualloop.randomness import get_random_state, set_random_state
 from manualloop.serialize import put_together, take_apart
@@ -126,7 +127,7 @@ def read_snapshot(folder: Path, files: Mapping[str, Any]) -> Saved:
         raise CheckpointError(f"{folder.name} has no {_STATE}.")
     tensors = {stem: load_tensors(folder, stem, files) for stem in _STEMS}
     try:
-        state = json.loads((folder / _STATE).read_bytes())
+        state = json.loads((folder / _STATE).read_bytes(), parse_constant=refuse_constant)
         aliases = state.pop("aliases")
         for stem, group in tensors.items():
             group |= {name: group[own] for name, own in aliases[stem].items()}

@@ -3,15 +3,12 @@
 import errno
 import os
 import resource
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench import kill_self
-
-
-def calls_of(point):
-    """Name the calls that a point of the save path stands for."""
-    return POINTS[point]
 
 
 @dataclass
@@ -21,22 +18,24 @@ class KillAt:
     point: str
     number: int = 1
 
+    def strike(self):
+        kill_self()
+
     def __call__(self):
         owner, name, matches, half = POINTS[self.point]
         inner, seen = getattr(owner(), name), 0
-        strike = self
 
         def struck(*args, **kwargs):
             nonlocal seen
             if not matches(*args):
                 return inner(*args, **kwargs)
             seen += 1
-            if seen == strike.number:
+            if seen == self.number:
                 if half == "after":
                     inner(*args, **kwargs)
                 elif half is not None:
                     half(inner, *args, **kwargs)
-                kill_self()
+                self.strike()
             return inner(*args, **kwargs)
 
         setattr(owner(), name, struck)
@@ -46,12 +45,6 @@ def _tensors():
     import manualloop.tensors
 
     return manualloop.tensors
-
-
-def _folder():
-    import manualloop.folder
-
-    return manualloop.folder
 
 
 def _shutil():
@@ -70,6 +63,10 @@ def _half_written(inner, *args, **kwargs):
     os.truncate(path, path.stat().st_size // 2)
 
 
+def _half_text(inner, path, content, *args, **kwargs):
+    inner(path, content[: len(content) // 2], *args, **kwargs)
+
+
 def _half_removed(inner, path, *args, **kwargs):
     files = sorted(Path(path).iterdir())
     for file in files[: len(files) // 2]:
@@ -78,6 +75,14 @@ def _half_removed(inner, path, *args, **kwargs):
 
 def _is_checkpoint(path, *rest):
     return ".step-" in str(path)
+
+
+def _path():
+    return Path
+
+
+def _names(name):
+    return lambda path, *rest: path.name.startswith(name)
 
 
 def _writes(stem):
@@ -91,6 +96,15 @@ POINTS = {
         f"{stem}:{moment}": (_tensors, "_save", _writes(stem), half)
         for stem in ("model", "optimizer", "extras", "rng")
         for moment, half in (("before", None), ("half", _half_written), ("after", "after"))
+    },
+    **{
+        f"{stem}:{moment}": (_path, function, _names(name), half)
+        for stem, function, name in (
+            ("state", "write_text", "state.json"),
+            ("manifest", "write_bytes", "manifest.json"),
+            ("probe", "write_bytes", ".probe-"),
+        )
+        for moment, half in (("before", None), ("half", _half_text), ("after", "after"))
     },
     "fsync": (_os, "fsync", lambda *args: True, None),
     "fsync:after": (_os, "fsync", lambda *args: True, "after"),
@@ -122,13 +136,58 @@ class DiskFull:
 
 
 @dataclass
+class FullAt(KillAt):
+    """No space is left at a point of the save path, behind what was written until then."""
+
+    def strike(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@dataclass
 class FileSizeLimit:
-    """The kernel lets no file grow beyond so many bytes."""
+    """From the ``number``-th rename on the kernel lets no file grow beyond so many bytes."""
 
     num_bytes: int
+    number: int = 0
 
-    def __call__(self):
-        import signal
-
+    def limit(self):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then write() fails with EFBIG
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.num_bytes, self.num_bytes))
+
+    def __call__(self):
+        if self.number == 0:
+            self.limit()
+            return
+        inner, seen = os.rename, 0
+
+        def rename(source, target):
+            nonlocal seen
+            inner(source, target)
+            seen += 1
+            if seen == self.number:
+                self.limit()
+
+        os.rename = rename
+
+
+@dataclass
+class Gate:
+    """Holds the process before its ``number``-th rename, for as long as a file is not there."""
+
+    path: str
+    number: int
+
+    def __call__(self):
+        inner, seen = os.rename, 0
+
+        def rename(source, target):
+            nonlocal seen
+            seen += 1
+            deadline = time.monotonic() + 60
+            while seen == self.number and not os.path.exists(self.path):
+                if time.monotonic() > deadline:
+                    os._exit(1)  # the test has failed, and nobody waits any more
+                time.sleep(0.001)
+            inner(source, target)
+
+        os.rename = rename

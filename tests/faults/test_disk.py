@@ -1,21 +1,32 @@
 """Rows 5, 6, 22, 23 and 25 of the fault plan: disks, folders, power, other runs, clocks."""
 
+import ctypes
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import stat
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import bench
 import pytest
-from strikes import DiskFull, FileSizeLimit, KillAt
+import torch
+from strikes import DiskFull, FileSizeLimit, FullAt, Gate, KillAt
 
-from manualloop import CheckpointError, SingleDevice, TrainState, load_checkpoint, save_checkpoint
-from manualloop.folder import find_folders, verify_folder
+from manualloop import (
+    CheckpointError,
+    SingleDevice,
+    TrainState,
+    load_checkpoint,
+    save_checkpoint,
+    train_loop,
+)
+from manualloop.folder import find_folders, read_manifest, verify_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 
@@ -36,20 +47,109 @@ def test_f05_a_full_disk_is_explained_and_the_old_checkpoint_stays(number, tmp_p
     outcome = bench.run(folder, log, DiskFull(number))
     check_refused(folder, outcome, "No space left on device")
     if number > 1:  # the first fsync is that of the ledger
-        assert re.search(r"It takes [\d.]+ MB. Free there: [\d.]+ MB.", outcome[2])
+        assert re.search(NEEDED_AND_FREE, outcome[2])
     last = max(bench.saved_steps(folder), default=None)
     assert ("There is none from before" if last is None else f"The last is {folder}") in outcome[2]
     finish(folder, log)
 
 
-@pytest.mark.parametrize("num_bytes", [200, 1500, 4000])
-def test_f05_a_file_that_may_not_grow_is_explained(num_bytes, tmp_path, finish):
+NEEDED_AND_FREE = r"It takes [\d.]+ MB. Free there: [\d.]+ MB."
+
+
+@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
+@pytest.mark.parametrize(
+    "point", ["mkdir", "model:half", "state:half", "manifest:before", "manifest:half", "rename"]
+)
+def test_f05_a_disk_that_fills_up_inside_a_file_is_explained(point, number, tmp_path, finish):
     folder, log = tmp_path / "run", tmp_path / "log.jsonl"
-    outcome = bench.run(folder, log, FileSizeLimit(num_bytes))
-    assert outcome[:2] == ("failed", "CheckpointError")
-    assert "File too large" in outcome[2]
-    assert not list(folder.glob(".step-*"))
+    outcome = bench.run(folder, log, FullAt(point, number))
+    check_refused(folder, outcome, "No space left on device")
+    assert re.search(NEEDED_AND_FREE, outcome[2])
+    assert bench.saved_steps(folder) == list(range(1, number))
+    assert (f"The last is {folder / 'step-00000002'}" in outcome[2]) == (number > 1)
     finish(folder, log)
+
+
+@pytest.mark.parametrize(("num_bytes", "number"), [(200, 0), (1500, 0), (4000, 0), (4000, 3)])
+def test_f05_a_file_that_may_not_grow_is_explained(num_bytes, number, tmp_path, finish):
+    folder, log = tmp_path / "run", tmp_path / "log.jsonl"
+    outcome = bench.run(folder, log, FileSizeLimit(num_bytes, number))
+    check_refused(folder, outcome, "File too large")
+    if num_bytes > 200:  # that is too short for a line of the ledger
+        assert re.search(NEEDED_AND_FREE, outcome[2])
+    if number:
+        assert bench.saved_steps(folder) == [2, 3]
+        assert f"The last is {folder / 'step-00000003'}" in outcome[2]
+    finish(folder, log)
+
+
+MS_REMOUNT, CLONE_NEWNS, CLONE_NEWUSER = 32, 0x20000, 0x10000000
+
+
+def mount_tmpfs(folder, size, flags=0):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"none", os.fsencode(folder), b"tmpfs", flags, f"size={size}".encode()):
+        raise OSError(ctypes.get_errno(), "mount")
+
+
+def train_on_a_small_disk(pipe, folder, log, size):
+    """Run on a file system of this process alone; then enlarge it, and run again."""
+    uid, gid = os.geteuid(), os.getegid()
+    try:
+        if ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNS):
+            raise PermissionError("unshare")
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+        mount_tmpfs(folder, size)
+    except OSError as error:
+        pipe.send(f"no file system of one's own: {error}")
+        return
+    pipe.send(None)
+    bench._child(pipe, folder, log, None, {})
+    whole = [entry for entry in find_folders(Path(folder)) if entry.manifest is not None]
+    for entry in whole:
+        verify_folder(entry.path, entry.manifest)
+    pipe.send(([entry.path.name for entry in whole], sorted(os.listdir(folder))))
+    mount_tmpfs(folder, "8m", MS_REMOUNT)
+    bench._child(pipe, folder, log, None, {})
+    pipe.send(bench.junk(folder))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(s, marks=() if s in ("32k", "100k") else pytest.mark.exhaustive)
+        for s in ("20k", "32k", "60k", "68k", "100k", "108k")
+    ],
+)
+def test_f05_a_disk_that_is_really_full_is_explained(size, tmp_path, undisturbed):
+    folder, log = tmp_path / "run", tmp_path / "log.jsonl"
+    folder.mkdir()
+    receiver, sender = bench.CONTEXT.Pipe(duplex=False)
+    arguments = (sender, str(folder), str(log), size)
+    process = bench.CONTEXT.Process(target=train_on_a_small_disk, args=arguments)
+    process.start()
+    sender.close()
+    if reason := receiver.recv():
+        pytest.skip(reason)
+    kind, error, text = receiver.recv()
+    whole, names = receiver.recv()
+    assert (kind, error) == ("failed", "CheckpointError"), text
+    assert "No space left on device" in text
+    assert str(folder) in text
+    assert re.search(NEEDED_AND_FREE, text)
+    # Some 36 KB each: of one that did not fit nothing is left.
+    assert whole == {"2": [], "3": [], "6": ["step-00000001"]}.get(
+        size[0], ["step-00000002", "step-00000001"]
+    )
+    assert f"The last is {folder / whole[0]}" in text if whole else "There is none" in text
+    assert set(names) - {"history.jsonl"} == set(whole)
+    assert receiver.recv() == ("finished", "num_epochs", undisturbed[0])
+    assert receiver.recv() == []
+    process.join(60)
+    assert bench.merged(log) == undisturbed[1]
 
 
 @dataclass
@@ -168,12 +268,20 @@ def open_path(tmp_path):
     return tmp_path
 
 
-def test_f22_a_read_only_folder_is_found_out_before_the_first_step(open_path):
+@pytest.mark.parametrize("has_stale_lock", [False, True])
+def test_f22_a_read_only_folder_is_found_out_before_the_first_step(has_stale_lock, open_path):
     folder, log = open_path / "run", open_path / "log.jsonl"
     folder.mkdir()
-    outcome = bench.run(folder, None, Unprivileged(str(folder)))
+    if has_stale_lock:  # which can be opened and locked, though no file can be made
+        (folder / ".lock").touch()
+    outcome = bench.run(folder, log, Unprivileged(str(folder)))
     check_refused(folder, outcome, "Permission denied")
-    assert not log.exists()
+    assert not log.exists(), "it has trained"
+    folder.chmod(0o777)
+    bench.run(folder, log, Unprivileged(str(folder), 25))
+    assert log.exists(), "but it can write there"
+    shutil.rmtree(folder)
+    folder.mkdir()
     assert not (folder / "history.jsonl").exists()
 
 
@@ -221,41 +329,54 @@ def test_f22_a_folder_that_is_deleted_in_mid_run_ends_it_with_an_explanation(num
     assert "There is none from before" in outcome[2]
 
 
+def test_f22_a_folder_that_is_deleted_in_mid_run_leaves_what_was_trained_in_memory(tmp_path):
+    torch.manual_seed(0)
+    model, before = torch.nn.Linear(8, 1), []
+
+    def on_step(step):
+        if step.index == 3:
+            before.extend(weight.clone() for weight in model.parameters())
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(CheckpointError, match="No such file or directory"):
+        train_loop(
+            model,
+            [{"x": torch.ones(2, 8)}] * 6,
+            num_epochs=1,
+            loss_fn=lambda model, batch: model(batch["x"]).square().mean(),
+            strategy=SingleDevice("cpu"),
+            checkpoint_dir=tmp_path / "run",
+            checkpoint_every=1,
+            on_step=on_step,
+            progress_bar=False,
+        )
+    assert before
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def wait_for(path, process):
     while not path.exists() and process.is_alive():
         time.sleep(0.001)
 
 
 def test_f23_a_second_run_in_the_same_folder_is_refused(tmp_path, undisturbed):
-    folder = tmp_path / "run"
-    process, receiver = bench.start(folder, None, Slow())
+    folder, gate = tmp_path / "run", tmp_path / "gate"
+    process, receiver = bench.start(folder, None, Gate(str(gate), 2))
     wait_for(folder / "step-00000001", process)
-    kind, error, text = bench.run(folder)
-    assert (kind, error) == ("failed", "CheckpointError")
-    assert f"process {process.pid} on " in text
-    assert re.search(r"since \d{4}-\d\d-\d\dT", text)
+    refused = [bench.run(folder) for _ in range(2)]  # the first takes nothing away
+    gate.touch()
+    for kind, error, text in refused:
+        assert (kind, error) == ("failed", "CheckpointError")
+        assert f"process {process.pid} on {socket.gethostname()}, since " in text
+        assert re.search(r"since \d{4}-\d\d-\d\dT", text)
     assert receiver.recv() == ("finished", "num_epochs", undisturbed[0])
     process.join()
     assert bench.junk(folder) == []
 
 
-@dataclass
-class Slow:
-    """Takes its time for every save."""
-
-    def __call__(self):
-        inner = os.rename
-
-        def rename(source, target):
-            time.sleep(0.1)
-            inner(source, target)
-
-        os.rename = rename
-
-
 def test_f23_the_lock_of_a_killed_run_is_taken_over_with_a_notice(tmp_path, finish):
     folder = tmp_path / "run"
-    process, _ = bench.start(folder, None, Slow())
+    process, _ = bench.start(folder, None, Gate(str(tmp_path / "never"), 3))
     wait_for(folder / "step-00000002", process)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -266,9 +387,33 @@ def test_f23_the_lock_of_a_killed_run_is_taken_over_with_a_notice(tmp_path, fini
     )
 
 
-def new_state():
-    import torch
+@pytest.mark.parametrize("clock", ["backwards", "standing still"])
+def test_f25_a_run_goes_on_whatever_the_clock_says_and_foreign_folders_stay(
+    clock, tmp_path, undisturbed
+):
+    folder, log = tmp_path / "run", tmp_path / "log.jsonl"
+    assert bench.run(folder, log, KillAt("rename", 6))[0] == "killed"
+    assert bench.saved_steps(folder) == [4, 5]
+    foreign = ["STEP-00000099", "checkpoint-9-backup", "step-00000099-old"]
+    for name in foreign:
+        shutil.copytree(folder / "step-00000004", folder / name)
+    for leftover in (".step-00000003.trash-0badcafe", ".step-00000099.tmp-0badcafe"):
+        shutil.copytree(folder / "step-00000004", folder / leftover)
+    for step, path in enumerate(sorted(folder.glob("step-0000000?"))):
+        past = 1_000_000_000 - (1000 * step if clock == "backwards" else 0)
+        for file in (*path.iterdir(), path):
+            os.utime(file, (past, past))
+    outcome = bench.run(folder, log)
+    assert f"going on from {folder / 'step-00000005'}" in bench.messages(folder)
+    assert outcome == ("finished", "num_epochs", undisturbed[0])
+    assert bench.merged(log) == undisturbed[1]
+    here = {path.name for path in folder.iterdir()}
+    assert here == {*foreign, "history.jsonl", "step-00000011", "step-00000012"}
+    for name in foreign:
+        verify_folder(folder / name, read_manifest(folder / name))
 
+
+def new_state():
     model = torch.nn.Linear(3, 2)
     return TrainState(model, torch.optim.AdamW(model.parameters()))
 
@@ -298,9 +443,10 @@ def test_f25_only_the_step_in_the_manifest_orders_and_foreign_folders_are_left_a
         "step-9",
     ]
     state.progress.num_steps = 4
-    save_checkpoint(folder, state, keep=1, strategy=cpu)
+    save_checkpoint(folder, state, keep=2, strategy=cpu)
     assert not (folder / ".step-00000002.tmp-0badcafe").exists(), "swept by the next one who saves"
-    # A folder that was renamed by hand counts by its manifest.
+    assert (folder / "step-00000003").is_dir()
+    # A folder that was renamed by hand counts by its manifest, and not by its name.
     (folder / "step-00000004").rename(folder / "step-00000001")
     assert load_checkpoint(folder, state, strategy=cpu).step == 4
 

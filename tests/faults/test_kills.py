@@ -7,16 +7,28 @@ import time
 
 import bench
 import pytest
-from strikes import POINTS, KillAt
+from strikes import POINTS, Gate, KillAt
 
 import manualloop
+from manualloop.checkpoint import find_best, find_last
 from manualloop.folder import find_folders, verify_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 # Of the dozen fsyncs of a save: first, middle, last; of the first save and of the second.
 FSYNCS = [("fsync", n) for n in (1, 2, 5, 8, 9, 10, 11, 15, 24)]
-OTHERS = [(point, n) for point in POINTS if not point.startswith("fsync") for n in (1, 3)]
+FIRST = [(point, 1) for point in POINTS if not point.startswith("fsync")]
+THIRD = [
+    pytest.param(
+        point,
+        3,
+        marks=()
+        if point in ("model:half", "manifest:half", "rename:after")
+        else pytest.mark.exhaustive,
+    )
+    for point, _ in FIRST
+    if not point.startswith(("probe", "rotate"))
+]
 
 
 def whole(folder):
@@ -29,21 +41,25 @@ def whole(folder):
     return steps
 
 
+def reached_in(log):
+    """The last step that was logged: every step before it has been saved."""
+    entries = bench.merged(log) if log.exists() else []
+    return max((entry["step"] for entry in entries), default=0)
+
+
 def check_kill(folder, fault, finish):
     log = folder.with_name("log.jsonl")
     outcome = bench.run(folder, log, fault)
     assert outcome[:2] == ("killed", signal.SIGKILL), outcome
     steps = whole(folder)
-    reached = max(entry["step"] for entry in bench.merged(log))
+    reached = reached_in(log)
     # The last step whose save had returned is at most one behind: that save is what was struck.
     assert max(steps, default=0) >= reached - 1
     finish(folder, log)
 
 
-@pytest.mark.parametrize(("point", "number"), OTHERS + FSYNCS)
+@pytest.mark.parametrize(("point", "number"), FIRST + THIRD + FSYNCS)
 def test_f01_killed_at_a_named_point(point, number, tmp_path, finish):
-    if "rotate" in point and number > 1:
-        pytest.skip("once is enough")
     check_kill(tmp_path / "run", KillAt(point, number), finish)
 
 
@@ -55,15 +71,17 @@ def test_f01_killed_before_and_after_each_fsync(point, number, tmp_path, finish)
 
 
 def kill_at_random(folder, log, draws):
-    """SIGKILL at a time drawn from the run's whole length."""
-    process, _ = bench.start(folder, log, keep_checkpoints=1)
-    while not (folder / "history.jsonl").exists() and process.is_alive():
+    """SIGKILL at a random time after a random step of the whole run."""
+    # It waits before its last save: the kill is never too late.
+    last_save = Gate(str(folder.with_name("never")), 2 * bench.NUM_STEPS - 2)
+    process, _ = bench.start(folder, log, last_save, keep_checkpoints=1)
+    step = draws.randrange(bench.NUM_STEPS)
+    while process.is_alive() and (log.read_text().count("\n") if log.exists() else 0) < step:
         time.sleep(0.001)
-    time.sleep(draws.uniform(0, 0.15))
-    if process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
+    time.sleep(draws.uniform(0, 0.03))
+    os.kill(process.pid, signal.SIGKILL)
     process.join(60)
-    return process.exitcode
+    return -process.exitcode
 
 
 @pytest.mark.parametrize(
@@ -71,35 +89,43 @@ def kill_at_random(folder, log, draws):
 )
 def test_f02_killed_at_a_random_moment(number, tmp_path, finish):
     folder, log = tmp_path / "run", tmp_path / "log.jsonl"
-    kill_at_random(folder, log, random.Random(number))
-    if folder.exists():
-        reached = (
-            max((entry["step"] for entry in bench.merged(log)), default=0) if log.exists() else 0
-        )
-        assert max(whole(folder), default=0) >= reached - 1
+    assert kill_at_random(folder, log, random.Random(number)) == signal.SIGKILL
+    assert max(whole(folder), default=0) >= reached_in(log) - 1
     finish(folder, log)
 
 
 @pytest.mark.parametrize("point", ["rotate", "rotate:renamed", "rotate:half"])
-def test_f03_killed_in_the_rotation_best_and_last_are_intact(point, tmp_path, finish):
+def test_f03_killed_in_the_rotation_best_and_last_are_intact(point, tmp_path, kept):
     folder = tmp_path / "run"
     options = {"best_metric": "drawn", "evaluate_every": 2, "keep_checkpoints": 1}
     expected = bench.run(tmp_path / "undisturbed", **options)
     outcome = bench.run(folder, fault=KillAt(point, 3), **options)
     assert outcome[:2] == ("killed", signal.SIGKILL)
-    assert whole(folder)
+    last, best = find_last(folder).path, find_best(folder).path
+    assert (last.name, best.name) == ("step-00000005", "step-00000002")
+    for path in (last, best):
+        for name in ("model", "optimizer", "extras", "rng"):
+            file = f"{name}.safetensors"
+            assert (path / file).read_bytes() == (kept / path.name / file).read_bytes()
     assert bench.run(folder, **options) == expected
     assert bench.junk(folder) == []
+    assert whole(folder) == [12, 8], "the newest and the best"
     assert bench.saved_steps(folder) == bench.saved_steps(tmp_path / "undisturbed")
-    for steps in (whole(folder),):
-        assert steps[0] == bench.NUM_STEPS
-        assert len(steps) <= 2, "the newest and the best"
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """The folder of a run that nothing struck and that has kept every checkpoint."""
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    options = {"best_metric": "drawn", "evaluate_every": 2, "keep_checkpoints": 99}
+    assert bench.run(folder, **options)[0] == "finished"
+    return folder
 
 
 @pytest.mark.parametrize("point", ["mkdir:after", "optimizer:half", "rename", "rename:after"])
 def test_f04_killed_again_in_the_first_save_of_the_resumed_run(point, tmp_path, finish):
     folder, log = tmp_path / "run", tmp_path / "log.jsonl"
-    for number in (4, 1, 1, 2):
+    for number in (4, 1, 1, 4):  # the last one late: its records follow those that were lost
         outcome = bench.run(folder, log, KillAt(point, number))
         assert outcome[:2] == ("killed", signal.SIGKILL)
         assert whole(folder)
