@@ -197,9 +197,11 @@ def _open_dataloader(loader: Any, position: Position, now: Any) -> tuple[Iterato
 def _open_stream(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], int | None]:
     if position["num_batches"] and has_shuffle_buffer(loader):
         say("not bit-exact, because what was in the stream's shuffle buffer is lost.")
-    states = [position, *position.get("workers", {}).values()]
-    is_known = any("dataset" in state or "is_at_end" in state for state in states)
+    is_known = is_stateful(loader.dataset) and ("workers" in position or "dataset" in position)
     if position["num_batches"] and not is_known:
+        states = position.get("workers", {}).values()
+        if getattr(loader, "persistent_workers", False) and any("random" in s for s in states):
+            say("not bit-exact, because this data draws random numbers in workers that are kept.")
         return _reread(loader, position, now)
     length = num_batches(loader)
     if position.get("is_at_end"):

@@ -4,13 +4,16 @@
 
 The same small model (dropout on), 64 shuffled rows, 8 rows an update, 40 updates, a checkpoint
 after each, one kept, under manualloop, transformers' Trainer and accelerate, each as its
-documentation says. A process is sent SIGKILL at a moment drawn evenly from the time between its
-first checkpoint and its end. Then the same command is started again:
+documentation says. A process is sent SIGKILL at a random moment after a random one of its updates,
+but for the last; a kill that came too late, after the last save, is not counted but drawn again.
+Then the same command is started again:
 
+inside a save      the kill came while the library wrote a checkpoint or removed the old one
 newest unusable    what the library picks by itself raises an error, or nothing is left to pick
 none usable        and so does every other checkpoint that is left: all is lost
-finished           the same command went on and reached the last update
-bit-equal          with the weights of the run that was never killed
+began anew         of these, nothing was left: the same command trained from the first update on
+went on            the same command went on from a checkpoint and reached the last update
+bit-equal          of these, those with the weights of the run that was never killed
 
 Saving on every update spends most of the time in saves, so these are not rates to expect in the
 field.
@@ -45,6 +48,7 @@ from manualloop import prepare_scheduler, run_folder, train_loop
 from manualloop.data.order import ordered_loader
 
 NUM_ROWS, BATCH_SIZE, NUM_EPOCHS, LR = 64, 8, 5, 1e-3
+NUM_UPDATES = NUM_EPOCHS * NUM_ROWS // BATCH_SIZE
 
 
 class Model(nn.Module):
@@ -120,8 +124,8 @@ def train_trainer(folder, saving, which):
         logging_strategy="no",
     )
     trainer = Watched(model=model, args=arguments, train_dataset=rows())
-    last = which or get_last_checkpoint(str(folder))
-    trainer.train(resume_from_checkpoint=last)
+    is_begun = Path(folder).is_dir() and get_last_checkpoint(str(folder)) is not None
+    trainer.train(resume_from_checkpoint=which or is_begun)
     return model
 
 
@@ -215,70 +219,91 @@ def start(library, folder, which=None):
 
 
 def finish(library, folder, which=None):
-    process, receiver, _, _ = start(library, folder, which)
+    """Train to the end; return the outcome and how many saves that took."""
+    process, receiver, _, num_saved = start(library, folder, which)
     try:
-        result = receiver.recv()
+        outcome, value = receiver.recv()
     except EOFError:
-        result = ("failed", "the process died")
+        outcome, value = "failed", "the process died"
     process.join()
-    return result
+    return outcome, value, num_saved.value
 
 
 def undisturbed(library, folder):
-    """Train to the end; return the weights' digest and the seconds from the first save on."""
+    """Train to the end; return the weights' digest and the seconds from save to save."""
     process, receiver, _, num_saved = start(library, folder)
-    while num_saved.value == 0:
+    while num_saved.value == 0 and process.is_alive():
         time.sleep(0.001)
     started = time.monotonic()
     outcome, digest = receiver.recv()
-    assert outcome == "finished", digest
+    seconds = time.monotonic() - started
     process.join()
-    return digest, time.monotonic() - started
+    assert outcome == "finished", digest
+    assert num_saved.value == NUM_UPDATES, num_saved.value
+    return digest, seconds / (NUM_UPDATES - 1)
 
 
-def kill_once(library, folder, delay):
+def kill_once(library, folder, num_saves, delay):
+    """Kill a run some time after a save; return whether in a save, and the saves done by then."""
     process, _, is_saving, num_saved = start(library, folder)
-    while num_saved.value == 0 and process.is_alive():
-        time.sleep(0.001)
+    while num_saved.value < num_saves and process.is_alive():
+        time.sleep(0.0002)
     time.sleep(delay)
-    in_save = bool(is_saving.value)
-    with suppress(ProcessLookupError):  # it has just ended: its last checkpoint is tried
+    with suppress(ProcessLookupError):
         os.kill(process.pid, signal.SIGKILL)
     process.join()
-    return in_save, num_saved.value
+    assert process.exitcode == -signal.SIGKILL or num_saved.value == NUM_UPDATES, process.exitcode
+    return bool(is_saving.value), num_saved.value  # as the kill has left them
 
 
-def try_kills(library, num_kills, seed):
+def try_kills(library, num_kills, seed, shows_each):
     draws = random.Random(seed)
     counts = dict.fromkeys(
-        ("kills", "inside a save", "newest unusable", "none usable", "finished", "bit-equal"), 0
+        (
+            "kills",
+            "inside a save",
+            "newest unusable",
+            "none usable",
+            "began anew",
+            "went on",
+            "bit-equal",
+        ),
+        0,
     )
-    errors = []
     with tempfile.TemporaryDirectory() as name:
+        undisturbed(library, Path(name) / "warm")
         expected, seconds = undisturbed(library, Path(name) / "undisturbed")
-        for number in range(num_kills):
-            folder = Path(name) / str(number)
-            in_save, _ = kill_once(library, folder, draws.uniform(0, seconds))
-            counts["kills"] += 1
-            counts["inside a save"] += in_save
-            left = checkpoints_of(library, folder)
-            shutil.copytree(folder, f"{folder}-as-left")
-            outcome, value = finish(library, folder)
-            if outcome == "failed" or not left:
-                counts["newest unusable"] += 1
-                errors.append(value if left else "no checkpoint is left")
-                copy = Path(f"{folder}-as-left")
-                others = [
-                    finish(library, copy, str(copy / path.relative_to(folder)))[0]
-                    for path in left[:-1]
-                ]
-                counts["none usable"] += "finished" not in others
-            if outcome == "finished" and left:
-                counts["finished"] += 1
-                counts["bit-equal"] += value == expected
+        while counts["kills"] < num_kills:
+            folder, copy = Path(name) / "run", Path(name) / "as-left"
+            after, delay = draws.randrange(1, NUM_UPDATES), draws.uniform(0, 2 * seconds)
+            in_save, num_saved = kill_once(library, folder, after, delay)
+            if num_saved < NUM_UPDATES:
+                counts["kills"] += 1
+                counts["inside a save"] += in_save
+                left = checkpoints_of(library, folder)
+                shutil.copytree(folder, copy)
+                outcome, value, more = finish(library, folder)
+                if outcome == "failed" or not left:
+                    counts["newest unusable"] += 1
+                    others = [
+                        finish(library, copy, str(copy / path.relative_to(folder)))[0]
+                        for path in left[:-1]
+                    ]
+                    counts["none usable"] += "finished" not in others
+                counts["began anew"] += outcome == "finished" and not left
+                if outcome == "finished" and left:
+                    done = int(re.search(r"\d+$", left[-1].name)[0]) + (library == "accelerate")
+                    assert done + more == NUM_UPDATES, f"{left[-1].name}, then {more} updates"
+                    counts["went on"] += 1
+                    counts["bit-equal"] += value == expected
+                    value = "equal" if value == expected else "other weights"
+                if shows_each:
+                    moment = f"killed after save {num_saved}{' in the next' * in_save}"
+                    ending = " ".join(value.split())[:160] if left else "no checkpoint was left"
+                    print(f"{library} {counts['kills']}, {moment}: {ending}", flush=True)
+                shutil.rmtree(copy)
             shutil.rmtree(folder)
-            shutil.rmtree(f"{folder}-as-left")
-    return counts, errors
+    return counts
 
 
 def main():
@@ -286,22 +311,20 @@ def main():
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=TRAIN)
-    parser.add_argument("--errors", action="store_true", help="also print what was raised")
+    parser.add_argument("--each", action="store_true", help="also print what came of each kill")
     args = parser.parse_args()
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "random_kills"])
+    # The libraries, so that a process starts at once; "__main__" is ignored by Python 3.11.
+    preload = ["torch._dynamo", "transformers.trainer", "safetensors.torch", "manualloop.loop"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
     results = {
-        library: try_kills(library, args.kills, args.seed)
+        library: try_kills(library, args.kills, args.seed, args.each)
         for library in TRAIN
         if args.only in (None, library)
     }
     print(f"| {args.kills} kills each | {' | '.join(results)} |")
     print("|---" * (len(results) + 1) + "|")
-    for name in next(iter(results.values()))[0]:
-        print(f"| {name} | {' | '.join(str(counts[name]) for counts, _ in results.values())} |")
-    if args.errors:
-        for library, (_, errors) in results.items():
-            for error in sorted(set(errors)):
-                print(f"{library}: {errors.count(error)} x {error[:200]}")
+    for name in next(iter(results.values())):
+        print(f"| {name} | {' | '.join(str(counts[name]) for counts in results.values())} |")
 
 
 if __name__ == "__main__":
