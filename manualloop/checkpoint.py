@@ -178,11 +178,7 @@ def load_checkpoint(
 
 def load_found(found: Found, state: TrainState, strategy: Strategy | None) -> CheckpointInfo:
     """Load a checkpoint that was found and verified."""
-    if state.is_training:
-        raise ConfigError(
-            "A train_steps is open on this state and would go on from where it was. Leave its "
-            "loop, or close() it, then load."
-        )
+    state.require_closed()
     strategy = strategy_for(state.model, strategy)
     manifest: dict[str, Any] = found.manifest or {}
     saved = _explain(found.path, read_snapshot, found.path, manifest["files"])
@@ -291,7 +287,7 @@ def explain_disk(directory: Path, num_bytes: int | None = None) -> Iterator[None
         raise
     except OSError as error:
         needed = "" if num_bytes is None else f" It takes {num_bytes / 1e6:.1f} MB."
-        free = _free_bytes(directory)
+        free = free_bytes(directory)
         space = "" if free is None else f" Free there: {free / 1e6:.1f} MB."
         entry = next((e for e in find_folders(directory) if e.manifest is not None), None)
         last = "There is none from before." if entry is None else f"The last is {entry.path}."
@@ -302,7 +298,8 @@ def explain_disk(directory: Path, num_bytes: int | None = None) -> Iterator[None
         ) from error
 
 
-def _free_bytes(directory: Path) -> int | None:
+def free_bytes(directory: Path) -> int | None:
+    """Return the room on a folder's disk, or on that of the parent that is there; None: unknown."""
     for folder in (directory, *directory.absolute().parents):
         with suppress(OSError):
             return shutil.disk_usage(folder).free

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
+
+from manualloop.randomness import get_random_state, set_random_state
 
 
 def unwrap_model(model: nn.Module, *, adapters: bool = True) -> nn.Module:
@@ -135,16 +135,13 @@ def evaluation_mode(
     that evaluating in the middle of training changes nothing in it.
     """
     modes = [(module, module.training) for module in model.modules()]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [device] if device.type in ("cuda", "mps", "xpu") else []
-    kind = device.type if devices else "cpu"
+    random_state = get_random_state(devices=device.type != "cpu")
     try:
-        with torch.random.fork_rng(devices, device_type=kind), torch.inference_mode(inference):
+        with torch.inference_mode(inference):
             model.eval()
             yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+        set_random_state(random_state)
         for module, training in modes:
             if module.training != training:
                 module.train(training)  # not the attribute alone: some merge weights in train()

@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from manualloop.checkpoint import explain_disk, find_last, load_found, rotate, write_checkpoint
+from manualloop.checkpoint import (
+    explain_disk,
+    find_last,
+    free_bytes,
+    load_found,
+    rotate,
+    write_checkpoint,
+)
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.folder import find_folders, sweep
 from manualloop.history import Record
@@ -109,10 +116,9 @@ class RunFolder:
     def check_space(self) -> None:
         """Refuse a run whose first checkpoint has no room; warn if the later ones have none."""
         size = _estimate(self._state)
-        stats = os.statvfs(self._directory) if hasattr(os, "statvfs") else None
-        if stats is None:
+        free = free_bytes(self._directory)
+        if free is None:
             return
-        free = stats.f_bavail * stats.f_frsize
         if free < size:
             raise CheckpointError(
                 f"{self._directory} has {free / 1e6:.0f} MB free, and a checkpoint of this run "
@@ -163,26 +169,15 @@ def open_run_folder(
         yield None
         return
     directory = Path(checkpoint_dir)
-    with explain_disk(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    with _explained_lock(directory):
+    with ExitStack() as stack:
         with explain_disk(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold_lock(directory))
             sweep(directory)
             _probe(directory)
         yield RunFolder(
             directory, state, strategy, resume=resume, keep=keep, best_metric=best_metric
         )
-
-
-@contextmanager
-def _explained_lock(directory: Path) -> Iterator[None]:
-    lock = hold_lock(directory)
-    with explain_disk(directory):
-        lock.__enter__()
-    try:
-        yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _probe(directory: Path) -> None:

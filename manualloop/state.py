@@ -94,11 +94,7 @@ class TrainState:
             ConfigError: It holds other parts than this state, which the message names, or a
                 ``train_steps`` is open on it. Nothing was loaded.
         """
-        if self.is_training:
-            raise ConfigError(
-                "A train_steps is open on this state and would go on from where it was. Leave its "
-                "loop, or close() it, then load."
-            )
+        self.require_closed()
         parts = self.parts()
         differing = {*parts, "progress"} ^ (set(state_dict) - {"position", "max_batch_rows"})
         if differing:
@@ -112,6 +108,18 @@ class TrainState:
         self.position, self.feed = state_dict.get("position"), None
         self.max_batch_rows = state_dict.get("max_batch_rows")
         self.has_failed = None
+
+    def require_closed(self) -> None:
+        """Refuse to be loaded into while a ``train_steps`` is open.
+
+        Raises:
+            ConfigError: One is.
+        """
+        if self.is_training:
+            raise ConfigError(
+                "A train_steps is open on this state and would go on from where it was. Leave its "
+                "loop, or close() it, then load."
+            )
 
     def place(self) -> dict[str, Any] | None:
         """Return the place in the data; None: at its start."""

@@ -52,9 +52,11 @@ class Stopping:
         Python's main thread can do this; elsewhere signals stay as they are.
         """
         if threading.current_thread() is threading.main_thread():
-            # None: a handler that was not set from Python, and cannot be put back from it.
+            # None: a handler that was not set from Python, and cannot be put back from it. What
+            # the process ignores, as Ctrl-C under nohup, it goes on ignoring.
             previous = {number: signal.getsignal(number) for number in _SIGNALS}
-            self._previous = {n: handler for n, handler in previous.items() if handler is not None}
+            left = (None, signal.SIG_IGN)
+            self._previous = {n: handler for n, handler in previous.items() if handler not in left}
             for number in self._previous:
                 signal.signal(number, self._handle)
         try:

@@ -110,7 +110,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
         if "I/O" in str(error) or "os error" in str(error):
             raise OSError(str(error)) from error
         raise CheckpointError(f"{path.name} cannot be written: {error}") from error
-    except (ValueError, RuntimeError, NotImplementedError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # RuntimeError may be a worker's death
         raise CheckpointError(
             f"A tensor for {path.name} cannot be saved: {error}. Of {len(tensors)}, the first is "
             f"{next(iter(tensors), None)!r}; let state_dict() return dense tensors."

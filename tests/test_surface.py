@@ -34,7 +34,6 @@ LAYERS = [
     [
         "models",
         "cadence",
-        "randomness",
         "serialize",
         "tensors",
         "folder",
@@ -42,7 +41,7 @@ LAYERS = [
         "lock",
         "stopping",
     ],
-    ["notices", "types"],
+    ["notices", "randomness", "types"],
     ["errors"],
 ]
 

@@ -25,6 +25,7 @@ SCRIPT = textwrap.dedent(
     from torch.utils.data import DataLoader, Dataset
     from manualloop import SingleDevice, evaluate_loop, train_loop
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also if started in the background
     torch.set_num_threads(1)
     folder, log, strike, number, workers = sys.argv[1:6]
     number = getattr(signal, number)
@@ -320,6 +321,20 @@ def test_without_a_folder_ctrl_c_ends_the_script_as_ever(ctrl_c):
 
     with pytest.raises(KeyboardInterrupt):
         train(None, on_step)
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored(tmp_path):
+    def on_step(step):
+        if step.index == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        result = train(tmp_path, on_step)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert result.stopped_by == "num_epochs"
 
 
 def test_outside_the_main_thread_signals_are_left_as_they_are(tmp_path):
