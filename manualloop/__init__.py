@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Accelerated": "strategy",
+    "Accelerated": "accelerated",
     "AccumulationReport": "verify",
     "BatchReport": "data.inspect",
     "CheckpointError": "errors",
@@ -27,10 +27,10 @@ _HOME = {
     "MetricError": "errors",
     "ModelError": "errors",
     "NonFiniteError": "errors",
-    "Predictions": "evaluation",
+    "Predictions": "predictions",
     "ResumeReport": "verify",
     "RunComparison": "compare",
-    "SingleDevice": "strategy",
+    "SingleDevice": "devices",
     "Step": "types",
     "Strategy": "strategy",
     "TrainResult": "loop",
@@ -74,6 +74,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
+    from manualloop.accelerated import Accelerated as Accelerated
     from manualloop.checkpoint import CheckpointInfo as CheckpointInfo
     from manualloop.checkpoint import load_checkpoint as load_checkpoint
     from manualloop.checkpoint import save_checkpoint as save_checkpoint
@@ -82,6 +83,7 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.data.inspect import BatchReport as BatchReport
     from manualloop.data.inspect import inspect_batch as inspect_batch
     from manualloop.data.prepare import prepare_dataloaders as prepare_dataloaders
+    from manualloop.devices import SingleDevice as SingleDevice
     from manualloop.errors import CheckpointError as CheckpointError
     from manualloop.errors import ConfigError as ConfigError
     from manualloop.errors import DataError as DataError
@@ -90,7 +92,6 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.errors import MetricError as MetricError
     from manualloop.errors import ModelError as ModelError
     from manualloop.errors import NonFiniteError as NonFiniteError
-    from manualloop.evaluation import Predictions as Predictions
     from manualloop.evaluation import evaluate_loop as evaluate_loop
     from manualloop.evaluation import predict_loop as predict_loop
     from manualloop.loop import TrainResult as TrainResult
@@ -98,9 +99,8 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.metrics import load_metric as load_metric
     from manualloop.optim import prepare_optimizer as prepare_optimizer
     from manualloop.optim import prepare_scheduler as prepare_scheduler
+    from manualloop.predictions import Predictions as Predictions
     from manualloop.state import TrainState as TrainState
-    from manualloop.strategy import Accelerated as Accelerated
-    from manualloop.strategy import SingleDevice as SingleDevice
     from manualloop.strategy import Strategy as Strategy
     from manualloop.strategy import prepare_strategy as prepare_strategy
     from manualloop.tasks import count_items as count_items

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from manualloop.errors import ConfigError
 from manualloop.types import Step
+from manualloop.votes import Votes
 
 Cadence: TypeAlias = int | str
 _SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
@@ -17,7 +18,7 @@ _TEXT = re.compile(r"(?:(\d+(?:\.\d+)?) ?)?(epochs?|s|sec|min|h)")
 
 
 def parse_cadence(
-    name: str, cadence: Cadence, num_steps_per_epoch: int | None
+    name: str, cadence: Cadence, num_steps_per_epoch: int | None, votes: Votes | None = None
 ) -> Callable[[Step], bool]:
     """Turn a cadence into a question to ask of every step.
 
@@ -26,6 +27,7 @@ def parse_cadence(
         cadence: Updates as an int, ``"epoch"``, ``"0.25 epoch"``, or time as ``"30 s"``,
             ``"10 min"``, ``"2 h"``.
         num_steps_per_epoch: Updates in an epoch; None if the data has no length.
+        votes: By which ranks act on time after the same step; None: there is one rank.
 
     Returns:
         A function that tells whether a step is due. Counted in updates or parts of epochs it
@@ -50,7 +52,8 @@ updates (200), "epoch", "0.25 epoch", or a time ("10 min").
             '"epoch", "0.25 epoch", or a time ("10 min").'
         )
     if parts[2] in _SECONDS:
-        return _every_seconds(float(amount * _SECONDS[parts[2]]))
+        seconds = float(amount * _SECONDS[parts[2]])
+        return _every_seconds(name, seconds, votes or Votes())
     if amount == 1:
         return _every_epoch()
     if num_steps_per_epoch is None:
@@ -99,15 +102,15 @@ def _every_epoch() -> Callable[[Step], bool]:
     return is_due
 
 
-def _every_seconds(seconds: float) -> Callable[[Step], bool]:
+def _every_seconds(name: str, seconds: float, votes: Votes) -> Callable[[Step], bool]:
     last = time.monotonic()
 
     def is_due(step: Step) -> bool:
         nonlocal last
         now = time.monotonic()
-        if now - last < seconds:
-            return False
-        last = now
-        return True
+        if votes.has_clock and now - last >= seconds:
+            last = now
+            votes.cast(name)
+        return votes.take(name)
 
     return is_due

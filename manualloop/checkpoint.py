@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from manualloop.lock import hold_lock
 from manualloop.notices import logger
 from manualloop.snapshot import put_state_back, read_snapshot, take_state_apart
 from manualloop.state import TrainState
-from manualloop.strategy import Strategy, strategy_for
+from manualloop.strategy import Strategy, on_main, strategy_for
 from manualloop.tensors import num_bytes
 
 _T = TypeVar("_T")
@@ -64,7 +64,8 @@ def save_checkpoint(
     It is written aside, forced to disk and renamed, so that a kill or a power cut at any moment
     leaves either the whole checkpoint or none, and the older ones as they were. The weights are in
     ``model.safetensors`` beside the model's config: ``from_pretrained(folder)`` loads them. All
-    else is safetensors and JSON too, with a sha256 of each file.
+    else is safetensors and JSON too, with a sha256 of each file. Call on every rank: rank 0 writes,
+    with the random states of all.
 
     Args:
         checkpoint_dir: Of one run. Made if it is not there.
@@ -90,25 +91,53 @@ def save_checkpoint(
     """
     if keep < 1:
         raise ConfigError(f"keep must be at least 1 checkpoint, got {keep!r}.")
+    strategy = strategy_for(state.model, strategy)
     directory = Path(checkpoint_dir)
-    with explain_disk(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        with hold_lock(directory, again=True):
-            sweep(directory)
-            path = write_checkpoint(directory, state, strategy, metrics, best_metric, {})
-            rotate(directory, keep)
-            return path
+    with ExitStack() as stack:
+
+        def open_folder() -> None:
+            with explain_disk(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(hold_lock(directory, again=True))
+                sweep(directory)
+
+        on_main(strategy, open_folder)
+        return write_checkpoint(directory, state, strategy, metrics, best_metric, {}, keep)
 
 
 def write_checkpoint(
     directory: Path,
     state: TrainState,
-    strategy: Strategy | None,
+    strategy: Strategy,
     metrics: Mapping[str, Any] | None,
     best_metric: str | None,
     run: Mapping[str, Any],
+    keep: int,
 ) -> Path:
-    """Write a checkpoint for the holder of the folder's lock; ``run`` goes into it as it is."""
+    """Write a checkpoint for the holder of the folder's lock, then rotate. Collective.
+
+    ``run`` goes into it as it is.
+    """
+    snapshot = take_state_apart(state, strategy, run)
+    content = {
+        "metrics": as_json(dict(metrics or {})),
+        "best_metric": best_metric,
+        "contract": state.contract,
+    }
+
+    def write() -> Path:
+        _check_writable(directory, state)
+        size = sum(map(num_bytes, snapshot.tensors.values()))
+        with explain_disk(directory, size):
+            path = write_folder(directory, state.progress.num_steps, snapshot.write, content)
+        with explain_disk(directory):
+            rotate(directory, keep)
+        return path
+
+    return on_main(strategy, write)
+
+
+def _check_writable(directory: Path, state: TrainState) -> None:
     step = state.progress.num_steps
     later = [f for f in find_folders(directory) if f.manifest and f.manifest["step"] > step]
     if later:
@@ -122,16 +151,6 @@ def write_checkpoint(
             "The loss was not finite some updates ago, and the weights have not moved since: "
             "nothing is saved. Go on, and the next step says which rows it comes from."
         )
-    strategy = strategy_for(state.model, strategy)
-    snapshot = take_state_apart(state, strategy, run)
-    content = {
-        "metrics": as_json(dict(metrics or {})),
-        "best_metric": best_metric,
-        "contract": state.contract,
-    }
-    size = sum(map(num_bytes, snapshot.tensors.values()))
-    with explain_disk(directory, size):
-        return write_folder(directory, step, snapshot.write, content)
 
 
 def load_checkpoint(
@@ -146,7 +165,7 @@ def load_checkpoint(
 
     Every file is compared with its sha256, and every name and shape with the state, before
     anything is changed. The next ``train_steps`` goes on with the next window, and says what
-    differs from the run that was saved.
+    differs from the run that was saved. Call on every rank: rank 0 finds it, each reads it.
 
     Args:
         checkpoint_dir: That ``save_checkpoint`` was given.
@@ -161,29 +180,38 @@ def load_checkpoint(
             the part. Nothing was loaded.
         ConfigError: A ``train_steps`` is open on the state.
     """
-    directory = Path(checkpoint_dir)
+    strategy = strategy_for(state.model, strategy)
+    found = on_main(strategy, lambda: _find(Path(checkpoint_dir), which, verify))
+    return load_found(found, state, strategy)
+
+
+def _find(directory: Path, which: str | os.PathLike[str], verify: bool) -> Found:
     if which == "last":
         found = find_last(directory, verify=verify)
         if found is None:
             raise CheckpointError(f"There is no checkpoint in {directory}.")
-    elif which == "best":
+        return found
+    if which == "best":
         found = _require_best(directory)
     else:
         path = Path(which) if Path(which).is_dir() else directory / which
         found = Found(path, _explain(path, read_manifest, path))
-    if which != "last" and verify:
+    if verify:
         _explain(found.path, verify_folder, found.path, found.manifest)
-    return load_found(found, state, strategy)
+    return found
 
 
-def load_found(found: Found, state: TrainState, strategy: Strategy | None) -> CheckpointInfo:
-    """Load a checkpoint that was found and verified."""
+def load_found(found: Found, state: TrainState, strategy: Strategy) -> CheckpointInfo:
+    """Load a checkpoint that was found and verified. Every rank reads the same one."""
     state.require_closed()
-    strategy = strategy_for(state.model, strategy)
+    if not found.path.is_dir():
+        raise CheckpointError(
+            f"{found.path} is not to be seen from rank {strategy.rank}. Give all ranks a "
+            "checkpoint_dir on a file system that they share."
+        )
     manifest: dict[str, Any] = found.manifest or {}
     saved = _explain(found.path, read_snapshot, found.path, manifest["files"])
-    state.model = strategy.prepare_model(state.model)
-    state.optimizer = strategy.prepare_optimizer(state.optimizer)
+    state.model, state.optimizer = strategy.prepare(state.model, state.optimizer)
     put_state_back(saved, state, strategy)
     state.contract, state.is_resumed = manifest["contract"], True
     return CheckpointInfo(found.path, manifest["step"], from_json(manifest["metrics"]), saved.run)

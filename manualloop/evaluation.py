@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, SequentialSampler
 
-from manualloop.data.order import OrderedBatchSampler, num_batches
+from manualloop.data.deal import is_spare
+from manualloop.data.feed import Feed
+from manualloop.data.order import num_batches
 from manualloop.errors import DataError, ModelError
 from manualloop.models import evaluation_mode, forward_columns, takes_any_column
+from manualloop.predictions import Predictions, dataset_rows, table_of
 from manualloop.preflight import explain, require_loader
 from manualloop.progress import ProgressBar
-from manualloop.scorers import Scorer, as_metric
-from manualloop.strategy import Strategy, require_one_process, strategy_for
+from manualloop.scorers import Gathered, Scorer, as_metric
+from manualloop.strategy import Strategy, strategy_for
 from manualloop.tasks import (
     IGNORE_INDEX,
     TASKS,
@@ -32,30 +31,10 @@ from manualloop.tasks import (
 )
 from manualloop.types import Batch, LossFn
 
+_T = TypeVar("_T")
+
 Postprocess: TypeAlias = Callable[[Any, Batch], Tensor]
 """``postprocess(outputs, batch) -> predictions``, one for each row (or each label)."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Predictions:
-    """A table of predictions, one row for each row of the dataset, in its order.
-
-    Attributes:
-        index: int64 ``(rows,)``: row numbers in the dataset.
-        predictions: ``(rows,)`` class numbers or values, ``(rows, classes)`` for multi-label,
-            ``(rows, tokens)`` for tokens. Rows of a batch narrower than the widest end in -100.
-        scores: float32 ``(rows, classes)``: probability of each class; None for a regression, for
-            tokens, or with a ``postprocess`` of your own.
-        references: The labels, padded as ``predictions`` are, or None if the data has none.
-    """
-
-    index: NDArray[np.int64]
-    predictions: NDArray[Any]
-    scores: NDArray[np.float32] | None
-    references: NDArray[Any] | None
-
-    def __len__(self) -> int:
-        return len(self.index)
 
 
 def evaluate_loop(
@@ -99,20 +78,26 @@ def evaluate_loop(
     ...               loss_fn=lambda model, batch: 0 * model(batch["x"]).mean())
     {'loss': 0.0}
     """
-    strategy = require_one_process(strategy_for(model, strategy))
+    strategy = strategy_for(model, strategy)
     model = strategy.prepare_model(model)
     scorer = None if metric is None else as_metric(metric)
-    losses: list[list[tuple[float, float]]] = []
-    shown = progress_bar and strategy.is_main
+    if scorer is not None and strategy.world_size > 1:
+        scorer = Gathered(scorer, strategy)
+    losses: dict[int, list[tuple[float, float]]] = {}
     with (
         evaluation_mode(model, strategy.device),
-        closing(_shown(eval_dataloader, "Evaluating", shown)) as batches,
+        closing(_shown(eval_dataloader, "Evaluating", strategy, progress_bar)) as batches,
     ):
+        model = _without_collectives(model)
         for place, batch in batches:
+            if is_spare(batch):
+                _take_part(model, batch, place, strategy, loss_fn)
+                continue
             if parts := _score(model, batch, place, strategy, loss_fn, postprocess, scorer):
-                losses.append(parts)
+                losses[place[1]] = parts
     scores: dict[str, float] = {} if scorer is None else scorer.compute()
-    means = [_mean(term) for term in zip(*losses, strict=True) if any(n for _, n in term)]
+    losses = _in_order(losses, strategy)
+    means = [_mean(term) for term in zip(*losses.values(), strict=True) if any(n for _, n in term)]
     if not means and scorer is None:
         raise DataError(
             f"Nothing to score: every label of the loader is {IGNORE_INDEX}. Check the masking of "
@@ -186,29 +171,41 @@ def predict_loop(
     >>> predict_loop(Half(), batches).predictions
     array([1, 0])
     """
-    strategy = require_one_process(strategy_for(model, strategy))
+    strategy = strategy_for(model, strategy)
     model = strategy.prepare_model(model)
-    index = _dataset_rows(dataloader)
-    predictions: list[Tensor] = []
-    scores: list[Tensor] = []
-    references: list[Tensor] = []
-    shown = progress_bar and strategy.is_main
+    index = dataset_rows(dataloader)
+    parts: dict[int, tuple[Tensor | None, ...]] = {}
     with (
         evaluation_mode(model, strategy.device),
-        closing(_shown(dataloader, "Predicting", shown)) as batches,
+        closing(_shown(dataloader, "Predicting", strategy, progress_bar)) as batches,
     ):
+        model = _without_collectives(model)
         for place, batch in batches:
-            predicted, probabilities = _predict(model, batch, place, strategy, postprocess)
-            predictions.append(predicted)
-            if probabilities is not None:
-                scores.append(probabilities)
-            if "labels" in batch:
-                references.append(batch["labels"].cpu())
+            if is_spare(batch):
+                _take_part(model, batch, place, strategy, None)
+                continue
+            references = batch["labels"].cpu() if "labels" in batch else None
+            parts[place[1]] = (*_predict(model, batch, place, strategy, postprocess), references)
+    columns = list(zip(*_in_order(parts, strategy).values(), strict=True))
+    predictions, scores, labels = ([p for p in column if p is not None] for column in columns)
     rows = sum(map(len, predictions))
     index = np.arange(rows) if index is None else index[:rows]
     order = np.argsort(index, kind="stable")
-    tables = [_table(parts)[order] if parts else None for parts in (scores, references)]
-    return Predictions(index[order], _table(predictions)[order], *tables)
+    tables = [table_of(part)[order] if part else None for part in (scores, labels)]
+    return Predictions(index[order], table_of(predictions)[order], *tables)
+
+
+def _in_order(parts: dict[int, _T], strategy: Strategy) -> dict[int, _T]:
+    """Return what all ranks have found, by the number of the batch, in the loader's order."""
+    found = {number: part for of_rank in strategy.gather(parts) for number, part in of_rank.items()}
+    return {number: found[number] for number in sorted(found)}
+
+
+def _without_collectives(model: nn.Module) -> nn.Module:
+    """Take off the wrapper of data parallelism, which would talk to the other ranks."""
+    is_wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    inner: nn.Module = model.module if is_wrapped else model  # type: ignore[assignment]
+    return inner
 
 
 def _predict(
@@ -236,31 +233,18 @@ def _predict(
     return predictions.to("cpu", copy=True), probabilities  # a view would keep all the outputs
 
 
-def _table(parts: list[Tensor]) -> NDArray[Any]:
-    """Put the rows of all batches into one array; rows of narrower ones are padded with -100."""
-    widest = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)][1:]
-    padded = []
-    for part in parts:
-        missing = [size - own for size, own in zip(widest, part.shape[1:], strict=True)]
-        if any(missing):
-            ends = [end for size in reversed(missing) for end in (0, size)]
-            part = nn.functional.pad(part, ends, value=IGNORE_INDEX)
-        padded.append(part.float() if part.dtype == torch.bfloat16 else part)  # NumPy has none
-    table: NDArray[Any] = torch.cat(padded).numpy()
-    return table
-
-
 def _shown(
-    loader: Iterable[Any], name: str, shown: bool
+    loader: Iterable[Any], name: str, strategy: Strategy, progress_bar: bool
 ) -> Generator[tuple[tuple[Any, int], Any], None, None]:
-    """Give the batches of a loader, at least one, under a bar; each after its place."""
+    """Give the batches of this rank, in all at least one, under a bar; each after its place."""
     require_loader(loader)
+    shown = progress_bar and strategy.is_main
     bar = ProgressBar(num_batches(loader), name=name, unit="batch", shown=shown)
     number = 0
     try:
-        for batch in loader:
-            yield (loader, number), batch
-            number += 1
+        for batch in loader if strategy.world_size == 1 else _dealt(loader, strategy):
+            yield (loader, number + strategy.rank), batch
+            number += strategy.world_size
             if bar.is_due():
                 bar.show(number)
     finally:
@@ -270,6 +254,13 @@ def _shown(
             "No rows to evaluate: the loader gave 0 batches. Check the filter of the dataset, and "
             "that the loader is not a generator that was read before."
         )
+
+
+def _dealt(loader: Iterable[Any], strategy: Strategy) -> Generator[Any, None, None]:
+    feed = Feed(loader, strategy=strategy)
+    for given in feed.batches():
+        yield given.batch
+        feed.settle()  # else it would keep every batch
 
 
 def _forward(
@@ -296,10 +287,23 @@ def _forward(
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             loader, number = place
             size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 0
-            explain(error, model, [batch], loader, number * size, needs_labels=False)
+            strategy.explain(error)
+            explain(error, model, [batch], loader, [number * size], needs_labels=False)
             raise
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     return outputs, loss
+
+
+def _take_part(
+    model: nn.Module,
+    batch: Any,
+    place: tuple[Any, int],
+    strategy: Strategy,
+    loss_fn: LossFn | None,
+) -> None:
+    """Make a pass whose outputs count on another rank, where that takes all ranks."""
+    if strategy.is_sharded:
+        _forward(model, batch, place, strategy, loss_fn)
 
 
 def _taken(model: nn.Module, batch: Batch) -> Batch:
@@ -350,21 +354,6 @@ def _for_metric(
             kept = labels != IGNORE_INDEX
             return predictions[kept], labels[kept]
     return predictions, labels
-
-
-def _dataset_rows(loader: Iterable[Any]) -> NDArray[np.int64] | None:
-    """Return the dataset's row numbers in the loader's order; None: it is the dataset's."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    if isinstance(batch_sampler, OrderedBatchSampler):
-        return np.array(batch_sampler.rows(), dtype=np.int64)
-    sampler = getattr(loader if batch_sampler is None else batch_sampler, "sampler", batch_sampler)
-    is_stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
-    if sampler is None or is_stream or isinstance(sampler, SequentialSampler):
-        return None
-    raise DataError(
-        f"The loader reads its rows by a {type(sampler).__name__}, so predictions could not be put "
-        "in the dataset's order. Build it with shuffle=False, or use prepare_dataloaders."
-    )
 
 
 _PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -176,13 +177,17 @@ def train_loop(
         "max_steps": max_steps,
         "gradient_accumulation_steps": gradient_accumulation_steps,
     }
-    plan = plan_run(train_dataloader, max_grad_norm=max_grad_norm, **length)
-    _check_evaluation(evaluate, best_metric, patience)
-    log_is_due = parse_cadence("log_every", log_every, plan.num_steps_per_epoch)
-    evaluation_is_due = parse_cadence("evaluate_every", evaluate_every, plan.num_steps_per_epoch)
-    save_is_due = parse_cadence("checkpoint_every", checkpoint_every, plan.num_steps_per_epoch)
-    stopping = Stopping(parse_seconds("max_time", max_time))
     strategy = strategy_for(model, strategy)
+    world_size = strategy.world_size
+    plan = plan_run(train_dataloader, max_grad_norm=max_grad_norm, world_size=world_size, **length)
+    _check_evaluation(evaluate, best_metric, patience)
+    every = partial(
+        parse_cadence, num_steps_per_epoch=plan.num_steps_per_epoch, votes=strategy.votes
+    )
+    log_is_due = every("log_every", log_every)
+    evaluation_is_due = every("evaluate_every", evaluate_every)
+    save_is_due = every("checkpoint_every", checkpoint_every)
+    stopping = Stopping(parse_seconds("max_time", max_time), strategy.votes)
     optimizer = optimizer or prepare_optimizer(model)
     schedule = _schedule(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
     state = TrainState(model, optimizer, schedule, extras=extras or {})
@@ -191,7 +196,7 @@ def train_loop(
             open_run_folder(checkpoint_dir, state, strategy, resume, keep_checkpoints, best_metric)
         )
         report = Report(plan, shown=progress_bar and strategy.is_main)
-        run = Run(state, report, folder, stopping, evaluate, best_metric, patience)
+        run = Run(state, report, folder, stopping, evaluate, best_metric, patience, strategy)
         stack.callback(run.close)
         run.resume(train_dataloader)
         report.open()

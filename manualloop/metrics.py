@@ -194,6 +194,11 @@ class Metric:
         self._continuous = _KEYS[name][0] in _CONTINUOUS
         self.reset()
 
+    @property
+    def is_of_classes(self) -> bool:
+        """Whether rows are counted, so that their order is lost and means nothing."""
+        return not self._continuous
+
     def reset(self) -> None:
         """Forget all rows."""
         self._num_rows = self._num_batches = 0

@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manualloop.data.deal import is_spare
 from manualloop.errors import NonFiniteError
 from manualloop.history import LateTensor
-from manualloop.models import evaluation_mode
+from manualloop.models import evaluation_mode, unwrap_model
 from manualloop.notices import say
 from manualloop.preflight import place_of
 from manualloop.state import TrainState
 from manualloop.strategy import Strategy
-from manualloop.tasks import count_items, model_loss, num_rows
+from manualloop.tasks import count_items, model_loss
 from manualloop.types import LossFn, Update, Window
 from manualloop.update import OnNonfinite, split_batch
 
 _NUM_ROWS_NAMED = 3
+_LAG = 2  # updates after which the flag of an earlier one has long landed
 
 
 class Watch:
@@ -48,7 +50,7 @@ class Watch:
         on_nonfinite: OnNonfinite,
     ) -> None:
         self._explain = partial(_explain, loader=loader, loss_fn=loss_fn, strategy=strategy)
-        self._state = state
+        self._state, self._must_agree = state, strategy.world_size > 1
         self._raises = on_nonfinite == "raise"
         self._has_spoken = False
         self._flags: list[tuple[LateTensor, Callable[[], NonFiniteError]]] = []
@@ -62,7 +64,6 @@ class Watch:
             self._explain,
             self._state.model,
             window,
-            num_samples=progress.num_samples,
             step=progress.num_steps + 1,
             epoch=progress.epoch,
             update=update,
@@ -78,10 +79,15 @@ class Watch:
 
     def settle(self, *, wait: bool) -> None:
         """Read the flags that have landed; with ``wait`` all of them."""
-        while self._flags and (wait or self._flags[0][0].has_landed()):
+        while self._flags and (wait or self._is_due()):
             flag, error = self._flags.pop(0)
             if not flag.read():
                 raise error()
+
+    def _is_due(self) -> bool:
+        if self._must_agree:  # ranks that look at the same flag after another step part
+            return len(self._flags) > _LAG
+        return self._flags[0][0].has_landed()
 
 
 def _explain(
@@ -89,7 +95,6 @@ def _explain(
     window: Window,
     *,
     loader: Iterable[Any],
-    num_samples: int,
     step: int,
     epoch: int,
     update: Update,
@@ -102,7 +107,6 @@ def _explain(
         model: With the weights from before the update.
         window: That gave the loss.
         loader: It came from.
-        num_samples: Rows of the epoch before the window.
         step: The update that was not made, counted from 1.
         epoch: Counted from 0.
         update: That was not finite.
@@ -112,14 +116,17 @@ def _explain(
     Returns:
         The error to raise, which names step, epoch, batch and rows.
     """
-    wrong = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    rows: list[str] = []
-    first = place_of(loader, num_samples, epoch).batch
-    for batch in window.batches if not wrong else ():
-        place = place_of(loader, num_samples, epoch)
-        for number in _bad_rows(model, batch, loss_fn, strategy):
-            rows.append(place.row(number))
-        num_samples += num_rows(batch)
+    first = place_of(loader, window.starts[0], epoch).batch
+    wrong = [name for name, p in model.named_parameters() if not _is_finite(p)]
+    own: list[str] = []
+    for batch, start in zip(window.batches, window.starts, strict=True) if not wrong else ():
+        place = place_of(loader, start, epoch)
+        own += [place.row(number) for number in _bad_rows(model, batch, loss_fn, strategy)]
+    rows = [
+        f"{row} on rank {rank}" if strategy.world_size > 1 else row
+        for rank, of_rank in enumerate(strategy.gather(own))
+        for row in of_rank
+    ]
     if wrong:
         where = f"the weights were not finite before it: {', '.join(wrong[:_NUM_ROWS_NAMED])}"
     elif rows:
@@ -139,10 +146,18 @@ def _explain(
     )
 
 
+def _is_finite(parameter: Tensor) -> bool:
+    own: Tensor = getattr(parameter, "to_local", lambda: parameter)()  # of a shard
+    return bool(torch.isfinite(own).all())
+
+
 def _bad_rows(
     model: nn.Module, batch: Any, loss_fn: LossFn | None, strategy: Strategy
 ) -> list[int]:
-    bad = []
+    bad: list[int] = []
+    if is_spare(batch) or strategy.is_sharded:  # a pass takes all ranks, and each has other rows
+        return bad
+    model = unwrap_model(model, adapters=False)
     # Whatever a row alone does to a model or a loss_fn, it must not hide what is to be said.
     with suppress(Exception), evaluation_mode(model, strategy.device):
         for number, row in enumerate(split_batch(batch, 1)):

@@ -176,6 +176,12 @@ def prepare_scheduler(
     return scheduler
 
 
+def own_schedule(lr_scheduler: Any) -> Any:
+    """Take off accelerate's wrapper, which steps a schedule once for every process."""
+    is_wrapped = type(lr_scheduler).__name__ == "AcceleratedScheduler"
+    return lr_scheduler.scheduler if is_wrapped else lr_scheduler
+
+
 def require_schedule(lr_scheduler: object, optimizer: Optimizer) -> None:
     """Refuse a scheduler that cannot be stepped once an update, or that drives another optimizer.
 

@@ -43,7 +43,6 @@ from manualloop.tasks import (
     misaligned_message,
     no_head_message,
     no_labels_message,
-    num_rows,
 )
 
 
@@ -108,7 +107,7 @@ def check_batches(
     model: nn.Module,
     batches: Sequence[Any],
     loader: Iterable[Any],
-    num_samples: int,
+    starts: Sequence[int],
     *,
     needs_labels: bool = True,
     needs_items: bool = True,
@@ -119,7 +118,7 @@ def check_batches(
         model: Whose forward pass takes the batches.
         batches: Micro-batches that follow each other.
         loader: They came from.
-        num_samples: Rows of the epoch before the first of them.
+        starts: Rows of the epoch before each.
         needs_labels: False where the model only predicts.
         needs_items: False lets batches pass whose labels are all ignored.
 
@@ -127,16 +126,15 @@ def check_batches(
         DataError: Text, missing or impossible labels, tokens the model does not know, ...
         ModelError: The model has no head, or does not take these columns.
     """
-    first = place_of(loader, num_samples)
+    first = place_of(loader, starts[0])
     num_items = 0
-    for batch in batches:
-        place = place_of(loader, num_samples)
+    for batch, start in zip(batches, starts, strict=True):
+        place = place_of(loader, start)
         _check_columns(model, batch, needs_labels)
         if isinstance(ids := batch.get("input_ids"), Tensor):
             _check_tokens(model, ids.cpu().numpy(), place)
         if isinstance(labels := batch.get("labels"), Tensor):
             _check_labels(model, batch, labels, place)
-        num_samples += num_rows(batch)
         num_items += count_items(model, batch)
     if needs_labels and needs_items and num_items == 0:
         raise DataError(_no_items_message(batches, first.batch))
@@ -164,16 +162,14 @@ def explain(
     model: nn.Module,
     batches: Sequence[Any],
     loader: Iterable[Any],
-    num_samples: int,
+    starts: Sequence[int],
     *,
     needs_labels: bool = True,
 ) -> None:
     """Raise, from an error out of the model, the mistake in the data that explains it, if any."""
     try:
         # Batches whose labels are all ignored are legal later on: they explain no error.
-        check_batches(
-            model, batches, loader, num_samples, needs_labels=needs_labels, needs_items=False
-        )
+        check_batches(model, batches, loader, starts, needs_labels=needs_labels, needs_items=False)
     except ManualLoopError as mistake:
         raise mistake from error
 

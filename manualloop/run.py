@@ -16,6 +16,7 @@ from manualloop.report import Report
 from manualloop.run_folder import RunFolder
 from manualloop.state import TrainState
 from manualloop.stopping import EvaluationStopped, Stopping
+from manualloop.strategy import Strategy
 
 
 class Run:
@@ -35,12 +36,14 @@ class Run:
         evaluate: Callable[[], dict[str, float]] | None,
         best_metric: str | None,
         patience: int | None,
+        strategy: Strategy,
     ) -> None:
         self.evaluations: list[dict[str, float]] = []
         self.stopped_by: str | None = None
         self._state, self._report, self._folder = state, report, folder
         self._stopping, self._evaluate = stopping, evaluate
         self._best_metric, self._patience = best_metric, patience
+        self._strategy = strategy
         self._evaluated_step = 0
         self._is_pending = False  # an evaluation that was due and was not made
         self._saved: object = None
@@ -100,10 +103,13 @@ class Run:
             return
         except Exception:
             set_random_state(random_state)
+            if self._strategy.world_size > 1:
+                raise  # a save takes all ranks, and the others may be anywhere
             if self._stopping.reason() in (None, "max_time"):
                 self.save()  # so that no update is lost; the next process evaluates first
                 raise
             return  # the signal has reached a worker of the loader first
+        metrics = self._strategy.gather(metrics)[0]  # or each rank might decide otherwise
         self._is_pending, self._evaluated_step = False, self._state.progress.num_steps
         self.evaluations.append(metrics)
         self._report.add_evaluation(self._evaluated_step, metrics)
@@ -143,7 +149,7 @@ class Run:
     def close(self) -> None:
         """Close the bar; write what the history has got since the last checkpoint."""
         self._report.close()
-        if self._folder is not None:
+        if self._folder is not None and self._strategy.is_main:
             with suppress(CheckpointError):  # another error may be on its way
                 self._folder.write_records(self._report.history.records)
 

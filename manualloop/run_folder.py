@@ -16,17 +16,16 @@ from manualloop.checkpoint import (
     find_last,
     free_bytes,
     load_found,
-    rotate,
     write_checkpoint,
 )
 from manualloop.errors import CheckpointError, ConfigError
-from manualloop.folder import find_folders, sweep
+from manualloop.folder import Found, find_folders, sweep
 from manualloop.history import Record
 from manualloop.ledger import LEDGER, Ledger, read_ledger
 from manualloop.lock import hold_lock
 from manualloop.notices import logger, say
 from manualloop.state import TrainState
-from manualloop.strategy import Strategy
+from manualloop.strategy import Strategy, on_main
 
 
 class RunFolder:
@@ -61,6 +60,13 @@ class RunFolder:
         Returns:
             What ``save`` was given with it, and the records of the run; both empty at a beginning.
         """
+        found = on_main(self._strategy, self._find)
+        notes: dict[str, Any] = {}
+        if found is not None:
+            notes = load_found(found, self._state, self._strategy).run
+        return notes, on_main(self._strategy, lambda: self._open_ledger(found, notes))
+
+    def _find(self) -> Found | None:
         directory = self._directory
         if self._resume is False and (find_folders(directory) or (directory / LEDGER).exists()):
             raise CheckpointError(
@@ -73,13 +79,15 @@ class RunFolder:
                 f"There is no checkpoint in {directory} to go on from. Check the path, or let "
                 'resume="auto" begin if there is none.'
             )
-        notes: dict[str, Any] = {}
+        return found
+
+    def _open_ledger(self, found: Found | None, notes: dict[str, Any]) -> list[Record]:
+        """Return the records of the run up to a checkpoint, and write behind them from now on."""
+        directory = self._directory
         records: list[Record] = []
         if found is not None:
-            info = load_found(found, self._state, self._strategy)
             self._set_aside_damaged(found.path)
             say(f"going on from {found.path}.")
-            notes = info.run
             num_records = notes.get("num_records", 0)
             records = read_ledger(directory)[:num_records]
             if len(records) < num_records:
@@ -89,23 +97,26 @@ class RunFolder:
                 )
         with explain_disk(directory):
             self._ledger = Ledger(directory, self._state.progress.num_steps, len(records))
-        return notes, records
+        return records
 
     def save(self, notes: dict[str, Any], records: list[Record], metrics: dict[str, Any]) -> None:
-        """Write records and a checkpoint, then remove old ones.
+        """Write records and a checkpoint, then remove old ones. Collective.
 
         Args:
             notes: Given back by ``resume``.
             records: All of the run, complete.
             metrics: Of the weights as they are; empty if they were not evaluated.
         """
-        self.write_records(records)
-        notes = notes | {"num_records": len(records)}
+        on_main(self._strategy, lambda: self.write_records(records))
         write_checkpoint(
-            self._directory, self._state, self._strategy, metrics, self._best_metric, notes
+            self._directory,
+            self._state,
+            self._strategy,
+            metrics,
+            self._best_metric,
+            notes | {"num_records": len(records)},
+            self._keep,
         )
-        with explain_disk(self._directory):
-            rotate(self._directory, self._keep)
 
     def write_records(self, records: list[Record]) -> None:
         """Append what is new to the ledger."""
@@ -115,6 +126,9 @@ class RunFolder:
 
     def check_space(self) -> None:
         """Refuse a run whose first checkpoint has no room; warn if the later ones have none."""
+        on_main(self._strategy, self._check_space)
+
+    def _check_space(self) -> None:
         size = _estimate(self._state)
         free = free_bytes(self._directory)
         if free is None:
@@ -150,7 +164,7 @@ def open_run_folder(
     keep: int,
     best_metric: str | None,
 ) -> Iterator[RunFolder | None]:
-    """Hold the folder of a run; None without one.
+    """Hold the folder of a run, on rank 0; None without one. Collective.
 
     Raises:
         CheckpointError: It cannot be written to, or another run holds it.
@@ -170,11 +184,15 @@ def open_run_folder(
         return
     directory = Path(checkpoint_dir)
     with ExitStack() as stack:
-        with explain_disk(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(hold_lock(directory))
-            sweep(directory)
-            _probe(directory)
+
+        def enter() -> None:
+            with explain_disk(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(hold_lock(directory))
+                sweep(directory)
+                _probe(directory)
+
+        on_main(strategy, enter)
         yield RunFolder(
             directory, state, strategy, resume=resume, keep=keep, best_metric=best_metric
         )

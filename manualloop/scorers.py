@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import zip_longest
 from numbers import Real
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from manualloop.metrics import (
     require_rows,
     to_array,
 )
+from manualloop.strategy import Strategy, on_main
 
 
 class Scorer(Protocol):
@@ -88,6 +90,50 @@ def as_metric(metric: Any) -> Scorer:
         f"Got {metric!r} ({type(metric).__name__}) as metric. Give a name, an evaluate module, a "
         "torchmetrics Metric, fn(predictions, references), or a list of these: 'accuracy'."
     )
+
+
+class Gathered:
+    """A scorer of the rows of all ranks, as if one process had read them in the loader's order.
+
+    Args:
+        scorer: Of all rows. Of classes each rank counts its own, and the counts are added up;
+            anything else gets the rows themselves, on rank 0.
+        strategy: Whose ranks.
+    """
+
+    def __init__(self, scorer: Scorer, strategy: Strategy) -> None:
+        self.name = scorer.name
+        self._scorer, self._strategy = scorer, strategy
+        self._counts = isinstance(scorer, Metric) and scorer.is_of_classes
+        self._batches: list[tuple[Any, Any]] = []
+
+    def add_batch(self, *, predictions: Any, references: Any) -> None:
+        """Add the rows of a batch of this rank."""
+        if self._counts:
+            self._scorer.add_batch(predictions=predictions, references=references)
+        else:
+            self._batches.append((predictions, references))
+
+    def compute(self) -> dict[str, float]:
+        """Return the scores of all rows, the same on every rank. Call on every rank."""
+        own = self._scorer if self._counts else self._batches
+        self._batches = []
+        found = self._strategy.gather(own)
+        if self._counts and isinstance(self._scorer, Metric) and not self._strategy.is_main:
+            self._scorer.reset()
+        return on_main(self._strategy, lambda: self._compute(found))
+
+    def _compute(self, found: list[Any]) -> dict[str, float]:
+        if isinstance(self._scorer, Metric) and self._counts:
+            for other in found[1:]:
+                self._scorer.merge(other)
+            return self._scorer.compute()
+        # Batch k is rank k % world_size's, so taking one from each in turn is the loader's order.
+        for batches in zip_longest(*found):
+            for batch in batches:
+                if batch is not None:
+                    self._scorer.add_batch(predictions=batch[0], references=batch[1])
+        return self._scorer.compute()
 
 
 class _Checked:

@@ -49,7 +49,10 @@ class Snapshot(NamedTuple):
 
 
 def take_state_apart(state: TrainState, strategy: Strategy, run: Mapping[str, Any]) -> Snapshot:
-    """Take a snapshot of a state and of this process's random states; ``run`` goes along."""
+    """Take a snapshot of a state and of each rank's random states; ``run`` goes along.
+
+    Call on every rank.
+    """
     model = unwrap_model(state.model, adapters=False)
     values = {name: part.state_dict() for name, part in _parts(state, strategy).items()}
     weights = values.pop("model")
@@ -60,16 +63,20 @@ def take_state_apart(state: TrainState, strategy: Strategy, run: Mapping[str, An
         "model": more,
         "optimizer_class": _class_of(state.optimizer),
         "progress": asdict(state.progress),
-        "position": state.place(),
-        "max_batch_rows": state.max_batch_rows,
         "run": dict(run),
     }
+    own = {"position": state.place(), "max_batch_rows": state.max_batch_rows}
+    # Last: what was asked above may still have drawn, as a sampler does at the end of its pass.
+    own["rng"] = get_random_state()
+    of_main, *of_others = strategy.gather(own)
+    values |= of_main
+    if of_others:
+        values["ranks"] = of_others
+    stem_of = {"optimizer": "optimizer", "rng": "rng", "ranks": "rng"}
     apart = {
-        name: take_apart(value, name, tensors["optimizer" if name == "optimizer" else "extras"])
+        name: take_apart(value, name, tensors[stem_of.get(name, "extras")])
         for name, value in values.items()
     }
-    # Last: what was asked above may still have drawn, as a sampler does at the end of its pass.
-    apart["rng"] = take_apart(get_random_state(), "rng", tensors["rng"])
     apart["aliases"] = {}
     for stem, group in tensors.items():
         aliases = find_aliases(group, tied_names(model) if stem == "model" else ())
@@ -163,16 +170,20 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
                 f"{error}. The state is half loaded: build it anew."
             ) from error
     state.progress = Progress(**saved.values["progress"])
-    state.position, state.feed = saved.values["position"], None
-    state.max_batch_rows, state.has_failed = saved.values["max_batch_rows"], None
-    set_random_state(saved.values["rng"])
+    of_ranks = [saved.values, *saved.values.get("ranks", ())]
+    is_known = strategy.rank < len(of_ranks)  # else there were fewer, and this one has no state
+    own = of_ranks[strategy.rank if is_known else 0]
+    state.position, state.feed = own["position"], None
+    state.max_batch_rows, state.has_failed = own["max_batch_rows"], None
+    if is_known:
+        set_random_state(own["rng"])
 
 
 def _class_of(optimizer: Any) -> str:
     return type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate's wraps another
 
 
-_NO_PARTS = {"optimizer_class", "progress", "position", "max_batch_rows", "rng", "run"}
+_NO_PARTS = {"optimizer_class", "progress", "position", "max_batch_rows", "ranks", "rng", "run"}
 
 
 def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> list[str]:

@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from manualloop.votes import Votes
+
 _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
+_REASONS = ("SIGINT", "SIGTERM", "SIGUSR1", "max_time")
 
 
 class EvaluationStopped(BaseException):
@@ -27,22 +30,29 @@ class Stopping:
 
     Args:
         max_seconds: After which it is; None: never.
+        votes: By which all ranks end after the same update; None: there is one.
 
     Attributes:
         cause: "SIGTERM", "SIGUSR1", "SIGINT" (Ctrl-C), or None.
     """
 
-    def __init__(self, max_seconds: float | None = None) -> None:
+    def __init__(self, max_seconds: float | None = None, votes: Votes | None = None) -> None:
         self.cause: str | None = None
+        self._votes = votes or Votes()
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._is_evaluating = False
         self._previous: dict[int, Any] = {}
 
     def reason(self) -> str | None:
         """Return what ends the run: a signal or "max_time"; None: nothing yet."""
-        if self.cause is None and self._deadline is not None and time.monotonic() >= self._deadline:
-            return "max_time"
-        return self.cause
+        if self.cause is not None:
+            self._votes.cast(self.cause)
+        elif self._deadline is not None and time.monotonic() >= self._deadline:
+            self._votes.cast("max_time")
+        reason = next(filter(self._votes.has, _REASONS), None)
+        if reason != "max_time" and self.cause is None:
+            self.cause = reason  # a signal to another rank
+        return reason
 
     @contextmanager
     def watching_signals(self) -> Iterator[None]:
@@ -68,7 +78,13 @@ class Stopping:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Let a signal raise ``EvaluationStopped`` in here: an evaluation can be long."""
+        """Let a signal raise ``EvaluationStopped`` in here: an evaluation can be long.
+
+        Not among several ranks, where it takes all of them.
+        """
+        if not self._votes.is_alone:
+            yield
+            return
         self._is_evaluating = True
         try:
             if self.cause is not None:

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from manualloop.contract import check_contract, describe_run
+from manualloop.data.deal import num_rounds
 from manualloop.data.feed import Feed
-from manualloop.data.order import num_batches, set_epoch
+from manualloop.data.order import set_epoch
 from manualloop.data.passes import workers_matter
 from manualloop.errors import ConfigError, DataError
 from manualloop.nonfinite import Watch
-from manualloop.optim import require_schedule
+from manualloop.optim import own_schedule, require_schedule
 from manualloop.preflight import check_batches, check_run, explain, require_loader
 from manualloop.state import TrainState
-from manualloop.strategy import Strategy, require_one_process, strategy_for
+from manualloop.strategy import Strategy, strategy_for
 from manualloop.types import LossFn, Step, Window
 from manualloop.update import OnNonfinite, StepFn, apply_update, group
 
@@ -44,6 +45,7 @@ def plan_run(
     max_steps: int | None = None,
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float | None = None,
+    world_size: int = 1,
 ) -> Plan:
     """Check the numbers of a run against each other and against the data, all at once.
 
@@ -53,6 +55,7 @@ def plan_run(
         max_steps: Updates, over as many epochs as they take.
         gradient_accumulation_steps: Micro-batches an update.
         max_grad_norm: Only checked here.
+        world_size: Ranks that the batches are dealt to.
 
     Raises:
         ConfigError: What does not fit together, every problem on a line of its own.
@@ -62,7 +65,7 @@ def plan_run(
     Plan(num_steps=4, num_epochs=2, num_steps_per_epoch=2)
     """
     require_loader(train_dataloader)
-    length = num_batches(train_dataloader)
+    length = num_rounds(train_dataloader, world_size)
     counts = {
         "num_epochs": num_epochs,
         "max_steps": max_steps,
@@ -175,12 +178,14 @@ def train_steps(
     Step(3/4, epoch=1, lr=0.1)
     Step(4/4, epoch=1, lr=0.1, ends_epoch)
     """
+    strategy = strategy_for(state.model, strategy)
     plan = plan_run(
         train_dataloader,
         num_epochs=num_epochs,
         max_steps=max_steps,
         gradient_accumulation_steps=gradient_accumulation_steps,
         max_grad_norm=max_grad_norm,
+        world_size=strategy.world_size,
     )
     if step_fn is not None and (loss_fn is not None or max_grad_norm is not None):
         raise ConfigError(
@@ -189,15 +194,14 @@ def train_steps(
         )
     if on_nonfinite not in ("raise", "skip", "ignore"):
         raise ConfigError(f'on_nonfinite={on_nonfinite!r} is none of "raise", "skip", "ignore".')
-    strategy = require_one_process(strategy_for(state.model, strategy))
     check_run(state, strategy)
+    state.lr_scheduler = own_schedule(state.lr_scheduler)
     require_schedule(state.lr_scheduler, state.optimizer)
-    state.model = strategy.prepare_model(state.model)
-    state.optimizer = strategy.prepare_optimizer(state.optimizer)
+    state.model, state.optimizer = strategy.prepare(state.model, state.optimizer)
     _agree_on_contract(
         state, train_dataloader, plan, strategy, max_grad_norm, gradient_accumulation_steps
     )
-    own_loss = loss_fn is not None or step_fn is not None
+    own_loss, is_own_step = loss_fn is not None or step_fn is not None, step_fn is not None
     step_fn = step_fn or partial(
         apply_update, loss_fn=loss_fn, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite
     )
@@ -211,6 +215,7 @@ def train_steps(
         Watch(state, train_dataloader, loss_fn, strategy, on_nonfinite),
         explains=not own_loss,
         preflight=preflight and not own_loss,
+        counts=is_own_step and strategy.world_size > 1,
     )
 
 
@@ -247,25 +252,30 @@ def _train_steps(
     *,
     explains: bool,
     preflight: bool,
+    counts: bool,
 ) -> Generator[Step, None, None]:
-    progress, feed, num_skipped = state.progress, _enter(state, loader), 0
+    progress, feed, num_skipped = state.progress, _enter(state, loader, strategy), 0
     try:
         while _goes_on(state, plan):
             epoch, window, num_applied = progress.epoch, None, 0
             set_epoch(loader, epoch)
-            for window in group(feed.batches(progress.num_samples), window_size):
+            start = progress.num_samples
+            for window in group(feed.batches(start), window_size, start):
                 if preflight:
-                    check_batches(state.model, window.batches, loader, progress.num_samples)
+                    check_batches(state.model, window.batches, loader, window.starts)
                     preflight = False
                 if not state.model.training:
                     state.model.train()  # only then: it would thaw layers that were set to eval
                 lr: Any = state.optimizer.param_groups[0]["lr"]
                 lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes it in place
+                if counts:
+                    strategy.sum_counts([])  # the votes: nobody knows whether step_fn counts
                 try:
                     update = step_fn(state, window.batches, strategy)
                 except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                    strategy.explain(error)
                     if explains:
-                        explain(error, state.model, window.batches, loader, progress.num_samples)
+                        explain(error, state.model, window.batches, loader, window.starts)
                     raise
                 watch.look_at(update, window)
                 num_applied += update.applied
@@ -304,12 +314,12 @@ def _train_steps(
         state.is_training = False
 
 
-def _enter(state: TrainState, loader: Iterable[Any]) -> Feed:
+def _enter(state: TrainState, loader: Iterable[Any], strategy: Strategy) -> Feed:
     if state.is_training:
         raise ConfigError(
             "Another train_steps is still open on this state. Leave its loop, or close() it."
         )
-    feed = Feed(loader, state.place())
+    feed = Feed(loader, state.place(), strategy)
     state.feed, state.position = feed, None
     state.is_training, state.has_failed = True, None
     return feed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -26,13 +26,15 @@ class Window:
     Attributes:
         batches: At least one, at most ``gradient_accumulation_steps`` of them, as the loader gave
             them (on the CPU, unless the loader itself puts them elsewhere).
-        num_samples: Rows in the window.
+        num_samples: Rows in the window, on all ranks.
         ends_epoch: Whether the loader has nothing after it.
+        starts: Rows of the epoch before each batch.
     """
 
     batches: list[Any]
     num_samples: int
     ends_epoch: bool
+    starts: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from manualloop.data.feed import Feed
+from manualloop.data.deal import as_spare, is_spare
+from manualloop.data.feed import Feed, Given
 from manualloop.errors import DataError, ModelError
 from manualloop.notices import say
 from manualloop.state import TrainState
@@ -48,21 +49,24 @@ def windows(loader: Iterable[Any], size: int, *, skip: int = 0) -> Iterator[Wind
     [(2, 4), (1, 1)]
     """
     feed = Feed(loader)
-    for window in group(feed.batches(skip), size):
+    for window in group(feed.batches(skip), size, skip):
         yield window
         feed.settle()  # else it would keep every batch
 
 
-def group(batches: Iterable[tuple[Any, bool]], size: int) -> Iterator[Window]:
-    """Make windows of batches, each given with whether it is the last one of its pass."""
+def group(batches: Iterable[Given], size: int, start: int) -> Iterator[Window]:
+    """Make windows of the batches of a pass that begins after so many rows."""
     window: list[Any] = []
+    starts: list[int] = []
     num_samples = 0
-    for batch, is_last in batches:
-        window.append(batch)
-        num_samples += num_rows(batch)
-        if is_last or len(window) == size:
-            yield Window(window, num_samples, is_last)
-            window, num_samples = [], 0
+    for given in batches:
+        window.append(given.batch)
+        starts.append(start + num_samples + given.rows_before)
+        num_samples += given.rows
+        if given.is_last or len(window) == size:
+            yield Window(window, num_samples, given.is_last, starts)
+            start += num_samples
+            window, starts, num_samples = [], [], 0
 
 
 def accumulate_gradients(
@@ -108,10 +112,8 @@ def _accumulate(
     strategy: Strategy,
     parameters: Iterable[Tensor],
 ) -> Update:
-    counts: list[Sequence[float]] = [count_terms(model, batch) for batch in batches]
-    planned = _sum_counts(strategy, [sum(term) for term in zip(*counts, strict=True)])
-    if loss_fn is not None:
-        planned = [planned[0] or 1]  # it may count what the labels do not show
+    counts = [_count(model, batch) for batch in batches]
+    planned = _plan(counts, loss_fn, strategy)
     is_alone = len(batches) == strategy.world_size == 1
     weighted_losses: list[Tensor] = []
     num_items: float = 0
@@ -119,6 +121,8 @@ def _accumulate(
         with strategy.hold_gradients(model, hold=number < len(batches)):
             with strategy.autocast():
                 terms = _mean_losses(model, strategy.to_device(batch), count, loss_fn)
+            if is_spare(batch):
+                terms = [(mean, 0) for mean, _ in terms]
             if is_alone:
                 planned = [items for _, items in terms]
             weighted = _weighted_loss(terms, planned, strategy.world_size)
@@ -128,15 +132,17 @@ def _accumulate(
         if items := sum(items for _, items in terms):
             weighted_losses.append(weighted.detach())
             num_items += items
-    (total,) = _sum_counts(strategy, [num_items])
     if weighted_losses:
         loss = reduce(torch.add, weighted_losses)
     else:
         loss = torch.zeros_like(terms[0][0].detach())
-    if total == 0:
-        return Update(loss, 0, applied=False)
+    total: float = num_items
     if strategy.world_size > 1:
         loss = strategy.sum_over_ranks(loss) / strategy.world_size
+        # Nobody has counted otherwise than planned without a loss_fn.
+        total = sum(planned) if loss_fn is None else strategy.sum_counts([num_items])[0]
+    if total == 0:
+        return Update(loss, 0, applied=False)
     if loss_fn is not None and not is_alone and total != planned[0]:
         factor = planned[0] / total  # loss_fn counted otherwise than count_items
         for parameter in parameters:
@@ -146,12 +152,18 @@ def _accumulate(
     return Update(loss, total)
 
 
-def _sum_counts(strategy: Strategy, counts: list[float]) -> list[float]:
-    if strategy.world_size == 1:
-        return counts
-    local = torch.tensor(counts, device=strategy.device)
-    total: list[float] = strategy.sum_over_ranks(local).tolist()
-    return total
+def _count(model: nn.Module, batch: Any) -> Sequence[float]:
+    terms = count_terms(model, batch)
+    return [0.0] * len(terms) if is_spare(batch) else terms
+
+
+def _plan(
+    counts: Sequence[Sequence[float]], loss_fn: LossFn | None, strategy: Strategy
+) -> list[float]:
+    """Return the items of a window on all ranks, of each term; with ``loss_fn`` a guess."""
+    planned = strategy.sum_counts([sum(term) for term in zip(*counts, strict=True)])
+    # loss_fn may count what the labels do not show.
+    return planned if loss_fn is None else [planned[0] or 1]
 
 
 def _mean_losses(
@@ -217,8 +229,11 @@ def split_batch(batch: Any, max_rows: int) -> list[Any]:
             f"tensors with one entry for each of its {rows} rows. Use a smaller batch_size and "
             "more gradient_accumulation_steps."
         )
-    starts = range(0, rows, max_rows)
-    return [{name: c[start : start + max_rows] for name, c in columns.items()} for start in starts]
+    parts = [
+        {name: c[start : start + max_rows] for name, c in columns.items()}
+        for start in range(0, rows, max_rows)
+    ]
+    return [as_spare(part) for part in parts] if is_spare(batch) else parts
 
 
 def _accumulate_in_memory(
@@ -227,7 +242,8 @@ def _accumulate_in_memory(
     """Accumulate gradients from zero; if memory runs out, again, with half as many rows at once.
 
     The update is the same: micro-batches are weighted by items, however they are cut. The size
-    that fits is kept in the state.
+    that fits is kept in the state. Not among several ranks: the others would wait for the gradients
+    of the attempt that failed.
     """
     while True:
         state.optimizer.zero_grad()  # also what a failed attempt has added
@@ -240,7 +256,7 @@ def _accumulate_in_memory(
             )
         except torch.OutOfMemoryError:
             largest = max(map(num_rows, parts))
-            if largest == 1:
+            if largest == 1 or strategy.world_size > 1:
                 raise
         # Outside the handler: the error's traceback holds the activations.
         state.max_batch_rows = (largest + 1) // 2

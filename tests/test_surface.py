@@ -27,10 +27,21 @@ LAYERS = [
     ["nonfinite", "run_folder"],
     ["preflight", "checkpoint"],
     ["update", "snapshot", "contract"],
-    ["data.feed", "data.prepare", "data.inspect", "data.fingerprint", "scorers", "plot"],
+    [
+        "data.feed",
+        "data.prepare",
+        "data.inspect",
+        "data.fingerprint",
+        "predictions",
+        "scorers",
+        "plot",
+    ],
     ["data.passes"],
-    ["data.collate", "data.columns", "data.labels", "data.order", "data.workers"],
-    ["data.generators", "metrics", "history", "state", "tasks", "strategy", "optim", "progress"],
+    ["data.deal", "data.collate", "data.columns", "data.labels", "data.workers"],
+    ["data.generators", "data.order", "data.resumed", "metrics", "history", "state", "tasks"],
+    ["strategy", "optim", "progress"],
+    ["accelerated"],
+    ["devices", "lifeline"],
     [
         "models",
         "cadence",
@@ -41,13 +52,13 @@ LAYERS = [
         "lock",
         "stopping",
     ],
-    ["notices", "randomness", "types"],
+    ["notices", "randomness", "types", "votes"],
     ["errors"],
 ]
 
 # One door per dependency.
 DOORS = {
-    "accelerate": {"strategy"},
+    "accelerate": {"accelerated", "launching"},
     "datasets": {"data.prepare"},
     "transformers": {"data.prepare", "optim"},
     "evaluate": {"metrics"},
@@ -132,7 +143,7 @@ SIGNATURES = {
     "prepare_scheduler": (
         "optimizer, name='linear', *, num_training_steps, num_warmup_steps=0, **kwargs"
     ),
-    "prepare_strategy": "spec='auto', *, mixed_precision='no'",
+    "prepare_strategy": "spec='auto', *, mixed_precision='no', timeout='10 min'",
     "save_checkpoint": (
         "checkpoint_dir, state, *, metrics=None, keep=2, best_metric=None, strategy=None"
     ),

@@ -4,17 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 
 from manualloop.data.collate import explain_rows
+from manualloop.data.deal import Deal, Round, as_spare, is_dealt, rounds_of
 from manualloop.data.order import OrderedBatchSampler
-from manualloop.data.passes import is_read_ahead, open_pass, place_in
+from manualloop.data.passes import begin_in_common, is_read_ahead, open_pass, place_in
 from manualloop.data.workers import Carried, states_between_passes
 from manualloop.errors import DataError
+from manualloop.strategy import Strategy
+from manualloop.tasks import num_rows
 
 _END = object()
+
+
+class Given(NamedTuple):
+    """A batch of this rank, and its place among those of the round: see ``Round``.
+
+    Attributes:
+        batch: What the loader gave; marked, if it is a spare.
+        is_last: Whether it is the last one of its pass.
+        rows_before: In the batches of the ranks before this one.
+        rows: In those of all ranks.
+        is_spare: Whether its rows count on another rank.
+    """
+
+    batch: Any
+    is_last: bool
+    rows_before: int
+    rows: int
+    is_spare: bool
 
 
 class Feed:
@@ -23,31 +44,44 @@ class Feed:
     Args:
         loader: Any iterable of batches.
         position: What ``state_dict`` of another feed returned: where the first pass begins.
+        strategy: Whose ranks the batches are dealt to; None: there is one. A loader that is dealt
+            already gives each rank its own.
 
-    >>> batches = ["a", "b", "c"]
+    >>> batches = [{"x": [1, 2]}, {"x": [3, 4]}, {"x": [5]}]
     >>> feed = Feed(batches)
     >>> given = feed.batches()
-    >>> next(given), next(given), feed.settle()
-    (('a', False), ('b', False), None)
+    >>> next(given).batch, next(given).batch, feed.settle()
+    ({'x': [1, 2]}, {'x': [3, 4]}, None)
     >>> list(Feed(batches, feed.state_dict()).batches())
-    [('c', True)]
+    [Given(batch={'x': [5]}, is_last=True, rows_before=0, rows=1, is_spare=False)]
     """
 
-    def __init__(self, loader: Iterable[Any], position: Mapping[str, Any] | None = None) -> None:
-        self._loader = loader
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        position: Mapping[str, Any] | None = None,
+        strategy: Strategy | None = None,
+    ) -> None:
+        self._loader, self._strategy = loader, strategy
+        self._deal, self._copies = Deal(), 1
+        if strategy is not None and strategy.world_size > 1:
+            if is_dealt(loader):
+                self._copies = strategy.world_size  # rows there are for one that is here
+            else:
+                self._deal = Deal(strategy.rank, strategy.world_size)
         self._resumed = dict(position) if position else None
         self._start: dict[str, Any] = {}
         self._num_used = 0  # batches of this pass
-        self._unused: list[Any] = []  # given, and no update has been made of them yet
+        self._unused: list[Round] = []  # given, and no update has been made of them yet
         self._ahead: Any = _END
         self._workers: dict[str, dict[str, Any]] = {}
         self._last_worker: int | None = None
         self._is_renumbered = False
-        self._items: Iterator[Any] = iter(())
+        self._rounds: Iterator[Round] = iter(())
         self._is_read = self._is_at_end = self._has_more = False
 
-    def batches(self, skip: int = 0) -> Iterator[tuple[Any, bool]]:
-        """Make one pass: give each batch, and whether it is the last one.
+    def batches(self, skip: int = 0) -> Iterator[Given]:
+        """Make one pass: give each batch of this rank. On several ranks every one must.
 
         Of data without a length one batch is read ahead: nothing else tells that it ended.
 
@@ -59,7 +93,9 @@ class Feed:
                 cannot be stacked, or a worker of it failed.
         """
         position = self._resumed or {}
-        begun = open_pass(self._loader, skip, position)
+        if self._deal.world_size > 1 and not position and self._strategy is not None:
+            begin_in_common(self._loader, self._strategy)
+        begun = open_pass(self._loader, skip, position, self._deal)
         self._resumed, self._start = None, begun.start
         self._num_used = begun.num_used
         if position.get("num_workers") == getattr(self._loader, "num_workers", 0):
@@ -67,24 +103,34 @@ class Feed:
             self._last_worker = position.get("last_worker")
         self._is_renumbered = self._last_worker is not None
         self._is_read = self._is_at_end = False
-        self._items = items = _fetch(begun.items, self._loader, skip)
+        items = _fetch(begun.items, self._loader, skip)
+        self._rounds = rounds = rounds_of(items, begun.sampler, self._deal)
         if begun.left is None:
-            yield from self._read_ahead(items)
+            yield from self._read_ahead(rounds)
             return
         number = 0
-        for number, item in enumerate(items, start=1):
-            self._unused.append(item)
-            yield _batch_of(item), number == begun.left
+        for number, dealt in enumerate(rounds, start=1):
+            self._unused.append(dealt)
+            yield self._give(dealt, is_last=number == begun.left)
             if number == begun.left:
                 number += self._read_to_end()
         if number != begun.left:
             length = len(self._loader)  # type: ignore[arg-type]
-            found = length - begun.left + number if number < begun.left else f"more than {length}"
+            left = begun.left * self._deal.world_size
+            found = length - left + number if number < begun.left else f"more than {length}"
             raise DataError(
                 f"The loader gave {found} batches, but its len() is {length}, and updates and "
                 "schedule were planned by it. Mend __len__, or leave it out and give max_steps=; "
                 "if the run was begun with another batch_size, go on with that."
             )
+
+    def _give(self, dealt: Round, *, is_last: bool) -> Given:
+        item = dealt.item
+        batch = item.batch if isinstance(item, Carried) else item
+        rows = num_rows(batch) * self._copies if dealt.rows is None else dealt.rows
+        if dealt.is_spare:
+            batch = as_spare(batch)
+        return Given(batch, is_last, dealt.rows_before, rows, dealt.is_spare)
 
     def _read_to_end(self) -> bool:
         """Read past the last batch, as a plain `for` would; tell whether there was another.
@@ -92,26 +138,28 @@ class Feed:
         A sampler may have work to do there: torch's RandomSampler draws once more.
         """
         if not self._is_read:
-            self._is_read, self._has_more = True, next(self._items, _END) is not _END
+            self._is_read, self._has_more = True, next(self._rounds, _END) is not _END
         return self._has_more
 
-    def _read_ahead(self, items: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-        ahead = next(items, _END)
+    def _read_ahead(self, rounds: Iterator[Round]) -> Iterator[Given]:
+        ahead = next(rounds, _END)
         while ahead is not _END:
-            item, self._ahead = ahead, _END
-            self._unused.append(item)
-            self._ahead = ahead = next(items, _END)
-            yield _batch_of(item), ahead is _END
+            dealt: Any = ahead
+            self._ahead = _END
+            self._unused.append(dealt)
+            self._ahead = ahead = next(rounds, _END)
+            yield self._give(dealt, is_last=ahead is _END)
 
     def settle(self, *, ends_epoch: bool = False) -> None:
         """Count what was given so far as used: an update has been made of it."""
-        self._num_used += len(self._unused)
-        for item in self._unused:
-            if isinstance(item, Carried):
-                self._last_worker = item.worker
-                if item.state is not None:
-                    known = self._workers.get(str(item.worker), {})
-                    self._workers[str(item.worker)] = known | item.state
+        for dealt in self._unused:
+            self._num_used += dealt.num_batches
+            for item in dealt.items:
+                if isinstance(item, Carried):
+                    self._last_worker = item.worker
+                    if item.state is not None:
+                        known = self._workers.get(str(item.worker), {})
+                        self._workers[str(item.worker)] = known | item.state
         self._unused.clear()
         self._is_at_end = ends_epoch
         if ends_epoch:
@@ -130,9 +178,10 @@ class Feed:
         if getattr(self._loader, "num_workers", 0):
             position |= {"workers": dict(self._workers), "last_worker": self._last_worker}
         if is_read_ahead(position):
-            if isinstance(self._ahead, Carried):
+            rounds = [*self._unused, *([] if self._ahead is _END else [self._ahead])]
+            if rounds and isinstance(rounds[-1].items[-1], Carried):
                 position["is_at_end"] = True  # and the dataset may be at its start again
-            batches = [_batch_of(item) for item in (*self._unused, self._ahead) if item is not _END]
+            batches = [_batch_of(item) for dealt in rounds for item in dealt.items]
             position["pending"] = [dict(b) if isinstance(b, Mapping) else b for b in batches]
         return position
 

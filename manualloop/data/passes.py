@@ -15,8 +15,15 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from manualloop.data.generators import SAMPLERS, get_generator_states, set_generator_states
+from manualloop.data.deal import Deal, DealtSampler, deals_rows
+from manualloop.data.generators import (
+    DATASETS,
+    SAMPLERS,
+    get_generator_states,
+    set_generator_states,
+)
 from manualloop.data.order import OrderedBatchSampler, num_batches
+from manualloop.data.resumed import ResumedSampler
 from manualloop.data.workers import (
     CarryingCollate,
     WorkerStart,
@@ -27,12 +34,14 @@ from manualloop.data.workers import (
 )
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
+from manualloop.strategy import Strategy
 from manualloop.tasks import num_rows
 
 Position = Mapping[str, Any]
 """A place in a pass, as ``place_in`` describes it; empty: the start of a first pass."""
 
 
+_ALONE = Deal()
 _OF_WORKERS = ("workers", "last_worker", "dataset", "pending", "is_at_end")
 
 
@@ -44,31 +53,58 @@ class Pass(NamedTuple):
         left: How many they are; None if nobody knows.
         start: What a later pass needs to begin as this one did.
         num_used: Batches before the place, in batches of today's size.
+        sampler: That deals the batches before they are loaded; None: all of them come.
     """
 
     items: Iterator[Any]
     left: int | None
     start: dict[str, Any]
     num_used: int = 0
+    sampler: DealtSampler | None = None
 
 
-def open_pass(loader: Iterable[Any], skip: int, position: Position) -> Pass:
+def open_pass(loader: Iterable[Any], skip: int, position: Position, deal: Deal = _ALONE) -> Pass:
     """Begin a pass over a loader.
 
     Args:
         loader: Any iterable of batches.
         skip: Rows at its start that were used before.
         position: Where they ended; empty if nothing tells.
+        deal: To whom its batches are dealt. ``left`` counts rounds then.
     """
+    begun = _open_pass(loader, skip, position, deal)
+    left = None if begun.left is None else -(-begun.left // deal.world_size)
+    # Of the iterator, not of this pass: workers that are kept read by the sampler of their first.
+    sampler = getattr(begun.items, "_index_sampler", None)
+    return begun._replace(left=left, sampler=sampler if isinstance(sampler, DealtSampler) else None)
+
+
+def begin_in_common(loader: Iterable[Any], strategy: Strategy) -> None:
+    """Let every rank draw the same order from random generators: those of rank 0.
+
+    Not of a prepared loader, which draws nothing.
+    """
+    if _kind_of(loader) == "prepared":
+        return
+    dataset = getattr(loader, "dataset", None) if not deals_rows(loader) else None
+    found = (_beginning(loader), get_generator_states(dataset, DATASETS))
+    beginning, of_dataset = strategy.gather(found)[0]
+    set_random_state(beginning["random"])
+    set_generator_states(loader, SAMPLERS, beginning["generators"])
+    set_generator_states(dataset, DATASETS, of_dataset)
+
+
+def _open_pass(loader: Iterable[Any], skip: int, position: Position, deal: Deal) -> Pass:
     kind = _kind_of(loader)
     start = {**_beginning(loader), "reuses_workers": _reuses_workers(loader)}
     if position.get("num_workers", 0) != getattr(loader, "num_workers", 0):
         position = {key: position[key] for key in position if key not in _OF_WORKERS}
     if kind == "prepared":
-        return Pass(*_open_prepared(loader, skip, position), {}, position.get("num_batches", 0))
+        items, left = _open_prepared(loader, skip, position, deal)
+        return Pass(items, left, {}, position.get("num_batches", 0))
     if not position or position["kind"] != kind:
         if not skip:
-            return Pass(_iterate(loader, {}), num_batches(loader), start)
+            return Pass(_iterate(loader, {}, deal), num_batches(loader), start)
         say(
             "going on inside an epoch, and nothing tells the place but the number of rows used: "
             "they are read again and dropped, and if the loader shuffles, others are than were "
@@ -79,12 +115,12 @@ def open_pass(loader: Iterable[Any], skip: int, position: Position) -> Pass:
     now = get_random_state(devices=False)
     set_random_state(start["random"])
     set_generator_states(loader, SAMPLERS, start["generators"])
-    items, left = _OPEN[kind](loader, {**position, **start}, now)
+    rest, num_left = _OPEN[kind](loader, {**position, **start}, now, deal)
     num_used = position["num_batches"]
     if _has_other_size(loader, position):
         # The rest of the batch in which the place is will be given as one, so this is its number.
         num_used = num_used * position["batch_size"] // _batch_size(loader)
-    return Pass(items, left, start, num_used)
+    return Pass(rest, num_left, start, num_used)
 
 
 def place_in(loader: Iterable[Any], start: dict[str, Any], num_used: int) -> dict[str, Any]:
@@ -152,14 +188,21 @@ def _kind_of(loader: Any) -> str:
     return "iterable"
 
 
-def _open_prepared(loader: Any, skip: int, position: Position) -> tuple[Iterator[Any], int]:
+def _open_prepared(
+    loader: Any, skip: int, position: Position, deal: Deal
+) -> tuple[Iterator[Any], int]:
     loader.batch_sampler.start_at(skip, position.get("seed"))
     if _has_dataset_here(loader):
         set_dataset_state(loader.dataset, position)
-    return _iterate(loader, position), loader.batch_sampler.count_batches(skip)
+    if deal.rank:  # workers draw other numbers on every rank
+        sampler = loader.batch_sampler
+        sampler.generator.manual_seed(sampler.seed + sampler.epoch + (deal.rank << 40))
+    return _iterate(loader, position, deal), loader.batch_sampler.count_batches(skip)
 
 
-def _open_stateful(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], int | None]:
+def _open_stateful(
+    loader: Any, position: Position, now: Any, deal: Deal
+) -> tuple[Iterator[Any], int | None]:
     length = num_batches(loader)
     if "loader" not in position:
         set_random_state(now)
@@ -170,7 +213,9 @@ def _open_stateful(loader: Any, position: Position, now: Any) -> tuple[Iterator[
     return items, None if length is None else length - position["num_batches"]
 
 
-def _open_dataloader(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], int | None]:
+def _open_dataloader(
+    loader: Any, position: Position, now: Any, deal: Deal
+) -> tuple[Iterator[Any], int | None]:
     if _has_dataset_here(loader):
         set_dataset_state(loader.dataset, position)
     name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
@@ -183,7 +228,7 @@ def _open_dataloader(loader: Any, position: Position, now: Any) -> tuple[Iterato
         set_random_state(position["random"])
         set_generator_states(loader, SAMPLERS, position["generators"])
 
-    sampler = _Resumed(
+    sampler = ResumedSampler(
         getattr(loader, name),
         position["num_batches"],
         num_indices,
@@ -191,10 +236,12 @@ def _open_dataloader(loader: Any, position: Position, now: Any) -> tuple[Iterato
         rewind if position["reuses_workers"] else None,
         now,
     )
-    return _iterate(loader, position, {name: sampler}), left
+    return _iterate(loader, position, deal, {name: sampler}), left
 
 
-def _open_stream(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], int | None]:
+def _open_stream(
+    loader: Any, position: Position, now: Any, deal: Deal
+) -> tuple[Iterator[Any], int | None]:
     if position["num_batches"] and has_shuffle_buffer(loader):
         say("not bit-exact, because what was in the stream's shuffle buffer is lost.")
     is_known = is_stateful(loader.dataset) and ("workers" in position or "dataset" in position)
@@ -202,14 +249,14 @@ def _open_stream(loader: Any, position: Position, now: Any) -> tuple[Iterator[An
         states = position.get("workers", {}).values()
         if getattr(loader, "persistent_workers", False) and any("random" in s for s in states):
             say("not bit-exact, because this data draws random numbers in workers that are kept.")
-        return _reread(loader, position, now)
+        return _reread(loader, position, now, deal)
     length = num_batches(loader)
     if position.get("is_at_end"):
         set_random_state(now)
         return iter(position["pending"]), None
     if _has_dataset_here(loader):
         set_dataset_state(loader.dataset, position)
-    items = _iterate(loader, position)
+    items = _iterate(loader, position, deal)
     if position["num_batches"] or position["reuses_workers"]:
         set_random_state(now)
     if _has_dataset_here(loader) and hasattr(loader.dataset, "_starting_state_dict"):
@@ -225,7 +272,9 @@ def _forget_start(items: Iterator[Any], dataset: Any) -> Iterator[Any]:
         yield item
 
 
-def _reread(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], int | None]:
+def _reread(
+    loader: Any, position: Position, now: Any, deal: Deal
+) -> tuple[Iterator[Any], int | None]:
     num_used, length = position["num_batches"], num_batches(loader)
     left = None if length is None else length - num_used
     if isinstance(loader, Sequence):
@@ -242,15 +291,15 @@ def _reread(loader: Any, position: Position, now: Any) -> tuple[Iterator[Any], i
     drawn = get_random_state(devices=False)
     for _ in islice(items, num_used - 1):
         pass
-    # A stream is read one batch ahead, so that was drawn before the place too.
-    ahead = list(islice(items, 1)) if length is None else []
+    # A stream is read one round ahead, so that was drawn before the place too.
+    ahead = list(islice(items, deal.world_size)) if length is None else []
     if not is_same_random_state(drawn, get_random_state(devices=False)):
         say("not bit-exact, because this data draws random numbers while it is read.")
     set_random_state(now)
     return chain(ahead, items), left
 
 
-_OPEN: dict[str, Callable[[Any, Position, Any], tuple[Iterator[Any], int | None]]] = {
+_OPEN: dict[str, Callable[[Any, Position, Any, Deal], tuple[Iterator[Any], int | None]]] = {
     "stateful": _open_stateful,
     "dataloader": _open_dataloader,
     "stream": _open_stream,
@@ -259,12 +308,15 @@ _OPEN: dict[str, Callable[[Any, Position, Any], tuple[Iterator[Any], int | None]
 
 
 def _iterate(
-    loader: Any, position: Position, changes: Mapping[str, Any] | None = None
+    loader: Any, position: Position, deal: Deal, changes: Mapping[str, Any] | None = None
 ) -> Iterator[Any]:
     """Begin to iterate over a loader whose workers carry home what they know."""
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return iter(loader)  # accelerate's, for example, which wrap another
     changes = dict(changes or {})
+    if deal.world_size > 1 and deals_rows(loader):
+        name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
+        changes[name] = DealtSampler(changes.get(name) or getattr(loader, name), deal)
     full = loader.batch_size if isinstance(loader.dataset, IterableDataset) else None
     if full is not None or loader.num_workers > 0:
         changes["collate_fn"] = CarryingCollate(loader.collate_fn, full)
@@ -286,74 +338,6 @@ def _iterate(
     if loader.num_workers > 0:
         shut_down_at_exit(iterator)
     return iterator
-
-
-class _Resumed:
-    """A sampler whose first pass leaves out what was used before.
-
-    Args:
-        sampler: That the loader has.
-        num_used: Of what it gives, to leave out.
-        num_indices: Rows to leave out instead, if they came in batches of another size.
-        rewind: Called before the sampler may draw; what is drawn between that and its first
-            entry, by others, is undone. None: nothing needs it.
-        now: The random state to go on with.
-    """
-
-    def __init__(
-        self,
-        sampler: Any,
-        num_used: int,
-        num_indices: int | None,
-        rewind: Callable[[], None] | None,
-        now: Any,
-    ) -> None:
-        self._sampler, self._num_used, self._num_indices = sampler, num_used, num_indices
-        self._rewind, self._now, self._is_first = rewind, now, True
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def __iter__(self) -> Iterator[Any]:
-        # Not a generator: samplers may draw here, or when the first entry is asked for. A loader
-        # with workers calls this twice before it takes any.
-        if not self._is_first:
-            return iter(self._sampler)
-        if self._rewind is None:
-            return self._skip(iter(self._sampler), None)
-        self._rewind()
-        entries = iter(self._sampler)
-        return self._skip(entries, get_random_state(devices=False))
-
-    def _skip(self, entries: Iterator[Any], drawn: Any) -> Iterator[Any]:
-        self._is_first = False
-        self._rewind = None  # it holds the loader, and so this: workers would end late
-        if drawn is not None:
-            set_random_state(drawn)
-        if self._num_indices is not None:
-            entries = self._skip_indices(entries, self._num_indices)
-        elif self._num_used:
-            next(entries, None)
-            drawn = get_random_state(devices=False)
-            for _ in islice(entries, self._num_used - 1):
-                pass
-            if not is_same_random_state(drawn, get_random_state(devices=False)):
-                say(
-                    "not bit-exact, because the sampler draws from the global random generator as "
-                    "it goes. Give it a generator of its own."
-                )
-            set_random_state(self._now)
-        yield from entries
-
-    def _skip_indices(self, entries: Iterator[Any], num_indices: int) -> Iterator[Any]:
-        for entry in entries:
-            skipped = min(num_indices, len(entry))
-            num_indices -= skipped
-            if num_indices == 0 and self._now is not None:
-                set_random_state(self._now)
-                self._now = None
-            if skipped < len(entry):
-                yield entry[skipped:]
 
 
 def _beginning(loader: Any) -> dict[str, Any]:

@@ -1,0 +1,242 @@
+"""Several processes, by way of accelerate: DDP, FSDP2, DeepSpeed, TPU."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from manualloop.devices import STRATEGY_OF, move, parameters_of
+from manualloop.errors import ConfigError, DistributedError
+from manualloop.lifeline import Lifeline, connect
+from manualloop.models import unwrap_model
+from manualloop.notices import say
+from manualloop.votes import Votes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Accelerated:
+    """The strategy of an ``accelerate.Accelerator``: its device, precision and plugins.
+
+    Args:
+        accelerator: With ``gradient_accumulation_steps=1``: accumulation is the loop's business,
+            since accelerate divides by a constant, also in a window that holds fewer batches. It
+            may have prepared model and optimizer already.
+        timeout: Seconds that ranks wait for each other where the host does; None: torch's default.
+
+    Raises:
+        ConfigError: The accelerator divides losses for accumulation by itself.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, timeout: float | None = None) -> None:
+        if accelerator.gradient_accumulation_steps != 1:
+            raise ConfigError(
+                "The Accelerator has gradient_accumulation_steps="
+                f"{accelerator.gradient_accumulation_steps}. Build it with 1 and pass "
+                "gradient_accumulation_steps to train_loop, which weighs micro-batches by items."
+            )
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.is_main = accelerator.is_main_process
+        self.rank = accelerator.process_index
+        self.world_size = accelerator.num_processes
+        self.is_sharded = accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+        self.votes = Votes(self.rank, self.world_size)
+        self._on_host: Any = None
+        self._lifeline: Lifeline | None = None
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            # Counts and objects go by the host: nothing waits for the device, and unlike NCCL gloo
+            # notices at once that a process is gone.
+            if self.device.type != "cpu":
+                limit = None if timeout is None else timedelta(seconds=timeout)
+                self._on_host = torch.distributed.new_group(backend="gloo", timeout=limit)
+            self._lifeline = connect(self.rank, self.world_size, self.gather)
+        accelerator.manualloop_strategy = self  # to live as long: see STRATEGY_OF
+
+    def __repr__(self) -> str:
+        precision = self.accelerator.mixed_precision
+        ranks = f", world_size={self.world_size}" if self.world_size > 1 else ""
+        return f"Accelerated(device={str(self.device)!r}, mixed_precision={precision!r}{ranks})"
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        if self.is_sharded and self._held(model) is None:
+            # Sharding replaces the parameters, so that the optimizer needs the new ones.
+            prepared, optimizer = self.accelerator.prepare(model, optimizer)
+            STRATEGY_OF[model] = STRATEGY_OF[prepared] = ref(self)
+            return prepared, optimizer
+        return self.prepare_model(model), self.prepare_optimizer(optimizer)
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        held = self._held(model)
+        if held is None and self.is_sharded:
+            raise DistributedError(
+                f"{type(model).__name__} is to be sharded, and that takes its optimizer as well: "
+                "train it first, or prepare both with accelerator.prepare(model, optimizer)."
+            )
+        prepared: nn.Module = self.accelerator.prepare_model(model) if held is None else held
+        STRATEGY_OF[model] = STRATEGY_OF[prepared] = ref(self)
+        return prepared
+
+    def _held(self, model: nn.Module) -> nn.Module | None:
+        """Return what the accelerator has made of a model; None if it does not know it.
+
+        It would wrap a model a second time, and older versions even their own.
+        """
+        inner = unwrap_model(model, adapters=False)
+        for held in self.accelerator._models:
+            if model is held or inner is unwrap_model(held, adapters=False):
+                return held  # type: ignore[no-any-return]
+        return model if inner is not model and self.world_size > 1 else None
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        # accelerate would wrap what it has wrapped, and then unscale its gradients twice.
+        for held in self.accelerator._optimizers:
+            if optimizer is held or optimizer is held.optimizer:
+                return held  # type: ignore[no-any-return]
+        prepared: Optimizer = self.accelerator.prepare_optimizer(optimizer)
+        return prepared
+
+    def to_device(self, batch: Any) -> Any:
+        return batch if self.device.type == "cpu" else move(batch, self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
+
+    def hold_gradients(self, model: nn.Module, hold: bool) -> AbstractContextManager[Any]:
+        if not hold or self.world_size == 1:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
+        return context
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        with self._explaining():
+            total: Tensor = self.accelerator.reduce(values)
+        return total
+
+    def sum_counts(self, counts: Sequence[float]) -> list[float]:
+        if self.world_size == 1:
+            return list(counts)
+        values = torch.tensor([*counts, *self.votes.ballot()], dtype=torch.float64)
+        with self._explaining():
+            if self._lifeline is None:  # TPU
+                values = self.accelerator.reduce(values.to(self.device))
+            else:
+                torch.distributed.all_reduce(values, group=self._on_host)
+        totals: list[float] = values.tolist()
+        self.votes.count(totals[len(counts) :])
+        return [int(t) if t.is_integer() else t for t in totals[: len(counts)]]
+
+    def any(self, flag: bool) -> bool:
+        return any(self.gather(bool(flag)))
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with self._explaining():
+            torch.distributed.all_gather_object(values, value, group=self._on_host)
+        return values
+
+    def explain(self, error: BaseException) -> None:
+        if self._lifeline is None or isinstance(error, DistributedError):
+            return
+        if self._lifeline.failures() or _CONNECTION.search(f"{type(error).__name__} {error}"):
+            reason = self._lifeline.explain()
+            if reason is not None:
+                raise reason from error
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self.explain(error)
+            raise
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        norm: Tensor = self.accelerator.clip_grad_norm_(parameters_of(optimizer), max_norm)
+        return norm
+
+    @property
+    def scaler(self) -> Any:
+        return self.accelerator.scaler
+
+    @property
+    def scales_losses(self) -> bool:
+        return self.accelerator.scaler is not None
+
+    def apply(self, optimizer: Optimizer) -> bool:
+        # Not AcceleratedOptimizer.step_was_skipped: a fused optimizer is always called, and skips
+        # inside its kernel. The scale only ever falls after an overflow.
+        scaler = self.accelerator.scaler
+        scale = 0.0 if scaler is None else scaler.get_scale()
+        optimizer.step()
+        return scaler is None or scaler.get_scale() >= scale
+
+
+_CONNECTION = re.compile(
+    "gloo|nccl|Dist.*Error|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE
+)
+
+
+def is_launched() -> bool:
+    """Tell whether accelerate's launcher, torchrun or the like has started this process."""
+    # The first is set by accelerate launch, always.
+    is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or is_one_of_many
+
+
+def start_accelerator(mixed_precision: str | None, timeout: float | None) -> Accelerated:
+    """Make an accelerator of what the launcher says, and its strategy.
+
+    Args:
+        mixed_precision: None: what the launcher was configured for.
+        timeout: Seconds that ranks wait for each other.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    limit = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout or 600))
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[limit])
+    asked = _num_processes_asked()
+    if asked is not None and accelerator.num_processes < asked:
+        say(
+            f"{asked} processes were asked for, and {accelerator.num_processes} runs. On a CPU "
+            "accelerate launch starts one; use torchrun --nproc_per_node, or ACCELERATE_USE_CPU=1 "
+            "accelerate launch --multi_gpu --num_processes."
+        )
+    known: Accelerated | None = getattr(accelerator, "manualloop_strategy", None)
+    return known or Accelerated(accelerator, timeout=timeout)
+
+
+def _num_processes_asked() -> int | None:
+    """Return what --num_processes of accelerate launch says, if that is what has started us.
+
+    accelerate itself tells its children nothing of it; its command line does, on Linux.
+    """
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        return None
+    if not any("accelerate" in word for word in command[:4]):
+        return None
+    for number, word in enumerate(command):
+        if word.startswith(("--num_processes", "--num-processes")):
+            value = word.partition("=")[2] or command[number + 1]
+            return int(value) if value.isdigit() else None
+    return None

@@ -1,0 +1,175 @@
+"""One process on one device, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from manualloop.errors import ConfigError
+from manualloop.votes import Votes
+
+MixedPrecision = Literal["no", "bf16", "fp16"]
+
+
+class SingleDevice:
+    """One process, one device, plain torch: no accelerate in the path.
+
+    Args:
+        device: ``"cpu"``, ``"cuda:1"``, ``"mps"``, ``"xpu"``, or a ``torch.device``.
+        mixed_precision: ``"no"`` runs in the parameters' dtype. ``"bf16"`` and ``"fp16"`` run
+            forward passes under autocast, fp16 with a ``GradScaler``, which costs one
+            host-device synchronisation an update: PyTorch's scaler decides on the host whether to
+            skip.
+
+    >>> SingleDevice("cpu")
+    SingleDevice(device='cpu', mixed_precision='no')
+    """
+
+    is_main = True
+    rank = 0
+    world_size = 1
+    is_sharded = False
+
+    def __init__(
+        self, device: str | torch.device = "cpu", *, mixed_precision: MixedPrecision = "no"
+    ) -> None:
+        self.device = torch.device(device)
+        self.mixed_precision = mixed_precision
+        if mixed_precision not in ("no", "bf16", "fp16"):
+            raise ConfigError(
+                f"SingleDevice takes mixed_precision={mixed_precision!r} from prepare_strategy "
+                'only: prepare_strategy(device, mixed_precision="auto").'
+            )
+        self.votes = Votes()
+        self._dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+        self.scaler = torch.amp.GradScaler(self.device.type) if mixed_precision == "fp16" else None
+
+    def __repr__(self) -> str:
+        return (
+            f"SingleDevice(device={str(self.device)!r}, mixed_precision={self.mixed_precision!r})"
+        )
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        return self.prepare_model(model), optimizer
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        STRATEGY_OF[model] = lambda: self
+        return model.to(self.device)
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        return optimizer
+
+    def to_device(self, batch: Any) -> Any:
+        return batch if self.device.type == "cpu" else move(batch, self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self._dtype)
+
+    def hold_gradients(self, model: nn.Module, hold: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return values
+
+    def sum_counts(self, counts: Sequence[float]) -> list[float]:
+        return list(counts)
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def explain(self, error: BaseException) -> None:
+        pass
+
+    def backward(self, loss: Tensor) -> None:
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        return nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm)
+
+    @property
+    def scales_losses(self) -> bool:
+        return self.scaler is not None
+
+    def apply(self, optimizer: Optimizer) -> bool:
+        if self.scaler is None:
+            optimizer.step()
+            return True
+        scale = self.scaler.get_scale()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return self.scaler.get_scale() >= scale
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """List the parameters that an optimizer updates, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Copy the tensors in a nest of mappings, lists and tuples to a device, without blocking."""
+    if hasattr(value, "to"):  # a tensor, a BatchEncoding, a packed sequence
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {name: move(item, device) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(move(item, device) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(move(item, device) for item in value)
+    return value
+
+
+# Beside the model, not on it: an attribute would travel into its state, its copies and its pickles.
+# An Accelerator holds its models, so a strategy that holds an Accelerator is referred to weakly:
+# else no model in here would ever be freed.
+STRATEGY_OF: WeakKeyDictionary[nn.Module, Callable[[], Any]] = WeakKeyDictionary()
+"""Which strategy has prepared a model."""
+
+
+def checked_device(spec: str | torch.device) -> torch.device:
+    """Return a device that is here.
+
+    Raises:
+        ConfigError: It is not, or is no device.
+    """
+    known: Iterable[str] = ("cpu", "cuda", "mps", "xpu")
+    try:
+        device = torch.device(spec)
+    except RuntimeError as error:
+        raise ConfigError(
+            f'{spec!r} is not a device. Use "auto", or one of {", ".join(known)}.'
+        ) from error
+    if device.type == "cpu":
+        return device
+    available = best_accelerator()
+    count = torch.accelerator.device_count() if available else 0
+    if available is None or available.type != device.type or (device.index or 0) >= count:
+        found = f"{count} x {available.type}" if available else "no accelerator"
+        raise ConfigError(f'Device "{device}" is not here: torch sees {found}. Use "auto".')
+    return device
+
+
+def best_accelerator() -> torch.device | None:
+    """Return cuda, mps or xpu, whichever is here; None: there is none."""
+    # currentbest_accelerator() alone names what torch was built for, also where there is none.
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Tell whether a device computes in bfloat16 without emulation."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type in ("cpu", "xpu")

@@ -1,0 +1,84 @@
+"""The notebook, run from top to bottom in a kernel of its own."""
+
+import asyncio
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient import NotebookClient
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NOTEBOOK = EXAMPLES / "notebooks/full_training.ipynb"
+TIMEOUT = 600  # seconds, for the whole notebook
+
+
+def run_notebook(tmp_path, **environment):
+    """Run a copy as its reader would, in its own folder; return the cells by their id."""
+    folder = tmp_path / "examples/notebooks"
+    folder.mkdir(parents=True)
+    shutil.copy(EXAMPLES / "docstrings.py", folder.parent)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    manager = AsyncKernelManager(
+        # Only the kernel of this interpreter: a user may have put another under the same name.
+        kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),
+        connection_file=str(tmp_path / "kernel.json"),
+    )
+    assert manager.kernel_spec.argv[0] == sys.executable
+    client = NotebookClient(
+        notebook, km=manager, timeout=None, resources={"metadata": {"path": str(folder)}}
+    )
+    env = {name: value for name, value in os.environ.items() if name != "MANUALLOOP_SHARED"}
+    env |= {"IPYTHONDIR": str(tmp_path / "ipython"), **environment}
+    asyncio.run(asyncio.wait_for(client.async_execute(env=env, cleanup_kc=True), TIMEOUT))
+    return {cell.id: cell for cell in notebook.cells}
+
+
+def printed(cell, stream="stdout"):
+    return "".join(output.text for output in cell.outputs if output.get("name") == stream)
+
+
+def assert_it_says_what_it_should(cells, scores):
+    code = [cell for cell in cells.values() if cell.cell_type == "code"]
+    lines = [line for cell in code for line in printed(cell, "stderr").splitlines()]
+    # tqdm misses ipywidgets, which the tests do not install: it then prints lines.
+    assert [x for x in lines if "Warning" in x and "IProgress not found" not in x] == []
+    assert printed(cells["equal-bits"]) == "Equal to the last bit: True\n"
+    assert "image/png" in cells["plot"].outputs[-1].data
+    ranks = re.findall(r"^rank (\d) of 2: (.*)$", printed(cells["launch"]), re.MULTILINE)
+    assert [rank for rank, _ in ranks] == ["0", "1"]
+    (words,) = {words for _, words in ranks}  # the same on both
+    assert re.fullmatch(" ".join(rf"{name} \d\.\d{{4}}" for name in scores), words)
+
+
+def test_the_committed_notebook_is_clean():
+    notebook = nbformat.read(NOTEBOOK, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_notebook_runs_on_docstrings(tmp_path):
+    cells = run_notebook(tmp_path)
+    assert_it_says_what_it_should(cells, ["loss", "accuracy", "f1_macro"])
+    by_hand = re.search(r"accuracy (\S+)", printed(cells["evaluate-by-hand"]))
+    assert float(by_hand[1]) > 0.5  # of 7 areas; the largest alone is a quarter
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.shared
+def test_the_notebook_runs_on_mrpc(shared, tmp_path):
+    cells = run_notebook(tmp_path, MANUALLOOP_SHARED=str(shared), MANUALLOOP_NUM_ROWS="200")
+    assert_it_says_what_it_should(cells, ["loss", "accuracy", "f1"])
