@@ -44,6 +44,7 @@ _HOME = {
     "count_items": "tasks",
     "evaluate_loop": "evaluation",
     "inspect_batch": "data.inspect",
+    "launch": "launching",
     "load_checkpoint": "checkpoint",
     "load_metric": "metrics",
     "predict_loop": "evaluation",
@@ -94,6 +95,7 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.errors import NonFiniteError as NonFiniteError
     from manualloop.evaluation import evaluate_loop as evaluate_loop
     from manualloop.evaluation import predict_loop as predict_loop
+    from manualloop.launching import launch as launch
     from manualloop.loop import TrainResult as TrainResult
     from manualloop.loop import train_loop as train_loop
     from manualloop.metrics import load_metric as load_metric

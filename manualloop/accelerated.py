@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -45,6 +46,13 @@ class Accelerated:
                 "The Accelerator has gradient_accumulation_steps="
                 f"{accelerator.gradient_accumulation_steps}. Build it with 1 and pass "
                 "gradient_accumulation_steps to train_loop, which weighs micro-batches by items."
+            )
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if accelerator.num_processes < launched:
+            raise DistributedError(
+                f"A launcher started {launched} processes (WORLD_SIZE), and the Accelerator knows "
+                f"of {accelerator.num_processes}: each would train alone. On a CPU it must be told: "
+                'Accelerator(cpu=True), or leave it to prepare_strategy("auto").'
             )
         self.accelerator = accelerator
         self.device = accelerator.device
@@ -211,8 +219,12 @@ def start_accelerator(mixed_precision: str | None, timeout: float | None) -> Acc
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    limit = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout or 600))
-    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[limit])
+    accelerator = Accelerator(
+        # Without an accelerator it must be told, or each process trains alone.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout or 600))],
+    )
     asked = _num_processes_asked()
     if asked is not None and accelerator.num_processes < asked:
         say(
@@ -220,23 +232,31 @@ def start_accelerator(mixed_precision: str | None, timeout: float | None) -> Acc
             "accelerate launch starts one; use torchrun --nproc_per_node, or ACCELERATE_USE_CPU=1 "
             "accelerate launch --multi_gpu --num_processes."
         )
-    known: Accelerated | None = getattr(accelerator, "manualloop_strategy", None)
-    return known or Accelerated(accelerator, timeout=timeout)
+    return Accelerated(accelerator, timeout=timeout)
 
 
 def _num_processes_asked() -> int | None:
-    """Return what --num_processes of accelerate launch says, if that is what has started us.
+    """Return how many processes accelerate launch was asked for, if that is what has started us.
 
-    accelerate itself tells its children nothing of it; its command line does, on Linux.
+    accelerate tells its children nothing of it; on Linux its command line and its config do.
     """
     try:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
     except OSError:
         return None
-    if not any("accelerate" in word for word in command[:4]):
+    if "launch" not in command or not any("accelerate" in word for word in command[:4]):
         return None
-    for number, word in enumerate(command):
-        if word.startswith(("--num_processes", "--num-processes")):
-            value = word.partition("=")[2] or command[number + 1]
-            return int(value) if value.isdigit() else None
-    return None
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--config_file", "--config-file")
+    asked, _ = parser.parse_known_args(command[command.index("launch") + 1 :])
+    if asked.num_processes is None:
+        from accelerate.commands.config.config_args import (
+            default_config_file,
+            load_config_from_file,
+        )
+
+        if asked.config_file or os.path.isfile(default_config_file):
+            config: Any = load_config_from_file(asked.config_file)
+            return int(config.num_processes)
+    return asked.num_processes  # type: ignore[no-any-return]

@@ -73,6 +73,7 @@ def evaluate_loop(
             there are no labels.
         MetricError: The metric cannot score these predictions.
 
+    >>> import torch
     >>> model = nn.Linear(1, 1)
     >>> evaluate_loop(model, [{"x": torch.zeros(2, 1)}], strategy=None,
     ...               loss_fn=lambda model, batch: 0 * model(batch["x"]).mean())
@@ -164,6 +165,7 @@ def predict_loop(
     Raises:
         DataError: The loader gives no batch, or shuffles in a way that cannot be undone.
 
+    >>> import torch
     >>> class Half(nn.Module):
     ...     def forward(self, x):
     ...         return {"logits": x / 2}

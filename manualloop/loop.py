@@ -172,22 +172,21 @@ def train_loop(
     ...            evaluate=lambda: {"weight": 1.0}, progress_bar=False)
     TrainResult(20 steps, stopped_by='max_steps', weight=1)
     """
-    length: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "num_epochs": num_epochs,
         "max_steps": max_steps,
         "gradient_accumulation_steps": gradient_accumulation_steps,
+        "max_grad_norm": max_grad_norm,
     }
     strategy = strategy_for(model, strategy)
-    world_size = strategy.world_size
-    plan = plan_run(train_dataloader, max_grad_norm=max_grad_norm, world_size=world_size, **length)
+    plan = plan_run(train_dataloader, world_size=strategy.world_size, **settings)
     _check_evaluation(evaluate, best_metric, patience)
-    every = partial(
-        parse_cadence, num_steps_per_epoch=plan.num_steps_per_epoch, votes=strategy.votes
-    )
-    log_is_due = every("log_every", log_every)
-    evaluation_is_due = every("evaluate_every", evaluate_every)
-    save_is_due = every("checkpoint_every", checkpoint_every)
-    stopping = Stopping(parse_seconds("max_time", max_time), strategy.votes)
+    votes = strategy.votes
+    parse = partial(parse_cadence, num_steps_per_epoch=plan.num_steps_per_epoch, votes=votes)
+    log_is_due = parse("log_every", log_every)
+    evaluation_is_due = parse("evaluate_every", evaluate_every)
+    save_is_due = parse("checkpoint_every", checkpoint_every)
+    stopping = Stopping(parse_seconds("max_time", max_time), votes)
     optimizer = optimizer or prepare_optimizer(model)
     schedule = _schedule(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
     state = TrainState(model, optimizer, schedule, extras=extras or {})
@@ -199,17 +198,15 @@ def train_loop(
         run = Run(state, report, folder, stopping, evaluate, best_metric, patience, strategy)
         stack.callback(run.close)
         run.resume(train_dataloader)
-        report.open()
         steps = train_steps(
             state,
             train_dataloader,
-            max_grad_norm=max_grad_norm,
             loss_fn=loss_fn,
             step_fn=step_fn,
             on_nonfinite=on_nonfinite,
             strategy=strategy,
             preflight=preflight,
-            **length,
+            **settings,
         )
         stack.enter_context(closing(steps))
         if folder is not None:

@@ -65,22 +65,25 @@ class Run:
         return bool(is_evaluated and self._best_metric and self._num_worse() == 0)
 
     def resume(self, loader: Iterable[Any]) -> None:
-        """Go on from the folder's checkpoint, if there is one."""
-        if self._folder is None:
-            return
+        """Go on from the folder's checkpoint, if there is one, and show the bar."""
+        if self._folder is not None:
+            self._go_on(self._folder, loader)
+        self._report.open()
+
+    def _go_on(self, folder: RunFolder, loader: Iterable[Any]) -> None:
         if has_shuffle_buffer(loader):
             say(
                 "the stream has a shuffle buffer, which no checkpoint holds: going on inside an "
                 "epoch is not bit-exact."
             )
-        notes, records = self._folder.resume()
+        notes, records = folder.resume()
         if notes:
             self.evaluations = notes["evaluations"]
             self._evaluated_step, self._is_pending = notes["evaluated_step"], notes["is_pending"]
             self._report.restore(notes["report"], records, self._state.progress.num_steps)
             self._saved = self._fingerprint()
         if self._state.progress.num_steps < self._report.plan.num_steps:
-            self._folder.check_space()
+            folder.check_space()
 
     def catch_up(self) -> None:
         """Make the evaluation that the process before had no time for."""

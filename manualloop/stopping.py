@@ -18,6 +18,7 @@ from manualloop.votes import Votes
 _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
+_TWICE = 2.0  # seconds in which the same signal may come again by another way
 _REASONS = ("SIGINT", "SIGTERM", "SIGUSR1", "max_time")
 
 
@@ -40,7 +41,7 @@ class Stopping:
         self.cause: str | None = None
         self._votes = votes or Votes()
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
-        self._is_evaluating = False
+        self._is_evaluating, self._since = False, 0.0
         self._previous: dict[int, Any] = {}
 
     def reason(self) -> str | None:
@@ -95,10 +96,12 @@ class Stopping:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.cause is not None:
+            if not self._votes.is_alone and time.monotonic() - self._since < _TWICE:
+                return  # launchers pass on what a scheduler has sent to every process
             self._restore()
             os.kill(os.getpid(), number)
             return
-        self.cause = signal.Signals(number).name
+        self.cause, self._since = signal.Signals(number).name, time.monotonic()
         if number == signal.SIGINT:  # not by a log record: its lock may be held just now
             os.write(2, b"\nmanualloop: finishing this update; Ctrl-C again ends at once.\n")
         if self._is_evaluating:

@@ -62,7 +62,7 @@ def group(batches: Iterable[Given], size: int, start: int) -> Iterator[Window]:
     for given in batches:
         window.append(given.batch)
         starts.append(start + num_samples + given.rows_before)
-        num_samples += given.rows
+        num_samples += given.num_rows()
         if given.is_last or len(window) == size:
             yield Window(window, num_samples, given.is_last, starts)
             start += num_samples

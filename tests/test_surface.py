@@ -20,7 +20,7 @@ MODULES = {
 
 # Imports point down: a module may import those of the rows below its own.
 LAYERS = [
-    ["loop"],
+    ["loop", "launching"],
     ["run"],
     ["report", "verify", "compare"],
     ["training", "evaluation"],
@@ -100,6 +100,7 @@ PUBLIC_NAMES = [
     "count_items",
     "evaluate_loop",
     "inspect_batch",
+    "launch",
     "load_checkpoint",
     "load_metric",
     "predict_loop",
@@ -127,6 +128,7 @@ SIGNATURES = {
         "progress_bar=False"
     ),
     "inspect_batch": "loader, tokenizer=None",
+    "launch": "function, args=(), *, num_processes=None, mixed_precision=None, use_port=None",
     "load_checkpoint": "checkpoint_dir, state, *, which='last', strategy=None, verify=True",
     "load_metric": "name, config=None",
     "predict_loop": "model, dataloader, *, strategy=None, postprocess=None, progress_bar=False",

@@ -27,15 +27,19 @@ class Given(NamedTuple):
         batch: What the loader gave; marked, if it is a spare.
         is_last: Whether it is the last one of its pass.
         rows_before: In the batches of the ranks before this one.
-        rows: In those of all ranks.
-        is_spare: Whether its rows count on another rank.
+        rows: In those of all ranks; None: so many as in this one, times ``num_copies``.
+        num_copies: Ranks that have a batch like it, which nobody has seen here.
     """
 
     batch: Any
     is_last: bool
-    rows_before: int
-    rows: int
-    is_spare: bool
+    rows_before: int = 0
+    rows: int | None = None
+    num_copies: int = 1
+
+    def num_rows(self) -> int:
+        """Count the rows of the round."""
+        return num_rows(self.batch) * self.num_copies if self.rows is None else self.rows
 
 
 class Feed:
@@ -53,7 +57,7 @@ class Feed:
     >>> next(given).batch, next(given).batch, feed.settle()
     ({'x': [1, 2]}, {'x': [3, 4]}, None)
     >>> list(Feed(batches, feed.state_dict()).batches())
-    [Given(batch={'x': [5]}, is_last=True, rows_before=0, rows=1, is_spare=False)]
+    [Given(batch={'x': [5]}, is_last=True, rows_before=0, rows=None, num_copies=1)]
     """
 
     def __init__(
@@ -127,10 +131,9 @@ class Feed:
     def _give(self, dealt: Round, *, is_last: bool) -> Given:
         item = dealt.item
         batch = item.batch if isinstance(item, Carried) else item
-        rows = num_rows(batch) * self._copies if dealt.rows is None else dealt.rows
         if dealt.is_spare:
             batch = as_spare(batch)
-        return Given(batch, is_last, dealt.rows_before, rows, dealt.is_spare)
+        return Given(batch, is_last, dealt.rows_before, dealt.rows, self._copies)
 
     def _read_to_end(self) -> bool:
         """Read past the last batch, as a plain `for` would; tell whether there was another.

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -30,12 +31,16 @@ def run_notebook(tmp_path, **environment):
         connection_file=str(tmp_path / "kernel.json"),
     )
     assert manager.kernel_spec.argv[0] == sys.executable
+    deadline = time.monotonic() + TIMEOUT
     client = NotebookClient(
-        notebook, km=manager, timeout=None, resources={"metadata": {"path": str(folder)}}
+        notebook,
+        km=manager,
+        timeout_func=lambda cell: max(deadline - time.monotonic(), 1),
+        resources={"metadata": {"path": str(folder)}},
     )
-    env = {name: value for name, value in os.environ.items() if name != "MANUALLOOP_SHARED"}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MANUALLOOP_")}
     env |= {"IPYTHONDIR": str(tmp_path / "ipython"), **environment}
-    asyncio.run(asyncio.wait_for(client.async_execute(env=env, cleanup_kc=True), TIMEOUT))
+    asyncio.run(client.async_execute(env=env, cleanup_kc=True))
     return {cell.id: cell for cell in notebook.cells}
 
 
@@ -80,5 +85,7 @@ def test_the_notebook_runs_on_docstrings(tmp_path):
 @pytest.mark.distributed
 @pytest.mark.shared
 def test_the_notebook_runs_on_mrpc(shared, tmp_path):
-    cells = run_notebook(tmp_path, MANUALLOOP_SHARED=str(shared), MANUALLOOP_NUM_ROWS="200")
+    cells = run_notebook(
+        tmp_path, MANUALLOOP_SHARED=str(shared.resolve()), MANUALLOOP_NUM_ROWS="200"
+    )
     assert_it_says_what_it_should(cells, ["loss", "accuracy", "f1"])

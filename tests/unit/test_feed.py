@@ -42,7 +42,7 @@ def take(feed, num_batches, skip=0):
     """The rows of some batches of a new pass, each counted as used, and then the place."""
     given, rows = feed.batches(skip), []
     for _ in range(num_batches):
-        batch, is_last = next(given)
+        batch, is_last, *_ = next(given)
         rows.append(rows_of(batch))
         feed.settle(ends_epoch=is_last)
     return rows, feed.state_dict()
@@ -50,7 +50,7 @@ def take(feed, num_batches, skip=0):
 
 def rest(feed, skip=0):
     rows, ends = [], []
-    for batch, is_last in feed.batches(skip):
+    for batch, is_last, *_ in feed.batches(skip):
         rows.append(rows_of(batch))
         ends.append(is_last)
         feed.settle(ends_epoch=is_last)
@@ -127,7 +127,7 @@ def test_batches_that_were_given_and_not_settled_are_given_again(
     feed, used = Feed(loader), []
     for cut in [*cuts, None]:
         unsettled = []
-        for number, (batch, is_last) in enumerate(feed.batches(len(used))):
+        for number, (batch, is_last, *_) in enumerate(feed.batches(len(used))):
             if number == cut:
                 break
             unsettled += rows_of(batch)
@@ -231,7 +231,7 @@ def test_generators_of_sampler_and_loader_go_on_where_they_were(make, num_passes
         next(given)
     feed.settle()
     place, state = through_json(feed.state_dict()), get_random_state(devices=False)
-    expected = [rows_of(batch) for batch, _ in given]
+    expected = [rows_of(batch) for batch, *_ in given]
     feed.settle(ends_epoch=True)
     following = rest(feed)
     seed_all(2)
@@ -359,7 +359,7 @@ def numbered(**options):
 def read_all(feed, num_passes, skip=0):
     found = []
     for _ in range(num_passes):
-        for batch, is_last in feed.batches(skip):
+        for batch, is_last, *_ in feed.batches(skip):
             found.append(batch)
             feed.settle(ends_epoch=is_last)
         skip = 0
@@ -402,7 +402,7 @@ def test_with_other_workers_what_the_old_ones_had_is_not_given_to_them():
     place = feed.state_dict()
     assert set(place["workers"]) == {"0", "1"}
     feed = Feed(numbered(num_workers=1), place)
-    first, _ = next(feed.batches(6))
+    first, *_ = next(feed.batches(6))
     feed.settle()
     _, worker, seed, _, _, drawn = first[0]
     assert worker == 0
@@ -436,7 +436,7 @@ def test_the_loader_is_the_users_own_again_as_soon_as_the_pass_has_begun(options
     before = dict(vars(loader))
     feed = Feed(loader)
     given = feed.batches()
-    batch, _ = next(given)
+    batch, *_ = next(given)
     assert isinstance(batch, dict)
     assert {key: value for key, value in vars(loader).items() if key != "_iterator"} == {
         key: value for key, value in before.items() if key != "_iterator"
