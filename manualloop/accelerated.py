@@ -51,8 +51,8 @@ class Accelerated:
         if accelerator.num_processes < launched:
             raise DistributedError(
                 f"A launcher started {launched} processes (WORLD_SIZE), and the Accelerator knows "
-                f"of {accelerator.num_processes}: each would train alone. On a CPU it must be told: "
-                'Accelerator(cpu=True), or leave it to prepare_strategy("auto").'
+                f"of {accelerator.num_processes}: each would train alone. On a CPU it must be "
+                'told: Accelerator(cpu=True), or leave it to prepare_strategy("auto").'
             )
         self.accelerator = accelerator
         self.device = accelerator.device

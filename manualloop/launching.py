@@ -58,7 +58,6 @@ def launch(
         return
     _require_no_device_used()
     from accelerate import notebook_launcher
-
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.utils.distributed import get_free_port
 

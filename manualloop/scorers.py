@@ -212,8 +212,10 @@ class _Torchmetrics:
         self.name = re.sub(words, "_", type(metric).__name__).lower()
         self._metric = metric
         # A collection has no device of its own, its members have.
-        modules = metric.modules() if hasattr(metric, "modules") else [metric]
+        modules = list(metric.modules()) if hasattr(metric, "modules") else [metric]
         self._device = next((one.device for one in modules if hasattr(one, "device")), None)
+        # It would gather rows from the other ranks; those are here already, and only here.
+        self._syncing = [one for one in modules if hasattr(one, "distributed_available_fn")]
         metric.reset()
 
     def add_batch(self, *, predictions: Any, references: Any) -> None:
@@ -226,9 +228,20 @@ class _Torchmetrics:
             return values
 
     def compute(self) -> dict[str, float]:
-        result = self._metric.compute()
+        kept = [one.distributed_available_fn for one in self._syncing]
+        for one in self._syncing:
+            one.distributed_available_fn = _is_alone
+        try:
+            result = self._metric.compute()
+        finally:
+            for one, function in zip(self._syncing, kept, strict=True):
+                one.distributed_available_fn = function
         self._metric.reset()
         return _to_floats(self.name, result, flatten=True)
+
+
+def _is_alone() -> bool:
+    return False
 
 
 class _Function:

@@ -1,0 +1,118 @@
+"""Run on each of two ranks: evaluation and prediction, compared with one process, bit by bit."""
+
+import sys
+
+import numpy as np
+import torch
+from helpers import tiny_bert
+from ranks import leave
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchmetrics.classification import BinaryAUROC
+
+from manualloop import SingleDevice, evaluate_loop, predict_loop, prepare_strategy
+from manualloop.data.order import ordered_loader
+
+
+class Rows(Dataset):
+    def __init__(self, num_rows):
+        draw = torch.Generator().manual_seed(num_rows)
+        lengths = torch.randint(2, 9, (num_rows,), generator=draw).tolist()
+        self.rows = [
+            {
+                "input_ids": torch.randint(4, 16, (length,), generator=draw),
+                "labels": torch.randint(0, 2, (), generator=draw),
+            }
+            for length in lengths
+        ]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        return self.rows[row]
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows.rows)
+
+
+def pad(rows):
+    ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
+    labels = torch.stack([row["labels"] for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+
+
+def product(predictions, references):
+    # Depends on the order of the rows in its last bits.
+    weights = np.sin(np.arange(len(predictions)) + 1.0)
+    return {"product": float((weights * (predictions + 0.1) * (references - 0.3)).sum())}
+
+
+def budget(rows, max_tokens):
+    """Batches by a budget of tokens: they differ in their number of rows."""
+    batches, batch = [], []
+    for number, row in enumerate(rows.rows):
+        widest = max(len(rows.rows[n]["input_ids"]) for n in (*batch, number))
+        if batch and widest * (len(batch) + 1) > max_tokens:
+            batches.append(batch)
+            batch = []
+        batch = [*batch, number]
+        del row
+    return [*batches, batch]
+
+
+def loaders(num_rows, batch_size):
+    rows = Rows(num_rows)
+    options = {"collate_fn": pad}
+    yield "prepared", ordered_loader(
+        rows, "validation", batch_size, shuffle=False, seed=0, drop_last=False, **options
+    )
+    yield "shuffled", ordered_loader(
+        rows, "train", batch_size, shuffle=True, seed=3, drop_last=False, **options
+    )
+    yield "built", DataLoader(rows, batch_size, **options)
+    yield "stream", DataLoader(Stream(rows), batch_size, **options)
+    yield "budget", DataLoader(rows, batch_sampler=budget(rows, 8 * batch_size), **options)
+
+
+def metrics():
+    return ["glue/mrpc", "f1/macro", "pearson", product, BinaryAUROC()]
+
+
+def main():
+    strategy = prepare_strategy()
+    ranks = strategy.world_size
+    assert ranks == int(sys.argv[1])
+    alone = SingleDevice("cpu")
+    num_cases = 0
+    model = tiny_bert()
+    with torch.no_grad():
+        model.classifier.weight.mul_(50)  # else all predictions are one class
+    together = strategy.prepare_model(model)
+    for num_rows in range(1, 18):
+        for batch_size in range(1, 6):
+            for name, loader in loaders(num_rows, batch_size):
+                for metric in ([metrics(), "glue/mrpc"] if name == "prepared" else [metrics()]):
+                    expected = evaluate_loop(model, loader, metric, strategy=alone)
+                    found = evaluate_loop(together, loader, metric, strategy=strategy)
+                    assert str(found) == str(expected), (num_rows, batch_size, name)  # NaN too
+                if name == "budget":
+                    continue  # a batch sampler of unknown order: predictions refuse it
+                expected = predict_loop(model, loader, strategy=alone)
+                found = predict_loop(together, loader, strategy=strategy)
+                for column in ("index", "predictions", "scores", "references"):
+                    ours, theirs = getattr(found, column), getattr(expected, column)
+                    assert np.array_equal(ours, theirs), (num_rows, batch_size, name, column)
+                assert found.index.tolist() == list(range(num_rows))
+                num_cases += 1
+    print(f"{num_cases} cases", flush=True)
+    del together
+    leave(strategy)
+
+
+if __name__ == "__main__":
+    main()
