@@ -61,6 +61,7 @@ class Accelerated:
         self.world_size = accelerator.num_processes
         self.is_sharded = accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
         self.votes = Votes(self.rank, self.world_size)
+        self._prepared: list[tuple[nn.Module, nn.Module]] = []  # all of them, as accelerate does
         self._on_host: Any = None
         self._lifeline: Lifeline | None = None
         if self.world_size > 1 and torch.distributed.is_initialized():
@@ -81,31 +82,41 @@ class Accelerated:
         if self.is_sharded and self._held(model) is None:
             # Sharding replaces the parameters, so that the optimizer needs the new ones.
             prepared, optimizer = self.accelerator.prepare(model, optimizer)
-            STRATEGY_OF[model] = STRATEGY_OF[prepared] = ref(self)
+            self._remember(model, prepared)
             return prepared, optimizer
         return self.prepare_model(model), self.prepare_optimizer(optimizer)
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        held = self._held(model)
-        if held is None and self.is_sharded:
+        prepared = self._held(model)
+        if prepared is None and self.is_sharded:
             raise DistributedError(
                 f"{type(model).__name__} is to be sharded, and that takes its optimizer as well: "
                 "train it first, or prepare both with accelerator.prepare(model, optimizer)."
             )
-        prepared: nn.Module = self.accelerator.prepare_model(model) if held is None else held
-        STRATEGY_OF[model] = STRATEGY_OF[prepared] = ref(self)
+        if prepared is None:
+            prepared = self.accelerator.prepare_model(model)
+        self._remember(model, prepared)
         return prepared
 
     def _held(self, model: nn.Module) -> nn.Module | None:
-        """Return what the accelerator has made of a model; None if it does not know it.
+        """Return what a model was prepared as; None if it was not.
 
-        It would wrap a model a second time, and older versions even their own.
+        accelerate would wrap what it has made itself: older versions always, this one if it is
+        given the model inside, of which it keeps no wrapper.
         """
         inner = unwrap_model(model, adapters=False)
-        for held in self.accelerator._models:
-            if model is held or inner is unwrap_model(held, adapters=False):
-                return held  # type: ignore[no-any-return]
-        return model if inner is not model and self.world_size > 1 else None
+        for known, prepared in self._prepared:
+            if known is inner:
+                return prepared
+        if self.world_size == 1 or self.is_sharded:
+            return model if any(model is held for held in self.accelerator._models) else None
+        return None if inner is model else model
+
+    def _remember(self, model: nn.Module, prepared: nn.Module) -> None:
+        STRATEGY_OF[model] = STRATEGY_OF[prepared] = ref(self)
+        inner = unwrap_model(model, adapters=False)
+        if all(known is not inner for known, _ in self._prepared):
+            self._prepared.append((inner, prepared))
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
         # accelerate would wrap what it has wrapped, and then unscale its gradients twice.

@@ -28,7 +28,8 @@ from manualloop.notices import say
 GRACE = 10.0
 """Seconds that a process has to end by itself once another rank is gone."""
 
-_ANSWER = 3.0  # seconds to wait for news, or for an answer
+_NEWS = 1.0  # seconds to wait for news that are on their way
+_ANSWER = 2.0  # seconds that a rank has to answer
 _CONNECT = 60.0  # seconds to wait for the other ranks at the start
 _NUM_CHARACTERS = 20_000  # of a traceback, its end
 
@@ -64,6 +65,7 @@ class Lifeline:
         self._links: dict[int, socket.socket] = {}
         self._sending, self._calling = threading.Lock(), threading.Lock()
         self._answered: set[int] = set()
+        self._is_ending = False
         if rank == 0:
             self._accept(world_size, share)
         else:
@@ -135,7 +137,7 @@ class Lifeline:
         if self.rank == 0:
             for peer in self._links.keys() - {news.rank}:
                 self._send(peer, {"news": news})
-        if news.state in ("failed", "gone") and is_first:
+        if news.state in ("failed", "gone") and is_first and not self._is_ending:
             _print(f"manualloop: {_describe(news)}; rank {self.rank} ends too.")
             threading.Thread(target=self._end_late, args=(news,), daemon=True).start()
 
@@ -153,13 +155,13 @@ class Lifeline:
 
     def explain(self) -> DistributedError | None:
         """Say which rank is gone, after a collective operation has failed; None: nobody knows."""
-        if not self._wait(self.failures):
+        if not self._wait(self.failures, _NEWS):
             if self.rank == 0:
                 self._call_roll()
             else:
                 self._answered.clear()
                 self._send(0, {"say": "call the roll"})
-                if not self._wait(lambda: self.failures() or self._answered, 2 * _ANSWER):
+                if not self._wait(lambda: self.failures() or self._answered, _ANSWER + 0.5):
                     self._learn(News(0, "silent"))
         known = self.failures() or list(self._news.values())
         if not known:
@@ -171,7 +173,7 @@ class Lifeline:
             f"checkpoint_dir goes on from its last checkpoint when it is started again.{more}"
         )
 
-    def _wait(self, condition: Callable[[], Any], seconds: float = _ANSWER) -> bool:
+    def _wait(self, condition: Callable[[], Any], seconds: float) -> bool:
         with self._changed:
             return bool(self._changed.wait_for(condition, timeout=seconds))
 
@@ -181,7 +183,7 @@ class Lifeline:
             self._answered.clear()
             for peer in self._links:
                 self._send(peer, {"say": "who is there?"})
-            self._wait(lambda: len(self._answered) == len(self._links))
+            self._wait(lambda: len(self._answered) == len(self._links), _ANSWER)
             for peer in self._links.keys() - self._answered:
                 self._learn(News(peer, "silent"))
             for peer in self._links:
@@ -193,6 +195,7 @@ class Lifeline:
 
     def report(self, state: str, text: str = "") -> None:
         """Tell the others that this rank fails, or that it has reached its end."""
+        self._is_ending = True
         for peer in self._links:
             self._send(peer, {"news": News(self.rank, state, text[-_NUM_CHARACTERS:])})
 
@@ -226,12 +229,14 @@ def connect(rank: int, world_size: int, share: Callable[[Any], list[Any]]) -> Li
 
 
 def _report(error: BaseException) -> None:
-    """Tell the others of an exception that ends this process, unless it came from one of them."""
+    """Tell the others of an exception that ends this process; briefly, if one of them is why."""
     assert _lifeline is not None
-    if not _lifeline.failures():
-        _print(f"manualloop: rank {_lifeline.rank} failed:")
-        _lifeline.report("failed", "".join(traceback.format_exception(error)))
-        _leave_to_torchrun(error)
+    if _lifeline.failures():
+        _lifeline.report("failed", f"{type(error).__name__}: {error}".partition("\n")[0])
+        return
+    _print(f"manualloop: rank {_lifeline.rank} failed:")
+    _lifeline.report("failed", "".join(traceback.format_exception(error)))
+    _leave_to_torchrun(error)
 
 
 def _leave_to_torchrun(error: BaseException) -> None:

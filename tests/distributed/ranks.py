@@ -24,7 +24,7 @@ def environment(**more):
     """What every process gets; nothing that an outer launcher has set."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in names}
-    path = os.pathsep.join([str(HERE.parent), str(HERE), str(ROOT / "examples")])
+    path = os.pathsep.join([str(HERE.parent), str(HERE), str(HERE.parent / "faults")])
     fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     return kept | fixed | {name: str(value) for name, value in more.items()}
 

@@ -72,13 +72,13 @@ def train(folder, log=None, **changes):
         "evaluate_every": 4,
         "log_every": 3,
         "on_step": on_step,
+        "strategy": SingleDevice("cpu"),
     }
     return train_loop(
         model,
         loader,
         torch.optim.AdamW(model.parameters(), lr=0.05),
         loss_fn=loss_fn,
-        strategy=SingleDevice("cpu"),
         checkpoint_dir=folder,
         progress_bar=False,
         **{**options, **changes},

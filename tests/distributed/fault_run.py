@@ -1,0 +1,112 @@
+"""The run of tests/faults on several ranks; a fault is struck on one of them.
+
+    fault_run.py FOLDER FAULT RANK
+
+Writes the outcome to FOLDER.RANK.json: what ended the run, its steps, one hash over all of it.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import bench
+import torch
+from ranks import leave
+from strikes import KillAt
+
+from manualloop import prepare_strategy
+from manualloop.data.order import order
+
+BAD_ROW = order(bench.NUM_ROWS, 1, 0)[4 * 7]  # of batch 7, which is rank 1's
+
+
+def main():
+    folder, fault, victim = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    strategy = prepare_strategy(timeout=float(os.environ.get("TIMEOUT", "60")))
+    is_struck = strategy.rank == victim
+    ids = strike_in_forward(fault) if is_struck else []
+    if fault == "killed after its save" and is_struck:
+        KillAt("rename:after", 2)()
+    result = bench.train(
+        folder, f"{folder}.{strategy.rank}.jsonl", strategy=strategy, **options(fault, is_struck)
+    )
+    del ids
+    outcome = {
+        "stopped_by": result.stopped_by,
+        "num_steps": result.state.progress.num_steps,
+        "num_skipped": result.state.progress.num_skipped,
+        "digest": bench.digest(result),
+        "random": torch.rand(()).item(),
+        "history": result.history,
+    }
+    Path(f"{folder}.{strategy.rank}.json").write_text(json.dumps(outcome))
+    if result.stopped_by != "SIGTERM":  # that one ends as it likes
+        del result
+        leave(strategy)
+
+
+def strike_in_forward(fault):
+    """Do it in the second batch of the third window; return the rows that were read."""
+    ids, seen = note_rows(), 0
+
+    def strike(module, args):
+        nonlocal seen
+        if not module.training or type(module) is not torch.nn.Sequential:
+            return
+        seen += 1
+        if seen != 3 * 2 + 2:
+            return
+        if fault == "kill":
+            bench.kill_self()
+        elif fault == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif fault == "raise":
+            raise ValueError(f"bad rows {ids[seen - 1]}")
+        elif fault == "exit":
+            sys.exit(3)
+
+    torch.nn.modules.module.register_module_forward_pre_hook(strike)
+    return ids
+
+
+def note_rows():
+    ids, make = [], bench.ordered_loader
+
+    def collate(rows):
+        ids.append([int(row["id"]) for row in rows])
+        return torch.utils.data.default_collate(rows)
+
+    bench.ordered_loader = lambda *args, **kwargs: make(*args, **kwargs, collate_fn=collate)
+    return ids
+
+
+def options(fault, is_struck):
+    if fault in ("SIGTERM", "SIGUSR1") and is_struck:
+        number = getattr(signal, fault)
+        return {"on_step": lambda step: step.index == 3 and os.kill(os.getpid(), number)}
+    if fault == "max_time":
+        return {"max_time": 0.001 if is_struck else 3600.0}
+    if fault == "clock":  # of rank 0; rank 1 is the slower one, and has another
+        return {
+            "checkpoint_every": "0.05 s",
+            "evaluate_every": "0.03 s",
+            "on_step": lambda step: time.sleep(0.03 if is_struck else 0),
+            "keep_checkpoints": 99,
+        }
+    if fault.startswith("nan"):
+        init = bench.Rows.__init__
+
+        def spoil(rows):
+            init(rows)
+            rows.x[BAD_ROW] = torch.nan
+
+        bench.Rows.__init__ = spoil
+        return {"on_nonfinite": "skip" if fault == "nan" else "raise"}
+    return {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Rows 14 and 16 to 19 of the fault plan, and what the ranks must agree on, in two gloo processes.
+
+No launcher: nobody ends the survivors but they themselves.
+"""
+
+import json
+import os
+import signal
+import time
+
+import bench
+import pytest
+import ranks
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals"),
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return Outcome(tmp_path_factory.mktemp("undisturbed") / "run", "none", 1)
+
+
+class Outcome:
+    """A run on two ranks with a fault on one; how each ended, and after how many seconds."""
+
+    def __init__(self, folder, fault, victim, *, timeout=60):
+        self.folder = folder
+        for rank in range(2):
+            folder.with_name(f"run.{rank}.json").unlink(missing_ok=True)
+        children = ranks.start("fault_run.py", folder, fault, victim, TIMEOUT=timeout)
+        self.ended, struck = {}, None
+        deadline = time.monotonic() + 120
+        while len(self.ended) < 2 and time.monotonic() < deadline:
+            for rank, child in enumerate(children):
+                if child.poll() is not None and rank not in self.ended:
+                    self.ended[rank] = time.monotonic()
+            if fault == "stop" and struck is None and is_stopped(children[victim].pid):
+                struck = time.monotonic()
+            if fault == "stop" and 1 - victim in self.ended and victim not in self.ended:
+                children[victim].send_signal(signal.SIGCONT)
+            time.sleep(0.02)
+        self.outputs = ranks.finish(children, 1)
+        self.codes = [child.returncode for child in children]
+        self.first = struck or min(self.ended.values())
+
+    def results(self):
+        return [json.loads(self.folder.with_name(f"run.{r}.json").read_text()) for r in range(2)]
+
+    def seconds(self, rank):
+        """How long a rank has outlived the fault."""
+        return self.ended[rank] - self.first
+
+
+def is_stopped(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+def finish(folder, expected):
+    """The same command again ends as the run that nothing struck."""
+    again = Outcome(folder, "none", 1)
+    assert again.codes == [0, 0], "\n".join(again.outputs)
+    assert again.results() == expected.results()
+    assert bench.junk(folder) == []
+
+
+def test_f14_ranks_skip_an_update_together(tmp_path):
+    found = Outcome(tmp_path / "run", "nan", 1)
+    assert found.codes == [0, 0], "\n".join(found.outputs)
+    ours, others = found.results()
+    assert ours["digest"] == others["digest"]
+    assert (ours["num_steps"], ours["num_skipped"]) == (4, 2)
+    assert (others["num_steps"], others["num_skipped"]) == (4, 2)
+    assert "row id 45) on rank 1" in found.outputs[0]
+
+
+def test_ranks_raise_together_and_name_the_row(tmp_path):
+    found = Outcome(tmp_path / "run", "nan raises", 1)
+    assert found.codes == [1, 1]
+    for output in found.outputs:
+        assert "NonFiniteError: The loss is nan at step 2" in output
+        assert "train batch 7 (row id 45) on rank 1" in output
+    assert bench.saved_steps(found.folder) == [1]
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_f16_a_rank_is_killed(victim, tmp_path, undisturbed):
+    found = Outcome(tmp_path / "run", "kill", victim)
+    survivor = 1 - victim
+    assert found.codes[victim] == -signal.SIGKILL
+    assert found.codes[survivor] not in (0, None)
+    assert found.seconds(survivor) < 20
+    assert f"rank {victim} is gone" in found.outputs[survivor]
+    assert bench.saved_steps(found.folder) == [1, 2]
+    finish(found.folder, undisturbed)
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_f17_a_rank_raises(victim, tmp_path, undisturbed):
+    found = Outcome(tmp_path / "run", "raise", victim)
+    survivor = 1 - victim
+    assert found.codes == [1, 1]
+    assert found.seconds(survivor) < 20 > found.seconds(victim)
+    for output in found.outputs:
+        assert f"rank {victim} failed" in output
+        assert output.strip().splitlines()[-1].startswith(("ValueError: bad rows", "[rank"))
+        assert "bad rows [" in output.strip().splitlines()[-1]
+    finish(found.folder, undisturbed)
+
+
+def test_a_rank_leaves_early(tmp_path):
+    found = Outcome(tmp_path / "run", "exit", 1)
+    assert found.codes == [1, 3]
+    assert found.seconds(0) < 20
+    assert "rank 1 has ended before the others" in found.outputs[0]
+
+
+def test_f18_a_rank_is_stopped(tmp_path, undisturbed):
+    found = Outcome(tmp_path / "run", "stop", 1, timeout=4)
+    assert 0 not in found.codes
+    assert found.seconds(0) < 4 + 5
+    assert "rank 1 does not answer" in found.outputs[0]
+    assert "rank 0 failed (DistributedError: rank 1 does not answer" in found.outputs[1]
+    finish(found.folder, undisturbed)
+
+
+def test_f19_rank_0_is_killed_between_its_save_and_what_it_tells(tmp_path, undisturbed):
+    found = Outcome(tmp_path / "run", "killed after its save", 0)
+    assert found.codes[0] == -signal.SIGKILL
+    assert found.codes[1] not in (0, None)
+    assert found.seconds(1) < 20
+    assert "rank 0 is gone" in found.outputs[1]
+    assert bench.saved_steps(found.folder) == [1, 2]
+    finish(found.folder, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("fault", "codes"), [("SIGTERM", [143, 143]), ("SIGUSR1", [0, 0]), ("max_time", [0, 0])]
+)
+def test_one_rank_is_asked_to_end_and_all_do(fault, codes, tmp_path, undisturbed):
+    found = Outcome(tmp_path / "run", fault, 1)
+    assert found.codes == codes, "\n".join(found.outputs)
+    ours, others = found.results()
+    assert ours["stopped_by"] == others["stopped_by"] == fault
+    assert ours["num_steps"] == others["num_steps"] < bench.NUM_STEPS // 2
+    assert max(bench.saved_steps(found.folder)) == ours["num_steps"]
+    finish(found.folder, undisturbed)
+
+
+def test_cadences_of_time_follow_one_clock(tmp_path):
+    found = Outcome(tmp_path / "run", "clock", 1)
+    assert found.codes == [0, 0], "\n".join(found.outputs)
+    ours, others = found.results()
+    assert [r["step"] for r in ours["history"]] == [r["step"] for r in others["history"]]
+    assert ours["digest"] == others["digest"]
