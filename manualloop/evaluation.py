@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from manualloop.data.deal import is_spare
+from manualloop.data.deal import is_spare, undealt
 from manualloop.data.feed import Feed
 from manualloop.data.order import num_batches
 from manualloop.errors import DataError, ModelError
@@ -81,6 +81,7 @@ def evaluate_loop(
     """
     strategy = strategy_for(model, strategy)
     model = strategy.prepare_model(model)
+    eval_dataloader = eval_dataloader if strategy.world_size == 1 else undealt(eval_dataloader)
     scorer = None if metric is None else as_metric(metric)
     if scorer is not None and strategy.world_size > 1:
         scorer = Gathered(scorer, strategy)
@@ -175,6 +176,7 @@ def predict_loop(
     """
     strategy = strategy_for(model, strategy)
     model = strategy.prepare_model(model)
+    dataloader = dataloader if strategy.world_size == 1 else undealt(dataloader)
     index = dataset_rows(dataloader)
     parts: dict[int, tuple[Tensor | None, ...]] = {}
     with (

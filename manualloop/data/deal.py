@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from manualloop.data.order import num_batches
 from manualloop.errors import DataError
+from manualloop.notices import say
 from manualloop.tasks import num_rows
 
 
@@ -118,6 +119,27 @@ def is_dealt(loader: Any) -> bool:
     if type(loader).__module__.startswith("accelerate."):
         return True
     return getattr(getattr(loader, "dataset", None), "_distributed", None) is not None
+
+
+def undealt(loader: Any) -> Any:
+    """Return a loader of all batches, where accelerate has dealt them: it gives some rows twice.
+
+    What somebody else has dealt is returned as it is, and it is said that rows may come twice.
+    """
+    dealt = getattr(loader, "batch_sampler", None)
+    if type(dealt).__name__ == "BatchSamplerShard" and not dealt.split_batches:
+        return DataLoader(
+            loader.dataset,
+            batch_sampler=dealt.batch_sampler,
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+        )
+    if is_dealt(loader):
+        say(
+            "the loader was dealt to the ranks before, and may give rows to two of them: they "
+            "count twice. Pass one that was not: prepare_dataloaders, or a plain DataLoader."
+        )
+    return loader
 
 
 def num_rounds(loader: Iterable[Any], world_size: int) -> int | None:

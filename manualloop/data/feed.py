@@ -97,7 +97,8 @@ class Feed:
                 cannot be stacked, or a worker of it failed.
         """
         position = self._resumed or {}
-        if self._deal.world_size > 1 and not position and self._strategy is not None:
+        is_beginning = not position.get("num_batches")
+        if self._deal.world_size > 1 and is_beginning and self._strategy is not None:
             begin_in_common(self._loader, self._strategy)
         begun = open_pass(self._loader, skip, position, self._deal)
         self._resumed, self._start = None, begun.start

@@ -1,0 +1,269 @@
+"""Run on each of two ranks: what each kind of loader gives whom, and how that goes on.
+
+    dealt_loaders.py FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from ranks import leave
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from manualloop import (
+    SingleDevice,
+    TrainState,
+    evaluate_loop,
+    load_checkpoint,
+    prepare_scheduler,
+    prepare_strategy,
+    save_checkpoint,
+    train_loop,
+    train_steps,
+)
+from manualloop.data.deal import is_spare
+from manualloop.data.order import ordered_loader
+
+NUM_ROWS, BATCH_SIZE = 23, 2  # 12 batches: 6 rounds, the last batch of one row
+
+
+class Rows(Dataset):
+    def __init__(self, num_rows=NUM_ROWS):
+        self.num_rows = num_rows
+
+    def __len__(self):
+        return self.num_rows
+
+    def __getitem__(self, row):
+        return {"x": torch.full((3,), row / 10), "id": torch.tensor(row)}
+
+
+class Stream(IterableDataset):
+    def __init__(self, num_rows=NUM_ROWS):
+        self.num_rows, self.start = num_rows, 0
+
+    def __iter__(self):
+        rows = Rows(self.num_rows)
+        while self.start < self.num_rows:
+            self.start += 1
+            yield rows[self.start - 1]
+        self.start = 0
+
+    def state_dict(self):
+        return {"start": self.start}
+
+    def load_state_dict(self, state):
+        self.start = state["start"]
+
+
+class Plain(IterableDataset):
+    def __iter__(self):
+        rows = Rows()
+        return (rows[row] for row in range(NUM_ROWS))
+
+
+def prepared(num_rows=NUM_ROWS, **options):
+    return ordered_loader(
+        Rows(num_rows), "train", BATCH_SIZE, shuffle=True, seed=1, drop_last=False, **options
+    )
+
+
+def batches_of_a_list():
+    return list(DataLoader(Rows(), BATCH_SIZE))
+
+
+TWO = {"num_workers": 2}
+KEPT = {"num_workers": 2, "persistent_workers": True}
+LOADERS = {
+    "prepared": prepared,
+    "prepared, 21 rows": lambda: prepared(21),  # the last round has one batch
+    "prepared, 2 workers": lambda: prepared(21, **TWO),
+    "prepared, kept workers": lambda: prepared(21, **KEPT),
+    "built": lambda: DataLoader(Rows(), BATCH_SIZE, shuffle=True),
+    "built, 21 rows": lambda: DataLoader(Rows(21), BATCH_SIZE, shuffle=True),
+    "built, kept workers": lambda: DataLoader(Rows(21), BATCH_SIZE, shuffle=True, **KEPT),
+    "stream": lambda: DataLoader(Stream(), BATCH_SIZE),
+    "stream, 21 rows": lambda: DataLoader(Stream(21), BATCH_SIZE),
+    "plain stream": lambda: DataLoader(Plain(), BATCH_SIZE),
+    "list": batches_of_a_list,
+}
+
+
+def make_state():
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 1))
+    return TrainState(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+
+def train(state, loader, strategy, max_steps=None, at=None, folder=None):
+    """Train two epochs, save after step ``at``; return ids by step and rank, and losses."""
+    own, steps = [], []
+
+    def loss_fn(model, batch):
+        own.append([] if is_spare(batch) else batch["id"].tolist())
+        return model(batch["x"]).square().mean()
+
+    for step in train_steps(
+        state,
+        loader,
+        max_steps=max_steps or 8,
+        gradient_accumulation_steps=2,
+        loss_fn=loss_fn,
+        strategy=strategy,
+    ):
+        steps.append((step.index, strategy.gather(list(own)), float(step.loss), step.num_items))
+        own.clear()
+        if step.index == at:
+            save_checkpoint(folder, state, strategy=strategy)
+    return steps
+
+
+def order_of(loader):
+    """The batches of a pass, as one process reads them."""
+    return [batch["id"].tolist() for batch in loader]
+
+
+def check(name, folder, strategy):
+    make = LOADERS[name]
+    state = make_state_seeded(strategy)
+    steps = train(state, make(), strategy)
+    rows_seen = []
+    for _, (zero, one), _, num_items in steps:
+        assert len(zero) == len(one), "as many batches on every rank"
+        batches = [batch for pair in zip(zero, one, strict=True) for batch in pair]
+        assert sum(map(len, batches)) == num_items
+        rows_seen += [row for batch in batches for row in batch]
+    per_epoch = max(rows_seen) + 1
+    for epoch in range(2):
+        rows = rows_seen[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert sorted(rows) == list(range(per_epoch)), (name, epoch, rows)
+        if name.startswith("prepared"):
+            expected = make().batch_sampler.rows(epoch)
+            assert rows == expected, (name, epoch)
+        elif not name.startswith("built"):
+            assert rows == list(range(per_epoch)), (name, epoch)
+    expected_end = torch.cat([p.detach().flatten() for p in state.model.parameters()]).clone()
+    drawn = torch.rand(())
+
+    for at in range(1, 6):
+        place = folder / f"{name}-{at}".replace(" ", "-")
+        train(make_state_seeded(strategy), make(), strategy, max_steps=at, at=at, folder=place)
+        torch.manual_seed(99)
+        again, loader = make_state(), make()
+        load_checkpoint(place, again, strategy=strategy)
+        left = train(again, loader, strategy)
+        assert left == steps[at:], (name, at, left[0], steps[at])
+        end = torch.cat([p.detach().flatten() for p in again.model.parameters()])
+        assert torch.equal(end, expected_end), (name, at)
+        assert torch.equal(torch.rand(()), drawn), (name, at)
+        if name.startswith(("prepared", "stream", "list", "plain")):
+            check_alone(make, place, at, steps, per_epoch, strategy)
+    return 5
+
+
+def make_state_seeded(strategy):
+    state = make_state()
+    torch.manual_seed(7 + strategy.rank)  # so that a rank's own draws would be other ones
+    return state
+
+
+def check_alone(make, place, at, steps, per_epoch, strategy):
+    """One process goes on at the same row, and sees each of the epoch's once."""
+    used = [row for _, of_ranks, _, _ in steps[:at] for row in interleave(of_ranks)]
+    alone = make_state()
+    load_checkpoint(place, alone, strategy=SingleDevice("cpu"))
+    left = train(alone, make(), SingleDevice("cpu"), max_steps=at + 8)
+    rows = [row for _, of_ranks, _, _ in left for row in interleave(of_ranks)]
+    in_epoch = used[len(used) // per_epoch * per_epoch :]
+    rest = rows[: per_epoch - len(in_epoch)]
+    assert sorted(in_epoch + rest) == list(range(per_epoch)), (place, in_epoch, rest)
+
+
+def interleave(of_ranks):
+    return [row for dealt in zip(*of_ranks, strict=True) for batch in dealt for row in batch]
+
+
+def check_more_ranks(folder, strategy):
+    """Two ranks go on where one process was, at the same row."""
+    alone = make_state()
+    place = folder / "one-to-two"
+    if strategy.is_main:
+        steps = train(alone, prepared(), SingleDevice("cpu"), max_steps=3, at=3, folder=place)
+        used = [row for _, of_ranks, _, _ in steps for row in interleave(of_ranks)]
+    used = strategy.gather(used if strategy.is_main else None)[0]
+    state = make_state()
+    load_checkpoint(place, state, strategy=strategy)
+    left = train(state, prepared(), strategy, max_steps=9)
+    rows = [row for _, of_ranks, _, _ in left for row in interleave(of_ranks)]
+    assert used + rows[: NUM_ROWS - len(used)] == prepared().batch_sampler.rows(0)
+
+
+def check_dealt_by_others(strategy):
+    """A DistributedSampler has dealt already: nothing is dealt twice."""
+    sampler = DistributedSampler(Rows(24), strategy.world_size, strategy.rank, shuffle=True, seed=1)
+    loader = DataLoader(Rows(24), BATCH_SIZE, sampler=sampler)
+    state = make_state()
+    steps = train(state, loader, strategy, max_steps=3)
+    rows = [row for _, of_ranks, _, _ in steps for row in interleave(of_ranks)]
+    assert sorted(rows) == list(range(24))
+    assert state.progress.epoch == 1
+
+
+def check_ready_accelerator():
+    """What accelerate has prepared is taken as it is, but a schedule steps once an update."""
+    accelerator = Accelerator(cpu=True)
+    state = make_state()
+    schedule = prepare_scheduler(state.optimizer, "linear", num_training_steps=6)
+    loader, eval_loader = DataLoader(Rows(24), BATCH_SIZE, shuffle=True), DataLoader(Rows(9), 2)
+    model, optimizer, loader, eval_loader, schedule = accelerator.prepare(
+        state.model, state.optimizer, loader, eval_loader, schedule
+    )
+    own, rates = [], []
+
+    def loss_fn(model, batch):
+        own.append(batch["id"].tolist())
+        return model(batch["x"]).square().mean()
+
+    def evaluate():
+        return evaluate_loop(model, eval_loader, strategy=accelerator, loss_fn=loss_fn)
+
+    result = train_loop(
+        model,
+        loader,
+        optimizer,
+        schedule,
+        num_epochs=1,
+        loss_fn=loss_fn,
+        strategy=accelerator,
+        on_step=lambda step: rates.append(step.lr),
+        progress_bar=False,
+    )
+    assert result.state.model is model
+    assert result.state.optimizer is optimizer
+    strategy = prepare_strategy(accelerator)
+    rows = sum([sum(of_rank, []) for of_rank in strategy.gather(list(own))], [])
+    assert sorted(rows) == list(range(24))
+    expected = [1e-2 * (1 - step / 6) for step in range(6)]
+    assert torch.allclose(torch.tensor(rates), torch.tensor(expected)), rates
+    own.clear()
+    evaluate()
+    rows = sum([sum(of_rank, []) for of_rank in strategy.gather(list(own))], [])
+    assert sorted(rows) == list(range(9))
+
+
+def main():
+    folder = Path(sys.argv[1])
+    strategy = prepare_strategy()
+    assert strategy.world_size == 2
+    names = sys.argv[2:] or list(LOADERS)
+    num_cuts = sum(check(name, folder, strategy) for name in names)
+    check_more_ranks(folder, strategy)
+    check_dealt_by_others(strategy)
+    check_ready_accelerator()
+    print(f"{len(names)} loaders, {num_cuts} cuts", flush=True)
+    leave(strategy)
+
+
+if __name__ == "__main__":
+    main()
