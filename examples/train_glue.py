@@ -7,6 +7,8 @@
     python examples/train_glue.py --task mrpc --max-grad-norm 1 --accumulation 4 --patience 3
     python examples/train_glue.py --task qqp --checkpoint-dir runs/qqp --checkpoint-every "10 min"
                                                                      # killed? the same again
+    torchrun --nproc_per_node 2 examples/train_glue.py ...           # two processes; or
+    accelerate launch examples/train_glue.py ...                     # what it was configured for
 
 Splits and columns are found by prepare_dataloaders; the metric is the task's own.
 """
@@ -103,6 +105,7 @@ def load_model(args: argparse.Namespace, vocab_size: int):
 def main() -> None:
     args = parse_args()
     set_seed(args.seed)  # before the model: its new head is random
+    strategy = prepare_strategy(args.device, mixed_precision=args.mixed_precision)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     model = load_model(args, len(tokenizer))
     datasets = load_dataset(args.data) if args.data else load_dataset("glue", args.task)
@@ -119,7 +122,8 @@ def main() -> None:
         num_workers=args.num_workers,
         seed=args.seed,
     )
-    print(inspect_batch(loaders["train"], tokenizer))
+    if strategy.is_main:
+        print(inspect_batch(loaders["train"], tokenizer))
     validation = [name for name in loaders if name.startswith("validation")]  # mnli has two
 
     def evaluate() -> dict[str, float]:
@@ -140,7 +144,7 @@ def main() -> None:
         num_warmup_steps=args.warmup,
         gradient_accumulation_steps=args.accumulation,
         max_grad_norm=args.max_grad_norm,
-        strategy=prepare_strategy(args.device, mixed_precision=args.mixed_precision),
+        strategy=strategy,
         evaluate=evaluate,
         evaluate_every=args.evaluate_every,
         best_metric=args.best_metric or default_best_metric(args.task),
@@ -152,6 +156,8 @@ def main() -> None:
         log_every=args.log_every,
         progress_bar=not args.no_progress_bar,
     )
+    if not strategy.is_main:
+        return
     print(result)
     print("last", json.dumps(result.metrics))
     print("best", json.dumps(result.best_metrics))
