@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from manualloop.devices import STRATEGY_OF, move, parameters_of
 from manualloop.errors import ConfigError, DistributedError
 from manualloop.lifeline import Lifeline, connect
-from manualloop.models import unwrap_model
+from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
 from manualloop.votes import Votes
 
@@ -59,7 +59,7 @@ class Accelerated:
         self.is_main = accelerator.is_main_process
         self.rank = accelerator.process_index
         self.world_size = accelerator.num_processes
-        self.is_sharded = accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+        self._shards = accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
         self.votes = Votes(self.rank, self.world_size)
         self._prepared: list[tuple[nn.Module, nn.Module]] = []  # all of them, as accelerate does
         self._on_host: Any = None
@@ -79,7 +79,7 @@ class Accelerated:
         return f"Accelerated(device={str(self.device)!r}, mixed_precision={precision!r}{ranks})"
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        if self.is_sharded and self._held(model) is None:
+        if self._shards and self._held(model) is None:
             # Sharding replaces the parameters, so that the optimizer needs the new ones.
             prepared, optimizer = self.accelerator.prepare(model, optimizer)
             self._remember(model, prepared)
@@ -88,7 +88,7 @@ class Accelerated:
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         prepared = self._held(model)
-        if prepared is None and self.is_sharded:
+        if prepared is None and self._shards:
             raise DistributedError(
                 f"{type(model).__name__} is to be sharded, and that takes its optimizer as well: "
                 "train it first, or prepare both with accelerator.prepare(model, optimizer)."
@@ -108,7 +108,9 @@ class Accelerated:
         for known, prepared in self._prepared:
             if known is inner:
                 return prepared
-        if self.world_size == 1 or self.is_sharded:
+        if is_sharded(model):
+            return model  # by the user, with fully_shard
+        if self.world_size == 1 or self._shards:
             return model if any(model is held for held in self.accelerator._models) else None
         return None if inner is model else model
 
@@ -136,6 +138,8 @@ class Accelerated:
     def hold_gradients(self, model: nn.Module, hold: bool) -> AbstractContextManager[Any]:
         if not hold or self.world_size == 1:
             return nullcontext()
+        if hasattr(model, "set_requires_gradient_sync"):  # of fully_shard
+            return _without_sync(model)
         context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
         return context
 
@@ -188,8 +192,9 @@ class Accelerated:
         self.accelerator.backward(loss)
 
     def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
-        norm: Tensor = self.accelerator.clip_grad_norm_(parameters_of(optimizer), max_norm)
-        return norm
+        norm: Any = self.accelerator.clip_grad_norm_(parameters_of(optimizer), max_norm)
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return whole
 
     @property
     def scaler(self) -> Any:
@@ -206,6 +211,15 @@ class Accelerated:
         scale = 0.0 if scaler is None else scaler.get_scale()
         optimizer.step()
         return scaler is None or scaler.get_scale() >= scale
+
+
+@contextmanager
+def _without_sync(model: Any) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 _CONNECTION = re.compile(

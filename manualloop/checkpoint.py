@@ -15,6 +15,7 @@ from manualloop.folder import (
     Found,
     find_folders,
     list_names,
+    make_aside,
     read_manifest,
     remove_folder,
     sweep,
@@ -25,6 +26,7 @@ from manualloop.history import best_of
 from manualloop.ledger import as_json, from_json
 from manualloop.lock import hold_lock
 from manualloop.notices import logger
+from manualloop.shards import write_shards
 from manualloop.snapshot import put_state_back, read_snapshot, take_state_apart
 from manualloop.state import TrainState
 from manualloop.strategy import Strategy, on_main, strategy_for
@@ -125,11 +127,23 @@ def write_checkpoint(
         "contract": state.contract,
     }
 
-    def write() -> Path:
+    step = state.progress.num_steps
+    size = sum(map(num_bytes, snapshot.tensors.values()))
+    size += sum(shard.nbytes for shard in snapshot.shards.values())
+
+    def begin() -> Path | None:
         _check_writable(directory, state)
-        size = sum(map(num_bytes, snapshot.tensors.values()))
         with explain_disk(directory, size):
-            path = write_folder(directory, state.progress.num_steps, snapshot.write, content)
+            return make_aside(directory, step) if snapshot.shards else None
+
+    aside = on_main(strategy, begin)
+    if aside is not None:
+        with explain_disk(directory, size):
+            write_shards(aside, snapshot.shards)
+
+    def write() -> Path:
+        with explain_disk(directory, size):
+            path = write_folder(directory, step, snapshot.write, content, aside)
         with explain_disk(directory):
             rotate(directory, keep)
         return path
@@ -210,8 +224,9 @@ def load_found(found: Found, state: TrainState, strategy: Strategy) -> Checkpoin
             "checkpoint_dir on a file system that they share."
         )
     manifest: dict[str, Any] = found.manifest or {}
-    saved = _explain(found.path, read_snapshot, found.path, manifest["files"])
     state.model, state.optimizer = strategy.prepare(state.model, state.optimizer)
+    files = manifest["files"]
+    saved = _explain(found.path, read_snapshot, found.path, files, state, strategy)
     put_state_back(saved, state, strategy)
     state.contract, state.is_resumed = manifest["contract"], True
     return CheckpointInfo(found.path, manifest["step"], from_json(manifest["metrics"]), saved.run)

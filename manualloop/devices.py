@@ -34,7 +34,6 @@ class SingleDevice:
     is_main = True
     rank = 0
     world_size = 1
-    is_sharded = False
 
     def __init__(
         self, device: str | torch.device = "cpu", *, mixed_precision: MixedPrecision = "no"

@@ -13,7 +13,12 @@ from manualloop.data.deal import is_spare, undealt
 from manualloop.data.feed import Feed
 from manualloop.data.order import num_batches
 from manualloop.errors import DataError, ModelError
-from manualloop.models import evaluation_mode, forward_columns, takes_any_column
+from manualloop.models import (
+    evaluation_mode,
+    forward_columns,
+    is_sharded,
+    takes_any_column,
+)
 from manualloop.predictions import Predictions, dataset_rows, table_of
 from manualloop.preflight import explain, require_loader
 from manualloop.progress import ProgressBar
@@ -306,7 +311,7 @@ def _take_part(
     loss_fn: LossFn | None,
 ) -> None:
     """Make a pass whose outputs count on another rank, where that takes all ranks."""
-    if strategy.is_sharded:
+    if is_sharded(model):
         _forward(model, batch, place, strategy, loss_fn)
 
 

@@ -125,6 +125,7 @@ def write_folder(
     step: int,
     write: Callable[[Path], Iterable[Path]],
     content: dict[str, Any],
+    aside: Path | None = None,
 ) -> Path:
     """Write a folder, whole or not at all, and return it.
 
@@ -137,13 +138,13 @@ def write_folder(
         step: Names the folder.
         write: Called with the folder's temporary path; writes files there, yields each one.
         content: Of the manifest, beside format, step and files.
+        aside: From ``make_aside``, with files in it already, which ``write`` yields, too.
 
     Raises:
         OSError: From the disk. What was written is removed, older folders are untouched.
     """
+    aside = aside or make_aside(directory, step)
     final = _free_name(directory, step)
-    aside = directory / f".{final.name}.tmp-{secrets.token_hex(4)}"
-    os.mkdir(aside)
     try:
         with ThreadPoolExecutor(1) as pool:
             sealing = {path.name: pool.submit(_seal, path) for path in write(aside)}
@@ -159,6 +160,13 @@ def write_folder(
         raise
     _fsync(directory)
     return final
+
+
+def make_aside(directory: Path, step: int) -> Path:
+    """Make the folder in which a checkpoint is written, before it has its name."""
+    aside = directory / f".{_free_name(directory, step).name}.tmp-{secrets.token_hex(4)}"
+    os.mkdir(aside)
+    return aside
 
 
 def remove_folder(folder: Path) -> None:

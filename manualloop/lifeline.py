@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import secrets
 import socket
 import sys
@@ -258,7 +259,7 @@ def _say_goodbye() -> None:
 def _describe(news: News) -> str:
     rank = f"rank {news.rank}"
     if news.state == "failed":
-        return f"{rank} failed ({_last_line(news.text)})"
+        return f"{rank} failed ({_exception_of(news.text)})"
     if news.state == "gone":
         return f"{rank} is gone (its process ended without a word: killed, or out of memory)"
     if news.state == "silent":
@@ -266,9 +267,10 @@ def _describe(news: News) -> str:
     return f"{rank} has ended before the others"
 
 
-def _last_line(text: str) -> str:
+def _exception_of(text: str) -> str:
     lines = text.strip().splitlines() or [""]
-    return lines[-1][:200]
+    is_first = re.compile(r"[\w.]+(: |$)")  # of the exception's lines, which follow the traceback
+    return next((line for line in reversed(lines) if is_first.match(line)), lines[-1])[:200]
 
 
 def _print(text: str) -> None:

@@ -43,6 +43,14 @@ _PARALLEL = (
 )
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether each rank has a part of the weights only, so that a forward pass takes all."""
+    names = {
+        cls.__name__ for module in (model, unwrap_model(model)) for cls in type(module).__mro__
+    }
+    return bool(names & {"FSDPModule", "FullyShardedDataParallel", "DeepSpeedEngine"})
+
+
 def config_of(model: nn.Module) -> Any:
     """Return the ``config`` of a model of transformers; None for other modules."""
     model = unwrap_model(model)

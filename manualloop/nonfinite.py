@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from manualloop.data.deal import is_spare
 from manualloop.errors import NonFiniteError
 from manualloop.history import LateTensor
-from manualloop.models import evaluation_mode, unwrap_model
+from manualloop.models import evaluation_mode, is_sharded, unwrap_model
 from manualloop.notices import say
 from manualloop.preflight import place_of
 from manualloop.state import TrainState
@@ -155,7 +155,7 @@ def _bad_rows(
     model: nn.Module, batch: Any, loss_fn: LossFn | None, strategy: Strategy
 ) -> list[int]:
     bad: list[int] = []
-    if is_spare(batch) or strategy.is_sharded:  # a pass takes all ranks, and each has other rows
+    if is_spare(batch) or is_sharded(model):  # a pass takes all ranks, and each has other rows
         return bad
     model = unwrap_model(model, adapters=False)
     # Whatever a row alone does to a model or a loss_fn, it must not hide what is to be said.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +13,16 @@ from torch import Tensor, nn
 
 from manualloop.errors import CheckpointError
 from manualloop.folder import refuse_constant
-from manualloop.models import tied_names, unwrap_model
+from manualloop.models import is_sharded, tied_names, unwrap_model
 from manualloop.randomness import get_random_state, set_random_state
 from manualloop.serialize import put_together, take_apart
+from manualloop.shards import (
+    PREFIX,
+    ShardedModel,
+    ShardedOptimizer,
+    is_shard,
+    read_shards,
+)
 from manualloop.state import Progress, TrainState
 from manualloop.strategy import Strategy
 from manualloop.tensors import Aliases, describe, find_aliases, load_tensors, save_tensors
@@ -32,14 +39,17 @@ class Snapshot(NamedTuple):
         tensors: By name, by the file they go into. None is there twice.
         state: All else, as JSON.
         model: Whose config is saved beside its weights.
+        shards: Tensors that are spread over the ranks: see ``manualloop.shards``.
     """
 
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
     model: nn.Module
+    shards: dict[str, Tensor]
 
     def write(self, folder: Path) -> Iterator[Path]:
-        """Write the files, and name each that is complete."""
+        """Write the files, and name each that is complete, the shards that are there included."""
+        yield from sorted(folder.glob(f"{PREFIX}*"))
         for stem, tensors in self.tensors.items():
             yield from save_tensors(tensors, folder, stem)
         yield from _save_configs(self.model, folder)
@@ -77,17 +87,33 @@ def take_state_apart(state: TrainState, strategy: Strategy, run: Mapping[str, An
         name: take_apart(value, name, tensors[stem_of.get(name, "extras")])
         for name, value in values.items()
     }
+    shards = _take_shards(tensors)
+    apart["shards"] = sorted(shards)
     apart["aliases"] = {}
     for stem, group in tensors.items():
         aliases = find_aliases(group, tied_names(model) if stem == "model" else ())
         apart["aliases"][stem] = aliases
         tensors[stem] = {name: value for name, value in group.items() if name not in aliases}
-    return Snapshot(tensors, apart, model)
+    return Snapshot(tensors, apart, model, shards)
+
+
+def _take_shards(tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Take what is spread over the ranks out of groups of tensors."""
+    shards = {}
+    for stem in ("model", "optimizer"):
+        for name in [name for name, value in tensors[stem].items() if is_shard(value)]:
+            shards[f"{stem}/{name}"] = tensors[stem].pop(name)
+    return shards
 
 
 def _parts(state: TrainState, strategy: Strategy) -> dict[str, Any]:
     """Return what is saved by its own ``state_dict``."""
-    parts = state.parts() | {"model": unwrap_model(state.model, adapters=False)}
+    parts = state.parts()
+    if is_sharded(state.model):
+        parts["model"] = ShardedModel(state.model)
+        parts["optimizer"] = ShardedOptimizer(state.model, state.optimizer)
+    else:
+        parts["model"] = unwrap_model(state.model, adapters=False)
     scaler = getattr(strategy, "scaler", None)
     return parts if scaler is None else parts | {"scaler": scaler}
 
@@ -120,12 +146,16 @@ class Saved(NamedTuple):
     aliases: Aliases
 
 
-def read_snapshot(folder: Path, files: Mapping[str, Any]) -> Saved:
+def read_snapshot(
+    folder: Path, files: Mapping[str, Any], state: TrainState, strategy: Strategy
+) -> Saved:
     """Read the files of a snapshot.
 
     Args:
         folder: That holds them.
         files: Those that may be read, by name.
+        state: Whose weights tell how shards are to be spread.
+        strategy: That runs it.
 
     Raises:
         CheckpointError: One is missing, or none of ours.
@@ -134,16 +164,37 @@ def read_snapshot(folder: Path, files: Mapping[str, Any]) -> Saved:
         raise CheckpointError(f"{folder.name} has no {_STATE}.")
     tensors = {stem: load_tensors(folder, stem, files) for stem in _STEMS}
     try:
-        state = json.loads((folder / _STATE).read_bytes(), parse_constant=refuse_constant)
-        aliases = state.pop("aliases")
+        saved = json.loads((folder / _STATE).read_bytes(), parse_constant=refuse_constant)
+        aliases = saved.pop("aliases")
+        if (names := saved.pop("shards", ())) or is_sharded(state.model):
+            for name, tensor in _read_shards(folder, names, state, strategy).items():
+                stem, _, own = name.partition("/")
+                tensors[stem][own] = tensor
         for stem, group in tensors.items():
             group |= {name: group[own] for name, own in aliases[stem].items()}
         nested = tensors["optimizer"] | tensors["extras"] | tensors["rng"]
-        values = {name: put_together(value, nested) for name, value in state.items()}
+        values = {name: put_together(value, nested) for name, value in saved.items()}
         values["model"] |= tensors["model"]
         return Saved(values, values.pop("run"), aliases["model"])
     except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"{_STATE} cannot be read: {error!r:.200}.") from error
+
+
+def _read_shards(
+    folder: Path, names: Sequence[str], state: TrainState, strategy: Strategy
+) -> dict[str, Tensor]:
+    here: dict[str, Tensor] = {}
+    if is_sharded(state.model):
+        parts = _parts(state, strategy)
+        nested: dict[str, Tensor] = {}
+        take_apart(parts["optimizer"].state_dict(), "optimizer", nested)
+        here = _take_shards({"model": parts["model"].state_dict(), "optimizer": nested})
+    if sorted(here) != list(names):
+        raise CheckpointError(
+            f"{len(names)} of its tensors were spread over ranks (FSDP), and {len(here)} of this "
+            "run's are, or others: go on with the model sharded as it was when it was saved"
+        )
+    return read_shards(folder, here)
 
 
 def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
@@ -202,7 +253,8 @@ def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> l
         for key in dict.fromkeys((*theirs, *ours))
         if ours.get(key) != theirs.get(key)
     ]
-    aliases = find_aliases(weights, tied_names(model))
+    whole = {key: weight for key, weight in weights.items() if not is_shard(weight)}
+    aliases = find_aliases(whole, tied_names(state.model))
     found += [
         f"model: {key} is {'tied' if key in saved.aliases else 'not tied'} to another weight in "
         "the checkpoint, and here it is otherwise"
@@ -213,6 +265,6 @@ def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> l
         found.append(f"optimizer: {saved_class} in the checkpoint, {own_class} here")
     groups = [len(group["params"]) for group in values["optimizer"].get("param_groups", ())]
     own = [len(group["params"]) for group in state.optimizer.param_groups]
-    if groups != own:
+    if groups != own and not is_sharded(state.model):  # those are listed by the weights' names
         found.append(f"optimizer: groups of {groups} parameters in the checkpoint, of {own} here")
     return found

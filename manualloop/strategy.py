@@ -45,7 +45,6 @@ class Strategy(Protocol):
         is_main: Whether this process prints, logs and writes shared files: that of rank 0.
         rank: Number of this process among those that train the model together.
         world_size: How many they are.
-        is_sharded: Whether each has a part of the weights only, so that a forward pass takes all.
         votes: What some rank wants of the run; see ``manualloop.votes``.
     """
 
@@ -53,7 +52,6 @@ class Strategy(Protocol):
     is_main: bool
     rank: int
     world_size: int
-    is_sharded: bool
     votes: Votes
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:

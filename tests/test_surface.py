@@ -46,6 +46,7 @@ LAYERS = [
         "models",
         "cadence",
         "serialize",
+        "shards",
         "tensors",
         "folder",
         "ledger",

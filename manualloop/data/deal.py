@@ -126,7 +126,7 @@ def undealt(loader: Any) -> Any:
 
     What somebody else has dealt is returned as it is, and it is said that rows may come twice.
     """
-    dealt = getattr(loader, "batch_sampler", None)
+    dealt: Any = getattr(loader, "batch_sampler", None)
     if type(dealt).__name__ == "BatchSamplerShard" and not dealt.split_batches:
         return DataLoader(
             loader.dataset,

@@ -1,6 +1,6 @@
 """Run on each of two ranks: what each kind of loader gives whom, and how that goes on.
 
-    dealt_loaders.py FOLDER
+dealt_loaders.py FOLDER
 """
 
 import sys
@@ -242,13 +242,13 @@ def check_ready_accelerator():
     assert result.state.model is model
     assert result.state.optimizer is optimizer
     strategy = prepare_strategy(accelerator)
-    rows = sum([sum(of_rank, []) for of_rank in strategy.gather(list(own))], [])
+    rows = [row for of_rank in strategy.gather(list(own)) for batch in of_rank for row in batch]
     assert sorted(rows) == list(range(24))
     expected = [1e-2 * (1 - step / 6) for step in range(6)]
     assert torch.allclose(torch.tensor(rates), torch.tensor(expected)), rates
     own.clear()
     evaluate()
-    rows = sum([sum(of_rank, []) for of_rank in strategy.gather(list(own))], [])
+    rows = [row for of_rank in strategy.gather(list(own)) for batch in of_rank for row in batch]
     assert sorted(rows) == list(range(9))
 
 

@@ -68,11 +68,15 @@ def budget(rows, max_tokens):
 def loaders(num_rows, batch_size):
     rows = Rows(num_rows)
     options = {"collate_fn": pad}
-    yield "prepared", ordered_loader(
-        rows, "validation", batch_size, shuffle=False, seed=0, drop_last=False, **options
+    yield (
+        "prepared",
+        ordered_loader(
+            rows, "validation", batch_size, shuffle=False, seed=0, drop_last=False, **options
+        ),
     )
-    yield "shuffled", ordered_loader(
-        rows, "train", batch_size, shuffle=True, seed=3, drop_last=False, **options
+    yield (
+        "shuffled",
+        ordered_loader(rows, "train", batch_size, shuffle=True, seed=3, drop_last=False, **options),
     )
     yield "built", DataLoader(rows, batch_size, **options)
     yield "stream", DataLoader(Stream(rows), batch_size, **options)
@@ -96,7 +100,7 @@ def main():
     for num_rows in range(1, 18):
         for batch_size in range(1, 6):
             for name, loader in loaders(num_rows, batch_size):
-                for metric in ([metrics(), "glue/mrpc"] if name == "prepared" else [metrics()]):
+                for metric in [metrics(), "glue/mrpc"] if name == "prepared" else [metrics()]:
                     expected = evaluate_loop(model, loader, metric, strategy=alone)
                     found = evaluate_loop(together, loader, metric, strategy=strategy)
                     assert str(found) == str(expected), (num_rows, batch_size, name)  # NaN too

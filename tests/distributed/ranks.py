@@ -34,7 +34,7 @@ def start(script, *args, num_ranks=2, **more):
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": num_ranks}
     children = []
     for rank in range(num_ranks):
-        output = tempfile.TemporaryFile("w+")
+        output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         child = subprocess.Popen(
             [sys.executable, "-X", "faulthandler", "-W", "ignore", HERE / script, *map(str, args)],
             env=environment(RANK=rank, LOCAL_RANK=rank, **shared, **more),

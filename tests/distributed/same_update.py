@@ -3,6 +3,7 @@
 Two ranks with a batch size of 2 have the same global batches as one rank with 4.
 """
 
+import math
 import sys
 
 import torch
@@ -83,7 +84,7 @@ def train(head, dtype, accumulation, strategy):
         collate_fn=default_data_collator,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    steps_per_epoch = -(-(-(-NUM_ROWS // GLOBAL_BATCH)) // accumulation)
+    steps_per_epoch = math.ceil(math.ceil(NUM_ROWS / GLOBAL_BATCH) / accumulation)
     schedule = prepare_scheduler(
         optimizer, "linear", num_training_steps=2 * steps_per_epoch, num_warmup_steps=2
     )

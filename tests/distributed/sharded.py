@@ -1,0 +1,139 @@
+"""Run on each of two ranks: weights spread by fully_shard, beside DDP.
+
+sharded.py FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_bert
+from ranks import leave
+from same_update import make_rows
+from torch.distributed.fsdp import fully_shard
+from transformers import default_data_collator
+
+from manualloop import (
+    CheckpointError,
+    TrainState,
+    evaluate_loop,
+    load_checkpoint,
+    predict_loop,
+    prepare_scheduler,
+    prepare_strategy,
+    save_checkpoint,
+    train_steps,
+)
+from manualloop.data.order import ordered_loader
+
+
+def make_loader(shuffle):
+    return ordered_loader(
+        make_rows("sequence"),
+        "train" if shuffle else "validation",
+        2,
+        shuffle=shuffle,
+        seed=1,
+        drop_last=False,
+        collate_fn=default_data_collator,
+    )
+
+
+def make_state(spread):
+    model = tiny_bert(num_hidden_layers=2, hidden_dropout_prob=0.1)
+    if spread:
+        for layer in model.bert.encoder.layer:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return TrainState(
+        model, optimizer, prepare_scheduler(optimizer, "linear", num_training_steps=8)
+    )
+
+
+def train(state, strategy, folder=None, at=None):
+    losses = []
+    for step in train_steps(
+        state,
+        make_loader(shuffle=True),
+        max_steps=8,
+        gradient_accumulation_steps=3,
+        max_grad_norm=0.5,
+        strategy=strategy,
+    ):
+        losses.append((step.index, float(step.loss), float(step.grad_norm), step.lr))
+        if step.index == at:
+            save_checkpoint(folder, state, strategy=strategy, metrics={"loss": losses[-1][1]})
+    return losses
+
+
+def weights(model):
+    return {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def main():
+    folder = Path(sys.argv[1])
+    strategy = prepare_strategy()
+    ends = {}
+    for spread in (False, True):
+        torch.manual_seed(5 + strategy.rank)
+        state = make_state(spread)
+        ends[spread] = train(state, strategy, folder, at=3 if spread else None), state
+    ddp, fsdp = torch.tensor(ends[False][0]), torch.tensor(ends[True][0])
+    torch.testing.assert_close(fsdp, ddp, rtol=1e-5, atol=1e-5)
+    largest = float((fsdp - ddp).abs().max())
+
+    scores = [
+        evaluate_loop(
+            ends[spread][1].model, make_loader(shuffle=False), "accuracy", strategy=strategy
+        )
+        for spread in (False, True)
+    ]
+    assert scores[0]["accuracy"] == scores[1]["accuracy"]
+    assert abs(scores[0]["loss"] - scores[1]["loss"]) < 1e-5
+    tables = [
+        predict_loop(ends[spread][1].model, make_loader(shuffle=False), strategy=strategy)
+        for spread in (False, True)
+    ]
+    assert (tables[0].predictions == tables[1].predictions).all()
+
+    (saved,) = folder.iterdir()
+    files = sorted(path.name for path in saved.iterdir())
+    assert sum(name.startswith("shard-") for name in files) == 2, files
+    assert "manifest.json" in files
+
+    torch.manual_seed(99)
+    again = make_state(spread=True)
+    info = load_checkpoint(folder, again, strategy=strategy)
+    assert info.step == 3
+    assert train(again, strategy) == ends[True][0][3:]
+    for name, value in weights(ends[True][1].model).items():
+        assert torch.equal(weights(again.model)[name], value), name
+
+    plain = make_state(spread=False)
+    before = weights(plain.model)
+    with pytest.raises(CheckpointError, match="spread over ranks"):
+        load_checkpoint(folder, plain, strategy=strategy)
+    inner = getattr(plain.model, "module", plain.model)
+    assert all(torch.equal(weights(inner)[name], value) for name, value in before.items())
+
+    shard = next(path for path in saved.iterdir() if path.name.startswith("shard-00002"))
+    strategy.gather(None)
+    if strategy.is_main:
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    strategy.gather(None)
+    with pytest.raises(CheckpointError, match=r"shard-00002.* is damaged"):
+        load_checkpoint(folder, make_state(spread=True), strategy=strategy)
+    print(f"8 steps, at most {largest:.1e} from DDP", flush=True)
+    del state, again, plain, inner, ends
+    leave(strategy)
+
+
+if __name__ == "__main__":
+    main()
