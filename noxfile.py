@@ -55,6 +55,13 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def distributed(session: nox.Session) -> None:
+    """Run everything that takes several processes: all cases, of which `tests` runs a part."""
+    install(session, "-e", ".[metrics,plot]", group="test")
+    session.run("pytest", "-m", "distributed", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def quickstart(session: nox.Session) -> None:
     """Do what a newcomer does: install the package alone, run the first example."""
     install(session, "-e", ".")

@@ -1,9 +1,13 @@
-"""Run on each of two ranks: evaluation and prediction, compared with one process, bit by bit."""
+"""Run on each of two ranks: evaluation and prediction, compared with one process, bit by bit.
+
+exact_evaluation.py NUM_RANKS NUM_ROWS ...
+"""
 
 import sys
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from helpers import tiny_bert
 from ranks import leave
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -88,7 +92,7 @@ def metrics():
 
 
 def main():
-    strategy = prepare_strategy()
+    strategy = prepare_strategy(Accelerator(cpu=True))
     ranks = strategy.world_size
     assert ranks == int(sys.argv[1])
     alone = SingleDevice("cpu")
@@ -97,7 +101,7 @@ def main():
     with torch.no_grad():
         model.classifier.weight.mul_(50)  # else all predictions are one class
     together = strategy.prepare_model(model)
-    for num_rows in range(1, 18):
+    for num_rows in map(int, sys.argv[2:]):
         for batch_size in range(1, 6):
             for name, loader in loaders(num_rows, batch_size):
                 for metric in [metrics(), "glue/mrpc"] if name == "prepared" else [metrics()]:

@@ -6,7 +6,15 @@ import ranks
 pytestmark = pytest.mark.distributed
 
 
-def test_metrics_and_predictions_are_those_of_one_process():
-    """exact_evaluation.py asserts on both ranks, for five kinds of loaders and six metrics."""
-    outputs = ranks.run("exact_evaluation.py", 2)
-    assert all("340 cases" in output for output in outputs), "\n".join(outputs)
+SOME = [1, 2, 5, 8, 17]
+
+
+@pytest.mark.parametrize(
+    "num_rows", [SOME, pytest.param([*range(1, 18)], marks=pytest.mark.exhaustive)], ids=len
+)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_metrics_and_predictions_are_those_of_one_process(num_ranks, num_rows):
+    """exact_evaluation.py asserts on every rank, for five kinds of loaders and six metrics."""
+    outputs = ranks.run("exact_evaluation.py", num_ranks, *num_rows, num_ranks=num_ranks)
+    num_cases = 5 * 4 * len(num_rows)
+    assert all(f"{num_cases} cases" in output for output in outputs), "\n".join(outputs)

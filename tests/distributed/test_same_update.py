@@ -1,5 +1,7 @@
 """Two ranks make the updates of one rank with the same global batches."""
 
+import json
+
 import pytest
 import ranks
 import same_update
@@ -35,3 +37,17 @@ def test_losses_and_weights_and_learning_rates_are_equal(number, results):
     difference = float((own_weights - weights).abs().max())
     print(f"{head} {dtype}: largest difference of a weight {difference:.1e}")
     assert difference <= tolerance
+
+
+@pytest.mark.exhaustive
+def test_the_line_of_trainer_beside_ours(tmp_path):
+    """Ours is the same on any number of ranks; Trainer's is printed, not asserted: it may mend."""
+    for num_ranks in (1, 2):
+        ranks.run("trainer_line.py", tmp_path / "line", num_ranks=num_ranks)
+    alone, together = (json.loads((tmp_path / f"line-{n}.json").read_text()) for n in (1, 2))
+    for name in ("loss", "grad_norm"):
+        assert together[0][name] == pytest.approx(alone[0][name], rel=1e-6)
+        print(
+            f"{name}: manualloop {alone[0][name]:.6f}, on 2 ranks {together[0][name]:.6f}; "
+            f"Trainer {alone[1][name]:.6f}, on 2 ranks {together[1][name]:.6f}"
+        )

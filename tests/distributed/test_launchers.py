@@ -1,0 +1,168 @@
+"""How many processes each way of starting gives on a CPU, and what is said if they are fewer."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+
+import manualloop
+from manualloop import ConfigError, DistributedError, launch
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without one"),
+]
+
+BIN = Path(sys.executable).parent
+SCRIPT = ranks.HERE / "count_ranks.py"
+FEWER = "2 processes were asked for, and 1 runs"
+CONFIG = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_CPU
+num_processes: 2
+num_machines: 1
+machine_rank: 0
+use_cpu: true
+mixed_precision: 'no'
+"""
+
+
+def start(*command, **more):
+    done = subprocess.run(
+        list(map(str, command)),
+        env=ranks.environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_torchrun_starts_two():
+    code, output = start(
+        BIN / "torchrun", "--nproc_per_node=2", f"--master_port={ranks.free_port()}", SCRIPT
+    )
+    assert code == 0, output
+    assert "RANKS [0, 1]" in output
+    assert FEWER not in output
+
+
+def test_accelerate_starts_two_if_told_in_its_way():
+    code, output = start(
+        *(BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2"),
+        *("--main_process_port", ranks.free_port(), SCRIPT),
+        ACCELERATE_USE_CPU=1,
+    )
+    assert code == 0, output
+    assert "RANKS [0, 1]" in output
+    assert FEWER not in output
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux to see what was asked for")
+@pytest.mark.parametrize("by", ["arguments", "config"])
+def test_accelerate_starts_one_and_that_is_said(by, tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    options = {
+        "arguments": ("--cpu", "--num_processes", "2"),
+        "config": ("--config_file", tmp_path / "config.yaml"),
+    }
+    code, output = start(BIN / "accelerate", "launch", *options[by], SCRIPT)
+    assert code == 0, output
+    assert "RANKS [0]" in output
+    assert FEWER in output
+    assert "torchrun" in output
+
+
+def test_an_accelerator_that_does_not_know_of_the_others_is_refused(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from accelerate import Accelerator; from manualloop import prepare_strategy\n"
+        "prepare_strategy(Accelerator())\n"
+    )
+    code, output = start(
+        BIN / "torchrun", "--nproc_per_node=2", f"--master_port={ranks.free_port()}", script
+    )
+    assert code == 1
+    assert "DistributedError: A launcher started 2 processes" in output
+    assert "Accelerator(cpu=True)" in output
+
+
+LAUNCHED = """
+import sys, torch
+from manualloop import launch, prepare_strategy
+
+def report(text):
+    strategy = prepare_strategy()
+    matrix = torch.randn(300, 300) @ torch.randn(300, 300)
+    found = strategy.gather((strategy.rank, text, bool(matrix.isfinite().all())))
+    if strategy.is_main:
+        print("FOUND", found, flush=True)
+
+def fail():
+    strategy = prepare_strategy()
+    if strategy.rank == 1:
+        raise ValueError("row 17 is bad")
+    strategy.gather(None)
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    for _ in range(3):  # the threads of OpenMP do not outlive a fork
+        torch.randn(1000, 1000) @ torch.randn(1000, 1000)
+    launch(report, ["one"], num_processes=2)
+    launch(report, ["two"], num_processes=2)
+    launch(fail, num_processes=2)
+"""
+
+
+def test_launch_starts_two_again_and_again_and_passes_on_what_fails(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED)
+    code, output = start(sys.executable, script)
+    assert code == 1
+    for text in ("one", "two"):
+        assert f"FOUND [(0, '{text}', True), (1, '{text}', True)]" in output
+    assert "rank 1 failed (ValueError: row 17 is bad)" in output
+    assert output.index("FOUND [(0, 'one'") < output.index("FOUND [(0, 'two'")
+
+
+def test_launch_in_one_process_calls_the_function():
+    seen = []
+    launch(seen.append, ["here"], num_processes=1)
+    launch(seen.append, ["there"])
+    assert seen == ["here", "there"]
+
+
+def test_launch_refuses_what_cannot_be(monkeypatch):
+    with pytest.raises(ConfigError, match=r"num_processes=0"):
+        launch(print, num_processes=0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DistributedError, match="plain python"):
+        launch(print, num_processes=2)
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(DistributedError, match=r"CUDA was used .* before launch"):
+        launch(print, num_processes=2)
+
+
+def test_launch_after_an_accelerator_was_made_is_refused():
+    code = (
+        "from accelerate import Accelerator; from manualloop import launch; Accelerator(cpu=True); "
+        "launch(print, num_processes=2)"
+    )
+    returncode, output = start(sys.executable, "-c", code)
+    assert returncode == 1
+    assert "DistributedError: An Accelerator was made in this process" in output
+
+
+def test_importing_touches_no_device_and_opens_no_connection():
+    code = (
+        "import torch, threading, manualloop; from manualloop import launch, train_loop; "
+        "print(torch.cuda.is_initialized(), threading.active_count())"
+    )
+    returncode, output = start(sys.executable, "-c", code)
+    assert returncode == 0, output
+    assert output.strip().endswith("False 1")
+    assert manualloop.launch is launch
