@@ -43,7 +43,7 @@ def start(*command, **more):
 
 def test_torchrun_starts_two():
     code, output = start(
-        BIN / "torchrun", "--nproc_per_node=2", f"--master_port={ranks.free_port()}", SCRIPT
+        BIN / "torchrun", "--standalone", "--nproc_per_node=2", SCRIPT
     )
     assert code == 0, output
     assert "RANKS [0, 1]" in output
@@ -83,7 +83,7 @@ def test_an_accelerator_that_does_not_know_of_the_others_is_refused(tmp_path):
         "prepare_strategy(Accelerator())\n"
     )
     code, output = start(
-        BIN / "torchrun", "--nproc_per_node=2", f"--master_port={ranks.free_port()}", script
+        BIN / "torchrun", "--standalone", "--nproc_per_node=2", script
     )
     assert code == 1
     assert "DistributedError: A launcher started 2 processes" in output
