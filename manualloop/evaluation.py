@@ -56,7 +56,8 @@ def evaluate_loop(
 
     The loss is the mean over all items, so it does not depend on how rows were batched. Of the
     outputs only what the metric needs is kept, never the logits. Every submodule's mode and the
-    random states of torch, NumPy and Python are as before when it returns or raises.
+    random states of torch, NumPy and Python are as before when it returns or raises. On several
+    processes call it on each: every row counts once, and each gets the result of one process.
 
     Args:
         model: Moved to the strategy's device if no strategy has prepared it.

@@ -95,22 +95,22 @@ class Lifeline:
             share((host, server.getsockname()[1], token))
             while len(self._links) < world_size - 1:
                 link, _ = server.accept()
-                link.settimeout(_CONNECT)
+                link.settimeout(_ANSWER)
                 lines = link.makefile("rb")
-                hello = json.loads(lines.readline(1000) or "null")
-                if not isinstance(hello, dict) or hello.get("token") != token:
-                    link.close()  # a stranger
+                peer = _read_hello(lines, token)
+                if peer is None:
+                    link.close()
                     continue
                 link.settimeout(None)
-                self._links[hello["rank"]] = link
-                self._listen(hello["rank"], lines)
+                self._links[peer] = link
+                self._listen(peer, lines)
 
     def _listen(self, peer: int, lines: IO[bytes]) -> None:
         threading.Thread(target=self._hear, args=(peer, lines), daemon=True).start()
 
     def _hear(self, peer: int, lines: IO[bytes]) -> None:
         """Read what another rank says until its connection is closed."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             for line in lines:
                 message = json.loads(line)
                 if "news" in message:
@@ -149,6 +149,10 @@ class Lifeline:
         if news.text:
             _print(f"The traceback of rank {news.rank}:\n{news.text}")
         os._exit(1)
+
+    def is_connected(self) -> bool:
+        """Tell whether this process can tell the others: one that a rank has forked cannot."""
+        return bool(self._links)
 
     def failures(self) -> list[News]:
         """Return what is known of ranks that have not reached their end."""
@@ -203,7 +207,7 @@ class Lifeline:
     def _let_go(self) -> None:
         """Close the connections in a process that was forked: it is not this rank."""
         for link in self._links.values():
-            link.close()
+            os.close(link.detach())  # close() would wait for the file that is made of it
         self._links = {}
 
 
@@ -231,7 +235,8 @@ def connect(rank: int, world_size: int, share: Callable[[Any], list[Any]]) -> Li
 
 def _report(error: BaseException) -> None:
     """Tell the others of an exception that ends this process; briefly, if one of them is why."""
-    assert _lifeline is not None
+    if _lifeline is None or not _lifeline.is_connected():
+        return
     if _lifeline.failures():
         _lifeline.report("failed", f"{type(error).__name__}: {error}".partition("\n")[0])
         return
@@ -254,6 +259,15 @@ def _say_goodbye() -> None:
         _report(error.__context__)  # torch's multiprocessing has caught it, and exits
     elif _lifeline is not None and not hasattr(sys, "last_value"):
         _lifeline.report("ended")
+
+
+def _read_hello(lines: IO[bytes], token: str) -> int | None:
+    """Return which rank has called; None: a stranger."""
+    with suppress(OSError, ValueError):
+        hello = json.loads(lines.readline(1000))
+        if isinstance(hello, dict) and hello.get("token") == token:
+            return int(hello["rank"])
+    return None
 
 
 def _describe(news: News) -> str:

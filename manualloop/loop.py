@@ -117,6 +117,9 @@ def train_loop(
     the run after the update under way and a checkpoint; a second one ends it at once. If the
     script has nothing else to do, it exits with status 143 after a SIGTERM.
 
+    On several processes call it on each: batches are dealt to them, rank 0 prints and writes, and
+    they end together. ``evaluate`` is called on each, and what it returns on rank 0 counts.
+
     Args:
         model: Trained in place.
         train_dataloader: Of dicts that the model takes; any iterable of anything with ``loss_fn``.

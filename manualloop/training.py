@@ -132,7 +132,8 @@ def train_steps(
     loop anywhere, and the next ``train_steps`` with this state goes on with the next window. When
     the planned number is reached it yields nothing. The gradients of a step stay until the next.
     Nothing in here waits for the device, but for what ``on_nonfinite`` says. An interrupt inside an
-    update leaves the state in the middle of it.
+    update leaves the state in the middle of it. On several processes call it on each: batch k of
+    the loader is rank ``k % world_size``'s, and a step is the same on all ranks.
 
     Arguments are checked at the call, batches as they come. To end the generator before its end,
     leave its ``for`` loop, or ``close()`` it if it has a name.
@@ -165,6 +166,7 @@ def train_steps(
         DataError: The data cannot be trained on.
         ModelError: The model or the optimizer cannot be trained.
         NonFiniteError: The loss or the gradient norm is NaN or infinite; it names the rows.
+        DistributedError: Another rank is gone; the message says which, and why if it could tell.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1)

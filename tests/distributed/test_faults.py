@@ -153,6 +153,29 @@ def test_one_rank_is_asked_to_end_and_all_do(fault, codes, tmp_path, undisturbed
     finish(found.folder, undisturbed)
 
 
+@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        ("kill", "is gone"),
+        ("raise", "failed (ValueError: first line)"),
+        ("stop", "does not answer"),
+    ],
+)
+def test_both_survivors_of_three_name_the_one(fault, what, victim):
+    children = ranks.start("talk.py", fault, victim, num_ranks=3)
+    others = [child for rank, child in enumerate(children) if rank != victim]
+    deadline = time.monotonic() + 40
+    while any(child.poll() is None for child in others) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children[victim].send_signal(signal.SIGCONT)
+    outputs = ranks.finish(children, 20)
+    assert all(child.returncode not in (0, None) for child in children)
+    for rank, output in enumerate(outputs):
+        if rank != victim:
+            assert f"rank {victim} {what}" in output, "\n".join(outputs)
+
+
 def test_cadences_of_time_follow_one_clock(tmp_path):
     found = Outcome(tmp_path / "run", "clock", 1)
     assert found.codes == [0, 0], "\n".join(found.outputs)

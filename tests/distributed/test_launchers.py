@@ -42,9 +42,7 @@ def start(*command, **more):
 
 
 def test_torchrun_starts_two():
-    code, output = start(
-        BIN / "torchrun", "--standalone", "--nproc_per_node=2", SCRIPT
-    )
+    code, output = start(BIN / "torchrun", "--standalone", "--nproc_per_node=2", SCRIPT)
     assert code == 0, output
     assert "RANKS [0, 1]" in output
     assert FEWER not in output
@@ -82,9 +80,7 @@ def test_an_accelerator_that_does_not_know_of_the_others_is_refused(tmp_path):
         "from accelerate import Accelerator; from manualloop import prepare_strategy\n"
         "prepare_strategy(Accelerator())\n"
     )
-    code, output = start(
-        BIN / "torchrun", "--standalone", "--nproc_per_node=2", script
-    )
+    code, output = start(BIN / "torchrun", "--standalone", "--nproc_per_node=2", script)
     assert code == 1
     assert "DistributedError: A launcher started 2 processes" in output
     assert "Accelerator(cpu=True)" in output
