@@ -5,6 +5,7 @@ import gc
 import torch
 from accelerate import Accelerator
 from heads import HEADS, build, head_id, make_batch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from manualloop import Accelerated, accumulate_gradients, count_items
 
@@ -43,13 +44,24 @@ def main():
         loss = whole(**batch).loss
         loss.backward()
         exact = gradients(whole)
-        model = strategy.prepare_model(build(head))
+        inner = build(head)
+        model = strategy.prepare_model(inner)
+        assert strategy.prepare_model(inner) is strategy.prepare_model(model) is model
+        num_reductions = 0
+
+        def count(state, bucket):
+            nonlocal num_reductions
+            num_reductions += bucket.is_last()
+            return allreduce_hook(state, bucket)
+
+        model.register_comm_hook(None, count)
         for split in SPLITS:
             parts = torch.arange(NUM_ROWS).split([*split[0], *split[1]])
             own = (
                 parts[: len(split[0])] if accelerator.process_index == 0 else parts[len(split[0]) :]
             )
             model.zero_grad()
+            num_reductions = 0
             update = accumulate_gradients(
                 model, [rows_of(batch, rows) for rows in own], strategy=strategy
             )
@@ -57,6 +69,7 @@ def main():
             assert difference <= CHOSEN[head_id(head)], (head, split, float(difference))
             assert update.num_items == count_items(whole, batch)
             torch.testing.assert_close(update.loss, loss.detach(), rtol=1e-6, atol=0)
+            assert num_reductions == 1, "gradients are reduced once a window"
             num_splits += 1
     print(f"{len(heads)} heads, {num_splits} splits", flush=True)
     # gloo aborts the process if a connection is closed while the other side still uses it, or if

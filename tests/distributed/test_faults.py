@@ -20,7 +20,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    return Outcome(tmp_path_factory.mktemp("undisturbed") / "run", "none", 1)
+    found = Outcome(tmp_path_factory.mktemp("undisturbed") / "run", "none", 1)
+    assert found.codes == [0, 0], "\n".join(found.outputs)
+    assert "".join(found.outputs).strip() == ""
+    return found
 
 
 class Outcome:
