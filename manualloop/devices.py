@@ -118,6 +118,20 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def zero_gradients(optimizer: Optimizer) -> None:
+    """Set the gradients of an optimizer's parameters to None.
+
+    What ``Optimizer.zero_grad`` does, less its record for the profiler, which costs 6 us; an
+    optimizer that has a ``zero_grad`` of its own gets it called.
+    """
+    if type(optimizer).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(optimizer):
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
 def move(value: Any, device: torch.device) -> Any:
     """Copy the tensors in a nest of mappings, lists and tuples to a device, without blocking."""
     if hasattr(value, "to"):  # a tensor, a BatchEncoding, a packed sequence

@@ -28,6 +28,7 @@ from manualloop.devices import (
 )
 from manualloop.devices import move as move
 from manualloop.devices import parameters_of as parameters_of
+from manualloop.devices import zero_gradients as zero_gradients
 from manualloop.errors import ConfigError, DistributedError, ManualLoopError
 from manualloop.votes import Votes
 

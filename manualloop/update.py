@@ -17,7 +17,7 @@ from manualloop.data.feed import Feed, Given
 from manualloop.errors import DataError, ModelError
 from manualloop.notices import say
 from manualloop.state import TrainState
-from manualloop.strategy import Strategy, parameters_of, strategy_for
+from manualloop.strategy import Strategy, parameters_of, strategy_for, zero_gradients
 from manualloop.tasks import count_terms, loss_and_items, num_rows, require_loss, term_losses
 from manualloop.types import LossFn, Update, Window
 
@@ -246,7 +246,7 @@ def _accumulate_in_memory(
     of the attempt that failed.
     """
     while True:
-        state.optimizer.zero_grad()  # also what a failed attempt has added
+        zero_gradients(state.optimizer)  # also what a failed attempt has added
         parts = batches
         if (max_rows := state.max_batch_rows) is not None:
             parts = [part for batch in batches for part in split_batch(batch, max_rows)]

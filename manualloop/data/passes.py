@@ -22,6 +22,7 @@ from manualloop.data.generators import (
     get_generator_states,
     set_generator_states,
 )
+from manualloop.data.here import Here, reads_here
 from manualloop.data.order import OrderedBatchSampler, num_batches
 from manualloop.data.resumed import ResumedSampler
 from manualloop.data.workers import (
@@ -329,6 +330,8 @@ def _iterate(
         loader._iterator = None  # workers that are there already are elsewhere
     # For the time of iter() only, and past __setattr__, which forbids to change a sampler: the
     # iterator keeps what it was made with.
+    if _kind_of(loader) == "prepared" and reads_here(loader):
+        return Here(loader, changes.get("batch_sampler", loader.batch_sampler))
     kept = {name: vars(loader)[name] for name in changes}
     vars(loader).update(changes)
     try:
