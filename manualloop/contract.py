@@ -49,6 +49,7 @@ def describe_run(
     return {
         "same": {
             **fingerprint(loader),
+            **({"group_by_length": True} if getattr(sampler, "lengths", None) is not None else {}),
             "optimizer": type(getattr(state.optimizer, "optimizer", state.optimizer)).__name__,
         },
         "exact": {

@@ -161,6 +161,11 @@ def prepared(draws=False, **options):
     return ordered_loader(Rows(draws), "train", 2, shuffle=True, seed=1, drop_last=False, **options)
 
 
+def grouped(**options):
+    lengths = np.array([1 + (7 * row) % 5 for row in range(NUM_ROWS)])
+    return prepared(draws=True, lengths=lengths, **options)
+
+
 def arrow_stream(**options):
     rows = [{"x": x.tolist(), "id": i} for i, x in enumerate(Rows().x)]
     stream = ArrowDataset.from_list(rows).to_iterable_dataset(num_shards=4)
@@ -182,6 +187,7 @@ class Unsized:
 PLAIN = {
     "prepared": prepared,
     "prepared, draws": lambda: prepared(draws=True),
+    "prepared, grouped by length": grouped,
     "grouped": lambda: DataLoader(Rows(draws=True), batch_sampler=GroupedBatches()),
     "built": built,
     "built, draws": lambda: built(Rows(draws=True)),
@@ -212,6 +218,7 @@ WORKERS = {
     )
     for name, make in {
         "prepared, draws": lambda **options: prepared(draws=True, **options),
+        "prepared, grouped by length": grouped,
         "grouped": lambda **options: DataLoader(
             Rows(draws=True), batch_sampler=GroupedBatches(), **options
         ),

@@ -192,7 +192,7 @@ def _kind_of(loader: Any) -> str:
 def _open_prepared(
     loader: Any, skip: int, position: Position, deal: Deal
 ) -> tuple[Iterator[Any], int]:
-    loader.batch_sampler.start_at(skip, position.get("seed"))
+    loader.batch_sampler.start_at(skip, position.get("seed"), position.get("batch_size"))
     if _has_dataset_here(loader):
         set_dataset_state(loader.dataset, position)
     if deal.rank:  # workers draw other numbers on every rank

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -42,6 +44,7 @@ def prepare_dataloaders(
     max_length: int | None = None,
     batch_size: int = 8,
     eval_batch_size: int | None = None,
+    group_by_length: bool = False,
     pad_to_multiple_of: int | None = None,
     drop_last: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -72,6 +75,8 @@ def prepare_dataloaders(
         max_length: Tokens at which texts are cut; None: what tokenizer and model have room for.
         batch_size: Rows a batch.
         eval_batch_size: Rows a batch of the splits that are not shuffled; None: ``batch_size``.
+        group_by_length: Put rows of about one length into the batches of the shuffled splits, so
+            that less is padding. The order is another one, and still one of ``(seed, epoch)``.
         pad_to_multiple_of: Pad further, to a multiple of so many tokens.
         drop_last: Leave out a shorter last batch of the shuffled splits.
         collate_fn: Replaces padding. All columns then reach it, texts that the tokenizer has
@@ -145,12 +150,34 @@ def prepare_dataloaders(
             shuffle=split.is_train,
             drop_last=drop_last and split.is_train,
             seed=seed,
+            lengths=row_lengths(split) if group_by_length and split.is_train else None,
             collate_fn=collate_fn,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         )
         for key, split in splits.items()
     }
+
+
+def row_lengths(split: Split) -> NDArray[np.int64]:
+    """Return the number of tokens of each row, int64 ``(rows,)``, without reading the tokens.
+
+    Raises:
+        ConfigError: The split is a stream, or has no column of lists.
+    """
+    kinds = split.kinds
+    lists = [name for name, kind in kinds.items() if kind == "list"]
+    name = "input_ids" if "input_ids" in kinds else next(iter(lists), None)
+    column = None if name is None else split.column(name)
+    if column is None:
+        raise ConfigError(
+            f"group_by_length=True needs the lengths of the rows of {split.name}, and it is a "
+            "stream or has no column of lists. Leave it out."
+        )
+    import pyarrow.compute
+
+    lengths: NDArray[np.int64] = pyarrow.compute.list_value_length(column).to_numpy()
+    return lengths.astype(np.int64)
 
 
 def _check_arguments(task: str | None, **counts: int | None) -> None:
