@@ -2,8 +2,8 @@
 
     MANUALLOOP_SHARED=... python tests/benchmarks/grouping.py [--task mrpc] [--num-rows 2048]
 
-CPU time of one epoch, one thread, the loops take turns; medians and ranges of the ratios within each
-turn. Beside them the tokens that go through the model, for each that is not padding.
+CPU time of one epoch, one thread, the loops take turns; medians and ranges of the ratios within
+each turn. Beside them the tokens that go through the model, for each that is not padding.
 """
 
 import argparse
@@ -111,8 +111,8 @@ def main():
         ratios.append(seconds[ours] / seconds[course])
     print(
         f"{args.task}, {len(raw)} rows, batches of {args.batch_size}: ours / course "
-        f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); tokens for each "
-        f"that is no padding: {shares[course]:.2f} and {shares[ours]:.2f}"
+        f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); tokens for "
+        f"each that is no padding: {shares[course]:.2f} and {shares[ours]:.2f}"
     )
 
 
