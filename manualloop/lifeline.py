@@ -67,6 +67,7 @@ class Lifeline:
         self._sending, self._calling = threading.Lock(), threading.Lock()
         self._answered: set[int] = set()
         self._is_ending = False
+        self._listeners: list[threading.Thread] = []
         if rank == 0:
             self._accept(world_size, share)
         else:
@@ -106,7 +107,9 @@ class Lifeline:
                 self._listen(peer, lines)
 
     def _listen(self, peer: int, lines: IO[bytes]) -> None:
-        threading.Thread(target=self._hear, args=(peer, lines), daemon=True).start()
+        thread = threading.Thread(target=self._hear, args=(peer, lines), daemon=True)
+        self._listeners.append(thread)
+        thread.start()
 
     def _hear(self, peer: int, lines: IO[bytes]) -> None:
         """Read what another rank says until its connection is closed."""
@@ -121,7 +124,8 @@ class Lifeline:
                     threading.Thread(target=self._call_roll, daemon=True).start()
                 else:
                     self._hear_answer(peer)
-        self._learn(News(peer, "gone"))
+        if not self._is_ending:
+            self._learn(News(peer, "gone"))
 
     def _hear_answer(self, peer: int) -> None:
         with self._changed:
@@ -204,6 +208,18 @@ class Lifeline:
         for peer in self._links:
             self._send(peer, {"news": News(self.rank, state, text[-_NUM_CHARACTERS:])})
 
+    def close(self) -> None:
+        """Tell the others that this rank has reached its end, and hang up.
+
+        A thread that still waits when Python ends is unwound by force, which may abort the process.
+        """
+        self.report("ended")
+        for link in self._links.values():
+            with suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+        for thread in self._listeners:
+            thread.join(timeout=1)
+
     def _let_go(self) -> None:
         """Close the connections in a process that was forked: it is not this rank."""
         for link in self._links.values():
@@ -257,8 +273,8 @@ def _say_goodbye() -> None:
     error = sys.exc_info()[1]
     if isinstance(error, SystemExit) and error.code and error.__context__ is not None:
         _report(error.__context__)  # torch's multiprocessing has caught it, and exits
-    elif _lifeline is not None and not hasattr(sys, "last_value"):
-        _lifeline.report("ended")
+    elif _lifeline is not None and _lifeline.is_connected() and not hasattr(sys, "last_value"):
+        _lifeline.close()
 
 
 def _read_hello(lines: IO[bytes], token: str) -> int | None:
