@@ -112,9 +112,10 @@ def _accumulate(
     strategy: Strategy,
     parameters: Iterable[Tensor],
 ) -> Update:
+    if len(batches) == strategy.world_size == 1:
+        return _accumulate_one(model, batches[0], loss_fn, strategy)
     counts = [_count(model, batch) for batch in batches]
     planned = _plan(counts, loss_fn, strategy)
-    is_alone = len(batches) == strategy.world_size == 1
     weighted_losses: list[Tensor] = []
     num_items: float = 0
     for number, (batch, count) in enumerate(zip(batches, counts, strict=True), start=1):
@@ -123,8 +124,6 @@ def _accumulate(
                 terms = _mean_losses(model, strategy.to_device(batch), count, loss_fn)
             if is_spare(batch):
                 terms = [(mean, 0) for mean, _ in terms]
-            if is_alone:
-                planned = [items for _, items in terms]
             weighted = _weighted_loss(terms, planned, strategy.world_size)
             if weighted is None:
                 continue
@@ -143,13 +142,28 @@ def _accumulate(
         total = sum(planned) if loss_fn is None else strategy.sum_counts([num_items])[0]
     if total == 0:
         return Update(loss, 0, applied=False)
-    if loss_fn is not None and not is_alone and total != planned[0]:
+    if loss_fn is not None and total != planned[0]:
         factor = planned[0] / total  # loss_fn counted otherwise than count_items
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         loss = loss * factor
     return Update(loss, total)
+
+
+def _accumulate_one(
+    model: nn.Module, batch: Any, loss_fn: LossFn | None, strategy: Strategy
+) -> Update:
+    """Do what the hand-written loop does: the mean of the only micro-batch is the window's."""
+    counts = count_terms(model, batch)
+    with strategy.autocast():
+        terms = _mean_losses(model, strategy.to_device(batch), counts, loss_fn)
+    items = [num_items for _, num_items in terms]
+    loss = _weighted_loss(terms, items, 1)
+    if loss is None:
+        return Update(torch.zeros_like(terms[0][0].detach()), 0, applied=False)
+    strategy.backward(loss)
+    return Update(loss.detach(), sum(items))
 
 
 def _count(model: nn.Module, batch: Any) -> Sequence[float]:
@@ -309,7 +323,8 @@ def apply_update(
 def _is_finite(watched: Tensor) -> bool | Tensor:
     """Tell whether a number is finite: at once on the CPU, else as a flag on the device."""
     if reads_at_once(watched):
-        return math.isfinite(watched.float().numpy())  # no .item(): it counts as a wait
+        value: Any = watched.tolist()  # no .item(): it counts as a wait
+        return math.isfinite(value)
     return torch.isfinite(watched)
 
 
