@@ -130,8 +130,7 @@ class Feed:
             )
 
     def _give(self, dealt: Round, *, is_last: bool) -> Given:
-        item = dealt.item
-        batch = item.batch if isinstance(item, Carried) else item
+        batch = _batch_of(dealt.item)
         if dealt.is_spare:
             batch = as_spare(batch)
         return Given(batch, is_last, dealt.rows_before, dealt.rows, self._copies)

@@ -4,6 +4,7 @@ trainer_line.py STEM
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -51,8 +52,6 @@ def main():
         Path(f"{stem}-{world_size}.json").write_text(json.dumps([ours, theirs]))
     sys.stdout.flush()
     strategy.gather(None)
-    import os
-
     os._exit(0)  # Trainer leaves DDP's reducers behind, which abort when the group ends
 
 
