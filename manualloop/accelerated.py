@@ -70,13 +70,23 @@ class Accelerated:
             if self.device.type != "cpu":
                 limit = None if timeout is None else timedelta(seconds=timeout)
                 self._on_host = torch.distributed.new_group(backend="gloo", timeout=limit)
-            self._lifeline = connect(self.rank, self.world_size, self.gather)
+            self._lifeline = connect(self.rank, self.world_size, self.gather, self._release_groups)
         accelerator.manualloop_strategy = self  # to live as long: see STRATEGY_OF
 
     def __repr__(self) -> str:
         precision = self.accelerator.mixed_precision
         ranks = f", world_size={self.world_size}" if self.world_size > 1 else ""
         return f"Accelerated(device={str(self.device)!r}, mixed_precision={precision!r}{ranks})"
+
+    def _release_groups(self) -> None:
+        """Let go of the process groups, when the program ends."""
+        for model in {*self.accelerator._models, *(prepared for _, prepared in self._prepared)}:
+            if isinstance(model, nn.parallel.DistributedDataParallel):
+                for name in ("reducer", "logger", "process_group"):
+                    setattr(model, name, None)
+        if self._on_host is not None:
+            torch.distributed.destroy_process_group(self._on_host)
+            self._on_host = None
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         if self._shards and self._held(model) is None:

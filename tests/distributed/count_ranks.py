@@ -1,7 +1,5 @@
 """Say how many processes run, and how each of them sees it."""
 
-from ranks import leave
-
 from manualloop import prepare_strategy
 
 if __name__ == "__main__":
@@ -10,5 +8,3 @@ if __name__ == "__main__":
     assert len(found) == strategy.world_size
     if strategy.is_main:
         print(f"RANKS {found}", flush=True)
-    if strategy.world_size > 1:
-        leave(strategy)  # else torch's threads now and then abort a process that ends

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from ranks import leave
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from manualloop import (
@@ -264,7 +263,6 @@ def main():
     check_dealt_by_others(strategy)
     check_ready_accelerator()
     print(f"{len(names)} loaders, {num_cuts} cuts", flush=True)
-    leave(strategy)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import bench
 import torch
-from ranks import leave
 from strikes import KillAt
 
 from manualloop import prepare_strategy
@@ -43,9 +42,6 @@ def main():
         "history": result.history,
     }
     Path(f"{folder}.{strategy.rank}.json").write_text(json.dumps(outcome))
-    if result.stopped_by != "SIGTERM":  # that one ends as it likes
-        del result
-        leave(strategy)
 
 
 def strike_in_forward(fault):

@@ -75,17 +75,3 @@ def run(script, *args, num_ranks=2, timeout=300, **more):
     codes = [child.returncode for child in children]
     assert codes == [0] * num_ranks, f"{codes}\n" + "\n".join(outputs)
     return outputs
-
-
-def leave(strategy):
-    """End the process group in order.
-
-    gloo aborts the process if a connection is closed while the other side still uses it, or if
-    DDP's reducers outlive the group.
-    """
-    import gc
-
-    strategy.accelerator.wait_for_everyone()
-    strategy.accelerator.free_memory()
-    gc.collect()
-    strategy.accelerator.end_training()

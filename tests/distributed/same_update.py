@@ -8,7 +8,6 @@ import sys
 
 import torch
 from helpers import VOCAB_SIZE, bert_config, tiny_bert
-from ranks import leave
 from transformers import (
     BertForTokenClassification,
     LlamaConfig,
@@ -115,8 +114,6 @@ def main():
     strategy = prepare_strategy()
     results = [train(*case, strategy) for case in CASES]
     torch.save(results, f"{sys.argv[1]}-{strategy.world_size}-{strategy.rank}.pt")
-    if strategy.world_size > 1:
-        leave(strategy)
 
 
 if __name__ == "__main__":

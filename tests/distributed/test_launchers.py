@@ -86,6 +86,11 @@ def test_an_accelerator_that_does_not_know_of_the_others_is_refused(tmp_path):
     assert "Accelerator(cpu=True)" in output
 
 
+def test_a_process_waits_for_the_threads_of_gloo_before_python_ends():
+    """Else one that still holds a tensor is ended by force, and the process is aborted."""
+    ranks.run("end_with_a_thread.py", timeout=60)
+
+
 LAUNCHED = """
 import sys, torch
 from manualloop import launch, prepare_strategy

@@ -1,0 +1,21 @@
+"""End while a thread of gloo waits for Python to let go of a tensor, and DDP holds the group."""
+
+import sys
+import time
+
+import torch
+
+from manualloop import prepare_strategy
+
+if __name__ == "__main__":
+    strategy = prepare_strategy()
+    model = strategy.prepare_model(torch.nn.Linear(4, 4))
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+    large = torch.ones(2_000_000)
+    sys.setswitchinterval(100)  # so that the thread, once it waits, still does when Python ends
+    work = torch.distributed.all_reduce(large, async_op=True)
+    del large, work
+    end = time.perf_counter() + 1
+    while time.perf_counter() < end:
+        pass
