@@ -41,6 +41,7 @@ def describe_run(
     scheduler = state.lr_scheduler
     data_settings = {
         "batch_size": getattr(sampler, "batch_size", None),
+        "max_tokens": sampler.max_tokens if is_ours else None,
         "drop_last": getattr(sampler, "drop_last", None),
         "seed": sampler.seed if is_ours else None,
         "shuffle": sampler.shuffle if is_ours else _sampler_name(loader),
@@ -49,7 +50,7 @@ def describe_run(
     return {
         "same": {
             **fingerprint(loader),
-            **({"group_by_length": True} if getattr(sampler, "lengths", None) is not None else {}),
+            **_order_of(sampler),
             "optimizer": type(getattr(state.optimizer, "optimizer", state.optimizer)).__name__,
         },
         "exact": {
@@ -115,6 +116,13 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _order_of(sampler: Any) -> dict[str, str]:
+    """Say how rows are put together, if not as they are drawn."""
+    if getattr(sampler, "lengths", None) is None:
+        return {}
+    return {"order": "group_by_length" if sampler.max_tokens is None else "max_tokens"}
 
 
 def _sampler_name(loader: Any) -> str | None:

@@ -7,11 +7,12 @@ from contextlib import closing
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from manualloop.data.deal import is_spare, undealt
 from manualloop.data.feed import Feed
-from manualloop.data.order import num_batches
+from manualloop.data.order import longest_first_view, num_batches, rows_before
 from manualloop.errors import DataError, ModelError
 from manualloop.models import (
     evaluation_mode,
@@ -22,7 +23,7 @@ from manualloop.models import (
 from manualloop.predictions import Predictions, dataset_rows, table_of
 from manualloop.preflight import explain, require_loader
 from manualloop.progress import ProgressBar
-from manualloop.scorers import Gathered, Scorer, as_metric
+from manualloop.scorers import Gathered, Scorer, as_metric, counts_classes
 from manualloop.strategy import Strategy, strategy_for
 from manualloop.tasks import (
     IGNORE_INDEX,
@@ -54,8 +55,12 @@ def evaluate_loop(
 ) -> dict[str, float]:
     """Score a model on every row of a loader.
 
-    The loss is the mean over all items, so it does not depend on how rows were batched. Of the
-    outputs only what the metric needs is kept, never the logits. Every submodule's mode and the
+    The loss is the mean over all items, so it does not depend on how rows were batched. So those of
+    a prepared loader are read from the longest to the shortest, in batches of about as many tokens,
+    never more than its largest can have, which leaves out most of the padding; the metric gets them
+    in the dataset's order. Not so with a ``loss_fn``, with padding on the left or without an
+    attention mask, nor with a ``postprocess`` and a metric of more than classes. Of the outputs
+    only what the metric needs is kept, never the logits. Every submodule's mode and the
     random states of torch, NumPy and Python are as before when it returns or raises. On several
     processes call it on each: every row counts once, and each gets the result of one process.
 
@@ -89,8 +94,13 @@ def evaluate_loop(
     model = strategy.prepare_model(model)
     eval_dataloader = eval_dataloader if strategy.world_size == 1 else undealt(eval_dataloader)
     scorer = None if metric is None else as_metric(metric)
-    if scorer is not None and strategy.world_size > 1:
-        scorer = Gathered(scorer, strategy)
+    if loss_fn is None and (postprocess is None or scorer is None or counts_classes(scorer)):
+        eval_dataloader, rows = _longest_first(eval_dataloader, strategy)
+    else:
+        rows = None  # loss_fn may compare the rows of a batch, postprocess give several for one
+    taker: Scorer | Gathered | None = scorer
+    if scorer is not None and (strategy.world_size > 1 or rows is not None):
+        taker = Gathered(scorer, strategy, rows)
     losses: dict[int, list[tuple[float, float]]] = {}
     with (
         evaluation_mode(model, strategy.device),
@@ -101,17 +111,25 @@ def evaluate_loop(
             if is_spare(batch):
                 _take_part(model, batch, place, strategy, loss_fn)
                 continue
-            if parts := _score(model, batch, place, strategy, loss_fn, postprocess, scorer):
+            if parts := _score(model, batch, place, strategy, loss_fn, postprocess, taker):
                 losses[place[1]] = parts
-    scores: dict[str, float] = {} if scorer is None else scorer.compute()
+    scores: dict[str, float] = {} if taker is None else taker.compute()
     losses = _in_order(losses, strategy)
     means = [_mean(term) for term in zip(*losses.values(), strict=True) if any(n for _, n in term)]
-    if not means and scorer is None:
+    if not means and taker is None:
         raise DataError(
             f"Nothing to score: every label of the loader is {IGNORE_INDEX}. Check the masking of "
             "the labels, and that truncation leaves some."
         )
     return {"loss": sum(means) / len(means), **scores} if means else scores
+
+
+def _longest_first(
+    loader: Iterable[Any], strategy: Strategy
+) -> tuple[Iterable[Any], NDArray[np.int64] | None]:
+    """Let a prepared loader read its longest rows first; also return which row is where."""
+    view = longest_first_view(loader, fills_batches=strategy.device.type != "cpu")
+    return (loader, None) if view is None else (view, dataset_rows(view))
 
 
 def _mean(parts: Sequence[tuple[float, float]]) -> float:
@@ -125,7 +143,7 @@ def _score(
     strategy: Strategy,
     loss_fn: LossFn | None,
     postprocess: Postprocess | None,
-    scorer: Scorer | None,
+    scorer: Scorer | Gathered | None,
 ) -> list[tuple[float, float]]:
     """Give a batch to the metric; return its losses, summed over items, and their numbers.
 
@@ -134,8 +152,11 @@ def _score(
     """
     outputs, loss = _forward(model, batch, place, strategy, loss_fn)
     if scorer is not None:
-        predictions, references = _for_metric(model, outputs, batch, postprocess)
-        scorer.add_batch(predictions=predictions, references=references)
+        predictions, references, kept = _for_metric(model, outputs, batch, postprocess)
+        if isinstance(scorer, Gathered):
+            scorer.add_batch(predictions, references, kept)
+        else:
+            scorer.add_batch(predictions=predictions, references=references)
     elif loss is None:
         loss = require_loss(model, batch, outputs)
     if loss is None:
@@ -183,7 +204,9 @@ def predict_loop(
     strategy = strategy_for(model, strategy)
     model = strategy.prepare_model(model)
     dataloader = dataloader if strategy.world_size == 1 else undealt(dataloader)
-    index = dataset_rows(dataloader)
+    dataloader, index = _longest_first(dataloader, strategy)
+    if index is None:
+        index = dataset_rows(dataloader)
     parts: dict[int, tuple[Tensor | None, ...]] = {}
     with (
         evaluation_mode(model, strategy.device),
@@ -296,9 +319,9 @@ def _forward(
             outputs = model(**_taken(model, inputs))
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             loader, number = place
-            size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 0
             strategy.explain(error)
-            explain(error, model, [batch], loader, [number * size], needs_labels=False)
+            start = rows_before(loader, number)
+            explain(error, model, [batch], loader, [start], needs_labels=False)
             raise
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     return outputs, loss
@@ -337,8 +360,11 @@ def _logits(outputs: Any) -> Tensor:
 
 def _for_metric(
     model: nn.Module, outputs: Any, batch: Any, postprocess: Postprocess | None
-) -> tuple[Tensor, Tensor]:
-    """Return predictions and references of a batch, without those labelled -100."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return predictions and references of a batch without those labelled -100, and which are not.
+
+    The last is bool, in the shape of all predictions; None: they are all kept.
+    """
     if not isinstance(batch, Mapping) or "labels" not in batch:
         found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise DataError(
@@ -357,13 +383,13 @@ def _for_metric(
             predictions, labels = predictions[..., :-1], labels[..., 1:]
     predictions, labels = predictions.cpu(), labels.cpu()
     if task == "multi_label_classification":
-        return predictions, labels.int()
+        return predictions, labels.int(), None
     if predictions.numel() == labels.numel():
         labels = labels.reshape(predictions.shape)
         if not labels.is_floating_point():
             kept = labels != IGNORE_INDEX
-            return predictions[kept], labels[kept]
-    return predictions, labels
+            return predictions[kept], labels[kept], kept
+    return predictions, labels, None
 
 
 _PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -184,15 +184,15 @@ class Place(NamedTuple):
 def place_of(loader: Iterable[Any], num_samples: int, epoch: int | None = None) -> Place:
     """Name the batch that begins after so many rows of an epoch; None: of the current one."""
     sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, OrderedBatchSampler):
+        batch = f"{sampler.split} batch {sampler.batch_at(num_samples, epoch)}"
+        return Place(
+            batch, lambda row: f"{batch} (row id {sampler.rows(epoch)[num_samples + row]})"
+        )
     size = getattr(sampler, "batch_size", None)
     if not isinstance(size, int):
         return Place("a batch", lambda row: f"row {row} of a batch")
     batch = f"batch {num_samples // size}"
-    if isinstance(sampler, OrderedBatchSampler):
-        batch = f"{sampler.split} {batch}"
-        return Place(
-            batch, lambda row: f"{batch} (row id {sampler.rows(epoch)[num_samples + row]})"
-        )
     if isinstance(getattr(loader, "sampler", None), SequentialSampler):
         return Place(batch, lambda row: f"{batch} (row id {num_samples + row})")
     return Place(batch, lambda row: f"row {row} of {batch}")

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from manualloop.errors import ConfigError, MetricError
 from manualloop.metrics import (
@@ -93,26 +95,36 @@ def as_metric(metric: Any) -> Scorer:
 
 
 class Gathered:
-    """A scorer of the rows of all ranks, as if one process had read them in the loader's order.
+    """A scorer of the rows of all ranks, as if one process had read them in the dataset's order.
+
+    Of classes each rank counts its own, and the counts are added up; anything else gets the rows
+    themselves, on rank 0.
 
     Args:
-        scorer: Of all rows. Of classes each rank counts its own, and the counts are added up;
-            anything else gets the rows themselves, on rank 0.
+        scorer: Of all rows.
         strategy: Whose ranks.
+        rows: int64, the dataset's rows in the order in which they come; None: in that order.
     """
 
-    def __init__(self, scorer: Scorer, strategy: Strategy) -> None:
-        self.name = scorer.name
-        self._scorer, self._strategy = scorer, strategy
-        self._counts = isinstance(scorer, Metric) and scorer.is_of_classes
-        self._batches: list[tuple[Any, Any]] = []
+    def __init__(
+        self, scorer: Scorer, strategy: Strategy, rows: NDArray[np.int64] | None = None
+    ) -> None:
+        self._scorer, self._strategy, self._rows = scorer, strategy, rows
+        self._counts = counts_classes(scorer)
+        self._batches: list[tuple[Any, Any, Any]] = []
 
-    def add_batch(self, *, predictions: Any, references: Any) -> None:
-        """Add the rows of a batch of this rank."""
+    def add_batch(self, predictions: Any, references: Any, kept: Tensor | None) -> None:
+        """Add the rows of a batch of this rank.
+
+        Args:
+            predictions: Of the batch.
+            references: As many.
+            kept: bool ``(rows, ...)``: which of the rows' predictions they are; None: all.
+        """
         if self._counts:
             self._scorer.add_batch(predictions=predictions, references=references)
         else:
-            self._batches.append((predictions, references))
+            self._batches.append((predictions, references, kept))
 
     def compute(self) -> dict[str, float]:
         """Return the scores of all rows, the same on every rank. Call on every rank."""
@@ -129,11 +141,31 @@ class Gathered:
                 self._scorer.merge(other)
             return self._scorer.compute()
         # Batch k is rank k % world_size's, so taking one from each in turn is the loader's order.
-        for batches in zip_longest(*found):
-            for batch in batches:
-                if batch is not None:
-                    self._scorer.add_batch(predictions=batch[0], references=batch[1])
+        batches = [batch for dealt in zip_longest(*found) for batch in dealt if batch is not None]
+        if self._rows is not None:
+            batches = [_in_order(batches, self._rows)]
+        for predictions, references, _ in batches:
+            self._scorer.add_batch(predictions=predictions, references=references)
         return self._scorer.compute()
+
+
+def counts_classes(scorer: Scorer) -> bool:
+    """Tell whether a scorer only counts classes, so that the order of the rows is nothing to it."""
+    return isinstance(scorer, Metric) and scorer.is_of_classes
+
+
+def _in_order(
+    batches: list[tuple[Tensor, Tensor, Tensor | None]], rows: NDArray[np.int64]
+) -> tuple[Tensor, Tensor, None]:
+    """Return the predictions and references of all batches in the order of their rows."""
+    numbers = [
+        len(predictions) * [1] if kept is None else kept.reshape(len(kept), -1).sum(1).tolist()
+        for predictions, _, kept in batches
+    ]
+    order = np.argsort(np.repeat(rows, np.concatenate(numbers)), kind="stable")
+    predictions = torch.cat([predictions for predictions, _, _ in batches])[order]
+    references = torch.cat([references for _, references, _ in batches])[order]
+    return predictions, references, None
 
 
 class _Checked:

@@ -166,6 +166,10 @@ def grouped(**options):
     return prepared(draws=True, lengths=lengths, **options)
 
 
+def budgeted(**options):
+    return grouped(max_tokens=7, **options)
+
+
 def arrow_stream(**options):
     rows = [{"x": x.tolist(), "id": i} for i, x in enumerate(Rows().x)]
     stream = ArrowDataset.from_list(rows).to_iterable_dataset(num_shards=4)
@@ -188,6 +192,7 @@ PLAIN = {
     "prepared": prepared,
     "prepared, draws": lambda: prepared(draws=True),
     "prepared, grouped by length": grouped,
+    "prepared, by a budget of tokens": budgeted,
     "grouped": lambda: DataLoader(Rows(draws=True), batch_sampler=GroupedBatches()),
     "built": built,
     "built, draws": lambda: built(Rows(draws=True)),
@@ -219,6 +224,7 @@ WORKERS = {
     for name, make in {
         "prepared, draws": lambda **options: prepared(draws=True, **options),
         "prepared, grouped by length": grouped,
+        "prepared, by a budget of tokens": budgeted,
         "grouped": lambda **options: DataLoader(
             Rows(draws=True), batch_sampler=GroupedBatches(), **options
         ),

@@ -36,8 +36,8 @@ LAYERS = [
         "scorers",
         "plot",
     ],
-    ["data.passes"],
-    ["data.deal", "data.collate", "data.columns", "data.labels", "data.workers"],
+    ["data.collators", "data.passes"],
+    ["data.tables", "data.deal", "data.collate", "data.columns", "data.labels", "data.workers"],
     [
         "data.generators",
         "data.here",
@@ -62,15 +62,15 @@ LAYERS = [
         "lock",
         "stopping",
     ],
-    ["notices", "randomness", "types", "votes"],
+    ["data.lengths", "notices", "randomness", "types", "votes"],
     ["errors"],
 ]
 
 # One door per dependency.
 DOORS = {
     "accelerate": {"accelerated", "launching"},
-    "datasets": {"data.prepare"},
-    "transformers": {"data.prepare", "optim"},
+    "datasets": {"data.tables"},
+    "transformers": {"data.collators", "optim"},
     "evaluate": {"metrics"},
     "tqdm": {"progress"},
     "sklearn": {"metrics"},
@@ -145,8 +145,8 @@ SIGNATURES = {
     "prepare_dataloaders": (
         "datasets, tokenizer=None, *, model=None, task=None, text_columns=None, "
         "label_column=None, max_length=None, batch_size=8, eval_batch_size=None, "
-        "group_by_length=False, pad_to_multiple_of=None, drop_last=False, collate_fn=None, "
-        "preprocess=None, seed=42, num_workers=0, pin_memory=None"
+        "max_tokens=None, group_by_length=False, pad_to_multiple_of=None, drop_last=False, "
+        "collate_fn=None, preprocess=None, seed=42, num_workers=0, pin_memory=None"
     ),
     "prepare_optimizer": (
         "model, *, lr=5e-05, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-08, fused='auto', "

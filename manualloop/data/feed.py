@@ -232,10 +232,11 @@ def _worker_message(loader: DataLoader[Any], skip: int, number: int, error: Exce
     sampler = loader.batch_sampler
     place = f"what comes after batch {number} of this pass"
     if isinstance(sampler, OrderedBatchSampler):
-        begin = skip + number * sampler.batch_size
-        rows = sampler.rows()[begin : begin + loader.num_workers * sampler.batch_size]
+        first = sampler.batch_at(skip) + number
+        read = sampler.batches()[first : first + loader.num_workers]
+        rows = [row for batch in read for row in batch]
         place = (
-            f"{sampler.split} batch {begin // sampler.batch_size} or one soon after it, of the "
+            f"{sampler.split} batch {first} or one soon after it, of the "
             f"rows {', '.join(map(str, rows[:16]))}{', ...' if len(rows) > 16 else ''}"
         )
     return (

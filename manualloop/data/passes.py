@@ -23,7 +23,7 @@ from manualloop.data.generators import (
     set_generator_states,
 )
 from manualloop.data.here import Here, reads_here
-from manualloop.data.order import OrderedBatchSampler, num_batches
+from manualloop.data.order import Made, OrderedBatchSampler, num_batches
 from manualloop.data.resumed import ResumedSampler
 from manualloop.data.workers import (
     CarryingCollate,
@@ -141,7 +141,7 @@ def place_in(loader: Iterable[Any], start: dict[str, Any], num_used: int) -> dic
         "batch_size": _batch_size(loader),
     }
     if kind == "prepared":
-        place["seed"] = sampler.seed
+        place |= sampler.made._asdict()
     elif not start:
         # The random state in which the next pass begins is that of its time, not of now.
         place["generators"] = _beginning(loader)["generators"]
@@ -192,13 +192,17 @@ def _kind_of(loader: Any) -> str:
 def _open_prepared(
     loader: Any, skip: int, position: Position, deal: Deal
 ) -> tuple[Iterator[Any], int]:
-    loader.batch_sampler.start_at(skip, position.get("seed"), position.get("batch_size"))
+    own = loader.batch_sampler.made
+    loader.batch_sampler.start_at(
+        skip, Made(*(position.get(n, getattr(own, n)) for n in own._fields))
+    )
+    left = loader.batch_sampler.num_left()
     if _has_dataset_here(loader):
         set_dataset_state(loader.dataset, position)
     if deal.rank:  # workers draw other numbers on every rank
         sampler = loader.batch_sampler
         sampler.generator.manual_seed(sampler.seed + sampler.epoch + (deal.rank << 40))
-    return _iterate(loader, position, deal), loader.batch_sampler.count_batches(skip)
+    return _iterate(loader, position, deal), left
 
 
 def _open_stateful(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
-from manualloop.data.collate import check_alignment, check_columns, collate_rows, text_message
+from manualloop.data.collate import check_alignment, check_columns, text_message
+from manualloop.data.collators import padding_collate_fn, require_pad_token
 from manualloop.data.columns import (
     Columns,
     Rows,
@@ -25,6 +23,7 @@ from manualloop.data.columns import (
     open_splits,
 )
 from manualloop.data.labels import BY_TOKEN, Labels, describe_labels, prepare_labels
+from manualloop.data.lengths import Ints
 from manualloop.data.order import ordered_loader
 from manualloop.errors import ConfigError, DataError
 from manualloop.models import max_length as model_max_length
@@ -44,6 +43,7 @@ def prepare_dataloaders(
     max_length: int | None = None,
     batch_size: int = 8,
     eval_batch_size: int | None = None,
+    max_tokens: int | None = None,
     group_by_length: bool = False,
     pad_to_multiple_of: int | None = None,
     drop_last: bool = False,
@@ -75,6 +75,9 @@ def prepare_dataloaders(
         max_length: Tokens at which texts are cut; None: what tokenizer and model have room for.
         batch_size: Rows a batch.
         eval_batch_size: Rows a batch of the splits that are not shuffled; None: ``batch_size``.
+        max_tokens: A batch holds as many rows as fit into so many tokens, padding counted, instead
+            of ``batch_size``. Those of the shuffled splits are grouped by length. The loss weighs
+            items, so that large and small batches count as they should.
         group_by_length: Put rows of about one length into the batches of the shuffled splits, so
             that less is padding. The order is another one, and still one of ``(seed, epoch)``.
         pad_to_multiple_of: Pad further, to a multiple of so many tokens.
@@ -106,13 +109,15 @@ def prepare_dataloaders(
     """
     _check_arguments(
         task,
+        drop_last,
         batch_size=batch_size,
         eval_batch_size=eval_batch_size,
         max_length=max_length,
+        max_tokens=max_tokens,
         pad_to_multiple_of=pad_to_multiple_of,
     )
     if collate_fn is None:
-        _require_pad_token(tokenizer)
+        require_pad_token(tokenizer)
     takes = column_filter(tokenizer, model, takes_all=collate_fn is not None)
 
     splits = open_splits(datasets)
@@ -141,7 +146,9 @@ def prepare_dataloaders(
     for note, names in notes.items():
         say(f"{', '.join(names)}: {note}")
 
-    collate_fn = collate_fn or _collate_fn(tokenizer, labels.task, pad_to_multiple_of)
+    if collate_fn is None:
+        collate_fn = padding_collate_fn(tokenizer, labels.task, pad_to_multiple_of)
+        splits = {key: _in_tables(split, collate_fn) for key, split in splits.items()}
     return {
         key: ordered_loader(
             split.rows,
@@ -150,7 +157,8 @@ def prepare_dataloaders(
             shuffle=split.is_train,
             drop_last=drop_last and split.is_train,
             seed=seed,
-            lengths=row_lengths(split) if group_by_length and split.is_train else None,
+            lengths=_lengths(split, pad_to_multiple_of or 1, max_tokens, group_by_length),
+            max_tokens=max_tokens,
             collate_fn=collate_fn,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
@@ -159,28 +167,30 @@ def prepare_dataloaders(
     }
 
 
-def row_lengths(split: Split) -> NDArray[np.int64]:
-    """Return the number of tokens of each row, int64 ``(rows,)``, without reading the tokens.
+def _lengths(
+    split: Split, multiple: int, max_tokens: int | None, group_by_length: bool
+) -> Ints | None:
+    """Return the number of tokens of each row, int64 ``(rows,)``, if its order depends on them.
 
     Raises:
         ConfigError: The split is a stream, or has no column of lists.
     """
-    kinds = split.kinds
-    lists = [name for name, kind in kinds.items() if kind == "list"]
-    name = "input_ids" if "input_ids" in kinds else next(iter(lists), None)
-    column = None if name is None else split.column(name)
-    if column is None:
-        raise ConfigError(
-            f"group_by_length=True needs the lengths of the rows of {split.name}, and it is a "
-            "stream or has no column of lists. Leave it out."
-        )
-    import pyarrow.compute
+    if max_tokens is None and not (group_by_length and split.is_train):
+        return None
+    if hasattr(split.rows, "__len__"):
+        from manualloop.data.tables import as_tables
 
-    lengths: NDArray[np.int64] = pyarrow.compute.list_value_length(column).to_numpy()
-    return lengths.astype(np.int64)
+        lengths = as_tables(split.rows).lengths()
+        if lengths is not None:
+            return -(-lengths // multiple) * multiple
+    asked = "group_by_length=True" if max_tokens is None else f"max_tokens={max_tokens}"
+    raise ConfigError(
+        f"{asked} needs the lengths of the rows of {split.name}, and it is a stream or has no "
+        "column of lists. Leave it out."
+    )
 
 
-def _check_arguments(task: str | None, **counts: int | None) -> None:
+def _check_arguments(task: str | None, drop_last: bool, **counts: int | None) -> None:
     problems = [
         f"{name} must be a whole number of at least 1, got {count!r}."
         for name, count in counts.items()
@@ -188,17 +198,13 @@ def _check_arguments(task: str | None, **counts: int | None) -> None:
     ]
     if task is not None and task not in TASKS:
         problems.append(f"task={task!r} is unknown. Use one of: {', '.join(TASKS)}.")
+    if drop_last and counts["max_tokens"] is not None:
+        problems.append(
+            "drop_last=True leaves out a batch that is shorter than batch_size, and with "
+            "max_tokens batches differ anyway. Leave one of them out."
+        )
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-def _require_pad_token(tokenizer: Any) -> None:
-    if getattr(tokenizer, "pad_token", "") is None:
-        raise DataError(
-            "The tokenizer has no pad token, so batches cannot be padded. Give it one: "
-            "tokenizer.pad_token = tokenizer.eos_token; model.config.pad_token_id = "
-            "tokenizer.pad_token_id."
-        )
 
 
 def _preprocess(
@@ -290,23 +296,10 @@ def _prepare_split(
     return split.select(kept), note
 
 
-def _collate_fn(
-    tokenizer: Any, task: str | None, pad_to_multiple_of: int | None
-) -> Callable[[list[Any]], dict[str, Any]]:
-    import transformers
+def _in_tables(split: Split, collate_fn: Callable[[Any], Any]) -> Split:
+    """Let loaders fetch a split's rows as tables, if what collates them takes tables."""
+    if not hasattr(collate_fn, "padded_lengths") or not hasattr(split.rows, "__len__"):
+        return split
+    from manualloop.data.tables import as_tables
 
-    collator: Any = transformers.default_data_collator
-    if hasattr(tokenizer, "pad_token"):  # it is neither None nor a processor of images
-        collators = {
-            "seq2seq_lm": transformers.DataCollatorForSeq2Seq,
-            "multiple_choice": transformers.DataCollatorForMultipleChoice,
-            **dict.fromkeys(BY_TOKEN, transformers.DataCollatorForTokenClassification),
-        }
-        kind = collators.get(task or "", transformers.DataCollatorWithPadding)
-        collator = kind(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
-    return partial(
-        collate_rows,
-        collator=collator,
-        float_labels=task is not None and TASKS[task].float_labels,
-        token_labels=task in BY_TOKEN,
-    )
+    return split._replace(rows=as_tables(split.rows))

@@ -79,6 +79,7 @@ LOADERS = {
     "prepared": prepared,
     "prepared, 21 rows": lambda: prepared(21),  # the last round has one batch
     "prepared, grouped": lambda: prepared(21, lengths=np.arange(21) % 7 + 1),
+    "prepared, by a budget": lambda: prepared(21, lengths=np.arange(21) % 7 + 1, max_tokens=9),
     "prepared, 2 workers": lambda: prepared(21, **TWO),
     "prepared, kept workers": lambda: prepared(21, **KEPT),
     "built": lambda: DataLoader(Rows(), BATCH_SIZE, shuffle=True),

@@ -8,11 +8,18 @@ import sys
 import numpy as np
 import torch
 from accelerate import Accelerator
-from helpers import tiny_bert
+from helpers import rows as sentences
+from helpers import tiny_bert, tiny_tokenizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics.classification import BinaryAUROC
 
-from manualloop import SingleDevice, evaluate_loop, predict_loop, prepare_strategy
+from manualloop import (
+    SingleDevice,
+    evaluate_loop,
+    predict_loop,
+    prepare_dataloaders,
+    prepare_strategy,
+)
 from manualloop.data.order import ordered_loader
 
 
@@ -80,6 +87,11 @@ def loaders(num_rows, batch_size):
     yield (
         "shuffled",
         ordered_loader(rows, "train", batch_size, shuffle=True, seed=3, drop_last=False, **options),
+    )
+    texts = {"validation": sentences(num_rows)}
+    yield (
+        "sorted",
+        prepare_dataloaders(texts, tiny_tokenizer(), batch_size=batch_size)["validation"],
     )
     yield "built", DataLoader(rows, batch_size, **options)
     yield "stream", DataLoader(Stream(rows), batch_size, **options)

@@ -14,7 +14,8 @@ from manualloop import (
     prepare_dataloaders,
     train_loop,
 )
-from manualloop.data.order import OrderedBatchSampler, grouped_order
+from manualloop.data.lengths import grouped_order
+from manualloop.data.order import OrderedBatchSampler
 
 lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=400).map(np.array)
 
@@ -41,7 +42,7 @@ def test_the_rest_of_a_pass_is_that_of_the_whole(lengths, batch_size, data):
     sampler.start_at(number * batch_size)
     assert list(sampler) == whole[number:]
     other = OrderedBatchSampler(len(lengths), batch_size + 2, shuffle=True, lengths=lengths)
-    other.start_at(number * batch_size, batch_size=batch_size)
+    other.start_at(number * batch_size, sampler.made)
     rest = [row for batch in other for row in batch]
     assert rest == [row for batch in whole[number:] for row in batch]
 
@@ -104,6 +105,6 @@ def test_a_grouped_run_is_not_gone_on_with_in_another_order(tmp_path):
         )
 
     run(True, 3)
-    with pytest.raises(CheckpointError, match="group_by_length: True -> None"):
+    with pytest.raises(CheckpointError, match="order: group_by_length -> None"):
         run(False, 6)
     assert run(True, 6).state.progress.num_steps == 6

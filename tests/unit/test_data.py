@@ -52,6 +52,7 @@ from manualloop import (
 from manualloop.data.collate import explain_rows
 from manualloop.data.columns import find_columns
 from manualloop.data.order import OrderedBatchSampler, order, set_epoch
+from manualloop.data.tables import Dataset as TablesDataset
 
 
 def course_loader(
@@ -843,15 +844,15 @@ def test_what_workers_draw_is_a_function_of_seed_and_epoch():
 
 @pytest.fixture
 def loaded(monkeypatch) -> list[int]:
-    """The rows that anything reads from a dataset, in order."""
+    """The rows that loaders read from a dataset, in order."""
     numbers: list[int] = []
-    fetch = Dataset.__getitems__
+    fetch = TablesDataset.__getitems__
 
-    def record(self: Dataset, keys: list[int]) -> list[Any]:
+    def record(self: Dataset, keys: list[int]) -> Any:
         numbers.extend(keys)
         return fetch(self, keys)
 
-    monkeypatch.setattr(Dataset, "__getitems__", record)
+    monkeypatch.setattr(TablesDataset, "__getitems__", record)
     return numbers
 
 

@@ -1,0 +1,122 @@
+"""Orders in which the rows of a batch are about as long as each other, so that little is padding.
+
+All are pure functions. The batch with the longest row comes first, so that a lack of memory shows
+at once.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+# Batches. transformers takes 50. On SST-2 in batches of 32, 48 make 1.052 of the tokens, and 192
+# make 1.014; of 8 neighbours the longest is 1.40 and 1.13 times their mean.
+_SORTED_TOGETHER = 192
+_SIDE_BY_SIDE = 8  # batches of about one length that follow each other: one for each of 8 ranks
+_RUNG = 1.03  # lengths within 3 % count as one; up to 33 tokens each counts for itself
+
+
+def grouped_order(lengths: Ints, batch_size: int, seed: int, epoch: int) -> list[int]:
+    """Return the rows so that those of a batch are about as long as each other.
+
+    Rows are drawn as by ``order``, sorted within each 192 batches, and then the batches are drawn,
+    eight neighbours at a time: what several ranks read at once is about as long, too.
+
+    Args:
+        lengths: int64 ``(rows,)``: tokens of each row.
+        batch_size: Rows a batch.
+        seed: Of the whole run.
+        epoch: From 0.
+
+    >>> grouped_order(np.array([3, 9, 2, 8, 1, 7, 5]), batch_size=2, seed=42, epoch=0)
+    [1, 3, 5, 6, 0, 2, 4]
+    """
+    generator = torch.Generator().manual_seed(seed + epoch)
+    drawn = torch.randperm(len(lengths), generator=generator).numpy()
+    size = _SORTED_TOGETHER * batch_size
+    parts = [drawn[start : start + size] for start in range(0, len(drawn), size)]
+    rows = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+    size = _SIDE_BY_SIDE * batch_size
+    units = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+    rest = rows[len(units) * size :]
+    order = torch.randperm(len(units), generator=generator).tolist()
+    order.sort(key=lambda unit: lengths[units[unit][0]] == lengths.max(), reverse=True)
+    rows = np.concatenate([*(units[unit] for unit in order), rest])
+    longest = int(lengths[rows].argmax())  # in the rest, which stays at the end, or first already
+    rows[[0, longest]] = rows[[longest, 0]]
+    numbers: list[int] = rows.tolist()
+    return numbers
+
+
+def budgeted_batches(lengths: Ints, max_tokens: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return batches that hold, padded, at most so many tokens each.
+
+    Rows are drawn, then sorted by length, then cut into batches, and those are drawn as by
+    ``grouped_order``. For sorting, lengths within 3 % count as one. So batches begin at the same
+    lengths in every epoch: an epoch always has as many.
+
+    Args:
+        lengths: int64 ``(rows,)``: tokens of each row, none above ``max_tokens``.
+        max_tokens: Of a batch: its rows times its longest one.
+        seed: Of the whole run.
+        epoch: From 0.
+
+    >>> budgeted_batches(np.array([3, 9, 2, 8, 1, 7, 5]), max_tokens=10, seed=42, epoch=0)
+    [[1], [3], [5], [6], [0, 2, 4]]
+    """
+    generator = torch.Generator().manual_seed(seed + epoch)
+    drawn = torch.randperm(len(lengths), generator=generator).numpy()
+    rungs = _round_up(lengths, max_tokens)
+    rows = drawn[np.argsort(-rungs[drawn], kind="stable")]
+    longest = int(lengths[rows].argmax())
+    rows[[0, longest]] = rows[[longest, 0]]  # it is on the first rung
+    starts = cut(rungs[rows], max_tokens)
+    batches = [rows[begin:end].tolist() for begin, end in pairwise([*starts, len(rows)])]
+    units = [batches[n : n + _SIDE_BY_SIDE] for n in range(0, len(batches), _SIDE_BY_SIDE)]
+    last = len(units) - (len(units[-1]) < _SIDE_BY_SIDE)  # the incomplete one stays at the end
+    order = (1 + torch.randperm(max(last - 1, 0), generator=generator)).tolist()
+    units = [units[0], *(units[number] for number in order), *units[max(last, 1) :]]
+    return [batch for unit in units for batch in unit]
+
+
+def longest_first(lengths: Ints) -> list[int]:
+    """Return the rows from the longest to the shortest; those of one length in their order.
+
+    >>> longest_first(np.array([3, 9, 2, 9]))
+    [1, 3, 0, 2]
+    """
+    rows: list[int] = np.argsort(-lengths, kind="stable").tolist()
+    return rows
+
+
+def cut(lengths: Ints, max_tokens: int) -> list[int]:
+    """Return where batches begin that hold as many rows of an order as fit into a budget.
+
+    Args:
+        lengths: int64 ``(rows,)``: in the order of the rows.
+        max_tokens: Of a batch: its rows times its longest one. A longer row is a batch for itself.
+
+    >>> cut(np.array([5, 3, 3, 2, 6]), max_tokens=10)
+    [0, 2, 4]
+    """
+    starts, longest = [0] if len(lengths) else [], 0
+    for row, length in enumerate(lengths.tolist()):
+        longest = max(longest, length)
+        if row > starts[-1] and longest * (row - starts[-1] + 1) > max_tokens:
+            starts.append(row)
+            longest = length
+    return starts
+
+
+def _round_up(lengths: Ints, most: int) -> Ints:
+    """Round lengths up to the next rung of a ladder, and to no more than so much."""
+    rungs = [1]
+    while rungs[-1] < int(lengths.max()):
+        rungs.append(max(rungs[-1] + 1, int(rungs[-1] * _RUNG)))
+    rounded: Ints = np.minimum(np.array(rungs)[np.searchsorted(rungs, lengths)], most)
+    return rounded

@@ -1,0 +1,242 @@
+"""Batches straight from Arrow to tensors: no Python object for a token, padding in one stroke.
+
+The tensors are those of transformers' collators, to the bit. What is not numbers or lists of
+numbers, or does not fit together, goes through them, and they, or we, say what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets.formatting import query_table
+from numpy.typing import NDArray
+from torch import Tensor
+
+from manualloop.data.lengths import Ints
+from manualloop.tasks import IGNORE_INDEX
+
+_ROWS_AT_ONCE = 10_000
+
+
+class TableRows(list[Any]):
+    """The rows of a batch: a table, and for who looks at them, such as another collator, dicts.
+
+    Args:
+        table: Of Arrow.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table, self._is_read = table, False
+
+    def _read(self) -> None:
+        if not self._is_read:
+            self._is_read = True
+            self.extend(self.table.to_pylist())
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._read()
+        return super().__iter__()
+
+    def __getitem__(self, place: Any) -> Any:
+        self._read()
+        return super().__getitem__(place)
+
+
+class Dataset(datasets.Dataset):  # type: ignore[misc]
+    """A dataset of which a DataLoader fetches a batch as one table, unless it has a format."""
+
+    def __getitems__(self, rows: list[int]) -> Any:
+        if self._format_type is not None:
+            return super().__getitems__(rows)
+        return TableRows(self._table(rows))
+
+    def _table(self, rows: Any) -> pa.Table:
+        return query_table(self._data, rows, indices=self._indices)
+
+    def lengths(self) -> Ints | None:
+        """Return the length of each row's longest list, int64 ``(rows,)``; None: it has no list.
+
+        Found once, and a part of the rows at a time: a dataset need not fit into memory.
+        """
+        lists = [name for name in self.column_names if _is_list(self.data.schema.field(name).type)]
+        if not lists:
+            return None
+        if not hasattr(self, "_lengths"):
+            starts = range(0, len(self), _ROWS_AT_ONCE)
+            tables = (self._table(range(len(self))[s : s + _ROWS_AT_ONCE]) for s in starts)
+            self._lengths = np.concatenate([_longest(table.select(lists)) for table in tables])
+        return self._lengths
+
+
+def _longest(lists: pa.Table) -> Ints:
+    lengths = [pc.list_value_length(column).fill_null(0).to_numpy() for column in lists.columns]
+    longest: Ints = np.max(lengths, axis=0).astype(np.int64)
+    return longest
+
+
+def as_tables(rows: datasets.Dataset) -> Dataset:
+    """Return the same dataset, of which DataLoaders fetch tables."""
+    return Dataset(
+        rows.data,
+        info=rows.info,
+        split=rows.split,
+        indices_table=rows._indices,
+        fingerprint=rows._fingerprint,
+    )
+
+
+class Lists(NamedTuple):
+    """A column of lists of numbers.
+
+    Attributes:
+        values: Of all lists, one after the other.
+        lengths: int64 ``(rows,)``.
+    """
+
+    values: NDArray[Any]
+    lengths: Ints
+
+
+class TableCollate:
+    """A ``collate_fn`` that pads a table as a collator of transformers pads its rows.
+
+    Args:
+        tokenizer: Says with what is padded, and on which side.
+        collate: Makes a batch of rows as dicts: what a table is left to that this cannot pad.
+        labels: Whether lists of labels are padded with -100 to the number of "tokens", or to the
+            "longest" list of labels, or are not padded (None).
+        pad_to_multiple_of: Pad further.
+        float_labels: Whether the loss wants ``labels`` in float32.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        collate: Callable[[list[Any]], dict[str, Any]],
+        *,
+        labels: Literal["tokens", "longest"] | None,
+        pad_to_multiple_of: int | None,
+        float_labels: bool,
+    ) -> None:
+        self._tokenizer, self._collate = tokenizer, collate
+        self._labels, self._multiple = labels, pad_to_multiple_of or 1
+        self._float_labels = float_labels
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        """Make a batch of rows that were fetched together."""
+        batch = self._pad(rows.table) if isinstance(rows, TableRows) else None
+        return self._collate(list(rows)) if batch is None else batch
+
+    def padded_lengths(self, dataset: Any) -> Ints | None:
+        """Return the tokens of each row with the least padding, int64 ``(rows,)``.
+
+        None: the model sees the padding, so that its numbers depend on which rows are together.
+        """
+        tokenizer = self._tokenizer
+        hides_padding = "attention_mask" in tokenizer.model_input_names
+        if not hides_padding or tokenizer.padding_side != "right":
+            return None  # on the left it would shift the positions
+        lengths: Ints | None = dataset.lengths()
+        return lengths if lengths is None else -(-lengths // self._multiple) * self._multiple
+
+    def _pad(self, table: pa.Table) -> dict[str, Tensor] | None:
+        """Return the batch; None: there is more than numbers, or lists do not fit together."""
+        tokenizer = self._tokenizer
+        columns: dict[str, Any] = {name: _read(table.column(name)) for name in table.column_names}
+        if any(column is None for column in columns.values()):
+            return None
+        main = tokenizer.model_input_names[0]
+        if not isinstance(tokens := columns.get(main), Lists) or not tokens.lengths.all():
+            return None
+        ends = {
+            main: tokenizer.pad_token_id,
+            "token_type_ids": tokenizer.pad_token_type_id,
+            "special_tokens_mask": 1,
+        }
+        needs_mask = "attention_mask" in tokenizer.model_input_names
+        if needs_mask:
+            ends["attention_mask"] = 0
+            ones = Lists(np.ones(len(tokens.values), dtype=np.int64), tokens.lengths)
+            columns = {**columns, "attention_mask": columns.get("attention_mask", ones)}
+        if self._labels is not None and "labels" in columns:
+            columns["labels"] = columns.pop("labels")  # the last one, as in transformers
+        width = self._round(tokens.lengths)
+        is_left = tokenizer.padding_side == "left"
+        batch = {}
+        for name, column in columns.items():
+            if not isinstance(column, Lists):
+                batch[name] = _tensor(column)
+            elif name in ends or (name == "labels" and self._labels == "tokens"):
+                if not np.array_equal(column.lengths, tokens.lengths):
+                    return None
+                batch[name] = pad(column, width, ends.get(name, IGNORE_INDEX), is_left)
+            elif name == "labels" and self._labels == "longest":
+                batch[name] = pad(column, self._round(column.lengths), IGNORE_INDEX, is_left)
+            elif (column.lengths == column.lengths[0]).all():
+                batch[name] = _tensor(column.values.reshape(len(column.lengths), -1))
+            else:
+                return None
+        if "labels" in batch:
+            batch["labels"] = self._with_dtype(batch["labels"])
+        return batch
+
+    def _round(self, lengths: Ints) -> int:
+        return -(-int(lengths.max()) // self._multiple) * self._multiple
+
+    def _with_dtype(self, labels: Tensor) -> Tensor:
+        if self._float_labels:
+            return labels.float()
+        return labels.long() if labels.dtype == torch.bool or self._labels else labels
+
+
+def pad(lists: Lists, width: int, end: int, is_left: bool) -> Tensor:
+    """Return lists as the rows of a matrix.
+
+    >>> pad(Lists(np.array([1, 2, 3]), np.array([2, 1])), width=2, end=0, is_left=False)
+    tensor([[1, 2],
+            [3, 0]])
+    """
+    values = _tensor(lists.values).numpy()
+    padded = np.full((len(lists.lengths), width), end, dtype=values.dtype)
+    places = np.arange(width)
+    lengths = lists.lengths[:, None]
+    padded[places >= width - lengths if is_left else places < lengths] = values
+    return torch.from_numpy(padded)
+
+
+def _read(column: pa.ChunkedArray) -> NDArray[Any] | Lists | None:
+    """Return a column of numbers, or of lists of numbers; None: it is neither, or has gaps."""
+    array = column.combine_chunks()
+    if not _is_list(array.type):
+        return _numbers(array)
+    lengths = np.diff(array.offsets.to_numpy()).astype(np.int64)
+    values = _numbers(array.flatten())
+    return None if values is None or array.null_count else Lists(values, lengths)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _numbers(array: pa.Array) -> NDArray[Any] | None:
+    kind = array.type
+    is_number = pa.types.is_signed_integer(kind) or pa.types.is_floating(kind)
+    if array.null_count or not (is_number or pa.types.is_boolean(kind)):
+        return None
+    numbers: NDArray[Any] = array.to_numpy(zero_copy_only=False)
+    return numbers
+
+
+def _tensor(numbers: NDArray[Any]) -> Tensor:
+    """Return what ``torch.tensor`` makes of a list of the same numbers."""
+    dtype: Any = {"i": np.int64, "f": np.float32, "b": np.bool_}[numbers.dtype.kind]
+    return torch.from_numpy(numbers.astype(dtype))

@@ -1,0 +1,176 @@
+"""Batches by a budget of tokens: every row once, as many batches in every epoch, resumable."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from helpers import rows, tiny_bert, tiny_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manualloop import (
+    ConfigError,
+    SingleDevice,
+    TrainState,
+    prepare_dataloaders,
+    train_loop,
+    train_steps,
+)
+from manualloop.data.lengths import budgeted_batches, cut
+from manualloop.data.order import OrderedBatchSampler
+
+lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=400).map(np.array)
+budgets = st.integers(60, 500)
+
+
+@given(lengths_of, st.integers(1, 200))
+def test_a_cut_takes_as_many_rows_as_fit(lengths, max_tokens):
+    ends = [*cut(lengths, max_tokens), len(lengths)]
+    assert ends[0] == 0
+    for begin, end in pairwise(ends):
+        assert begin < end
+        assert end - begin == 1 or lengths[begin:end].max() * (end - begin) <= max_tokens
+        if end < len(lengths):
+            assert lengths[begin : end + 1].max() * (end + 1 - begin) > max_tokens
+
+
+@given(lengths_of, budgets, st.integers(0, 50))
+def test_every_row_once_within_the_budget_and_always_as_many_batches(lengths, max_tokens, seed):
+    epochs = [budgeted_batches(lengths, max_tokens, seed, epoch) for epoch in range(3)]
+    for batches in epochs:
+        assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+        assert all(lengths[batch].max() * len(batch) <= max_tokens for batch in batches)
+        assert lengths[batches[0][0]] == lengths.max()
+    assert len({len(batches) for batches in epochs}) == 1
+    assert epochs[0] == budgeted_batches(lengths, max_tokens, seed, 0)
+
+
+def make_sampler(lengths, max_tokens):
+    return OrderedBatchSampler(
+        len(lengths), 8, shuffle=True, lengths=lengths, max_tokens=max_tokens
+    )
+
+
+@given(lengths_of, budgets, st.data())
+def test_the_rest_of_a_pass_is_that_of_the_whole(lengths, max_tokens, data):
+    sampler = make_sampler(lengths, max_tokens)
+    sampler.set_epoch(1)
+    whole = list(sampler)
+    assert len(sampler) == len(whole)
+    number = data.draw(st.integers(0, len(whole)))
+    used = sum(map(len, whole[:number]))
+    assert sampler.batch_at(used) == number
+    sampler.start_at(used)
+    assert sampler.num_left() == len(whole) - number
+    assert list(sampler) == whole[number:]
+    other = make_sampler(lengths, data.draw(budgets))
+    other.set_epoch(1)
+    other.start_at(used, sampler.made)
+    num_left = other.num_left()
+    rest = list(other)
+    assert len(rest) == num_left
+    assert [row for batch in rest for row in batch] == [r for b in whole[number:] for r in b]
+    assert all(lengths[batch].max() * len(batch) <= other.max_tokens for batch in rest)
+
+
+def test_epochs_differ_inside_batches_and_between_them_and_little_is_padding():
+    lengths = np.random.default_rng(0).geometric(0.1, size=5000) + 2
+    sampler = make_sampler(lengths, 512)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert len({frozenset(batch) for batch in first} & {frozenset(b) for b in second}) < 20
+    assert [len(batch) for batch in first] != [len(batch) for batch in second]
+    padded = sum(lengths[batch].max() * len(batch) for batch in first)
+    assert padded / lengths.sum() < 1.02
+    sizes = np.array([lengths[batch].max() * len(batch) for batch in first[: len(first) // 8 * 8]])
+    for world_size in (2, 4, 8):  # nobody waits long for the rank with the largest batch
+        at_once = sizes.reshape(-1, world_size)
+        assert at_once.max(axis=1).sum() / at_once.mean(axis=1).sum() < 1.05
+
+
+@pytest.mark.parametrize("multiple", [None, 4])
+def test_prepared_batches_hold_no_more_tokens(multiple):
+    data = {"train": rows(40), "validation": rows(10)}
+    loaders = prepare_dataloaders(
+        data, tiny_tokenizer(), max_tokens=24, pad_to_multiple_of=multiple
+    )
+    for loader in loaders.values():
+        sizes = [batch["input_ids"].shape for batch in loader]
+        assert all(size.numel() <= 24 for size in sizes)
+        assert len(loader) == len(sizes)
+        assert len({size[0] for size in sizes}) > 1
+    assert sum(len(batch["labels"]) for batch in loaders["train"]) == 40
+    labels = torch.cat([batch["labels"] for batch in loaders["validation"]])
+    assert labels.tolist() == data["validation"]["label"]
+
+
+def test_a_run_is_that_of_a_plain_loop_over_the_same_batches():
+    def make():
+        loader = prepare_dataloaders(rows(40), tiny_tokenizer(), max_tokens=24)["train"]
+        model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        return loader, model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    loader, model, optimizer = make()
+    state = TrainState(model, optimizer)
+    steps = train_steps(state, loader, num_epochs=2, strategy=SingleDevice("cpu"))
+    losses = [float(step.loss) for step in steps]
+    loader, plain, optimizer = make()
+    plain.train()
+    expected = []
+    for epoch in range(2):
+        loader.batch_sampler.set_epoch(epoch)
+        for batch in loader:
+            loss = plain(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            expected.append(float(loss.detach()))
+    assert losses == expected
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("before", "after"), [(24, 24), (24, 40), (40, 24)])
+def test_another_budget_goes_on_with_the_rows_that_are_left(before, after, tmp_path, caplog):
+    seen = []
+
+    def run(max_tokens, max_steps):
+        loader = prepare_dataloaders(rows(40), tiny_tokenizer(), max_tokens=max_tokens)["train"]
+        collate = loader.collate_fn
+
+        def recording(fetched):
+            seen.extend(row["input_ids"] for row in fetched)
+            return collate(fetched)
+
+        recording.padded_lengths = collate.padded_lengths
+        loader.collate_fn = recording
+        return train_loop(
+            tiny_bert(),
+            loader,
+            num_epochs=1 if max_steps is None else None,
+            max_steps=max_steps,
+            strategy=SingleDevice("cpu"),
+            checkpoint_dir=tmp_path,
+            progress_bar=False,
+        )
+
+    run(before, 3)
+    with caplog.at_level("INFO", logger="manualloop"):
+        run(after, None)
+    tokens = tiny_tokenizer()(list(rows(40)["sentence"]))["input_ids"]
+    assert sorted(seen) == sorted(tokens)
+    assert (f"max_tokens: {before} -> {after}" in caplog.text) == (before != after)
+
+
+def test_what_cannot_be_is_refused():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ConfigError, match=r"Row 4 of train has 7 tokens.*max_tokens=6"):
+        prepare_dataloaders(rows(8), tokenizer, max_tokens=6)
+    with pytest.raises(ConfigError, match="max_tokens must be a whole number"):
+        prepare_dataloaders(rows(8), tokenizer, max_tokens=0)
+    with pytest.raises(ConfigError, match=r"drop_last=True .* max_tokens"):
+        prepare_dataloaders(rows(8), tokenizer, max_tokens=60, drop_last=True)
+    with pytest.raises(ConfigError, match=r"max_tokens=60 needs the lengths .* train"):
+        prepare_dataloaders(rows(8).to_iterable_dataset(), tokenizer, max_tokens=60)
