@@ -2,7 +2,7 @@
 
 A process begins with a line that says from which step it goes on, and how many records its
 checkpoint knew of. What others had written beyond those was lost with them, so readers leave it
-out: the later run wins.
+out: the later run wins. It ends with a line that says where its time went, if it can.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ class Ledger:
         if new:
             self._append(new)
         self._num_written = len(records)
+
+    def write_times(self, times: dict[str, float]) -> None:
+        """Append where the time of a process went; it is no record of the run."""
+        self._append([{"times": times}])
 
     def _append(self, records: Iterable[dict[str, Any]]) -> None:
         text = "".join(json.dumps(as_json(record), allow_nan=False) + "\n" for record in records)

@@ -23,6 +23,7 @@ from manualloop.run_folder import open_run_folder
 from manualloop.state import TrainState
 from manualloop.stopping import Stopping
 from manualloop.strategy import Strategy, strategy_for
+from manualloop.times import Times
 from manualloop.training import plan_run, train_steps
 from manualloop.types import LossFn, Step
 from manualloop.update import OnNonfinite, StepFn
@@ -47,6 +48,11 @@ class TrainResult:
     best_metrics: dict[str, float]
     history: list[Record]
     stopped_by: str
+
+    @property
+    def times(self) -> Times:
+        """Where the time of this process went: ``print(result.times)``."""
+        return self.state.times
 
     def __repr__(self) -> str:
         scores = "".join(f", {name}={value:.4g}" for name, value in self.metrics.items())

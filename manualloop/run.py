@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import astuple
+from time import perf_counter
 from typing import Any
 
+from manualloop.data.order import OrderedBatchSampler
 from manualloop.data.passes import has_shuffle_buffer
 from manualloop.errors import CheckpointError
 from manualloop.history import best_of
@@ -47,6 +49,7 @@ class Run:
         self._evaluated_step = 0
         self._is_pending = False  # an evaluation that was due and was not made
         self._saved: object = None
+        self._loader: Iterable[Any] = ()
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -66,6 +69,7 @@ class Run:
 
     def resume(self, loader: Iterable[Any]) -> None:
         """Go on from the folder's checkpoint, if there is one, and show the bar."""
+        self._loader = loader
         if self._folder is not None:
             self._go_on(self._folder, loader)
         self._report.open()
@@ -97,7 +101,7 @@ class Run:
         if self._evaluate is None:
             return
         self._is_pending = True
-        random_state = get_random_state()
+        random_state, begin = get_random_state(), perf_counter()
         try:
             with self._stopping.evaluating():
                 metrics = self._evaluate()
@@ -112,6 +116,8 @@ class Run:
                 self.save()  # so that no update is lost; the next process evaluates first
                 raise
             return  # the signal has reached a worker of the loader first
+        finally:
+            self._state.times.evaluation += perf_counter() - begin
         metrics = self._strategy.gather(metrics)[0]  # or each rank might decide otherwise
         self._is_pending, self._evaluated_step = False, self._state.progress.num_steps
         self.evaluations.append(metrics)
@@ -135,7 +141,9 @@ class Run:
         }
         is_evaluated = self._evaluated_step == self._state.progress.num_steps
         metrics = self.metrics if is_evaluated else {}
+        begin = perf_counter()
         self._folder.save(notes, self._report.history.records, metrics)
+        self._state.times.checkpoint += perf_counter() - begin
         self._saved = self._fingerprint()
 
     def finish(self) -> None:
@@ -148,6 +156,16 @@ class Run:
         if self._evaluate is not None and self._evaluated_step != num_steps:
             self.evaluate()
         self.save()
+        self._advise()
+
+    def _advise(self) -> None:
+        """Say what takes more time than it should, after a run that was long enough to tell."""
+        sampler = getattr(self._loader, "batch_sampler", None)
+        may_group = isinstance(sampler, OrderedBatchSampler) and sampler.lengths is None
+        num_workers = getattr(self._loader, "num_workers", 0)
+        advice = self._state.times.advice(num_workers, may_group=may_group)
+        if advice is not None:
+            say(advice)
 
     def close(self) -> None:
         """Close the bar; write what the history has got since the last checkpoint."""
@@ -155,6 +173,7 @@ class Run:
         if self._folder is not None and self._strategy.is_main:
             with suppress(CheckpointError):  # another error may be on its way
                 self._folder.write_records(self._report.history.records)
+                self._folder.write_times()
 
     def _best(self) -> int:
         return best_of(self.evaluations, self._best_metric)

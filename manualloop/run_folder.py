@@ -124,6 +124,13 @@ class RunFolder:
             with explain_disk(self._directory):
                 self._ledger.write(records)
 
+    def write_times(self) -> None:
+        """Append where the time of this process went."""
+        times = self._state.times
+        if self._ledger is not None and times.total:
+            with explain_disk(self._directory):
+                self._ledger.write_times(times.as_dict())
+
     def check_space(self) -> None:
         """Refuse a run whose first checkpoint has no room; warn if the later ones have none."""
         on_main(self._strategy, self._check_space)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from manualloop.errors import ConfigError
+from manualloop.times import Times
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class TrainState:
         feed: Gives the batches, and knows the place in them; None before the first ``train_steps``.
         position: The place that was loaded, for the next one.
         contract: What the run depends on; see ``manualloop.contract``.
+        times: Where the time went since it was made; not saved.
         is_resumed: Whether the contract is that of a checkpoint, not compared yet.
 
     >>> import torch
@@ -73,6 +75,7 @@ class TrainState:
     position: dict[str, Any] | None = field(default=None, init=False, repr=False)
     contract: dict[str, Any] | None = field(default=None, init=False, repr=False)
     is_resumed: bool = field(default=False, init=False, repr=False)
+    times: Times = field(default_factory=Times, init=False, repr=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every part, by name, as PyTorch's ``state_dict`` does.

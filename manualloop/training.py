@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from functools import partial
 from numbers import Integral
+from time import perf_counter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -257,12 +258,16 @@ def _train_steps(
     counts: bool,
 ) -> Generator[Step, None, None]:
     progress, feed, num_skipped = state.progress, _enter(state, loader, strategy), 0
+    times = state.times
     try:
         while _goes_on(state, plan):
             epoch, window, num_applied = progress.epoch, None, 0
             set_epoch(loader, epoch)
             start = progress.num_samples
+            begin = perf_counter()
             for window in group(feed.batches(start), window_size, start):
+                times.count_tokens(window.batches)
+                times.data += perf_counter() - begin
                 if preflight:
                     check_batches(state.model, window.batches, loader, window.starts)
                     preflight = False
@@ -272,6 +277,7 @@ def _train_steps(
                 lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes it in place
                 if counts:
                     strategy.sum_counts([])  # the votes: nobody knows whether step_fn counts
+                begin = perf_counter()
                 try:
                     update = step_fn(state, window.batches, strategy)
                 except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -279,6 +285,7 @@ def _train_steps(
                     if explains:
                         explain(error, state.model, window.batches, loader, window.starts)
                     raise
+                times.update += perf_counter() - begin
                 watch.look_at(update, window)
                 num_applied += update.applied
                 num_skipped = 0 if update.applied else num_skipped + 1
@@ -299,6 +306,7 @@ def _train_steps(
                     )
                 if is_last and not window.ends_epoch:
                     break
+                begin = perf_counter()
             if window is None and progress.num_samples:
                 _end_epoch(state)  # in larger batches than before, nothing is left of it
             elif window is None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
+from time import perf_counter
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from manualloop.notices import say
 from manualloop.state import TrainState
 from manualloop.strategy import Strategy, parameters_of, strategy_for, zero_gradients
 from manualloop.tasks import count_terms, loss_and_items, num_rows, require_loss, term_losses
+from manualloop.times import Times
 from manualloop.types import LossFn, Update, Window
 
 OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]
@@ -102,7 +104,7 @@ def accumulate_gradients(
     4
     """
     strategy = strategy_for(model, None) if strategy is None else strategy
-    return _accumulate(model, batches, loss_fn, strategy, model.parameters())
+    return _accumulate(model, batches, loss_fn, strategy, model.parameters(), Times())
 
 
 def _accumulate(
@@ -111,17 +113,19 @@ def _accumulate(
     loss_fn: LossFn | None,
     strategy: Strategy,
     parameters: Iterable[Tensor],
+    times: Times,
 ) -> Update:
     if len(batches) == strategy.world_size == 1:
-        return _accumulate_one(model, batches[0], loss_fn, strategy)
+        return _accumulate_one(model, batches[0], loss_fn, strategy, times)
     counts = [_count(model, batch) for batch in batches]
     planned = _plan(counts, loss_fn, strategy)
     weighted_losses: list[Tensor] = []
     num_items: float = 0
     for number, (batch, count) in enumerate(zip(batches, counts, strict=True), start=1):
         with strategy.hold_gradients(model, hold=number < len(batches)):
+            inputs = _to_device(batch, strategy, times)
             with strategy.autocast():
-                terms = _mean_losses(model, strategy.to_device(batch), count, loss_fn)
+                terms = _mean_losses(model, inputs, count, loss_fn)
             if is_spare(batch):
                 terms = [(mean, 0) for mean, _ in terms]
             weighted = _weighted_loss(terms, planned, strategy.world_size)
@@ -152,18 +156,28 @@ def _accumulate(
 
 
 def _accumulate_one(
-    model: nn.Module, batch: Any, loss_fn: LossFn | None, strategy: Strategy
+    model: nn.Module, batch: Any, loss_fn: LossFn | None, strategy: Strategy, times: Times
 ) -> Update:
     """Do what the hand-written loop does: the mean of the only micro-batch is the window's."""
     counts = count_terms(model, batch)
+    inputs = _to_device(batch, strategy, times)
     with strategy.autocast():
-        terms = _mean_losses(model, strategy.to_device(batch), counts, loss_fn)
+        terms = _mean_losses(model, inputs, counts, loss_fn)
     items = [num_items for _, num_items in terms]
     loss = _weighted_loss(terms, items, 1)
     if loss is None:
         return Update(torch.zeros_like(terms[0][0].detach()), 0, applied=False)
     strategy.backward(loss)
     return Update(loss.detach(), sum(items))
+
+
+def _to_device(batch: Any, strategy: Strategy, times: Times) -> Any:
+    if strategy.device.type == "cpu":
+        return strategy.to_device(batch)
+    begin = perf_counter()
+    inputs = strategy.to_device(batch)
+    times.copy += perf_counter() - begin
+    return inputs
 
 
 def _count(model: nn.Module, batch: Any) -> Sequence[float]:
@@ -266,7 +280,7 @@ def _accumulate_in_memory(
             parts = [part for batch in batches for part in split_batch(batch, max_rows)]
         try:
             return _accumulate(
-                state.model, parts, loss_fn, strategy, parameters_of(state.optimizer)
+                state.model, parts, loss_fn, strategy, parameters_of(state.optimizer), state.times
             )
         except torch.OutOfMemoryError:
             largest = max(map(num_rows, parts))
@@ -298,6 +312,7 @@ def apply_update(
     update = _accumulate_in_memory(state, batches, strategy, loss_fn)
     if not update.applied:
         return update
+    begin = perf_counter()
     watches, grad_norm = on_nonfinite != "ignore", None
     is_finite: bool | Tensor | None = None
     if watches and strategy.scales_losses:
@@ -317,6 +332,7 @@ def apply_update(
         applied = is_finite is not False and strategy.apply(state.optimizer)
     if applied and state.lr_scheduler is not None:
         state.lr_scheduler.step()
+    state.times.optimizer += perf_counter() - begin
     return Update(update.loss, update.num_items, grad_norm, applied, is_finite)
 
 

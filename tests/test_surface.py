@@ -62,7 +62,7 @@ LAYERS = [
         "lock",
         "stopping",
     ],
-    ["data.lengths", "notices", "randomness", "types", "votes"],
+    ["data.lengths", "notices", "randomness", "times", "types", "votes"],
     ["errors"],
 ]
 
