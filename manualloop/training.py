@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from numbers import Integral
 from time import perf_counter
@@ -21,7 +21,7 @@ from manualloop.optim import own_schedule, require_schedule
 from manualloop.preflight import check_batches, check_run, explain, require_loader
 from manualloop.state import TrainState
 from manualloop.strategy import Strategy, strategy_for
-from manualloop.types import LossFn, Step, Window
+from manualloop.types import LossFn, Step, Update, Window
 from manualloop.update import OnNonfinite, StepFn, apply_update, group
 
 
@@ -213,12 +213,17 @@ def train_steps(
         train_dataloader,
         plan,
         gradient_accumulation_steps,
-        step_fn,
+        partial(
+            _update_from,
+            step_fn=step_fn,
+            strategy=strategy,
+            loader=train_dataloader,
+            explains=not own_loss,
+            votes=is_own_step and strategy.world_size > 1,
+        ),
         strategy,
         Watch(state, train_dataloader, loss_fn, strategy, on_nonfinite),
-        explains=not own_loss,
         preflight=preflight and not own_loss,
-        counts=is_own_step and strategy.world_size > 1,
     )
 
 
@@ -249,13 +254,11 @@ def _train_steps(
     loader: Iterable[Any],
     plan: Plan,
     window_size: int,
-    step_fn: StepFn,
+    update_from: Callable[[TrainState, Window], Update],
     strategy: Strategy,
     watch: Watch,
     *,
-    explains: bool,
     preflight: bool,
-    counts: bool,
 ) -> Generator[Step, None, None]:
     progress, feed, num_skipped = state.progress, _enter(state, loader, strategy), 0
     times = state.times
@@ -275,17 +278,7 @@ def _train_steps(
                     state.model.train()  # only then: it would thaw layers that were set to eval
                 lr: Any = state.optimizer.param_groups[0]["lr"]
                 lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes it in place
-                if counts:
-                    strategy.sum_counts([])  # the votes: nobody knows whether step_fn counts
-                begin = perf_counter()
-                try:
-                    update = step_fn(state, window.batches, strategy)
-                except (IndexError, RuntimeError, TypeError, ValueError) as error:
-                    strategy.explain(error)
-                    if explains:
-                        explain(error, state.model, window.batches, loader, window.starts)
-                    raise
-                times.update += perf_counter() - begin
+                update = update_from(state, window)
                 watch.look_at(update, window)
                 num_applied += update.applied
                 num_skipped = 0 if update.applied else num_skipped + 1
@@ -322,6 +315,31 @@ def _train_steps(
         raise
     finally:
         state.is_training = False
+
+
+def _update_from(
+    state: TrainState,
+    window: Window,
+    *,
+    step_fn: StepFn,
+    strategy: Strategy,
+    loader: Iterable[Any],
+    explains: bool,
+    votes: bool,
+) -> Update:
+    """Make the update of a window, and say what is wrong with its batches if it fails."""
+    if votes:
+        strategy.sum_counts([])  # nobody knows whether step_fn counts
+    begin = perf_counter()
+    try:
+        update = step_fn(state, window.batches, strategy)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        strategy.explain(error)
+        if explains:
+            explain(error, state.model, window.batches, loader, window.starts)
+        raise
+    state.times.update += perf_counter() - begin
+    return update
 
 
 def _enter(state: TrainState, loader: Iterable[Any], strategy: Strategy) -> Feed:

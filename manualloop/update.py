@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import reduce
 from time import perf_counter
 from typing import Any, Literal, TypeAlias
@@ -319,21 +318,23 @@ def apply_update(
         # Before clipping, which would tell the scaler. A norm that overflows is left to it.
         is_finite = bool(_is_finite(update.loss))
         if not is_finite:
-            return replace(update, applied=False, is_finite=False)
+            update.applied = update.is_finite = False
+            return update
     if max_grad_norm is not None:
-        grad_norm = strategy.clip_gradients(state.optimizer, max_grad_norm)
+        update.grad_norm = grad_norm = strategy.clip_gradients(state.optimizer, max_grad_norm)
     if watches and not strategy.scales_losses:
         is_finite = _is_finite(update.loss if grad_norm is None else update.loss + grad_norm)
         if on_nonfinite == "skip" or not _can_guard(state.optimizer):
             is_finite = bool(is_finite)  # on an accelerator this waits
     if isinstance(is_finite, Tensor):
-        applied = _apply_guarded(state, strategy, is_finite)
+        update.applied = _apply_guarded(state, strategy, is_finite)
     else:
-        applied = is_finite is not False and strategy.apply(state.optimizer)
-    if applied and state.lr_scheduler is not None:
+        update.applied = is_finite is not False and strategy.apply(state.optimizer)
+    if update.applied and state.lr_scheduler is not None:
         state.lr_scheduler.step()
+    update.is_finite = is_finite
     state.times.optimizer += perf_counter() - begin
-    return Update(update.loss, update.num_items, grad_norm, applied, is_finite)
+    return update
 
 
 def _is_finite(watched: Tensor) -> bool | Tensor:

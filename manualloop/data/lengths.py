@@ -67,7 +67,7 @@ def budgeted_batches(lengths: Ints, max_tokens: int, seed: int, epoch: int) -> l
         epoch: From 0.
 
     >>> budgeted_batches(np.array([3, 9, 2, 8, 1, 7, 5]), max_tokens=10, seed=42, epoch=0)
-    [[1], [3], [5], [6], [0, 2, 4]]
+    [[1], [3], [5], [6, 0], [2, 4]]
     """
     generator = torch.Generator().manual_seed(seed + epoch)
     drawn = torch.randperm(len(lengths), generator=generator).numpy()
