@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from manualloop.compiled import CompileOptions, compile_model
 from manualloop.devices import STRATEGY_OF, move, parameters_of
 from manualloop.errors import ConfigError, DistributedError
 from manualloop.lifeline import Lifeline, connect
@@ -35,12 +36,19 @@ class Accelerated:
             since accelerate divides by a constant, also in a window that holds fewer batches. It
             may have prepared model and optimizer already.
         timeout: Seconds that ranks wait for each other where the host does; None: torch's default.
+        compile: As in ``prepare_strategy``.
 
     Raises:
         ConfigError: The accelerator divides losses for accumulation by itself.
     """
 
-    def __init__(self, accelerator: Accelerator, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        *,
+        timeout: float | None = None,
+        compile: CompileOptions = False,
+    ) -> None:
         if accelerator.gradient_accumulation_steps != 1:
             raise ConfigError(
                 "The Accelerator has gradient_accumulation_steps="
@@ -54,7 +62,7 @@ class Accelerated:
                 f"of {accelerator.num_processes}: each would train alone. On a CPU it must be "
                 'told: Accelerator(cpu=True), or leave it to prepare_strategy("auto").'
             )
-        self.accelerator = accelerator
+        self.accelerator, self.compile = accelerator, compile
         self.device = accelerator.device
         self.is_main = accelerator.is_main_process
         self.rank = accelerator.process_index
@@ -90,6 +98,7 @@ class Accelerated:
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         if self._shards and self._held(model) is None:
+            compile_model(model, self.compile)
             # Sharding replaces the parameters, so that the optimizer needs the new ones.
             prepared, optimizer = self.accelerator.prepare(model, optimizer)
             self._remember(model, prepared)
@@ -104,6 +113,7 @@ class Accelerated:
                 "train it first, or prepare both with accelerator.prepare(model, optimizer)."
             )
         if prepared is None:
+            compile_model(model, self.compile)
             prepared = self.accelerator.prepare_model(model)
         self._remember(model, prepared)
         return prepared
@@ -244,12 +254,15 @@ def is_launched() -> bool:
     return "ACCELERATE_MIXED_PRECISION" in os.environ or is_one_of_many
 
 
-def start_accelerator(mixed_precision: str | None, timeout: float | None) -> Accelerated:
+def start_accelerator(
+    mixed_precision: str | None, timeout: float | None, compile: CompileOptions
+) -> Accelerated:
     """Make an accelerator of what the launcher says, and its strategy.
 
     Args:
         mixed_precision: None: what the launcher was configured for.
         timeout: Seconds that ranks wait for each other.
+        compile: As in ``prepare_strategy``.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -267,7 +280,7 @@ def start_accelerator(mixed_precision: str | None, timeout: float | None) -> Acc
             "accelerate launch starts one; use torchrun --nproc_per_node, or ACCELERATE_USE_CPU=1 "
             "accelerate launch --multi_gpu --num_processes."
         )
-    return Accelerated(accelerator, timeout=timeout)
+    return Accelerated(accelerator, timeout=timeout, compile=compile)
 
 
 def _num_processes_asked() -> int | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from manualloop.compiled import CompileOptions, compile_model
 from manualloop.errors import ConfigError
 from manualloop.votes import Votes
 
@@ -27,6 +28,7 @@ class SingleDevice:
             forward passes under autocast, fp16 with a ``GradScaler``, which costs one
             host-device synchronisation an update: PyTorch's scaler decides on the host whether to
             skip.
+        compile: As in ``prepare_strategy``.
 
     >>> SingleDevice("cpu")
     SingleDevice(device='cpu', mixed_precision='no')
@@ -37,10 +39,15 @@ class SingleDevice:
     world_size = 1
 
     def __init__(
-        self, device: str | torch.device = "cpu", *, mixed_precision: MixedPrecision = "no"
+        self,
+        device: str | torch.device = "cpu",
+        *,
+        mixed_precision: MixedPrecision = "no",
+        compile: CompileOptions = False,
     ) -> None:
         self.device = torch.device(device)
         self.mixed_precision = mixed_precision
+        self.compile = compile
         if mixed_precision not in ("no", "bf16", "fp16"):
             raise ConfigError(
                 f"SingleDevice takes mixed_precision={mixed_precision!r} from prepare_strategy "
@@ -60,7 +67,9 @@ class SingleDevice:
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         STRATEGY_OF[model] = lambda: self
-        return model.to(self.device)
+        model = model.to(self.device)
+        compile_model(model, self.compile)
+        return model
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
         return optimizer

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from manualloop.accelerated import Accelerated as Accelerated
 from manualloop.accelerated import is_launched, start_accelerator
 from manualloop.cadence import parse_seconds
+from manualloop.compiled import CompileOptions
 from manualloop.devices import (
     STRATEGY_OF,
     MixedPrecision,
@@ -121,6 +122,7 @@ def prepare_strategy(
     spec: str | torch.device | Accelerator | Strategy = "auto",
     *,
     mixed_precision: MixedPrecision | Literal["auto"] = "no",
+    compile: CompileOptions = False,
     timeout: float | str = "10 min",
 ) -> Strategy:
     """Choose the device and the precision of a run.
@@ -133,12 +135,15 @@ def prepare_strategy(
         mixed_precision: ``"no"`` (default) computes in the parameters' dtype; ``"bf16"``;
             ``"fp16"``; ``"auto"`` is bf16 where the device has it, else fp16 on cuda, else no.
             Under a launcher of accelerate ``"no"`` and ``"auto"`` are what it was configured for.
+        compile: Compile models in place when they are prepared: True, or options of
+            ``torch.compile``. Of a model of repeated blocks only those, with open lengths: a batch
+            of another length compiles nothing anew. The numbers then differ in their last bits.
         timeout: Seconds, or ``"10 min"``, that ranks wait for one that does not come, before they
             fail. The default is torch's for NCCL; for gloo torch's own is 30 minutes.
 
     Raises:
         ConfigError: The device is not there, or cannot compute in this precision; or a precision
-            is given beside an Accelerator or Strategy, which has its own.
+            or ``compile`` is given beside an Accelerator or Strategy, which has its own.
         DistributedError: A launcher started several processes, and ``spec`` is one device.
 
     >>> prepare_strategy("cpu", mixed_precision="bf16")
@@ -152,13 +157,18 @@ def prepare_strategy(
     if spec == "auto":
         if is_launched():
             precision = None if mixed_precision in ("no", "auto") else mixed_precision
-            return start_accelerator(precision, seconds)
+            return start_accelerator(precision, seconds, compile)
         spec = str(best_accelerator() or "cpu")
     if not isinstance(spec, str | torch.device):
         if mixed_precision != "no":
             raise ConfigError(
                 f"{type(spec).__name__} has its own precision: say mixed_precision="
                 f'"{mixed_precision}" where it is built, not here.'
+            )
+        if compile is not False:
+            raise ConfigError(
+                f"compile={compile!r} is said where the {type(spec).__name__} is built: "
+                "SingleDevice(device, compile=True), Accelerated(accelerator, compile=True)."
             )
         return spec if hasattr(spec, "prepare_model") and hasattr(spec, "apply") else _wrap(spec)
     _refuse_many_processes()
@@ -168,7 +178,7 @@ def prepare_strategy(
         mixed_precision = "bf16" if has_bf16(device) else without_bf16
     if mixed_precision == "bf16" and not has_bf16(device):
         raise ConfigError(f'{device} does not compute in bfloat16. Use mixed_precision="fp16".')
-    return SingleDevice(device, mixed_precision=mixed_precision)
+    return SingleDevice(device, mixed_precision=mixed_precision, compile=compile)
 
 
 def strategy_for(model: nn.Module, strategy: Strategy | None) -> Strategy:

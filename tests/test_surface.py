@@ -62,7 +62,7 @@ LAYERS = [
         "lock",
         "stopping",
     ],
-    ["data.lengths", "notices", "randomness", "times", "types", "votes"],
+    ["compiled", "data.lengths", "notices", "randomness", "times", "types", "votes"],
     ["errors"],
 ]
 
@@ -155,7 +155,7 @@ SIGNATURES = {
     "prepare_scheduler": (
         "optimizer, name='linear', *, num_training_steps, num_warmup_steps=0, **kwargs"
     ),
-    "prepare_strategy": "spec='auto', *, mixed_precision='no', timeout='10 min'",
+    "prepare_strategy": "spec='auto', *, mixed_precision='no', compile=False, timeout='10 min'",
     "save_checkpoint": (
         "checkpoint_dir, state, *, metrics=None, keep=2, best_metric=None, strategy=None"
     ),

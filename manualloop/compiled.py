@@ -1,0 +1,51 @@
+"""``torch.compile`` for models whose batches differ in length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+CompileOptions = bool | Mapping[str, Any]
+"""Whether to compile; or with which options of ``torch.compile``."""
+
+
+def compile_model(model: nn.Module, options: CompileOptions) -> None:
+    """Compile a model in place, once: names of weights and checkpoints stay as they are.
+
+    Of a model of repeated blocks only these, which takes as long as compiling one of them and
+    leaves what comes before and after as it is. Lengths stay open (``dynamic=True``), so that a
+    batch of another length is no new compilation.
+
+    Args:
+        model: That is on its device.
+        options: True, or options of ``torch.compile``. False does nothing.
+    """
+    if options is False:
+        return
+    settings = {"dynamic": True, **(options if isinstance(options, Mapping) else {})}
+    for module in repeated_blocks(model) or [model]:
+        if module._compiled_call_impl is None:
+            module.compile(**settings)
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of the outermost lists of modules of one class, in their order.
+
+    >>> layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    >>> len(repeated_blocks(nn.Sequential(nn.Linear(2, 2), layers)))
+    0
+    >>> class Model(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+    >>> len(repeated_blocks(Model()))
+    3
+    """
+    if isinstance(model, nn.ModuleList) and len(model) > 1:
+        blocks = list(model)
+        # A single layer is too little to be worth a call of its own.
+        if all(type(block) is type(blocks[0]) and len(block._modules) for block in blocks):
+            return blocks
+    return [block for child in model.children() for block in repeated_blocks(child)]
