@@ -145,7 +145,7 @@ class TableCollate:
         hides_padding = "attention_mask" in tokenizer.model_input_names
         if not hides_padding or tokenizer.padding_side != "right":
             return None  # on the left it would shift the positions
-        lengths: Ints | None = dataset.lengths()
+        lengths = dataset.lengths() if isinstance(dataset, Dataset) else None
         return lengths if lengths is None else -(-lengths // self._multiple) * self._multiple
 
     def _pad(self, table: pa.Table) -> dict[str, Tensor] | None:
@@ -182,7 +182,8 @@ class TableCollate:
             elif name == "labels" and self._labels == "longest":
                 batch[name] = pad(column, self._round(column.lengths), IGNORE_INDEX, is_left)
             elif (column.lengths == column.lengths[0]).all():
-                batch[name] = _tensor(column.values.reshape(len(column.lengths), -1))
+                shape = len(column.lengths), int(column.lengths[0])
+                batch[name] = _tensor(column.values.reshape(shape))
             else:
                 return None
         if "labels" in batch:
