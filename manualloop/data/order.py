@@ -41,11 +41,13 @@ class Made(NamedTuple):
         seed: Of the whole run.
         batch_size: Rows a batch, by which rows are grouped.
         max_tokens: Tokens a batch; None: batches have ``batch_size`` rows.
+        num_ranks: That read a batch each, side by side, if rows are grouped.
     """
 
     seed: int
     batch_size: int
     max_tokens: int | None
+    num_ranks: int
 
 
 class OrderedBatchSampler:
@@ -61,6 +63,10 @@ class OrderedBatchSampler:
         lengths: Tokens of each row, to put rows of about one length together.
         max_tokens: A batch has as many rows as fit into this budget, instead of ``batch_size``.
         longest_first: Sort the rows, instead of drawing them.
+
+    Attributes:
+        epoch: Whose order the next pass takes.
+        num_ranks: That read a batch each, side by side; of batches grouped by length.
 
     >>> sampler = OrderedBatchSampler(5, batch_size=2, shuffle=True, seed=42)
     >>> list(sampler)
@@ -94,11 +100,12 @@ class OrderedBatchSampler:
         self.lengths = lengths
         self.max_tokens = max_tokens
         self.longest_first = longest_first
-        self.epoch = 0
+        self.epoch, self.num_ranks = 0, 1
         # A DataLoader draws a seed for its workers at every pass. It is given this generator, so
         # that the draw leaves the global one alone and is a function of (seed, epoch) too.
         self.generator = torch.Generator().manual_seed(seed)
-        self._start, self._made = 0, self.made
+        self._start: int = 0
+        self._made: Made | None = None
         self._num_batches: int | None = None
         if max_tokens is not None and lengths is not None and not longest_first:
             self._refuse_too_long(lengths, max_tokens)
@@ -123,12 +130,12 @@ class OrderedBatchSampler:
             num_rows: Rows to leave out.
             made: Of what the order was made in which they were used; None: of the sampler's own.
         """
-        self._start, self._made = num_rows, made or self.made
+        self._start, self._made = num_rows, made
 
     @property
     def made(self) -> Made:
         """Of what the order of an epoch is made, beside its number."""
-        return Made(self.seed, self.batch_size, self.max_tokens)
+        return Made(self.seed, self.batch_size, self.max_tokens, self.num_ranks)
 
     def batches(self, epoch: int | None = None) -> list[list[int]]:
         """Return the row numbers of each batch of a whole pass; None: of the current epoch."""
@@ -147,7 +154,7 @@ class OrderedBatchSampler:
         if self.max_tokens is None:
             whole, rest = divmod(max(self.num_rows - self._start, 0), self.batch_size)
             return whole + (rest > 0 and not self.drop_last)
-        return sum(1 for _ in self._batches(self._start, self._made, self.epoch))
+        return sum(1 for _ in self._batches(self._start, self._made or self.made, self.epoch))
 
     def _order(self, made: Made, epoch: int) -> list[int]:
         if self.longest_first and self.lengths is not None:
@@ -156,12 +163,14 @@ class OrderedBatchSampler:
             return list(range(self.num_rows))
         if self.lengths is None:
             return order(self.num_rows, made.seed, epoch)
-        return grouped_order(self.lengths, made.batch_size, made.seed, epoch)
+        return grouped_order(self.lengths, made.batch_size, made.seed, epoch, made.num_ranks)
 
     def _batches(self, start: int, made: Made, epoch: int) -> Iterator[list[int]]:
         """Give the batches after so many rows of an order that may have been made otherwise."""
         if self.shuffle and made.max_tokens is not None and self.lengths is not None:
-            batches = budgeted_batches(self.lengths, made.max_tokens, made.seed, epoch)
+            batches = budgeted_batches(
+                self.lengths, made.max_tokens, made.seed, epoch, made.num_ranks
+            )
             ends = list(accumulate(map(len, batches)))
             if made.max_tokens == self.max_tokens and start in (0, *ends):
                 yield from batches[bisect_right(ends, start) :]
@@ -180,8 +189,8 @@ class OrderedBatchSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         # Not before the first batch is asked for: with workers a DataLoader calls iter() twice.
-        start, made = self._start, self._made
-        self._start, self._made = 0, self.made
+        start, made = self._start, self._made or self.made
+        self._start, self._made = 0, None
         yield from self._batches(start, made, self.epoch)
 
     def __len__(self) -> int:
