@@ -62,6 +62,13 @@ def distributed(session: nox.Session) -> None:
 
 
 @nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Run manualloop, the loop written by hand and the peers side by side; print the ratios."""
+    install(session, "-e", ".[metrics,plot]", group="benchmarks")
+    session.run("python", "tests/benchmarks/side_by_side.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def quickstart(session: nox.Session) -> None:
     """Do what a newcomer does: install the package alone, run the first example."""
     install(session, "-e", ".")
