@@ -92,7 +92,7 @@ class Accelerated:
             if isinstance(model, nn.parallel.DistributedDataParallel):
                 for name in ("reducer", "logger", "process_group"):
                     setattr(model, name, None)
-        if self._on_host is not None:
+        if self._on_host is not None and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group(self._on_host)
             self._on_host = None
 

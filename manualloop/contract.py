@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Iterable, Mapping
@@ -40,8 +41,8 @@ def describe_run(
     is_ours = isinstance(sampler, OrderedBatchSampler)
     scheduler = state.lr_scheduler
     data_settings = {
-        "batch_size": getattr(sampler, "batch_size", None),
-        "max_tokens": sampler.max_tokens if is_ours else None,
+        "max_tokens": (max_tokens := sampler.max_tokens if is_ours else None),
+        "batch_size": getattr(sampler, "batch_size", None) if max_tokens is None else None,
         "drop_last": getattr(sampler, "drop_last", None),
         "seed": sampler.seed if is_ours else None,
         "shuffle": sampler.shuffle if is_ours else _sampler_name(loader),
@@ -123,7 +124,10 @@ def _order_of(sampler: Any) -> dict[str, str]:
     """Say how rows are put together, if not as they are drawn."""
     if getattr(sampler, "lengths", None) is None:
         return {}
-    return {"order": "group_by_length" if sampler.max_tokens is None else "max_tokens"}
+    return {
+        "order": "group_by_length" if sampler.max_tokens is None else "max_tokens",
+        "row_lengths": hashlib.sha256(sampler.lengths.tobytes()).hexdigest()[:16],
+    }
 
 
 def _sampler_name(loader: Any) -> str | None:

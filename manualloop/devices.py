@@ -142,6 +142,9 @@ def zero_gradients(optimizer: Optimizer) -> None:
             parameter.grad = None
 
 
+_HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__  # the method as torch makes it
+
+
 def step_optimizer(optimizer: Optimizer) -> None:
     """Let an optimizer make its update.
 
@@ -151,7 +154,8 @@ def step_optimizer(optimizer: Optimizer) -> None:
     """
     hooked: Any = type(optimizer).step
     own: Any = vars(optimizer).get("step")  # that of a scheduler, which only notes the call
-    is_torchs = hasattr(hooked, "hooked") and getattr(own, "__wrapped__", hooked) is hooked
+    is_torchs = getattr(hooked, "__code__", None) is _HOOKED
+    is_torchs = is_torchs and getattr(own, "__wrapped__", hooked) is hooked
     if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
         is_torchs = False
     if not is_torchs or torch._C._autograd._profiler_enabled() or _has_hooks(optimizer):

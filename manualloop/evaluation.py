@@ -7,12 +7,11 @@ from contextlib import closing
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from manualloop.data.deal import is_spare, undealt
 from manualloop.data.feed import Feed
-from manualloop.data.order import longest_first_view, num_batches, rows_before
+from manualloop.data.order import num_batches, rows_before
 from manualloop.errors import DataError, ModelError
 from manualloop.models import (
     evaluation_mode,
@@ -20,7 +19,7 @@ from manualloop.models import (
     is_sharded,
     takes_any_column,
 )
-from manualloop.predictions import Predictions, dataset_rows, table_of
+from manualloop.predictions import Predictions, dataset_rows, longest_first_rows, table_of
 from manualloop.preflight import explain, require_loader
 from manualloop.progress import ProgressBar
 from manualloop.scorers import Gathered, Scorer, as_metric, counts_classes
@@ -58,11 +57,13 @@ def evaluate_loop(
     The loss is the mean over all items, so it does not depend on how rows were batched. So those of
     a prepared loader are read from the longest to the shortest, in batches of about as many tokens,
     never more than its largest can have, which leaves out most of the padding; the metric gets them
-    in the dataset's order. Not so with a ``loss_fn``, with padding on the left or without an
-    attention mask, nor with a ``postprocess`` and a metric of more than classes. Of the outputs
-    only what the metric needs is kept, never the logits. Every submodule's mode and the
-    random states of torch, NumPy and Python are as before when it returns or raises. On several
-    processes call it on each: every row counts once, and each gets the result of one process.
+    in the dataset's order. Not so where that might change the numbers: with a ``loss_fn``, with
+    padding on the left or without an attention mask, with a model that is not of transformers or
+    whose numbers depend on padding all the same, nor with a ``postprocess`` and a metric of more
+    than classes. Of the outputs only what the metric needs is kept, never the logits. Every
+    submodule's mode and the random states of torch, NumPy and Python are as before when it returns
+    or raises. On several processes call it on each: every row counts once, and each gets the result
+    of one process.
 
     Args:
         model: Moved to the strategy's device if no strategy has prepared it.
@@ -95,7 +96,7 @@ def evaluate_loop(
     eval_dataloader = eval_dataloader if strategy.world_size == 1 else undealt(eval_dataloader)
     scorer = None if metric is None else as_metric(metric)
     if loss_fn is None and (postprocess is None or scorer is None or counts_classes(scorer)):
-        eval_dataloader, rows = _longest_first(eval_dataloader, strategy)
+        eval_dataloader, rows = longest_first_rows(eval_dataloader, model, strategy)
     else:
         rows = None  # loss_fn may compare the rows of a batch, postprocess give several for one
     taker: Scorer | Gathered | None = scorer
@@ -122,14 +123,6 @@ def evaluate_loop(
             "the labels, and that truncation leaves some."
         )
     return {"loss": sum(means) / len(means), **scores} if means else scores
-
-
-def _longest_first(
-    loader: Iterable[Any], strategy: Strategy
-) -> tuple[Iterable[Any], NDArray[np.int64] | None]:
-    """Let a prepared loader read its longest rows first; also return which row is where."""
-    view = longest_first_view(loader, fills_batches=strategy.device.type != "cpu")
-    return (loader, None) if view is None else (view, dataset_rows(view))
 
 
 def _mean(parts: Sequence[tuple[float, float]]) -> float:
@@ -204,7 +197,7 @@ def predict_loop(
     strategy = strategy_for(model, strategy)
     model = strategy.prepare_model(model)
     dataloader = dataloader if strategy.world_size == 1 else undealt(dataloader)
-    dataloader, index = _longest_first(dataloader, strategy)
+    dataloader, index = longest_first_rows(dataloader, model, strategy)
     if index is None:
         index = dataset_rows(dataloader)
     parts: dict[int, tuple[Tensor | None, ...]] = {}
@@ -217,7 +210,7 @@ def predict_loop(
             if is_spare(batch):
                 _take_part(model, batch, place, strategy, None)
                 continue
-            references = batch["labels"].cpu() if "labels" in batch else None
+            references = batch["labels"].to("cpu", copy=True) if "labels" in batch else None
             parts[place[1]] = (*_predict(model, batch, place, strategy, postprocess), references)
     columns = list(zip(*_in_order(parts, strategy).values(), strict=True))
     predictions, scores, labels = ([p for p in column if p is not None] for column in columns)

@@ -292,8 +292,10 @@ def _say_goodbye() -> None:
     if isinstance(error, SystemExit) and error.code and error.__context__ is not None:
         _report(error.__context__)  # torch's multiprocessing has caught it, and exits
     elif _lifeline is not None and _lifeline.is_connected() and not hasattr(sys, "last_value"):
-        _end_group()
-        _lifeline.close()
+        try:
+            _end_group()
+        finally:
+            _lifeline.close()
 
 
 def _end_group() -> None:

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, SequentialSampler
 
-from manualloop.data.order import OrderedBatchSampler
+from manualloop.data.order import OrderedBatchSampler, longest_first_view
 from manualloop.errors import DataError
+from manualloop.models import is_blind_to_padding
+from manualloop.strategy import Strategy
 from manualloop.tasks import IGNORE_INDEX
 
 
@@ -66,3 +68,16 @@ def dataset_rows(loader: Iterable[Any]) -> NDArray[np.int64] | None:
         f"The loader reads its rows by a {type(sampler).__name__}, so predictions could not be put "
         "in the dataset's order. Build it with shuffle=False, or use prepare_dataloaders."
     )
+
+
+def longest_first_rows(
+    loader: Iterable[Any], model: nn.Module, strategy: Strategy
+) -> tuple[Iterable[Any], NDArray[np.int64] | None]:
+    """Return a loader that gives the longest rows first, and which row of the dataset is where.
+
+    None: that might change the numbers, and the loader is as it was.
+    """
+    if not is_blind_to_padding(model):
+        return loader, None
+    view = longest_first_view(loader, fills_batches=strategy.device.type != "cpu")
+    return (loader, None) if view is None else (view, dataset_rows(view))

@@ -105,6 +105,7 @@ class Run:
         try:
             with self._stopping.evaluating():
                 metrics = self._evaluate()
+            self._state.times.evaluation += perf_counter() - begin
         except EvaluationStopped:
             set_random_state(random_state)  # it may have struck while they were put back
             return
@@ -116,8 +117,6 @@ class Run:
                 self.save()  # so that no update is lost; the next process evaluates first
                 raise
             return  # the signal has reached a worker of the loader first
-        finally:
-            self._state.times.evaluation += perf_counter() - begin
         metrics = self._strategy.gather(metrics)[0]  # or each rank might decide otherwise
         self._is_pending, self._evaluated_step = False, self._state.progress.num_steps
         self.evaluations.append(metrics)

@@ -124,6 +124,9 @@ class Gathered:
         if self._counts:
             self._scorer.add_batch(predictions=predictions, references=references)
         else:
+            # A copy: labels of a worker's batch lie in a file that stays open as long as they do.
+            if kept is None and isinstance(references, Tensor):
+                references = references.clone()
             self._batches.append((predictions, references, kept))
 
     def compute(self) -> dict[str, float]:

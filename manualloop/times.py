@@ -64,7 +64,9 @@ class Times:
         """Take note of a window's tokens, where the host can count them without waiting."""
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            if isinstance(mask, Tensor) and mask.device.type == "cpu":
+            if not isinstance(mask, Tensor) or mask.device.type != "cpu":
+                continue
+            if mask.ndim == 2 and not mask.is_floating_point():  # others are added to scores
                 tokens: Any = mask.sum().tolist()  # no .item(): it counts as a wait
                 self.num_tokens += tokens
                 self.num_places += mask.numel()

@@ -48,7 +48,8 @@ def grouped_order(
     units = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
     rest = rows[len(units) * size :]
     order = torch.randperm(len(units), generator=generator).tolist()
-    order.sort(key=lambda unit: lengths[units[unit][0]] == lengths.max(), reverse=True)
+    most = lengths.max()
+    order.sort(key=lambda unit: bool(lengths[units[unit][0]] == most), reverse=True)
     rows = np.concatenate([*(units[unit] for unit in order), rest])
     longest = int(lengths[rows].argmax())  # in the rest, which stays at the end, or first already
     rows[[0, longest]] = rows[[longest, 0]]
@@ -112,10 +113,10 @@ def cut(lengths: Ints, max_tokens: int) -> list[int]:
     """
     starts, longest = [0] if len(lengths) else [], 0
     for row, length in enumerate(lengths.tolist()):
-        longest = max(longest, length)
+        longest = max(longest, length, 1)  # a row without tokens still takes a place
         if row > starts[-1] and longest * (row - starts[-1] + 1) > max_tokens:
             starts.append(row)
-            longest = length
+            longest = max(length, 1)
     return starts
 
 

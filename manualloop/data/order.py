@@ -106,6 +106,7 @@ class OrderedBatchSampler:
         self.generator = torch.Generator().manual_seed(seed)
         self._start: int = 0
         self._made: Made | None = None
+        self._under_way: Made | None = None
         self._num_batches: int | None = None
         if max_tokens is not None and lengths is not None and not longest_first:
             self._refuse_too_long(lengths, max_tokens)
@@ -115,11 +116,13 @@ class OrderedBatchSampler:
         if lengths[row] > max_tokens:
             raise ConfigError(
                 f"Row {row} of {self.split} has {lengths[row]} tokens, and a batch holds "
-                f"max_tokens={max_tokens}. Use max_length={max_tokens}, or a larger budget."
+                f"max_tokens={max_tokens}. Use max_length=, or a larger budget."
             )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next pass takes."""
+        if epoch != self.epoch:
+            self._under_way = None
         self.epoch = epoch
         self.generator.manual_seed(self.seed + epoch)
 
@@ -133,13 +136,20 @@ class OrderedBatchSampler:
         self._start, self._made = num_rows, made
 
     @property
-    def made(self) -> Made:
+    def own(self) -> Made:
         """Of what the order of an epoch is made, beside its number."""
         return Made(self.seed, self.batch_size, self.max_tokens, self.num_ranks)
 
+    @property
+    def made(self) -> Made:
+        """Of what the order of the current epoch was made: it may have begun with others."""
+        return self._under_way or self.own
+
     def batches(self, epoch: int | None = None) -> list[list[int]]:
         """Return the row numbers of each batch of a whole pass; None: of the current epoch."""
-        return list(self._batches(0, self.made, self.epoch if epoch is None else epoch))
+        is_now = epoch is None or epoch == self.epoch
+        made = self.made if is_now else self.own
+        return list(self._batches(0, made, self.epoch if epoch is None else epoch))
 
     def rows(self, epoch: int | None = None) -> list[int]:
         """Return the row numbers of a whole pass, in order; None: of the current epoch."""
@@ -154,7 +164,7 @@ class OrderedBatchSampler:
         if self.max_tokens is None:
             whole, rest = divmod(max(self.num_rows - self._start, 0), self.batch_size)
             return whole + (rest > 0 and not self.drop_last)
-        return sum(1 for _ in self._batches(self._start, self._made or self.made, self.epoch))
+        return sum(1 for _ in self._batches(self._start, self._made or self.own, self.epoch))
 
     def _order(self, made: Made, epoch: int) -> list[int]:
         if self.longest_first and self.lengths is not None:
@@ -189,8 +199,8 @@ class OrderedBatchSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         # Not before the first batch is asked for: with workers a DataLoader calls iter() twice.
-        start, made = self._start, self._made or self.made
-        self._start, self._made = 0, None
+        start, made = self._start, self._made or self.own
+        self._start, self._made, self._under_way = 0, None, made
         yield from self._batches(start, made, self.epoch)
 
     def __len__(self) -> int:
@@ -198,7 +208,7 @@ class OrderedBatchSampler:
             whole, rest = divmod(self.num_rows, self.batch_size)
             return whole + (rest > 0 and not self.drop_last)
         if self._num_batches is None:  # as many in every epoch
-            self._num_batches = sum(1 for _ in self._batches(0, self.made, self.epoch))
+            self._num_batches = sum(1 for _ in self._batches(0, self.own, self.epoch))
         return self._num_batches
 
 
@@ -274,6 +284,9 @@ def longest_first_view(loader: Any, *, fills_batches: bool) -> DataLoader[Any] |
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
         generator=view.generator,
     )
 

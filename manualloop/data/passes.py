@@ -192,15 +192,16 @@ def _kind_of(loader: Any) -> str:
 def _open_prepared(
     loader: Any, skip: int, position: Position, deal: Deal
 ) -> tuple[Iterator[Any], int]:
-    own = loader.batch_sampler.made
-    loader.batch_sampler.start_at(
-        skip, Made(*(position.get(n, getattr(own, n)) for n in own._fields))
-    )
-    left = loader.batch_sampler.num_left()
+    sampler: OrderedBatchSampler = loader.batch_sampler
+    sampler.num_ranks = deal.world_size
+    own = sampler.own._asdict()
+    # Inside an epoch its order stays what it was made of; the next one is of today's settings.
+    made = Made(**{name: position.get(name, value) for name, value in own.items()})
+    sampler.start_at(skip, made if skip else None)
+    left = sampler.num_left()
     if _has_dataset_here(loader):
         set_dataset_state(loader.dataset, position)
     if deal.rank:  # workers draw other numbers on every rank
-        sampler = loader.batch_sampler
         sampler.generator.manual_seed(sampler.seed + sampler.epoch + (deal.rank << 40))
     return _iterate(loader, position, deal), left
 

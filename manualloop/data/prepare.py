@@ -157,7 +157,9 @@ def prepare_dataloaders(
             shuffle=split.is_train,
             drop_last=drop_last and split.is_train,
             seed=seed,
-            lengths=_lengths(split, pad_to_multiple_of or 1, max_tokens, group_by_length),
+            lengths=_lengths(
+                split, labels.task, pad_to_multiple_of or 1, max_tokens, group_by_length
+            ),
             max_tokens=max_tokens,
             collate_fn=collate_fn,
             num_workers=num_workers,
@@ -168,26 +170,38 @@ def prepare_dataloaders(
 
 
 def _lengths(
-    split: Split, multiple: int, max_tokens: int | None, group_by_length: bool
+    split: Split, task: str | None, multiple: int, max_tokens: int | None, group_by_length: bool
 ) -> Ints | None:
     """Return the number of tokens of each row, int64 ``(rows,)``, if its order depends on them.
 
     Raises:
-        ConfigError: The split is a stream, or has no column of lists.
+        ConfigError: The split is a stream, or has no column of lists of numbers.
+        DataError: A row has no tokens.
     """
     if max_tokens is None and not (group_by_length and split.is_train):
         return None
+    lengths = None
     if hasattr(split.rows, "__len__"):
         from manualloop.data.tables import as_tables
 
-        lengths = as_tables(split.rows).lengths()
-        if lengths is not None:
-            return -(-lengths // multiple) * multiple
-    asked = "group_by_length=True" if max_tokens is None else f"max_tokens={max_tokens}"
-    raise ConfigError(
-        f"{asked} needs the lengths of the rows of {split.name}, and it is a stream or has no "
-        "column of lists. Leave it out."
-    )
+        lists = [name for name, kind in split.kinds.items() if kind == "list"]
+        names = ["input_ids"] if "input_ids" in lists else lists[:1]
+        if "labels" in lists and (task in BY_TOKEN or task == "seq2seq_lm"):
+            names.append("labels")
+        lengths = as_tables(split.rows).lengths(names)
+    if lengths is None:
+        asked = "group_by_length=True" if max_tokens is None else f"max_tokens={max_tokens}"
+        raise ConfigError(
+            f"{asked} needs the lengths of the rows of {split.name}, and it is a stream or has no "
+            "column of lists of numbers. Leave it out."
+        )
+    row = int(lengths.argmin())
+    if lengths[row] == 0:
+        raise DataError(
+            f"Row {row} of {split.name} has no tokens, and would be in a batch with its like. "
+            'Filter such rows out: dataset.filter(lambda row: len(row["text"]) > 0).'
+        )
+    return -(-lengths // multiple) * multiple
 
 
 def _check_arguments(task: str | None, drop_last: bool, **counts: int | None) -> None:

@@ -6,7 +6,7 @@ numbers, or does not fit together, goes through them, and they, or we, say what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import datasets
@@ -62,19 +62,23 @@ class Dataset(datasets.Dataset):  # type: ignore[misc]
     def _table(self, rows: Any) -> pa.Table:
         return query_table(self._data, rows, indices=self._indices)
 
-    def lengths(self) -> Ints | None:
-        """Return the length of each row's longest list, int64 ``(rows,)``; None: it has no list.
+    def lengths(self, names: Sequence[str]) -> Ints | None:
+        """Return the length of each row's longest list in these columns, int64 ``(rows,)``.
 
-        Found once, and a part of the rows at a time: a dataset need not fit into memory.
+        Found a part of the rows at a time: a dataset need not fit into memory.
+
+        Args:
+            names: Of columns. None is returned unless all hold lists of numbers.
         """
-        lists = [name for name in self.column_names if _is_list(self.data.schema.field(name).type)]
-        if not lists:
+        schema = self.data.schema
+        kinds = [schema.field(name).type for name in names]
+        if not kinds or any(not _is_list(k) or _is_list(k.value_type) for k in kinds):
             return None
-        if not hasattr(self, "_lengths"):
-            starts = range(0, len(self), _ROWS_AT_ONCE)
-            tables = (self._table(range(len(self))[s : s + _ROWS_AT_ONCE]) for s in starts)
-            self._lengths = np.concatenate([_longest(table.select(lists)) for table in tables])
-        return self._lengths
+        # Of the rows as they are stored: an index into them is quick, a query by it is not.
+        starts = range(0, self.data.num_rows, _ROWS_AT_ONCE)
+        parts = [self.data.table.slice(start, _ROWS_AT_ONCE).select(names) for start in starts]
+        lengths = np.concatenate([_longest(part) for part in parts])
+        return lengths if self._indices is None else lengths[self._indices.column(0).to_numpy()]
 
 
 def _longest(lists: pa.Table) -> Ints:
@@ -145,8 +149,25 @@ class TableCollate:
         hides_padding = "attention_mask" in tokenizer.model_input_names
         if not hides_padding or tokenizer.padding_side != "right":
             return None  # on the left it would shift the positions
-        lengths = dataset.lengths() if isinstance(dataset, Dataset) else None
-        return lengths if lengths is None else -(-lengths // self._multiple) * self._multiple
+        padded = [name for name in self._padded() if name in getattr(dataset, "column_names", ())]
+        if not isinstance(dataset, Dataset) or tokenizer.model_input_names[0] not in padded:
+            return None
+        schema = dataset.data.schema
+        others = [name for name in dataset.column_names if name not in (*padded, "labels")]
+        if any(pa.types.is_nested(schema.field(name).type) for name in others):
+            return None  # what a row of an image costs is not told by its text
+        lengths = dataset.lengths([name for name in padded if name in self._counted()])
+        if lengths is None or lengths.min() == 0:
+            return None  # rows without tokens would be together, in a batch of width 0
+        return -(-lengths // self._multiple) * self._multiple
+
+    def _counted(self) -> list[str]:
+        """Name the columns whose length is that of a row."""
+        return [self._tokenizer.model_input_names[0], *(["labels"] if self._labels else [])]
+
+    def _padded(self) -> list[str]:
+        extra = ["token_type_ids", "special_tokens_mask", "attention_mask"]
+        return [*self._counted(), *extra]
 
     def _pad(self, table: pa.Table) -> dict[str, Tensor] | None:
         """Return the batch; None: there is more than numbers, or lists do not fit together."""
@@ -156,6 +177,8 @@ class TableCollate:
             return None
         main = tokenizer.model_input_names[0]
         if not isinstance(tokens := columns.get(main), Lists) or not tokens.lengths.all():
+            return None
+        if tokens.values.dtype.kind != "i":
             return None
         ends = {
             main: tokenizer.pad_token_id,
@@ -174,7 +197,11 @@ class TableCollate:
         batch = {}
         for name, column in columns.items():
             if not isinstance(column, Lists):
+                if name in ends or (name == "labels" and self._labels):
+                    return None
                 batch[name] = _tensor(column)
+            elif column.values.dtype.kind == "b" and (name in ends or name == "labels"):
+                return None  # what pads it is no bool
             elif name in ends or (name == "labels" and self._labels == "tokens"):
                 if not np.array_equal(column.lengths, tokens.lengths):
                     return None

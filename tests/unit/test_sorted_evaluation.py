@@ -5,8 +5,9 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import WORDS, rows, tiny_bert, tiny_tokenizer
+from tokenizers import processors
 from torch.utils.data import DataLoader
-from transformers import BertForTokenClassification
+from transformers import BertForQuestionAnswering, BertForTokenClassification
 
 from manualloop import DataError, evaluate_loop, predict_loop, prepare_dataloaders
 
@@ -48,6 +49,25 @@ class Counting(torch.nn.Module):
     def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None):
         self.shapes.append(tuple(input_ids.shape))
         return self.model(input_ids, attention_mask, token_type_ids, labels=labels)
+
+
+class Loose(Counting):
+    """Takes a box as well."""
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None, box=None):
+        return self.model(input_ids, attention_mask, token_type_ids, labels=labels)
+
+
+class InBatch(torch.nn.Module):
+    """A model whose own loss compares the rows of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(20, 4)
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None):
+        mean = (self.embedding(input_ids) * attention_mask[..., None]).sum(1)
+        return {"loss": torch.nn.functional.cross_entropy(mean @ mean.T, torch.arange(len(mean)))}
 
 
 class Recording:
@@ -93,10 +113,10 @@ def test_predictions_are_in_the_datasets_order():
 
 def test_little_is_padding_and_no_batch_is_larger_than_the_loaders_own():
     loader = loader_of(sentences(), batch_size=8)
-    real = int(loader.dataset.lengths().sum())
+    real = int(loader.dataset.lengths(["input_ids"]).sum())
     model = Counting(telling())
     evaluate_loop(model, loader, "accuracy")
-    shapes, widest = model.shapes, loader.dataset.lengths().max()
+    shapes, widest = model.shapes, loader.dataset.lengths(["input_ids"]).max()
     assert sum(rows for rows, _ in shapes) == NUM_ROWS
     assert [width for _, width in shapes] == sorted((w for _, w in shapes), reverse=True)
     assert shapes[0][1] == widest
@@ -180,6 +200,18 @@ def not_sorted(name):
     if name == "collate_fn":
         collate = loader_of(sentences()).collate_fn
         return loader_of(sentences(), collate_fn=lambda rows: collate(list(rows))), {}
+    if name == "a row without tokens":  # such rows would be a batch without a width
+        data = sentences()["validation"].to_dict()
+        data["sentence"][3] = ""
+        tokenizer = tiny_tokenizer()
+        tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+        return loader_of({"validation": Dataset.from_dict(data)}, tokenizer), {}
+    if name == "what is no text":  # it may cost more than the text
+        data = sentences()["validation"]
+        data = data.add_column("box", [[0.5, 0.5]] * NUM_ROWS)
+        tokenizer = tiny_tokenizer()
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "box"]
+        return loader_of({"validation": data}, tokenizer), {}
     loader = loader_of(sentences())
     return as_it_is(loader), {}
 
@@ -187,11 +219,11 @@ def not_sorted(name):
 @pytest.mark.parametrize(
     "name",
     ["loss_fn", "postprocess and a function", "padding on the left", "no attention mask",
-     "collate_fn", "a loader of one's own"],
+     "collate_fn", "a loader of one's own", "a row without tokens", "what is no text"],
 )  # fmt: skip
 def test_what_might_change_the_numbers_is_read_as_it_comes(name):
     loader, options = not_sorted(name)
-    model = telling()
+    model = Loose(telling()) if "no text" in name else telling()
     shapes = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
@@ -216,3 +248,15 @@ def test_a_budget_of_the_loader_holds_for_evaluation():
     scores = evaluate_loop(model, loader, "accuracy")
     assert max(rows * width for rows, width in model.shapes) <= 15
     assert scores["accuracy"] == evaluate_loop(telling(), as_it_is(loader), "accuracy")["accuracy"]
+
+
+def test_models_that_see_padding_or_other_rows_are_read_as_they_come():
+    loader = loader_of(sentences())
+    model = InBatch()
+    assert evaluate_loop(model, loader) == evaluate_loop(model, as_it_is(loader))
+    tokens = tiny_tokenizer()(texts())["input_ids"]
+    columns = {"input_ids": tokens, "start_positions": [0] * NUM_ROWS}
+    data = {"validation": Dataset.from_dict(columns | {"end_positions": [1] * NUM_ROWS})}
+    model = tiny_bert(kind=BertForQuestionAnswering)
+    loader = loader_of(data)
+    assert evaluate_loop(model, loader) == evaluate_loop(model, as_it_is(loader))
