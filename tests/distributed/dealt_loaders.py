@@ -141,7 +141,9 @@ def check(name, folder, strategy):
         rows = rows_seen[epoch * per_epoch : (epoch + 1) * per_epoch]
         assert sorted(rows) == list(range(per_epoch)), (name, epoch, rows)
         if name.startswith("prepared"):
-            expected = make().batch_sampler.rows(epoch)
+            sampler = make().batch_sampler
+            sampler.num_ranks = strategy.world_size
+            expected = sampler.rows(epoch)
             assert rows == expected, (name, epoch)
         elif not name.startswith("built"):
             assert rows == list(range(per_epoch)), (name, epoch)
@@ -254,6 +256,19 @@ def check_ready_accelerator():
     assert sorted(rows) == list(range(9))
 
 
+def check_neighbours(strategy):
+    """What the ranks read at once is about as long."""
+    lengths = np.arange(24) % 12 + 1
+    loader = prepared(24, lengths=lengths)
+    state = make_state()
+    steps = train(state, loader, strategy, max_steps=1)
+    assert len(steps) == 1
+    assert loader.batch_sampler.num_ranks == strategy.world_size
+    widths = [lengths[batch].max() for batch in loader.batch_sampler.batches(1)]
+    pairs = np.array(widths).reshape(-1, 2)
+    assert np.abs(pairs[:, 0] - pairs[:, 1]).max() <= 2, pairs
+
+
 def main():
     folder = Path(sys.argv[1])
     strategy = prepare_strategy()
@@ -263,6 +278,7 @@ def main():
     check_more_ranks(folder, strategy)
     check_dealt_by_others(strategy)
     check_ready_accelerator()
+    check_neighbours(strategy)
     print(f"{len(names)} loaders, {num_cuts} cuts", flush=True)
 
 

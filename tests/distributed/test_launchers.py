@@ -91,6 +91,13 @@ def test_a_process_waits_for_the_threads_of_gloo_before_python_ends():
     ranks.run("end_with_a_thread.py", timeout=60)
 
 
+@pytest.mark.parametrize("groups_end", ["by-itself", "by-us"])
+def test_a_rank_that_ends_early_ends_no_other(groups_end):
+    outputs = ranks.run("end_with_groups.py", groups_end, timeout=60)
+    assert [f"rank {rank} is done" in output for rank, output in enumerate(outputs)] == [True] * 2
+    assert not any("gone" in output for output in outputs)
+
+
 LAUNCHED = """
 import sys, torch
 from manualloop import launch, prepare_strategy

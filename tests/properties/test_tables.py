@@ -125,6 +125,15 @@ def test_loaders_give_what_rows_give(tokenizer, columns, num_workers):
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize("task", ["token_classification", "seq2seq_lm"])
+def test_padding_of_bools_is_no_label(tokenizer, task):
+    rows = {"input_ids": [[5, 6, 7], [8]], "labels": [[True, False, True], [True]]}
+    loader = prepare_dataloaders(Dataset.from_dict(rows), tokenizer, task=task)["train"]
+    batch = loader.collate_fn(loader.dataset.__getitems__([0, 1]))
+    assert batch["labels"].tolist() == [[1, 0, 1], [1, -100, -100]]
+    same(batch, loader.collate_fn(list(loader.dataset)))
+
+
 def test_its_dataset_serves_loaders_with_another_collator(tokenizer):
     loader = prepare_dataloaders(rows_of("a", "the plot", label=[0, 1]), tokenizer)["train"]
     (batch,) = DataLoader(loader.dataset, 2, collate_fn=DataCollatorWithPadding(tokenizer))

@@ -5,12 +5,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from helpers import rows, tiny_bert, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from manualloop import (
+    CheckpointError,
     ConfigError,
+    DataError,
     SingleDevice,
     TrainState,
     prepare_dataloaders,
@@ -164,6 +167,84 @@ def test_another_budget_goes_on_with_the_rows_that_are_left(before, after, tmp_p
     tokens = tiny_tokenizer()(list(rows(40)["sentence"]))["input_ids"]
     assert sorted(seen) == sorted(tokens)
     assert (f"max_tokens: {before} -> {after}" in caplog.text) == (before != after)
+
+
+CHANGES = {
+    "a larger budget": ({"max_tokens": 24}, {"max_tokens": 40}),
+    "a smaller budget": ({"max_tokens": 40}, {"max_tokens": 24}),
+    "another seed": ({"max_tokens": 24, "seed": 1}, {"max_tokens": 24, "seed": 2}),
+    "grouped, larger batches": (
+        {"group_by_length": True, "batch_size": 4},
+        {"group_by_length": True, "batch_size": 8},
+    ),
+    "another seed, not grouped": ({"batch_size": 4, "seed": 1}, {"batch_size": 4, "seed": 2}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_settings_changed_inside_an_epoch_lose_no_row_in_two_more_stops(name, tmp_path):
+    seen = []
+
+    def run(options, max_steps):
+        data = Dataset.from_dict({**rows(40).to_dict(), "number": list(range(40))})
+        tokenizer = tiny_tokenizer()
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "number"]
+        loader = prepare_dataloaders(data, tokenizer, **options)["train"]
+        model = tiny_bert()
+
+        def loss_fn(model, batch):
+            seen.extend(batch.pop("number").tolist())
+            return model(**batch).loss
+
+        return train_loop(
+            model,
+            loader,
+            None,
+            None,
+            num_epochs=None if max_steps else 2,
+            max_steps=max_steps,
+            loss_fn=loss_fn,
+            strategy=SingleDevice("cpu"),
+            checkpoint_dir=tmp_path,
+            progress_bar=False,
+        )
+
+    before, after = CHANGES[name]
+    run(before, 2)
+    run(after, 4)
+    run(after, 5)
+    run(after, None)
+    assert sorted(seen[:40]) == list(range(40))
+    assert sorted(seen[40:]) == list(range(40))
+
+
+def test_other_lengths_are_another_order_and_refused(tmp_path):
+    def run(multiple, max_steps):
+        loader = prepare_dataloaders(
+            rows(40), tiny_tokenizer(), max_tokens=24, pad_to_multiple_of=multiple
+        )["train"]
+        options = {"checkpoint_dir": tmp_path, "progress_bar": False}
+        train_loop(
+            tiny_bert(), loader, max_steps=max_steps, strategy=SingleDevice("cpu"), **options
+        )
+
+    run(None, 2)
+    with pytest.raises(CheckpointError, match="row_lengths: "):
+        run(4, 4)
+
+
+def test_the_length_of_a_row_is_that_of_its_tokens():
+    labels = [[number % 2] * 30 for number in range(40)]
+    data = Dataset.from_dict({"sentence": rows(40)["sentence"], "label": labels})
+    loader = prepare_dataloaders(data, tiny_tokenizer(), max_tokens=24)["train"]
+    assert max(batch["input_ids"].numel() for batch in loader) <= 24
+    assert max(len(batch["input_ids"]) for batch in loader) > 2
+    nested = Dataset.from_dict({"input_ids": [[[5, 6], [7]]] * 4, "labels": [0, 1, 0, 1]})
+    with pytest.raises(ConfigError, match="no column of lists of numbers"):
+        prepare_dataloaders(nested, tiny_tokenizer(), task="multiple_choice", max_tokens=24)
+    empty = Dataset.from_dict({"input_ids": [[5], []], "labels": [0, 1]})
+    with pytest.raises(DataError, match="Row 1 of train has no tokens"):
+        prepare_dataloaders(empty, tiny_tokenizer(), group_by_length=True)
 
 
 def test_what_cannot_be_is_refused():

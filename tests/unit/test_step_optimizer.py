@@ -1,6 +1,7 @@
 """The optimizer's step without torch's record: the same numbers, and hooks and profilers see it."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -84,6 +85,28 @@ def test_a_method_put_on_the_optimizer_is_called(schedule):
     optimizer.step = counting
     SingleDevice("cpu").apply(optimizer)
     assert calls == [1]
+
+
+class Wrapped(torch.optim.SGD):
+    """Whose step takes over what torch has written on the one that it wraps."""
+
+    calls = 0
+
+    @functools.wraps(torch.optim.SGD.step)
+    def step(self, closure=None):
+        Wrapped.calls += 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+def test_what_wraps_the_method_is_called(schedule):
+    make()  # torch marks the method of the class when the first one is made
+    optimizer = Wrapped(make().param_groups[0]["params"], lr=0.1)
+    if schedule:
+        prepare_scheduler(optimizer, "linear", num_training_steps=5)
+    before = Wrapped.calls
+    SingleDevice("cpu").apply(optimizer)
+    assert Wrapped.calls == before + 1
 
 
 def test_a_profiler_finds_its_record():
