@@ -293,7 +293,7 @@ def accuracy(args):
     names = ["the course's loop", "manualloop, grouped"]
     scores, seconds = {name: [] for name in names}, {name: [] for name in names}
     for seed in range(args.num_seeds):
-        job = bert_job("sst2", args.num_accuracy_rows, seed=seed, lr=5e-4)
+        job = bert_job("sst2", args.num_accuracy_rows, seed=seed, lr=3e-4)
         validation = bert_job("sst2", split="validation", as_split="validation").prepared()
         for name in names:
             spent, (model, optimizer) = compete(TRAIN[name], job, seed)
@@ -346,7 +346,7 @@ def main():
     parser.add_argument(
         "--num-memory-rows", type=int, default=1000, help="to evaluate, and 8 times"
     )
-    parser.add_argument("--num-accuracy-rows", type=int, default=9600)
+    parser.add_argument("--num-accuracy-rows", type=int, default=10_000)
     parser.add_argument("--num-seeds", type=int, default=5, help="of accuracy")
     parser.add_argument(
         "--write", action="store_true", help="put the tables into docs/benchmarks.md"
