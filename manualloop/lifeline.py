@@ -35,6 +35,7 @@ GRACE = 10.0
 _NEWS = 1.0  # seconds to wait for news that are on their way
 _ANSWER = 2.0  # seconds that a rank has to answer
 _CONNECT = 60.0  # seconds to wait for the other ranks at the start
+_LET_GO = 0.2  # seconds for gloo's threads to let go of tensors at the end
 _NUM_CHARACTERS = 20_000  # of a traceback, its end
 
 
@@ -299,12 +300,13 @@ def _say_goodbye() -> None:
 
 
 def _end_group() -> None:
-    """Wait for gloo's threads, and end them.
+    """End the process group of gloo, and leave its threads the time to let go of tensors.
 
     Such a thread may be the last to hold a tensor of Python's. If it lets go of it while Python
     ends, Python ends the thread by force, and C++ aborts the process ("terminate called without an
-    active exception"): seen in two of sixty launches on a busy machine. Ending the group joins its
-    threads, if nothing else holds the group.
+    active exception"): seen in one of a hundred launches on a busy machine. Ending the group joins
+    its threads, unless something else holds it; where DDP was used something in C++ still does
+    (torch 2.13), and the time has to do.
     """
     for method in _before_end:
         release = method()
@@ -312,6 +314,7 @@ def _end_group() -> None:
             release()
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
+    time.sleep(_LET_GO)  # without Python's lock, for which such a thread waits
 
 
 def _read_hello(lines: IO[bytes], token: str) -> int | None:
