@@ -22,7 +22,7 @@ def compile_model(model: nn.Module, options: CompileOptions) -> None:
         model: That is on its device.
         options: True, or options of ``torch.compile``. False does nothing.
     """
-    if options is False or options is None:
+    if not options:
         return
     settings = {"dynamic": True, **(options if isinstance(options, Mapping) else {})}
     for module in repeated_blocks(model) or [model]:

@@ -62,7 +62,7 @@ def describe_run(
             "world_size": strategy.world_size,
             "device": strategy.device.type,
             "mixed_precision": _precision(strategy),
-            "compile": getattr(strategy, "compile", False) is not False,
+            "compile": bool(getattr(strategy, "compile", False)),
             "python": platform.python_version(),
             **{name: _version(name) for name in _LIBRARIES},
         },

@@ -314,7 +314,7 @@ def _end_group() -> None:
             release()
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
-    time.sleep(_LET_GO)  # without Python's lock, for which such a thread waits
+        time.sleep(_LET_GO)  # without Python's lock, for which such a thread waits
 
 
 def _read_hello(lines: IO[bytes], token: str) -> int | None:

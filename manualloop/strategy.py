@@ -165,7 +165,7 @@ def prepare_strategy(
                 f"{type(spec).__name__} has its own precision: say mixed_precision="
                 f'"{mixed_precision}" where it is built, not here.'
             )
-        if compile is not False:
+        if compile:
             raise ConfigError(
                 f"compile={compile!r} is said where the {type(spec).__name__} is built: "
                 "SingleDevice(device, compile=True), Accelerated(accelerator, compile=True)."

@@ -162,9 +162,13 @@ class OrderedBatchSampler:
     def num_left(self) -> int:
         """Return the number of batches that the next pass will give."""
         if self.max_tokens is None:
-            whole, rest = divmod(max(self.num_rows - self._start, 0), self.batch_size)
-            return whole + (rest > 0 and not self.drop_last)
+            return self._count(self.num_rows - self._start)
         return sum(1 for _ in self._batches(self._start, self._made or self.own, self.epoch))
+
+    def _count(self, num_rows: int) -> int:
+        """Return the number of batches of ``batch_size`` in so many rows."""
+        whole, rest = divmod(max(num_rows, 0), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
 
     def _order(self, made: Made, epoch: int) -> list[int]:
         if self.longest_first and self.lengths is not None:
@@ -205,8 +209,7 @@ class OrderedBatchSampler:
 
     def __len__(self) -> int:
         if self.max_tokens is None:
-            whole, rest = divmod(self.num_rows, self.batch_size)
-            return whole + (rest > 0 and not self.drop_last)
+            return self._count(self.num_rows)
         if self._num_batches is None:  # as many in every epoch
             self._num_batches = sum(1 for _ in self._batches(0, self.own, self.epoch))
         return self._num_batches
