@@ -305,16 +305,32 @@ def _end_group() -> None:
     Such a thread may be the last to hold a tensor of Python's. If it lets go of it while Python
     ends, Python ends the thread by force, and C++ aborts the process ("terminate called without an
     active exception"): seen in one of a hundred launches on a busy machine. Ending the group joins
-    its threads, unless something else holds it; where DDP was used something in C++ still does
-    (torch 2.13), and the time has to do.
+    its threads, unless something else holds it; then the time has to do.
     """
     for method in _before_end:
         release = method()
         if release is not None:
             release()
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        _release_default_arguments()
         torch.distributed.destroy_process_group()
         time.sleep(_LET_GO)  # without Python's lock, for which such a thread waits
+
+
+def _release_default_arguments() -> None:
+    """Let torch's own functions go of the group.
+
+    DDP imports torch.distributed.nn.functional, and its `group=group.WORLD` is evaluated then
+    (torch 2.13): ten functions hold the group for as long as Python runs. None means it too.
+    """
+    functional = sys.modules.get("torch.distributed.nn.functional")
+    for function in vars(functional).values() if functional else ():
+        defaults = getattr(function, "__defaults__", None) or ()
+        if any(isinstance(value, torch.distributed.ProcessGroup) for value in defaults):
+            function.__defaults__ = tuple(
+                None if isinstance(value, torch.distributed.ProcessGroup) else value
+                for value in defaults
+            )
 
 
 def _read_hello(lines: IO[bytes], token: str) -> int | None:

@@ -1,13 +1,26 @@
-"""End while a thread of gloo waits for Python to let go of a tensor, and DDP holds the group."""
+"""End while a thread of gloo waits for Python to let go of a tensor, and DDP holds the group.
 
+With --count: print how many threads of gloo are left once the group has ended (Linux).
+"""
+
+import atexit
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from manualloop import prepare_strategy
 
+
+def print_num_threads():
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    print(f"threads {names.count('pt_gloo_runloop')}", flush=True)
+
+
 if __name__ == "__main__":
+    if "--count" in sys.argv:
+        atexit.register(print_num_threads)  # called after what is registered later
     strategy = prepare_strategy()
     model = strategy.prepare_model(torch.nn.Linear(4, 4))
     for _ in range(3):

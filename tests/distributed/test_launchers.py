@@ -91,6 +91,13 @@ def test_a_process_waits_for_the_threads_of_gloo_before_python_ends():
     ranks.run("end_with_a_thread.py", timeout=60)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
+def test_no_thread_of_gloo_outlives_the_group():
+    """A function of torch's held the group by a default argument, once DDP had been used."""
+    outputs = ranks.run("end_with_a_thread.py", "--count")
+    assert [output.splitlines()[-1] for output in outputs] == ["threads 0", "threads 0"]
+
+
 @pytest.mark.parametrize("groups_end", ["by-itself", "by-us"])
 def test_a_rank_that_ends_early_ends_no_other(groups_end):
     outputs = ranks.run("end_with_groups.py", groups_end, timeout=60)
