@@ -49,15 +49,27 @@ def test_the_rest_of_a_pass_is_that_of_the_whole(lengths, batch_size, data):
 
 def test_epochs_and_seeds_differ_and_little_is_padding():
     draws = np.random.default_rng(0)
-    lengths = draws.geometric(0.1, size=5000) + 2
+    lengths = draws.geometric(0.1, size=20_000) + 2
     samplers = [
-        OrderedBatchSampler(5000, 32, shuffle=True, seed=seed, lengths=lengths) for seed in (1, 2)
+        OrderedBatchSampler(20_000, 32, shuffle=True, seed=seed, lengths=lengths) for seed in (1, 2)
     ]
     first = list(samplers[0])
     samplers[0].set_epoch(1)
     assert list(samplers[0]) != first != list(samplers[1])
-    random = list(OrderedBatchSampler(5000, 32, shuffle=True, seed=1))
+    random = list(OrderedBatchSampler(20_000, 32, shuffle=True, seed=1))
     assert padding(lengths, first) < 1.06 < 2.5 < padding(lengths, random)
+
+
+def test_few_rows_meet_others_in_every_epoch():
+    """Sorted as a whole, 320 rows of 320 lengths would be in the same batches for ever."""
+    lengths = np.arange(1, 321)
+    sampler = OrderedBatchSampler(320, 8, shuffle=True, lengths=lengths)
+    met = [set(), set()]
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        for batch in sampler:
+            met[epoch] |= {(row, other) for row in batch for other in batch if row != other}
+    assert len(met[0] & met[1]) < 0.4 * len(met[0])
 
 
 @pytest.mark.parametrize(("world_size", "most"), [(2, 1.05), (4, 1.1), (8, 1.2)])
@@ -72,7 +84,7 @@ def test_what_ranks_read_at_once_is_about_as_long(world_size, most):
 
 
 def test_prepared_loaders_group_training_rows_only():
-    data = {"train": rows(40), "validation": rows(10)}
+    data = {"train": rows(160), "validation": rows(10)}
     loaders = prepare_dataloaders(data, tiny_tokenizer(), batch_size=4, group_by_length=True)
     padded = sum(batch["attention_mask"].numel() for batch in loaders["train"])
     assert padded < 1.1 * loaders["train"].batch_sampler.lengths.sum()
