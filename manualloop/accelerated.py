@@ -228,9 +228,13 @@ class Accelerated:
         # Not AcceleratedOptimizer.step_was_skipped: a fused optimizer is always called, and skips
         # inside its kernel. The scale only ever falls after an overflow.
         scaler = self.accelerator.scaler
-        scale = 0.0 if scaler is None else scaler.get_scale()
+        if scaler is None:
+            optimizer.step()
+            return True
+        scale = scaler._get_scale_async()  # get_scale() would wait, before and after
+        before = scale.clone()
         optimizer.step()
-        return scaler is None or scaler.get_scale() >= scale
+        return bool(scale >= before)
 
 
 @contextmanager

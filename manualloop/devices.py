@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -25,9 +26,9 @@ class SingleDevice:
     Args:
         device: ``"cpu"``, ``"cuda:1"``, ``"mps"``, ``"xpu"``, or a ``torch.device``.
         mixed_precision: ``"no"`` runs in the parameters' dtype. ``"bf16"`` and ``"fp16"`` run
-            forward passes under autocast, fp16 with a ``GradScaler``, which costs one
-            host-device synchronisation an update: PyTorch's scaler decides on the host whether to
-            skip.
+            forward passes under autocast, fp16 with a ``GradScaler``, for which the host waits
+            for the device twice an update, to learn whether the loss is finite and whether the
+            update was skipped; three times, if the optimizer is not fused.
         compile: As in ``prepare_strategy``.
 
     >>> SingleDevice("cpu")
@@ -117,10 +118,11 @@ class SingleDevice:
         if self.scaler is None:
             step_optimizer(optimizer)
             return True
-        scale = self.scaler.get_scale()
+        scale: Any = self.scaler._get_scale_async()  # get_scale() would wait, before and after
+        before = scale.clone()
         self.scaler.step(optimizer)
         self.scaler.update()
-        return self.scaler.get_scale() >= scale
+        return bool(scale >= before)
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -174,8 +176,17 @@ def _has_hooks(optimizer: Any) -> bool:
     )
 
 
+_SMALL = 64 * 1024  # bytes, which take a few microseconds: less than to switch streams
+
+
 def move(value: Any, device: torch.device) -> Any:
-    """Copy the tensors in a nest of mappings, lists and tuples to a device, without blocking."""
+    """Copy the tensors in a nest of mappings, lists and tuples to a device, without blocking.
+
+    On cuda large ones take a stream of their own, and are on their way while the device still
+    computes what it was given before.
+    """
+    if device.type == "cuda" and isinstance(value, Tensor) and value.nbytes > _SMALL:
+        return _copy_beside(value, device)
     if hasattr(value, "to"):  # a tensor, a BatchEncoding, a packed sequence
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
@@ -185,6 +196,24 @@ def move(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(move(item, device) for item in value)
     return value
+
+
+def _copy_beside(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.device.type != "cpu":
+        return tensor.to(device, non_blocking=True)  # after what computes it there
+    # From memory that is not pinned the driver may wait for the stream that it copies on, which
+    # on the one that computes would be a wait for the device at every batch.
+    stream, current = _copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        copied = tensor.to(device, non_blocking=True)
+    current.wait_stream(stream)
+    copied.record_stream(current)  # else its memory could be given away when the copy is done
+    return copied
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 # Beside the model, not on it: an attribute would travel into its state, its copies and its pickles.

@@ -1,0 +1,191 @@
+"""What an accelerator could do otherwise: on the best device that is here, which may be the CPU."""
+
+import math
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from helpers import rows, tiny_bert, tiny_tokenizer
+
+from manualloop import (
+    NonFiniteError,
+    SingleDevice,
+    TrainState,
+    evaluate_loop,
+    prepare_dataloaders,
+    prepare_optimizer,
+    prepare_scheduler,
+    prepare_strategy,
+    train_loop,
+    train_steps,
+)
+from manualloop.devices import _copy_stream
+from manualloop.strategy import move
+
+DEVICE = prepare_strategy("auto").device
+needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+PRECISIONS = ["no", "bf16", *(["fp16"] if DEVICE.type == "cuda" else [])]
+
+
+def loaders(**options):
+    return prepare_dataloaders(
+        {"train": rows(44), "validation": rows(13)}, tiny_tokenizer(), batch_size=4, **options
+    )
+
+
+def new_state(num_steps):
+    torch.manual_seed(0)
+    model = tiny_bert().to(DEVICE)
+    optimizer = prepare_optimizer(model, lr=1e-3)
+    return TrainState(model, optimizer, prepare_scheduler(optimizer, num_training_steps=num_steps))
+
+
+@contextmanager
+def no_waiting():
+    """Raise where the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_twenty_updates_and_the_host_never_waits(precision, max_grad_norm):
+    state, strategy = new_state(22), SingleDevice(DEVICE, mixed_precision=precision)
+    steps = train_steps(
+        state, loaders()["train"], max_steps=22, max_grad_norm=max_grad_norm, strategy=strategy
+    )
+    next(steps)  # copies the weights, makes the moments
+    with no_waiting():
+        for _ in range(20):
+            next(steps)
+    assert sum(1 for _ in steps) == 1
+
+
+@needs_cuda
+def test_fp16_waits_twice_an_update():
+    state, strategy = new_state(22), SingleDevice(DEVICE, mixed_precision="fp16")
+    steps = train_steps(state, loaders()["train"], max_steps=22, strategy=strategy)
+    next(steps)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            for _ in range(20):
+                next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 2 * 20  # is the loss finite, and was the update made?
+    steps.close()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_weights_are_those_of_the_loop_written_by_hand(precision):
+    model = tiny_bert().to(DEVICE)
+    optimizer = prepare_optimizer(model, lr=1e-3)
+    schedule = prepare_scheduler(optimizer, num_training_steps=22)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    data = loaders()["train"]
+    torch.manual_seed(1)
+    model.train()
+    for epoch in range(2):
+        data.batch_sampler.set_epoch(epoch)
+        for batch in data:
+            optimizer.zero_grad()
+            with torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype is not None):
+                loss = model(**{name: tensor.to(DEVICE) for name, tensor in batch.items()}).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+    state = new_state(22)
+    torch.manual_seed(1)
+    strategy = SingleDevice(DEVICE, mixed_precision=precision)
+    for _ in train_steps(state, loaders()["train"], num_epochs=2, strategy=strategy):
+        pass
+    for ours, theirs in zip(state.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_run_goes_on_to_the_last_bit(precision, tmp_path):
+    def run(folder, dies_after=None):
+        def die(step):
+            if step.index == dies_after:
+                raise KeyboardInterrupt
+
+        torch.manual_seed(0)
+        return train_loop(
+            tiny_bert(),
+            loaders()["train"],
+            num_epochs=2,
+            strategy=SingleDevice(DEVICE, mixed_precision=precision),
+            checkpoint_dir=folder,
+            checkpoint_every=3,
+            on_step=die,
+            progress_bar=False,
+        )
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", dies_after=7)
+    rest = run(tmp_path / "parts")
+    assert rest.state.progress.num_steps == whole.state.progress.num_steps == 22
+    pairs = zip(rest.state.model.parameters(), whole.state.model.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert rest.history == whole.history
+
+
+def test_a_bad_row_ends_the_run_and_the_weights_are_those_from_before():
+    state, seen = new_state(22), []
+    data = loaders()["train"]
+
+    def loss_fn(model, batch):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return model(**batch).loss * (math.nan if len(seen) == 6 else 1.0)
+
+    with pytest.raises(NonFiniteError, match="step 6"):
+        for _ in train_steps(state, data, num_epochs=2, loss_fn=loss_fn, strategy=DEVICE):
+            pass
+    for ours, before in zip(state.model.parameters(), seen[5], strict=True):
+        assert torch.equal(ours, before)
+
+
+def test_an_evaluation_is_that_of_the_cpu():
+    model, data = tiny_bert(), loaders()["validation"]
+    expected = evaluate_loop(model, data, "accuracy", strategy=SingleDevice("cpu"))
+    found = evaluate_loop(model, data, "accuracy", strategy=SingleDevice(DEVICE))
+    assert found["accuracy"] == expected["accuracy"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("num_numbers", [10, 100_000])
+def test_what_is_moved_is_equal(num_numbers):
+    tensor = torch.randn(num_numbers)
+    moved = move({"x": [tensor, (tensor, 3)]}, DEVICE)
+    assert moved["x"][0].device.type == DEVICE.type
+    assert torch.equal(moved["x"][1][0].cpu(), tensor)
+    assert moved["x"][1][1] == 3
+
+
+@needs_cuda
+@pytest.mark.parametrize("pins", [True, False])
+def test_a_large_batch_arrives_while_the_device_computes(pins):
+    tensor = torch.randn(1_000_000)
+    tensor = tensor.pin_memory() if pins else tensor
+    move({"x": tensor}, DEVICE)  # the stream is made
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # clock cycles: about a second
+    busy = torch.cuda.Event()
+    busy.record()
+    before = torch.cuda.Event()
+    moved = move({"x": tensor}, DEVICE)
+    before.record(_copy_stream(DEVICE))
+    before.synchronize()
+    assert not busy.query()  # the copy is done, and what was begun before it is not
+    assert torch.equal(moved["x"].cpu(), tensor.cpu())
