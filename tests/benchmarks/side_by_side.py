@@ -230,8 +230,8 @@ def memory(args):
         assert len({run["weights"] for run in runs}) == 1, "not the same training"
     yield (
         "Peak memory of training",
-        f"An epoch of {args.num_memory_rows} SST-2 rows, not grouped, the same BERT, in new processes; "
-        "by hand is the bare loop.",
+        f"An epoch of {args.num_memory_rows} SST-2 rows, not grouped, the same BERT, in new "
+        "processes; by hand is the bare loop.",
         figures,
     )
     figures, _ = peaks(["evaluate 1", "evaluate 8"], args.num_memory_rows, args.num_turns)
@@ -310,8 +310,8 @@ def accuracy(args):
     yield (
         "Accuracy of batches of rows of one length",
         f"One epoch of {len(job.rows)} SST-2 rows, batches of {job.batch_size} or a budget, "
-        f"learning rate {job.lr}, the same BERT, {args.num_seeds} seeds for weights, order and dropout; "
-        "accuracy on the split validation, and the difference from the course's loop.",
+        f"learning rate {job.lr}, the same BERT, {args.num_seeds} seeds for weights, order and "
+        "dropout; accuracy on the split validation, and the difference from the course's loop.",
         table(
             seconds, "s", ".1f", names[:1], notes=("accuracy, % (95 % of the difference)", notes)
         ),
