@@ -44,11 +44,15 @@ def grouped_order(
     """
     generator = torch.Generator().manual_seed(seed + epoch)
     drawn = torch.randperm(len(lengths), generator=generator).numpy()
-    num_batches = -(-len(drawn) // batch_size)
+    num_batches = len(drawn) // batch_size
+    # Not the shortest rows, which drop_last would then leave out in every epoch.
+    whole, last = np.split(drawn, [num_batches * batch_size])
     num_parts = max(-(-num_batches // _SORTED_TOGETHER), _NUM_PARTS)
-    size = -(-num_batches // num_parts) * batch_size
-    parts = [drawn[start : start + size] for start in range(0, len(drawn), size)]
-    rows = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+    size = max(-(-num_batches // num_parts), 1) * batch_size
+    parts = [whole[start : start + size] for start in range(0, len(whole), size)]
+    rows = np.concatenate(
+        [*(part[np.argsort(-lengths[part], kind="stable")] for part in parts), last]
+    )
     size = num_ranks * batch_size
     units = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
     rest = rows[len(units) * size :]
@@ -83,7 +87,7 @@ def budgeted_batches(
     """
     generator = torch.Generator().manual_seed(seed + epoch)
     drawn = torch.randperm(len(lengths), generator=generator).numpy()
-    rungs = _round_up(lengths, max_tokens)
+    rungs = _rungs_of(lengths, max_tokens)
     rows = drawn[np.argsort(-rungs[drawn], kind="stable")]
     longest = int(lengths[rows].argmax())
     rows[[0, longest]] = rows[[longest, 0]]  # it is on the first rung
@@ -125,7 +129,7 @@ def cut(lengths: Ints, max_tokens: int) -> list[int]:
     return starts
 
 
-def _round_up(lengths: Ints, most: int) -> Ints:
+def _rungs_of(lengths: Ints, most: int) -> Ints:
     """Round lengths up to the next rung of a ladder, and to no more than so much."""
     rungs = [1]
     while rungs[-1] < int(lengths.max()):

@@ -72,6 +72,17 @@ def test_few_rows_meet_others_in_every_epoch():
     assert len(met[0] & met[1]) < 0.4 * len(met[0])
 
 
+def test_the_rows_that_are_dropped_are_not_the_shortest():
+    lengths = np.arange(1, 1001)
+    sampler = OrderedBatchSampler(1000, 32, shuffle=True, lengths=lengths, drop_last=True)
+    dropped = []
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        dropped += set(range(1000)) - set(sampler.rows())
+    assert len(dropped) == 20 * (1000 % 32)
+    assert 400 < lengths[dropped].mean() < 600
+
+
 @pytest.mark.parametrize(("world_size", "most"), [(2, 1.05), (4, 1.1), (8, 1.2)])
 def test_what_ranks_read_at_once_is_about_as_long(world_size, most):
     lengths = np.random.default_rng(0).geometric(0.1, size=8 * 192 * 4) + 2
