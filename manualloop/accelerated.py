@@ -112,8 +112,8 @@ class Accelerated:
                 f"{type(model).__name__} is to be sharded, and that takes its optimizer as well: "
                 "train it first, or prepare both with accelerator.prepare(model, optimizer)."
             )
+        compile_model(unwrap_model(model, adapters=False), self.compile)
         if prepared is None:
-            compile_model(model, self.compile)
             prepared = self.accelerator.prepare_model(model)
         self._remember(model, prepared)
         return prepared

@@ -23,7 +23,7 @@ from manualloop.data.columns import (
     open_splits,
 )
 from manualloop.data.labels import BY_TOKEN, Labels, describe_labels, prepare_labels
-from manualloop.data.lengths import Ints
+from manualloop.data.lengths import Ints, round_up
 from manualloop.data.order import ordered_loader
 from manualloop.errors import ConfigError, DataError
 from manualloop.models import max_length as model_max_length
@@ -201,7 +201,7 @@ def _lengths(
             f"Row {row} of {split.name} has no tokens, and would be in a batch with its like. "
             'Filter such rows out: dataset.filter(lambda row: len(row["text"]) > 0).'
         )
-    return -(-lengths // multiple) * multiple
+    return round_up(lengths, multiple)
 
 
 def _check_arguments(task: str | None, drop_last: bool, **counts: int | None) -> None:

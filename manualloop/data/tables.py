@@ -18,7 +18,7 @@ from datasets.formatting import query_table
 from numpy.typing import NDArray
 from torch import Tensor
 
-from manualloop.data.lengths import Ints
+from manualloop.data.lengths import Ints, round_up
 from manualloop.tasks import IGNORE_INDEX
 
 _ROWS_AT_ONCE = 10_000
@@ -159,7 +159,7 @@ class TableCollate:
         lengths = dataset.lengths([name for name in padded if name in self._counted()])
         if lengths is None or lengths.min() == 0:
             return None  # rows without tokens would be together, in a batch of width 0
-        return -(-lengths // self._multiple) * self._multiple
+        return round_up(lengths, self._multiple)
 
     def _counted(self) -> list[str]:
         """Name the columns whose length is that of a row."""
@@ -192,7 +192,7 @@ class TableCollate:
             columns = {**columns, "attention_mask": columns.get("attention_mask", ones)}
         if self._labels is not None and "labels" in columns:
             columns["labels"] = columns.pop("labels")  # the last one, as in transformers
-        width = self._round(tokens.lengths)
+        width = round_up(int(tokens.lengths.max()), self._multiple)
         is_left = tokenizer.padding_side == "left"
         batch = {}
         for name, column in columns.items():
@@ -207,7 +207,8 @@ class TableCollate:
                     return None
                 batch[name] = pad(column, width, ends.get(name, IGNORE_INDEX), is_left)
             elif name == "labels" and self._labels == "longest":
-                batch[name] = pad(column, self._round(column.lengths), IGNORE_INDEX, is_left)
+                longest = round_up(int(column.lengths.max()), self._multiple)
+                batch[name] = pad(column, longest, IGNORE_INDEX, is_left)
             elif (column.lengths == column.lengths[0]).all():
                 shape = len(column.lengths), int(column.lengths[0])
                 batch[name] = _tensor(column.values.reshape(shape))
@@ -216,9 +217,6 @@ class TableCollate:
         if "labels" in batch:
             batch["labels"] = self._with_dtype(batch["labels"])
         return batch
-
-    def _round(self, lengths: Ints) -> int:
-        return -(-int(lengths.max()) // self._multiple) * self._multiple
 
     def _with_dtype(self, labels: Tensor) -> Tensor:
         if self._float_labels:

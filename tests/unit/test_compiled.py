@@ -101,6 +101,17 @@ def test_an_accelerator_is_told_where_its_strategy_is_built():
     assert backend.num_graphs > 0
 
 
+def test_a_model_that_the_user_has_prepared_is_compiled_too():
+    from accelerate import Accelerator
+
+    backend, accelerator = Counting(), Accelerator(cpu=True)
+    model = accelerator.prepare(tiny_bert(num_hidden_layers=2))
+    strategy = Accelerated(accelerator, compile={"backend": backend})
+    assert strategy.prepare_model(model) is model
+    model(**tiny_tokenizer()(["a fine plot"], return_tensors="pt"))
+    assert backend.num_graphs > 0
+
+
 def test_a_checkpoint_goes_on_compiled_or_not_and_that_is_said(tmp_path, caplog):
     run(SingleDevice("cpu", compile={"backend": Counting()}), tmp_path, max_steps=3)
     with caplog.at_level("INFO", logger="manualloop"):
