@@ -121,8 +121,8 @@ class Feed:
                 number += self._read_to_end()
         if number != begun.left:
             length = len(self._loader)  # type: ignore[arg-type]
-            left = begun.left * self._deal.world_size
-            found = length - left + number if number < begun.left else f"more than {length}"
+            given = self._num_used + sum(dealt.num_batches for dealt in self._unused)
+            found = given if number < begun.left else f"more than {length}"
             raise DataError(
                 f"The loader gave {found} batches, but its len() is {length}, and updates and "
                 "schedule were planned by it. Mend __len__, or leave it out and give max_steps=; "

@@ -46,18 +46,15 @@ def grouped_order(
     """
     generator = torch.Generator().manual_seed(seed + epoch)
     drawn = torch.randperm(len(lengths), generator=generator).numpy()
-    num_batches = len(drawn) // batch_size
-    # Not the shortest rows, which drop_last would then leave out in every epoch.
-    whole, last = np.split(drawn, [num_batches * batch_size])
+    num_batches, unit = len(drawn) // batch_size, num_ranks * batch_size
+    end = len(drawn) // unit * unit
     num_parts = max(-(-num_batches // _SORTED_TOGETHER), _NUM_PARTS)
-    size = max(-(-num_batches // num_parts), 1) * batch_size
-    parts = [whole[start : start + size] for start in range(0, len(whole), size)]
-    rows = np.concatenate(
-        [*(part[np.argsort(-lengths[part], kind="stable")] for part in parts), last]
-    )
-    size = num_ranks * batch_size
-    units = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
-    rest = rows[len(units) * size :]
+    size = max(-(-end // unit // num_parts), 1) * unit
+    # The rows of the last batch are not the shortest, which drop_last would leave out every epoch.
+    parts = np.split(drawn, [*range(size, end, size), end, num_batches * batch_size])
+    rows = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+    units = [rows[start : start + unit] for start in range(0, end, unit)]
+    rest = rows[end:]
     order = torch.randperm(len(units), generator=generator).tolist()
     most = lengths.max()
     order.sort(key=lambda unit: bool(lengths[units[unit][0]] == most), reverse=True)

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from manualloop import (
+    DataError,
     SingleDevice,
     TrainState,
     evaluate_loop,
@@ -23,6 +25,7 @@ from manualloop import (
     train_steps,
 )
 from manualloop.data.deal import is_spare
+from manualloop.data.feed import Feed
 from manualloop.data.order import ordered_loader
 
 NUM_ROWS, BATCH_SIZE = 23, 2  # 12 batches: 6 rounds, the last batch of one row
@@ -258,8 +261,8 @@ def check_ready_accelerator():
 
 def check_neighbours(strategy):
     """What the ranks read at once is about as long."""
-    lengths = np.arange(24) % 12 + 1
-    loader = prepared(24, lengths=lengths)
+    lengths = np.arange(480) % 12 + 1
+    loader = prepared(480, lengths=lengths)
     state = make_state()
     steps = train(state, loader, strategy, max_steps=1)
     assert len(steps) == 1
@@ -267,6 +270,18 @@ def check_neighbours(strategy):
     widths = [lengths[batch].max() for batch in loader.batch_sampler.batches(1)]
     pairs = np.array(widths).reshape(-1, 2)
     assert np.abs(pairs[:, 0] - pairs[:, 1]).max() <= 2, pairs
+
+
+def check_wrong_length(strategy):
+    """A loader that gives fewer than it said is told in its own batches, not in rounds."""
+
+    class TooShort(list):
+        def __len__(self):
+            return super().__len__() + 4
+
+    batches = TooShort({"x": torch.ones(2, 3)} for _ in range(5))
+    with pytest.raises(DataError, match=r"gave 5 batches, but its len\(\) is 9"):
+        list(Feed(batches, strategy=strategy).batches())
 
 
 def main():
@@ -279,6 +294,7 @@ def main():
     check_dealt_by_others(strategy)
     check_ready_accelerator()
     check_neighbours(strategy)
+    check_wrong_length(strategy)
     print(f"{len(names)} loaders, {num_cuts} cuts", flush=True)
 
 
