@@ -50,6 +50,15 @@ class TableRows(list[Any]):
         self._read()
         return super().__getitem__(place)
 
+    def __contains__(self, row: object) -> bool:
+        return row in list(self)
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == other
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
 
 class Dataset(datasets.Dataset):  # type: ignore[misc]
     """A dataset of which a DataLoader fetches a batch as one table, unless it has a format."""

@@ -140,6 +140,11 @@ def test_its_dataset_serves_loaders_with_another_collator(tokenizer):
     same(dict(batch), loader.collate_fn(loader.dataset.__getitems__([0, 1])))
     (rows,) = DataLoader(loader.dataset, 2, collate_fn=lambda rows: rows)
     assert isinstance(rows, TableRows)
+    expected = [loader.dataset[0], loader.dataset[1]]
+    fetch = loader.dataset.__getitems__  # anew each time: a list that nobody has looked at
+    assert fetch([0, 1]) == expected != fetch([1, 0])
+    assert expected[1] in fetch([0, 1])
+    assert repr(fetch([0, 1])) == repr(expected)
     assert len(rows) == 2
     assert [row["labels"] for row in rows] == [0, 1]
     assert rows[1] == loader.dataset[1]
