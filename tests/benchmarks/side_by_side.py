@@ -359,7 +359,7 @@ def main():
     parser.add_argument("--num-eval-rows", type=int, default=2000, help="of evaluate")
     parser.add_argument("--num-loader-rows", type=int, default=10_000)
     parser.add_argument("--num-memory-rows", type=int, default=1000, help="of memory, and 8 times")
-    parser.add_argument("--num-accuracy-rows", type=int, default=10_000)
+    parser.add_argument("--num-accuracy-rows", type=int, default=20_000)
     parser.add_argument("--num-seeds", type=int, default=5, help="of accuracy")
     parser.add_argument(
         "--write", action="store_true", help="put the tables into docs/benchmarks.md"
