@@ -127,7 +127,7 @@ def test_a_rank_leaves_early(tmp_path):
 def test_f18_a_rank_is_stopped(tmp_path, undisturbed):
     found = Outcome(tmp_path / "run", "stop", 1, timeout=4)
     assert 0 not in found.codes
-    assert found.seconds(0) < 4 + 5
+    assert found.seconds(0) < 4 + 20  # on a machine that does much else, too
     assert "rank 1 does not answer" in found.outputs[0]
     assert "rank 0 failed (DistributedError: rank 1 does not answer" in found.outputs[1]
     finish(found.folder, undisturbed)
