@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manualloop.compiled import CompileOptions, compile_model
-from manualloop.devices import STRATEGY_OF, move, parameters_of
+from manualloop.devices import STRATEGY_OF, move, parameters_of, watch_scale
 from manualloop.errors import ConfigError, DistributedError
 from manualloop.lifeline import Lifeline, connect
 from manualloop.models import is_sharded, unwrap_model
@@ -226,15 +226,13 @@ class Accelerated:
 
     def apply(self, optimizer: Optimizer) -> bool:
         # Not AcceleratedOptimizer.step_was_skipped: a fused optimizer is always called, and skips
-        # inside its kernel. The scale only ever falls after an overflow.
-        scaler = self.accelerator.scaler
-        if scaler is None:
+        # inside its kernel.
+        if self.accelerator.scaler is None:
             optimizer.step()
             return True
-        scale = scaler._get_scale_async()  # get_scale() would wait, before and after
-        before = scale.clone()
+        was_made = watch_scale(self.accelerator.scaler)
         optimizer.step()
-        return bool(scale >= before)
+        return was_made()
 
 
 @contextmanager

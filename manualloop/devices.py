@@ -118,11 +118,20 @@ class SingleDevice:
         if self.scaler is None:
             step_optimizer(optimizer)
             return True
-        scale: Any = self.scaler._get_scale_async()  # get_scale() would wait, before and after
-        before = scale.clone()
+        was_made = watch_scale(self.scaler)
         self.scaler.step(optimizer)
         self.scaler.update()
-        return bool(scale >= before)
+        return was_made()
+
+
+def watch_scale(scaler: Any) -> Callable[[], bool]:
+    """Return what tells, after an update, whether it was made: the scale falls if it overflowed.
+
+    The host waits for the device once; with ``get_scale()`` it would before the update, too.
+    """
+    scale = scaler._get_scale_async()
+    before = scale.clone()
+    return lambda: bool(scale >= before)
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.util import Finalize
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import IO, Any, NamedTuple
 from weakref import WeakMethod
 
@@ -325,11 +325,10 @@ def _release_default_arguments() -> None:
     """
     functional = sys.modules.get("torch.distributed.nn.functional")
     for function in vars(functional).values() if functional else ():
-        defaults = getattr(function, "__defaults__", None) or ()
-        if any(isinstance(value, torch.distributed.ProcessGroup) for value in defaults):
+        if isinstance(function, FunctionType) and function.__defaults__:
             function.__defaults__ = tuple(
                 None if isinstance(value, torch.distributed.ProcessGroup) else value
-                for value in defaults
+                for value in function.__defaults__
             )
 
 
