@@ -80,11 +80,15 @@ def limit(job):
     return bare(job, list(job.prepared(group_by_length=True)))
 
 
-def manualloop(job, *, mixed_precision="no", own_loader=False, **options):
-    """Ours, on a prepared loader (``options``), or on the DataLoader that the others get."""
+def manualloop(job, *, mixed_precision="no", compile=False, own_loader=False, **options):
+    """Ours, on a prepared loader (``options``), or on the DataLoader that the others get.
+
+    What is compiled is kept for the models of later turns, so that only the first turn, which does
+    not count, compiles.
+    """
     model = job.new_model()
     loader = job.loader(job.rows) if own_loader else job.prepared(**options)
-    strategy = prepare_strategy(DEVICE, mixed_precision=mixed_precision)
+    strategy = prepare_strategy(DEVICE, mixed_precision=mixed_precision, compile=compile)
     optimizer = prepare_optimizer(model, lr=job.lr)
 
     def run():
@@ -293,6 +297,7 @@ TRAIN = {
     "manualloop": manualloop,
     "manualloop, grouped": partial(manualloop, group_by_length=True),
     "manualloop, grouped, bf16": partial(manualloop, mixed_precision="bf16", group_by_length=True),
+    "manualloop, grouped, compiled": partial(manualloop, compile=True, group_by_length=True),
     "accelerate": accelerate,
     "Trainer": trainer,
     "Trainer, at its best: grouped": partial(trainer, **AT_BEST, **GROUPED),
