@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from measure import DEVICE
 from torch import nn
 from torch.utils.data import DataLoader
@@ -168,16 +168,41 @@ def bert_job(
     rows = concatenate_datasets([rows] * num_times)
 
     def new_model():
-        torch.manual_seed(seed)
-        config = BertConfig(
+        return new_bert(
+            seed,
             vocab_size=len(tokenizer),
             hidden_size=256,
             num_hidden_layers=4,
             num_attention_heads=4,
             intermediate_size=1024,
         )
-        return new_seen(BertForSequenceClassification(config))
 
+    return text_job(rows, tokenizer, new_model, batch_size, as_split, seed, lr)
+
+
+def base_job(num_steps, batch_size=32, num_tokens=128):
+    """Make a job of BERT base, and of rows that are as long as each other, of random tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{shared()}/tokenizers/bert-base-uncased")
+    generator = torch.Generator().manual_seed(0)
+    size = (num_steps * batch_size, num_tokens)
+    ids = torch.randint(1000, len(tokenizer), size, generator=generator).tolist()
+    rows = Dataset.from_dict(
+        {
+            "input_ids": ids,
+            "token_type_ids": [[0] * num_tokens] * len(ids),
+            "attention_mask": [[1] * num_tokens] * len(ids),
+            "labels": torch.randint(0, 2, (len(ids),), generator=generator).tolist(),
+        }
+    )
+    return text_job(rows, tokenizer, new_bert, batch_size)
+
+
+def new_bert(seed=0, **config):
+    torch.manual_seed(seed)
+    return new_seen(BertForSequenceClassification(BertConfig(**config)))
+
+
+def text_job(rows, tokenizer, new_model, batch_size, as_split="train", seed=0, lr=5e-5):
     def prepared(**options):
         options = {"batch_size": batch_size, "seed": 42 + seed, **options}
         return prepare_dataloaders({as_split: rows}, tokenizer, **options)[as_split]

@@ -11,6 +11,7 @@ Lightning and Ignite are imported in functions: the tests' environment does not 
 """
 
 import tempfile
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -50,7 +51,7 @@ def course(job):
     return model, run
 
 
-def bare(job, batches=None):
+def bare(job, batches=None, *, bf16=False):
     """As little as a loop can be: a fused optimizer, no bar. ``batches``: a list, at no cost.
 
     Without it, the rows in the order of manualloop's default: the weights are to be the same.
@@ -66,7 +67,9 @@ def bare(job, batches=None):
         model.train()
         for batch in batches:
             batch = {k: v.to(DEVICE, non_blocking=True) for k, v in batch.items()}
-            model(**batch)["loss"].backward()
+            with torch.autocast(DEVICE.type, torch.bfloat16) if bf16 else nullcontext():
+                loss = model(**batch)["loss"]
+            loss.backward()
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
@@ -174,11 +177,11 @@ def trainer(job, **options):
     return model, run
 
 
-def fabric(job):
+def fabric(job, **options):
     """Lightning Fabric, in the course's loop. It has nothing that could be switched off."""
     from lightning.fabric import Fabric
 
-    fabric = Fabric(accelerator=DEVICE.type, devices=1)
+    fabric = Fabric(accelerator=DEVICE.type, devices=1, **options)
     model = job.new_model()
     raw = job.fused_adamw(model)
     wrapped, optimizer = fabric.setup(model, raw)
@@ -305,6 +308,13 @@ TRAIN = {
     "Fabric": fabric,
     "Lightning": partial(lightning, bar_every=50),
     "Ignite": partial(ignite, bar_every=50),
+}
+BASE = {
+    "a loop by hand": partial(bare, bf16=True),
+    "manualloop": partial(manualloop, mixed_precision="bf16"),
+    "manualloop, compiled": partial(manualloop, mixed_precision="bf16", compile=True),
+    "Trainer, at its best": partial(trainer, **AT_BEST, bf16=True),
+    "Fabric": partial(fabric, precision="bf16-mixed"),
 }
 # Both see the same batches in the same order, so they must end with the same weights.
 SAME_BITS = [

@@ -8,7 +8,8 @@ updates, every weight changed. What is printed is Markdown; ``--write`` puts it 
 docs/benchmarks.md, where the sections that were not run stay as they are.
 
 All sections but ``overhead`` and ``imports`` need MANUALLOOP_SHARED, the folder of the data sets.
-``accuracy``, which trains for many minutes, runs only when it is named.
+``ceiling``, meant for a GPU, and ``accuracy``, which trains for many minutes, run only when they
+are named.
 """
 
 import argparse
@@ -25,8 +26,9 @@ import numpy as np
 import pyarrow
 import torch
 from datasets import disable_progress_bars
-from jobs import bert_job, check_trained, digest, linear_job
+from jobs import base_job, bert_job, check_trained, digest, linear_job
 from loops import (
+    BASE,
     EVALUATE,
     OVERHEAD,
     SAME_BITS,
@@ -35,9 +37,10 @@ from loops import (
     manualloop,
     manualloop_evaluation,
 )
-from measure import DEVICE, spread, table, take_turns, timed, write
+from measure import DEVICE, clock, spread, table, take_turns, timed, write
 from scipy.stats import t
 from torch.utils.data import RandomSampler
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from manualloop import evaluate_loop
@@ -147,6 +150,55 @@ def train(args):
             f"wide, random weights. {check_same_bits(left)}{padding_of_all(task, job.batch_size)}",
             table(found, "s", ".2f", TRAIN_REFERENCES, notes=padding(job, left)),
         )
+
+
+def ceiling(args):
+    """Which share of what the device can multiply goes into the model? In bf16, BERT base."""
+    job = base_job(args.num_base_steps)
+    top = max(products_a_second() for _ in range(10))
+    needed = operations_of_a_step(job) * job.num_steps
+    found, _ = race(BASE, job, args, check_trained)
+    shares = {
+        name: spread([100 * needed / seconds / top for seconds in numbers], ".0f")
+        for name, numbers in found.items()
+    }
+    yield (
+        "BERT base in bf16",
+        f"{job.num_steps} steps of {job.batch_size} rows of {len(job.rows[0]['input_ids'])} random "
+        "tokens, random weights, autocast to bfloat16. A step needs "
+        f"{needed / job.num_steps / 1e12:.2f} tera operations in matrix products, forward and "
+        f"backward; large ones alone reach {top / 1e12:.2f} tera operations a second here.",
+        table(
+            found,
+            "ms a step",
+            ".1f",
+            list(BASE)[:2],
+            scale=lambda seconds: 1e3 * seconds / job.num_steps,
+            notes=("% of that reached", shares),
+        ),
+    )
+
+
+def products_a_second():
+    """Measure floating-point operations a second, of a product of large matrices in bf16."""
+    size, num_times = (8192, 20) if DEVICE.type == "cuda" else (1024, 5)
+    one, other = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    one @ other
+    start = clock()
+    for _ in range(num_times):
+        one @ other
+    return 2 * size**3 * num_times / (clock() - start)
+
+
+def operations_of_a_step(job):
+    """Count the floating-point operations of a step's products; by plain attention on one row."""
+    batch = next(iter(job.prepared()))
+    row = {name: tensor[:1].to(DEVICE) for name, tensor in batch.items()}
+    model = job.new_model().to(DEVICE)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(**row)["loss"].backward()
+    return counter.get_total_flops() * job.batch_size
 
 
 def evaluate(args):
@@ -331,8 +383,9 @@ def accuracy_note(scores, reference):
 
 SECTIONS = {
     section.__name__: section
-    for section in (overhead, train, evaluate, loader, imports, memory, accuracy)
+    for section in (overhead, train, evaluate, loader, imports, memory, ceiling, accuracy)
 }
+ONLY_WHEN_NAMED = {"ceiling", "accuracy"}
 INTRO = """## Side by side
 
 ```console
@@ -349,7 +402,7 @@ models, loaders and trainers is not timed."""
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS)[:-1])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS)
     parser.add_argument("--contestants", nargs="+", help="only those whose names hold one of these")
     parser.add_argument("--num-turns", type=int, default=5)
     parser.add_argument("--num-steps", type=int, default=2000, help="of overhead")
@@ -359,6 +412,7 @@ def main():
     parser.add_argument("--num-eval-rows", type=int, default=2000, help="of evaluate")
     parser.add_argument("--num-loader-rows", type=int, default=10_000)
     parser.add_argument("--num-memory-rows", type=int, default=1000, help="of memory, and 8 times")
+    parser.add_argument("--num-base-steps", type=int, default=100, help="of ceiling")
     parser.add_argument("--num-accuracy-rows", type=int, default=20_000)
     parser.add_argument("--num-seeds", type=int, default=5, help="of accuracy")
     parser.add_argument(
@@ -373,7 +427,7 @@ def main():
         child(args.child, args.num_rows)
         return
     where = "on the CPU, CPU time" if DEVICE.type == "cpu" else torch.cuda.get_device_name()
-    for section in args.only:
+    for section in args.only or [name for name in SECTIONS if name not in ONLY_WHEN_NAMED]:
         for title, text, figures in SECTIONS[section](args):
             if section != "accuracy":
                 text += f" {args.num_turns} turns {where}."
