@@ -157,7 +157,7 @@ def ceiling(args):
     job = base_job(args.num_base_steps)
     top = max(products_a_second() for _ in range(10))
     needed = operations_of_a_step(job) * job.num_steps
-    found, _ = race(BASE, job, args, check_trained)
+    found, left = race(BASE, job, args, check_trained)
     shares = {
         name: spread([100 * needed / seconds / top for seconds in numbers], ".0f")
         for name, numbers in found.items()
@@ -165,7 +165,7 @@ def ceiling(args):
     yield (
         "BERT base in bf16",
         f"{job.num_steps} steps of {job.batch_size} rows of {len(job.rows[0]['input_ids'])} random "
-        "tokens, random weights, autocast to bfloat16. A step needs "
+        f"tokens, random weights, autocast to bfloat16. {check_same_bits(left)}A step needs "
         f"{needed / job.num_steps / 1e12:.2f} tera operations in matrix products, forward and "
         f"backward; large ones alone reach {top / 1e12:.2f} tera operations a second here.",
         table(
