@@ -35,7 +35,7 @@ def find_aliases(tensors: Mapping[str, Tensor], tied: Collection[str] = ()) -> A
     aliases: Aliases = {}
     for name in sorted(tensors, key=lambda name: name in tied):  # stable: else in their order
         tensor = tensors[name]
-        if not _has_place(tensor) or tensor.is_meta or tensor.numel() == 0:
+        if not _has_place(tensor) or tensor.numel() == 0:
             continue
         is_flipped = (tensor.is_conj(), tensor.is_neg())  # the same memory, read otherwise
         extent = (tensor.dtype, tensor.shape, tensor.stride())
@@ -46,7 +46,11 @@ def find_aliases(tensors: Mapping[str, Tensor], tied: Collection[str] = ()) -> A
 
 
 def _has_place(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_nested
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return False
+    if tensor.is_quantized or tensor.is_meta:
+        return False
+    return tensor.numel() == 0 or tensor.data_ptr() != 0  # a class that wraps others has none
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> Iterator[Path]:
@@ -61,14 +65,16 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> Iter
 
     Raises:
         OSError: The disk is full, the folder read-only, ...
-        CheckpointError: A tensor has no place in such a file: it is sparse, quantized, on "meta".
+        CheckpointError: A tensor has no place in such a file: it is sparse, quantized, on "meta",
+            of a class that wraps others.
     """
     for name, tensor in tensors.items():
-        if not _has_place(tensor) or tensor.is_quantized or tensor.is_meta:
+        if not _has_place(tensor):
             layout = "nested" if tensor.is_nested else tensor.layout
             raise CheckpointError(
-                f"{name} cannot be saved: it is {tensor.dtype}, {layout}, on {tensor.device}. Let "
-                "state_dict() return dense tensors that hold data."
+                f"{name} cannot be saved: it is a {type(tensor).__name__}, {tensor.dtype}, "
+                f"{layout}, on {tensor.device}. Let state_dict() return dense tensors that hold "
+                "data."
             )
     parts = list(_split(tensors))
     if len(parts) == 1:

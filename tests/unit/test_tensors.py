@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import bert_config
 from safetensors.torch import load_file
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import BertForMaskedLM
 
 from manualloop import (
@@ -173,8 +174,9 @@ def test_what_has_no_place_in_a_file_is_refused(tmp_path):
         (lambda: torch.ones(3, device="meta"), "meta"),
         (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "qint8"),
         (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
+        (lambda: TwoTensor(torch.ones(3), torch.ones(3)), "TwoTensor"),
     ],
-    ids=["coo", "csr", "meta", "quantized", "nested"],
+    ids=["coo", "csr", "meta", "quantized", "nested", "wrapper"],
 )
 def test_what_has_no_place_in_a_file_is_refused_by_name_before_anything_is_written(
     make, reason, tmp_path
@@ -257,6 +259,12 @@ def test_a_square_matrix_is_no_alias_of_its_transpose(tmp_path):
     assert find_aliases(values) == {}
     loaded = load_tensors(tmp_path, "x", save(values, tmp_path))
     assert torch.equal(loaded["transposed"], weight.T)
+
+
+def test_what_has_no_address_is_no_alias():
+    first, second = (TwoTensor(value, value) for value in (torch.zeros(2), torch.ones(2)))
+    assert first.data_ptr() == second.data_ptr() == 0
+    assert find_aliases({"a": first, "b": second}) == {}
 
 
 def test_of_many_names_all_are_aliases_of_one():
