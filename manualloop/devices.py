@@ -185,6 +185,31 @@ def _has_hooks(optimizer: Any) -> bool:
     )
 
 
+def heeds_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
+    """Tell whether an optimizer leaves weights and moments alone where its ``found_inf`` is 1.
+
+    The fused ones of torch should, for the sake of fp16's loss scaling. Those of mps took the flag
+    and the scale of the gradients without looking at them before torch 2.13 (pytorch/pytorch, pull
+    request 186360), so the kernel itself is asked, once in a process.
+    """
+    inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps another
+    if not getattr(inner, "_step_supports_amp_scaling", False):
+        return False
+    ours = (kind for kind in type(inner).__mro__ if kind.__module__.startswith("torch.optim."))
+    kind = next(ours)
+    return kind is not Optimizer and _kernel_heeds_found_inf(kind, device)
+
+
+@cache
+def _kernel_heeds_found_inf(kind: Any, device: torch.device) -> bool:
+    weight = torch.ones(1, dtype=torch.float32, device=device, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer = kind([weight], lr=1.0, fused=True)
+    optimizer.found_inf, optimizer.grad_scale = torch.ones((), device=device), None
+    kind.step.__wrapped__(optimizer)  # past hooks that the user has set for all optimizers
+    return bool(weight == 1)
+
+
 _SMALL = 64 * 1024  # bytes, which take a few microseconds: less than to switch streams
 
 

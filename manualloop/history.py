@@ -21,9 +21,13 @@ class LateTensor:
 
     From CUDA the copy goes to pinned memory on the current stream, and an event tells when it has
     landed. Elsewhere the copy is made when it is read.
+
+    Attributes:
+        tells: Whether anything tells that it has landed, or it is here anyway.
     """
 
     def __init__(self, tensor: Tensor) -> None:
+        self.tells = tensor.is_cuda or tensor.device.type == "cpu"
         self._tensor = tensor.to("cpu", non_blocking=True) if tensor.is_cuda else tensor
         self._event: Any = torch.cuda.Event() if tensor.is_cuda else None  # type: ignore[no-untyped-call]
         if self._event is not None:

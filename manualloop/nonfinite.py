@@ -24,6 +24,7 @@ from manualloop.update import OnNonfinite, split_batch
 
 _NUM_ROWS_NAMED = 3
 _LAG = 2  # updates after which the flag of an earlier one has long landed
+_NUM_UNTOLD = 8  # updates, whose batches are kept so long, that share one wait for the device
 
 
 class Watch:
@@ -79,12 +80,16 @@ class Watch:
 
     def settle(self, *, wait: bool) -> None:
         """Read the flags that have landed; with ``wait`` all of them."""
+        if len(self._flags) >= _NUM_UNTOLD and not self._flags[0][0].tells:
+            wait = True
         while self._flags and (wait or self._is_due()):
             flag, error = self._flags.pop(0)
             if not flag.read():
                 raise error()
 
     def _is_due(self) -> bool:
+        if not self._flags[0][0].tells:
+            return False
         if self._must_agree:  # ranks that look at the same flag after another step part
             return len(self._flags) > _LAG
         return self._flags[0][0].has_landed()

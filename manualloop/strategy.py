@@ -27,6 +27,7 @@ from manualloop.devices import (
     checked_device,
     has_bf16,
 )
+from manualloop.devices import heeds_found_inf as heeds_found_inf
 from manualloop.devices import move as move
 from manualloop.devices import parameters_of as parameters_of
 from manualloop.devices import zero_gradients as zero_gradients

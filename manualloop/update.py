@@ -17,7 +17,13 @@ from manualloop.data.feed import Feed, Given
 from manualloop.errors import DataError, ModelError
 from manualloop.notices import say
 from manualloop.state import TrainState
-from manualloop.strategy import Strategy, parameters_of, strategy_for, zero_gradients
+from manualloop.strategy import (
+    Strategy,
+    heeds_found_inf,
+    parameters_of,
+    strategy_for,
+    zero_gradients,
+)
 from manualloop.tasks import count_terms, loss_and_items, num_rows, require_loss, term_losses
 from manualloop.times import Times
 from manualloop.types import LossFn, Update, Window
@@ -324,8 +330,10 @@ def apply_update(
         update.grad_norm = grad_norm = strategy.clip_gradients(state.optimizer, max_grad_norm)
     if watches and not strategy.scales_losses:
         is_finite = _is_finite(update.loss if grad_norm is None else update.loss + grad_norm)
-        if on_nonfinite == "skip" or not _can_guard(state.optimizer):
-            is_finite = bool(is_finite)  # on an accelerator this waits
+    if isinstance(is_finite, Tensor) and (
+        on_nonfinite == "skip" or not heeds_found_inf(state.optimizer, strategy.device)
+    ):
+        is_finite = bool(is_finite)  # this waits
     if isinstance(is_finite, Tensor):
         update.applied = _apply_guarded(state, strategy, is_finite)
     else:
@@ -350,18 +358,12 @@ def reads_at_once(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _can_guard(optimizer: Optimizer) -> bool:
-    """Tell whether the optimizer's kernel can leave the weights alone by a flag on the device."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return getattr(inner, "_step_supports_amp_scaling", False)
-
-
 def _apply_guarded(state: TrainState, strategy: Strategy, is_finite: Tensor) -> bool:
     """Make the update on the device unless this one, or one before, was not finite.
 
-    Fused optimizers take the flag ``found_inf`` for the sake of fp16's loss scaling, and leave
-    weights and moments as they are where it is 1. It stays 1, so that whenever the host gets to
-    read it, the weights are those before the first bad update. Nothing waits.
+    Fused optimizers leave weights and moments as they are where ``found_inf`` is 1. It stays 1, so
+    that whenever the host gets to read it, the weights are those before the first bad update.
+    Nothing waits.
     """
     optimizer: Any = getattr(state.optimizer, "optimizer", state.optimizer)
     has_failed = ~is_finite if state.has_failed is None else state.has_failed | ~is_finite
