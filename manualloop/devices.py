@@ -64,7 +64,12 @@ class SingleDevice:
         )
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        return self.prepare_model(model), optimizer
+        parameters = parameters_of(optimizer)
+        before = [parameter.device for parameter in parameters]
+        model = self.prepare_model(model)
+        if optimizer.state and before != [parameter.device for parameter in parameters]:
+            optimizer.load_state_dict(optimizer.state_dict())  # goes where the parameters are
+        return model, optimizer
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         STRATEGY_OF[model] = lambda: self

@@ -186,8 +186,21 @@ def strategy_for(model: nn.Module, strategy: Strategy | None) -> Strategy:
     """Return the given strategy, else the one that prepared this model, else an "auto" one."""
     if strategy is not None:
         return prepare_strategy(strategy)
+    return _strategy_that_prepared(model) or prepare_strategy("auto")
+
+
+def strategy_in_place(model: nn.Module) -> Strategy:
+    """Return the strategy that prepared this model, else plain torch on the device it is on."""
+    strategy = _strategy_that_prepared(model)
+    if strategy is None and not is_launched():
+        parameter = next(model.parameters(), None)
+        return SingleDevice("cpu" if parameter is None else parameter.device)
+    return strategy or prepare_strategy("auto")
+
+
+def _strategy_that_prepared(model: nn.Module) -> Strategy | None:
     prepared_by = STRATEGY_OF.get(model)
-    return (prepared_by and prepared_by()) or prepare_strategy("auto")
+    return prepared_by() if prepared_by else None
 
 
 def on_main(strategy: Strategy, function: Callable[[], _T]) -> _T:

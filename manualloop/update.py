@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from manualloop.data.deal import as_spare, is_spare
 from manualloop.data.feed import Feed, Given
@@ -21,7 +20,7 @@ from manualloop.strategy import (
     Strategy,
     heeds_found_inf,
     parameters_of,
-    strategy_for,
+    strategy_in_place,
     zero_gradients,
 )
 from manualloop.tasks import count_terms, loss_and_items, num_rows, require_loss, term_losses
@@ -91,12 +90,12 @@ def accumulate_gradients(
     ``loss.backward()``. Call on every rank, or the others wait for ever.
 
     Args:
-        model: Prepared by the strategy; its gradients are zero or None.
+        model: Where the strategy runs it; its gradients are zero or None.
         batches: The micro-batches, on the CPU or the device; on every rank as many.
         loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)`` if
             only it knows what it counted; None: the loss that the model returns, over the items
             of ``count_items``.
-        strategy: None: the one that prepared the model.
+        strategy: None: the one that prepared the model, else plain torch on its device.
 
     Returns:
         The mean loss and number of items of the window. ``applied`` is False, and no gradient was
@@ -108,7 +107,7 @@ def accumulate_gradients(
     >>> accumulate_gradients(nn.Linear(1, 1), batches, loss_fn=loss_fn).num_items
     4
     """
-    strategy = strategy_for(model, None) if strategy is None else strategy
+    strategy = strategy_in_place(model) if strategy is None else strategy
     return _accumulate(model, batches, loss_fn, strategy, model.parameters(), Times())
 
 

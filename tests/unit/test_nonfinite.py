@@ -16,6 +16,7 @@ from manualloop import (
     NonFiniteError,
     SingleDevice,
     TrainState,
+    devices,
     train_loop,
     train_steps,
     update,
@@ -208,6 +209,37 @@ def test_on_an_accelerator_the_kernel_guards_and_the_host_learns_late(monkeypatc
         state.optimizer.state.values(), reference.optimizer.state.values(), strict=True
     ):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_kernel_that_does_not_look_at_the_flag_is_not_relied_on(monkeypatch):
+    """As those of mps before torch 2.13: they take ``found_inf``, and make the update."""
+    kernel = torch._fused_adamw_
+
+    def blind(*args, found_inf, **kwargs):
+        kernel(*args, found_inf=None, **kwargs)
+
+    devices._kernel_heeds_found_inf.cache_clear()
+    monkeypatch.setattr(torch, "_fused_adamw_", blind)
+    monkeypatch.setattr(update, "reads_at_once", lambda tensor: False)
+    reference, state = new_state(fused=True), new_state(fused=True)
+    bad = step_of(BAD_ROW)
+    torch.manual_seed(3)
+    for step in steps_of(reference, loader_with(0.0)):
+        if step.index == bad - 1:
+            break
+    torch.manual_seed(3)
+    with pytest.raises(NonFiniteError, match=f"at step {bad} "):
+        list(steps_of(state, loader_with(math.nan)))
+    devices._kernel_heeds_found_inf.cache_clear()
+    assert is_equal(weights(state), weights(reference))
+
+
+@pytest.mark.parametrize("kind", ["Adagrad", "Adam", "AdamW", "SGD"])
+def test_the_fused_kernels_of_the_cpu_look_at_the_flag(kind):
+    optimizer = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(1))], fused=True)
+    assert devices.heeds_found_inf(optimizer, torch.device("cpu"))
+    plain = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(1))], fused=False)
+    assert not devices.heeds_found_inf(plain, torch.device("cpu"))
 
 
 def test_leaving_the_loop_with_flags_pending_does_not_hide_them(monkeypatch):

@@ -16,6 +16,7 @@ from manualloop import (
     NonFiniteError,
     SingleDevice,
     TrainState,
+    accumulate_gradients,
     evaluate_loop,
     prepare_dataloaders,
     prepare_scheduler,
@@ -40,9 +41,9 @@ def loaders(**options):
     )
 
 
-def new_state(num_steps):
+def new_state(num_steps, **config):
     torch.manual_seed(0)
-    model = tiny_bert().to(DEVICE)
+    model = tiny_bert(**config).to(DEVICE)
     optimizer = new_optimizer(model)
     return TrainState(model, optimizer, prepare_scheduler(optimizer, num_training_steps=num_steps))
 
@@ -54,7 +55,9 @@ def new_optimizer(model):
 
 def loss_without_mask(model, batch):
     """Leave out the mask of padding, which transformers reads in every forward pass."""
-    return model(**{name: tensor for name, tensor in batch.items() if name != "attention_mask"}).loss
+    return model(
+        **{name: tensor for name, tensor in batch.items() if name != "attention_mask"}
+    ).loss
 
 
 @contextmanager
@@ -200,6 +203,29 @@ def test_a_run_goes_on_to_the_last_bit(precision, tmp_path):
     pairs = zip(rest.state.model.parameters(), whole.state.model.parameters(), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
     assert rest.history == whole.history
+
+
+def test_what_was_trained_on_the_cpu_goes_on_here():
+    def train(*devices):
+        state = new_state(22, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        for number, device in enumerate(devices, start=1):
+            for _ in train_steps(
+                state, loaders()["train"], max_steps=3 * number, strategy=SingleDevice(device)
+            ):
+                pass
+        return state
+
+    moved, at_home = train("cpu", DEVICE, "cpu"), train("cpu", "cpu", "cpu")
+    for ours, theirs in zip(moved.model.parameters(), at_home.model.parameters(), strict=True):
+        assert ours.device.type == "cpu"
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_are_accumulated_where_the_model_is():
+    model, batch = tiny_bert().to(DEVICE), next(iter(loaders()["train"]))
+    update = accumulate_gradients(model.eval(), [batch, batch])
+    assert update.num_items == 8
+    assert all(p.grad.device.type == DEVICE.type for p in model.parameters())
 
 
 def test_a_bad_row_ends_the_run_and_the_weights_are_those_from_before():
