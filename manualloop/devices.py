@@ -226,8 +226,13 @@ def move(value: Any, device: torch.device) -> Any:
     """
     if device.type == "cuda" and isinstance(value, Tensor) and value.nbytes > _SMALL:
         return _copy_beside(value, device)
-    if hasattr(value, "to"):  # a tensor, a BatchEncoding, a packed sequence
+    if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
+    if hasattr(value, "to"):  # a BatchEncoding, a packed sequence, a batch class of the user
+        try:
+            return value.to(device, non_blocking=True)
+        except TypeError:  # most classes of users take the device alone
+            return value.to(device)
     if isinstance(value, Mapping):
         return {name: move(item, device) for name, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -260,6 +260,20 @@ def test_what_is_moved_is_equal(num_numbers):
     assert moved["x"][1][1] == 3
 
 
+def test_batches_of_a_class_of_their_own_are_moved():
+    class Batch:
+        def __init__(self, x):
+            self.x = x
+
+        def to(self, device):
+            return Batch(self.x.to(device))
+
+    moved = move([Batch(torch.ones(3))], DEVICE)
+    assert moved[0].x.device.type == DEVICE.type
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])
+    assert move(packed, DEVICE).data.device.type == DEVICE.type
+
+
 @needs_cuda
 @pytest.mark.parametrize("pins", [True, False])
 def test_a_large_batch_arrives_while_the_device_computes(pins):
