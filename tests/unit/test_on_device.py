@@ -243,6 +243,30 @@ def test_a_bad_row_ends_the_run_and_the_weights_are_those_from_before():
         assert torch.equal(ours, before)
 
 
+@pytest.mark.parametrize("checkpoint_every", [1, 4])
+def test_a_bad_row_ends_a_run_that_saves_and_is_named(checkpoint_every, tmp_path):
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(batch)
+        return model(**batch).loss * (math.nan if len(calls) == 6 else 1.0)
+
+    with pytest.raises(NonFiniteError, match="step 6"):
+        train_loop(
+            tiny_bert(),
+            loaders()["train"],
+            num_epochs=2,
+            loss_fn=loss_fn,
+            strategy=DEVICE,
+            checkpoint_dir=tmp_path,
+            checkpoint_every=checkpoint_every,
+            progress_bar=False,
+            preflight=False,
+        )
+    saved = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert saved[-1] == f"step-{5 if checkpoint_every == 1 else 4:08}"
+
+
 def test_an_evaluation_is_that_of_the_cpu():
     model, data = tiny_bert(), loaders()["validation"]
     expected = evaluate_loop(model, data, "accuracy", strategy=SingleDevice("cpu"))
