@@ -69,6 +69,10 @@ def save_checkpoint(
     else is safetensors and JSON too, with a sha256 of each file. Call on every rank: rank 0 writes,
     with the random states of all.
 
+    Of a model with adapters of PEFT the frozen base is left out, and so are frozen weights that are
+    quantized: they are loaded into what the script builds on the same base.
+    ``model.save_pretrained`` then writes the adapters for others.
+
     Args:
         checkpoint_dir: Of one run. Made if it is not there.
         state: As it is between two updates.

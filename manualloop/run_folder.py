@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from manualloop.adapters import saved_part
 from manualloop.checkpoint import (
     explain_disk,
     find_last,
@@ -217,7 +218,8 @@ def _probe(directory: Path) -> None:
 
 def _estimate(state: TrainState) -> int:
     """Return about how many bytes a checkpoint takes, before the optimizer has its state."""
-    weights = sum(tensor.nbytes for tensor in state.model.state_dict().values())
+    values = saved_part(state.model).state_dict().values()
+    weights = sum(value.nbytes for value in values if isinstance(value, Tensor))
     trained = [p for group in state.optimizer.param_groups for p in group["params"]]
     options = state.optimizer.defaults
     num_moments = 2 if "betas" in options else int(bool(options.get("momentum")))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from manualloop.adapters import BASE, base_weights, saved_part
 from manualloop.errors import CheckpointError
 from manualloop.folder import refuse_constant
 from manualloop.models import is_sharded, tied_names, unwrap_model
@@ -113,14 +114,14 @@ def _parts(state: TrainState, strategy: Strategy) -> dict[str, Any]:
         parts["model"] = ShardedModel(state.model)
         parts["optimizer"] = ShardedOptimizer(state.model, state.optimizer)
     else:
-        parts["model"] = unwrap_model(state.model, adapters=False)
+        parts["model"] = saved_part(state.model)
     scaler = getattr(strategy, "scaler", None)
     return parts if scaler is None else parts | {"scaler": scaler}
 
 
 def _save_configs(model: nn.Module, folder: Path) -> Iterator[Path]:
     """Write what ``from_pretrained`` needs beside the weights."""
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config") or base_weights(model):
         return  # the weights are not those of the class that the config names
     for name in ("config", "generation_config"):
         config: Any = getattr(model, name, None)
@@ -243,8 +244,10 @@ def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> l
         f"{name} is in the {'run' if name in parts else 'checkpoint'} only"
         for name in sorted(set(parts) ^ (set(values) - _NO_PARTS))
     ]
-    model = parts["model"]
-    weights = {key: v for key, v in model.state_dict().items() if isinstance(v, Tensor)}
+    own_state = parts["model"].state_dict()
+    if own_state.get(BASE) != values["model"].get(BASE):
+        found.append("model: its frozen weights are not those that it was trained with")
+    weights = {key: v for key, v in own_state.items() if isinstance(v, Tensor)}
     ours = describe(weights)
     theirs = describe({key: v for key, v in values["model"].items() if isinstance(v, Tensor)})
     found += [

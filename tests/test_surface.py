@@ -52,7 +52,7 @@ LAYERS = [
     ["accelerated"],
     ["devices", "lifeline"],
     [
-        "models",
+        "adapters",
         "cadence",
         "serialize",
         "shards",
@@ -62,6 +62,7 @@ LAYERS = [
         "lock",
         "stopping",
     ],
+    ["models"],
     ["compiled", "data.lengths", "notices", "randomness", "times", "types", "votes"],
     ["errors"],
 ]

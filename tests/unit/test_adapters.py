@@ -1,0 +1,168 @@
+"""Models on a frozen base, with PEFT and bitsandbytes: saved without it, resumed exactly."""
+
+import pytest
+import torch
+from helpers import bert_config, rows, tiny_bert, tiny_tokenizer
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+from manualloop import (
+    CheckpointError,
+    TrainState,
+    evaluate_loop,
+    load_checkpoint,
+    prepare_dataloaders,
+    prepare_optimizer,
+    save_checkpoint,
+    train_loop,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.")  # read by peft
+LORA = {"task_type": "SEQ_CLS", "r": 2, "target_modules": ["query", "value"], "lora_dropout": 0.2}
+
+
+@pytest.fixture(scope="module")
+def loaders():
+    return prepare_dataloaders(
+        {"train": rows(44), "validation": rows(13)}, tiny_tokenizer(), batch_size=4
+    )
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    """A model with layers that bitsandbytes takes: of 64 numbers at least."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = bert_config(hidden_size=64, num_attention_heads=2, intermediate_size=64)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def lora(folder, seed=3):
+    torch.manual_seed(seed)
+    return get_peft_model(tiny_bert(), LoraConfig(**LORA))
+
+
+def prompt(folder):
+    torch.manual_seed(3)
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    return get_peft_model(tiny_bert(), config)
+
+
+def adapter_of_transformers(folder):
+    model = tiny_bert()
+    torch.manual_seed(3)
+    model.add_adapter(LoraConfig(**LORA | {"modules_to_save": ["classifier"]}))
+    return model
+
+
+def quantized(folder, **how):
+    config = BitsAndBytesConfig(**how, llm_int8_skip_modules=["classifier"])
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, quantization_config=config, device_map="cpu"
+    )
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    torch.manual_seed(3)
+    return get_peft_model(model, LoraConfig(**LORA))
+
+
+def in_4_bits(folder):
+    return quantized(folder, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+
+def in_8_bits(folder):
+    return quantized(folder, load_in_8bit=True)
+
+
+def frozen_in_4_bits_with_a_head(folder):
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["classifier"])
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, quantization_config=config, device_map="cpu"
+    )
+    model.requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    return model
+
+
+KINDS = [
+    lora,
+    prompt,
+    adapter_of_transformers,
+    in_4_bits,
+    in_8_bits,
+    frozen_in_4_bits_with_a_head,
+]
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_adapters_go_on_to_the_last_bit_and_the_base_is_not_saved(
+    make, loaders, base_folder, tmp_path
+):
+    def run(folder, dies_after=None):
+        def die(step):
+            if step.index == dies_after:
+                raise KeyboardInterrupt
+
+        model = make(base_folder)
+        torch.manual_seed(0)
+        return train_loop(
+            model,
+            loaders["train"],
+            prepare_optimizer(model, lr=1e-2),
+            num_epochs=2,
+            evaluate=lambda: evaluate_loop(model, loaders["validation"], "accuracy"),
+            best_metric="-loss",
+            checkpoint_dir=folder,
+            checkpoint_every=3,
+            on_step=die,
+            progress_bar=False,
+        )
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", dies_after=7)
+    rest = run(tmp_path / "parts")
+    assert rest.history == whole.history
+    ours, theirs = (dict(result.state.model.named_parameters()) for result in (rest, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    before = dict(make(base_folder).named_parameters())
+    trained = {name for name, weight in theirs.items() if weight.requires_grad}
+    assert any(not torch.equal(theirs[name], before[name]) for name in trained)
+    (newest,) = (tmp_path / "parts").glob("step-00000022")
+    saved = set(load_file(newest / "model.safetensors"))
+    assert trained <= saved
+    frozen = {name for name in saved & set(theirs) if "default" not in name.split(".")}
+    if make is frozen_in_4_bits_with_a_head:
+        assert all(theirs[name].is_floating_point() for name in frozen)
+    else:
+        assert not frozen
+
+
+def test_an_adapter_that_rests_is_saved_too(tmp_path):
+    def make(seed):
+        model = lora(None, seed)
+        model.add_adapter("second", LoraConfig(**LORA))
+        return TrainState(model, prepare_optimizer(model))
+
+    state, other = make(3), make(4)
+    names = [name for name, _ in state.model.named_parameters() if "second" in name.split(".")]
+    assert names
+    assert not any(dict(state.model.named_parameters())[name].requires_grad for name in names)
+    save_checkpoint(tmp_path, state)
+    load_checkpoint(tmp_path, other)
+    ours, theirs = (dict(s.model.named_parameters()) for s in (other, state))
+    assert all(torch.equal(ours[name], theirs[name]) for name in names)
+
+
+def test_another_base_is_refused_and_nothing_is_loaded(tmp_path):
+    model = lora(None)
+    state = TrainState(model, prepare_optimizer(model))
+    save_checkpoint(tmp_path, state)
+    other = lora(None, seed=4)
+    with torch.no_grad():
+        other.base_model.model.bert.embeddings.word_embeddings.weight.add_(1e-3)
+    before = {name: weight.clone() for name, weight in other.named_parameters()}
+    with pytest.raises(CheckpointError, match="its frozen weights are not those"):
+        load_checkpoint(tmp_path, TrainState(other, prepare_optimizer(other)))
+    assert all(torch.equal(weight, before[name]) for name, weight in other.named_parameters())
