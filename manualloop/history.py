@@ -79,7 +79,7 @@ class History:
 
     def close_interval(self, step: Step, epoch: float) -> None:
         """Make a record of the steps since the last one. Its loss is filled in when it lands."""
-        record: Record = {"step": step.index, "epoch": epoch, "loss": None, "lr": step.lr}
+        record: Record = {"step": step.index, "epoch": epoch, "loss": None, "lr": float(step.lr)}
         late = [loss.reshape(-1) for loss in self._losses]
         if step.grad_norm is not None:
             record["grad_norm"] = None

@@ -160,6 +160,11 @@ def prepare_scheduler(
         raise ConfigError(
             f'lr_scheduler="constant" would ignore {ignored}. Use "constant_with_warmup".'
         )
+    if any(group["lr"] is None for group in optimizer.param_groups):
+        raise ConfigError(
+            f"{type(optimizer).__name__} has lr=None and finds its own learning rates. Pass "
+            "lr_scheduler=None, or give it an lr."
+        )
     try:
         scheduler: LRScheduler = get_scheduler(
             name,

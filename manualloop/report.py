@@ -83,7 +83,7 @@ class Report:
             return ""
         loss = self.history.last_loss
         shown = "" if loss is None else f"loss={loss:.4f}, "
-        return f"{shown}lr={self._step.lr:.2e}"
+        return f"{shown}lr={float(self._step.lr):.2e}"
 
 
 def _short(value: Any) -> str:

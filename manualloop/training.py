@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from numbers import Integral
@@ -276,8 +277,8 @@ def _train_steps(
                     preflight = False
                 if not state.model.training:
                     state.model.train()  # only then: it would thaw layers that were set to eval
-                lr: Any = state.optimizer.param_groups[0]["lr"]
-                lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes it in place
+                lr = state.optimizer.param_groups[0]["lr"]
+                lr = lr if type(lr) is float else _plain_lr(lr)
                 update = update_from(state, window)
                 watch.look_at(update, window)
                 num_applied += update.applied
@@ -315,6 +316,16 @@ def _train_steps(
         raise
     finally:
         state.is_training = False
+
+
+def _plain_lr(lr: Any) -> Any:
+    """Return a learning rate as a number; one on a device stays there, where nothing waits for it.
+
+    NaN of an optimizer without one, such as Adafactor's ``relative_step``.
+    """
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return lr.clone()  # a scheduler changes it in place
+    return math.nan if lr is None else float(lr)
 
 
 def _update_from(

@@ -71,7 +71,7 @@ class Step:
         epoch: The epoch it belongs to: counts from 0.
         num_steps: Updates planned for the whole run.
         loss: Mean loss over the window's items before the update; 0-d, on the device.
-        lr: Learning rate of the first parameter group that this update used.
+        lr: Learning rate of the first parameter group that this update used; NaN if it has none.
         grad_norm: Gradient norm before clipping, 0-d, or None unless ``max_grad_norm`` is set.
         num_items: Items in the window: rows, tokens or elements, by task.
         ends_epoch: Whether this is the epoch's last update.

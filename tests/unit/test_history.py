@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import Adafactor
 
 from manualloop import Step, history, train_loop
 from manualloop.history import History, LateTensor
@@ -277,6 +278,32 @@ def curves(figure: Any) -> dict[str, dict[str, list[tuple[float, float]]]]:
         }
         for axis in figure.axes
     }
+
+
+@pytest.mark.parametrize("progress_bar", [False, True])
+@pytest.mark.parametrize(
+    ("make", "lr"),
+    [
+        (lambda weights: torch.optim.AdamW(weights, lr=torch.tensor(0.5)), 0.5),
+        (lambda weights: torch.optim.SGD(weights, lr=1), 1.0),
+        (lambda weights: Adafactor(weights, lr=None), math.nan),
+    ],
+    ids=["tensor", "int", "none"],
+)
+def test_a_learning_rate_is_a_number(make: Any, lr: float, progress_bar: bool) -> None:
+    model = nn.Linear(2, 1)
+    result = train_loop(
+        model,
+        [{"x": torch.ones(1, 2)}] * 3,
+        make(model.parameters()),
+        lr_scheduler=None,
+        num_epochs=1,
+        loss_fn=lambda model, batch: model(batch["x"]).mean(),
+        progress_bar=progress_bar,
+    )
+    found = [record["lr"] for record in result.history]
+    assert all(type(value) is float for value in found)
+    assert found == pytest.approx([lr] * len(found), nan_ok=True)
 
 
 def test_curves_of_a_run() -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import Adafactor
 
 from manualloop import ConfigError, ModelError, prepare_optimizer, prepare_scheduler
 
@@ -238,6 +239,12 @@ def test_every_name_that_is_offered_can_be_stepped() -> None:
 def test_a_warm_up_that_does_not_fit(num_warmup: float) -> None:
     with pytest.raises(ConfigError, match=f"num_warmup_steps={num_warmup}"):
         lrs("linear", num_warmup_steps=num_warmup)
+
+
+def test_an_optimizer_without_a_learning_rate() -> None:
+    optimizer = Adafactor([nn.Parameter(torch.ones(1))], lr=None)
+    with pytest.raises(ConfigError, match=r"Adafactor has lr=None .* lr_scheduler=None"):
+        prepare_scheduler(optimizer, num_training_steps=3)
 
 
 def test_no_steps() -> None:
