@@ -200,8 +200,8 @@ def heeds_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
     inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps another
     if not getattr(inner, "_step_supports_amp_scaling", False):
         return False
-    ours = (kind for kind in type(inner).__mro__ if kind.__module__.startswith("torch.optim."))
-    kind = next(ours)
+    torchs = (kind for kind in type(inner).__mro__ if kind.__module__.startswith("torch.optim."))
+    kind = next(torchs, Optimizer)
     return kind is not Optimizer and _kernel_heeds_found_inf(kind, device)
 
 
