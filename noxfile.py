@@ -62,6 +62,13 @@ def distributed(session: nox.Session) -> None:
 
 
 @nox.session
+def quantized(session: nox.Session) -> None:
+    """Test adapters on what bitsandbytes quantized; where installed, it writes to the terminal."""
+    install(session, "-e", ".[metrics,plot]", group="quantized")
+    session.run("pytest", "tests/unit/test_adapters.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
     """Run manualloop, the loop written by hand and the peers side by side; print the ratios."""
     install(session, "-e", ".[metrics,plot]", group="benchmarks")

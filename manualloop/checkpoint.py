@@ -167,7 +167,7 @@ def _check_writable(directory: Path, state: TrainState) -> None:
     if state.has_failed is not None and bool(state.has_failed):
         raise CheckpointError(
             "The loss was not finite some updates ago, and the weights have not moved since: "
-            "nothing is saved. Go on, and the next step says which rows it comes from."
+            "nothing is saved. Go on, and the loop says within a few steps which rows it was."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -68,7 +69,7 @@ class SingleDevice:
         before = [parameter.device for parameter in parameters]
         model = self.prepare_model(model)
         if optimizer.state and before != [parameter.device for parameter in parameters]:
-            optimizer.load_state_dict(optimizer.state_dict())  # goes where the parameters are
+            _bring_along(optimizer)
         return model, optimizer
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
@@ -190,19 +191,37 @@ def _has_hooks(optimizer: Any) -> bool:
     )
 
 
+def _bring_along(optimizer: Optimizer) -> None:
+    """Move an optimizer's state to where its parameters are now.
+
+    ``load_state_dict`` does so too, but casts to the parameters' dtype and makes new groups.
+    """
+    for group in optimizer.param_groups:
+        # Else torch keeps its counts on the CPU, where it reads them.
+        counts_move = group.get("fused") or group.get("capturable")
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if not isinstance(value, Tensor) or value.ndim > 0 or counts_move:
+                    state[name] = move(value, parameter.device)
+
+
 def heeds_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
-    """Tell whether an optimizer leaves weights and moments alone where its ``found_inf`` is 1.
+    """Tell whether an optimizer leaves the weights alone where its ``found_inf`` is 1.
 
     The fused ones of torch should, for the sake of fp16's loss scaling. Those of mps took the flag
     and the scale of the gradients without looking at them before torch 2.13 (pytorch/pytorch, pull
-    request 186360), so the kernel itself is asked, once in a process.
+    request 186360), so the kernel itself is asked, once in a process. Nothing is known of a
+    ``step`` that is not torch's.
     """
     inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps another
     if not getattr(inner, "_step_supports_amp_scaling", False):
         return False
     torchs = (kind for kind in type(inner).__mro__ if kind.__module__.startswith("torch.optim."))
     kind = next(torchs, Optimizer)
-    return kind is not Optimizer and _kernel_heeds_found_inf(kind, device)
+    if inspect.unwrap(type(inner).step) is not inspect.unwrap(kind.step):
+        return False
+    return _kernel_heeds_found_inf(kind, device)
 
 
 @cache
@@ -210,7 +229,7 @@ def _kernel_heeds_found_inf(kind: Any, device: torch.device) -> bool:
     weight = torch.ones(1, dtype=torch.float32, device=device, requires_grad=True)
     weight.grad = torch.ones_like(weight)
     optimizer = kind([weight], lr=1.0, fused=True)
-    optimizer.found_inf, optimizer.grad_scale = torch.ones((), device=device), None
+    optimizer.found_inf, optimizer.grad_scale = torch.ones_like(weight[0]), None
     kind.step.__wrapped__(optimizer)  # past hooks that the user has set for all optimizers
     return bool(weight == 1)
 

@@ -23,7 +23,7 @@ class LateTensor:
     landed. Elsewhere the copy is made when it is read.
 
     Attributes:
-        tells: Whether anything tells that it has landed, or it is here anyway.
+        tells: Whether ``has_landed`` knows.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -34,7 +34,7 @@ class LateTensor:
             self._event.record()
 
     def has_landed(self) -> bool:
-        """Tell whether reading it would not wait for the work of this moment."""
+        """Tell whether reading it would not wait for the work of this moment, or nothing tells."""
         return self._event is None or bool(self._event.query())
 
     def read(self) -> list[float]:

@@ -80,16 +80,18 @@ class Watch:
 
     def settle(self, *, wait: bool) -> None:
         """Read the flags that have landed; with ``wait`` all of them."""
-        if len(self._flags) >= _NUM_UNTOLD and not self._flags[0][0].tells:
-            wait = True
+        if self._flags and not self._flags[0][0].tells:
+            if not wait and len(self._flags) < _NUM_UNTOLD:
+                return
+            wait, has_failed = True, self._state.has_failed
+            if has_failed is not None and not bool(has_failed):  # the one wait for all of them
+                self._flags.clear()
         while self._flags and (wait or self._is_due()):
             flag, error = self._flags.pop(0)
             if not flag.read():
                 raise error()
 
     def _is_due(self) -> bool:
-        if not self._flags[0][0].tells:
-            return False
         if self._must_agree:  # ranks that look at the same flag after another step part
             return len(self._flags) > _LAG
         return self._flags[0][0].has_landed()

@@ -155,7 +155,8 @@ def train_steps(
             with a fused optimizer the host learns of it some steps late; weights have not moved
             since, position and schedule have. ``"skip"``: the update is left out and counted.
             ``"ignore"``: the update is made. On an accelerator ``"skip"``, and ``"raise"`` with an
-            optimizer that is not fused, wait for every update.
+            optimizer that is not one of torch's fused, wait for every update; ``"raise"`` with one
+            waits for none on cuda, and for every eighth elsewhere.
         strategy: None: the one that prepared the model, else ``prepare_strategy("auto")``.
         preflight: Check the first window before it is used.
 

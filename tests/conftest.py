@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+collect_ignore = ["far_device.py"]  # imported for its doctests, it would be everybody's device
+
 # No test depends on a wall clock; CI runs the same examples every time.
 hypothesis.settings.register_profile("manualloop", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("manualloop")

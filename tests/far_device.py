@@ -6,7 +6,8 @@ own. What the host waits for is noted in ``WAITS``, which `torch.cuda.set_sync_d
 cuda. It draws from the CPU's random generator, knows no streams, events or low precision, and
 tells nothing about speed.
 
-It stands on torch's registration of devices in Python, which torch calls experimental.
+It stands on torch's registration of devices in Python, which torch calls experimental. A module
+that moves to it gets its new weights swapped in, where one that moves to cuda gets new data.
 """
 
 import sys
@@ -127,3 +128,10 @@ _library.fallback(_run, "PrivateUse1")
 _library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 # `model.to("far")` keeps its parameters, as `.to("cuda")` does: the optimizer has them already.
 torch.__future__.set_swap_module_params_on_conversion(True)
+
+
+def pytest_report_header():
+    """Say which device the tests run on."""
+    from manualloop import prepare_strategy
+
+    return f'"auto" is {prepare_strategy("auto").device}'

@@ -1,4 +1,7 @@
-"""Models on a frozen base, with PEFT and bitsandbytes: saved without it, resumed exactly."""
+"""Models on a frozen base, with PEFT and bitsandbytes: saved without it, resumed exactly.
+
+bitsandbytes writes to the terminal where it is installed, so that only `nox -s quantized` has it.
+"""
 
 import pytest
 import torch
@@ -57,29 +60,56 @@ def adapter_of_transformers(folder):
     return model
 
 
-def quantized(folder, **how):
+class Whole(torch.nn.Linear):
+    """A frozen layer of whole numbers; its state has a name that it does not take back."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        scale = self.weight.detach().abs().max() / 127
+        whole = (self.weight.detach() / scale).round().to(torch.int8)
+        self.weight, self.scale = torch.nn.Parameter(whole, requires_grad=False), scale
+        self.bias.requires_grad_(False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight.scale"] = self.scale
+
+
+def whole_numbers(folder):
+    model = tiny_bert()
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.dense = Whole(layer.intermediate.dense)
+    return model
+
+
+def bits(folder, **how):
+    pytest.importorskip("bitsandbytes")
     config = BitsAndBytesConfig(**how, llm_int8_skip_modules=["classifier"])
-    model = AutoModelForSequenceClassification.from_pretrained(
+    return AutoModelForSequenceClassification.from_pretrained(
         folder, quantization_config=config, device_map="cpu"
     )
+
+
+def lora_on(model):
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     torch.manual_seed(3)
     return get_peft_model(model, LoraConfig(**LORA))
 
 
-def in_4_bits(folder):
-    return quantized(folder, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+def lora_on_4_bits(folder):
+    return lora_on(bits(folder, load_in_4bit=True, bnb_4bit_quant_type="nf4"))
 
 
-def in_8_bits(folder):
-    return quantized(folder, load_in_8bit=True)
+def lora_on_8_bits(folder):
+    return lora_on(bits(folder, load_in_8bit=True))
 
 
-def frozen_in_4_bits_with_a_head(folder):
-    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["classifier"])
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, quantization_config=config, device_map="cpu"
-    )
+def a_head_on_4_bits(folder):
+    model = bits(folder, load_in_4bit=True)
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)
     return model
@@ -89,9 +119,10 @@ KINDS = [
     lora,
     prompt,
     adapter_of_transformers,
-    in_4_bits,
-    in_8_bits,
-    frozen_in_4_bits_with_a_head,
+    whole_numbers,
+    lora_on_4_bits,
+    lora_on_8_bits,
+    a_head_on_4_bits,
 ]
 
 
@@ -133,7 +164,7 @@ def test_adapters_go_on_to_the_last_bit_and_the_base_is_not_saved(
     saved = set(load_file(newest / "model.safetensors"))
     assert trained <= saved
     frozen = {name for name in saved & set(theirs) if "default" not in name.split(".")}
-    if make is frozen_in_4_bits_with_a_head:
+    if make in (whole_numbers, a_head_on_4_bits):
         assert all(theirs[name].is_floating_point() for name in frozen)
     else:
         assert not frozen

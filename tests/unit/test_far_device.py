@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils import backend_registration
 
 import manualloop
 
@@ -16,6 +17,10 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch cannot register a device in Python",
+)
 @pytest.mark.parametrize("what", ["device", "examples"])
 def test_an_accelerator_that_is_not_the_cpu(what):
     where = {
@@ -43,4 +48,4 @@ def test_an_accelerator_that_is_not_the_cpu(what):
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
+    assert '"auto" is far' in done.stdout

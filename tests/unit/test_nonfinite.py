@@ -218,7 +218,9 @@ def test_a_kernel_that_does_not_look_at_the_flag_is_not_relied_on(monkeypatch):
     def blind(*args, found_inf, **kwargs):
         kernel(*args, found_inf=None, **kwargs)
 
-    devices._kernel_heeds_found_inf.cache_clear()
+    monkeypatch.setattr(
+        devices, "_kernel_heeds_found_inf", devices._kernel_heeds_found_inf.__wrapped__
+    )
     monkeypatch.setattr(torch, "_fused_adamw_", blind)
     monkeypatch.setattr(update, "reads_at_once", lambda tensor: False)
     reference, state = new_state(fused=True), new_state(fused=True)
@@ -230,7 +232,6 @@ def test_a_kernel_that_does_not_look_at_the_flag_is_not_relied_on(monkeypatch):
     torch.manual_seed(3)
     with pytest.raises(NonFiniteError, match=f"at step {bad} "):
         list(steps_of(state, loader_with(math.nan)))
-    devices._kernel_heeds_found_inf.cache_clear()
     assert is_equal(weights(state), weights(reference))
 
 
@@ -240,6 +241,22 @@ def test_the_fused_kernels_of_the_cpu_look_at_the_flag(kind):
     assert devices.heeds_found_inf(optimizer, torch.device("cpu"))
     plain = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(1))], fused=False)
     assert not devices.heeds_found_inf(plain, torch.device("cpu"))
+
+
+def test_a_step_of_the_users_own_is_not_relied_on():
+    class Decayed(torch.optim.AdamW):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    weight.data.mul_(0.9)
+
+    class Same(torch.optim.AdamW):
+        pass
+
+    for kind, is_torchs in ((Decayed, False), (Same, True)):
+        optimizer = kind([torch.nn.Parameter(torch.ones(1))], fused=True)
+        assert devices.heeds_found_inf(optimizer, torch.device("cpu")) is is_torchs
 
 
 def test_leaving_the_loop_with_flags_pending_does_not_hide_them(monkeypatch):

@@ -32,7 +32,7 @@ from manualloop import (
     train_loop,
     train_steps,
 )
-from manualloop.strategy import move, strategy_for
+from manualloop.strategy import move, strategy_for, strategy_in_place
 
 
 @pytest.fixture(autouse=True)
@@ -526,3 +526,20 @@ def test_fp16_scales_gradients_and_the_update_takes_it_out() -> None:
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one, other, rtol=0.02, atol=1e-3)
     assert not torch.equal(models[0].hidden.weight, models[1].hidden.weight)
+
+
+def test_gradients_accumulated_by_hand_are_those_where_the_model_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_net()
+    assert isinstance(strategy_in_place(model), SingleDevice)
+    assert strategy_in_place(model).device == torch.device("cpu")
+    assert strategy_in_place(nn.Linear(1, 1, device="meta")).device == torch.device("meta")
+    prepared = SingleDevice("cpu")
+    prepared.prepare_model(model)
+    assert strategy_in_place(model) is prepared
+    # Under a launcher a model alone would train on each rank for itself.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert isinstance(strategy_in_place(make_net()), Accelerated)
+    assert strategy_in_place(model) is prepared
