@@ -218,7 +218,7 @@ def heeds_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
     if not getattr(inner, "_step_supports_amp_scaling", False):
         return False
     torchs = (kind for kind in type(inner).__mro__ if kind.__module__.startswith("torch.optim."))
-    kind = next(torchs, Optimizer)
+    kind: Any = next(torchs, Optimizer)
     if inspect.unwrap(type(inner).step) is not inspect.unwrap(kind.step):
         return False
     return _kernel_heeds_found_inf(kind, device)
