@@ -215,17 +215,17 @@ def heeds_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
     ``step`` that is not torch's.
     """
     inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps another
-    if not getattr(inner, "_step_supports_amp_scaling", False):
-        return False
-    torchs = (kind for kind in type(inner).__mro__ if kind.__module__.startswith("torch.optim."))
-    kind: Any = next(torchs, Optimizer)
-    if inspect.unwrap(type(inner).step) is not inspect.unwrap(kind.step):
-        return False
-    return _kernel_heeds_found_inf(kind, device)
+    kind: Any = type(inner)
+    is_fused = getattr(inner, "_step_supports_amp_scaling", False)
+    return is_fused and _kernel_heeds_found_inf(kind, device)
 
 
 @cache
 def _kernel_heeds_found_inf(kind: Any, device: torch.device) -> bool:
+    torchs = (parent for parent in kind.__mro__ if parent.__module__.startswith("torch.optim."))
+    own_step, kind = kind.step, next(torchs, Optimizer)
+    if inspect.unwrap(own_step) is not inspect.unwrap(kind.step):
+        return False
     weight = torch.ones(1, dtype=torch.float32, device=device, requires_grad=True)
     weight.grad = torch.ones_like(weight)
     optimizer = kind([weight], lr=1.0, fused=True)
