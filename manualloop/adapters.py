@@ -44,7 +44,8 @@ def base_weights(model: nn.Module) -> set[str]:
 def saved_part(model: nn.Module) -> nn.Module | AdaptedModel:
     """Return what has the state of a model that a checkpoint is to hold."""
     model = unwrap_model(model, adapters=False)
-    return AdaptedModel(model) if base_weights(model) else model
+    base = base_weights(model)
+    return AdaptedModel(model, base) if base else model
 
 
 class AdaptedModel:
@@ -54,8 +55,8 @@ class AdaptedModel:
     and quantized weights have a state that they do not take back.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._base = model, base_weights(model)
+    def __init__(self, model: nn.Module, base: set[str]) -> None:
+        self._model, self._base = model, base
 
     def state_dict(self) -> dict[str, Any]:
         """Return all but the base's weights, and by what these are known again."""

@@ -15,6 +15,7 @@ import traceback
 from types import SimpleNamespace
 
 import torch
+from torch import library
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -123,9 +124,9 @@ _module = SimpleNamespace(
     _is_in_bad_fork=lambda: False,
 )
 backend_registration._setup_privateuseone_for_python_backend("far", _module)
-_library = torch.library.Library("_", "IMPL")
-_library.fallback(_run, "PrivateUse1")
-_library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+_kernels = library.Library("_", "IMPL")  # while it lives, they are registered
+_kernels.fallback(_run, "PrivateUse1")
+_kernels.fallback(library.fallthrough_kernel, "AutocastPrivateUse1")
 # `model.to("far")` keeps its parameters, as `.to("cuda")` does: the optimizer has them already.
 torch.__future__.set_swap_module_params_on_conversion(True)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -59,3 +62,24 @@ def rows(num_rows: int = 6, **columns: list[Any]) -> Dataset:
     ]
     default = {"sentence": texts, "label": [number % 2 for number in range(num_rows)]}
     return Dataset.from_dict(columns or default)
+
+
+def whole_and_resumed(run: Callable[..., Any], folder: Path, dies_after: int) -> tuple[Any, Any]:
+    """Call ``run(folder, on_step=...)`` to its end, and in two parts; both end with the same bits.
+
+    Returns:
+        The two results.
+    """
+
+    def die(step: Any) -> None:
+        if step.index == dies_after:
+            raise KeyboardInterrupt
+
+    whole = run(folder / "whole", on_step=None)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder / "parts", on_step=die)
+    resumed = run(folder / "parts", on_step=None)
+    assert resumed.history == whole.history
+    ours, theirs = (dict(result.state.model.named_parameters()) for result in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    return whole, resumed

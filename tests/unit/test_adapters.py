@@ -5,7 +5,7 @@ bitsandbytes writes to the terminal where it is installed, so that only `nox -s 
 
 import pytest
 import torch
-from helpers import bert_config, rows, tiny_bert, tiny_tokenizer
+from helpers import bert_config, rows, tiny_bert, tiny_tokenizer, whole_and_resumed
 from peft import LoraConfig, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
@@ -130,11 +130,7 @@ KINDS = [
 def test_adapters_go_on_to_the_last_bit_and_the_base_is_not_saved(
     make, loaders, base_folder, tmp_path
 ):
-    def run(folder, dies_after=None):
-        def die(step):
-            if step.index == dies_after:
-                raise KeyboardInterrupt
-
+    def run(folder, on_step):
         model = make(base_folder)
         torch.manual_seed(0)
         return train_loop(
@@ -146,26 +142,21 @@ def test_adapters_go_on_to_the_last_bit_and_the_base_is_not_saved(
             best_metric="-loss",
             checkpoint_dir=folder,
             checkpoint_every=3,
-            on_step=die,
+            on_step=on_step,
             progress_bar=False,
         )
 
-    whole = run(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", dies_after=7)
-    rest = run(tmp_path / "parts")
-    assert rest.history == whole.history
-    ours, theirs = (dict(result.state.model.named_parameters()) for result in (rest, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    whole, _ = whole_and_resumed(run, tmp_path, dies_after=7)
+    weights = dict(whole.state.model.named_parameters())
     before = dict(make(base_folder).named_parameters())
-    trained = {name for name, weight in theirs.items() if weight.requires_grad}
-    assert any(not torch.equal(theirs[name], before[name]) for name in trained)
+    trained = {name for name, weight in weights.items() if weight.requires_grad}
+    assert any(not torch.equal(weights[name], before[name]) for name in trained)
     (newest,) = (tmp_path / "parts").glob("step-00000022")
     saved = set(load_file(newest / "model.safetensors"))
     assert trained <= saved
-    frozen = {name for name in saved & set(theirs) if "default" not in name.split(".")}
+    frozen = {name for name in saved & set(weights) if "default" not in name.split(".")}
     if make in (whole_numbers, a_head_on_4_bits):
-        assert all(theirs[name].is_floating_point() for name in frozen)
+        assert all(weights[name].is_floating_point() for name in frozen)
     else:
         assert not frozen
 

@@ -29,16 +29,7 @@ def test_an_accelerator_that_is_not_the_cpu(what):
     }
     python_path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "far_device",
-            "-p",
-            "no:cacheprovider",
-            *where[what],
-        ],
+        [sys.executable, "-m", "pytest", "-pfar_device", "-pno:cacheprovider", *where[what]],
         env=os.environ | {"PYTHONPATH": python_path},
         cwd=TESTS,
         stdout=subprocess.PIPE,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import rows, tiny_bert, tiny_tokenizer
+from helpers import rows, tiny_bert, tiny_tokenizer, whole_and_resumed
 
 from manualloop import (
     NonFiniteError,
@@ -61,6 +61,13 @@ def loss_without_mask(model, batch):
     ).loss
 
 
+def steps_after_the_first(**options):
+    """Begin 22 updates; the first copies the weights and makes the moments."""
+    steps = train_steps(new_state(22), loaders()["train"], max_steps=22, **options)
+    next(steps)
+    return steps
+
+
 @contextmanager
 def waits_of_the_host():
     """Collect the source files that let the host wait for the device."""
@@ -86,15 +93,11 @@ def waits_of_the_host():
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_twenty_updates_and_the_host_never_waits(precision, max_grad_norm):
-    steps = train_steps(
-        new_state(22),
-        loaders()["train"],
-        max_steps=22,
+    steps = steps_after_the_first(
         loss_fn=loss_without_mask,
         max_grad_norm=max_grad_norm,
         strategy=SingleDevice(DEVICE, mixed_precision=precision),
     )
-    next(steps)  # copies the weights, makes the moments
     try:
         torch.cuda.set_sync_debug_mode("error")
         for _ in range(20):
@@ -108,15 +111,9 @@ def test_twenty_updates_and_the_host_never_waits(precision, max_grad_norm):
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_the_host_waits_for_what_the_model_reads_only(accumulation, max_grad_norm):
-    steps = train_steps(
-        new_state(22),
-        loaders()["train"],
-        max_steps=22,
-        gradient_accumulation_steps=accumulation,
-        max_grad_norm=max_grad_norm,
-        strategy=DEVICE,
+    steps = steps_after_the_first(
+        gradient_accumulation_steps=accumulation, max_grad_norm=max_grad_norm, strategy=DEVICE
     )
-    next(steps)
     of_each_step = []
     for _ in range(20):
         with waits_of_the_host() as files:
@@ -132,14 +129,9 @@ def test_the_host_waits_for_what_the_model_reads_only(accumulation, max_grad_nor
 
 @tells_of_waits
 def test_fp16_waits_twice_an_update():
-    steps = train_steps(
-        new_state(22),
-        loaders()["train"],
-        max_steps=22,
-        loss_fn=loss_without_mask,
-        strategy=SingleDevice(DEVICE, mixed_precision="fp16"),
+    steps = steps_after_the_first(
+        loss_fn=loss_without_mask, strategy=SingleDevice(DEVICE, mixed_precision="fp16")
     )
-    next(steps)
     with waits_of_the_host() as files:
         for _ in range(20):
             next(steps)
@@ -178,11 +170,7 @@ def test_the_weights_are_those_of_the_loop_written_by_hand(precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_run_goes_on_to_the_last_bit(precision, tmp_path):
-    def run(folder, dies_after=None):
-        def die(step):
-            if step.index == dies_after:
-                raise KeyboardInterrupt
-
+    def run(folder, on_step):
         torch.manual_seed(0)
         return train_loop(
             tiny_bert(),
@@ -191,18 +179,12 @@ def test_a_run_goes_on_to_the_last_bit(precision, tmp_path):
             strategy=SingleDevice(DEVICE, mixed_precision=precision),
             checkpoint_dir=folder,
             checkpoint_every=3,
-            on_step=die,
+            on_step=on_step,
             progress_bar=False,
         )
 
-    whole = run(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", dies_after=7)
-    rest = run(tmp_path / "parts")
-    assert rest.state.progress.num_steps == whole.state.progress.num_steps == 22
-    pairs = zip(rest.state.model.parameters(), whole.state.model.parameters(), strict=True)
-    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
-    assert rest.history == whole.history
+    whole, resumed = whole_and_resumed(run, tmp_path, dies_after=7)
+    assert resumed.state.progress.num_steps == whole.state.progress.num_steps == 22
 
 
 def test_what_was_trained_on_the_cpu_goes_on_here():
