@@ -50,7 +50,7 @@ def tests(session: nox.Session) -> None:
 def faults(session: nox.Session) -> None:
     """Strike every fault, and stop at every point: all cases, of which `tests` runs a part."""
     install(session, "-e", ".[metrics,plot]", group="test")
-    paths = ["tests/faults", "tests/unit/test_resume.py"]
+    paths = ["tests/faults", "tests/resume/test_resume.py"]
     session.run("pytest", "-m", "", *paths, *session.posargs, env=OFFLINE)
 
 
@@ -65,7 +65,7 @@ def distributed(session: nox.Session) -> None:
 def quantized(session: nox.Session) -> None:
     """Test adapters on what bitsandbytes quantized; where installed, it writes to the terminal."""
     install(session, "-e", ".[metrics,plot]", group="quantized")
-    session.run("pytest", "tests/unit/test_adapters.py", *session.posargs, env=OFFLINE)
+    session.run("pytest", "tests/checkpoint/test_parts.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session

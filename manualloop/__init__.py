@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Accelerated": "accelerated",
+    "Accelerated": "strategy.accelerated",
     "AccumulationReport": "verify",
     "BatchReport": "data.inspect",
     "CheckpointError": "errors",
-    "CheckpointInfo": "checkpoint",
+    "CheckpointInfo": "checkpoint.api",
     "ConfigError": "errors",
     "DataError": "errors",
     "DistributedError": "errors",
@@ -27,12 +27,12 @@ _HOME = {
     "MetricError": "errors",
     "ModelError": "errors",
     "NonFiniteError": "errors",
-    "Predictions": "predictions",
+    "Predictions": "evaluation.predictions",
     "ResumeReport": "verify",
-    "RunComparison": "compare",
-    "SingleDevice": "devices",
+    "RunComparison": "run.compare",
+    "SingleDevice": "strategy.single",
     "Step": "types",
-    "Strategy": "strategy",
+    "Strategy": "strategy.base",
     "TrainResult": "loop",
     "TrainState": "state",
     "Update": "types",
@@ -40,21 +40,21 @@ _HOME = {
     "accumulate_gradients": "update",
     "apply_update": "update",
     "check_accumulation": "verify",
-    "compare_runs": "compare",
-    "count_items": "tasks",
-    "evaluate_loop": "evaluation",
+    "compare_runs": "run.compare",
+    "count_items": "tasks.items",
+    "evaluate_loop": "evaluation.loop",
     "inspect_batch": "data.inspect",
-    "launch": "launching",
-    "load_checkpoint": "checkpoint",
-    "load_metric": "metrics",
-    "predict_loop": "evaluation",
+    "launch": "strategy.launch",
+    "load_checkpoint": "checkpoint.api",
+    "load_metric": "evaluation.metrics",
+    "predict_loop": "evaluation.loop",
     "prepare_dataloaders": "data.prepare",
     "prepare_optimizer": "optim",
     "prepare_scheduler": "optim",
-    "prepare_strategy": "strategy",
-    "save_checkpoint": "checkpoint",
+    "prepare_strategy": "strategy.select",
+    "save_checkpoint": "checkpoint.api",
     "train_loop": "loop",
-    "train_steps": "training",
+    "train_steps": "steps",
     "verify_resume": "verify",
     "windows": "update",
 }
@@ -75,16 +75,12 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
-    from manualloop.accelerated import Accelerated as Accelerated
-    from manualloop.checkpoint import CheckpointInfo as CheckpointInfo
-    from manualloop.checkpoint import load_checkpoint as load_checkpoint
-    from manualloop.checkpoint import save_checkpoint as save_checkpoint
-    from manualloop.compare import RunComparison as RunComparison
-    from manualloop.compare import compare_runs as compare_runs
+    from manualloop.checkpoint.api import CheckpointInfo as CheckpointInfo
+    from manualloop.checkpoint.api import load_checkpoint as load_checkpoint
+    from manualloop.checkpoint.api import save_checkpoint as save_checkpoint
     from manualloop.data.inspect import BatchReport as BatchReport
     from manualloop.data.inspect import inspect_batch as inspect_batch
     from manualloop.data.prepare import prepare_dataloaders as prepare_dataloaders
-    from manualloop.devices import SingleDevice as SingleDevice
     from manualloop.errors import CheckpointError as CheckpointError
     from manualloop.errors import ConfigError as ConfigError
     from manualloop.errors import DataError as DataError
@@ -93,20 +89,24 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.errors import MetricError as MetricError
     from manualloop.errors import ModelError as ModelError
     from manualloop.errors import NonFiniteError as NonFiniteError
-    from manualloop.evaluation import evaluate_loop as evaluate_loop
-    from manualloop.evaluation import predict_loop as predict_loop
-    from manualloop.launching import launch as launch
+    from manualloop.evaluation.loop import evaluate_loop as evaluate_loop
+    from manualloop.evaluation.loop import predict_loop as predict_loop
+    from manualloop.evaluation.metrics import load_metric as load_metric
+    from manualloop.evaluation.predictions import Predictions as Predictions
     from manualloop.loop import TrainResult as TrainResult
     from manualloop.loop import train_loop as train_loop
-    from manualloop.metrics import load_metric as load_metric
     from manualloop.optim import prepare_optimizer as prepare_optimizer
     from manualloop.optim import prepare_scheduler as prepare_scheduler
-    from manualloop.predictions import Predictions as Predictions
+    from manualloop.run.compare import RunComparison as RunComparison
+    from manualloop.run.compare import compare_runs as compare_runs
     from manualloop.state import TrainState as TrainState
-    from manualloop.strategy import Strategy as Strategy
-    from manualloop.strategy import prepare_strategy as prepare_strategy
-    from manualloop.tasks import count_items as count_items
-    from manualloop.training import train_steps as train_steps
+    from manualloop.steps import train_steps as train_steps
+    from manualloop.strategy.accelerated import Accelerated as Accelerated
+    from manualloop.strategy.base import Strategy as Strategy
+    from manualloop.strategy.launch import launch as launch
+    from manualloop.strategy.select import prepare_strategy as prepare_strategy
+    from manualloop.strategy.single import SingleDevice as SingleDevice
+    from manualloop.tasks.items import count_items as count_items
     from manualloop.types import Step as Step
     from manualloop.types import Update as Update
     from manualloop.types import Window as Window

@@ -13,20 +13,20 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from manualloop.cadence import Cadence, parse_cadence, parse_seconds
 from manualloop.errors import ConfigError
-from manualloop.history import Record
 from manualloop.optim import prepare_optimizer, prepare_scheduler
-from manualloop.report import Report
-from manualloop.run import Run
-from manualloop.run_folder import open_run_folder
+from manualloop.run.cadence import Cadence, parse_cadence
+from manualloop.run.folder import open_run_folder
+from manualloop.run.report import Report
+from manualloop.run.run import Run
+from manualloop.run.stopping import Stopping
 from manualloop.state import TrainState
-from manualloop.stopping import Stopping
-from manualloop.strategy import Strategy, strategy_for
-from manualloop.times import Times
-from manualloop.training import plan_run, train_steps
-from manualloop.types import LossFn, Step
-from manualloop.update import OnNonfinite, StepFn
+from manualloop.steps import plan_run, train_steps
+from manualloop.strategy.base import Strategy
+from manualloop.strategy.select import strategy_for
+from manualloop.times import Times, parse_seconds
+from manualloop.types import LossFn, OnNonfinite, Record, Step
+from manualloop.update import StepFn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +37,7 @@ class TrainResult:
         state: Model, optimizer and schedule as the last update left them, and the progress.
         metrics: Of the last evaluation; empty if there was none.
         best_metrics: Of the best evaluation by ``best_metric``; empty without it.
-        history: Records of training and evaluation, oldest first: see ``manualloop.history``. Of
+        history: Records of training and evaluation, oldest first: see ``History``. Of
             a resumed run all of them, also those of earlier processes.
         stopped_by: What ended the run: "num_epochs", "max_steps", "patience", "max_time", or a
             signal: "SIGINT" (Ctrl-C), "SIGTERM", "SIGUSR1".
@@ -71,7 +71,7 @@ class TrainResult:
         Raises:
             ImportError: matplotlib is missing: ``pip install manualloop[plot]``.
         """
-        from manualloop.plot import plot_history
+        from manualloop.run.plot import plot_history
 
         return plot_history(self.history)
 

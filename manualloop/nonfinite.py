@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manualloop.data.deal import is_spare
+from manualloop.checks import place_of
 from manualloop.errors import NonFiniteError
-from manualloop.history import LateTensor
 from manualloop.models import evaluation_mode, is_sharded, unwrap_model
 from manualloop.notices import say
-from manualloop.preflight import place_of
+from manualloop.reading.ranks import is_spare
 from manualloop.state import TrainState
-from manualloop.strategy import Strategy
-from manualloop.tasks import count_items, model_loss
-from manualloop.types import LossFn, Update, Window
-from manualloop.update import OnNonfinite, split_batch
+from manualloop.strategy.base import Strategy
+from manualloop.strategy.transfer import LateTensor
+from manualloop.tasks.items import count_items, model_loss
+from manualloop.types import LossFn, OnNonfinite, Update, Window
+from manualloop.update import split_batch
 
 _NUM_ROWS_NAMED = 3
 _LAG = 2  # updates after which the flag of an earlier one has long landed

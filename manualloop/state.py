@@ -52,7 +52,7 @@ class TrainState:
         is_training: Whether a ``train_steps`` is open on it.
         feed: Gives the batches, and knows the place in them; None before the first ``train_steps``.
         position: The place that was loaded, for the next one.
-        contract: What the run depends on; see ``manualloop.contract``.
+        contract: What the run depends on; see ``manualloop.checkpoint.contract``.
         times: Where the time went since it was made; not saved.
         is_resumed: Whether the contract is that of a checkpoint, not compared yet.
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor
+
+from manualloop.errors import ConfigError
+
+SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
+TIME_OR_EPOCHS = re.compile(r"(?:(\d+(?:\.\d+)?) ?)?(epochs?|s|sec|min|h)")
 
 _OFF = 0.2  # of the time, or of the tokens, above which something is said
 _LONG_ENOUGH = 30.0  # seconds that a run takes before anything is said
@@ -107,3 +114,27 @@ class Times:
             found["computing padding: group_by_length=True"] = self.padding * share
         text, share = max(found.items(), key=lambda item: item[1])
         return f"{share:.0%} of the time went to {text}." if share > _OFF else None
+
+
+def parse_seconds(name: str, time: float | str | None) -> float | None:
+    """Turn a time into seconds: a number of them, ``"30 s"``, ``"10 min"`` or ``"2 h"``.
+
+    Raises:
+        ConfigError: It cannot be read, or is not above 0.
+
+    >>> parse_seconds("max_time", "1.5 h")
+    5400.0
+    """
+    if time is None:
+        return None
+    parts = TIME_OR_EPOCHS.fullmatch(time) if isinstance(time, str) else None
+    seconds = 0.0
+    if parts is not None and parts[2] in SECONDS:
+        seconds = float(Fraction(parts[1] or 1) * SECONDS[parts[2]])
+    elif isinstance(time, int | float) and not isinstance(time, bool):
+        seconds = float(time)
+    if not seconds > 0:
+        raise ConfigError(
+            f'{name}={time!r} is not a time. Write seconds (600), or "30 s", "10 min", "2 h".'
+        )
+    return seconds

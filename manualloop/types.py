@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -98,3 +98,23 @@ class Step:
         # No tensor in it: printing one would wait for the device.
         end = ", ends_epoch" if self.ends_epoch else ""
         return f"Step({self.index}/{self.num_steps}, epoch={self.epoch}, lr={self.lr:.3g}{end})"
+
+
+Record: TypeAlias = dict[str, Any]
+
+
+class Plan(NamedTuple):
+    """How long a run is.
+
+    Attributes:
+        num_steps: Updates in the run, if none is skipped.
+        num_epochs: Epochs after which it ends; None if ``max_steps`` ends it.
+        num_steps_per_epoch: None for data without a length.
+    """
+
+    num_steps: int
+    num_epochs: int | None
+    num_steps_per_epoch: int | None
+
+
+OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]

@@ -6,28 +6,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from time import perf_counter
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from manualloop.data.deal import as_spare, is_spare
-from manualloop.data.feed import Feed, Given
 from manualloop.errors import DataError, ModelError
 from manualloop.notices import say
+from manualloop.optim import heeds_found_inf, parameters_of, zero_gradients
+from manualloop.reading.ranks import as_spare, is_spare
+from manualloop.reading.reader import Feed, Given
 from manualloop.state import TrainState
-from manualloop.strategy import (
-    Strategy,
-    heeds_found_inf,
-    parameters_of,
-    strategy_in_place,
-    zero_gradients,
-)
-from manualloop.tasks import count_terms, loss_and_items, num_rows, require_loss, term_losses
+from manualloop.strategy.base import Strategy
+from manualloop.strategy.select import strategy_in_place
+from manualloop.tasks.items import count_terms, loss_and_items, num_rows, require_loss, term_losses
 from manualloop.times import Times
-from manualloop.types import LossFn, Update, Window
-
-OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]
+from manualloop.types import LossFn, OnNonfinite, Update, Window
 
 StepFn: TypeAlias = Callable[[TrainState, list[Any], Strategy], Update]
 """``step_fn(state, batches, strategy) -> Update`` replaces the whole update."""

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import manualloop.training as training
+import manualloop.steps as training
 import manualloop.update as update
 from manualloop.errors import ConfigError, DataError
 from manualloop.models import evaluation_mode, model_name
-from manualloop.strategy import Strategy, strategy_for
-from manualloop.tasks import count_items, model_loss, num_rows
+from manualloop.strategy.base import Strategy
+from manualloop.strategy.select import strategy_for
+from manualloop.tasks.items import count_items, model_loss, num_rows
 from manualloop.types import LossFn, Step, Update, Window
 from manualloop.update import accumulate_gradients, split_batch
 

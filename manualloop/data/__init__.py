@@ -1,1 +1,0 @@
-"""From datasets to batches: which columns, in which order, padded how."""

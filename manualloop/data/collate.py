@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from manualloop.data.labels import BY_TOKEN
 from manualloop.errors import DataError
-from manualloop.tasks import misaligned_message
+from manualloop.mistakes import filter_missing, misaligned_message, text_label_message, text_message
+from manualloop.tasks.items import TASKS
 
 if TYPE_CHECKING:
     from manualloop.data.columns import Split
@@ -86,41 +89,6 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def text_message(
-    column: str, example: Any, *, split: str | None = None, is_tokenized: bool = False
-) -> str:
-    """Say that a column is text, or lists of text, where numbers are wanted."""
-    if column in ("label", "labels"):
-        return text_label_message(column, example, split=split)
-    of = "" if split is None else f" of {split}"
-    if is_tokenized:
-        return (
-            f"Column {column!r}{of} is text, e.g. {example!r} (row 0), beside the tokens made of "
-            f'it. Leave it out: dataset.remove_columns("{column}").'
-        )
-    return (
-        f"Column {column!r}{of} is still text. Tokenise it: prepare_dataloaders(dataset, "
-        f'tokenizer), or dataset.map(lambda rows: tokenizer(rows["{column}"], truncation=True), '
-        "batched=True)."
-    )
-
-
-def text_label_message(column: str, example: Any, *, split: str | None = None) -> str:
-    """Say that a column of labels is text, or lists of text."""
-    of = "" if split is None else f" of {split}"
-    mended = f'dataset.class_encode_column("{column}")'
-    if not isinstance(example, str):
-        names = f'sorted({{name for names in dataset["{column}"] for name in names}})'
-        mended = (
-            f'dataset.cast_column("{column}", datasets.Sequence(datasets.ClassLabel('
-            f"names={names})))"
-        )
-    return (
-        f"{column!r}{of} holds strings, e.g. {example!r} (row 0). Turn them into class numbers: "
-        f"{mended}."
-    )
-
-
 def check_columns(
     split: Split, texts: Sequence[str], label: str | None, *, may_be_text: bool
 ) -> None:
@@ -169,15 +137,6 @@ def _check_complete(split: Split, column: str) -> None:
         )
 
 
-def filter_missing(column: str, *, is_float: bool = False, in_lists: bool = False) -> str:
-    """Return the code that filters out rows without a value: None or, among floats, NaN."""
-    value = f'row["{column}"]'
-    if in_lists:
-        return f"dataset.filter(lambda row: all(x is not None and x == x for x in {value}))"
-    is_number = f" and {value} == {value}" if is_float else ""  # NaN does not equal itself
-    return f"dataset.filter(lambda row: {value} is not None{is_number})"
-
-
 def check_alignment(split: Split) -> None:
     """Refuse labels of tokens that are not one a token: padding both would hide it.
 
@@ -206,3 +165,63 @@ def _length(value: Any) -> int:
     if getattr(value, "ndim", 1) == 0:  # a tensor or array of one number: len() refuses it
         return 0
     return len(value) if hasattr(value, "__len__") else 0
+
+
+def padding_collate_fn(
+    tokenizer: Any, task: str | None, pad_to_multiple_of: int | None
+) -> Callable[[Any], dict[str, Any]]:
+    """Return what pads and stacks the rows of a task.
+
+    It takes tables where the tokenizer pads as all do, and then has ``padded_lengths``.
+    """
+    import transformers
+
+    collator: Any = transformers.default_data_collator
+    if hasattr(tokenizer, "pad_token"):  # it is neither None nor a processor of images
+        collators = {
+            "seq2seq_lm": transformers.DataCollatorForSeq2Seq,
+            "multiple_choice": transformers.DataCollatorForMultipleChoice,
+            **dict.fromkeys(BY_TOKEN, transformers.DataCollatorForTokenClassification),
+        }
+        kind = collators.get(task or "", transformers.DataCollatorWithPadding)
+        collator = kind(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
+    float_labels = task is not None and TASKS[task].float_labels
+    collate = partial(
+        collate_rows,
+        collator=collator,
+        float_labels=float_labels,
+        token_labels=task in BY_TOKEN,
+    )
+    if task == "multiple_choice" or not _pads_plainly(tokenizer):
+        return collate
+    from manualloop.data.tables import TableCollate
+
+    return TableCollate(
+        tokenizer,
+        collate,
+        labels="tokens" if task in BY_TOKEN else "longest" if task == "seq2seq_lm" else None,
+        pad_to_multiple_of=pad_to_multiple_of,
+        float_labels=float_labels,
+    )
+
+
+def _pads_plainly(tokenizer: Any) -> bool:
+    """Tell whether a tokenizer pads as transformers' base class does."""
+    from transformers import PreTrainedTokenizerBase
+
+    own, base = type(tokenizer), PreTrainedTokenizerBase
+    return isinstance(tokenizer, base) and own.pad is base.pad and own._pad is base._pad
+
+
+def require_pad_token(tokenizer: Any) -> None:
+    """Refuse a tokenizer that cannot pad.
+
+    Raises:
+        DataError: It has no pad token.
+    """
+    if getattr(tokenizer, "pad_token", "") is None:
+        raise DataError(
+            "The tokenizer has no pad token, so batches cannot be padded. Give it one: "
+            "tokenizer.pad_token = tokenizer.eos_token; model.config.pad_token_id = "
+            "tokenizer.pad_token_id."
+        )

@@ -7,8 +7,8 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from manualloop.errors import ConfigError, DataError
+from manualloop.mistakes import LABEL_LIKE
 from manualloop.models import forward_columns
-from manualloop.tasks import LABEL_LIKE
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from manualloop.data.order import num_batches
+from manualloop.data.sampler import num_batches
 
 _NUM_ROWS = 16
 

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from manualloop.errors import DataError
+from manualloop.mistakes import IGNORE_INDEX, scalar_floats_message
 from manualloop.models import num_labels, problem_type
 from manualloop.notices import logger
-from manualloop.tasks import IGNORE_INDEX, infer_task
+from manualloop.tasks.items import infer_task
 
 if TYPE_CHECKING:
     from manualloop.data.columns import Rows, Split
@@ -205,16 +206,6 @@ Mend the label, or load the model with room for it: from_pretrained(name, num_la
     raise DataError(
         f"Label {label} in {place}, but the model has num_labels={num_labels} "
         f"(0..{num_labels - 1}). {mended}"
-    )
-
-
-def scalar_floats_message(found: str, column: str, num_labels: int | None) -> str:
-    """Say that one float a row is neither a class nor a row of a multi-label problem."""
-    wanted = "one for each class" if num_labels is None else f"{num_labels} of them a row"
-    return (
-        f"Float labels {found} are read as multi-label, which wants {wanted}. For a regression "
-        "load the model with num_labels=1; for one class a row make them integers: "
-        f'dataset.cast_column("{column}", datasets.Value("int64")).'
     )
 
 

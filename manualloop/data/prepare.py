@@ -9,8 +9,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from manualloop.data.collate import check_alignment, check_columns, text_message
-from manualloop.data.collators import padding_collate_fn, require_pad_token
+from manualloop.data.collate import (
+    check_alignment,
+    check_columns,
+    padding_collate_fn,
+    require_pad_token,
+)
 from manualloop.data.columns import (
     Columns,
     Rows,
@@ -22,14 +26,15 @@ from manualloop.data.columns import (
     open_split,
     open_splits,
 )
+from manualloop.data.grouping import Ints, round_up
 from manualloop.data.labels import BY_TOKEN, Labels, describe_labels, prepare_labels
-from manualloop.data.lengths import Ints, round_up
-from manualloop.data.order import ordered_loader
+from manualloop.data.sampler import ordered_loader
 from manualloop.errors import ConfigError, DataError
+from manualloop.mistakes import LABEL_LIKE, text_message
 from manualloop.models import max_length as model_max_length
 from manualloop.models import model_name
 from manualloop.notices import say
-from manualloop.tasks import LABEL_LIKE, TASKS
+from manualloop.tasks.items import TASKS
 
 
 def prepare_dataloaders(
@@ -67,7 +72,7 @@ def prepare_dataloaders(
         tokenizer: Tokenizes and pads; None if the rows are ready to be stacked.
         model: Its ``forward`` decides which columns stay. Without it the tokenizer's
             ``model_input_names`` and the labels do.
-        task: A key of ``manualloop.tasks.TASKS``; None: inferred from the labels and the model.
+        task: A key of ``manualloop.tasks.items.TASKS``; None: inferred from the labels and the model.
         text_columns: One column or a pair; None: inferred.
         label_column: Reaches the model as ``labels``; None: ``labels``, ``label``, or the only
             column of classes. Lists are multi-label: of 0 and 1, or of class numbers. Floats are

@@ -18,8 +18,8 @@ from datasets.formatting import query_table
 from numpy.typing import NDArray
 from torch import Tensor
 
-from manualloop.data.lengths import Ints, round_up
-from manualloop.tasks import IGNORE_INDEX
+from manualloop.data.grouping import Ints, round_up
+from manualloop.mistakes import IGNORE_INDEX
 
 _ROWS_AT_ONCE = 10_000
 

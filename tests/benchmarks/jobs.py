@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from manualloop import prepare_dataloaders
-from manualloop.data.order import ordered_loader
+from manualloop.data.sampler import ordered_loader
 
 TEXTS = {"sst2": ("sentence",), "mrpc": ("sentence1", "sentence2")}
 BATCH_SIZES = {"sst2": 32, "mrpc": 8}

@@ -44,8 +44,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from manualloop import prepare_scheduler, run_folder, train_loop
-from manualloop.data.order import ordered_loader
+from manualloop import prepare_scheduler, train_loop
+from manualloop.data.sampler import ordered_loader
+from manualloop.run import folder as run_folder
 
 NUM_ROWS, BATCH_SIZE, NUM_EPOCHS, LR = 64, 8, 5, 1e-3
 NUM_UPDATES = NUM_EPOCHS * NUM_ROWS // BATCH_SIZE

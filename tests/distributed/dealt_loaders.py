@@ -24,9 +24,9 @@ from manualloop import (
     train_loop,
     train_steps,
 )
-from manualloop.data.deal import is_spare
-from manualloop.data.feed import Feed
-from manualloop.data.order import ordered_loader
+from manualloop.data.sampler import ordered_loader
+from manualloop.reading.ranks import is_spare
+from manualloop.reading.reader import Feed
 
 NUM_ROWS, BATCH_SIZE = 23, 2  # 12 batches: 6 rounds, the last batch of one row
 

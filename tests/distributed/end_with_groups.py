@@ -5,7 +5,7 @@ import time
 
 import torch
 
-import manualloop.lifeline
+import manualloop.strategy.liveness
 from manualloop import prepare_strategy
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from manualloop import (
     prepare_dataloaders,
     prepare_strategy,
 )
-from manualloop.data.order import ordered_loader
+from manualloop.data.sampler import ordered_loader
 
 
 class Rows(Dataset):

@@ -17,7 +17,7 @@ import torch
 from strikes import KillAt
 
 from manualloop import prepare_strategy
-from manualloop.data.order import order
+from manualloop.data.sampler import order
 
 BAD_ROW = order(bench.NUM_ROWS, 1, 0)[4 * 7]  # of batch 7, which is rank 1's
 

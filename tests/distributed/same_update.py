@@ -21,7 +21,7 @@ from manualloop import (
     prepare_strategy,
     train_steps,
 )
-from manualloop.data.order import ordered_loader
+from manualloop.data.sampler import ordered_loader
 
 NUM_ROWS, GLOBAL_BATCH = 21, 4
 CASES = [

@@ -24,7 +24,7 @@ from manualloop import (
     save_checkpoint,
     train_steps,
 )
-from manualloop.data.order import ordered_loader
+from manualloop.data.sampler import ordered_loader
 
 
 def make_loader(shuffle):

@@ -13,7 +13,7 @@ from same_update import make_model, make_rows
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from manualloop import TrainState, prepare_strategy, train_steps
-from manualloop.data.order import ordered_loader
+from manualloop.data.sampler import ordered_loader
 
 GLOBAL_BATCH, NUM_ROWS = 8, 16
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from manualloop import SingleDevice, train_loop
-from manualloop.data.order import ordered_loader
+from manualloop.data.sampler import ordered_loader
 
 NUM_ROWS, NUM_STEPS = 64, 12  # 16 batches of 4 an epoch, in windows of 3: six updates, two epochs
 CONTEXT = multiprocessing.get_context("forkserver")

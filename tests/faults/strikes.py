@@ -42,7 +42,7 @@ class KillAt:
 
 
 def _tensors():
-    import manualloop.tensors
+    import manualloop.checkpoint.tensors
 
     return manualloop.tensors
 

@@ -7,8 +7,9 @@ import torch
 from resume_cases import Rows
 from torch.utils.data import DataLoader, TensorDataset
 
-from manualloop import CheckpointError, SingleDevice, TrainState, contract, train_loop, train_steps
-from manualloop.data.order import ordered_loader
+from manualloop import CheckpointError, SingleDevice, TrainState, train_loop, train_steps
+from manualloop.checkpoint import contract as contract
+from manualloop.data.sampler import ordered_loader
 
 NUM_ROWS = 14
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from manualloop import CheckpointError, SingleDevice, TrainState, load_checkpoint, save_checkpoint
-from manualloop.folder import _manifest_bytes, find_folders
+from manualloop.checkpoint.folders import _manifest_bytes, find_folders
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs inotify")
 

@@ -10,8 +10,8 @@ import pytest
 from strikes import POINTS, Gate, KillAt
 
 import manualloop
-from manualloop.checkpoint import find_best, find_last
-from manualloop.folder import find_folders, verify_folder
+from manualloop.checkpoint.api import find_best, find_last
+from manualloop.checkpoint.folders import find_folders, verify_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 

@@ -22,7 +22,7 @@ from manualloop import (
     train_loop,
     train_steps,
 )
-from manualloop.data.order import order, ordered_loader
+from manualloop.data.sampler import order, ordered_loader
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 NUM_ROWS, BAD_ROW = 24, order(24, seed=1, epoch=0)[13]  # in batch 6: update 3, of batches 4 to 6
@@ -230,7 +230,7 @@ def test_f15_the_loss_scale_is_restored(cut, tmp_path):
 
 
 def test_a_worker_outlives_the_signals_of_its_group_and_obeys_a_second_sigterm(tmp_path):
-    from manualloop.data.passes import open_pass
+    from manualloop.reading.sources import open_pass
 
     loader = ordered_loader(
         Rows(str(tmp_path / "no"), "raise"),

@@ -14,8 +14,8 @@ from manualloop import (
     prepare_dataloaders,
     train_loop,
 )
-from manualloop.data.lengths import grouped_order
-from manualloop.data.order import OrderedBatchSampler
+from manualloop.data.grouping import grouped_order
+from manualloop.data.sampler import OrderedBatchSampler
 
 lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=400).map(np.array)
 

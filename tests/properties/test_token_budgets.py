@@ -20,8 +20,8 @@ from manualloop import (
     train_loop,
     train_steps,
 )
-from manualloop.data.lengths import budgeted_batches, cut
-from manualloop.data.order import OrderedBatchSampler
+from manualloop.data.grouping import budgeted_batches, cut
+from manualloop.data.sampler import OrderedBatchSampler
 
 lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=400).map(np.array)
 budgets = st.integers(60, 500)

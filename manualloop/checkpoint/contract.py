@@ -1,0 +1,147 @@
+"""What a resumed run must have in common with the one it goes on with, and what if it has not."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from manualloop.data.fingerprint import fingerprint
+from manualloop.data.sampler import OrderedBatchSampler
+from manualloop.errors import CheckpointError
+from manualloop.models import model_name
+from manualloop.notices import say
+from manualloop.state import TrainState
+from manualloop.strategy.base import Strategy
+
+Contract = dict[str, Any]
+"""Facts about a run by their names, grouped by what a difference means."""
+
+_LIBRARIES = ("torch", "numpy", "transformers", "datasets", "accelerate", "safetensors")
+
+
+def describe_run(
+    state: TrainState, loader: Iterable[Any], strategy: Strategy, **settings: Any
+) -> Contract:
+    """Describe a run: what goes into the manifest of its checkpoints.
+
+    Args:
+        state: Of the run.
+        loader: That gives its batches.
+        strategy: That runs it.
+        settings: Whatever else its numbers depend on.
+
+    Returns:
+        Three groups. Of "same" a difference is refused; of "exact" it is said that the run is not
+        bit-exact any more; of "kept" that the checkpoint's value is used.
+    """
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    is_ours = isinstance(sampler, OrderedBatchSampler)
+    scheduler = state.lr_scheduler
+    data_settings = {
+        "max_tokens": (max_tokens := sampler.max_tokens if is_ours else None),
+        "batch_size": getattr(sampler, "batch_size", None) if max_tokens is None else None,
+        "drop_last": getattr(sampler, "drop_last", None),
+        "seed": sampler.seed if is_ours else None,
+        "shuffle": sampler.shuffle if is_ours else _sampler_name(loader),
+        "num_workers": getattr(loader, "num_workers", 0),
+    }
+    return {
+        "same": {
+            **fingerprint(loader),
+            **_order_of(sampler),
+            "optimizer": type(getattr(state.optimizer, "optimizer", state.optimizer)).__name__,
+        },
+        "exact": {
+            **data_settings,
+            **settings,
+            "model": model_name(state.model),
+            "lr_scheduler": None if scheduler is None else type(scheduler).__name__,
+            "world_size": strategy.world_size,
+            "device": strategy.device.type,
+            "mixed_precision": _precision(strategy),
+            "compile": bool(getattr(strategy, "compile", False)),
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _LIBRARIES},
+        },
+        "kept": {
+            name: value
+            for name, value in state.optimizer.defaults.items()
+            if isinstance(value, bool | int | float | str | tuple | None)
+        },
+    }
+
+
+def check_contract(saved: Contract, now: Contract, *, workers_matter: bool) -> None:
+    """Compare the run of a checkpoint with the one that is to go on with it.
+
+    Args:
+        saved: Of the checkpoint.
+        now: Of the run that is to begin.
+        workers_matter: Whether batches depend on the number of processes that read them: they
+            draw random numbers there, or read a stream.
+
+    Raises:
+        CheckpointError: They train on other data, or with another optimizer.
+    """
+    if differences := _differences(saved["same"], now["same"]):
+        raise CheckpointError(
+            "The checkpoint is of another run, and nothing was trained:\n"
+            + "\n".join(f"- {difference}" for difference in differences)
+            + "\nGo on with what it was begun with, or begin anew in another checkpoint_dir. To "
+            "begin with the weights alone: from_pretrained(checkpoint)."
+        )
+    exact = dict(saved["exact"])
+    if not workers_matter:
+        exact["num_workers"] = now["exact"]["num_workers"]
+    for difference in _differences(exact, now["exact"]):
+        say(f"going on, not bit-exact because {difference}.")
+    for difference in _differences(saved["kept"], now["kept"]):
+        say(f"going on with the optimizer's settings of the checkpoint, not {difference}.")
+
+
+def contract_differences(a: Contract, b: Contract) -> list[str]:
+    """List in what two runs were set up differently: ``"seed: 1 -> 2"``."""
+    groups = dict.fromkeys((*a, *b))
+    return [line for group in groups for line in _differences(a.get(group, {}), b.get(group, {}))]
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}: {saved.get(name)} -> {now.get(name)}"
+        for name in dict.fromkeys((*saved, *now))
+        if _plain(saved.get(name)) != _plain(now.get(name))
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _order_of(sampler: Any) -> dict[str, str]:
+    """Say how rows are put together, if not as they are drawn."""
+    if getattr(sampler, "lengths", None) is None:
+        return {}
+    return {
+        "order": "group_by_length" if sampler.max_tokens is None else "max_tokens",
+        "row_lengths": hashlib.sha256(sampler.lengths.tobytes()).hexdigest()[:16],
+    }
+
+
+def _sampler_name(loader: Any) -> str | None:
+    sampler = getattr(loader, "sampler", None)
+    return None if sampler is None else type(sampler).__name__
+
+
+def _precision(strategy: Any) -> str:
+    inner = getattr(strategy, "accelerator", strategy)
+    return str(getattr(inner, "mixed_precision", "no"))
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,281 @@
+"""A training state as tensors and JSON, and back into a state that was built like it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from manualloop.checkpoint.folders import refuse_constant
+from manualloop.checkpoint.nested import put_together, take_apart
+from manualloop.checkpoint.parts import (
+    BASE,
+    PREFIX,
+    ShardedModel,
+    ShardedOptimizer,
+    base_weights,
+    is_shard,
+    read_shards,
+    saved_part,
+)
+from manualloop.checkpoint.tensors import (
+    Aliases,
+    describe,
+    find_aliases,
+    load_tensors,
+    save_tensors,
+)
+from manualloop.errors import CheckpointError
+from manualloop.models import is_sharded, tied_names, unwrap_model
+from manualloop.randomness import get_random_state, set_random_state
+from manualloop.state import Progress, TrainState
+from manualloop.strategy.base import Strategy
+
+_STATE = "state.json"
+_STEMS = ("model", "optimizer", "extras", "rng")
+_NUM_NAMED = 5
+
+
+class Snapshot(NamedTuple):
+    """A state as it goes into files.
+
+    Attributes:
+        tensors: By name, by the file they go into. None is there twice.
+        state: All else, as JSON.
+        model: Whose config is saved beside its weights.
+        shards: Tensors that are spread over the ranks: see ``manualloop.checkpoint.parts``.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    model: nn.Module
+    shards: dict[str, Tensor]
+
+    def write(self, folder: Path) -> Iterator[Path]:
+        """Write the files, and name each that is complete, the shards that are there included."""
+        yield from sorted(folder.glob(f"{PREFIX}*"))
+        for stem, tensors in self.tensors.items():
+            yield from save_tensors(tensors, folder, stem)
+        yield from _save_configs(self.model, folder)
+        path = folder / _STATE
+        path.write_text(json.dumps(self.state, allow_nan=False))
+        yield path
+
+
+def take_state_apart(state: TrainState, strategy: Strategy, run: Mapping[str, Any]) -> Snapshot:
+    """Take a snapshot of a state and of each rank's random states; ``run`` goes along.
+
+    Call on every rank.
+    """
+    model = unwrap_model(state.model, adapters=False)
+    values = {name: part.state_dict() for name, part in _parts(state, strategy).items()}
+    weights = values.pop("model")
+    tensors: dict[str, dict[str, Tensor]] = {stem: {} for stem in _STEMS}
+    tensors["model"] = {k: v.detach() for k, v in weights.items() if isinstance(v, Tensor)}
+    more = {key: value for key, value in weights.items() if key not in tensors["model"]}
+    values |= {
+        "model": more,
+        "optimizer_class": _class_of(state.optimizer),
+        "progress": asdict(state.progress),
+        "run": dict(run),
+    }
+    own = {"position": state.place(), "max_batch_rows": state.max_batch_rows}
+    # Last: what was asked above may still have drawn, as a sampler does at the end of its pass.
+    own["rng"] = get_random_state()
+    of_main, *of_others = strategy.gather(own)
+    values |= of_main
+    if of_others:
+        values["ranks"] = of_others
+    stem_of = {"optimizer": "optimizer", "rng": "rng", "ranks": "rng"}
+    apart = {
+        name: take_apart(value, name, tensors[stem_of.get(name, "extras")])
+        for name, value in values.items()
+    }
+    shards = _take_shards(tensors)
+    apart["shards"] = sorted(shards)
+    apart["aliases"] = {}
+    for stem, group in tensors.items():
+        aliases = find_aliases(group, tied_names(model) if stem == "model" else ())
+        apart["aliases"][stem] = aliases
+        tensors[stem] = {name: value for name, value in group.items() if name not in aliases}
+    return Snapshot(tensors, apart, model, shards)
+
+
+def _take_shards(tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Take what is spread over the ranks out of groups of tensors."""
+    shards = {}
+    for stem in ("model", "optimizer"):
+        for name in [name for name, value in tensors[stem].items() if is_shard(value)]:
+            shards[f"{stem}/{name}"] = tensors[stem].pop(name)
+    return shards
+
+
+def _parts(state: TrainState, strategy: Strategy) -> dict[str, Any]:
+    """Return what is saved by its own ``state_dict``."""
+    parts = state.parts()
+    if is_sharded(state.model):
+        parts["model"] = ShardedModel(state.model)
+        parts["optimizer"] = ShardedOptimizer(state.model, state.optimizer)
+    else:
+        parts["model"] = saved_part(state.model)
+    scaler = getattr(strategy, "scaler", None)
+    return parts if scaler is None else parts | {"scaler": scaler}
+
+
+def _save_configs(model: nn.Module, folder: Path) -> Iterator[Path]:
+    """Write what ``from_pretrained`` needs beside the weights."""
+    if hasattr(model, "peft_config") or base_weights(model):
+        return  # the weights are not those of the class that the config names
+    for name in ("config", "generation_config"):
+        config: Any = getattr(model, name, None)
+        if hasattr(config, "save_pretrained"):
+            config = copy(config)
+            if name == "config":
+                config.architectures = [type(model).__name__]
+            config.save_pretrained(folder)
+    yield from folder.glob("*config.json")
+
+
+class Saved(NamedTuple):
+    """What a folder holds, read and put together.
+
+    Attributes:
+        values: Of each part, by name.
+        run: What had gone along.
+        aliases: Of the model's tensors.
+    """
+
+    values: dict[str, Any]
+    run: dict[str, Any]
+    aliases: Aliases
+
+
+def read_snapshot(
+    folder: Path, files: Mapping[str, Any], state: TrainState, strategy: Strategy
+) -> Saved:
+    """Read the files of a snapshot.
+
+    Args:
+        folder: That holds them.
+        files: Those that may be read, by name.
+        state: Whose weights tell how shards are to be spread.
+        strategy: That runs it.
+
+    Raises:
+        CheckpointError: One is missing, or none of ours.
+    """
+    if _STATE not in files:
+        raise CheckpointError(f"{folder.name} has no {_STATE}.")
+    tensors = {stem: load_tensors(folder, stem, files) for stem in _STEMS}
+    try:
+        saved = json.loads((folder / _STATE).read_bytes(), parse_constant=refuse_constant)
+        aliases = saved.pop("aliases")
+        if (names := saved.pop("shards", ())) or is_sharded(state.model):
+            for name, tensor in _read_shards(folder, names, state, strategy).items():
+                stem, _, own = name.partition("/")
+                tensors[stem][own] = tensor
+        for stem, group in tensors.items():
+            group |= {name: group[own] for name, own in aliases[stem].items()}
+        nested = tensors["optimizer"] | tensors["extras"] | tensors["rng"]
+        values = {name: put_together(value, nested) for name, value in saved.items()}
+        values["model"] |= tensors["model"]
+        return Saved(values, values.pop("run"), aliases["model"])
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{_STATE} cannot be read: {error!r:.200}.") from error
+
+
+def _read_shards(
+    folder: Path, names: Sequence[str], state: TrainState, strategy: Strategy
+) -> dict[str, Tensor]:
+    here: dict[str, Tensor] = {}
+    if is_sharded(state.model):
+        parts = _parts(state, strategy)
+        nested: dict[str, Tensor] = {}
+        take_apart(parts["optimizer"].state_dict(), "optimizer", nested)
+        here = _take_shards({"model": parts["model"].state_dict(), "optimizer": nested})
+    if sorted(here) != list(names):
+        raise CheckpointError(
+            f"{len(names)} of its tensors were spread over ranks (FSDP), and {len(here)} of this "
+            "run's are, or others: go on with the model sharded as it was when it was saved"
+        )
+    return read_shards(folder, here)
+
+
+def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
+    """Load a snapshot into a state, and into this process's random generators.
+
+    Raises:
+        CheckpointError: It does not fit. If a name or a shape differs, nothing was loaded.
+    """
+    parts = _parts(state, strategy)
+    if differences := _differences(saved, state, parts):
+        more = len(differences) - _NUM_NAMED
+        raise CheckpointError(
+            "The checkpoint does not fit this run, and nothing was loaded:\n"
+            + "\n".join(f"- {difference}" for difference in differences[:_NUM_NAMED])
+            + (f"\n- and {more} more" if more > 0 else "")
+            + "\nBuild model, optimizer, lr_scheduler and extras as they were when it was saved."
+        )
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(saved.values[name])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{name} ({type(part).__name__}) does not take the state it was saved with: "
+                f"{error}. The state is half loaded: build it anew."
+            ) from error
+    state.progress = Progress(**saved.values["progress"])
+    of_ranks = [saved.values, *saved.values.get("ranks", ())]
+    is_known = strategy.rank < len(of_ranks)  # else there were fewer, and this one has no state
+    own = of_ranks[strategy.rank if is_known else 0]
+    state.position, state.feed = own["position"], None
+    state.max_batch_rows, state.has_failed = own["max_batch_rows"], None
+    if is_known:
+        set_random_state(own["rng"])
+
+
+def _class_of(optimizer: Any) -> str:
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate's wraps another
+
+
+_NO_PARTS = {"optimizer_class", "progress", "position", "max_batch_rows", "ranks", "rng", "run"}
+
+
+def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> list[str]:
+    values = saved.values
+    found = [
+        f"{name} is in the {'run' if name in parts else 'checkpoint'} only"
+        for name in sorted(set(parts) ^ (set(values) - _NO_PARTS))
+    ]
+    own_state = parts["model"].state_dict()
+    if own_state.get(BASE) != values["model"].get(BASE):
+        found.append("model: its frozen weights are not those that it was trained with")
+    weights = {key: v for key, v in own_state.items() if isinstance(v, Tensor)}
+    ours = describe(weights)
+    theirs = describe({key: v for key, v in values["model"].items() if isinstance(v, Tensor)})
+    found += [
+        f"model: {key} is {theirs.get(key, 'missing')} in the checkpoint, "
+        f"{ours.get(key, 'missing')} here"
+        for key in dict.fromkeys((*theirs, *ours))
+        if ours.get(key) != theirs.get(key)
+    ]
+    whole = {key: weight for key, weight in weights.items() if not is_shard(weight)}
+    aliases = find_aliases(whole, tied_names(state.model))
+    found += [
+        f"model: {key} is {'tied' if key in saved.aliases else 'not tied'} to another weight in "
+        "the checkpoint, and here it is otherwise"
+        for key in sorted(set(aliases) ^ set(saved.aliases))
+        if key in ours and key in theirs
+    ]
+    if (saved_class := values["optimizer_class"]) != (own_class := _class_of(state.optimizer)):
+        found.append(f"optimizer: {saved_class} in the checkpoint, {own_class} here")
+    groups = [len(group["params"]) for group in values["optimizer"].get("param_groups", ())]
+    own = [len(group["params"]) for group in state.optimizer.param_groups]
+    if groups != own and not is_sharded(state.model):  # those are listed by the weights' names
+        found.append(f"optimizer: groups of {groups} parameters in the checkpoint, of {own} here")
+    return found

@@ -1,0 +1,290 @@
+"""The mistakes that can be seen before the first update, and what to say of each.
+
+``check_run`` looks at the model and its optimizer, ``check_batches`` at the first window of a run.
+When a later batch fails inside the model, ``explain`` looks at that batch in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+
+from manualloop.data.labels import BY_TOKEN, check_class_ids, warn_of_classes_as_values
+from manualloop.data.sampler import OrderedBatchSampler
+from manualloop.errors import DataError, ManualLoopError, ModelError
+from manualloop.mistakes import (
+    IGNORE_INDEX,
+    filter_missing,
+    misaligned_message,
+    no_head_message,
+    no_labels_message,
+    scalar_floats_message,
+    text_message,
+)
+from manualloop.models import (
+    forward_columns,
+    max_length,
+    model_name,
+    num_labels,
+    problem_type,
+    takes_any_column,
+    vocab_size,
+)
+from manualloop.notices import logger
+from manualloop.optim import parameters_of, require_trainable
+from manualloop.state import TrainState
+from manualloop.strategy.base import Strategy
+from manualloop.tasks.items import count_items, infer_task
+
+
+def require_loader(loader: Any) -> None:
+    """Refuse what is no loader of batches: a dict of them, a dataset.
+
+    Raises:
+        DataError: The message says how to come by one.
+    """
+    if hasattr(loader, "keys"):
+        names = ", ".join(map(str, loader.keys()))
+        raise DataError(
+            f"Got a {type(loader).__name__} with splits {names}, where one loader is wanted. Pass "
+            'one of prepare_dataloaders(...): loaders["train"].'
+        )
+    if hasattr(loader, "features") or not hasattr(loader, "__iter__"):
+        raise DataError(
+            f"Got a {type(loader).__name__}, where a loader of batches is wanted. Make one: "
+            'prepare_dataloaders(dataset, tokenizer)["train"].'
+        )
+
+
+def check_run(state: TrainState, strategy: Strategy) -> None:
+    """Refuse a model that cannot be trained, or an optimizer of another model.
+
+    Raises:
+        ModelError: No trainable parameter, float16 weights under a loss scale, or none of the
+            optimizer's parameters belongs to the model.
+    """
+    trainable = require_trainable(state.model)
+    _check_precision(state.model, trainable, strategy)
+    own = {id(parameter) for parameter in trainable}
+    updated = parameters_of(state.optimizer)
+    if not any(id(parameter) in own for parameter in updated):
+        raise ModelError(
+            f"None of the optimizer's {len(updated)} parameters is a trainable one of this "
+            f"{model_name(state.model)}. Build it from the model after loading it: "
+            "prepare_optimizer(model)."
+        )
+
+
+def _check_precision(
+    model: nn.Module, trainable: Sequence[nn.Parameter], strategy: Strategy
+) -> None:
+    dtypes = {parameter.dtype for parameter in trainable}
+    fix = "load the model in float32, from_pretrained(name, dtype=torch.float32)"
+    if torch.float16 in dtypes and strategy.scales_losses:
+        raise ModelError(
+            f"The weights of {model_name(model)} are float16: gradients of a scaled loss cannot "
+            f'be unscaled in it. Keep mixed_precision="fp16", and {fix}.'
+        )
+    for dtype in dtypes & {torch.bfloat16, torch.float16}:
+        name = str(dtype).removeprefix("torch.")
+        logger.warning(
+            f"The trainable weights of {model_name(model)} are {name}: small updates are rounded "
+            f"away. For mixed precision {fix}, and prepare_strategy(mixed_precision="
+            f'"{"bf16" if dtype == torch.bfloat16 else "fp16"}").'
+        )
+
+
+def check_batches(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loader: Iterable[Any],
+    starts: Sequence[int],
+    *,
+    needs_labels: bool = True,
+    needs_items: bool = True,
+) -> None:
+    """Refuse micro-batches that the model cannot learn from.
+
+    Args:
+        model: Whose forward pass takes the batches.
+        batches: Micro-batches that follow each other.
+        loader: They came from.
+        starts: Rows of the epoch before each.
+        needs_labels: False where the model only predicts.
+        needs_items: False lets batches pass whose labels are all ignored.
+
+    Raises:
+        DataError: Text, missing or impossible labels, tokens the model does not know, ...
+        ModelError: The model has no head, or does not take these columns.
+    """
+    first = place_of(loader, starts[0])
+    num_items = 0
+    for batch, start in zip(batches, starts, strict=True):
+        place = place_of(loader, start)
+        _check_columns(model, batch, needs_labels)
+        if isinstance(ids := batch.get("input_ids"), Tensor):
+            _check_tokens(model, ids.cpu().numpy(), place)
+        if isinstance(labels := batch.get("labels"), Tensor):
+            _check_labels(model, batch, labels, place)
+        num_items += count_items(model, batch)
+    if needs_labels and needs_items and num_items == 0:
+        raise DataError(_no_items_message(batches, first.batch))
+
+
+def _no_items_message(batches: Sequence[Mapping[str, Any]], place: str) -> str:
+    more = f" and {len(batches) - 1} more" if len(batches) > 1 else ""
+    labels = [batch["labels"] for batch in batches if "labels" in batch]
+    if labels:
+        found = f"all {sum(map(torch.numel, labels))} are {IGNORE_INDEX}. Check the masking, and"
+        has_item = f'row["labels"] != {IGNORE_INDEX}'
+        if labels[0].ndim > 1:
+            has_item = f'set(row["labels"]) != {{{IGNORE_INDEX}}}'
+    else:
+        found = "all start and end positions are beyond the tokens. Check"
+        has_item = 'row["start_positions"] < len(row["input_ids"])'
+    return (
+        f"No label to learn from in {place}{more}: {found} that truncation leaves some; rows "
+        f"without one go with dataset.filter(lambda row: {has_item})."
+    )
+
+
+def explain(
+    error: Exception,
+    model: nn.Module,
+    batches: Sequence[Any],
+    loader: Iterable[Any],
+    starts: Sequence[int],
+    *,
+    needs_labels: bool = True,
+) -> None:
+    """Raise, from an error out of the model, the mistake in the data that explains it, if any."""
+    try:
+        # Batches whose labels are all ignored are legal later on: they explain no error.
+        check_batches(model, batches, loader, starts, needs_labels=needs_labels, needs_items=False)
+    except ManualLoopError as mistake:
+        raise mistake from error
+
+
+class Place(NamedTuple):
+    """Where a batch and its rows come from, in words."""
+
+    batch: str
+    row: Callable[[int], str]
+
+
+def place_of(loader: Iterable[Any], num_samples: int, epoch: int | None = None) -> Place:
+    """Name the batch that begins after so many rows of an epoch; None: of the current one."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, OrderedBatchSampler):
+        batch = f"{sampler.split} batch {sampler.batch_at(num_samples, epoch)}"
+        return Place(
+            batch, lambda row: f"{batch} (row id {sampler.rows(epoch)[num_samples + row]})"
+        )
+    size = getattr(sampler, "batch_size", None)
+    if not isinstance(size, int):
+        return Place("a batch", lambda row: f"row {row} of a batch")
+    batch = f"batch {num_samples // size}"
+    if isinstance(getattr(loader, "sampler", None), SequentialSampler):
+        return Place(batch, lambda row: f"{batch} (row id {num_samples + row})")
+    return Place(batch, lambda row: f"row {row} of {batch}")
+
+
+def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
+    name = model_name(model)
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"The loader gives a {type(batch).__name__}, and {name} is called as model(**batch). "
+            "Let collate_fn return a dict, or pass loss_fn=lambda model, batch: ...."
+        )
+    taken = forward_columns(model)
+    for column, value in batch.items():
+        example = value[0] if isinstance(value, list | tuple) and value else value
+        if isinstance(example, str) and (column == "labels" or column not in taken):
+            raise DataError(text_message(column, example, is_tokenized="input_ids" in batch))
+        if column == "input_ids" and isinstance(example, Tensor) and example is not value:
+            raise DataError(
+                f"'input_ids' is a list of {len(value)} tensors of shape {tuple(example.shape)}: "
+                "torch's default collate turned rows of lists around. Give it rows of tensors: "
+                'dataset.with_format("torch").'
+            )
+    labelled = "labels" in batch or "start_positions" in batch
+    if needs_labels and "labels" in taken and not labelled:
+        raise DataError(no_labels_message(batch))
+    if takes_any_column(model):
+        return
+    if "labels" in batch and "labels" not in taken:
+        raise ModelError(no_head_message(model))
+    if unknown := [column for column in batch if column not in taken]:
+        raise DataError(
+            f"{name}.forward does not take {', '.join(unknown)} (it takes {', '.join(taken)}). "
+            f'Leave them out: dataset.remove_columns("{unknown[0]}"), or '
+            "prepare_dataloaders(dataset, tokenizer, model=model)."
+        )
+
+
+def _check_tokens(model: nn.Module, ids: np.ndarray[Any, Any], place: Place) -> None:
+    size = vocab_size(model)
+    if size is not None and ids.size and (ids.max() >= size or ids.min() < 0):
+        row, *_ = np.argwhere((ids >= size) | (ids < 0))[0]
+        token = int(ids[(ids >= size) | (ids < 0)][0])
+        raise DataError(
+            f"Token id {token} in {place.row(int(row))} is beyond the vocabulary of "
+            f"{model_name(model)}: vocab_size {size}. Tokenizer and model differ; if tokens were "
+            "added: model.resize_token_embeddings(len(tokenizer))."
+        )
+    room = max_length(model)
+    if room is not None and ids.ndim > 1 and ids.shape[1] > room:
+        raise DataError(
+            f"A sequence of {ids.shape[1]} tokens in {place.batch}, but "
+            f"{model_name(model)} takes {room}. Cut the texts: "
+            f"prepare_dataloaders(..., max_length={room}), or tokenizer(..., truncation=True, "
+            f"max_length={room})."
+        )
+
+
+def _check_labels(model: nn.Module, batch: Mapping[str, Any], labels: Tensor, place: Place) -> None:
+    ids = batch.get("input_ids")
+    by_token = infer_task(model) in BY_TOKEN  # by its head: of other models nobody knows
+    if by_token and isinstance(ids, Tensor) and labels.shape != ids.shape:
+        lengths = (labels.shape[-1] if labels.ndim > 1 else 1, ids.shape[-1])
+        raise DataError(misaligned_message(*lengths, place.batch))
+    if labels.is_floating_point() and bool((is_nan := labels.isnan()).any()):
+        row = int(is_nan.nonzero()[0, 0])
+        raise DataError(
+            f"Label NaN in {place.row(row)}: it is missing. Filter such rows out: "
+            f"{filter_missing('labels', is_float=True, in_lists=labels.ndim > 1)}."
+        )
+    task, classes = infer_task(model, labels), num_labels(model)
+    if classes is None:
+        return
+    if task == "multi_label_classification":
+        _check_multi_label(labels, classes, place)
+    elif task in ("single_label_classification", "token_classification"):
+        check_class_ids(labels.cpu().numpy(), classes, place.row, in_lists=labels.ndim > 1)
+    elif task == "regression" and not labels.is_floating_point() and not problem_type(model):
+        warn_of_classes_as_values(labels.cpu().numpy(), f"the labels of {place.batch}")
+
+
+def _check_multi_label(labels: Tensor, classes: int, place: Place) -> None:
+    shape = tuple(labels.shape)
+    if labels.ndim == 1:
+        raise DataError(
+            scalar_floats_message(f"of shape {shape} in {place.batch}", "labels", classes)
+        )
+    if shape[1:] != (classes,):
+        raise DataError(
+            f"Labels of shape {shape} in {place.batch}, but the model has num_labels={classes}: "
+            "multi-label wants one number for each class. Load the model with room for them: "
+            f"from_pretrained(name, num_labels={shape[-1]})."
+        )
+    if not labels.is_floating_point():
+        raise DataError(
+            f"Labels of shape {shape} in {place.batch} are multi-label, which wants floats, not "
+            f"{str(labels.dtype).removeprefix('torch.')}. Use prepare_dataloaders, or "
+            'dataset.cast_column("labels", datasets.Sequence(datasets.Value("float32"))).'
+        )

@@ -1,0 +1,83 @@
+"""The table of predictions, and the dataset's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset, SequentialSampler
+
+from manualloop.data.sampler import OrderedBatchSampler, longest_first_view
+from manualloop.errors import DataError
+from manualloop.mistakes import IGNORE_INDEX
+from manualloop.models import is_blind_to_padding
+from manualloop.strategy.base import Strategy
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predictions:
+    """A table of predictions, one row for each row of the dataset, in its order.
+
+    Attributes:
+        index: int64 ``(rows,)``: row numbers in the dataset.
+        predictions: ``(rows,)`` class numbers or values, ``(rows, classes)`` for multi-label,
+            ``(rows, tokens)`` for tokens. Rows of a batch narrower than the widest end in -100.
+        scores: float32 ``(rows, classes)``: probability of each class; None for a regression, for
+            tokens, or with a ``postprocess`` of your own.
+        references: The labels, padded as ``predictions`` are, or None if the data has none.
+    """
+
+    index: NDArray[np.int64]
+    predictions: NDArray[Any]
+    scores: NDArray[np.float32] | None
+    references: NDArray[Any] | None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def table_of(parts: Sequence[Tensor]) -> NDArray[Any]:
+    """Put the rows of all batches into one array; rows of narrower ones are padded with -100."""
+    widest = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)][1:]
+    padded = []
+    for part in parts:
+        missing = [size - own for size, own in zip(widest, part.shape[1:], strict=True)]
+        if any(missing):
+            ends = [end for size in reversed(missing) for end in (0, size)]
+            part = nn.functional.pad(part, ends, value=IGNORE_INDEX)
+        padded.append(part.float() if part.dtype == torch.bfloat16 else part)  # NumPy has none
+    table: NDArray[Any] = torch.cat(padded).numpy()
+    return table
+
+
+def dataset_rows(loader: Iterable[Any]) -> NDArray[np.int64] | None:
+    """Return the dataset's row numbers in the loader's order; None: it is the dataset's."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(batch_sampler, OrderedBatchSampler):
+        return np.array(batch_sampler.rows(), dtype=np.int64)
+    sampler = getattr(loader if batch_sampler is None else batch_sampler, "sampler", batch_sampler)
+    is_stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    if sampler is None or is_stream or isinstance(sampler, SequentialSampler):
+        return None
+    raise DataError(
+        f"The loader reads its rows by a {type(sampler).__name__}, so predictions could not be put "
+        "in the dataset's order. Build it with shuffle=False, or use prepare_dataloaders."
+    )
+
+
+def longest_first_rows(
+    loader: Iterable[Any], model: nn.Module, strategy: Strategy
+) -> tuple[Iterable[Any], NDArray[np.int64] | None]:
+    """Return a loader that gives the longest rows first, and which row of the dataset is where.
+
+    None: that might change the numbers, and the loader is as it was.
+    """
+    if not is_blind_to_padding(model):
+        return loader, None
+    view = longest_first_view(loader, fills_batches=strategy.device.type != "cpu")
+    return (loader, None) if view is None else (view, dataset_rows(view))

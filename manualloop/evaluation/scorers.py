@@ -1,0 +1,323 @@
+"""Whatever counts as a metric, made into the one interface that ``evaluate_loop`` needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from itertools import zip_longest
+from numbers import Real
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from manualloop.errors import ConfigError, MetricError
+from manualloop.evaluation.metrics import (
+    Array,
+    Metric,
+    count_rows,
+    load_metric,
+    require_kind,
+    require_rows,
+    to_array,
+)
+from manualloop.strategy.base import Strategy, on_main
+
+
+class Scorer(Protocol):
+    """What takes rows batch by batch and scores them all.
+
+    Attributes:
+        name: For messages.
+    """
+
+    name: str
+
+    def add_batch(self, *, predictions: Any, references: Any) -> None:
+        """Add the rows of one batch: tensors, arrays or lists with one entry per row."""
+        ...
+
+    def compute(self) -> dict[str, float]:
+        """Return the scores of all rows by key, and forget the rows."""
+        ...
+
+
+def as_metric(metric: Any) -> Scorer:
+    """Make a scorer of anything that is taken as a metric; it starts without rows.
+
+    Args:
+        metric: A name, as for ``load_metric``; a ``Metric``; an ``evaluate`` module (has
+            ``add_batch`` and ``compute``); a torchmetrics ``Metric`` or ``MetricCollection`` (has
+            ``update``, ``compute``, ``reset``), which gets tensors on its own device; a function
+            ``fn(predictions, references)`` of all rows at once, as numpy arrays, which returns a
+            number or a mapping of numbers; or a list or tuple of these: results are merged.
+
+    Returns:
+        The scorer. A lone number is named by the function, or by the class in snake case; what
+        ``evaluate`` and torchmetrics nest is flattened (``"PER_f1"``, ``"multiclass_accuracy_0"``).
+        Functions keep all rows in memory.
+
+    Raises:
+        ConfigError: ``metric`` is none of these.
+        MetricError: From its methods: lengths differ, no rows, a result that is not a number, the
+            same key from two metrics.
+
+    >>> def errors(predictions, references):
+    ...     return (predictions != references).sum()
+    >>> scorer = as_metric(["accuracy", errors])
+    >>> scorer.add_batch(predictions=[0, 1], references=[0, 0])
+    >>> scorer.compute()
+    {'accuracy': 0.5, 'errors': 1.0}
+    """
+    if isinstance(metric, str):
+        metric = load_metric(metric)
+    if isinstance(metric, type):
+        name = metric.__name__
+        raise ConfigError(f"Got the class {name} as metric, not an object. Use {name}(...).")
+    if isinstance(metric, Metric):
+        metric.reset()
+        return metric
+    if hasattr(metric, "add_batch") and hasattr(metric, "compute"):
+        return _Checked([_Evaluate(metric)])
+    if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
+        return _Checked([_Torchmetrics(metric)])
+    if callable(metric):
+        return _Checked([_Function(metric)])
+    if isinstance(metric, (list, tuple)) and metric:
+        return _Checked([as_metric(one) for one in metric])
+    raise ConfigError(
+        f"Got {metric!r} ({type(metric).__name__}) as metric. Give a name, an evaluate module, a "
+        "torchmetrics Metric, fn(predictions, references), or a list of these: 'accuracy'."
+    )
+
+
+class Gathered:
+    """A scorer of the rows of all ranks, as if one process had read them in the dataset's order.
+
+    Of classes each rank counts its own, and the counts are added up; anything else gets the rows
+    themselves, on rank 0.
+
+    Args:
+        scorer: Of all rows.
+        strategy: Whose ranks.
+        rows: int64, the dataset's rows in the order in which they come; None: in that order.
+    """
+
+    def __init__(
+        self, scorer: Scorer, strategy: Strategy, rows: NDArray[np.int64] | None = None
+    ) -> None:
+        self._scorer, self._strategy, self._rows = scorer, strategy, rows
+        self._counts = counts_classes(scorer)
+        self._batches: list[tuple[Any, Any, Any]] = []
+
+    def add_batch(self, predictions: Any, references: Any, kept: Tensor | None) -> None:
+        """Add the rows of a batch of this rank.
+
+        Args:
+            predictions: Of the batch.
+            references: As many.
+            kept: bool ``(rows, ...)``: which of the rows' predictions they are; None: all.
+        """
+        if self._counts:
+            self._scorer.add_batch(predictions=predictions, references=references)
+        else:
+            # A copy: labels of a worker's batch lie in a file that stays open as long as they do.
+            if kept is None and isinstance(references, Tensor):
+                references = references.clone()
+            self._batches.append((predictions, references, kept))
+
+    def compute(self) -> dict[str, float]:
+        """Return the scores of all rows, the same on every rank. Call on every rank."""
+        own = self._scorer if self._counts else self._batches
+        self._batches = []
+        found = self._strategy.gather(own)
+        if self._counts and isinstance(self._scorer, Metric) and not self._strategy.is_main:
+            self._scorer.reset()
+        return on_main(self._strategy, lambda: self._compute(found))
+
+    def _compute(self, found: list[Any]) -> dict[str, float]:
+        if isinstance(self._scorer, Metric) and self._counts:
+            for other in found[1:]:
+                self._scorer.merge(other)
+            return self._scorer.compute()
+        # Batch k is rank k % world_size's, so taking one from each in turn is the loader's order.
+        batches = [batch for dealt in zip_longest(*found) for batch in dealt if batch is not None]
+        if self._rows is not None:
+            batches = [_in_order(batches, self._rows)]
+        for predictions, references, _ in batches:
+            self._scorer.add_batch(predictions=predictions, references=references)
+        return self._scorer.compute()
+
+
+def counts_classes(scorer: Scorer) -> bool:
+    """Tell whether a scorer only counts classes, so that the order of the rows is nothing to it."""
+    return isinstance(scorer, Metric) and scorer.is_of_classes
+
+
+def _in_order(
+    batches: list[tuple[Tensor, Tensor, Tensor | None]], rows: NDArray[np.int64]
+) -> tuple[Tensor, Tensor, None]:
+    """Return the predictions and references of all batches in the order of their rows."""
+    numbers = [
+        len(predictions) * [1] if kept is None else kept.reshape(len(kept), -1).sum(1).tolist()
+        for predictions, _, kept in batches
+    ]
+    order = np.argsort(np.repeat(rows, np.concatenate(numbers)), kind="stable")
+    predictions = torch.cat([predictions for predictions, _, _ in batches])[order]
+    references = torch.cat([references for _, references, _ in batches])[order]
+    return predictions, references, None
+
+
+class _Checked:
+    """Scorers that all get the same rows: as many on both sides, and at least one in all."""
+
+    def __init__(self, scorers: list[Scorer]) -> None:
+        self.name = " + ".join(scorer.name for scorer in scorers)
+        self._scorers = scorers
+        self._num_rows = self._num_batches = 0
+
+    def add_batch(self, *, predictions: Any, references: Any) -> None:
+        num_rows = count_rows(self.name, predictions, references, self._num_batches)
+        for scorer in self._scorers if num_rows else ():
+            scorer.add_batch(predictions=predictions, references=references)
+        self._num_rows += num_rows
+        self._num_batches += 1
+
+    def compute(self) -> dict[str, float]:
+        require_rows(self.name, self._num_rows, self._num_batches)
+        self._num_rows = self._num_batches = 0
+        merged: dict[str, float] = {}
+        for scorer in self._scorers:
+            scores = scorer.compute()
+            for key in merged.keys() & scores.keys():
+                raise MetricError(
+                    f"Key {key!r} comes from {scorer.name} and from a metric before it. Leave one "
+                    f"out, or rename it: lambda p, r: {{'other_{key}': ...}}."
+                )
+            merged.update(scores)
+        return merged
+
+
+class _Evaluate:
+    """A module of ``evaluate``, or several under ``evaluate.combine``."""
+
+    def __init__(self, module: Any) -> None:
+        self.name = str(getattr(module, "name", type(module).__name__))
+        self._module = module
+        self._members = getattr(module, "evaluation_modules", [module])
+        self._num_batches = 0
+        for member in self._members:
+            # It cannot reset: to compute is its only public way to let go of the rows of an
+            # aborted evaluation, which need not be fit to be scored.
+            if hasattr(member, "__len__") and len(member) > 0:
+                with suppress(Exception):
+                    member.compute()
+
+    def add_batch(self, *, predictions: Any, references: Any) -> None:
+        batch = {"predictions": predictions, "references": references}
+        for role, values in batch.items():
+            # Texts, dicts and lists are the module's affair, but where it declares integers it
+            # would cut 0.9 to 0 in silence.
+            if any(_declares_integers(member, role) for member in self._members):
+                require_kind(self.name, role, to_array(values), self._num_batches)
+            if hasattr(values, "detach"):
+                batch[role] = to_array(values)
+        self._module.add_batch(**batch)
+        self._num_batches += 1
+
+    def compute(self) -> dict[str, float]:
+        self._num_batches = 0
+        return _to_floats(self.name, self._module.compute(), flatten=True)
+
+
+def _declares_integers(module: Any, role: str) -> bool:
+    features = getattr(module, "features", None)
+    dtype = getattr(features.get(role), "dtype", "") if isinstance(features, Mapping) else ""
+    return str(dtype).startswith(("int", "uint"))
+
+
+class _Torchmetrics:
+    """A torchmetrics ``Metric`` or ``MetricCollection``."""
+
+    def __init__(self, metric: Any) -> None:
+        words = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+        self.name = re.sub(words, "_", type(metric).__name__).lower()
+        self._metric = metric
+        # A collection has no device of its own, its members have.
+        modules = list(metric.modules()) if hasattr(metric, "modules") else [metric]
+        self._device = next((one.device for one in modules if hasattr(one, "device")), None)
+        # It would gather rows from the other ranks; those are here already, and only here.
+        self._syncing = [one for one in modules if hasattr(one, "distributed_available_fn")]
+        metric.reset()
+
+    def add_batch(self, *, predictions: Any, references: Any) -> None:
+        self._metric.update(self._to_tensor(predictions), self._to_tensor(references))
+
+    def _to_tensor(self, values: Any) -> Any:
+        try:
+            return torch.as_tensor(values, device=self._device)
+        except (TypeError, ValueError):  # texts stay what they are
+            return values
+
+    def compute(self) -> dict[str, float]:
+        kept = [one.distributed_available_fn for one in self._syncing]
+        for one in self._syncing:
+            one.distributed_available_fn = _is_alone
+        try:
+            result = self._metric.compute()
+        finally:
+            for one, function in zip(self._syncing, kept, strict=True):
+                one.distributed_available_fn = function
+        self._metric.reset()
+        return _to_floats(self.name, result, flatten=True)
+
+
+def _is_alone() -> bool:
+    return False
+
+
+class _Function:
+    """A function of all rows."""
+
+    def __init__(self, function: Callable[[Array, Array], Any]) -> None:
+        named = getattr(function, "func", function)  # functools.partial has no name of its own
+        self.name = getattr(named, "__name__", type(named).__name__)
+        self._function = function
+        self._batches: list[tuple[Array, Array]] = []
+
+    def add_batch(self, *, predictions: Any, references: Any) -> None:
+        # Copies: a caller may fill the same buffer again.
+        self._batches.append((np.array(to_array(predictions)), np.array(to_array(references))))
+
+    def compute(self) -> dict[str, float]:
+        batches, self._batches = self._batches, []
+        try:
+            predictions, references = map(np.concatenate, zip(*batches, strict=True))
+        except ValueError as error:
+            raise MetricError(
+                f"{self.name} gets all rows at once, but batches differ in width ({error}). Pad "
+                "them to one width or flatten them: predictions[references != -100]."
+            ) from error
+        return _to_floats(self.name, self._function(predictions, references), flatten=False)
+
+
+def _to_floats(name: str, result: Any, *, flatten: bool) -> dict[str, float]:
+    """Return a number or a mapping of numbers as floats by key."""
+    floats: dict[str, float] = {}
+    for key, value in (result if isinstance(result, Mapping) else {name: result}).items():
+        value = value.tolist() if hasattr(value, "tolist") else value  # numpy or torch
+        if flatten and isinstance(value, (list, Mapping)):
+            items = enumerate(value) if isinstance(value, list) else value.items()
+            inner = {f"{key}_{inner_key}": inner_value for inner_key, inner_value in items}
+            floats.update(_to_floats(name, inner, flatten=True))
+        elif isinstance(value, Real):
+            floats[str(key)] = float(value)
+        else:
+            raise MetricError(
+                f"{name} gave {type(value).__name__} for {key!r}, not a number. Return a number, "
+                f"or a mapping of numbers: return {{{name!r}: 0.5}}."
+            )
+    return floats

@@ -1,0 +1,207 @@
+"""The processes of a DataLoader: what they carry home, and how new ones go on where old ones were.
+
+A worker draws random numbers of its own, and an iterable dataset has its position there. So each
+batch brings along what changed in its worker, and a new worker is given what the last batch of the
+old one brought.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from manualloop.randomness import (
+    DATASETS,
+    get_generator_states,
+    get_random_state,
+    is_same_random_state,
+    set_generator_states,
+    set_random_state,
+)
+
+
+class Carried:
+    """A batch from a worker, and what changed in there.
+
+    Attributes:
+        batch: What ``collate_fn`` returned.
+        worker: Number of the worker.
+        state: Of the worker after the batch; None if it is what it was before.
+    """
+
+    __slots__ = ("batch", "state", "worker")
+
+    def __init__(self, batch: Any, worker: int, state: dict[str, Any] | None) -> None:
+        self.batch, self.worker, self.state = batch, worker, state
+
+    def pin_memory(self) -> Carried:
+        """Pin the batch: the DataLoader calls this where it pins what it gives."""
+        pin_memory: Any = torch.utils.data._utils.pin_memory.pin_memory
+        return Carried(pin_memory(self.batch), self.worker, self.state)
+
+
+class CarryingCollate:
+    """A ``collate_fn`` that adds the worker's state to what another one returns.
+
+    Args:
+        collate_fn: The loader's own.
+        full: Rows of a batch of a stream: a shorter one is the worker's last. None: no stream.
+    """
+
+    def __init__(self, collate_fn: Callable[[Any], Any], full: int | None) -> None:
+        self._collate_fn, self._full = collate_fn, full
+        self._has_told_seed = False
+
+    def __call__(self, rows: Any) -> Any:  # noqa: D102
+        is_last = self._full is not None and len(rows) < self._full
+        batch = self._collate_fn(rows)
+        if (info := get_worker_info()) is None:
+            return Carried(batch, 0, {"is_at_end": True}) if is_last else batch
+        # At its end a stream may already say that it is at its start again.
+        state: dict[str, Any] = {"is_at_end": True} if is_last else dataset_state(info.dataset)
+        if not self._has_told_seed:
+            state["base_seed"], self._has_told_seed = info.seed - info.id, True
+        now = get_random_state(devices=False)
+        if not is_same_random_state(_known, now):
+            state["random"] = now
+            _known.update(now)
+        return Carried(batch, info.id, state or None)
+
+
+def dataset_state(dataset: Any) -> dict[str, Any]:
+    """Return what a dataset says of its position, and the generators that it owns."""
+    state = {}
+    if generators := get_generator_states(dataset, DATASETS):
+        state["generators"] = generators
+    if is_stateful(dataset):
+        state["dataset"] = dataset.state_dict()
+    return state
+
+
+def set_dataset_state(dataset: Any, state: Mapping[str, Any]) -> None:
+    """Put a dataset where ``dataset_state`` found it."""
+    set_generator_states(dataset, DATASETS, state.get("generators", {}))
+    if "dataset" in state and is_stateful(dataset):
+        dataset.load_state_dict(state["dataset"])
+
+
+def states_between_passes(loader: Any, states: dict[str, Any]) -> dict[str, Any]:
+    """Return what of the workers' states lasts from one pass to the next."""
+    if not getattr(loader, "persistent_workers", False):
+        return {}
+    if not isinstance(loader.dataset, IterableDataset):
+        return states
+    # They are those of the last batch; reaching the end has moved the dataset to its start.
+    places = ("dataset", "is_at_end")
+    return {key: {k: v for k, v in s.items() if k not in places} for key, s in states.items()}
+
+
+def is_stateful(part: Any) -> bool:
+    """Tell whether a dataset or loader can say where it is, and go there."""
+    return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
+
+
+class WorkerStart:
+    """A ``worker_init_fn`` that lets a worker go on where an earlier one was.
+
+    Args:
+        init_fn: The loader's own, called first.
+        first: Number of the worker that is to give the next batch. Torch asks worker 0 first, so
+            the workers are numbered from here.
+        states: What the workers have carried, by number.
+    """
+
+    def __init__(
+        self,
+        init_fn: Callable[[int], None] | None,
+        first: int = 0,
+        states: Mapping[int, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._init_fn, self._first, self._states = init_fn, first, states or {}
+
+    def __call__(self, worker: int) -> None:  # noqa: D102
+        _outlive_signals()
+        info: Any = get_worker_info()
+        number = (worker + self._first) % info.num_workers
+        # Persistent workers keep the seed of their first pass, which this one's loader has not.
+        seeds = [state["base_seed"] for state in self._states.values() if "base_seed" in state]
+        base_seed = seeds[0] if seeds else info.seed - worker
+        if (number, base_seed) != (worker, info.seed - worker):
+            _renumber(info, number, base_seed)
+        if self._init_fn is not None:
+            self._init_fn(number)
+        state = self._states.get(number, {})
+        if "random" in state:
+            set_random_state(state["random"])
+        set_dataset_state(info.dataset, state)
+        if state.get("is_at_end"):
+            _give_nothing_once(info.dataset)
+        _known.update(get_random_state(devices=False))
+
+
+_known: dict[str, Any] = {}
+"""In a worker: the random state that the main process knows of."""
+
+
+def _give_nothing_once(dataset: Any) -> None:
+    """Let the next iteration over a dataset be an empty one."""
+    own = type(dataset)
+
+    def iterate(dataset: Any) -> Any:
+        dataset.__class__ = own
+        return iter(())
+
+    dataset.__class__ = type(own.__name__, (own,), {"__iter__": iterate})
+
+
+def _renumber(info: Any, number: int, base_seed: int) -> None:
+    """Make this worker the one of another number, seeded as torch does it."""
+    generate_state: Any = torch.utils.data._utils.worker._generate_state
+    for name, value in (("id", number), ("seed", base_seed + number)):
+        object.__setattr__(info, name, value)  # torch's own refuses, lest a worker does it
+    random.seed(info.seed)
+    torch.manual_seed(info.seed)
+    np.random.seed(generate_state(base_seed, number))
+
+
+def shut_down_at_exit(iterator: Any) -> None:
+    """End the workers of an iterator when Python ends, if nobody has before.
+
+    Left to itself, Python sends them a SIGTERM then and waits for their end: see below.
+    """
+    _ITERATORS.add(iterator)
+
+
+_ITERATORS: WeakSet[Any] = WeakSet()
+
+
+@atexit.register
+def _shut_down() -> None:
+    for iterator in list(_ITERATORS):
+        iterator._shutdown_workers()
+
+
+def _outlive_signals() -> None:
+    """Leave it to the main process what a signal to all processes of the run means.
+
+    Schedulers and terminals signal the whole group. A worker that died of it would take the
+    update with it that the main process wants to finish. A second SIGTERM is obeyed: torch sends
+    one to a worker that hangs.
+    """
+
+    def survive_once(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, survive_once)
+    if os.name == "posix":
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)

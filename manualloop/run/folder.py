@@ -1,0 +1,227 @@
+"""The ``checkpoint_dir`` of ``train_loop``: guarded, gone on from, and written to."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from manualloop.checkpoint.api import (
+    explain_disk,
+    find_last,
+    free_bytes,
+    load_found,
+    write_checkpoint,
+)
+from manualloop.checkpoint.folders import Found, find_folders, sweep
+from manualloop.checkpoint.lock import hold_lock
+from manualloop.checkpoint.parts import saved_part
+from manualloop.errors import CheckpointError, ConfigError
+from manualloop.notices import logger, say
+from manualloop.run.history_file import LEDGER, Ledger, read_ledger
+from manualloop.state import TrainState
+from manualloop.strategy.base import Strategy, on_main
+from manualloop.types import Record
+
+
+class RunFolder:
+    """The folder of a run that holds its lock.
+
+    Args:
+        directory: That exists.
+        state: Of the run.
+        strategy: That runs it.
+        resume: As in ``train_loop``.
+        keep: As in ``save_checkpoint``.
+        best_metric: As in ``save_checkpoint``.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        state: TrainState,
+        strategy: Strategy,
+        *,
+        resume: bool | Literal["auto"],
+        keep: int,
+        best_metric: str | None,
+    ) -> None:
+        self._directory, self._state, self._strategy = directory, state, strategy
+        self._resume, self._keep, self._best_metric = resume, keep, best_metric
+        self._ledger: Ledger | None = None
+
+    def resume(self) -> tuple[dict[str, Any], list[Record]]:
+        """Load the newest checkpoint that is whole, if there is one and it is asked for.
+
+        Returns:
+            What ``save`` was given with it, and the records of the run; both empty at a beginning.
+        """
+        found = on_main(self._strategy, self._find)
+        notes: dict[str, Any] = {}
+        if found is not None:
+            notes = load_found(found, self._state, self._strategy).run
+        return notes, on_main(self._strategy, lambda: self._open_ledger(found, notes))
+
+    def _find(self) -> Found | None:
+        directory = self._directory
+        if self._resume is False and (find_folders(directory) or (directory / LEDGER).exists()):
+            raise CheckpointError(
+                f"{directory} holds a run, and resume=False begins a new one. Give it another "
+                'checkpoint_dir, remove this one, or go on with it: resume="auto".'
+            )
+        found = find_last(directory)
+        if found is None and self._resume is True:
+            raise CheckpointError(
+                f"There is no checkpoint in {directory} to go on from. Check the path, or let "
+                'resume="auto" begin if there is none.'
+            )
+        return found
+
+    def _open_ledger(self, found: Found | None, notes: dict[str, Any]) -> list[Record]:
+        """Return the records of the run up to a checkpoint, and write behind them from now on."""
+        directory = self._directory
+        records: list[Record] = []
+        if found is not None:
+            self._set_aside_damaged(found.path)
+            say(f"going on from {found.path}.")
+            num_records = notes.get("num_records", 0)
+            records = read_ledger(directory)[:num_records]
+            if len(records) < num_records:
+                logger.warning(
+                    f"{directory / LEDGER} has {len(records)} of the {num_records} records that "
+                    "the checkpoint knows of: the history begins with those."
+                )
+        with explain_disk(directory):
+            self._ledger = Ledger(directory, self._state.progress.num_steps, len(records))
+        return records
+
+    def save(self, notes: dict[str, Any], records: list[Record], metrics: dict[str, Any]) -> None:
+        """Write records and a checkpoint, then remove old ones. Collective.
+
+        Args:
+            notes: Given back by ``resume``.
+            records: All of the run, complete.
+            metrics: Of the weights as they are; empty if they were not evaluated.
+        """
+        on_main(self._strategy, lambda: self.write_records(records))
+        write_checkpoint(
+            self._directory,
+            self._state,
+            self._strategy,
+            metrics,
+            self._best_metric,
+            notes | {"num_records": len(records)},
+            self._keep,
+        )
+
+    def write_records(self, records: list[Record]) -> None:
+        """Append what is new to the ledger."""
+        if self._ledger is not None:
+            with explain_disk(self._directory):
+                self._ledger.write(records)
+
+    def write_times(self) -> None:
+        """Append where the time of this process went."""
+        times = self._state.times
+        if self._ledger is not None and times.total:
+            with explain_disk(self._directory):
+                self._ledger.write_times(times.as_dict())
+
+    def check_space(self) -> None:
+        """Refuse a run whose first checkpoint has no room; warn if the later ones have none."""
+        on_main(self._strategy, self._check_space)
+
+    def _check_space(self) -> None:
+        size = _estimate(self._state)
+        free = free_bytes(self._directory)
+        if free is None:
+            return
+        if free < size:
+            raise CheckpointError(
+                f"{self._directory} has {free / 1e6:.0f} MB free, and a checkpoint of this run "
+                f"takes about {size / 1e6:.0f} MB. Make room, or use another checkpoint_dir."
+            )
+        there = sum(entry.manifest is not None for entry in find_folders(self._directory))
+        if free < size * (self._keep + 1 - there):
+            logger.warning(
+                f"{self._directory} has {free / 1e6:.0f} MB free, and {self._keep} checkpoints "
+                f"and the one that is being written take about {size * (self._keep + 1) / 1e6:.0f} "
+                "MB: the disk may fill up. Keep fewer: keep_checkpoints=1."
+            )
+
+    def _set_aside_damaged(self, last: Path) -> None:
+        """Rename what is newer than the checkpoint that the run goes on from."""
+        for entry in find_folders(self._directory):
+            if entry.path == last:
+                break
+            aside = f"damaged-{entry.path.name}-{secrets.token_hex(2)}"
+            entry.path.rename(entry.path.with_name(aside))
+
+
+@contextmanager
+def open_run_folder(
+    checkpoint_dir: str | os.PathLike[str] | None,
+    state: TrainState,
+    strategy: Strategy,
+    resume: bool | Literal["auto"],
+    keep: int,
+    best_metric: str | None,
+) -> Iterator[RunFolder | None]:
+    """Hold the folder of a run, on rank 0; None without one. Collective.
+
+    Raises:
+        CheckpointError: It cannot be written to, or another run holds it.
+        ConfigError: The arguments do not fit together.
+    """
+    problems = []
+    if resume not in (True, False, "auto"):
+        problems.append(f'resume={resume!r} is none of "auto", True, False.')
+    if resume is True and checkpoint_dir is None:
+        problems.append("resume=True needs the checkpoint_dir to go on from.")
+    if keep < 1:
+        problems.append(f"keep_checkpoints must be at least 1, got {keep!r}.")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if checkpoint_dir is None:
+        yield None
+        return
+    directory = Path(checkpoint_dir)
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            with explain_disk(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(hold_lock(directory))
+                sweep(directory)
+                _probe(directory)
+
+        on_main(strategy, enter)
+        yield RunFolder(
+            directory, state, strategy, resume=resume, keep=keep, best_metric=best_metric
+        )
+
+
+def _probe(directory: Path) -> None:
+    """Write and remove a file: a folder that cannot be written to is found out now."""
+    path = directory / f".probe-{secrets.token_hex(4)}"
+    try:
+        path.write_bytes(b"manualloop")
+    finally:
+        with suppress(FileNotFoundError):
+            path.unlink()
+
+
+def _estimate(state: TrainState) -> int:
+    """Return about how many bytes a checkpoint takes, before the optimizer has its state."""
+    values = saved_part(state.model).state_dict().values()
+    weights = sum(value.nbytes for value in values if isinstance(value, Tensor))
+    trained = [p for group in state.optimizer.param_groups for p in group["params"]]
+    options = state.optimizer.defaults
+    num_moments = 2 if "betas" in options else int(bool(options.get("momentum")))
+    moments = num_moments * sum(p.nbytes for p in trained if isinstance(p, Tensor))
+    return int(weights + moments)

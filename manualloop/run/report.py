@@ -1,0 +1,170 @@
+"""The record of a run: losses gathered on the device, read late, averaged by items."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manualloop.progress import ProgressBar
+from manualloop.strategy.transfer import LateTensor
+from manualloop.types import Plan, Record, Step
+
+_NUM_UNSTACKED = 256  # a 0-d CUDA tensor occupies 512 bytes
+
+
+class History:
+    """Collects steps and evaluations into records.
+
+    A record of training holds ``step``, ``epoch`` (a fraction), ``loss`` (the mean over all items
+    since the record before), ``lr``, ``grad_norm`` (of its step; only with ``max_grad_norm``) and
+    ``num_items``; one of an evaluation ``step``, ``epoch`` and ``eval_...`` for each metric.
+
+    Attributes:
+        records: In the order of the run.
+        last_loss: The loss of the newest record that has reached the host; None before.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.last_loss: float | None = None
+        self._read: list[float] = []  # losses that a checkpoint brought along
+        self._losses: list[Tensor] = []
+        self._num_items: list[float] = []
+        self._pending: list[tuple[Record, LateTensor | None, list[float], list[float]]] = []
+
+    def add(self, step: Step) -> None:
+        """Remember a step's loss, where it is."""
+        loss = step.loss.detach() if step.loss.requires_grad else step.loss  # by a step_fn
+        self._losses.append(loss)
+        self._num_items.append(step.num_items)
+        if len(self._losses) >= _NUM_UNSTACKED:
+            self._losses = [torch.cat([loss.reshape(-1) for loss in self._losses])]
+
+    def has_open_interval(self) -> bool:
+        """Tell whether there were steps since the last record of training."""
+        return bool(self._num_items)
+
+    def close_interval(self, step: Step, epoch: float) -> None:
+        """Make a record of the steps since the last one. Its loss is filled in when it lands."""
+        record: Record = {"step": step.index, "epoch": epoch, "loss": None, "lr": float(step.lr)}
+        late = [loss.reshape(-1) for loss in self._losses]
+        if step.grad_norm is not None:
+            record["grad_norm"] = None
+            late.append(step.grad_norm.reshape(-1))
+        record["num_items"] = sum(self._num_items)
+        self.records.append(record)
+        landing = LateTensor(torch.cat(late)) if late else None
+        self._pending.append((record, landing, self._read, self._num_items))
+        self._read, self._losses, self._num_items = [], [], []
+        self.collect(wait=False)
+
+    def add_evaluation(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        """Make a record of an evaluation after so many updates."""
+        values = {f"eval_{name}": value for name, value in metrics.items()}
+        self.records.append({"step": step, "epoch": epoch, **values})
+
+    def open_interval(self) -> dict[str, list[float]]:
+        """Return the losses and items since the last record of training, waiting for them."""
+        losses = [value for loss in self._losses for value in loss.reshape(-1).tolist()]
+        return {"losses": [*self._read, *losses], "num_items": list(self._num_items)}
+
+    def restore(self, records: list[Record], interval: Mapping[str, list[float]]) -> None:
+        """Go on from records, and from what ``open_interval`` returned."""
+        self.records = records
+        self._read, self._num_items = list(interval["losses"]), list(interval["num_items"])
+
+    def collect(self, *, wait: bool) -> None:
+        """Fill in the losses that have landed; with ``wait`` all of them."""
+        while self._pending and (
+            wait or self._pending[0][1] is None or self._pending[0][1].has_landed()
+        ):
+            record, late, read, num_items = self._pending.pop(0)
+            values = read + (late.read() if late else [])
+            if "grad_norm" in record:
+                record["grad_norm"] = values.pop()
+            total = sum(loss * items for loss, items in zip(values, num_items, strict=True))
+            mean = total / record["num_items"] if record["num_items"] else math.nan
+            record["loss"] = self.last_loss = mean
+
+
+class Report:
+    """Collects the history of a run and shows its progress.
+
+    Args:
+        plan: How long the run is.
+        shown: Whether there is a bar.
+
+    Attributes:
+        history: Of the run.
+        plan: As given.
+    """
+
+    def __init__(self, plan: Plan, *, shown: bool) -> None:
+        self.history = History()
+        self.plan, self._shown = plan, shown
+        self._bar = ProgressBar(plan.num_steps, name="Training", unit="step", shown=False)
+        self._step: Step | None = None
+        self._position = 0
+        self._epoch = 0.0
+
+    def restore(self, notes: Mapping[str, Any], records: list[Record], num_steps: int) -> None:
+        """Go on from what ``notes`` returned, after so many steps."""
+        self.history.restore(records, notes["interval"])
+        self._epoch, self._position = notes["epoch"], num_steps
+
+    def open(self) -> None:
+        """Show the bar."""
+        self._bar = ProgressBar(
+            self.plan.num_steps,
+            name="Training",
+            unit="step",
+            initial=self._position,
+            shown=self._shown,
+        )
+
+    def notes(self) -> dict[str, Any]:
+        """Complete the history, and return what it needs to go on. Waits for the device."""
+        self.history.collect(wait=True)
+        return {"interval": self.history.open_interval(), "epoch": self._epoch}
+
+    def add(self, step: Step, *, closes: bool) -> None:
+        """Take note of a step; ``closes``: and make a record of those since the last one."""
+        self._step, self._position = step, step.index
+        per_epoch = self.plan.num_steps_per_epoch
+        self._epoch = step.index / per_epoch if per_epoch else float(step.epoch)
+        self.history.add(step)
+        if closes:
+            self.end_interval()
+        if self._bar.is_due():
+            self._bar.show(step.index, self._facts())
+
+    def end_interval(self) -> None:
+        """Make a record of the steps since the last one, if there are any."""
+        if self._step is not None and self.history.has_open_interval():
+            self.history.close_interval(self._step, self._epoch)
+
+    def add_evaluation(self, num_steps: int, metrics: Mapping[str, float]) -> None:
+        """Take note of an evaluation after so many steps."""
+        self.history.add_evaluation(num_steps, self._epoch, metrics)
+        scores = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
+        self._bar.write(f"step {num_steps}  epoch {self._epoch:.2f}  {scores}")
+
+    def close(self) -> None:
+        """Complete the history and close the bar."""
+        self.history.collect(wait=True)
+        self._bar.close(self._position, self._facts())
+
+    def _facts(self) -> str:
+        if self._step is None:
+            return ""
+        loss = self.history.last_loss
+        shown = "" if loss is None else f"loss={loss:.4f}, "
+        return f"{shown}lr={float(self._step.lr):.2e}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,187 @@
+"""What a run knows beside its state: evaluations, and what of it is still to be done or saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import astuple
+from time import perf_counter
+from typing import Any
+
+from manualloop.checkpoint.api import best_of
+from manualloop.data.sampler import OrderedBatchSampler
+from manualloop.errors import CheckpointError
+from manualloop.notices import say
+from manualloop.randomness import get_random_state, set_random_state
+from manualloop.reading.sources import has_shuffle_buffer
+from manualloop.run.folder import RunFolder
+from manualloop.run.report import Report
+from manualloop.run.stopping import EvaluationStopped, Stopping
+from manualloop.state import TrainState
+from manualloop.strategy.base import Strategy
+
+
+class Run:
+    """What a run knows beside its state, and saves with it.
+
+    Attributes:
+        evaluations: All of them, oldest first.
+        stopped_by: What ended the run early; None: nothing.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        report: Report,
+        folder: RunFolder | None,
+        stopping: Stopping,
+        evaluate: Callable[[], dict[str, float]] | None,
+        best_metric: str | None,
+        patience: int | None,
+        strategy: Strategy,
+    ) -> None:
+        self.evaluations: list[dict[str, float]] = []
+        self.stopped_by: str | None = None
+        self._state, self._report, self._folder = state, report, folder
+        self._stopping, self._evaluate = stopping, evaluate
+        self._best_metric, self._patience = best_metric, patience
+        self._strategy = strategy
+        self._evaluated_step = 0
+        self._is_pending = False  # an evaluation that was due and was not made
+        self._saved: object = None
+        self._loader: Iterable[Any] = ()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Those of the last evaluation; empty before the first."""
+        return self.evaluations[-1] if self.evaluations else {}
+
+    @property
+    def best_metrics(self) -> dict[str, float]:
+        """Those of the best evaluation; empty if nothing tells which that is."""
+        return self.evaluations[self._best()] if self.evaluations and self._best_metric else {}
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the weights as they are were evaluated, and are the best so far."""
+        is_evaluated = self.evaluations and self._evaluated_step == self._state.progress.num_steps
+        return bool(is_evaluated and self._best_metric and self._num_worse() == 0)
+
+    def resume(self, loader: Iterable[Any]) -> None:
+        """Go on from the folder's checkpoint, if there is one, and show the bar."""
+        self._loader = loader
+        if self._folder is not None:
+            self._go_on(self._folder, loader)
+        self._report.open()
+
+    def _go_on(self, folder: RunFolder, loader: Iterable[Any]) -> None:
+        if has_shuffle_buffer(loader):
+            say(
+                "the stream has a shuffle buffer, which no checkpoint holds: going on inside an "
+                "epoch is not bit-exact."
+            )
+        notes, records = folder.resume()
+        if notes:
+            self.evaluations = notes["evaluations"]
+            self._evaluated_step, self._is_pending = notes["evaluated_step"], notes["is_pending"]
+            self._report.restore(notes["report"], records, self._state.progress.num_steps)
+            self._saved = self._fingerprint()
+        if self._state.progress.num_steps < self._report.plan.num_steps:
+            folder.check_space()
+
+    def catch_up(self) -> None:
+        """Make the evaluation that the process before had no time for."""
+        if self._is_pending:
+            self.evaluate()
+            self.save()
+        self.stopped_by = self.reason_to_stop()
+
+    def evaluate(self) -> None:
+        """Evaluate, unless a signal says that there is no time; then the next process does."""
+        if self._evaluate is None:
+            return
+        self._is_pending = True
+        random_state, begin = get_random_state(), perf_counter()
+        try:
+            with self._stopping.evaluating():
+                metrics = self._evaluate()
+            self._state.times.evaluation += perf_counter() - begin
+        except EvaluationStopped:
+            set_random_state(random_state)  # it may have struck while they were put back
+            return
+        except Exception:
+            set_random_state(random_state)
+            if self._strategy.world_size > 1:
+                raise  # a save takes all ranks, and the others may be anywhere
+            if self._stopping.reason() in (None, "max_time"):
+                self.save()  # so that no update is lost; the next process evaluates first
+                raise
+            return  # the signal has reached a worker of the loader first
+        metrics = self._strategy.gather(metrics)[0]  # or each rank might decide otherwise
+        self._is_pending, self._evaluated_step = False, self._state.progress.num_steps
+        self.evaluations.append(metrics)
+        self._report.add_evaluation(self._evaluated_step, metrics)
+        if self._is_out_of_patience():
+            self._report.end_interval()
+
+    def reason_to_stop(self) -> str | None:
+        """Return what ends the run after this step."""
+        return "patience" if self._is_out_of_patience() else self._stopping.reason()
+
+    def save(self) -> None:
+        """Save the run as it is, if it has a folder and has moved since the last time."""
+        if self._folder is None or self._saved == self._fingerprint():
+            return
+        notes = {
+            "evaluations": self.evaluations,
+            "evaluated_step": self._evaluated_step,
+            "is_pending": self._is_pending,
+            "report": self._report.notes(),
+        }
+        is_evaluated = self._evaluated_step == self._state.progress.num_steps
+        metrics = self.metrics if is_evaluated else {}
+        begin = perf_counter()
+        self._folder.save(notes, self._report.history.records, metrics)
+        self._state.times.checkpoint += perf_counter() - begin
+        self._saved = self._fingerprint()
+
+    def finish(self) -> None:
+        """Evaluate and save the end of the run, where the last step has not done so."""
+        num_steps = self._state.progress.num_steps
+        if self.stopped_by not in (None, "patience") and self._folder is not None:
+            say(f"{self.stopped_by}: ended after step {num_steps}. The same command goes on there.")
+            return
+        self._report.end_interval()
+        if self._evaluate is not None and self._evaluated_step != num_steps:
+            self.evaluate()
+        self.save()
+        self._advise()
+
+    def _advise(self) -> None:
+        """Say what takes more time than it should, after a run that was long enough to tell."""
+        sampler = getattr(self._loader, "batch_sampler", None)
+        may_group = isinstance(sampler, OrderedBatchSampler) and sampler.lengths is None
+        num_workers = getattr(self._loader, "num_workers", 0)
+        advice = self._state.times.advice(num_workers, may_group=may_group)
+        if advice is not None:
+            say(advice)
+
+    def close(self) -> None:
+        """Close the bar; write what the history has got since the last checkpoint."""
+        self._report.close()
+        if self._folder is not None and self._strategy.is_main:
+            with suppress(CheckpointError):  # another error may be on its way
+                self._folder.write_records(self._report.history.records)
+                self._folder.write_times()
+
+    def _best(self) -> int:
+        return best_of(self.evaluations, self._best_metric)
+
+    def _num_worse(self) -> int:
+        return len(self.evaluations) - 1 - self._best() if self.evaluations else 0
+
+    def _is_out_of_patience(self) -> bool:
+        return self._patience is not None and self._num_worse() >= self._patience
+
+    def _fingerprint(self) -> object:
+        return astuple(self._state.progress), len(self.evaluations), self._is_pending

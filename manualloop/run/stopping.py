@@ -1,0 +1,141 @@
+"""How a run is asked to end: signals that set a flag, and a time that is up."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from manualloop.strategy.votes import Votes
+
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
+_TWICE = 2.0  # seconds in which the same signal may come again by another way
+_REASONS = ("SIGINT", "SIGTERM", "SIGUSR1", "max_time")
+
+
+class EvaluationStopped(BaseException):
+    """Ends an evaluation that a signal came into. Not an Exception: nobody means to catch it."""
+
+
+class Stopping:
+    """Knows whether, and by what, the run was asked to end.
+
+    Args:
+        max_seconds: After which it is; None: never.
+        votes: By which all ranks end after the same update; None: there is one.
+
+    Attributes:
+        cause: "SIGTERM", "SIGUSR1", "SIGINT" (Ctrl-C), or None.
+    """
+
+    def __init__(self, max_seconds: float | None = None, votes: Votes | None = None) -> None:
+        self.cause: str | None = None
+        self._votes = votes or Votes()
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self._is_evaluating, self._since = False, 0.0
+        self._previous: dict[int, Any] = {}
+
+    def reason(self) -> str | None:
+        """Return what ends the run: a signal or "max_time"; None: nothing yet."""
+        if self.cause is not None:
+            self._votes.cast(self.cause)
+        elif self._deadline is not None and time.monotonic() >= self._deadline:
+            self._votes.cast("max_time")
+        reason = next(filter(self._votes.has, _REASONS), None)
+        if reason != "max_time" and self.cause is None:
+            self.cause = reason  # a signal to another rank
+        return reason
+
+    @contextmanager
+    def watching_signals(self) -> Iterator[None]:
+        """Take SIGINT, SIGTERM and SIGUSR1 as a wish to end, and put their handlers back.
+
+        The second one is what it was before: an immediate KeyboardInterrupt, or the end. Only
+        Python's main thread can do this; elsewhere signals stay as they are.
+        """
+        if threading.current_thread() is threading.main_thread():
+            # None: a handler that was not set from Python, and cannot be put back from it. What
+            # the process ignores, as Ctrl-C under nohup, it goes on ignoring.
+            previous = {number: signal.getsignal(number) for number in _SIGNALS}
+            left = (None, signal.SIG_IGN)
+            self._previous = {n: handler for n, handler in previous.items() if handler not in left}
+            for number in self._previous:
+                signal.signal(number, self._handle)
+        try:
+            yield
+        finally:
+            self._restore()
+        if self.cause == "SIGTERM":
+            _exit_as_terminated()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Let a signal raise ``EvaluationStopped`` in here: an evaluation can be long.
+
+        Not among several ranks, where it takes all of them.
+        """
+        if not self._votes.is_alone:
+            yield
+            return
+        self._is_evaluating = True
+        try:
+            if self.cause is not None:
+                raise EvaluationStopped
+            yield
+        finally:
+            self._is_evaluating = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.cause is not None:
+            if not self._votes.is_alone and time.monotonic() - self._since < _TWICE:
+                return  # launchers pass on what a scheduler has sent to every process
+            self._restore()
+            os.kill(os.getpid(), number)
+            return
+        self.cause, self._since = signal.Signals(number).name, time.monotonic()
+        if number == signal.SIGINT:  # not by a log record: its lock may be held just now
+            os.write(2, b"\nmanualloop: finishing this update; Ctrl-C again ends at once.\n")
+        if self._is_evaluating:
+            self._is_evaluating = False
+            raise EvaluationStopped
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+class _Exit:
+    """Sets the exit status when Python deletes it, which is the last that happens.
+
+    An ``atexit`` function that ended the process would keep those from running that were
+    registered before it.
+    """
+
+    def __init__(self, status: int) -> None:
+        self._status = status
+
+    def __del__(self, _exit: Any = os._exit) -> None:
+        _exit(self._status)
+
+
+_at_exit: list[_Exit] = []
+
+
+def _exit_as_terminated() -> None:
+    atexit.unregister(_set_status)
+    atexit.register(_set_status)
+
+
+def _set_status() -> None:
+    if not hasattr(sys, "last_value"):  # else an error ended the script, and its status tells so
+        _at_exit.append(_Exit(128 + signal.SIGTERM))

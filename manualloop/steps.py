@@ -1,0 +1,383 @@
+"""``train_steps``: training as a ``for`` loop over optimizer updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable
+from functools import partial
+from numbers import Integral
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from manualloop.checkpoint.contract import check_contract, describe_run
+from manualloop.checks import check_batches, check_run, explain, require_loader
+from manualloop.data.sampler import set_epoch
+from manualloop.errors import ConfigError, DataError
+from manualloop.nonfinite import Watch
+from manualloop.optim import own_schedule, require_schedule
+from manualloop.reading.ranks import num_rounds
+from manualloop.reading.reader import Feed
+from manualloop.reading.sources import workers_matter
+from manualloop.state import TrainState
+from manualloop.strategy.base import Strategy
+from manualloop.strategy.select import strategy_for
+from manualloop.types import LossFn, OnNonfinite, Plan, Step, Update, Window
+from manualloop.update import StepFn, apply_update, group
+
+
+def plan_run(
+    train_dataloader: Any,
+    *,
+    num_epochs: int | None = None,
+    max_steps: int | None = None,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    world_size: int = 1,
+) -> Plan:
+    """Check the numbers of a run against each other and against the data, all at once.
+
+    Args:
+        train_dataloader: Any iterable of batches, with or without a length.
+        num_epochs: Passes over the data; with ``max_steps`` also None: 3.
+        max_steps: Updates, over as many epochs as they take.
+        gradient_accumulation_steps: Micro-batches an update.
+        max_grad_norm: Only checked here.
+        world_size: Ranks that the batches are dealt to.
+
+    Raises:
+        ConfigError: What does not fit together, every problem on a line of its own.
+        DataError: Not a loader, or one without batches.
+
+    >>> plan_run(range(5), num_epochs=2, gradient_accumulation_steps=4)
+    Plan(num_steps=4, num_epochs=2, num_steps_per_epoch=2)
+    """
+    require_loader(train_dataloader)
+    length = num_rounds(train_dataloader, world_size)
+    counts = {
+        "num_epochs": num_epochs,
+        "max_steps": max_steps,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+    }
+    problems = [
+        f"{name} must be a whole number of at least 1, got {count!r}."
+        for name, count in counts.items()
+        if count is not None
+        and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1)
+    ]
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        problems.append(
+            f"max_grad_norm must be above 0, got {max_grad_norm!r}; None does not clip."
+        )
+    if num_epochs is not None and max_steps is not None:
+        problems.append(
+            f"Give num_epochs={num_epochs!r} or max_steps={max_steps!r}, not both: each ends the "
+            "run."
+        )
+    if length is None and max_steps is None:
+        problems.append("A streaming dataset has no length: give max_steps=, the updates to make.")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if length == 0:
+        raise DataError(
+            "The training loader has 0 batches. Check the filter of the dataset, and batch_size "
+            "with drop_last."
+        )
+    per_epoch = None if length is None else -(-length // gradient_accumulation_steps)
+    if max_steps is not None:
+        return Plan(max_steps, None, per_epoch)
+    num_epochs = num_epochs or 3
+    return Plan(num_epochs * (per_epoch or 0), num_epochs, per_epoch)
+
+
+def train_steps(
+    state: TrainState,
+    train_dataloader: Iterable[Any],
+    *,
+    num_epochs: int | None = None,
+    max_steps: int | None = None,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    loss_fn: LossFn | None = None,
+    step_fn: StepFn | None = None,
+    on_nonfinite: OnNonfinite = "raise",
+    strategy: Strategy | None = None,
+    preflight: bool = True,
+) -> Generator[Step, None, None]:
+    """Make one optimizer update each time the ``for`` loop asks for one.
+
+    ::
+
+        while epochs or steps are left:
+            set_epoch(train_dataloader, epoch)
+            for each window of gradient_accumulation_steps batches:
+                zero the gradients
+                for each batch: forward, loss, backward        (weighted by items)
+                clip, update the weights, advance the schedule (apply_update)
+                move state.progress, then yield a Step
+
+    Everything that lasts is in ``state``, which has moved before a step is yielded: leave the
+    loop anywhere, and the next ``train_steps`` with this state goes on with the next window. When
+    the planned number is reached it yields nothing. The gradients of a step stay until the next.
+    Nothing in here waits for the device, but for what ``on_nonfinite`` says. An interrupt inside an
+    update leaves the state in the middle of it. On several processes call it on each: batch k of
+    the loader is rank ``k % world_size``'s, and a step is the same on all ranks.
+
+    Arguments are checked at the call, batches as they come. To end the generator before its end,
+    leave its ``for`` loop, or ``close()`` it if it has a name.
+
+    Args:
+        state: Model, optimizer, schedule and position; the strategy puts the model in place.
+        train_dataloader: Of dicts that the model takes; any iterable of anything with ``loss_fn``.
+        num_epochs: Passes over the data, those already in ``state`` included. Both None: 3.
+        max_steps: Updates instead, those already in ``state`` included.
+        gradient_accumulation_steps: Batches an update. The last window of an epoch may hold fewer.
+        max_grad_norm: Norm to which gradients are clipped; None does not clip.
+        loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)``.
+        step_fn: ``step_fn(state, batches, strategy) -> Update`` replaces the update, and with it
+            ``loss_fn`` and ``max_grad_norm``.
+        on_nonfinite: What a loss that is NaN or infinite does, or a gradient norm, where one is
+            computed. ``"raise"``: the run ends, with the weights from before. On an accelerator
+            with a fused optimizer the host learns of it some steps late; weights have not moved
+            since, position and schedule have. ``"skip"``: the update is left out and counted.
+            ``"ignore"``: the update is made. On an accelerator ``"skip"``, and ``"raise"`` with an
+            optimizer that is not one of torch's fused, wait for every update; ``"raise"`` with one
+            waits for none on cuda, and for every eighth elsewhere.
+        strategy: None: the one that prepared the model, else ``prepare_strategy("auto")``.
+        preflight: Check the first window before it is used.
+
+    Yields:
+        A ``Step`` for each update that was applied; one that was skipped is only counted in
+        ``state.progress.num_skipped``.
+
+    Raises:
+        ConfigError: The arguments do not fit together.
+        DataError: The data cannot be trained on.
+        ModelError: The model or the optimizer cannot be trained.
+        NonFiniteError: The loss or the gradient norm is NaN or infinite; it names the rows.
+        DistributedError: Another rank is gone; the message says which, and why if it could tell.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 1)
+    >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> batches = [{"x": torch.ones(4, 1)}, {"x": torch.ones(2, 1)}]
+    >>> for step in train_steps(state, batches, num_epochs=2,
+    ...                         loss_fn=lambda model, batch: model(batch["x"]).mean()):
+    ...     print(step)
+    Step(1/4, epoch=0, lr=0.1)
+    Step(2/4, epoch=0, lr=0.1, ends_epoch)
+    Step(3/4, epoch=1, lr=0.1)
+    Step(4/4, epoch=1, lr=0.1, ends_epoch)
+    """
+    strategy = strategy_for(state.model, strategy)
+    plan = plan_run(
+        train_dataloader,
+        num_epochs=num_epochs,
+        max_steps=max_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        max_grad_norm=max_grad_norm,
+        world_size=strategy.world_size,
+    )
+    if step_fn is not None and (loss_fn is not None or max_grad_norm is not None):
+        raise ConfigError(
+            "step_fn replaces the whole update, so loss_fn and max_grad_norm would be ignored. "
+            "Use them inside step_fn: functools.partial(apply_update, max_grad_norm=1.0)."
+        )
+    if on_nonfinite not in ("raise", "skip", "ignore"):
+        raise ConfigError(f'on_nonfinite={on_nonfinite!r} is none of "raise", "skip", "ignore".')
+    check_run(state, strategy)
+    state.lr_scheduler = own_schedule(state.lr_scheduler)
+    require_schedule(state.lr_scheduler, state.optimizer)
+    state.model, state.optimizer = strategy.prepare(state.model, state.optimizer)
+    _agree_on_contract(
+        state, train_dataloader, plan, strategy, max_grad_norm, gradient_accumulation_steps
+    )
+    own_loss, is_own_step = loss_fn is not None or step_fn is not None, step_fn is not None
+    step_fn = step_fn or partial(
+        apply_update, loss_fn=loss_fn, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite
+    )
+    return _train_steps(
+        state,
+        train_dataloader,
+        plan,
+        gradient_accumulation_steps,
+        partial(
+            _update_from,
+            step_fn=step_fn,
+            strategy=strategy,
+            loader=train_dataloader,
+            explains=not own_loss,
+            votes=is_own_step and strategy.world_size > 1,
+        ),
+        strategy,
+        Watch(state, train_dataloader, loss_fn, strategy, on_nonfinite),
+        preflight=preflight and not own_loss,
+    )
+
+
+def _agree_on_contract(
+    state: TrainState,
+    loader: Iterable[Any],
+    plan: Plan,
+    strategy: Strategy,
+    max_grad_norm: float | None,
+    gradient_accumulation_steps: int,
+) -> None:
+    """Note what the run depends on; if it goes on from a checkpoint, compare with that."""
+    settings: dict[str, Any] = {
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "max_grad_norm": max_grad_norm,
+    }
+    if state.lr_scheduler is not None:
+        settings["num_steps"] = plan.num_steps  # that the rate usually depends on
+    contract = describe_run(state, loader, strategy, **settings)
+    if state.is_resumed and state.contract is not None and _goes_on(state, plan):
+        matter = workers_matter(state.position or {})
+        check_contract(state.contract, contract, workers_matter=matter)
+    state.contract, state.is_resumed = contract, False
+
+
+def _train_steps(
+    state: TrainState,
+    loader: Iterable[Any],
+    plan: Plan,
+    window_size: int,
+    update_from: Callable[[TrainState, Window], Update],
+    strategy: Strategy,
+    watch: Watch,
+    *,
+    preflight: bool,
+) -> Generator[Step, None, None]:
+    progress, feed, num_skipped = state.progress, _enter(state, loader, strategy), 0
+    times = state.times
+    try:
+        while _goes_on(state, plan):
+            epoch, window, num_applied = progress.epoch, None, 0
+            set_epoch(loader, epoch)
+            start = progress.num_samples
+            begin = perf_counter()
+            for window in group(feed.batches(start), window_size, start):
+                times.count_tokens(window.batches)
+                times.data += perf_counter() - begin
+                if preflight:
+                    check_batches(state.model, window.batches, loader, window.starts)
+                    preflight = False
+                if not state.model.training:
+                    state.model.train()  # only then: it would thaw layers that were set to eval
+                lr = state.optimizer.param_groups[0]["lr"]
+                lr = lr if type(lr) is float else _plain_lr(lr)
+                update = update_from(state, window)
+                watch.look_at(update, window)
+                num_applied += update.applied
+                num_skipped = 0 if update.applied else num_skipped + 1
+                _advance(state, window, applied=update.applied)
+                is_last = not _goes_on(state, plan)
+                if update.applied:
+                    yield Step(
+                        index=progress.num_steps,
+                        epoch=epoch,
+                        num_steps=plan.num_steps,
+                        loss=update.loss,
+                        lr=lr,
+                        grad_norm=update.grad_norm,
+                        num_items=update.num_items,
+                        num_skipped=progress.num_skipped,
+                        ends_epoch=window.ends_epoch,
+                        is_last=is_last,
+                    )
+                if is_last and not window.ends_epoch:
+                    break
+                begin = perf_counter()
+            if window is None and progress.num_samples:
+                _end_epoch(state)  # in larger batches than before, nothing is left of it
+            elif window is None:
+                raise DataError(
+                    f"The training loader gave no batch in epoch {epoch}. A generator can be read "
+                    "only once: pass a DataLoader or a list."
+                )
+            if num_applied == 0 and num_skipped >= _TOO_MANY_SKIPPED and plan.num_epochs is None:
+                raise DataError(_SKIPPED_MESSAGE)
+        watch.settle(wait=True)
+    except GeneratorExit:  # the loop was left: what is known of its last updates is still said
+        watch.settle(wait=True)
+        raise
+    finally:
+        state.is_training = False
+
+
+def _plain_lr(lr: Any) -> Any:
+    """Return a learning rate as a number; one on a device stays there, where nothing waits for it.
+
+    NaN of an optimizer without one, such as Adafactor's ``relative_step``.
+    """
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return lr.clone()  # a scheduler changes it in place
+    return math.nan if lr is None else float(lr)
+
+
+def _update_from(
+    state: TrainState,
+    window: Window,
+    *,
+    step_fn: StepFn,
+    strategy: Strategy,
+    loader: Iterable[Any],
+    explains: bool,
+    votes: bool,
+) -> Update:
+    """Make the update of a window, and say what is wrong with its batches if it fails."""
+    if votes:
+        strategy.sum_counts([])  # nobody knows whether step_fn counts
+    begin = perf_counter()
+    try:
+        update = step_fn(state, window.batches, strategy)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        strategy.explain(error)
+        if explains:
+            explain(error, state.model, window.batches, loader, window.starts)
+        raise
+    state.times.update += perf_counter() - begin
+    return update
+
+
+def _enter(state: TrainState, loader: Iterable[Any], strategy: Strategy) -> Feed:
+    if state.is_training:
+        raise ConfigError(
+            "Another train_steps is still open on this state. Leave its loop, or close() it."
+        )
+    feed = Feed(loader, state.place(), strategy)
+    state.feed, state.position = feed, None
+    state.is_training, state.has_failed = True, None
+    return feed
+
+
+# Only max_steps could go on for ever. An fp16 loss scale falls below any float in fewer.
+_TOO_MANY_SKIPPED = 200
+_SKIPPED_MESSAGE = (
+    "No update of a whole epoch was applied, nor of the 200 before: the losses are not finite, or "
+    "the windows hold no label to learn from. Look at the data with inspect_batch(loader), or let "
+    'on_nonfinite="raise" name the rows.'
+)
+
+
+def _goes_on(state: TrainState, plan: Plan) -> bool:
+    if plan.num_epochs is None:
+        return state.progress.num_steps < plan.num_steps
+    return state.progress.epoch < plan.num_epochs
+
+
+def _advance(state: TrainState, window: Window, *, applied: bool) -> None:
+    """Move the position past a window, before its step is seen by anyone."""
+    progress = state.progress
+    progress.num_samples += window.num_samples
+    progress.num_steps += applied
+    progress.num_skipped += not applied
+    state.feed.settle(ends_epoch=window.ends_epoch)
+    if window.ends_epoch:
+        _end_epoch(state)
+
+
+def _end_epoch(state: TrainState) -> None:
+    state.progress.epoch += 1
+    state.progress.num_samples = 0

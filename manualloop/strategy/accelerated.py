@@ -1,0 +1,314 @@
+"""Several processes, by way of accelerate: DDP, FSDP2, DeepSpeed, TPU."""
+
+from __future__ import annotations
+
+import os
+import re
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from manualloop.errors import ConfigError, DistributedError
+from manualloop.models import is_sharded, unwrap_model
+from manualloop.notices import say
+from manualloop.optim import parameters_of, watch_scale
+from manualloop.strategy.base import STRATEGY_OF
+from manualloop.strategy.compiled import CompileOptions, compile_model
+from manualloop.strategy.liveness import Lifeline, connect
+from manualloop.strategy.transfer import move
+from manualloop.strategy.votes import Votes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Accelerated:
+    """The strategy of an ``accelerate.Accelerator``: its device, precision and plugins.
+
+    Args:
+        accelerator: With ``gradient_accumulation_steps=1``: accumulation is the loop's business,
+            since accelerate divides by a constant, also in a window that holds fewer batches. It
+            may have prepared model and optimizer already.
+        timeout: Seconds that ranks wait for each other where the host does; None: torch's default.
+        compile: As in ``prepare_strategy``.
+
+    Raises:
+        ConfigError: The accelerator divides losses for accumulation by itself.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        *,
+        timeout: float | None = None,
+        compile: CompileOptions = False,
+    ) -> None:
+        if accelerator.gradient_accumulation_steps != 1:
+            raise ConfigError(
+                "The Accelerator has gradient_accumulation_steps="
+                f"{accelerator.gradient_accumulation_steps}. Build it with 1 and pass "
+                "gradient_accumulation_steps to train_loop, which weighs micro-batches by items."
+            )
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if accelerator.num_processes < launched:
+            raise DistributedError(
+                f"A launcher started {launched} processes (WORLD_SIZE), and the Accelerator knows "
+                f"of {accelerator.num_processes}: each would train alone. On a CPU it must be "
+                'told: Accelerator(cpu=True), or leave it to prepare_strategy("auto").'
+            )
+        self.accelerator, self.compile = accelerator, compile
+        self.device = accelerator.device
+        self.is_main = accelerator.is_main_process
+        self.rank = accelerator.process_index
+        self.world_size = accelerator.num_processes
+        self._shards = accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+        self.votes = Votes(self.rank, self.world_size)
+        self._prepared: list[tuple[nn.Module, nn.Module]] = []  # all of them, as accelerate does
+        self._on_host: Any = None
+        self._lifeline: Lifeline | None = None
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            # Counts and objects go by the host: nothing waits for the device, and unlike NCCL gloo
+            # notices at once that a process is gone.
+            if self.device.type != "cpu":
+                limit = None if timeout is None else timedelta(seconds=timeout)
+                self._on_host = torch.distributed.new_group(backend="gloo", timeout=limit)
+            self._lifeline = connect(self.rank, self.world_size, self.gather, self._release_groups)
+        accelerator.manualloop_strategy = self  # to live as long: see STRATEGY_OF
+
+    def __repr__(self) -> str:
+        precision = self.accelerator.mixed_precision
+        ranks = f", world_size={self.world_size}" if self.world_size > 1 else ""
+        return f"Accelerated(device={str(self.device)!r}, mixed_precision={precision!r}{ranks})"
+
+    def _release_groups(self) -> None:
+        """Let go of the process groups, when the program ends."""
+        for model in {*self.accelerator._models, *(prepared for _, prepared in self._prepared)}:
+            if isinstance(model, nn.parallel.DistributedDataParallel):
+                for name in ("reducer", "logger", "process_group"):
+                    setattr(model, name, None)
+        if self._on_host is not None and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group(self._on_host)
+            self._on_host = None
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        if self._shards and self._held(model) is None:
+            compile_model(model, self.compile)
+            # Sharding replaces the parameters, so that the optimizer needs the new ones.
+            prepared, optimizer = self.accelerator.prepare(model, optimizer)
+            self._remember(model, prepared)
+            return prepared, optimizer
+        return self.prepare_model(model), self.prepare_optimizer(optimizer)
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        prepared = self._held(model)
+        if prepared is None and self._shards:
+            raise DistributedError(
+                f"{type(model).__name__} is to be sharded, and that takes its optimizer as well: "
+                "train it first, or prepare both with accelerator.prepare(model, optimizer)."
+            )
+        compile_model(unwrap_model(model, adapters=False), self.compile)
+        if prepared is None:
+            prepared = self.accelerator.prepare_model(model)
+        self._remember(model, prepared)
+        return prepared
+
+    def _held(self, model: nn.Module) -> nn.Module | None:
+        """Return what a model was prepared as; None if it was not.
+
+        accelerate would wrap what it has made itself: older versions always, this one if it is
+        given the model inside, of which it keeps no wrapper.
+        """
+        inner = unwrap_model(model, adapters=False)
+        for known, prepared in self._prepared:
+            if known is inner:
+                return prepared
+        if is_sharded(model):
+            return model  # by the user, with fully_shard
+        if self.world_size == 1 or self._shards:
+            return model if any(model is held for held in self.accelerator._models) else None
+        return None if inner is model else model
+
+    def _remember(self, model: nn.Module, prepared: nn.Module) -> None:
+        STRATEGY_OF[model] = STRATEGY_OF[prepared] = ref(self)
+        inner = unwrap_model(model, adapters=False)
+        if all(known is not inner for known, _ in self._prepared):
+            self._prepared.append((inner, prepared))
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        # accelerate would wrap what it has wrapped, and then unscale its gradients twice.
+        for held in self.accelerator._optimizers:
+            if optimizer is held or optimizer is held.optimizer:
+                return held  # type: ignore[no-any-return]
+        prepared: Optimizer = self.accelerator.prepare_optimizer(optimizer)
+        return prepared
+
+    def to_device(self, batch: Any) -> Any:
+        return batch if self.device.type == "cpu" else move(batch, self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
+
+    def hold_gradients(self, model: nn.Module, hold: bool) -> AbstractContextManager[Any]:
+        if not hold or self.world_size == 1:
+            return nullcontext()
+        if hasattr(model, "set_requires_gradient_sync"):  # of fully_shard
+            return _without_sync(model)
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
+        return context
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        with self._explaining():
+            total: Tensor = self.accelerator.reduce(values)
+        return total
+
+    def sum_counts(self, counts: Sequence[float]) -> list[float]:
+        if self.world_size == 1:
+            return list(counts)
+        values = torch.tensor([*counts, *self.votes.ballot()], dtype=torch.float64)
+        with self._explaining():
+            if self._lifeline is None:  # TPU
+                values = self.accelerator.reduce(values.to(self.device))
+            else:
+                torch.distributed.all_reduce(values, group=self._on_host)
+        totals: list[float] = values.tolist()
+        self.votes.count(totals[len(counts) :])
+        return [int(t) if t.is_integer() else t for t in totals[: len(counts)]]
+
+    def any(self, flag: bool) -> bool:
+        return any(self.gather(bool(flag)))
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with self._explaining():
+            torch.distributed.all_gather_object(values, value, group=self._on_host)
+        return values
+
+    def explain(self, error: BaseException) -> None:
+        if self._lifeline is None or isinstance(error, DistributedError):
+            return
+        if self._lifeline.failures() or _CONNECTION.search(f"{type(error).__name__} {error}"):
+            reason = self._lifeline.explain()
+            if reason is not None:
+                raise reason from error
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self.explain(error)
+            raise
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        norm: Any = self.accelerator.clip_grad_norm_(parameters_of(optimizer), max_norm)
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return whole
+
+    @property
+    def scaler(self) -> Any:
+        return self.accelerator.scaler
+
+    @property
+    def scales_losses(self) -> bool:
+        return self.accelerator.scaler is not None
+
+    def apply(self, optimizer: Optimizer) -> bool:
+        # Not AcceleratedOptimizer.step_was_skipped: a fused optimizer is always called, and skips
+        # inside its kernel.
+        if self.accelerator.scaler is None:
+            optimizer.step()
+            return True
+        was_made = watch_scale(self.accelerator.scaler)
+        optimizer.step()
+        return was_made()
+
+
+@contextmanager
+def _without_sync(model: Any) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+_CONNECTION = re.compile(
+    "gloo|nccl|Dist.*Error|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE
+)
+
+
+def is_launched() -> bool:
+    """Tell whether accelerate's launcher, torchrun or the like has started this process."""
+    # The first is set by accelerate launch, always.
+    is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or is_one_of_many
+
+
+def start_accelerator(
+    mixed_precision: str | None, timeout: float | None, compile: CompileOptions
+) -> Accelerated:
+    """Make an accelerator of what the launcher says, and its strategy.
+
+    Args:
+        mixed_precision: None: what the launcher was configured for.
+        timeout: Seconds that ranks wait for each other.
+        compile: As in ``prepare_strategy``.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    accelerator = Accelerator(
+        # Without an accelerator it must be told, or each process trains alone.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout or 600))],
+    )
+    asked = _num_processes_asked()
+    if asked is not None and accelerator.num_processes < asked:
+        say(
+            f"{asked} processes were asked for, and {accelerator.num_processes} runs. On a CPU "
+            "accelerate launch starts one; use torchrun --nproc_per_node, or ACCELERATE_USE_CPU=1 "
+            "accelerate launch --multi_gpu --num_processes."
+        )
+    return Accelerated(accelerator, timeout=timeout, compile=compile)
+
+
+def _num_processes_asked() -> int | None:
+    """Return how many processes accelerate launch was asked for, if that is what has started us.
+
+    accelerate tells its children nothing of it; on Linux its command line and its config do.
+    """
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        return None
+    if "launch" not in command or not any("accelerate" in word for word in command[:4]):
+        return None
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--config_file", "--config-file")
+    asked, _ = parser.parse_known_args(command[command.index("launch") + 1 :])
+    if asked.num_processes is None:
+        from accelerate.commands.config.config_args import (
+            default_config_file,
+            load_config_from_file,
+        )
+
+        if asked.config_file or os.path.isfile(default_config_file):
+            config: Any = load_config_from_file(asked.config_file)
+            return int(config.num_processes)
+    return asked.num_processes  # type: ignore[no-any-return]

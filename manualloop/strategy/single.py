@@ -1,0 +1,127 @@
+"""One process on one device, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from manualloop.errors import ConfigError
+from manualloop.optim import parameters_of, step_optimizer, watch_scale
+from manualloop.strategy.base import STRATEGY_OF, MixedPrecision
+from manualloop.strategy.compiled import CompileOptions, compile_model
+from manualloop.strategy.transfer import move, move_optimizer_state
+from manualloop.strategy.votes import Votes
+
+
+class SingleDevice:
+    """One process, one device, plain torch: no accelerate in the path.
+
+    Args:
+        device: ``"cpu"``, ``"cuda:1"``, ``"mps"``, ``"xpu"``, or a ``torch.device``.
+        mixed_precision: ``"no"`` runs in the parameters' dtype. ``"bf16"`` and ``"fp16"`` run
+            forward passes under autocast, fp16 with a ``GradScaler``, for which the host waits
+            for the device twice an update, to learn whether the loss is finite and whether the
+            update was skipped; three times, if the optimizer is not fused.
+        compile: As in ``prepare_strategy``.
+
+    >>> SingleDevice("cpu")
+    SingleDevice(device='cpu', mixed_precision='no')
+    """
+
+    is_main = True
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        *,
+        mixed_precision: MixedPrecision = "no",
+        compile: CompileOptions = False,
+    ) -> None:
+        self.device = torch.device(device)
+        self.mixed_precision = mixed_precision
+        self.compile = compile
+        if mixed_precision not in ("no", "bf16", "fp16"):
+            raise ConfigError(
+                f"SingleDevice takes mixed_precision={mixed_precision!r} from prepare_strategy "
+                'only: prepare_strategy(device, mixed_precision="auto").'
+            )
+        self.votes = Votes()
+        self._dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+        self.scaler = torch.amp.GradScaler(self.device.type) if mixed_precision == "fp16" else None
+
+    def __repr__(self) -> str:
+        return (
+            f"SingleDevice(device={str(self.device)!r}, mixed_precision={self.mixed_precision!r})"
+        )
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        parameters = parameters_of(optimizer)
+        before = [parameter.device for parameter in parameters]
+        model = self.prepare_model(model)
+        if optimizer.state and before != [parameter.device for parameter in parameters]:
+            move_optimizer_state(optimizer)
+        return model, optimizer
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        STRATEGY_OF[model] = lambda: self
+        model = model.to(self.device)
+        compile_model(model, self.compile)
+        return model
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        return optimizer
+
+    def to_device(self, batch: Any) -> Any:
+        return batch if self.device.type == "cpu" else move(batch, self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self._dtype)
+
+    def hold_gradients(self, model: nn.Module, hold: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return values
+
+    def sum_counts(self, counts: Sequence[float]) -> list[float]:
+        return list(counts)
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def explain(self, error: BaseException) -> None:
+        pass
+
+    def backward(self, loss: Tensor) -> None:
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        return nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm)
+
+    @property
+    def scales_losses(self) -> bool:
+        return self.scaler is not None
+
+    def apply(self, optimizer: Optimizer) -> bool:
+        if self.scaler is None:
+            step_optimizer(optimizer)
+            return True
+        was_made = watch_scale(self.scaler)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return was_made()
