@@ -72,7 +72,7 @@ def prepare_dataloaders(
         tokenizer: Tokenizes and pads; None if the rows are ready to be stacked.
         model: Its ``forward`` decides which columns stay. Without it the tokenizer's
             ``model_input_names`` and the labels do.
-        task: A key of ``manualloop.tasks.items.TASKS``; None: inferred from the labels and the model.
+        task: A key of ``manualloop.tasks.items.TASKS``; None: inferred from labels and model.
         text_columns: One column or a pair; None: inferred.
         label_column: Reaches the model as ``labels``; None: ``labels``, ``label``, or the only
             column of classes. Lists are multi-label: of 0 and 1, or of class numbers. Floats are

@@ -498,7 +498,7 @@ def test_what_cannot_be_fetched(
 def test_built_in_metrics_import_neither_evaluate_nor_scikit_learn_before_they_score() -> None:
     code = """if True:
         import sys
-        from manualloop.metrics import load_metric
+        from manualloop.evaluation.metrics import load_metric
         metric = load_metric("glue/mrpc")
         large = {"sklearn", "scipy", "evaluate", "torchmetrics", "datasets", "transformers"}
         assert not large & set(sys.modules), large & set(sys.modules)
