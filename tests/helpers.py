@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from torch.utils.data import DataLoader
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+)
+
+from manualloop import prepare_dataloaders
 
 WORDS = ["good", "bad", "movie", "plot", "very", "not", "the", "a", "was", "acting", "fine", "dull"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -83,3 +93,79 @@ def whole_and_resumed(run: Callable[..., Any], folder: Path, dies_after: int) ->
     ours, theirs = (dict(result.state.model.named_parameters()) for result in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     return whole, resumed
+
+
+def course_loader(
+    dataset: Dataset,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    label: str | None = "label",
+    sampler: Sequence[int] | None = None,
+    batch_size: int = 8,
+    **padding: Any,
+) -> DataLoader:
+    """The course's chapter 3: map, remove, rename, set_format, DataCollatorWithPadding."""
+    table = dataset.map(
+        lambda batch: tokenizer(*(batch[text] for text in texts), truncation=True), batched=True
+    )
+    table = table.remove_columns([c for c in dataset.column_names if c != label])
+    if label is not None:
+        table = table.rename_column(label, "labels")
+    table.set_format("torch")
+    collator = DataCollatorWithPadding(tokenizer, **padding)
+    return DataLoader(table, batch_size=batch_size, sampler=sampler, collate_fn=collator)
+
+
+def assert_same_batches(ours: Any, theirs: Any) -> None:
+    ours, theirs = list(ours), list(theirs)
+    assert len(ours) == len(theirs)
+    for own, other in zip(ours, theirs, strict=True):
+        assert sorted(own) == sorted(other)
+        for name, tensor in own.items():
+            assert tensor.dtype == other[name].dtype, name
+            assert torch.equal(tensor, other[name]), name
+
+
+def labels_of(loader: Any) -> list[Any]:
+    return [label for batch in loader for label in batch["labels"].tolist()]
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the library has logged, line by line."""
+    return [record.getMessage() for record in caplog.records if record.name == "manualloop"]
+
+
+def sentence(number: int) -> str:
+    return " ".join(WORDS[(number * 5 + i) % len(WORDS)] for i in range(1 + number % 7))
+
+
+def table_of(columns: Sequence[str], num_rows: int = 21, label: str = "int") -> Dataset:
+    """Rows with these columns of text, a label and an id."""
+    table: dict[str, list[Any]] = {
+        name: [sentence(row + 3 * number) for row in range(num_rows)]
+        for number, name in enumerate(columns)
+    }
+    make = {"int": lambda row: row % 2, "float": lambda row: row / 4}[label]
+    table |= {"label": [make(row) for row in range(num_rows)], "idx": list(range(num_rows))}
+    return Dataset.from_dict(table)
+
+
+def sizes(loader: Any) -> list[int]:
+    """The number of rows of each batch."""
+    return [len(batch["labels"]) for batch in loader]
+
+
+def first_batch(dataset: Any, tokenizer: Any = None, **arguments: Any) -> dict[str, Any]:
+    (loader,) = prepare_dataloaders({"dev": dataset}, tokenizer, **arguments).values()
+    return next(iter(loader))
+
+
+def token_model() -> Any:
+    return tiny_bert(kind=BertForTokenClassification)
+
+
+def apply_fix(error: pytest.ExceptionInfo[Any], dataset: Dataset, start: str) -> Dataset:
+    """Run the line that the error message suggests, which begins with ``start``."""
+    line = str(error.value)[str(error.value).index(start) :].removesuffix(".")
+    return eval(line, {"dataset": dataset, "datasets": datasets})
