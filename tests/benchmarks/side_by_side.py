@@ -116,7 +116,7 @@ def padding_of_all(task, batch_size):
     orders = {
         "shuffled": torch.randperm(len(lengths)).tolist(),
         "grouped by manualloop": job.prepared(group_by_length=True).batch_sampler.rows(),
-        "by the Trainer": get_length_grouped_indices(lengths, job.batch_size),
+        "grouped by the Trainer": get_length_grouped_indices(lengths, job.batch_size),
     }
     texts = []
     for name, order in orders.items():
@@ -124,7 +124,7 @@ def padding_of_all(task, batch_size):
         sizes = np.diff([*starts, len(order)])
         padded = (np.maximum.reduceat(lengths[order], starts) * sizes).sum()
         texts.append(f"{1 - lengths.sum() / padded:.1%} {name}")
-    return f"Of all {len(lengths)} rows {', '.join(texts)} would be padding."
+    return f"With all {len(lengths)} rows the share of padding would be {', '.join(texts)}."
 
 
 def overhead(args):
@@ -133,9 +133,9 @@ def overhead(args):
     microseconds = 1e6 / job.num_steps
     yield (
         "What a step costs beside the model",
-        f"A model of one linear layer, {job.num_steps} steps of {job.batch_size} rows. "
-        f"{check_same_bits(left)}At their best, Lightning and Ignite draw every 50 steps, and the "
-        "Trainer neither logs nor looks for NaN.",
+        f"The model is one linear layer and makes {job.num_steps} steps of {job.batch_size} rows. "
+        f'{check_same_bits(left)}"At its best" means that Lightning and Ignite update their bars '
+        "every 50 steps, and that the Trainer neither logs nor checks for NaN.",
         table(found, "us a step", ".0f", REFERENCES, scale=lambda number: number * microseconds),
     )
 
@@ -212,8 +212,8 @@ def evaluate(args):
         yield (
             f"Evaluating on rows of SST-2's split {split}",
             f"{len(job.rows)} rows, batches of {job.batch_size}, accuracy; the same BERT. The "
-            "metric of the course's loop is made of the classes of `evaluate`, for those that "
-            "`evaluate.load` gives are downloaded.",
+            "metric of the course's loop is built from the classes of `evaluate`, because "
+            "`evaluate.load` downloads its metrics.",
             table(found, "s", ".2f", REFERENCES, notes=padding(job, left)),
         )
 
@@ -269,7 +269,7 @@ def imports(args):
     more = {line: spread(numbers[1:], ".2f") for line, numbers in left.items()}
     yield (
         "Imports",
-        "Each in a new process, which imports torch first.",
+        "Each line runs in a new process, which imports torch first.",
         table(found, "s, all", ".2f", IMPORTS[:1], notes=("s after torch", more)),
     )
 
@@ -283,13 +283,13 @@ def memory(args):
     yield (
         "Peak memory of training",
         f"An epoch of {args.num_memory_rows} SST-2 rows, not grouped, the same BERT, in new "
-        "processes; by hand is the bare loop.",
+        'processes; "by-hand" is the bare loop.',
         figures,
     )
     figures, _ = peaks(["evaluate 1", "evaluate 8"], args.num_memory_rows, args.num_turns)
     yield (
         "Peak memory of evaluating",
-        f"manualloop, in new processes, on {args.num_memory_rows} SST-2 rows 1 and 8 times.",
+        f"manualloop, in new processes, on {args.num_memory_rows} SST-2 rows, taken 1 and 8 times.",
         figures,
     )
 
@@ -360,7 +360,7 @@ def accuracy(args):
         print(f"seed {seed}", {name: of[-1] for name, of in scores.items()}, file=sys.stderr)
     notes = {name: accuracy_note(of, scores[names[0]]) for name, of in scores.items()}
     yield (
-        "Accuracy of batches of rows of one length",
+        "Accuracy with rows grouped by length",
         f"One epoch of {len(job.rows)} SST-2 rows, batches of {job.batch_size} or a budget, "
         f"learning rate {job.lr}, the same BERT, {args.num_seeds} seeds for weights, order and "
         "dropout; accuracy on the split validation, and the difference from the course's loop.",
@@ -392,12 +392,13 @@ INTRO = """## Side by side
 $ MANUALLOOP_SHARED=... nox -s benchmarks
 ```
 
-manualloop, the loop of the Hugging Face course ("A full training") and the peers take turns, on
-the same rows, from the same weights, on one thread. Every turn asserts that each saw all rows, made
-as many updates, and changed every weight. Shown are medians and ranges; ratios are taken within
-each turn. The course's loop is as it is there; all others have the fused AdamW and plain rows, and
-what costs and is not needed is switched off: `tests/benchmarks/loops.py` says what. Building
-models, loaders and trainers is not timed."""
+manualloop, the loop of the Hugging Face course ("A full training") and other libraries take turns
+on the same rows, from the same weights, on one thread. Every turn asserts that each contestant saw
+all rows, made the same number of updates, and changed every weight. The tables show medians and
+ranges; ratios are taken within each turn. The course's loop is used unchanged. All others use fused
+AdamW and plain rows, with every costly option switched off that is not needed
+(`tests/benchmarks/loops.py` lists them). The time to build models, loaders and trainers is not
+included."""
 
 
 def main():
