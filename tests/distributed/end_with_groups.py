@@ -5,11 +5,11 @@ import time
 
 import torch
 
-import manualloop.strategy.liveness
 from manualloop import prepare_strategy
+from manualloop.strategy import liveness
 
 if __name__ == "__main__":
-    manualloop.lifeline.GRACE = 0.5
+    liveness.GRACE = 0.5
     strategy = prepare_strategy()
     strategy._on_host = torch.distributed.new_group(backend="gloo")  # as on an accelerator
     strategy.gather(None)

@@ -42,9 +42,9 @@ class KillAt:
 
 
 def _tensors():
-    import manualloop.checkpoint.tensors
+    from manualloop.checkpoint import tensors
 
-    return manualloop.tensors
+    return tensors
 
 
 def _shutil():
