@@ -1,13 +1,22 @@
-"""The random states of a process: Python's, NumPy's, torch's and every device's."""
+"""Random states: those of the process, and those of generators that objects hold.
+
+Python, NumPy and torch each have a global generator, and torch one for every device. Besides, any
+object of a run may hold generators of its own: a sampler, a collator, a loss function's closure.
+``find_generators`` finds them, wherever they are. Whatever saves, restores or keeps random states
+does it with the functions of this module.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+
+from manualloop.objects import Part, follow, objects_of_set, put, walk
 
 RandomState: TypeAlias = dict[str, Any]
 """Numbers, tensors, and lists of them, by the name of the generator."""
@@ -94,7 +103,7 @@ def set_generator_states(owner: Any, parts: Sequence[str], states: dict[str, Any
     """Put the generators back; those that are not there any more are left out."""
     for path, generator in list(_find(owner, parts, "", set())):
         if path in states:
-            _set(generator, states[path])
+            _set_bare(generator, states[path])
 
 
 def _find(owner: Any, parts: Sequence[str], path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
@@ -108,9 +117,6 @@ def _find(owner: Any, parts: Sequence[str], path: str, seen: set[int]) -> Iterat
             yield from _find(value, parts, f"{path}{name}.", seen)
 
 
-_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-
-
 def _get(generator: Any) -> Any:
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
@@ -119,10 +125,215 @@ def _get(generator: Any) -> Any:
     return generator.get_state()
 
 
-def _set(generator: Any, state: Any) -> None:
+def _set_bare(generator: Any, state: Any) -> None:
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
     elif isinstance(generator, random.Random):
         generator.setstate(state)
     else:
         generator.set_state(state)
+
+
+_KINDS = (
+    torch.Generator,
+    np.random.Generator,
+    np.random.RandomState,
+    np.random.BitGenerator,
+    random.Random,
+)
+
+
+class Search(NamedTuple):
+    """The generators that some objects hold.
+
+    Attributes:
+        found: Each generator once, by its path.
+        unsaved: Reasons why something random cannot be saved, by its path.
+    """
+
+    found: dict[str, Part]
+    unsaved: dict[str, str]
+
+
+def find_generators(**owners: Any) -> dict[str, Any]:
+    """Return the random generators that some objects hold, each once, by its path.
+
+    Generators are ``torch.Generator``, NumPy's ``Generator``, ``RandomState`` and bit generators,
+    and ``random.Random``. The global ones are left out: ``get_random_state`` has them. Where the
+    search looks, and where not, is described in ``manualloop.objects.walk``.
+
+    >>> def loss_fn(model, batch, *, noise=np.random.default_rng(0)): ...
+    >>> list(find_generators(loss_fn=loss_fn))
+    ['loss_fn.__kwdefaults__.noise']
+    >>> sampler = torch.utils.data.RandomSampler(range(3), generator=torch.Generator())
+    >>> list(find_generators(loader=torch.utils.data.DataLoader(range(3), sampler=sampler)))
+    ['loader.sampler.generator']
+    """
+    return {path: part.value for path, part in search(owners).found.items()}
+
+
+def generator_states(**owners: Any) -> dict[str, Any]:
+    """Return the states of the generators that ``find_generators`` finds, by path."""
+    return {path: _state_of(generator) for path, generator in find_generators(**owners).items()}
+
+
+def restore_generators(states: Mapping[str, Any], **owners: Any) -> dict[str, str]:
+    """Put generators back to what ``generator_states`` returned, perhaps in another process.
+
+    A generator that its owner makes at the first use, and has not made yet, is made instead.
+
+    Returns:
+        Reasons why a state was not restored, by its path.
+
+    >>> one, other = {"noise": random.Random(1)}, {"noise": None}
+    >>> restore_generators(generator_states(transform=one), transform=other)
+    {}
+    >>> other["noise"].random() == one["noise"].random()
+    True
+    """
+    problems = {}
+    for path, state in states.items():
+        try:
+            part = follow(path, owners)
+            if part.value is None:
+                put(part.holder, part.step, _make(state))
+            else:
+                _set(part.value, state)
+        except _PROBLEMS as error:
+            problems[path] = str(error.args[0] if error.args else error)
+    return problems
+
+
+_PROBLEMS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@contextmanager
+def random_states_kept(*, devices: bool = True, **owners: Any) -> Iterator[None]:
+    """Put all random states back afterwards: the global ones, and those that objects hold.
+
+    Generators that were made or replaced meanwhile are taken away again.
+
+    Args:
+        devices: Whether those of accelerators are kept too, which waits for the device.
+        owners: Objects that may hold generators.
+    """
+    before = list(search(owners).found.values())
+    states = [_state_of(part.value) for part in before]
+    global_state = get_random_state(devices=devices)
+    try:
+        yield
+    finally:
+        set_random_state(global_state)
+        known = {id(part.value) for part in before}
+        for value, holder, step in search(owners).found.values():
+            if id(value) not in known:
+                with suppress(*_PROBLEMS):
+                    put(holder, step, None)
+        for (value, holder, step), state in zip(before, states, strict=True):
+            _set(value, state)
+            if holder is not None:
+                with suppress(*_PROBLEMS):
+                    put(holder, step, value)
+
+
+def search(owners: Mapping[str, Any]) -> Search:
+    """Search objects for generators, and for random things that cannot be saved."""
+    found: dict[str, Part] = {}
+    unsaved: dict[str, str] = {}
+    global_ones = {id(generator) for generator in _global_generators()}
+    for path, part in walk(owners):
+        kind = type(part.value)
+        if issubclass(kind, random.SystemRandom):
+            unsaved[path] = "it draws from the operating system"
+        elif issubclass(kind, _KINDS):
+            if id(part.value) not in global_ones:
+                found[path] = part
+        elif issubclass(kind, set | frozenset):
+            entries = {"": objects_of_set(part.value)}
+            if len(entries[""]) > 1 and any(issubclass(type(e), _KINDS) for e in entries[""]):
+                unsaved[path] = "the order of a set differs from process to process: use a list"
+    return Search(found, unsaved)
+
+
+def _global_generators() -> list[Any]:
+    python_random: Any = random.random
+    numpy_random: Any = np.random.random_sample
+    found: list[Any] = [python_random.__self__, numpy_random.__self__]
+    for device in (getattr(torch, name, None) for name in ("cuda", "xpu")):
+        found += getattr(device, "default_generators", ())
+    return [*found, torch.default_generator]
+
+
+def _state_of(generator: Any) -> dict[str, Any]:
+    state: Any
+    if isinstance(generator, np.random.Generator):
+        state = generator.bit_generator.state
+    elif isinstance(generator, np.random.BitGenerator):
+        state = generator.state
+    elif isinstance(generator, np.random.RandomState):
+        state = generator.get_state(legacy=False)
+    elif isinstance(generator, random.Random):
+        state = generator.getstate()
+    else:
+        state = generator.get_state()
+    return {"kind": _kind_of(generator), "state": state}
+
+
+def _kind_of(generator: Any) -> str:
+    kind = f"{type(generator).__module__}.{type(generator).__qualname__}"
+    return f"{kind} {generator.device}" if isinstance(generator, torch.Generator) else kind
+
+
+def _set(generator: Any, saved: Any) -> None:
+    state = saved
+    if isinstance(saved, dict) and "kind" in saved:  # else from before the kind was saved
+        state = saved["state"]
+        if saved["kind"] != _kind_of(generator):
+            raise ValueError(f"it was a {saved['kind']}, and is a {_kind_of(generator)}")
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    else:
+        _require_place(state)
+        if isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = state
+        elif isinstance(generator, np.random.RandomState):
+            generator.set_state(state)
+        else:
+            generator.state = state
+
+
+def _require_place(state: Any) -> None:
+    """Refuse a place beyond the numbers that NumPy has in store: it would read there."""
+    if isinstance(state, tuple):  # the older form of RandomState
+        places = [("pos", state[2], state[1])]
+    else:
+        inner = state["state"]
+        places = [("pos", inner.get("pos"), inner.get("key"))]
+        places += [("buffer_pos", state.get("buffer_pos"), state.get("buffer"))]
+    for name, place, numbers in places:
+        if place is not None and not 0 <= place <= len(numbers):
+            raise ValueError(f"its saved state is damaged: {name} is {place}")
+
+
+def _make(saved: Mapping[str, Any]) -> Any:
+    """Make a generator of the kind that was saved, in its state."""
+    kind, _, device = saved["kind"].partition(" ")
+    if kind == "torch._C.Generator":
+        generator: Any = torch.Generator(device)
+    elif kind == "random.Random":
+        generator = random.Random()
+    elif kind in ("numpy.random._generator.Generator", "numpy.random.mtrand.RandomState"):
+        name = saved["state"]["bit_generator"]
+        if name not in _BIT_GENERATORS:
+            raise ValueError(f"it was made from a {name}, which is not there yet")
+        make = np.random.Generator if kind.endswith(".Generator") else np.random.RandomState
+        generator = make(getattr(np.random, name)(0))
+    else:
+        raise ValueError(f"it was a {kind}, and is not there yet")
+    _set(generator, saved)
+    return generator
+
+
+_BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from manualloop.checkpoint.nested import put_together, take_apart
-from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
+from manualloop.randomness import (
+    find_generators,
+    generator_states,
+    get_random_state,
+    is_same_random_state,
+    random_states_kept,
+    restore_generators,
+    search,
+    set_random_state,
+)
 
 DRAWS = {
     "python": lambda: [random.random(), random.gauss(0, 1)],
@@ -119,3 +128,151 @@ def test_states_of_devices_that_are_not_here_are_left_out():
     set_random_state({**state, "cuda": [torch.zeros(16, dtype=torch.uint8)]})
     assert draw_from_all() == first
     assert set(get_random_state(devices=False)) == {"python", "numpy", "torch"}
+
+
+GENERATORS = {
+    "torch": lambda: torch.Generator().manual_seed(1),
+    "numpy": lambda: np.random.default_rng(1),
+    "philox": lambda: np.random.Generator(np.random.Philox(1)),
+    "random state": lambda: np.random.RandomState(1),
+    "bit generator": lambda: np.random.PCG64(1),
+    "python": lambda: random.Random(1),
+}
+
+
+def draw(generator):
+    if isinstance(generator, torch.Generator):
+        return torch.randn(3, generator=generator).tolist()
+    if isinstance(generator, random.Random):
+        return [generator.gauss(0, 1) for _ in range(3)]
+    if isinstance(generator, np.random.BitGenerator):
+        return generator.random_raw(3).tolist()
+    return generator.normal(size=3).tolist()
+
+
+def through_json(states):
+    tensors = {}
+    text = json.dumps(take_apart(states, "generators", tensors), allow_nan=False)
+    return put_together(json.loads(text), tensors)
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_generator_that_an_object_holds_draws_the_same_again(kind):
+    holder = {"a": [GENERATORS[kind]()]}
+    generator = holder["a"][0]
+    draw(generator)
+    states = through_json(generator_states(data=holder))
+    first = draw(generator)
+    assert draw(generator) != first
+    assert restore_generators(states, data=holder) == {}
+    assert draw(generator) == first
+    other = {"a": [GENERATORS[kind]()]}
+    assert restore_generators(states, data=other) == {}
+    assert draw(other["a"][0]) == first
+
+
+@pytest.mark.parametrize("kind", [kind for kind in GENERATORS if kind != "bit generator"])
+def test_a_generator_that_is_made_at_its_first_use_is_made_in_its_state(kind):
+    holder = {"a": GENERATORS[kind]()}
+    draw(holder["a"])
+    states = through_json(generator_states(data=holder))
+    first = draw(holder["a"])
+    for other in ({"a": None}, {}):
+        assert restore_generators(states, data=other) == {}
+        assert type(other["a"]) is type(holder["a"])
+        assert draw(other["a"]) == first
+
+
+def test_transformers_collator_that_makes_its_generator_lazily_goes_on_with_its_masks():
+    transformers = pytest.importorskip("transformers")
+    collator = transformers.DataCollatorForLanguageModeling(FakeTokenizer(), seed=3)
+    assert find_generators(collate_fn=collator) == {}
+    collator.create_rng()
+    collator.generator.manual_seed(9)
+    states = through_json(generator_states(collate_fn=collator))
+    other = transformers.DataCollatorForLanguageModeling(FakeTokenizer(), seed=3)
+    assert restore_generators(states, collate_fn=other) == {}
+    assert draw(other.generator) == draw(collator.generator)
+
+
+class FakeTokenizer:
+    """What the collator asks for when it is made."""
+
+    mask_token = "[MASK]"
+
+
+def test_a_generator_with_several_owners_is_one():
+    generator = torch.Generator()
+    found = find_generators(loss_fn=lambda: generator, extras={"noise": generator})
+    assert list(found.values()) == [generator]
+
+
+def test_global_generators_are_not_those_of_an_object():
+    functions = [random.random, np.random.normal, torch.rand]
+    held = [torch.default_generator, np.random.mtrand._rand, np.random.permutation]
+    assert find_generators(functions=functions, held=held) == {}
+
+
+def test_what_cannot_be_saved_or_restored_is_named():
+    several = {random.Random(1), random.Random(2)}
+    unsaved = search({"data": {"os": random.SystemRandom(), "several": several}}).unsaved
+    assert list(unsaved) == ["data['os']", "data['several']"]
+    assert "operating system" in unsaved["data['os']"]
+    states = generator_states(data={"a": torch.Generator(), "b": {"c": torch.Generator()}})
+    problems = restore_generators(states, data={"a": random.Random(), "b": None})
+    assert problems == {
+        "data['a']": "it was a torch._C.Generator cpu, and is a random.Random",
+        "data['b']['c']": "its holder is missing",
+    }
+    assert (
+        list(restore_generators(states, other=1).values()) == ["nothing is known by this name"] * 2
+    )
+
+
+@pytest.mark.parametrize("kind", ["random state", "philox"])
+def test_a_damaged_state_of_numpy_is_refused_and_not_read(kind):
+    holder = {"a": GENERATORS[kind]()}
+    states = generator_states(data=holder)
+    state = states["data['a']"]["state"]
+    place, name = (state["state"], "pos") if kind == "random state" else (state, "buffer_pos")
+    place[name] = 10**6
+    assert "damaged" in restore_generators(states, data=holder)["data['a']"]
+
+
+class Lazy:
+    """Makes its generator when it is first asked, and a new one for each epoch."""
+
+    rng = None
+
+    def __init__(self):
+        self.rng = None
+
+    def draw(self, epoch=0):
+        if self.rng is None or epoch:
+            self.rng = np.random.default_rng(epoch)
+        return self.rng.normal()
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("is_used", [False, True])
+def test_random_states_are_kept_also_of_generators_made_or_replaced_meanwhile(epoch, is_used):
+    lazy, closed, expected = Lazy(), random.Random(1), Lazy()
+    draws = lambda: closed.random()  # noqa: E731
+    if is_used:
+        assert lazy.draw() == expected.draw()
+    before = get_random_state()
+    with random_states_kept(data=lazy, loss_fn=draws):
+        lazy.draw(epoch), draws(), draw_from_all()
+    assert is_same_random_state(before, get_random_state())
+    assert lazy.draw() == expected.draw()
+    assert draws() == random.Random(1).random()
+
+
+def test_random_states_are_kept_when_the_block_raises():
+    generator, before = random.Random(1), get_random_state()
+    with pytest.raises(KeyError), random_states_kept(data=[generator]):
+        generator.random()
+        random.random()
+        raise KeyError
+    assert generator.random() == random.Random(1).random()
+    assert is_same_random_state(before, get_random_state())

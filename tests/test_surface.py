@@ -31,6 +31,7 @@ ROWS = [
     ["mistakes", "strategy", "state"],
     ["models", "optim", "times"],
     ["errors", "types", "notices", "progress", "randomness"],
+    ["objects"],
 ]
 
 # One door per dependency.
