@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from manualloop.internals import children_of, compiled_module, tied_patterns
 from manualloop.randomness import get_random_state, set_random_state
 
 
@@ -22,9 +23,8 @@ def unwrap_model(model: nn.Module, *, adapters: bool = True) -> nn.Module:
         adapters: False leaves the wrappers of PEFT, which hold weights, where they are.
     """
     while True:
-        # By way of _modules: an attribute that a module does not have costs it 1 us to deny.
-        children = model._modules
-        inner: object = children.get("_orig_mod")
+        children = children_of(model)
+        inner: object = compiled_module(model, children)
         if "module" in children and type(model).__name__ in _PARALLEL:
             inner = children["module"]
         elif adapters and "base_model" in children:
@@ -79,7 +79,7 @@ def tied_names(model: nn.Module) -> set[str]:
     """Name the weights that a model of transformers makes from others when it is loaded."""
     tied = getattr(model, "all_tied_weights_keys", None)
     if tied is None:  # before transformers 5: patterns, or None
-        patterns = getattr(model, "_tied_weights_keys", None) or []
+        patterns = tied_patterns(model)
         return {name for name in model.state_dict() if any(re.search(p, name) for p in patterns)}
     return set(tied)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from manualloop.errors import ConfigError, ModelError
 
@@ -223,16 +220,6 @@ def require_schedule(lr_scheduler: object, optimizer: Optimizer) -> None:
 _FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
-def watch_scale(scaler: Any) -> Callable[[], bool]:
-    """Return what tells, after an update, whether it was made: the scale falls if it overflowed.
-
-    The host waits for the device once; with ``get_scale()`` it would before the update, too.
-    """
-    scale = scaler._get_scale_async()
-    before = scale.clone()
-    return lambda: bool(scale >= before)
-
-
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """List the parameters that an optimizer updates, in its order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -250,63 +237,3 @@ def zero_gradients(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
-
-
-_HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__  # the method as torch makes it
-
-
-def step_optimizer(optimizer: Optimizer) -> None:
-    """Let an optimizer make its update.
-
-    ``Optimizer.step`` less its record for the profiler, which costs 20 us, a tenth of the step of a
-    small model. With a profiler, with hooks, or where the method is not as torch has made it, it is
-    called as it is.
-    """
-    hooked: Any = type(optimizer).step
-    own: Any = vars(optimizer).get("step")  # that of a scheduler, which only notes the call
-    is_torchs = getattr(hooked, "__code__", None) is _HOOKED
-    is_torchs = is_torchs and getattr(own, "__wrapped__", hooked) is hooked
-    if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
-        is_torchs = False
-    if not is_torchs or torch._C._autograd._profiler_enabled() or _has_hooks(optimizer):
-        optimizer.step()
-        return
-    optimizer._opt_called = True  # type: ignore[attr-defined]
-    hooked.__wrapped__(optimizer)
-
-
-def _has_hooks(optimizer: Any) -> bool:
-    return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
-    )
-
-
-def heeds_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
-    """Tell whether an optimizer leaves the weights alone where its ``found_inf`` is 1.
-
-    The fused ones of torch should, for the sake of fp16's loss scaling. Those of mps took the flag
-    and the scale of the gradients without looking at them before torch 2.13 (pytorch/pytorch, pull
-    request 186360), so the kernel itself is asked, once in a process. Nothing is known of a
-    ``step`` that is not torch's.
-    """
-    inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps another
-    kind: Any = type(inner)
-    is_fused = getattr(inner, "_step_supports_amp_scaling", False)
-    return is_fused and _kernel_heeds_found_inf(kind, device)
-
-
-@cache
-def _kernel_heeds_found_inf(kind: Any, device: torch.device) -> bool:
-    torchs = (parent for parent in kind.__mro__ if parent.__module__.startswith("torch.optim."))
-    own_step, kind = kind.step, next(torchs, Optimizer)
-    if inspect.unwrap(own_step) is not inspect.unwrap(kind.step):
-        return False
-    weight = torch.ones(1, dtype=torch.float32, device=device, requires_grad=True)
-    weight.grad = torch.ones_like(weight)
-    optimizer = kind([weight], lr=1.0, fused=True)
-    optimizer.found_inf, optimizer.grad_scale = torch.ones_like(weight[0]), None
-    kind.step.__wrapped__(optimizer)  # past hooks that the user has set for all optimizers
-    return bool(weight == 1)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from manualloop.errors import DataError, ModelError
+from manualloop.internals import heeds_found_inf, skip_where
 from manualloop.notices import say
-from manualloop.optim import heeds_found_inf, parameters_of, zero_gradients
+from manualloop.optim import parameters_of, zero_gradients
 from manualloop.reading.ranks import as_spare, is_spare
 from manualloop.reading.reader import Feed, Given
 from manualloop.state import TrainState
@@ -358,11 +359,7 @@ def _apply_guarded(state: TrainState, strategy: Strategy, is_finite: Tensor) -> 
     that whenever the host gets to read it, the weights are those before the first bad update.
     Nothing waits.
     """
-    optimizer: Any = getattr(state.optimizer, "optimizer", state.optimizer)
     has_failed = ~is_finite if state.has_failed is None else state.has_failed | ~is_finite
     state.has_failed = has_failed
-    optimizer.found_inf, optimizer.grad_scale = has_failed.float(), None
-    try:
+    with skip_where(state.optimizer, has_failed):
         return strategy.apply(state.optimizer)
-    finally:
-        del optimizer.found_inf, optimizer.grad_scale

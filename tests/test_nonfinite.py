@@ -16,11 +16,11 @@ from manualloop import (
     NonFiniteError,
     SingleDevice,
     TrainState,
+    internals,
     train_loop,
     train_steps,
     update,
 )
-from manualloop import optim as devices
 from manualloop.data.sampler import OrderedBatchSampler, order
 
 NUM_ROWS, BATCH_SIZE = 24, 3
@@ -221,7 +221,7 @@ def test_a_kernel_that_does_not_look_at_the_flag_is_not_relied_on(monkeypatch):
         kernel(*args, found_inf=None, **kwargs)
 
     monkeypatch.setattr(
-        devices, "_kernel_heeds_found_inf", devices._kernel_heeds_found_inf.__wrapped__
+        internals, "_kernel_heeds_found_inf", internals._kernel_heeds_found_inf.__wrapped__
     )
     monkeypatch.setattr(torch, "_fused_adamw_", blind)
     monkeypatch.setattr(update, "reads_at_once", lambda tensor: False)
@@ -240,9 +240,9 @@ def test_a_kernel_that_does_not_look_at_the_flag_is_not_relied_on(monkeypatch):
 @pytest.mark.parametrize("kind", ["Adagrad", "Adam", "AdamW", "SGD"])
 def test_the_fused_kernels_of_the_cpu_look_at_the_flag(kind):
     optimizer = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(1))], fused=True)
-    assert devices.heeds_found_inf(optimizer, torch.device("cpu"))
+    assert internals.heeds_found_inf(optimizer, torch.device("cpu"))
     plain = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(1))], fused=False)
-    assert not devices.heeds_found_inf(plain, torch.device("cpu"))
+    assert not internals.heeds_found_inf(plain, torch.device("cpu"))
 
 
 def test_a_step_of_the_users_own_is_not_relied_on():
@@ -258,7 +258,7 @@ def test_a_step_of_the_users_own_is_not_relied_on():
 
     for kind, is_torchs in ((Decayed, False), (Same, True)):
         optimizer = kind([torch.nn.Parameter(torch.ones(1))], fused=True)
-        assert devices.heeds_found_inf(optimizer, torch.device("cpu")) is is_torchs
+        assert internals.heeds_found_inf(optimizer, torch.device("cpu")) is is_torchs
 
 
 def test_leaving_the_loop_with_flags_pending_does_not_hide_them(monkeypatch):

@@ -31,14 +31,14 @@ ROWS = [
     ["mistakes", "strategy", "state"],
     ["models", "optim", "times"],
     ["errors", "types", "notices", "progress", "randomness"],
-    ["objects"],
+    ["objects", "internals"],
 ]
 
 # One door per dependency.
 DOORS = {
-    "accelerate": {"strategy.accelerated", "strategy.launch"},
+    "accelerate": {"strategy.accelerated", "strategy.launch", "internals"},
     "datasets": {"data.tables"},
-    "transformers": {"data.collate", "optim"},
+    "transformers": {"data.collate", "optim", "internals"},
     "evaluate": {"evaluation.metrics"},
     "tqdm": {"progress"},
     "sklearn": {"evaluation.metrics"},

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manualloop.errors import ConfigError, DistributedError
+from manualloop.internals import prepare_optimizer_once, prepared_models, watch_scale
 from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
-from manualloop.optim import parameters_of, watch_scale
+from manualloop.optim import parameters_of
 from manualloop.strategy.base import STRATEGY_OF
 from manualloop.strategy.compiled import CompileOptions, compile_model
 from manualloop.strategy.liveness import Lifeline, connect
@@ -90,7 +91,10 @@ class Accelerated:
 
     def _release_groups(self) -> None:
         """Let go of the process groups, when the program ends."""
-        for model in {*self.accelerator._models, *(prepared for _, prepared in self._prepared)}:
+        for model in {
+            *prepared_models(self.accelerator),
+            *(prepared for _, prepared in self._prepared),
+        }:
             if isinstance(model, nn.parallel.DistributedDataParallel):
                 for name in ("reducer", "logger", "process_group"):
                     setattr(model, name, None)
@@ -133,7 +137,9 @@ class Accelerated:
         if is_sharded(model):
             return model  # by the user, with fully_shard
         if self.world_size == 1 or self._shards:
-            return model if any(model is held for held in self.accelerator._models) else None
+            return (
+                model if any(model is held for held in prepared_models(self.accelerator)) else None
+            )
         return None if inner is model else model
 
     def _remember(self, model: nn.Module, prepared: nn.Module) -> None:
@@ -143,12 +149,7 @@ class Accelerated:
             self._prepared.append((inner, prepared))
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        # accelerate would wrap what it has wrapped, and then unscale its gradients twice.
-        for held in self.accelerator._optimizers:
-            if optimizer is held or optimizer is held.optimizer:
-                return held  # type: ignore[no-any-return]
-        prepared: Optimizer = self.accelerator.prepare_optimizer(optimizer)
-        return prepared
+        return prepare_optimizer_once(self.accelerator, optimizer)
 
     def to_device(self, batch: Any) -> Any:
         return batch if self.device.type == "cpu" else move(batch, self.device)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from manualloop.internals import compile_once
+
 CompileOptions = bool | Mapping[str, Any]
 """Whether to compile; or with which options of ``torch.compile``."""
 
@@ -26,8 +28,7 @@ def compile_model(model: nn.Module, options: CompileOptions) -> None:
         return
     settings = {"dynamic": True, **(options if isinstance(options, Mapping) else {})}
     for module in repeated_blocks(model) or [model]:
-        if module._compiled_call_impl is None:
-            module.compile(**settings)
+        compile_once(module, settings)
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -46,6 +47,6 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     if isinstance(model, nn.ModuleList) and len(model) > 1:
         blocks = list(model)
         # A single layer is too little to be worth a call of its own.
-        if all(type(block) is type(blocks[0]) and len(block._modules) for block in blocks):
+        if all(type(block) is type(blocks[0]) and [*block.children()] for block in blocks):
             return blocks
     return [block for child in model.children() for block in repeated_blocks(child)]

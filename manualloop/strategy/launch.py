@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from manualloop.errors import ConfigError, DistributedError
+from manualloop.internals import was_accelerator_made
 
 
 def launch(
@@ -88,9 +89,7 @@ def _require_no_device_used() -> None:
             "Restart the notebook, and touch no GPU outside of the function: no .to('cuda'), no "
             "prepare_strategy()."
         )
-    from accelerate.state import AcceleratorState, PartialState
-
-    if AcceleratorState._shared_state or PartialState._shared_state:
+    if was_accelerator_made():
         raise DistributedError(
             "An Accelerator was made in this process before launch, and the processes would take "
             "over that it is alone. Restart the notebook, and make it inside of the function."

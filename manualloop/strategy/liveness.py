@@ -20,13 +20,14 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.util import Finalize
-from types import FunctionType, TracebackType
+from types import TracebackType
 from typing import IO, Any, NamedTuple
 from weakref import WeakMethod
 
 import torch
 
 from manualloop.errors import DistributedError
+from manualloop.internals import release_default_groups
 from manualloop.notices import say
 
 GRACE = 10.0
@@ -312,24 +313,9 @@ def _end_group() -> None:
         if release is not None:
             release()
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        _release_default_arguments()
+        release_default_groups()
         torch.distributed.destroy_process_group()
         time.sleep(_LET_GO)  # without Python's lock, for which such a thread waits
-
-
-def _release_default_arguments() -> None:
-    """Let torch's own functions go of the group.
-
-    DDP imports torch.distributed.nn.functional, and its `group=group.WORLD` is evaluated then
-    (torch 2.13): ten functions hold the group for as long as Python runs. None means it too.
-    """
-    functional = sys.modules.get("torch.distributed.nn.functional")
-    for function in vars(functional).values() if functional else ():
-        if isinstance(function, FunctionType) and function.__defaults__:
-            function.__defaults__ = tuple(
-                None if isinstance(value, torch.distributed.ProcessGroup) else value
-                for value in function.__defaults__
-            )
 
 
 def _read_hello(lines: IO[bytes], token: str) -> int | None:

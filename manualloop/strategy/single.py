@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manualloop.errors import ConfigError
-from manualloop.optim import parameters_of, step_optimizer, watch_scale
+from manualloop.internals import step_optimizer, watch_scale
+from manualloop.optim import parameters_of
 from manualloop.strategy.base import STRATEGY_OF, MixedPrecision
 from manualloop.strategy.compiled import CompileOptions, compile_model
 from manualloop.strategy.transfer import move, move_optimizer_state

@@ -1,0 +1,320 @@
+"""The private names of other libraries that are used, each with what happens when it is gone.
+
+No other module touches one (a test says so). Each function says what the name is for and in which
+versions it was seen; where the name is missing it does the same in a slower, public way, and the
+numbers stay the same. "torch 2.6 to 2.14" means: in the oldest and the newest version that
+``nox -s tests-oldest`` and ``nox -s tests-newest`` install, and in that of ``constraints.txt``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from types import FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim import optimizer as _torch_optimizer
+
+# torch: optimizers and loss scaling
+
+
+def step_optimizer(optimizer: Optimizer) -> None:
+    """Let an optimizer make its update, without the entry that torch writes for the profiler.
+
+    The entry costs 20 us, a fifth of the step of a model of one linear layer. Where a profiler
+    runs, where there are hooks, or where ``step`` is not as torch made it, ``step`` is called.
+
+    Seen in torch 2.6 to 2.14: ``profile_hook_step``, which wraps the method, the optimizer's and
+    the global dictionaries of hooks, ``_profiler_enabled``, and ``_wrapped_by_lr_sched`` and
+    ``_opt_called``, by which a scheduler notes that the optimizer was stepped. If one of them is
+    gone, ``step`` is called.
+    """
+    bare_step = _bare_step(optimizer)
+    if bare_step is None:
+        optimizer.step()
+    else:
+        bare_step(optimizer)
+
+
+def _bare_step(optimizer: Any) -> Callable[[Any], Any] | None:
+    hooked: Any = type(optimizer).step
+    own: Any = vars(optimizer).get("step")  # a scheduler's, which only notes the call
+    try:
+        if hooked.__code__ is not _code_of_hooked_step():
+            return None
+        if own is not None:
+            # `_opt_called` exists from the first call of the scheduler's method on.
+            is_schedulers = own._wrapped_by_lr_sched and own.__wrapped__ is hooked
+            if not is_schedulers or not optimizer._opt_called:
+                return None
+        if (
+            torch._C._autograd._profiler_enabled()
+            or optimizer._optimizer_step_pre_hooks
+            or optimizer._optimizer_step_post_hooks
+            or _torch_optimizer._global_optimizer_pre_hooks
+            or _torch_optimizer._global_optimizer_post_hooks
+        ):
+            return None
+        bare_step: Callable[[Any], Any] = hooked.__wrapped__
+    except AttributeError:
+        return None
+    return bare_step
+
+
+@cache
+def _code_of_hooked_step() -> Any:
+    """Return the code of the function that torch puts around every ``step``."""
+    profile_hook_step: Any = Optimizer.profile_hook_step
+    return profile_hook_step(lambda self: None).__code__
+
+
+def watch_scale(scaler: Any) -> Callable[[], bool]:
+    """Return a function that tells, after an update, whether it was made.
+
+    The loss scale falls when gradients overflow. The host waits for the device once.
+
+    Seen in torch 2.6 to 2.14: ``_get_scale_async``, the scale as a tensor. If it is gone,
+    ``get_scale()`` is asked, for which the host waits before the update too.
+    """
+    scale: Tensor | None = getattr(scaler, "_get_scale_async", lambda: None)()
+    if scale is None:
+        number = scaler.get_scale()
+        return lambda: bool(scaler.get_scale() >= number)
+    before = scale.clone()
+    return lambda: bool(scale >= before)
+
+
+def heeds_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
+    """Tell whether an optimizer leaves the weights alone where its ``found_inf`` is 1.
+
+    torch's fused optimizers should, because fp16's loss scaling relies on it. Those of mps ignored
+    the flag before torch 2.13 (pytorch/pytorch, pull request 186360), so the kernel itself is
+    tried, once in a process. Nothing is known of a ``step`` that is not torch's.
+
+    Seen in torch 2.6 to 2.14: ``_step_supports_amp_scaling``, and the attributes ``found_inf`` and
+    ``grad_scale`` that ``skip_where`` sets. If they are gone, the answer is no, and the host waits
+    for the flag of every update.
+    """
+    inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps another
+    kind: Any = type(inner)
+    is_fused = getattr(inner, "_step_supports_amp_scaling", False)
+    return is_fused and _kernel_heeds_found_inf(kind, device)
+
+
+@cache
+def _kernel_heeds_found_inf(kind: Any, device: torch.device) -> bool:
+    torchs = (parent for parent in kind.__mro__ if parent.__module__.startswith("torch.optim."))
+    own_step, kind = kind.step, next(torchs, Optimizer)
+    if inspect.unwrap(own_step) is not inspect.unwrap(kind.step):
+        return False
+    weight = torch.ones(1, dtype=torch.float32, device=device, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer = kind([weight], lr=1.0, fused=True)
+    with skip_where(optimizer, torch.ones_like(weight[0])):
+        # Without the hooks that the user has set for all optimizers.
+        inspect.unwrap(kind.step)(optimizer)
+    return bool(weight == 1)
+
+
+@contextmanager
+def skip_where(optimizer: Optimizer, has_failed: Tensor) -> Iterator[None]:
+    """Let a fused optimizer leave everything as it is if ``has_failed`` is 1 on the device.
+
+    Only for an optimizer that ``heeds_found_inf``.
+    """
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    inner.found_inf, inner.grad_scale = has_failed.float(), None
+    try:
+        yield
+    finally:
+        del inner.found_inf, inner.grad_scale
+
+
+# torch: modules
+
+
+def children_of(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """Return the children of a module by name, at no cost.
+
+    An attribute that a module does not have takes 1 us to deny, a name in this dictionary does not.
+
+    Seen in torch 2.6 to 2.14: ``_modules``. If it is gone, ``named_children()`` is read.
+    """
+    try:
+        return module._modules
+    except AttributeError:
+        return dict(module.named_children())
+
+
+def compiled_module(
+    module: nn.Module, children: Mapping[str, nn.Module | None]
+) -> nn.Module | None:
+    """Return the module that ``torch.compile`` wrapped; None if it wrapped none.
+
+    Args:
+        module: What may be the wrapper.
+        children: Its children, from ``children_of``.
+
+    Seen in torch 2.6 to 2.14: the child ``_orig_mod``. If it has another name, the only child of
+    an ``OptimizedModule`` is returned.
+    """
+    inner = children.get("_orig_mod")
+    if inner is None and type(module).__name__ == "OptimizedModule" and len(children) == 1:
+        return next(iter(children.values()))
+    return inner
+
+
+def compile_once(module: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Compile a module in place, unless it is compiled already.
+
+    Seen in torch 2.6 to 2.14: ``_compiled_call_impl``. If it is gone, a module that the user has
+    compiled is compiled again, with these settings.
+    """
+    try:
+        is_compiled = module._compiled_call_impl is not None
+    except AttributeError:
+        is_compiled = module in _COMPILED
+    if not is_compiled:
+        module.compile(**settings)
+        _COMPILED.add(module)
+
+
+_COMPILED: WeakSet[nn.Module] = WeakSet()
+
+
+# torch: process groups
+
+
+def release_default_groups() -> None:
+    """Let torch's own functions release the process group that they hold as a default argument.
+
+    DDP imports torch.distributed.nn.functional, whose ``group=group.WORLD`` is evaluated then: ten
+    functions hold the group for as long as Python runs. None means the same group.
+
+    Seen in torch 2.6 to 2.14. If the module or its defaults are gone, there is nothing to release.
+    """
+    functional = sys.modules.get("torch.distributed.nn.functional")
+    for function in vars(functional).values() if functional else ():
+        if isinstance(function, FunctionType) and function.__defaults__:
+            function.__defaults__ = tuple(
+                None if isinstance(value, torch.distributed.ProcessGroup) else value
+                for value in function.__defaults__
+            )
+
+
+# accelerate
+
+
+def prepared_models(accelerator: Any) -> list[nn.Module]:
+    """List the models that an ``Accelerator`` has prepared.
+
+    Seen in accelerate 1.7 to 1.15: ``_models``. If it is gone, the list is empty: accelerate itself
+    then recognises what it has prepared.
+    """
+    return list(getattr(accelerator, "_models", ()))
+
+
+def prepare_optimizer_once(accelerator: Any, optimizer: Optimizer) -> Optimizer:
+    """Return the wrapper of an optimizer that an ``Accelerator`` has, or let it make one.
+
+    accelerate would wrap an optimizer twice, and then unscale its gradients twice.
+
+    Seen in accelerate 1.7 to 1.15: ``_optimizers``. If it is gone, only the optimizers that were
+    prepared by this function are recognised.
+    """
+    known: list[Any] | None = getattr(accelerator, "_optimizers", None)
+    if known is None:
+        known = _PREPARED.setdefault(accelerator, [])
+    for held in known:
+        if optimizer is held or optimizer is held.optimizer:
+            return held  # type: ignore[no-any-return]
+    prepared: Optimizer = accelerator.prepare_optimizer(optimizer)
+    if known is _PREPARED.get(accelerator):
+        known.append(prepared)
+    return prepared
+
+
+_PREPARED: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+
+
+def was_accelerator_made() -> bool:
+    """Tell whether this process has an ``Accelerator`` or its state.
+
+    Seen in accelerate 1.7 to 1.15: ``PartialState._shared_state``. If it is gone, only the state of
+    a whole ``Accelerator`` is recognised.
+    """
+    from accelerate.state import PartialState, is_initialized
+
+    return bool(is_initialized() or getattr(PartialState, "_shared_state", None))
+
+
+# transformers
+
+
+def tied_patterns(model: nn.Module) -> list[str]:
+    """List the patterns of the weights that a model of transformers 4 makes from others.
+
+    Seen in transformers 4.52 to 4.57: ``_tied_weights_keys``; later versions have the public
+    ``all_tied_weights_keys``. If it is gone, a model has none, and the first name of a tensor that
+    has several is its own: the embedding's, which comes before the head's.
+    """
+    return list(getattr(model, "_tied_weights_keys", None) or ())
+
+
+def pads_as_base(tokenizer: Any) -> bool:
+    """Tell whether a tokenizer pads as transformers' base class does.
+
+    Seen in transformers 4.52 to 5.24: ``_pad``. If it is gone, nobody can tell, and batches are
+    padded by the tokenizer itself.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    own, base = type(tokenizer), PreTrainedTokenizerBase
+    try:
+        return isinstance(tokenizer, base) and own.pad is base.pad and own._pad is base._pad
+    except AttributeError:
+        return False
+
+
+# torchmetrics
+
+
+@contextmanager
+def computing_alone(metrics: Iterable[Any]) -> Iterator[None]:
+    """Keep metrics of torchmetrics from gathering the rows of other ranks.
+
+    Args:
+        metrics: The metrics, without the modules in them that are none.
+
+    Seen in torchmetrics 1.6 to 1.9: ``distributed_available_fn``. If it is gone, the metric gathers
+    by a function that returns its own rows alone.
+    """
+    changes: list[tuple[Any, str, Any]] = [
+        (metric, "distributed_available_fn", _is_alone)
+        if hasattr(metric, "distributed_available_fn")
+        else (metric, "dist_sync_fn", _gather_own)
+        for metric in metrics
+    ]
+    kept = [getattr(metric, name, None) for metric, name, _ in changes]
+    for metric, name, function in changes:
+        setattr(metric, name, function)
+    try:
+        yield
+    finally:
+        for (metric, name, _), function in zip(changes, kept, strict=True):
+            setattr(metric, name, function)
+
+
+def _is_alone() -> bool:
+    return False
+
+
+def _gather_own(state: Tensor, group: Any = None) -> list[Tensor]:
+    return [state]
