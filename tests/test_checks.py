@@ -228,7 +228,7 @@ def _(fit, model, line):
 
 @mistake(
     "05 a label is None, prepared",
-    *(DataError, "Row 3 of train has label=None", "1 of 6 rows"),
+    *(DataError, "Row 3 of train has label=None", "value: 1 of 6"),
     line='dataset.filter(lambda row: row["label"] is not None)',
 )
 def _(fit, model, line):
@@ -239,7 +239,7 @@ def _(fit, model, line):
 
 @mistake(
     "05 the first label is None, prepared",
-    *(DataError, "Row 0 of train has labels=None", "2 of 3 rows"),
+    *(DataError, "Row 0 of train has labels=None", "value: 2 of 3"),
     line='dataset.filter(lambda row: row["labels"] is not None)',
 )
 def _(fit, model, line):
@@ -249,7 +249,7 @@ def _(fit, model, line):
 
 @mistake(
     "05 a label is None, own loader",
-    *(DataError, "Row 3 of the 6 rows checked has labels=None", "1 of them"),
+    *(DataError, "Row 3 of the 6 rows checked has labels=None", "without a value: 1."),
     line='dataset.filter(lambda row: row["labels"] is not None)',
     from_error=True,
 )
@@ -274,7 +274,7 @@ def _(fit, model, line):
 
 @mistake(
     "05 a value is NaN, prepared",
-    *(DataError, "Row 1 of train has labels=nan", "1 of 3 rows"),
+    *(DataError, "Row 1 of train has labels=nan", "value: 1 of 3"),
     line=NAN,
     model=lambda: tiny_bert(1),
 )
@@ -594,7 +594,7 @@ def _(fit, model, line):
     fit(model, own_loader(tokenized(dataset, **{"max_length": 20, **keywords(line)})))
 
 
-RAGGED = (DataError, "Rows have lengths 2..4 in 'input_ids'", "nothing pads them")
+RAGGED = (DataError, "The rows of a batch have lengths 2..4 in 'input_ids'", "they are not padded")
 
 
 @mistake(
@@ -709,7 +709,7 @@ def _(fit, model, line):
 @mistake(
     "22 empty split, prepared",
     *(DataError, "validation has 0 rows", "Check the filter"),
-    line="dataset.num_rows",
+    line="print(dataset)",
 )
 def _(fit, model, line):
     keep = (lambda row: row["label"] > 1) if line is None else (lambda row: row["label"] > 0)
@@ -717,7 +717,7 @@ def _(fit, model, line):
     fit(model, prepare_dataloaders(splits, tiny_tokenizer())["train"])
 
 
-@mistake("22 empty stream, prepared", DataError, "train has 0 rows", line="dataset.num_rows")
+@mistake("22 empty stream, prepared", DataError, "train has 0 rows", line="print(dataset)")
 def _(fit, model, line):
     stream = IterableDataset.from_generator(lambda: iter(rows() if line else ()))
     fit(model, prepare_dataloaders(stream, tiny_tokenizer())["train"], max_steps=1)
@@ -951,8 +951,9 @@ def test_a_later_batch_is_explained_and_the_weights_stay_as_the_update_before_le
     with pytest.raises(DataError) as refused:
         next(steps)
     assert str(refused.value) == (
-        "Label 2 in batch 3 (row id 6), but the model has num_labels=2 (0..1). Mend the label, or "
-        "load the model with room for it: from_pretrained(name, num_labels=3)."
+        "Label 2 in batch 3 (row id 6) is not a class of the model, which has num_labels=2 (0..1). "
+        "Correct the label, or load the model with more classes: from_pretrained(name, "
+        "num_labels=3)."
     )
     assert isinstance(refused.value.__cause__, IndexError)
     assert len(updates) == state.progress.num_steps == 3
@@ -998,8 +999,8 @@ def test_13_classes_under_a_regression_head_prepared(warnings_of):
     prepare_dataloaders(rows(), tiny_tokenizer(), model=tiny_bert(1))
     (message,) = warnings_of()
     assert message == (
-        "num_labels=1 means regression (MSE), and 'label' of train look like classes: 0, 1. If "
-        "they are, load the model with num_labels=2; if they are values, set "
+        "The model has num_labels=1, which means regression (MSE loss), but 'label' of train look "
+        "like classes: 0, 1. For classes load the model with num_labels=2; for values set "
         'model.config.problem_type = "regression".'
     )
 

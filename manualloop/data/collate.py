@@ -1,4 +1,4 @@
-"""From rows to a batch: padding, and what to say when rows do not fit together."""
+"""From rows to a batch: padding, and explanations for rows that do not fit together."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def collate_rows(
     """Make a batch with a collator of transformers.
 
     Args:
-        rows: Of the dataset, as dicts.
-        collator: Pads and stacks.
-        float_labels: Whether the loss wants ``labels`` in float32: multi-label, regression.
-        token_labels: Whether every token has a label; padding would hide that some have none.
+        rows: Rows of the dataset, as dicts.
+        collator: Function that pads and stacks rows.
+        float_labels: Whether the loss needs ``labels`` in float32 (multi-label, regression).
+        token_labels: Whether every token must have a label. Padding would hide missing ones.
 
     Raises:
-        DataError: The collator failed on these rows; the message says on which and why.
+        DataError: The rows do not fit together; the message names the row and the reason.
     """
     if token_labels and (reason := _explain_alignment(rows)):
         raise DataError(reason)
@@ -47,7 +47,7 @@ def collate_rows(
             raise DataError(reason) from error
         raise
     if batch.get("labels") is None:
-        batch.pop("labels", None)  # DataCollatorForSeq2Seq makes one of rows that have none
+        batch.pop("labels", None)  # DataCollatorForSeq2Seq adds it to rows without labels
     elif float_labels:
         batch["labels"] = batch["labels"].float()
     elif batch["labels"].dtype == torch.bool:
@@ -56,7 +56,7 @@ def collate_rows(
 
 
 def explain_rows(rows: Sequence[Any]) -> str | None:
-    """Say why rows cannot be stacked into a batch; None if they look fine."""
+    """Return the reason why rows cannot be stacked into a batch; None if they can."""
     if not rows or not isinstance(rows[0], Mapping):
         return None
     lengths: dict[str, list[int]] = {}
@@ -64,8 +64,8 @@ def explain_rows(rows: Sequence[Any]) -> str | None:
         values = [row.get(column) for row in rows]
         if missing := [number for number, value in enumerate(values) if value is None]:
             return (
-                f"Row {missing[0]} of the {len(rows)} rows checked has {column}=None; so have "
-                f"{len(missing)} of them. Filter them out: {filter_missing(column)}."
+                f"Row {missing[0]} of the {len(rows)} rows checked has {column}=None. Rows "
+                f"without a value: {len(missing)}. Filter them out: {filter_missing(column)}."
             )
         if _is_text(values[0]):
             return text_message(column, values[0], is_tokenized="input_ids" in rows[0])
@@ -77,9 +77,9 @@ def explain_rows(rows: Sequence[Any]) -> str | None:
         return None
     found = lengths[ragged[0]]
     return (
-        f"Rows have lengths {min(found)}..{max(found)} in {ragged[0]!r}, and nothing pads them. "
-        "Pass the tokenizer, prepare_dataloaders(dataset, tokenizer), or a collate_fn that pads: "
-        "transformers' DataCollatorWithPadding(tokenizer)."
+        f"The rows of a batch have lengths {min(found)}..{max(found)} in {ragged[0]!r}, and they "
+        "are not padded. Pass the tokenizer, prepare_dataloaders(dataset, tokenizer), or a "
+        "collate_fn that pads: transformers' DataCollatorWithPadding(tokenizer)."
     )
 
 
@@ -92,22 +92,22 @@ def _is_text(value: Any) -> bool:
 def check_columns(
     split: Split, texts: Sequence[str], label: str | None, *, may_be_text: bool
 ) -> None:
-    """Refuse a split that lacks the text, has gaps, or has labels that are text.
+    """Refuse a split that lacks a column of text, has missing values, or has labels of text.
 
     Args:
-        split: That is to be tokenized and collated.
-        texts: Its columns of text.
-        label: Its column of labels, which it may lack.
-        may_be_text: Whether the labels may be text.
+        split: The split to check.
+        texts: Columns of text.
+        label: Column of labels, which the split may lack.
+        may_be_text: Whether labels of text are allowed.
 
     Raises:
-        DataError: The message names the column, and the first row if it is one of the rows.
+        DataError: The split cannot be used; the message names the column, and the first bad row.
     """
     kinds = split.kinds
     for column in texts:
         if column not in kinds:
             raise DataError(
-                f"{split.name} has no column {column!r}; it has {', '.join(kinds)}. Give all "
+                f"{split.name} has no column {column!r}. Its columns: {', '.join(kinds)}. Give all "
                 "splits the same columns, or prepare them one by one."
             )
         _check_complete(split, column)
@@ -129,19 +129,22 @@ def _check_complete(split: Split, column: str) -> None:
         in_lists, is_missing = True, pc.is_null(pc.list_flatten(values), nan_is_null=True)
         rows = np.unique(pc.list_parent_indices(values).filter(is_missing))
     if rows.size:
-        found = "None or NaN in it" if in_lists else values[int(rows[0])].as_py()
+        value = values[int(rows[0])].as_py()
+        found = f"None or NaN in {column}" if in_lists else f"{column}={value}"
         raise DataError(
-            f"Row {rows[0]} of {split.name} has {column}={found}; so have {rows.size} of "
-            f"{len(values)} rows. Filter them out: "
+            f"Row {rows[0]} of {split.name} has {found}. Rows without a value: {rows.size} of "
+            f"{len(values)}. Filter them out: "
             f"{filter_missing(column, is_float=kind == 'float', in_lists=in_lists)}."
         )
 
 
 def check_alignment(split: Split) -> None:
-    """Refuse labels of tokens that are not one a token: padding both would hide it.
+    """Refuse token labels whose number differs from the number of tokens.
+
+    Padding both would hide the difference. Only the first row of a stream is checked.
 
     Raises:
-        DataError: A row has another number of them; of a stream only the first is looked at.
+        DataError: A row has more or fewer labels than tokens.
     """
     if "input_ids" not in split.first or split.first.get("labels") is None:
         return
@@ -162,7 +165,7 @@ def _explain_alignment(rows: Sequence[Row]) -> str | None:
 
 
 def _length(value: Any) -> int:
-    if getattr(value, "ndim", 1) == 0:  # a tensor or array of one number: len() refuses it
+    if getattr(value, "ndim", 1) == 0:  # len() refuses a tensor or array of one number
         return 0
     return len(value) if hasattr(value, "__len__") else 0
 
@@ -170,14 +173,14 @@ def _length(value: Any) -> int:
 def padding_collate_fn(
     tokenizer: Any, task: str | None, pad_to_multiple_of: int | None
 ) -> Callable[[Any], dict[str, Any]]:
-    """Return what pads and stacks the rows of a task.
+    """Return the function that pads and stacks rows for a task.
 
-    It takes tables where the tokenizer pads as all do, and then has ``padded_lengths``.
+    If the tokenizer pads in the standard way, it is a ``TableCollate``, which also takes tables.
     """
     import transformers
 
     collator: Any = transformers.default_data_collator
-    if hasattr(tokenizer, "pad_token"):  # it is neither None nor a processor of images
+    if hasattr(tokenizer, "pad_token"):  # not None, nor a processor of images
         collators = {
             "seq2seq_lm": transformers.DataCollatorForSeq2Seq,
             "multiple_choice": transformers.DataCollatorForMultipleChoice,
@@ -206,7 +209,7 @@ def padding_collate_fn(
 
 
 def _pads_plainly(tokenizer: Any) -> bool:
-    """Tell whether a tokenizer pads as transformers' base class does."""
+    """Tell whether a tokenizer pads like transformers' base class."""
     from transformers import PreTrainedTokenizerBase
 
     own, base = type(tokenizer), PreTrainedTokenizerBase
@@ -214,10 +217,10 @@ def _pads_plainly(tokenizer: Any) -> bool:
 
 
 def require_pad_token(tokenizer: Any) -> None:
-    """Refuse a tokenizer that cannot pad.
+    """Refuse a tokenizer without a pad token.
 
     Raises:
-        DataError: It has no pad token.
+        DataError: The tokenizer has no pad token.
     """
     if getattr(tokenizer, "pad_token", "") is None:
         raise DataError(

@@ -1,4 +1,4 @@
-"""A split and its columns: what each of them holds, which are the text, which is the label."""
+"""The columns of a split: what each one holds, and which are the text and the label."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 TEXT_KINDS = ("text", "texts")
-"""What no model reads: strings, and lists of them."""
+"""Kinds of columns that a model cannot read: strings, and lists of strings."""
 
 Rows = Mapping[str, Any]
-"""A batch of rows, as ``dataset.map`` gives it to a function: column name to list of values."""
+"""A batch of rows as ``dataset.map`` passes it to a function: column names to lists of values."""
 
 _TEXT_PAIRS = (
     ("sentence1", "sentence2"),
@@ -30,19 +30,19 @@ _TEXTS = ("text", "sentence", "content", "review", "document")
 _LABELS = ("labels", "label", "label_ids")
 
 Takes = Callable[[str, str], bool]
-"""Whether a column, by its name and kind, goes into batches."""
+"""A function of a column's name and kind that tells whether the column goes into batches."""
 
 
 class Split(NamedTuple):
-    """A split of a dataset, and its first row.
+    """A split of a dataset, with its first row.
 
-    A stream often does not know its columns, and every look at it starts it anew. So its first row
-    is read once, and then goes through the same steps as all the others.
+    A stream often does not know its columns, and reading from it starts it anew. Its first row is
+    therefore read once, and every change of the split is made to that row as well.
 
     Attributes:
-        name: For messages.
+        name: Name of the split in messages.
         rows: A ``datasets.Dataset`` or ``IterableDataset``.
-        first: The first of the rows.
+        first: The first row.
     """
 
     name: str
@@ -51,33 +51,33 @@ class Split(NamedTuple):
 
     @property
     def is_train(self) -> bool:
-        """Whether it is to be shuffled."""
+        """Whether the split is shuffled."""
         return self.name.startswith("train")
 
     @property
     def kinds(self) -> dict[str, str]:
-        """Each column's name, and what it holds.
+        """Map each column's name to the kind of its values.
 
-        That is "text", "class", "int", "float", "list", "texts" (lists of text) or "other".
+        Kinds are "text", "class", "int", "float", "list", "texts" (lists of text) and "other".
         """
         if self.rows.features is not None:
             return {name: _kind_of_feature(f) for name, f in self.rows.features.items()}
         return {name: _kind_of_value(value) for name, value in self.first.items()}
 
     def column(self, name: str) -> Any:
-        """Return a column as Arrow holds it; None of a stream, which is checked as it comes."""
+        """Return a column as Arrow data; None for a stream, whose batches are checked later."""
         if not hasattr(self.rows, "__len__"):
             return None
         return self.rows.select_columns([name]).with_format("arrow")[:].column(name)
 
     def item_feature(self, name: str) -> Any:
-        """Return the feature of what the lists of a column hold, None if nobody knows."""
+        """Return the feature of the items in a column's lists; None if it is unknown."""
         return _item_feature((self.rows.features or {}).get(name))
 
     def first_misaligned(self, name: str) -> int | None:
-        """Return the first row with another number of values than of tokens.
+        """Return the first row whose number of values differs from its number of tokens.
 
-        None: there is none, or it is a stream and its first row is not one.
+        None means that no row differs; only the first row of a stream is checked.
         """
         import pyarrow.compute as pc
 
@@ -102,9 +102,9 @@ class Split(NamedTuple):
         return self._replace(rows=self.rows.rename_column(old, new), first=first)
 
     def map(self, function: Callable[[Rows], Rows], remove: Sequence[str] = ()) -> Split:
-        """Add the columns that a function makes of a batch of rows, row by row; remove others."""
-        # In this order: a call may change the tokenizer, by whose hash `map` finds what it has
-        # made before.
+        """Add the columns that a function computes from a batch of rows, and remove others."""
+        # The first row comes first: the call may change the tokenizer, whose hash is part of the
+        # key under which `map` caches its results.
         made = function({name: [value] for name, value in self.first.items()})
         first = {name: value for name, value in self.first.items() if name not in remove}
         first |= {name: values[0] for name, values in made.items()}
@@ -113,14 +113,17 @@ class Split(NamedTuple):
 
 
 def open_splits(datasets: Any) -> dict[Any, Split]:
-    """Take one dataset, which is "train", or a mapping of them; undo what formats them.
+    """Open every split, without its format. A single dataset becomes the split "train".
 
     Raises:
-        DataError: A split is no dataset, is empty, or has a transform.
+        DataError: A split is not a dataset, is empty, or has a transform.
     """
     splits = dict(datasets) if isinstance(datasets, Mapping) else {"train": datasets}
     if not splits:
-        raise DataError("No split was given. Pass load_dataset(...), or a dict of datasets.")
+        raise DataError(
+            "The mapping of datasets is empty. Pass load_dataset(...), or a dict such as "
+            '{"train": dataset}.'
+        )
     for name, rows in splits.items():
         if not hasattr(rows, "features") or not hasattr(rows, "map"):
             raise DataError(
@@ -130,11 +133,11 @@ def open_splits(datasets: Any) -> dict[Any, Split]:
         form = getattr(rows, "format", {})  # a stream has none
         if form.get("type") == "custom":
             raise DataError(
-                f"{name} has a transform, so its columns are not known before it runs. Pass it as "
-                "the function that it is: prepare_dataloaders(dataset.with_format(None), "
-                "preprocess=transform); or build the loader: DataLoader(dataset, batch_size=8)."
+                f"{name} has a transform, so its columns are unknown until the transform runs. "
+                "Pass the transform as a function: prepare_dataloaders(dataset.with_format(None), "
+                "preprocess=transform). Or build the loader: DataLoader(dataset, batch_size=8)."
             )
-        # Rows of plain Python are what tokenizers and collators want.
+        # Tokenizers and collators expect rows of plain Python values.
         plain = rows.with_format(None)
         plain = plain.select_columns(form["columns"]) if form else plain
         splits[name] = open_split(str(name), plain)
@@ -142,20 +145,20 @@ def open_splits(datasets: Any) -> dict[Any, Split]:
 
 
 def open_split(name: str, rows: Any) -> Split:
-    """Read the first row of a split.
+    """Return a split with its first row.
 
     Raises:
-        DataError: There is none.
+        DataError: The split has no rows.
     """
     for first in rows:
         return Split(name, rows, first)
     raise DataError(
-        f"{name} has 0 rows. Check the filter or the name of the split: dataset.num_rows."
+        f"{name} has 0 rows. Check the filter and the name of the split: print(dataset)."
     )
 
 
 def _item_feature(feature: Any) -> Any:
-    # datasets writes a list as List, LargeList or (before 4.0) Sequence(feature), or as [feature].
+    # In datasets a list is a List, a LargeList, a Sequence(feature) (before 4.0) or [feature].
     return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
 
 
@@ -188,8 +191,8 @@ class Columns(NamedTuple):
     """The roles of a dataset's columns.
 
     Attributes:
-        texts: One column, or two for sentence pairs; empty if the rows are already tokenized.
-        label: None for rows without labels.
+        texts: One column of text, or two for pairs; none if the rows are already tokenized.
+        label: The column of labels; None for rows without labels.
     """
 
     texts: tuple[str, ...]
@@ -204,18 +207,18 @@ def find_columns(
     *,
     needs_text: bool = True,
 ) -> Columns:
-    """Find the text and the label among a split's columns.
+    """Find the columns of text and of labels in a split.
 
     Args:
-        split: The split's name, for messages.
-        kinds: Of its columns.
-        text_columns: The user's choice; None: inferred.
-        label_column: The user's choice; None: inferred.
-        needs_text: False leaves text alone that the user did not name.
+        split: Name of the split in messages.
+        kinds: Kind of each column, by its name.
+        text_columns: The user's choice; None infers it.
+        label_column: The user's choice; None infers it.
+        needs_text: Whether to look for text that the user did not name.
 
     Raises:
-        ConfigError: A column that the user named is not there.
-        DataError: The text cannot be told from other columns of strings.
+        ConfigError: A column that the user named does not exist or is not text.
+        DataError: No column is text, or several may be.
 
     >>> find_columns("train", {"sentence1": "text", "sentence2": "text", "label": "class"})
     Columns(texts=('sentence1', 'sentence2'), label='label')
@@ -224,18 +227,19 @@ def find_columns(
     for name in (*texts, *([label_column] if label_column else [])):
         if name not in kinds:
             raise ConfigError(
-                f"{split} has no column {name!r}. It has: {', '.join(kinds)}. "
-                "Name them with text_columns= and label_column=."
+                f"{split} has no column {name!r}. Its columns: {', '.join(kinds)}. Name some of "
+                "these in text_columns= and label_column=."
             )
     if wrong := [name for name in texts if kinds[name] in ("class", "int", "float")]:
         raise ConfigError(
-            f"Column {wrong[0]!r} of {split} is no text: it holds values of kind "
-            f"{kinds[wrong[0]]!r}. Name columns of strings with text_columns=."
+            f"Column {wrong[0]!r} of {split} holds values of kind {kinds[wrong[0]]!r}, not text. "
+            "Name columns of strings in text_columns=."
         )
     if len(texts) > 2:
+        joined = ' + " " + '.join(f'row["{name}"]' for name in texts)
         raise ConfigError(
-            f"text_columns={texts}: a tokenizer takes one text or a pair. Join them into one "
-            'column first: dataset.map(lambda row: {"text": row["title"] + " " + row["body"]}).'
+            f"text_columns={texts} names {len(texts)} columns, but a tokenizer takes one text or a "
+            f'pair. Join them into one column: dataset.map(lambda row: {{"text": {joined}}}).'
         )
     label = label_column or find_label(kinds)
     if not texts and needs_text and "input_ids" not in kinds:
@@ -244,7 +248,7 @@ def find_columns(
 
 
 def find_label(kinds: Mapping[str, str]) -> str | None:
-    """Return the name of the label column, None where no name tells."""
+    """Return the name of the label column; None if no column can be identified as such."""
     for name in _LABELS:
         if name in kinds:
             return name
@@ -266,16 +270,16 @@ def _find_texts(split: str, kinds: Mapping[str, str], label: str | None) -> tupl
     if not candidates:
         raise DataError(
             f"{split} has neither text nor input_ids. Its columns: {', '.join(kinds) or 'none'}. "
-            "Pass rows with a column of strings, or tokenized rows."
+            "Pass a dataset with a column of strings, or a tokenized one."
         )
     raise DataError(
-        f"Which columns of {split} are the text? {', '.join(candidates)} hold strings. Say "
-        f"text_columns={candidates[0]!r}, or a pair: text_columns={tuple(candidates[:2])!r}."
+        f"Several columns of {split} hold strings: {', '.join(candidates)}. Name the text: "
+        f"text_columns={candidates[0]!r}, or for a pair text_columns={tuple(candidates[:2])!r}."
     )
 
 
 def column_filter(tokenizer: Any, model: nn.Module | None, *, takes_all: bool) -> Takes:
-    """Say which columns go into batches: those that the model reads, and its labels."""
+    """Return the test for columns that go into batches: those the model takes, and the labels."""
     if takes_all:
         return lambda name, kind: True
     if model is not None:

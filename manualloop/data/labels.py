@@ -1,6 +1,7 @@
-"""The labels: what task they belong to, and whether a model can learn them.
+"""Labels: which task they belong to, and whether a model can be trained on them.
 
-Whole columns are looked at when they are prepared; batches, by the same rules, before they train.
+Whole columns are checked when loaders are prepared. Batches are checked by the same rules before
+they are trained on.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ BY_TOKEN = ("token_classification", "masked_lm", "causal_lm")
 
 
 class Labels(NamedTuple):
-    """What the labels of all splits are.
+    """A description of the labels that all splits share.
 
     Attributes:
-        column: None for rows without labels.
-        task: A key of ``TASKS``; None where the first row does not tell.
-        num_classes: None where neither model nor column tells.
-        are_listed: Whether a row's label is the list of its class numbers.
+        column: Column that holds them; None for rows without labels.
+        task: A key of ``TASKS``; None if it cannot be inferred from the first row.
+        num_classes: Number of classes; None if neither the model nor the column tells.
+        are_listed: Whether the label of a row is a list of class numbers.
     """
 
     column: str | None
@@ -45,10 +46,10 @@ class Labels(NamedTuple):
 def describe_labels(
     split: Split, column: str | None, task: str | None, model: nn.Module | None
 ) -> Labels:
-    """Say what the labels are by one split, normally the training split.
+    """Describe the labels by looking at one split, normally the training split.
 
     Raises:
-        DataError: They are lists of class numbers, and the number of classes is not known.
+        DataError: The labels are lists of class numbers, and the number of classes is unknown.
     """
     num_classes = None if model is None else num_labels(model)
     if column is None:
@@ -66,8 +67,9 @@ def describe_labels(
     are_listed = "int" in str(getattr(item, "dtype", "")) and _hold_class_numbers(values)
     if are_listed and num_classes is None:
         raise DataError(
-            f"{column!r} holds lists of class numbers, and how many classes there are is not "
-            "known. Pass model=model, or rows of 0 and 1, one for each class."
+            f"Column {column!r} of {split.name} holds lists of class numbers, but the number of "
+            "classes is unknown. Pass model=model, or make each row a list of 0 and 1 with one "
+            "entry per class."
         )
     return Labels(column, task, num_classes, are_listed)
 
@@ -84,7 +86,7 @@ def _infer_task(split: Split, column: str, model: nn.Module | None) -> str | Non
 
 
 def _hold_class_numbers(lists: Any) -> bool:
-    """Tell lists of class numbers from rows of 0 and 1; take a stream's for the latter."""
+    """Tell lists of class numbers from rows of 0 and 1, which a stream is assumed to hold."""
     import pyarrow.compute as pc
 
     if lists is None:
@@ -94,16 +96,16 @@ def _hold_class_numbers(lists: Any) -> bool:
 
 
 def prepare_labels(split: Split, labels: Labels) -> Split:
-    """Check the labels of a split and call them ``labels``; leave them out if all are hidden.
+    """Check the labels of a split and name them ``labels``; drop them if all are -1.
 
     Raises:
-        DataError: The model has no output for one of them.
+        DataError: The model has no output for one of the labels.
     """
     column, kinds = labels.column, split.kinds
     if column is None:
         return split
     others = [name for name in kinds if name not in (column, "labels")]
-    if column not in kinds or _are_hidden(split, column):
+    if column not in kinds or _are_withheld(split, column):
         return split.select(others)
     _check_column(split, column, labels)
     if column != "labels":
@@ -118,8 +120,8 @@ def prepare_labels(split: Split, labels: Labels) -> Split:
     return split
 
 
-def _are_hidden(split: Split, column: str) -> bool:
-    """Tell whether all labels are -1: GLUE's convention for test splits."""
+def _are_withheld(split: Split, column: str) -> bool:
+    """Tell whether all labels are -1, which is GLUE's convention for test splits."""
     values = split.column(column)
     if values is None or split.kinds[column] not in ("int", "class"):
         return False
@@ -159,22 +161,22 @@ def check_class_ids(
     *,
     in_lists: bool = False,
 ) -> None:
-    """Refuse class numbers that the model has no output for.
+    """Refuse class numbers for which the model has no output.
 
     Args:
-        labels: Of any shape, the first axis being what ``where`` names.
-        num_labels: Outputs of the model.
-        where: Names a place, given its number in ``labels``: "train batch 0 (row id 17)".
-        column: What the dataset calls them.
-        in_lists: Whether a row of the dataset has a list of them.
+        labels: Class numbers of any shape, with the first axis over the places of ``where``.
+        num_labels: Number of outputs of the model.
+        where: Function that names a place by its index: "train batch 0 (row id 17)".
+        column: Name of the labels in the dataset.
+        in_lists: Whether a row of the dataset has a list of labels.
 
     Raises:
-        DataError: A label is negative and not -100, or is ``num_labels`` or more.
+        DataError: A label is negative and not -100, or is at least ``num_labels``.
 
     >>> check_class_ids(np.array([0, 2]), 2, lambda row: f"row {row} of train")
     Traceback (most recent call last):
-    manualloop.errors.DataError: Label 2 in row 1 of train, but the model has num_labels=2 (0..1). \
-Mend the label, or load the model with room for it: from_pretrained(name, num_labels=3).
+    manualloop.errors.DataError: Label 2 in row 1 of train is not a class of the model, which has \
+num_labels=2 (0..1). Correct the label, or load the model with more classes: from_pretrained(name, num_labels=3).
     """
     kept = labels[labels != IGNORE_INDEX]
     if kept.size == 0 or (kept.min() >= 0 and kept.max() < num_labels):
@@ -184,38 +186,38 @@ Mend the label, or load the model with room for it: from_pretrained(name, num_la
     label, place = int(labels[first]), where(int(first[0]))
     smallest, largest = int(kept.min()), int(kept.max())
     if label < 0:
-        mended = f'dataset.filter(lambda row: row["{column}"] >= 0)'
+        fix = f'Drop such rows: dataset.filter(lambda row: row["{column}"] >= 0)'
         if in_lists:
-            mended = (
-                f'dataset.map(lambda row: {{"{column}": [label if label >= 0 else {IGNORE_INDEX} '
-                f'for label in row["{column}"]]}})'
+            fix = (
+                f'Replace it: dataset.map(lambda row: {{"{column}": [label if label >= 0 else '
+                f'{IGNORE_INDEX} for label in row["{column}"]]}})'
             )
         raise DataError(
-            f"Label {label} in {place}: classes are counted from 0, and what the loss leaves out "
-            f"is {IGNORE_INDEX}. Take it out: {mended}."
+            f"Label {label} in {place} is neither a class, which are numbered from 0, nor "
+            f"{IGNORE_INDEX}, which the loss ignores. {fix}."
         )
-    mended = (
-        "Mend the label, or load the model with room for it: "
+    fix = (
+        "Correct the label, or load the model with more classes: "
         f"from_pretrained(name, num_labels={largest + 1})."
     )
     if not in_lists and smallest > 0 and largest - smallest < num_labels:
-        mended = (
-            f"The smallest label is {smallest}, and labels must start at 0: "
+        fix = (
+            f"The smallest label is {smallest}, but classes are numbered from 0. Shift them: "
             f'dataset.map(lambda row: {{"{column}": row["{column}"] - {smallest}}}).'
         )
     raise DataError(
-        f"Label {label} in {place}, but the model has num_labels={num_labels} "
-        f"(0..{num_labels - 1}). {mended}"
+        f"Label {label} in {place} is not a class of the model, which has "
+        f"num_labels={num_labels} (0..{num_labels - 1}). {fix}"
     )
 
 
 def warn_of_classes_as_values(labels: NDArray[np.integer], found: str) -> None:
-    """Warn that whole numbers are about to be learned as values, if they look like classes."""
+    """Warn before whole numbers that look like classes are used as the targets of a regression."""
     values = np.unique(labels)
     if values.size and values[0] >= 0 and values[-1] <= len(values):
         shown = ", ".join(map(str, values[:3])) + (", ..." if len(values) > 3 else "")
         logger.warning(
-            f"num_labels=1 means regression (MSE), and {found} look like classes: {shown}. If "
-            f"they are, load the model with num_labels={int(values[-1]) + 1}; if they are values, "
-            'set model.config.problem_type = "regression".'
+            f"The model has num_labels=1, which means regression (MSE loss), but {found} look like "
+            f"classes: {shown}. For classes load the model with num_labels={int(values[-1]) + 1}; "
+            'for values set model.config.problem_type = "regression".'
         )

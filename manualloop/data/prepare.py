@@ -1,4 +1,4 @@
-"""``prepare_dataloaders``: from a dataset, raw or tokenized, to one DataLoader a split."""
+"""``prepare_dataloaders``: from datasets, raw or tokenized, to one DataLoader per split."""
 
 from __future__ import annotations
 
@@ -58,51 +58,56 @@ def prepare_dataloaders(
     num_workers: int = 0,
     pin_memory: bool | None = None,
 ) -> dict[str, DataLoader[Any]]:
-    """Turn datasets into DataLoaders: tokenized, pruned to what the model takes, padded by batch.
+    """Turn datasets into DataLoaders of padded batches with the columns that the model takes.
 
-    Splits whose name begins with "train" are shuffled, in the order of ``(seed, epoch)`` and
-    without a draw from the global random generator; the others keep the dataset's order. A stream
-    keeps its own: shuffle it with ``dataset.shuffle(buffer_size=...)``. Which columns were taken
-    for what is said once.
+    Text is tokenized, and each batch is padded to its own longest row. Splits whose name begins
+    with "train" are shuffled in an order of ``(seed, epoch)``, without a draw from the global
+    random generator; the other splits keep the dataset's order. A stream keeps its own order:
+    shuffle it with ``dataset.shuffle(buffer_size=...)``. One line reports which columns are used
+    and which are dropped.
 
     Args:
-        datasets: A ``DatasetDict``, any mapping from split to dataset, or one dataset, which
-            becomes the split "train"; ``datasets.Dataset`` or ``IterableDataset``, as
-            ``load_dataset`` returns them, raw or with ``input_ids``.
-        tokenizer: Tokenizes and pads; None if the rows are ready to be stacked.
-        model: Its ``forward`` decides which columns stay. Without it the tokenizer's
-            ``model_input_names`` and the labels do.
-        task: A key of ``manualloop.tasks.items.TASKS``; None: inferred from labels and model.
-        text_columns: One column or a pair; None: inferred.
-        label_column: Reaches the model as ``labels``; None: ``labels``, ``label``, or the only
-            column of classes. Lists are multi-label: of 0 and 1, or of class numbers. Floats are
-            a regression.
-        max_length: Tokens at which texts are cut; None: what tokenizer and model have room for.
-        batch_size: Rows a batch.
-        eval_batch_size: Rows a batch of the splits that are not shuffled; None: ``batch_size``.
-        max_tokens: A batch holds as many rows as fit into so many tokens, padding counted, instead
-            of ``batch_size``. Those of the shuffled splits are grouped by length. The loss weighs
-            items, so that large and small batches count as they should.
-        group_by_length: Put rows of about one length into the batches of the shuffled splits, so
-            that less is padding. The order is another one, and still one of ``(seed, epoch)``.
-        pad_to_multiple_of: Pad further, to a multiple of so many tokens.
-        drop_last: Leave out a shorter last batch of the shuffled splits.
-        collate_fn: Replaces padding. All columns then reach it, texts that the tokenizer has
-            replaced by tokens excepted.
-        preprocess: Replaces tokenization: a function of a batch of rows as they are in the
-            dataset, as ``dataset.map`` calls it with ``batched=True``. It may return ``labels``.
-        seed: Of the order.
-        num_workers: Processes that read and pad.
-        pin_memory: None: if there is a CUDA device.
+        datasets: A ``DatasetDict``, any mapping from split to dataset, or a single dataset, which
+            becomes the split "train". A dataset is a ``datasets.Dataset`` or ``IterableDataset``
+            as ``load_dataset`` returns it, raw or with ``input_ids``.
+        tokenizer: Tokenizer, which also pads; None if the rows can be stacked as they are.
+        model: Model whose ``forward`` decides which columns are kept. Without it the tokenizer's
+            ``model_input_names`` and the labels are kept.
+        task: A key of ``manualloop.tasks.items.TASKS``; None infers it from labels and model.
+        text_columns: One column of text or a pair; None infers it.
+        label_column: Column that the model gets as ``labels``; None uses ``labels``, ``label``, or
+            the only column of classes. Lists mean multi-label, and hold 0 and 1 for each class or
+            the class numbers. Floats mean a regression.
+        max_length: Number of tokens at which texts are truncated; None uses the limit of tokenizer
+            and model.
+        batch_size: Number of rows per batch.
+        eval_batch_size: Number of rows per batch in splits that are not shuffled; None uses
+            ``batch_size``.
+        max_tokens: Most tokens per batch, padding included, which replaces ``batch_size``. Shuffled
+            splits are then grouped by length. The loss is weighted by items, so large and small
+            batches count correctly.
+        group_by_length: Whether batches of the shuffled splits hold rows of about the same length,
+            which saves padding. The order differs from the default one, and is also a function of
+            ``(seed, epoch)``.
+        pad_to_multiple_of: Number of which each padded length is a multiple.
+        drop_last: Whether to drop a shorter last batch of the shuffled splits.
+        collate_fn: Function that replaces padding. It gets rows with all columns, except for texts
+            that were tokenized.
+        preprocess: Function that replaces tokenization. It gets a batch of rows as they are in the
+            dataset, as from ``dataset.map`` with ``batched=True``, and may return ``labels``.
+        seed: Seed of the order.
+        num_workers: Number of processes that read and pad.
+        pin_memory: Whether to pin batches in memory; None pins them if there is a CUDA device.
 
     Returns:
-        One loader a split, under the splits' names. Batches are dicts of CPU tensors:
-        ``input_ids``, ``attention_mask`` int64 ``(rows, tokens)``; ``labels`` int64 ``(rows,)``,
-        or float32 ``(rows,)`` for a regression, ``(rows, classes)`` for multi-label.
+        One loader per split, by the names of the splits. Batches are dicts of CPU tensors:
+        ``input_ids`` and ``attention_mask``, int64 ``(rows, tokens)``; ``labels``, int64
+        ``(rows,)``, or float32 ``(rows,)`` for a regression and ``(rows, classes)`` for
+        multi-label.
 
     Raises:
-        ConfigError: The arguments do not fit the data.
-        DataError: A split is empty, labels are missing, text, or beyond the model's classes.
+        ConfigError: The arguments do not fit together or do not fit the data.
+        DataError: A split is empty, or labels are missing, text, or not classes of the model.
 
     >>> from datasets import Dataset, disable_progress_bars
     >>> disable_progress_bars()
@@ -129,7 +134,7 @@ def prepare_dataloaders(
     if preprocess is not None:
         for key, split in splits.items():
             splits[key] = _preprocess(split, preprocess, takes, label_column)
-    first = max(splits.values(), key=lambda split: split.is_train)  # or the first one, if none is
+    first = max(splits.values(), key=lambda split: split.is_train)  # the first split if none is
     if preprocess is not None and "labels" in first.kinds:
         label_column = "labels"
 
@@ -163,7 +168,7 @@ def prepare_dataloaders(
             drop_last=drop_last and split.is_train,
             seed=seed,
             lengths=_lengths(
-                split, labels.task, pad_to_multiple_of or 1, max_tokens, group_by_length
+                split, columns, labels.task, pad_to_multiple_of or 1, max_tokens, group_by_length
             ),
             max_tokens=max_tokens,
             collate_fn=collate_fn,
@@ -175,9 +180,14 @@ def prepare_dataloaders(
 
 
 def _lengths(
-    split: Split, task: str | None, multiple: int, max_tokens: int | None, group_by_length: bool
+    split: Split,
+    columns: Columns,
+    task: str | None,
+    multiple: int,
+    max_tokens: int | None,
+    group_by_length: bool,
 ) -> Ints | None:
-    """Return the number of tokens of each row, int64 ``(rows,)``, if its order depends on them.
+    """Return the number of tokens of each row, int64 ``(rows,)``; None if the order ignores it.
 
     Raises:
         ConfigError: The split is a stream, or has no column of lists of numbers.
@@ -197,14 +207,16 @@ def _lengths(
     if lengths is None:
         asked = "group_by_length=True" if max_tokens is None else f"max_tokens={max_tokens}"
         raise ConfigError(
-            f"{asked} needs the lengths of the rows of {split.name}, and it is a stream or has no "
-            "column of lists of numbers. Leave it out."
+            f"{asked} needs the number of tokens of each row of {split.name}, which is a stream or "
+            "has no column of lists of numbers. Remove the argument."
         )
     row = int(lengths.argmin())
     if lengths[row] == 0:
+        column = (columns.texts or names)[0]
         raise DataError(
-            f"Row {row} of {split.name} has no tokens, and would be in a batch with its like. "
-            'Filter such rows out: dataset.filter(lambda row: len(row["text"]) > 0).'
+            f"Row {row} of {split.name} has no tokens, so grouping by length would make a batch "
+            "without tokens. Filter such rows out: "
+            f'dataset.filter(lambda row: len(row["{column}"]) > 0).'
         )
     return round_up(lengths, multiple)
 
@@ -219,8 +231,8 @@ def _check_arguments(task: str | None, drop_last: bool, **counts: int | None) ->
         problems.append(f"task={task!r} is unknown. Use one of: {', '.join(TASKS)}.")
     if drop_last and counts["max_tokens"] is not None:
         problems.append(
-            "drop_last=True leaves out a batch that is shorter than batch_size, and with "
-            "max_tokens batches differ anyway. Leave one of them out."
+            "drop_last=True drops a last batch with fewer rows than batch_size, but with "
+            "max_tokens batches have no fixed number of rows. Remove one of the two arguments."
         )
     if problems:
         raise ConfigError("\n".join(problems))
@@ -235,7 +247,7 @@ def _preprocess(
 
     def run(rows: Rows) -> Rows:
         made = function(rows) or {}
-        # With labels of its own it may also make more rows, or fewer, than there were labels.
+        # A function that returns labels may also return more or fewer rows than it got.
         left = [name for name in kept if name != label or "labels" not in made]
         return {**{name: rows[name] for name in left}, **made}
 
@@ -243,7 +255,7 @@ def _preprocess(
 
 
 def _refuse_leftovers(split: Split, columns: Columns, tokenizer: Any) -> None:
-    """Refuse text that nothing tokenizes, and labels under a name that does not tell."""
+    """Refuse text without a tokenizer, and labels under a name that cannot be identified."""
     kinds = {name: kind for name, kind in split.kinds.items() if name != columns.label}
     if tokenizer is None:
         is_ready = {"list", "other"} & set(kinds.values())
@@ -270,7 +282,7 @@ def _encoder(
     if max_length is None and model is not None and (room := model_max_length(model)) is not None:
         max_length = min(room, getattr(tokenizer, "model_max_length", room))
     options = {"truncation": True, "max_length": max_length}
-    if split.kinds[columns.texts[0]] == "texts":  # or a list of two words would be taken for a pair
+    if split.kinds[columns.texts[0]] == "texts":  # a list of two words would else count as a pair
         options["is_split_into_words"] = True
 
     def encode(rows: Rows) -> Rows:
@@ -288,7 +300,7 @@ def _prepare_split(
     takes: Takes,
     model: nn.Module | None,
 ) -> tuple[Split, str]:
-    """Tokenize a split and prune it; also say what was used and what was left out."""
+    """Return a split, tokenized and pruned, and a line on which columns it uses and drops."""
     texts, label = columns
     raw = split.kinds
     split = prepare_labels(split, labels)
@@ -304,19 +316,19 @@ def _prepare_split(
     taker = "" if model is None else f" (not in {model_name(model)}.forward)"
     if not inputs:
         raise DataError(
-            f"{split.name} has nothing for the model to read, only {', '.join(kinds)}{taker}. "
-            "Make the columns that it takes, such as input_ids, with preprocess= or dataset.map."
+            f"{split.name} has no column that the model takes, only {', '.join(kinds)}{taker}. "
+            "Add the columns that it takes, such as input_ids, with preprocess= or dataset.map."
         )
     note = f"using {', '.join(texts or inputs)}{' -> labels' if 'labels' in kept else ''}"
-    if left_out := [name for name in (*raw, *kinds) if name not in (*kept, *texts, label)]:
-        note += f"; left out: {', '.join(dict.fromkeys(left_out))}{taker}"
+    if dropped := [name for name in (*raw, *kinds) if name not in (*kept, *texts, label)]:
+        note += f"; dropped: {', '.join(dict.fromkeys(dropped))}{taker}"
     if label in raw and "labels" not in kinds:
-        note += f"; every {label} is -1 (hidden), so it has none"
+        note += f"; every {label} is -1, so there are no labels"
     return split.select(kept), note
 
 
 def _in_tables(split: Split, collate_fn: Callable[[Any], Any]) -> Split:
-    """Let loaders fetch a split's rows as tables, if what collates them takes tables."""
+    """Make loaders fetch a split's rows as tables if their ``collate_fn`` takes tables."""
     if not hasattr(collate_fn, "padded_lengths") or not hasattr(split.rows, "__len__"):
         return split
     from manualloop.data.tables import as_tables

@@ -1,7 +1,7 @@
-"""Batches straight from Arrow to tensors: no Python object for a token, padding in one stroke.
+"""Batches from Arrow tables to padded tensors, without a Python object for each token.
 
-The tensors are those of transformers' collators, to the bit. What is not numbers or lists of
-numbers, or does not fit together, goes through them, and they, or we, say what is wrong.
+The tensors equal those of transformers' collators to the bit. Rows that hold anything but numbers
+and lists of numbers, or that do not fit together, are passed to these collators.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _ROWS_AT_ONCE = 10_000
 
 
 class TableRows(list[Any]):
-    """The rows of a batch: a table, and for who looks at them, such as another collator, dicts.
+    """The rows of a batch as a table, which turns into a list of dicts when it is read.
 
     Args:
-        table: Of Arrow.
+        table: The Arrow table that holds the rows.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -61,7 +61,7 @@ class TableRows(list[Any]):
 
 
 class Dataset(datasets.Dataset):  # type: ignore[misc]
-    """A dataset of which a DataLoader fetches a batch as one table, unless it has a format."""
+    """A dataset from which a DataLoader fetches batches as tables, unless it has a format."""
 
     def __getitems__(self, rows: list[int]) -> Any:
         if self._format_type is not None:
@@ -72,18 +72,18 @@ class Dataset(datasets.Dataset):  # type: ignore[misc]
         return query_table(self._data, rows, indices=self._indices)
 
     def lengths(self, names: Sequence[str]) -> Ints | None:
-        """Return the length of each row's longest list in these columns, int64 ``(rows,)``.
+        """Return the length of each row's longest list in some columns, int64 ``(rows,)``.
 
-        Found a part of the rows at a time: a dataset need not fit into memory.
+        The rows are read in parts, because a dataset need not fit into memory.
 
         Args:
-            names: Of columns. None is returned unless all hold lists of numbers.
+            names: Names of the columns. The result is None unless all hold lists of numbers.
         """
         schema = self.data.schema
         kinds = [schema.field(name).type for name in names]
         if not kinds or any(not _is_list(k) or _is_list(k.value_type) for k in kinds):
             return None
-        # Of the rows as they are stored: an index into them is quick, a query by it is not.
+        # Stored rows are read in their own order; querying them by index would be slow.
         starts = range(0, self.data.num_rows, _ROWS_AT_ONCE)
         parts = [self.data.table.slice(start, _ROWS_AT_ONCE).select(names) for start in starts]
         lengths = np.concatenate([_longest(part) for part in parts])
@@ -97,7 +97,7 @@ def _longest(lists: pa.Table) -> Ints:
 
 
 def as_tables(rows: datasets.Dataset) -> Dataset:
-    """Return the same dataset, of which DataLoaders fetch tables."""
+    """Return the same dataset as one from which DataLoaders fetch tables."""
     return Dataset(
         rows.data,
         info=rows.info,
@@ -111,8 +111,8 @@ class Lists(NamedTuple):
     """A column of lists of numbers.
 
     Attributes:
-        values: Of all lists, one after the other.
-        lengths: int64 ``(rows,)``.
+        values: Numbers of all lists, one list after the other.
+        lengths: Length of each list, int64 ``(rows,)``.
     """
 
     values: NDArray[Any]
@@ -120,15 +120,15 @@ class Lists(NamedTuple):
 
 
 class TableCollate:
-    """A ``collate_fn`` that pads a table as a collator of transformers pads its rows.
+    """A ``collate_fn`` that pads a table in the way transformers' collators pad rows.
 
     Args:
-        tokenizer: Says with what is padded, and on which side.
-        collate: Makes a batch of rows as dicts: what a table is left to that this cannot pad.
-        labels: Whether lists of labels are padded with -100 to the number of "tokens", or to the
-            "longest" list of labels, or are not padded (None).
-        pad_to_multiple_of: Pad further.
-        float_labels: Whether the loss wants ``labels`` in float32.
+        tokenizer: Tokenizer whose padding token and padding side are used.
+        collate: Function that makes a batch from rows as dicts, for tables that cannot be padded.
+        labels: Length to which lists of labels are padded with -100: the number of "tokens", or
+            the "longest" list of labels. None does not pad them.
+        pad_to_multiple_of: Number of which each padded length is a multiple.
+        float_labels: Whether the loss needs ``labels`` in float32.
     """
 
     def __init__(
@@ -145,33 +145,34 @@ class TableCollate:
         self._float_labels = float_labels
 
     def __call__(self, rows: Any) -> dict[str, Any]:
-        """Make a batch of rows that were fetched together."""
+        """Return the batch of some rows."""
         batch = self._pad(rows.table) if isinstance(rows, TableRows) else None
         return self._collate(list(rows)) if batch is None else batch
 
     def padded_lengths(self, dataset: Any) -> Ints | None:
-        """Return the tokens of each row with the least padding, int64 ``(rows,)``.
+        """Return the smallest padded length of each row, int64 ``(rows,)``.
 
-        None: the model sees the padding, so that its numbers depend on which rows are together.
+        None means that results may depend on which rows are in a batch together, or that the number
+        of tokens does not describe the size of a row.
         """
         tokenizer = self._tokenizer
         hides_padding = "attention_mask" in tokenizer.model_input_names
         if not hides_padding or tokenizer.padding_side != "right":
-            return None  # on the left it would shift the positions
+            return None  # padding on the left would shift the positions
         padded = [name for name in self._padded() if name in getattr(dataset, "column_names", ())]
         if not isinstance(dataset, Dataset) or tokenizer.model_input_names[0] not in padded:
             return None
         schema = dataset.data.schema
         others = [name for name in dataset.column_names if name not in (*padded, "labels")]
         if any(pa.types.is_nested(schema.field(name).type) for name in others):
-            return None  # what a row of an image costs is not told by its text
+            return None  # the size of an image, for example, is not that of its text
         lengths = dataset.lengths([name for name in padded if name in self._counted()])
         if lengths is None or lengths.min() == 0:
-            return None  # rows without tokens would be together, in a batch of width 0
+            return None  # rows without tokens would form a batch of width 0
         return round_up(lengths, self._multiple)
 
     def _counted(self) -> list[str]:
-        """Name the columns whose length is that of a row."""
+        """Return the columns whose lists determine the length of a row."""
         return [self._tokenizer.model_input_names[0], *(["labels"] if self._labels else [])]
 
     def _padded(self) -> list[str]:
@@ -179,7 +180,7 @@ class TableCollate:
         return [*self._counted(), *extra]
 
     def _pad(self, table: pa.Table) -> dict[str, Tensor] | None:
-        """Return the batch; None: there is more than numbers, or lists do not fit together."""
+        """Return the batch; None if a column cannot be padded here or the lists do not fit."""
         tokenizer = self._tokenizer
         columns: dict[str, Any] = {name: _read(table.column(name)) for name in table.column_names}
         if any(column is None for column in columns.values()):
@@ -200,7 +201,7 @@ class TableCollate:
             ones = Lists(np.ones(len(tokens.values), dtype=np.int64), tokens.lengths)
             columns = {**columns, "attention_mask": columns.get("attention_mask", ones)}
         if self._labels is not None and "labels" in columns:
-            columns["labels"] = columns.pop("labels")  # the last one, as in transformers
+            columns["labels"] = columns.pop("labels")  # last, as in transformers
         width = round_up(int(tokens.lengths.max()), self._multiple)
         is_left = tokenizer.padding_side == "left"
         batch = {}
@@ -210,7 +211,7 @@ class TableCollate:
                     return None
                 batch[name] = _tensor(column)
             elif column.values.dtype.kind == "b" and (name in ends or name == "labels"):
-                return None  # what pads it is no bool
+                return None  # the padding value is not a bool
             elif name in ends or (name == "labels" and self._labels == "tokens"):
                 if not np.array_equal(column.lengths, tokens.lengths):
                     return None
@@ -234,7 +235,7 @@ class TableCollate:
 
 
 def pad(lists: Lists, width: int, end: int, is_left: bool) -> Tensor:
-    """Return lists as the rows of a matrix.
+    """Return lists as the rows of a padded matrix.
 
     >>> pad(Lists(np.array([1, 2, 3]), np.array([2, 1])), width=2, end=0, is_left=False)
     tensor([[1, 2],
@@ -249,7 +250,7 @@ def pad(lists: Lists, width: int, end: int, is_left: bool) -> Tensor:
 
 
 def _read(column: pa.ChunkedArray) -> NDArray[Any] | Lists | None:
-    """Return a column of numbers, or of lists of numbers; None: it is neither, or has gaps."""
+    """Return a column of numbers or of lists of numbers; None for others and for missing values."""
     array = column.combine_chunks()
     if not _is_list(array.type):
         return _numbers(array)
@@ -272,6 +273,6 @@ def _numbers(array: pa.Array) -> NDArray[Any] | None:
 
 
 def _tensor(numbers: NDArray[Any]) -> Tensor:
-    """Return what ``torch.tensor`` makes of a list of the same numbers."""
+    """Return the tensor that ``torch.tensor`` makes of a list of the same numbers."""
     dtype: Any = {"i": np.int64, "f": np.float32, "b": np.bool_}[numbers.dtype.kind]
     return torch.from_numpy(numbers.astype(dtype))

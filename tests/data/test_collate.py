@@ -31,13 +31,13 @@ def test_rows_of_a_csv_file_with_a_gap_are_named(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\ngood,1\nbad,\nfine,1\n")
     loaded = load_dataset("csv", data_files=str(path), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(DataError, match=r"Row 1 of train has label=None; so have 1 of 3 rows"):
+    with pytest.raises(DataError, match=r"Row 1 of train has label=None. Rows without a value: 1 of 3"):
         prepare_dataloaders(loaded, tiny_tokenizer())
 
 
 def test_rows_without_text_are_named():
     dataset = rows(text=["good", None, None], label=[0, 1, 0])
-    message = r"Row 1 of train has text=None; so have 2 of 3 rows\. Filter them out: dataset"
+    message = r"Row 1 of train has text=None. Rows without a value: 2 of 3\. Filter them out: dataset"
     with pytest.raises(DataError, match=message):
         prepare_dataloaders(dataset, tiny_tokenizer())
     dataset = dataset.filter(lambda row: row["text"] is not None)
@@ -95,17 +95,17 @@ def test_a_collate_fn_may_make_numbers_of_strings():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"x": 1}, {"x": None}], "Row 1 of the 2 rows checked has x=None; so have 1 of them."),
+        ([{"x": 1}, {"x": None}], "Row 1 of the 2 rows checked has x=None. Rows without a value: 1."),
         ([{"text": "good"}], "Column 'text' is still text."),
         ([{"input_ids": [4], "id": "a"}], "Column 'id' is text, e.g. 'a' (row 0), beside"),
         ([{"label": "pos"}], "'label' holds strings, e.g. 'pos' (row 0)."),
-        ([{"x": [1]}, {"x": [1, 2, 3]}], "Rows have lengths 1..3 in 'x', and nothing pads them."),
+        ([{"x": [1]}, {"x": [1, 2, 3]}], "have lengths 1..3 in 'x', and they are not padded."),
         (
             [
                 {"x": torch.ones(1), "y": torch.tensor(0)},
                 {"x": torch.ones(2), "y": torch.tensor(1)},
             ],
-            "Rows have lengths 1..2 in 'x'",
+            "The rows of a batch have lengths 1..2 in 'x'",
         ),
         (
             [{"input_ids": [4, 5], "labels": [0, 1]}, {"input_ids": [4, 5, 6], "labels": [0]}],
@@ -143,7 +143,7 @@ def test_a_later_row_of_a_stream_with_too_few_labels_is_not_padded():
 )
 def test_values_missing_inside_lists_are_named(labels):
     dataset = rows(text=["good", "bad"], labels=labels)
-    message = r"Row 0 of dev has labels=None or NaN in it; so have 1 of 2 rows"
+    message = r"Row 0 of dev has None or NaN in labels. Rows without a value: 1 of 2"
     with pytest.raises(DataError, match=message) as error:
         first_batch(dataset, tiny_tokenizer(), model=tiny_bert(3))
     assert len(apply_fix(error, dataset, "dataset.filter")) == 1

@@ -35,16 +35,16 @@ from manualloop import ConfigError, DataError, prepare_dataloaders, train_loop
 from manualloop.data.sampler import order
 
 
-def test_hidden_labels_are_left_out_and_reported(caplog):
-    hidden = rows(8).map(lambda row: {"label": -1})
+def test_labels_that_are_all_minus_one_are_dropped_and_reported(caplog):
+    withheld = rows(8).map(lambda row: {"label": -1})
     features = Features({**rows().features, "label": ClassLabel(names=["no", "yes"])})
-    splits = {"train": rows(8).cast(features), "test": hidden.cast(features)}
+    splits = {"train": rows(8).cast(features), "test": withheld.cast(features)}
     loaders = prepare_dataloaders(splits, tiny_tokenizer(), model=tiny_bert())
     (batch,) = loaders["test"]
     assert "labels" not in batch
     assert messages(caplog) == [
         "train: using sentence -> labels",
-        "test: using sentence; every label is -1 (hidden), so it has none",
+        "test: using sentence; every label is -1, so there are no labels",
     ]
 
 
@@ -148,7 +148,7 @@ def test_multi_label_rows_as_wide_as_the_tokens_are_not_mistaken_for_labels_of_t
 
 def test_multi_label_numbers_of_unknown_classes_are_refused():
     dataset = rows(text=TEXTS, labels=CLASS_LISTS)
-    with pytest.raises(DataError, match=r"'labels' holds lists of class numbers.* model=model"):
+    with pytest.raises(DataError, match=r"'labels' of train holds lists of class numbers.* model=model"):
         prepare_dataloaders(dataset, tiny_tokenizer())
 
 
@@ -242,7 +242,7 @@ def test_rows_of_lists_are_named_across_chunks_and_selections():
 
 
 @pytest.mark.parametrize("test", [{"stars": [-1, -1], "labels": [5, 6]}, {"labels": [5, 6]}])
-def test_another_column_does_not_stand_in_for_labels_that_are_hidden(test):
+def test_another_column_does_not_stand_in_for_withheld_labels(test):
     splits = {
         "train": rows(text=["a", "b"], stars=[0, 1], labels=[5, 6]),
         "test": rows(text=["a", "b"], **test),

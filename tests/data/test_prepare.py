@@ -71,7 +71,7 @@ def test_batches_equal_the_course_pipeline(texts, caplog):
         loaders["validation"], course_loader(splits["validation"], tokenizer, texts)
     )
     assert messages(caplog) == [
-        f"train, validation: using {', '.join(texts)} -> labels; left out: idx"
+        f"train, validation: using {', '.join(texts)} -> labels; dropped: idx"
     ]
     batch = next(iter(loaders["train"]))
     assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
@@ -144,7 +144,7 @@ def test_rows_already_tokenized_are_padded_and_pruned(caplog):
     loaders = prepare_dataloaders(dataset, tokenizer)
     expected = course_loader(raw, tokenizer, ["text"], sampler=order(21, 42, 0))
     assert_same_batches(loaders["train"], expected)
-    used = "input_ids, token_type_ids, attention_mask -> labels; left out: text, idx"
+    used = "input_ids, token_type_ids, attention_mask -> labels; dropped: text, idx"
     assert messages(caplog) == [f"train: using {used}"]
 
 
