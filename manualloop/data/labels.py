@@ -176,7 +176,8 @@ def check_class_ids(
     >>> check_class_ids(np.array([0, 2]), 2, lambda row: f"row {row} of train")
     Traceback (most recent call last):
     manualloop.errors.DataError: Label 2 in row 1 of train is not a class of the model, which has \
-num_labels=2 (0..1). Correct the label, or load the model with more classes: from_pretrained(name, num_labels=3).
+num_labels=2 (0..1). Correct the label, or load the model with more classes: \
+from_pretrained(name, num_labels=3).
     """
     kept = labels[labels != IGNORE_INDEX]
     if kept.size == 0 or (kept.min() >= 0 and kept.max() < num_labels):

@@ -31,13 +31,14 @@ def test_rows_of_a_csv_file_with_a_gap_are_named(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\ngood,1\nbad,\nfine,1\n")
     loaded = load_dataset("csv", data_files=str(path), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(DataError, match=r"Row 1 of train has label=None. Rows without a value: 1 of 3"):
+    message = "Row 1 of train has label=None. Rows without a value: 1 of 3"
+    with pytest.raises(DataError, match=message):
         prepare_dataloaders(loaded, tiny_tokenizer())
 
 
 def test_rows_without_text_are_named():
     dataset = rows(text=["good", None, None], label=[0, 1, 0])
-    message = r"Row 1 of train has text=None. Rows without a value: 2 of 3\. Filter them out: dataset"
+    message = "Row 1 of train has text=None. Rows without a value: 2 of 3. Filter them out: dataset"
     with pytest.raises(DataError, match=message):
         prepare_dataloaders(dataset, tiny_tokenizer())
     dataset = dataset.filter(lambda row: row["text"] is not None)
@@ -95,7 +96,10 @@ def test_a_collate_fn_may_make_numbers_of_strings():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"x": 1}, {"x": None}], "Row 1 of the 2 rows checked has x=None. Rows without a value: 1."),
+        (
+            [{"x": 1}, {"x": None}],
+            "Row 1 of the 2 rows checked has x=None. Rows without a value: 1",
+        ),
         ([{"text": "good"}], "Column 'text' is still text."),
         ([{"input_ids": [4], "id": "a"}], "Column 'id' is text, e.g. 'a' (row 0), beside"),
         ([{"label": "pos"}], "'label' holds strings, e.g. 'pos' (row 0)."),

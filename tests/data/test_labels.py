@@ -148,7 +148,7 @@ def test_multi_label_rows_as_wide_as_the_tokens_are_not_mistaken_for_labels_of_t
 
 def test_multi_label_numbers_of_unknown_classes_are_refused():
     dataset = rows(text=TEXTS, labels=CLASS_LISTS)
-    with pytest.raises(DataError, match=r"'labels' of train holds lists of class numbers.* model=model"):
+    with pytest.raises(DataError, match=r"'labels' of train holds lists.* model=model"):
         prepare_dataloaders(dataset, tiny_tokenizer())
 
 
