@@ -108,7 +108,7 @@ def test_prepared_loaders_group_training_rows_only():
 
 def test_what_has_no_lengths_is_refused():
     stream = rows(6).to_iterable_dataset()
-    with pytest.raises(ConfigError, match="group_by_length=True needs the number .* train"):
+    with pytest.raises(ConfigError, match=r"group_by_length=True needs the number .* train"):
         prepare_dataloaders({"train": stream}, tiny_tokenizer(), group_by_length=True)
     numbers = Dataset.from_dict({"x": [0.5, 1.5], "labels": [0, 1]})
     with pytest.raises(ConfigError, match="no column of lists"):
