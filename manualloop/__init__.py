@@ -41,7 +41,7 @@ _HOME = {
     "apply_update": "update",
     "check_accumulation": "verify",
     "compare_runs": "run.compare",
-    "count_items": "tasks.items",
+    "count_items": "tasks.task",
     "evaluate_loop": "evaluation.loop",
     "inspect_batch": "data.inspect",
     "launch": "strategy.launch",
@@ -106,7 +106,7 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.strategy.launch import launch as launch
     from manualloop.strategy.select import prepare_strategy as prepare_strategy
     from manualloop.strategy.single import SingleDevice as SingleDevice
-    from manualloop.tasks.items import count_items as count_items
+    from manualloop.tasks.task import count_items as count_items
     from manualloop.types import Step as Step
     from manualloop.types import Update as Update
     from manualloop.types import Window as Window

@@ -18,7 +18,6 @@ from manualloop.data.labels import BY_TOKEN, check_class_ids, warn_of_classes_as
 from manualloop.data.sampler import OrderedBatchSampler
 from manualloop.errors import DataError, ManualLoopError, ModelError
 from manualloop.mistakes import (
-    IGNORE_INDEX,
     filter_missing,
     misaligned_message,
     no_head_message,
@@ -39,7 +38,8 @@ from manualloop.notices import logger
 from manualloop.optim import parameters_of, require_trainable
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
-from manualloop.tasks.items import count_items, infer_task
+from manualloop.tasks.items import IGNORE_INDEX
+from manualloop.tasks.task import Task, infer_task, resolve_task
 
 
 def require_loader(loader: Any) -> None:
@@ -123,15 +123,16 @@ def check_batches(
         ModelError: The model has no head, or does not take these columns.
     """
     first = place_of(loader, starts[0])
-    num_items = 0
+    num_items, task = 0, None
     for batch, start in zip(batches, starts, strict=True):
         place = place_of(loader, start)
         _check_columns(model, batch, needs_labels)
         if isinstance(ids := batch.get("input_ids"), Tensor):
             _check_tokens(model, ids.cpu().numpy(), place)
+        task = resolve_task(model, batch, task)
         if isinstance(labels := batch.get("labels"), Tensor):
-            _check_labels(model, batch, labels, place)
-        num_items += count_items(model, batch)
+            _check_labels(model, batch, labels, task, place)
+        num_items += sum(task.count(batch))
     if needs_labels and needs_items and num_items == 0:
         raise DataError(_no_items_message(batches, first.batch))
 
@@ -247,7 +248,9 @@ def _check_tokens(model: nn.Module, ids: np.ndarray[Any, Any], place: Place) -> 
         )
 
 
-def _check_labels(model: nn.Module, batch: Mapping[str, Any], labels: Tensor, place: Place) -> None:
+def _check_labels(
+    model: nn.Module, batch: Mapping[str, Any], labels: Tensor, task: Task, place: Place
+) -> None:
     ids = batch.get("input_ids")
     by_token = infer_task(model) in BY_TOKEN  # by its head: of other models nobody knows
     if by_token and isinstance(ids, Tensor) and labels.shape != ids.shape:
@@ -259,14 +262,14 @@ def _check_labels(model: nn.Module, batch: Mapping[str, Any], labels: Tensor, pl
             f"Label NaN in {place.row(row)}: it is missing. Filter such rows out: "
             f"{filter_missing('labels', is_float=True, in_lists=labels.ndim > 1)}."
         )
-    task, classes = infer_task(model, labels), num_labels(model)
+    classes = num_labels(model)
     if classes is None:
         return
-    if task == "multi_label_classification":
+    if task.name == "multi_label_classification":
         _check_multi_label(labels, classes, place)
-    elif task in ("single_label_classification", "token_classification"):
+    elif task.name in ("single_label_classification", "token_classification"):
         check_class_ids(labels.cpu().numpy(), classes, place.row, in_lists=labels.ndim > 1)
-    elif task == "regression" and not labels.is_floating_point() and not problem_type(model):
+    elif task.name == "regression" and not labels.is_floating_point() and not problem_type(model):
         warn_of_classes_as_values(labels.cpu().numpy(), f"the labels of {place.batch}")
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from manualloop.models import forward_columns, unwrap_model
 from manualloop.types import Batch
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def text_message(
@@ -67,11 +64,22 @@ def scalar_floats_message(found: str, column: str, num_labels: int | None) -> st
     )
 
 
-IGNORE_INDEX = -100
-"""The label that PyTorch's cross-entropy leaves out of the mean."""
+def no_loss_message(model: nn.Module, batch: Batch, outputs: Any) -> str:
+    """Say that a model returned something that has no place for a loss."""
+    name = type(unwrap_model(model)).__name__
+    if isinstance(outputs, Tensor) and outputs.ndim == 0:
+        return (
+            f"{name}.forward returned a 0-d Tensor, not an output with a loss. If that is the "
+            "loss: loss_fn=lambda model, batch: model(**batch)."
+        )
+    shape = f" of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else ""
+    return (
+        f"{name}.forward returned a {type(outputs).__name__}{shape}, not an output with a "
+        f"loss. Pass the loss as a function: {_example_loss(model, batch, outputs)}."
+    )
 
 
-def example_loss(model: nn.Module, batch: Batch, outputs: Any) -> str:
+def _example_loss(model: nn.Module, batch: Batch, outputs: Any) -> str:
     """Return the line that passes the loss of such outputs as a function."""
     if isinstance(outputs, tuple):  # of transformers with return_dict=False, the loss first
         return "loss_fn=lambda model, batch: model(**batch)[0]"
@@ -118,7 +126,7 @@ def misaligned_message(num_labels: int, num_tokens: int, where: str) -> str:
     """Say that a row has another number of labels than of tokens."""
     return (
         f"labels have length {num_labels}, input_ids {num_tokens} ({where}). Align the labels to "
-        f"the tokens, with {IGNORE_INDEX} for special tokens, and let the collator pad both: "
+        "the tokens, with -100 for special tokens, and let the collator pad both: "
         "transformers' DataCollatorForTokenClassification(tokenizer)."
     )
 

@@ -121,6 +121,12 @@ def takes_any_column(model: nn.Module) -> bool:
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
+def accepts(model: nn.Module, column: str) -> bool:
+    """Tell whether the forward pass takes a column, by name or among its ``**kwargs``."""
+    parameters = inspect.signature(unwrap_model(model).forward).parameters
+    return column in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def vocab_size(model: nn.Module) -> int | None:
     """Return the number of rows of the input embedding; None where there is none."""
     get_embeddings = getattr(unwrap_model(model), "get_input_embeddings", None)

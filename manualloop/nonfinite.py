@@ -18,7 +18,8 @@ from manualloop.reading.ranks import is_spare
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.transfer import LateTensor
-from manualloop.tasks.items import count_items, model_loss
+from manualloop.tasks.loss import loss_terms
+from manualloop.tasks.task import resolve_task
 from manualloop.types import LossFn, OnNonfinite, Update, Window
 from manualloop.update import split_batch
 
@@ -165,13 +166,16 @@ def _bad_rows(
     if is_spare(batch) or is_sharded(model):  # a pass takes all ranks, and each has other rows
         return bad
     model = unwrap_model(model, adapters=False)
+    task = None
     # Whatever a row alone does to a model or a loss_fn, it must not hide what is to be said.
     with suppress(Exception), evaluation_mode(model, strategy.device):
         for number, row in enumerate(split_batch(batch, 1)):
-            if count_items(model, row) == 0:
+            task = resolve_task(model, row, task)
+            counts = task.count(row)
+            if not any(counts):
                 continue  # its mean is 0/0, and no part of the window's
             with strategy.autocast():
-                loss = (loss_fn or model_loss)(model, strategy.to_device(row))
-            if not torch.isfinite(loss[0] if isinstance(loss, tuple) else loss):
+                terms = loss_terms(model, strategy.to_device(row), counts, loss_fn)
+            if not all(torch.isfinite(mean) for mean, num_items in terms if num_items):
                 bad.append(number)
     return bad

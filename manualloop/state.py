@@ -54,6 +54,8 @@ class TrainState:
         position: The place that was loaded, for the next one.
         contract: What the run depends on; see ``manualloop.checkpoint.contract``.
         times: Where the time went since it was made; not saved.
+        task: What the model and its batches mean for the loop (``manualloop.tasks.task``), while
+            a ``train_steps`` is open; not saved.
         is_resumed: Whether the contract is that of a checkpoint, not compared yet.
 
     >>> import torch
@@ -76,6 +78,7 @@ class TrainState:
     contract: dict[str, Any] | None = field(default=None, init=False, repr=False)
     is_resumed: bool = field(default=False, init=False, repr=False)
     times: Times = field(default_factory=Times, init=False, repr=False)
+    task: Any = field(default=None, init=False, repr=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every part, by name, as PyTorch's ``state_dict`` does.

@@ -303,7 +303,7 @@ def _train_steps(
         watch.settle(wait=True)
         raise
     finally:
-        state.is_training = False
+        state.is_training, state.task = False, None
 
 
 def _plain_lr(lr: Any) -> Any:
@@ -348,7 +348,7 @@ def _enter(state: TrainState, loader: Iterable[Any], strategy: Strategy) -> Feed
         )
     feed = Feed(loader, state.place(), strategy)
     state.feed, state.position = feed, None
-    state.is_training, state.has_failed = True, None
+    state.is_training, state.has_failed, state.task = True, None, None
     return feed
 
 

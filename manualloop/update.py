@@ -20,7 +20,9 @@ from manualloop.reading.reader import Feed, Given
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.select import strategy_in_place
-from manualloop.tasks.items import count_terms, loss_and_items, num_rows, require_loss, term_losses
+from manualloop.tasks.items import num_rows
+from manualloop.tasks.loss import Term, loss_terms
+from manualloop.tasks.task import count_window
 from manualloop.times import Times
 from manualloop.types import LossFn, OnNonfinite, Update, Window
 
@@ -103,29 +105,29 @@ def accumulate_gradients(
     4
     """
     strategy = strategy_in_place(model) if strategy is None else strategy
-    return _accumulate(model, batches, loss_fn, strategy, model.parameters(), Times())
+    counts, _ = count_window(model, batches)
+    return _accumulate(model, batches, counts, loss_fn, strategy, model.parameters(), Times())
 
 
 def _accumulate(
     model: nn.Module,
     batches: Sequence[Any],
+    counts: Sequence[Sequence[float]],
     loss_fn: LossFn | None,
     strategy: Strategy,
     parameters: Iterable[Tensor],
     times: Times,
 ) -> Update:
     if len(batches) == strategy.world_size == 1:
-        return _accumulate_one(model, batches[0], loss_fn, strategy, times)
-    counts = [_count(model, batch) for batch in batches]
-    planned = _plan(counts, loss_fn, strategy)
+        return _accumulate_one(model, batches[0], counts[0], loss_fn, strategy, times)
+    spare = [strategy.world_size > 1 and is_spare(batch) for batch in batches]
+    planned = _plan(counts, spare, loss_fn, strategy)
     weighted_losses: list[Tensor] = []
     num_items: float = 0
-    for number, (batch, count) in enumerate(zip(batches, counts, strict=True), start=1):
+    for number, (batch, count, is_none) in enumerate(zip(batches, counts, spare, strict=True), 1):
         with strategy.hold_gradients(model, hold=number < len(batches)):
-            inputs = _to_device(batch, strategy, times)
-            with strategy.autocast():
-                terms = _mean_losses(model, inputs, count, loss_fn)
-            if is_spare(batch):
+            terms = _terms(model, batch, count, loss_fn, strategy, times)
+            if is_none:
                 terms = [(mean, 0) for mean, _ in terms]
             weighted = _weighted_loss(terms, planned, strategy.world_size)
             if weighted is None:
@@ -155,19 +157,36 @@ def _accumulate(
 
 
 def _accumulate_one(
-    model: nn.Module, batch: Any, loss_fn: LossFn | None, strategy: Strategy, times: Times
+    model: nn.Module,
+    batch: Any,
+    counts: Sequence[float],
+    loss_fn: LossFn | None,
+    strategy: Strategy,
+    times: Times,
 ) -> Update:
     """Do what the hand-written loop does: the mean of the only micro-batch is the window's."""
-    counts = count_terms(model, batch)
-    inputs = _to_device(batch, strategy, times)
-    with strategy.autocast():
-        terms = _mean_losses(model, inputs, counts, loss_fn)
+    terms = _terms(model, batch, counts, loss_fn, strategy, times)
     items = [num_items for _, num_items in terms]
     loss = _weighted_loss(terms, items, 1)
     if loss is None:
         return Update(torch.zeros_like(terms[0][0].detach()), 0, applied=False)
     strategy.backward(loss)
     return Update(loss.detach(), sum(items))
+
+
+def _terms(
+    model: nn.Module,
+    batch: Any,
+    counts: Sequence[float],
+    loss_fn: LossFn | None,
+    strategy: Strategy,
+    times: Times,
+) -> list[Term]:
+    """Run a micro-batch through the model; return the means that its loss is the mean of."""
+    inputs = _to_device(batch, strategy, times)
+    with strategy.autocast():
+        terms = loss_terms(model, inputs, counts, loss_fn)
+    return [(_require_scalar(mean), num_items) for mean, num_items in terms]
 
 
 def _to_device(batch: Any, strategy: Strategy, times: Times) -> Any:
@@ -179,35 +198,30 @@ def _to_device(batch: Any, strategy: Strategy, times: Times) -> Any:
     return inputs
 
 
-def _count(model: nn.Module, batch: Any) -> Sequence[float]:
-    terms = count_terms(model, batch)
-    return [0.0] * len(terms) if is_spare(batch) else terms
-
-
 def _plan(
-    counts: Sequence[Sequence[float]], loss_fn: LossFn | None, strategy: Strategy
+    counts: Sequence[Sequence[float]],
+    spare: Sequence[bool],
+    loss_fn: LossFn | None,
+    strategy: Strategy,
 ) -> list[float]:
     """Return the items of a window on all ranks, of each term; with ``loss_fn`` a guess."""
-    planned = strategy.sum_counts([sum(term) for term in zip(*counts, strict=True)])
+    num_terms = 1 if loss_fn is not None else max(map(len, counts))
+    own: list[float] = [0] * num_terms
+    for count, is_none in zip(counts, spare, strict=True):
+        if len(count) < num_terms:
+            raise DataError(
+                "The micro-batches of a window differ: some have start and end positions, some "
+                "have not. Give all of them, and the rows without an answer a position beyond the "
+                "tokens."
+            )
+        for term in range(0 if is_none else num_terms):
+            own[term] += count[term]
+    planned = strategy.sum_counts(own)
     # loss_fn may count what the labels do not show.
     return planned if loss_fn is None else [planned[0] or 1]
 
 
-def _mean_losses(
-    model: nn.Module, batch: Any, counts: Sequence[float], loss_fn: LossFn | None
-) -> list[tuple[Tensor, float]]:
-    """Return the means that the loss of a micro-batch is the mean of, each with its items."""
-    if loss_fn is not None:
-        loss, num_items = loss_and_items(loss_fn(model, batch), counts[0])
-        return [(_require_scalar(loss), num_items)]
-    outputs = model(**batch)
-    loss = require_loss(model, batch, outputs)
-    if len(counts) == 1:
-        return [(_require_scalar(loss), counts[0])]
-    return list(zip(term_losses(outputs, batch), counts, strict=True))
-
-
-def _require_scalar(loss: Tensor) -> Tensor:
+def _require_scalar(loss: Any) -> Tensor:
     if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
         return loss if loss.ndim == 0 else loss.reshape(())
     found = f"{type(loss).__name__}"
@@ -277,9 +291,18 @@ def _accumulate_in_memory(
         parts = batches
         if (max_rows := state.max_batch_rows) is not None:
             parts = [part for batch in batches for part in split_batch(batch, max_rows)]
+        counts, task = count_window(state.model, parts, state.task)
+        if state.is_training:
+            state.task = task
         try:
             return _accumulate(
-                state.model, parts, loss_fn, strategy, parameters_of(state.optimizer), state.times
+                state.model,
+                parts,
+                counts,
+                loss_fn,
+                strategy,
+                parameters_of(state.optimizer),
+                state.times,
             )
         except torch.OutOfMemoryError:
             largest = max(map(num_rows, parts))

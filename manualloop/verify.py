@@ -24,7 +24,9 @@ from manualloop.errors import ConfigError, DataError
 from manualloop.models import evaluation_mode, model_name
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.select import strategy_for
-from manualloop.tasks.items import count_items, model_loss, num_rows
+from manualloop.tasks.items import num_rows
+from manualloop.tasks.loss import loss_terms
+from manualloop.tasks.task import resolve_task
 from manualloop.types import LossFn, Step, Update, Window
 from manualloop.update import accumulate_gradients, split_batch
 
@@ -111,10 +113,9 @@ def check_accumulation(
     kept = [parameter.grad for parameter in model.parameters()]
 
     def mean_of_means(model: nn.Module, row: Any) -> tuple[Tensor, int]:
-        loss = (loss_fn or model_loss)(model, row)
-        if isinstance(loss, tuple):
-            return loss[0], min(int(loss[1]), 1)
-        return loss, min(count_items(model, row), 1)
+        terms = loss_terms(model, row, resolve_task(model, row).count(row), loss_fn)
+        means, items = zip(*terms, strict=True)
+        return sum(means) / len(means), 1 if any(items) else 0
 
     try:
         with evaluation_mode(model, strategy.device, inference=False):

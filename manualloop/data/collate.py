@@ -12,7 +12,7 @@ import torch
 from manualloop.data.labels import BY_TOKEN
 from manualloop.errors import DataError
 from manualloop.mistakes import filter_missing, misaligned_message, text_label_message, text_message
-from manualloop.tasks.items import TASKS
+from manualloop.tasks.task import TASKS
 
 if TYPE_CHECKING:
     from manualloop.data.columns import Split

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from manualloop.errors import DataError
-from manualloop.mistakes import IGNORE_INDEX, scalar_floats_message
+from manualloop.mistakes import scalar_floats_message
 from manualloop.models import num_labels, problem_type
 from manualloop.notices import logger
-from manualloop.tasks.items import infer_task
+from manualloop.tasks.items import IGNORE_INDEX
+from manualloop.tasks.task import infer_task
 
 if TYPE_CHECKING:
     from manualloop.data.columns import Rows, Split

@@ -34,7 +34,7 @@ from manualloop.mistakes import LABEL_LIKE, text_message
 from manualloop.models import max_length as model_max_length
 from manualloop.models import model_name
 from manualloop.notices import say
-from manualloop.tasks.items import TASKS
+from manualloop.tasks.task import TASKS
 
 
 def prepare_dataloaders(
@@ -73,7 +73,7 @@ def prepare_dataloaders(
         tokenizer: Tokenizer, which also pads; None if the rows can be stacked as they are.
         model: Model whose ``forward`` decides which columns are kept. Without it the tokenizer's
             ``model_input_names`` and the labels are kept.
-        task: A key of ``manualloop.tasks.items.TASKS``; None infers it from labels and model.
+        task: A key of ``manualloop.tasks.task.TASKS``; None infers it from labels and model.
         text_columns: One column of text or a pair; None infers it.
         label_column: Column that the model gets as ``labels``; None uses ``labels``, ``label``, or
             the only column of classes. Lists mean multi-label, and hold 0 and 1 for each class or

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manualloop.data.grouping import Ints, round_up
-from manualloop.mistakes import IGNORE_INDEX
+from manualloop.tasks.items import IGNORE_INDEX
 
 _ROWS_AT_ONCE = 10_000
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from manualloop.checks import explain, require_loader
@@ -19,22 +22,16 @@ from manualloop.evaluation.predictions import (
     table_of,
 )
 from manualloop.evaluation.scorers import Gathered, Scorer, as_metric, counts_classes
-from manualloop.mistakes import IGNORE_INDEX
-from manualloop.models import evaluation_mode, forward_columns, is_sharded, takes_any_column
+from manualloop.models import accepts, evaluation_mode, is_sharded
+from manualloop.notices import say
 from manualloop.progress import ProgressBar
 from manualloop.reading.ranks import is_spare, undealt
 from manualloop.reading.reader import Feed
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.select import strategy_for
-from manualloop.tasks.items import (
-    TASKS,
-    count_terms,
-    infer_task,
-    loss_and_items,
-    num_rows,
-    require_loss,
-    term_losses,
-)
+from manualloop.tasks.items import IGNORE_INDEX, num_rows
+from manualloop.tasks.loss import find_loss, model_terms, own_terms, require_loss
+from manualloop.tasks.task import Task, resolve_task
 from manualloop.types import Batch, LossFn
 
 _T = TypeVar("_T")
@@ -94,30 +91,23 @@ def evaluate_loop(
     """
     strategy = strategy_for(model, strategy)
     model = strategy.prepare_model(model)
-    eval_dataloader = eval_dataloader if strategy.world_size == 1 else undealt(eval_dataloader)
+    loader = eval_dataloader if strategy.world_size == 1 else undealt(eval_dataloader)
     scorer = None if metric is None else as_metric(metric)
     if loss_fn is None and (postprocess is None or scorer is None or counts_classes(scorer)):
-        eval_dataloader, rows = longest_first_rows(eval_dataloader, model, strategy)
+        loader, rows = longest_first_rows(loader, model, strategy)
     else:
         rows = None  # loss_fn may compare the rows of a batch, postprocess give several for one
     taker: Scorer | Gathered | None = scorer
     if scorer is not None and (strategy.world_size > 1 or rows is not None):
         taker = Gathered(scorer, strategy, rows)
-    losses: dict[int, list[tuple[float, float]]] = {}
-    with (
-        evaluation_mode(model, strategy.device),
-        closing(_shown(eval_dataloader, "Evaluating", strategy, progress_bar)) as batches,
-    ):
-        model = _without_collectives(model)
-        for place, batch in batches:
-            if is_spare(batch):
-                _take_part(model, batch, place, strategy, loss_fn)
-                continue
-            if parts := _score(model, batch, place, strategy, loss_fn, postprocess, taker):
-                losses[place[1]] = parts
+    found = _each_batch(
+        _passes(model, loader, strategy, loss_fn, scorer is not None and postprocess is None),
+        partial(_score, postprocess=postprocess, scorer=taker),
+        "Evaluating" if progress_bar else None,
+    )
     scores: dict[str, float] = {} if taker is None else taker.compute()
-    losses = _in_order(losses, strategy)
-    means = [_mean(term) for term in zip(*losses.values(), strict=True) if any(n for _, n in term)]
+    losses = [terms for terms in found if terms]
+    means = [_mean(term) for term in zip(*losses, strict=True) if any(n for _, n in term)]
     if not means and taker is None:
         raise DataError(
             f"Nothing to score: every label of the loader is {IGNORE_INDEX}. Check the masking of "
@@ -126,43 +116,39 @@ def evaluate_loop(
     return {"loss": sum(means) / len(means), **scores} if means else scores
 
 
-def _mean(parts: Sequence[tuple[float, float]]) -> float:
-    return sum(loss for loss, _ in parts) / sum(num_items for _, num_items in parts)
+def _mean(term: Sequence[tuple[float, float]]) -> float:
+    return sum(loss for loss, _ in term) / sum(num_items for _, num_items in term)
 
 
 def _score(
-    model: nn.Module,
-    batch: Any,
-    place: tuple[Any, int],
-    strategy: Strategy,
-    loss_fn: LossFn | None,
+    passes: _Passes,
+    made: _Made,
+    *,
     postprocess: Postprocess | None,
     scorer: Scorer | Gathered | None,
 ) -> list[tuple[float, float]]:
-    """Give a batch to the metric; return its losses, summed over items, and their numbers.
+    """Give a batch to the metric; return the terms of its loss, summed over their items.
 
-    There is one, but for question answering (see ``count_terms``); none without labels. A function,
-    so that its outputs are gone before the next batch needs the memory.
+    There is none without labels.
     """
-    outputs, loss = _forward(model, batch, place, strategy, loss_fn)
     if scorer is not None:
-        predictions, references, kept = _for_metric(model, outputs, batch, postprocess)
+        predictions, references, kept = _for_metric(made, postprocess)
         if isinstance(scorer, Gathered):
             scorer.add_batch(predictions, references, kept)
         else:
             scorer.add_batch(predictions=predictions, references=references)
-    elif loss is None:
-        loss = require_loss(model, batch, outputs)
-    if loss is None:
-        return []
-    counts: Sequence[float] = count_terms(model, batch)
-    if isinstance(loss, tuple):
-        loss, num_items = loss_and_items(loss, 0)
-        counts = (num_items,)
-    means = [loss] if len(counts) == 1 else term_losses(outputs, strategy.to_device(batch))
+        if made.loss is None and passes.loss_fn is None:
+            return []
+    counts = made.task.count(made.batch)
+    if passes.loss_fn is not None:
+        terms = own_terms(made.loss, counts)
+    else:
+        loss = require_loss(passes.model, made.batch, made.outputs)
+        with passes.strategy.autocast():
+            terms = model_terms(loss, made.outputs, made.inputs, counts)
     return [
         (float(mean) * num_items if num_items else 0.0, num_items)  # a mean of none is 0/0
-        for mean, num_items in zip(means, counts, strict=True)
+        for mean, num_items in terms
     ]
 
 
@@ -197,85 +183,210 @@ def predict_loop(
     """
     strategy = strategy_for(model, strategy)
     model = strategy.prepare_model(model)
-    dataloader = dataloader if strategy.world_size == 1 else undealt(dataloader)
-    dataloader, index = longest_first_rows(dataloader, model, strategy)
+    loader = dataloader if strategy.world_size == 1 else undealt(dataloader)
+    loader, index = longest_first_rows(loader, model, strategy)
     if index is None:
-        index = dataset_rows(dataloader)
-    parts: dict[int, tuple[Tensor | None, ...]] = {}
-    with (
-        evaluation_mode(model, strategy.device),
-        closing(_shown(dataloader, "Predicting", strategy, progress_bar)) as batches,
-    ):
-        model = _without_collectives(model)
-        for place, batch in batches:
-            if is_spare(batch):
-                _take_part(model, batch, place, strategy, None)
-                continue
-            references = batch["labels"].to("cpu", copy=True) if "labels" in batch else None
-            parts[place[1]] = (*_predict(model, batch, place, strategy, postprocess), references)
-    columns = list(zip(*_in_order(parts, strategy).values(), strict=True))
-    predictions, scores, labels = ([p for p in column if p is not None] for column in columns)
+        index = dataset_rows(loader)
+    parts = _each_batch(
+        _passes(model, loader, strategy, None, postprocess is None),
+        partial(_predict, postprocess=postprocess),
+        "Predicting" if progress_bar else None,
+    )
+    predictions, scores, labels = zip(*parts, strict=True)
     rows = sum(map(len, predictions))
     index = np.arange(rows) if index is None else index[:rows]
     order = np.argsort(index, kind="stable")
-    tables = [table_of(part)[order] if part else None for part in (scores, labels)]
-    return Predictions(index[order], table_of(predictions)[order], *tables)
+    return Predictions(
+        index[order],
+        table_of(predictions)[order],
+        _whole_column("scores", scores, order),
+        _whole_column("references", labels, order),
+    )
 
 
-def _in_order(parts: dict[int, _T], strategy: Strategy) -> dict[int, _T]:
-    """Return what all ranks have found, by the number of the batch, in the loader's order."""
-    found = {number: part for of_rank in strategy.gather(parts) for number, part in of_rank.items()}
-    return {number: found[number] for number in sorted(found)}
-
-
-def _without_collectives(model: nn.Module) -> nn.Module:
-    """Take off the wrapper of data parallelism, which would talk to the other ranks."""
-    is_wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-    inner: nn.Module = model.module if is_wrapped else model  # type: ignore[assignment]
-    return inner
+def _whole_column(
+    name: str, parts: Sequence[Tensor | None], order: NDArray[np.int64]
+) -> NDArray[Any] | None:
+    """Return a column in the dataset's order; None unless all batches have it."""
+    present = [part for part in parts if part is not None]
+    if len(present) < len(parts):
+        if present:
+            say(f"the predictions have no {name}: some batches of the loader have no labels.")
+        return None
+    return table_of(present)[order]
 
 
 def _predict(
-    model: nn.Module,
-    batch: Any,
-    place: tuple[Any, int],
-    strategy: Strategy,
-    postprocess: Postprocess | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the predictions for a batch, and the probabilities where the task has them."""
-    outputs, _ = _forward(model, batch, place, strategy, None)
-    probabilities = None
+    passes: _Passes, made: _Made, *, postprocess: Postprocess | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return predictions, probabilities and labels of a batch; None for what it does not have."""
+    batch, rules, probabilities = made.batch, made.task.rules, None
     if postprocess is not None:
-        predictions = postprocess(outputs, batch)
+        predictions = postprocess(made.outputs, batch)
     else:
-        logits, task = _logits(outputs), infer_task(model, batch.get("labels"))
-        predictions = TASKS[task].predict(logits)
-        if task in _PROBABILITIES:
-            probabilities = _PROBABILITIES[task](logits.float()).cpu()
+        logits = _logits(made.outputs)
+        predictions = rules.predict(logits)
+        if rules.probabilities is not None:
+            probabilities = rules.probabilities(logits.float()).cpu()
     if len(predictions) != (rows := num_rows(batch)):
         raise DataError(
             f"{len(predictions)} predictions for a batch of {rows} rows. Let postprocess return "
             "one for each row, such as outputs.logits.argmax(-1)."
         )
-    return predictions.to("cpu", copy=True), probabilities  # a view would keep all the outputs
+    labels = batch["labels"].to("cpu", copy=True) if "labels" in batch else None
+    # A view of them would keep all the outputs.
+    return predictions.to("cpu", copy=True), probabilities, labels
 
 
-def _shown(
-    loader: Iterable[Any], name: str, strategy: Strategy, progress_bar: bool
-) -> Generator[tuple[tuple[Any, int], Any], None, None]:
-    """Give the batches of this rank, in all at least one, under a bar; each after its place."""
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """How the batches of a loader go through a model.
+
+    Attributes:
+        model: The model, without a wrapper that would talk to the other ranks.
+        loader: The loader.
+        strategy: The strategy.
+        loss_fn: As in ``train_steps``; None where the model is called with the batch's columns.
+        leaves_out: Columns that skip the model.
+        predicts: Whether predictions are made by the rule of the task.
+    """
+
+    model: nn.Module
+    loader: Iterable[Any]
+    strategy: Strategy
+    loss_fn: LossFn | None
+    leaves_out: frozenset[str]
+    predicts: bool
+
+
+class _Made(NamedTuple):
+    """What a model made of a batch.
+
+    Attributes:
+        batch: The batch as the loader gave it.
+        inputs: The batch on the model's device.
+        outputs: The outputs of the last forward pass; None if ``loss_fn`` made none.
+        loss: What ``loss_fn`` returned, or the loss among the outputs; None if there is none.
+        task: The task of the model and this batch.
+    """
+
+    batch: Any
+    inputs: Any
+    outputs: Any
+    loss: Any
+    task: Task
+
+
+def _passes(
+    model: nn.Module,
+    loader: Iterable[Any],
+    strategy: Strategy,
+    loss_fn: LossFn | None,
+    predicts: bool,
+) -> _Passes:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    # A model that does not compute its own loss gets no labels.
+    takes_labels = loss_fn is not None or accepts(model, "labels")
+    leaves_out = frozenset() if takes_labels else frozenset({"labels"})
+    return _Passes(model, loader, strategy, loss_fn, leaves_out, predicts)
+
+
+def _each_batch(passes: _Passes, use: Callable[[_Passes, _Made], _T], bar: str | None) -> list[_T]:
+    """Run every batch of a loader through the model, in evaluation mode.
+
+    Args:
+        passes: How.
+        use: Function from what the model made of a batch to what is kept of it.
+        bar: Title of a progress bar; None shows none.
+
+    Returns:
+        What was kept on all ranks, in the loader's order.
+    """
+    model, strategy = passes.model, passes.strategy
+    kept: dict[int, _T] = {}
+    task: Task | None = None
+    with (
+        evaluation_mode(model, strategy.device),
+        closing(_numbered(passes.loader, strategy, bar)) as batches,
+    ):
+        for number, batch in batches:
+            if strategy.world_size > 1 and is_spare(batch):
+                if is_sharded(model):  # whose forward pass takes all ranks
+                    _forward(passes, batch, number)
+                continue
+            task, kept[number] = _use(passes, batch, number, task, use)
+    found = {number: part for of_rank in strategy.gather(kept) for number, part in of_rank.items()}
+    return [found[number] for number in sorted(found)]
+
+
+def _use(
+    passes: _Passes,
+    batch: Any,
+    number: int,
+    task: Task | None,
+    use: Callable[[_Passes, _Made], _T],
+) -> tuple[Task, _T]:
+    """Run a batch through the model, and use what it made.
+
+    A function, so that the outputs are gone before the next batch needs the memory.
+    """
+    inputs, outputs, loss = _forward(passes, batch, number)
+    known, task = (
+        task,
+        resolve_task(passes.model, batch, task),
+    )  # the model has its problem_type now
+    if passes.predicts and known is not None and known.rules.predict is not task.rules.predict:
+        raise DataError(
+            f"The labels of batch {number} are those of a {task.name}, the labels before it of a "
+            f"{known.name}, and one model has one kind of prediction. Give all batches labels of "
+            "one kind, or pass postprocess=lambda outputs, batch: outputs.logits.argmax(-1)."
+        )
+    return task, use(passes, _Made(batch, inputs, outputs, loss, task))
+
+
+def _forward(passes: _Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
+    """Return the inputs, the outputs and the loss of a batch; the last is None if there is none."""
+    model, strategy = passes.model, passes.strategy
+    inputs = strategy.to_device(batch)
+    with strategy.autocast():
+        if passes.loss_fn is not None:
+            seen: list[Any] = []
+            hook = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
+            try:
+                loss: Any = passes.loss_fn(model, inputs)
+            finally:
+                hook.remove()
+            return inputs, (seen[-1] if seen else None), loss
+        columns = inputs
+        if passes.leaves_out:
+            columns = {name: c for name, c in inputs.items() if name not in passes.leaves_out}
+        try:
+            outputs = model(**columns)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            strategy.explain(error)
+            start = rows_before(passes.loader, number)
+            explain(error, model, [batch], passes.loader, [start], needs_labels=False)
+            raise
+    return inputs, outputs, find_loss(outputs)
+
+
+def _numbered(
+    loader: Iterable[Any], strategy: Strategy, bar: str | None
+) -> Generator[tuple[int, Any], None, None]:
+    """Yield the batches of this rank, in all at least one, under a bar, each after its number."""
     require_loader(loader)
-    shown = progress_bar and strategy.is_main
-    bar = ProgressBar(num_batches(loader), name=name, unit="batch", shown=shown)
+    shown = bar is not None and strategy.is_main
+    progress = ProgressBar(num_batches(loader), name=bar or "", unit="batch", shown=shown)
     number = 0
     try:
         for batch in loader if strategy.world_size == 1 else _dealt(loader, strategy):
-            yield (loader, number + strategy.rank), batch
+            yield number + strategy.rank, batch
             number += strategy.world_size
-            if bar.is_due():
-                bar.show(number)
+            if progress.is_due():
+                progress.show(number)
     finally:
-        bar.close(number)
+        progress.close(number)
     if number == 0:
         raise DataError(
             "No rows to evaluate: the loader gave 0 batches. Check the filter of the dataset, and "
@@ -288,56 +399,6 @@ def _dealt(loader: Iterable[Any], strategy: Strategy) -> Generator[Any, None, No
     for given in feed.batches():
         yield given.batch
         feed.settle()  # else it would keep every batch
-
-
-def _forward(
-    model: nn.Module,
-    batch: Any,
-    place: tuple[Any, int],
-    strategy: Strategy,
-    loss_fn: LossFn | None,
-) -> tuple[Any, Any]:
-    """Return the outputs for a batch and its loss: a mean, ``(mean, items)``, or None."""
-    inputs = strategy.to_device(batch)
-    loss: Any
-    with strategy.autocast():
-        if loss_fn is not None:
-            seen: list[Any] = []
-            hook = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
-            try:
-                loss = loss_fn(model, inputs)
-            finally:
-                hook.remove()
-            return (seen[-1] if seen else None), loss
-        try:
-            outputs = model(**_taken(model, inputs))
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            loader, number = place
-            strategy.explain(error)
-            start = rows_before(loader, number)
-            explain(error, model, [batch], loader, [start], needs_labels=False)
-            raise
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    return outputs, loss
-
-
-def _take_part(
-    model: nn.Module,
-    batch: Any,
-    place: tuple[Any, int],
-    strategy: Strategy,
-    loss_fn: LossFn | None,
-) -> None:
-    """Make a pass whose outputs count on another rank, where that takes all ranks."""
-    if is_sharded(model):
-        _forward(model, batch, place, strategy, loss_fn)
-
-
-def _taken(model: nn.Module, batch: Batch) -> Batch:
-    """Leave the labels out for a model that does not compute its own loss."""
-    if "labels" not in batch or takes_any_column(model) or "labels" in forward_columns(model):
-        return batch
-    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _logits(outputs: Any) -> Tensor:
@@ -353,12 +414,13 @@ def _logits(outputs: Any) -> Tensor:
 
 
 def _for_metric(
-    model: nn.Module, outputs: Any, batch: Any, postprocess: Postprocess | None
+    made: _Made, postprocess: Postprocess | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return predictions and references of a batch without those labelled -100, and which are not.
 
     The last is bool, in the shape of all predictions; None: they are all kept.
     """
+    batch, task = made.batch, made.task
     if not isinstance(batch, Mapping) or "labels" not in batch:
         found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise DataError(
@@ -366,17 +428,16 @@ def _for_metric(
             'predict_loop; let collate_fn name those of others: {"labels": ...}.'
         )
     labels: Tensor = batch["labels"]
-    task = infer_task(model, labels)
     if postprocess is not None:
-        predictions = postprocess(outputs, batch)
+        predictions = postprocess(made.outputs, batch)
     else:
-        predictions = TASKS[task].predict(_logits(outputs))
+        predictions = task.rules.predict(_logits(made.outputs))
         if "shift_labels" in batch:
             labels = batch["shift_labels"]
-        elif task == "causal_lm":  # a position predicts the token after it
+        elif task.rules.shifts_labels:
             predictions, labels = predictions[..., :-1], labels[..., 1:]
     predictions, labels = predictions.cpu(), labels.cpu()
-    if task == "multi_label_classification":
+    if task.name == "multi_label_classification":
         return predictions, labels.int(), None
     if predictions.numel() == labels.numel():
         labels = labels.reshape(predictions.shape)
@@ -384,9 +445,3 @@ def _for_metric(
             kept = labels != IGNORE_INDEX
             return predictions[kept], labels[kept], kept
     return predictions, labels, None
-
-
-_PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "single_label_classification": lambda logits: logits.softmax(dim=-1),
-    "multi_label_classification": lambda logits: logits.sigmoid(),
-}

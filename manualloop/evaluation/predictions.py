@@ -14,9 +14,9 @@ from torch.utils.data import IterableDataset, SequentialSampler
 
 from manualloop.data.sampler import OrderedBatchSampler, longest_first_view
 from manualloop.errors import DataError
-from manualloop.mistakes import IGNORE_INDEX
 from manualloop.models import is_blind_to_padding
 from manualloop.strategy.base import Strategy
+from manualloop.tasks.items import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,240 @@
+"""A task: what a model and its batches mean for the loop, found once and passed on.
+
+The class of the model, its config and the labels of a batch decide what an item is and what the
+outputs predict. ``resolve_task`` looks at them when a loop begins; for each later batch it compares
+what it can without a cost, and looks again only where that has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from manualloop.models import config_of, problem_type, unwrap_model
+from manualloop.tasks.items import (
+    Counts,
+    count_elements,
+    count_labels,
+    count_positions,
+    count_rows,
+    count_shifted_labels,
+)
+from manualloop.types import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The rules of one task: a row of ``TASKS``.
+
+    Attributes:
+        count: Function from a batch with labels to the numbers of its items.
+        predict: Function from logits to predictions.
+        probabilities: Function from logits to the probability of each class; None for tasks
+            without one.
+        shifts_labels: Whether a position predicts the label after it.
+        float_labels: Whether the loss wants floating point labels.
+    """
+
+    count: Callable[[Batch], Counts]
+    predict: Callable[[Tensor], Tensor]
+    probabilities: Callable[[Tensor], Tensor] | None = None
+    shifts_labels: bool = False
+    float_labels: bool = False
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+def _above_half(logits: Tensor) -> Tensor:
+    return (logits > 0).int()  # sigmoid(x) > 0.5
+
+
+def _as_value(logits: Tensor) -> Tensor:
+    return logits.squeeze(-1)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(dim=-1)
+
+
+TASKS: dict[str, Rules] = {
+    "single_label_classification": Rules(count_labels, _argmax, _softmax),
+    "multi_label_classification": Rules(
+        count_elements, _above_half, Tensor.sigmoid, float_labels=True
+    ),
+    "regression": Rules(count_elements, _as_value, float_labels=True),
+    "token_classification": Rules(count_labels, _argmax),
+    "multiple_choice": Rules(count_labels, _argmax),
+    "masked_lm": Rules(count_labels, _argmax),
+    "seq2seq_lm": Rules(count_labels, _argmax),
+    "causal_lm": Rules(count_shifted_labels, _argmax, shifts_labels=True),
+    "question_answering": Rules(count_positions, _argmax),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """What a model and one kind of batch mean for the loop. Made by ``resolve_task``.
+
+    Attributes:
+        name: Key of ``TASKS``.
+        rules: How the task predicts.
+        count: Function from a batch of this kind to the numbers of its items.
+        model: The model it was resolved for.
+        kind: What of the batch decided: the labels' axes and dtype, or which columns it has.
+        settings: The attributes of the model's config.
+        problem_type: ``problem_type`` among the settings, which a model of transformers writes at
+            its first forward pass.
+    """
+
+    name: str
+    rules: Rules
+    count: Callable[[Any], Counts]
+    model: nn.Module
+    kind: object
+    settings: Mapping[str, Any]
+    problem_type: object
+
+
+def resolve_task(model: nn.Module, batch: Any, known: Task | None = None) -> Task:
+    """Find the task of a model by its head, its config and the labels of a batch.
+
+    Args:
+        model: A model of transformers, or any module; wrapped or not.
+        batch: A batch as the loader gave it; of any type, only the labels of a mapping tell.
+        known: The task of a batch before; returned if it holds for this batch too.
+
+    >>> import torch
+    >>> task = resolve_task(nn.Linear(1, 1), {"labels": torch.tensor([[5, 6], [7, -100]])})
+    >>> task.name, task.count({"labels": torch.tensor([[-100, 3]])})
+    ('token_classification', (1,))
+    """
+    columns: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
+    labels = columns.get("labels")
+    kind: object
+    if isinstance(labels, Tensor):
+        axes = labels.ndim
+        kind = axes, labels.dtype, axes > 1 and labels.shape[-1] > 1
+    else:
+        labels, kind = None, "start_positions" in columns
+    if known is not None and (
+        known.model is not model or known.settings.get("problem_type") != known.problem_type
+    ):
+        known = None
+    if known is not None and known.kind == kind:
+        return known
+    # A batch without labels does not tell; the labels of those before it did.
+    name = infer_task(model, labels) if known is None or labels is not None else known.name
+    count = count_rows if labels is None else TASKS[name].count
+    if kind is True and _has_position_loss(model):
+        name, count = "question_answering", count_positions
+    settings = getattr(config_of(model), "__dict__", {})
+    return Task(name, TASKS[name], count, model, kind, settings, settings.get("problem_type"))
+
+
+def count_window(
+    model: nn.Module, batches: Iterable[Any], known: Task | None = None
+) -> tuple[list[Counts], Task | None]:
+    """Count the items of each micro-batch of a window, and return the task of the last.
+
+    Args:
+        model: The model.
+        batches: The micro-batches.
+        known: The task of the window before, if there is one.
+    """
+    counts = []
+    for batch in batches:
+        known = resolve_task(model, batch, known)
+        counts.append(known.count(batch))
+    return counts, known
+
+
+def count_items(model: nn.Module, batch: Batch) -> int:
+    """Count the items that the model's mean loss over this batch is a mean of.
+
+    Args:
+        model: The model; its task decides what an item is.
+        batch: A mapping from column name to tensor. Without a tensor of ``labels`` every row is
+            an item.
+
+    >>> import torch
+    >>> labels = torch.tensor([[5, 6, -100], [7, -100, -100]])
+    >>> count_items(nn.Linear(1, 1), {"labels": labels})
+    3
+    """
+    return sum(resolve_task(model, batch).count(batch))
+
+
+# Heads whose question answering loss is another.
+_BEAM_SEARCHING = (
+    "FlaubertForQuestionAnswering",
+    "XLMForQuestionAnswering",
+    "XLNetForQuestionAnswering",
+)
+
+# Heads of language models that want their labels shifted already (transformers 5.23).
+_UNSHIFTED = (
+    "BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM",
+    "BlenderbotSmallForCausalLM", "MarianForCausalLM", "MBartForCausalLM", "PegasusForCausalLM",
+    "PLBartForCausalLM", "ProphetNetForCausalLM", "WhisperForCausalLM", "XLMWithLMHeadModel",
+    "XLNetLMHeadModel",
+)  # fmt: skip
+
+_TASK_OF_HEAD = {
+    "ForTokenClassification": "token_classification",
+    "ForMultipleChoice": "multiple_choice",
+    "ForMaskedLM": "masked_lm",
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+}
+
+
+def _has_position_loss(model: nn.Module) -> bool:
+    """Tell whether the loss is the mean of those of start and of end positions."""
+    name = type(unwrap_model(model)).__name__
+    return name.endswith("ForQuestionAnswering") and name not in _BEAM_SEARCHING
+
+
+@cache
+def _task_of_class(name: str) -> str | None:
+    if name in _UNSHIFTED:
+        return "masked_lm"  # which counts as they do
+    return next((task for head, task in _TASK_OF_HEAD.items() if name.endswith(head)), None)
+
+
+def infer_task(model: nn.Module, labels: Tensor | None = None) -> str:
+    """Name the task of a model, by its head, its config and the labels, as transformers does.
+
+    Args:
+        model: A transformers model, or any module, whose task the labels decide.
+        labels: The labels of one batch, ``(rows,)``, ``(rows, classes)`` or ``(rows, tokens)``;
+            None for rows without labels, which are taken for a classification unless the model
+            says otherwise.
+    """
+    model = unwrap_model(model)
+    name = type(model).__name__
+    if task := _task_of_class(name):
+        return task
+    config = config_of(model)
+    if name.endswith("ForConditionalGeneration"):
+        return "seq2seq_lm" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
+    if name.endswith("Classification"):
+        # The rule of transformers' ForSequenceClassificationLoss, which the model writes into
+        # its config at the first forward pass.
+        if (chosen := problem_type(model)) in TASKS:
+            return str(chosen)
+        if getattr(config, "num_labels", None) == 1:
+            return "regression"
+    if labels is None:
+        return "single_label_classification"
+    is_row = labels.ndim > 1 and labels.shape[-1] > 1  # more than one number for each
+    if name.endswith("Classification") and (is_row or labels.is_floating_point()):
+        return "multi_label_classification"
+    if not labels.is_floating_point():
+        return "single_label_classification" if labels.ndim < 2 else "token_classification"
+    return "multi_label_classification" if is_row else "regression"
