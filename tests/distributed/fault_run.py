@@ -14,6 +14,7 @@ from pathlib import Path
 
 import bench
 import torch
+from limits import FOREVER, wait_patiently, wait_until_stopped
 from strikes import KillAt
 
 from manualloop import prepare_strategy
@@ -24,15 +25,16 @@ BAD_ROW = order(bench.NUM_ROWS, 1, 0)[4 * 7]  # of batch 7, which is rank 1's
 
 def main():
     folder, fault, victim = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    strategy = prepare_strategy(timeout=float(os.environ.get("TIMEOUT", "60")))
+    # After "stop" and "exit" nobody has news: what ends the others is that they wait no longer.
+    wait_patiently(**{"stop": {"_NEWS": 0.5}, "exit": {"_NEWS": 5.0}}.get(fault, {}))
+    strategy = prepare_strategy(timeout=FOREVER)
     is_struck = strategy.rank == victim
-    ids = strike_in_forward(fault) if is_struck else []
+    strike_in_forward(fault, is_struck, strategy.gather(os.getpid())[victim])
     if fault == "killed after its save" and is_struck:
         KillAt("rename:after", 2)()
     result = bench.train(
         folder, f"{folder}.{strategy.rank}.jsonl", strategy=strategy, **options(fault, is_struck)
     )
-    del ids
     outcome = {
         "stopped_by": result.stopped_by,
         "num_steps": result.state.progress.num_steps,
@@ -44,8 +46,8 @@ def main():
     Path(f"{folder}.{strategy.rank}.json").write_text(json.dumps(outcome))
 
 
-def strike_in_forward(fault):
-    """Do it in the second batch of the third window; return the rows that were read."""
+def strike_in_forward(fault, is_struck, victim_pid):
+    """Strike in the second batch of the third window; the other rank waits until it has stopped."""
     ids, seen = note_rows(), 0
 
     def strike(module, args):
@@ -55,7 +57,10 @@ def strike_in_forward(fault):
         seen += 1
         if seen != 3 * 2 + 2:
             return
-        if fault == "kill":
+        if not is_struck:
+            if fault == "stop":
+                wait_until_stopped(victim_pid)
+        elif fault == "kill":
             bench.kill_self()
         elif fault == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -65,7 +70,6 @@ def strike_in_forward(fault):
             sys.exit(3)
 
     torch.nn.modules.module.register_module_forward_pre_hook(strike)
-    return ids
 
 
 def note_rows():

@@ -6,11 +6,12 @@ No launcher: nobody ends the survivors but they themselves.
 import json
 import os
 import signal
-import time
+from contextlib import suppress
 
 import bench
 import pytest
 import ranks
+from processes import wait_until
 
 pytestmark = [
     pytest.mark.distributed,
@@ -27,42 +28,25 @@ def undisturbed(tmp_path_factory):
 
 
 class Outcome:
-    """A run on two ranks with a fault on one; how each ended, and after how many seconds."""
+    """A run on two ranks with a fault on one, and how each ended.
 
-    def __init__(self, folder, fault, victim, *, timeout=60):
+    No limit of time is set that could end a rank: one that ends knows of the other's fault.
+    """
+
+    def __init__(self, folder, fault, victim):
         self.folder = folder
         for rank in range(2):
             folder.with_name(f"run.{rank}.json").unlink(missing_ok=True)
-        children = ranks.start("fault_run.py", folder, fault, victim, TIMEOUT=timeout)
-        self.ended, struck = {}, None
-        deadline = time.monotonic() + 120
-        while len(self.ended) < 2 and time.monotonic() < deadline:
-            for rank, child in enumerate(children):
-                if child.poll() is not None and rank not in self.ended:
-                    self.ended[rank] = time.monotonic()
-            if fault == "stop" and struck is None and is_stopped(children[victim].pid):
-                struck = time.monotonic()
-            if fault == "stop" and 1 - victim in self.ended and victim not in self.ended:
-                children[victim].send_signal(signal.SIGCONT)
-            time.sleep(0.02)
-        self.outputs = ranks.finish(children, 1)
+        children = ranks.start("fault_run.py", folder, fault, victim)
+        if fault == "stop":
+            with suppress(AssertionError):  # it hangs: `finish` shows where
+                wait_until(lambda: children[1 - victim].poll() is not None)
+            children[victim].send_signal(signal.SIGCONT)
+        self.outputs = ranks.finish(children)
         self.codes = [child.returncode for child in children]
-        self.first = struck or min(self.ended.values())
 
     def results(self):
         return [json.loads(self.folder.with_name(f"run.{r}.json").read_text()) for r in range(2)]
-
-    def seconds(self, rank):
-        """How long a rank has outlived the fault."""
-        return self.ended[rank] - self.first
-
-
-def is_stopped(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] == "T"
-    except OSError:
-        return False
 
 
 def finish(folder, expected):
@@ -98,7 +82,6 @@ def test_f16_a_rank_is_killed(victim, tmp_path, undisturbed):
     survivor = 1 - victim
     assert found.codes[victim] == -signal.SIGKILL
     assert found.codes[survivor] not in (0, None)
-    assert found.seconds(survivor) < 20
     assert f"rank {victim} is gone" in found.outputs[survivor]
     assert bench.saved_steps(found.folder) == [1, 2]
     finish(found.folder, undisturbed)
@@ -107,9 +90,7 @@ def test_f16_a_rank_is_killed(victim, tmp_path, undisturbed):
 @pytest.mark.parametrize("victim", [1, 0])
 def test_f17_a_rank_raises(victim, tmp_path, undisturbed):
     found = Outcome(tmp_path / "run", "raise", victim)
-    survivor = 1 - victim
     assert found.codes == [1, 1]
-    assert found.seconds(survivor) < 20 > found.seconds(victim)
     for output in found.outputs:
         assert f"rank {victim} failed" in output
         assert output.strip().splitlines()[-1].startswith(("ValueError: bad rows", "[rank"))
@@ -120,14 +101,12 @@ def test_f17_a_rank_raises(victim, tmp_path, undisturbed):
 def test_a_rank_leaves_early(tmp_path):
     found = Outcome(tmp_path / "run", "exit", 1)
     assert found.codes == [1, 3]
-    assert found.seconds(0) < 20
     assert "rank 1 has ended before the others" in found.outputs[0]
 
 
 def test_f18_a_rank_is_stopped(tmp_path, undisturbed):
-    found = Outcome(tmp_path / "run", "stop", 1, timeout=4)
+    found = Outcome(tmp_path / "run", "stop", 1)
     assert 0 not in found.codes
-    assert found.seconds(0) < 4 + 20  # on a machine that does much else, too
     assert "rank 1 does not answer" in found.outputs[0]
     assert "rank 0 failed (DistributedError: rank 1 does not answer" in found.outputs[1]
     finish(found.folder, undisturbed)
@@ -137,7 +116,6 @@ def test_f19_rank_0_is_killed_between_its_save_and_what_it_tells(tmp_path, undis
     found = Outcome(tmp_path / "run", "killed after its save", 0)
     assert found.codes[0] == -signal.SIGKILL
     assert found.codes[1] not in (0, None)
-    assert found.seconds(1) < 20
     assert "rank 0 is gone" in found.outputs[1]
     assert bench.saved_steps(found.folder) == [1, 2]
     finish(found.folder, undisturbed)
@@ -168,11 +146,10 @@ def test_one_rank_is_asked_to_end_and_all_do(fault, codes, tmp_path, undisturbed
 def test_both_survivors_of_three_name_the_one(fault, what, victim):
     children = ranks.start("talk.py", fault, victim, num_ranks=3)
     others = [child for rank, child in enumerate(children) if rank != victim]
-    deadline = time.monotonic() + 40
-    while any(child.poll() is None for child in others) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    with suppress(AssertionError):  # one hangs: `finish` shows where
+        wait_until(lambda: all(child.poll() is not None for child in others))
     children[victim].send_signal(signal.SIGCONT)
-    outputs = ranks.finish(children, 20)
+    outputs = ranks.finish(children)
     assert all(child.returncode not in (0, None) for child in children)
     for rank, output in enumerate(outputs):
         if rank != victim:

@@ -88,7 +88,7 @@ def test_an_accelerator_that_does_not_know_of_the_others_is_refused(tmp_path):
 
 def test_a_process_waits_for_the_threads_of_gloo_before_python_ends():
     """Else one that still holds a tensor is ended by force, and the process is aborted."""
-    ranks.run("end_with_a_thread.py", timeout=60)
+    ranks.run("end_with_a_thread.py")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
@@ -100,7 +100,7 @@ def test_no_thread_of_gloo_outlives_the_group():
 
 @pytest.mark.parametrize("groups_end", ["by-itself", "by-us"])
 def test_a_rank_that_ends_early_ends_no_other(groups_end):
-    outputs = ranks.run("end_with_groups.py", groups_end, timeout=60)
+    outputs = ranks.run("end_with_groups.py", groups_end)
     assert [f"rank {rank} is done" in output for rank, output in enumerate(outputs)] == [True] * 2
     assert not any("gone" in output for output in outputs)
 

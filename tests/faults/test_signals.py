@@ -3,15 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Script, wait_until
 
 from manualloop import SingleDevice, train_loop
 
@@ -110,7 +110,7 @@ SCRIPT = textwrap.dedent(
 )
 
 
-class Script:
+class Run:
     """The script in a folder of its own, started as often as it takes."""
 
     def __init__(self, tmp_path, name="run"):
@@ -118,19 +118,16 @@ class Script:
         self.path = tmp_path / "script.py"
         self.path.write_text(SCRIPT)
 
-    def run(self, strike="nothing", number="SIGTERM", workers=0, *more):
-        arguments = (str(self.folder), str(self.log), strike, number, str(workers), *more)
-        self.process = subprocess.run(
-            [sys.executable, "-W", "ignore", str(self.path), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            start_new_session=True,
-            cwd=Path(__file__).parents[2],
-        )
-        lines = self.process.stdout.splitlines()
-        assert lines, self.process.stderr
-        assert lines[-1] == "atexit ran", self.process.stderr
+    def start(self, strike="nothing", number="SIGTERM", workers=0, *more):
+        arguments = (self.folder, self.log, strike, number, workers, *more)
+        return Script(self.path, *arguments, is_merged=False)
+
+    def run(self, *arguments):
+        self.process = self.start(*arguments)
+        assert self.process.end(600), self.process.errors
+        lines = self.process.output.splitlines()
+        assert lines, self.process.errors
+        assert lines[-1] == "atexit ran", self.process.errors
         self.result = json.loads(lines[0]) if lines[0].startswith("{") else None
         return self.result
 
@@ -149,8 +146,8 @@ def undisturbed(tmp_path_factory):
 
     def undisturbed(workers):
         if workers not in known:
-            script = Script(tmp_path_factory.mktemp("undisturbed"))
-            known[workers] = script.run(workers=workers), script.steps()
+            script = Run(tmp_path_factory.mktemp("undisturbed"))
+            known[workers] = script.run("nothing", "SIGTERM", workers), script.steps()
             assert script.process.returncode == 0
         return known[workers]
 
@@ -159,13 +156,13 @@ def undisturbed(tmp_path_factory):
 
 def check(script, undisturbed, strike, number, workers=0, status=0):
     stopped = script.run(strike, number, workers)
-    assert script.process.returncode == status, script.process.stderr
+    assert script.process.returncode == status, script.process.errors
     assert stopped["stopped_by"] == number
     assert stopped["num_steps"] == (6 if strike == "save" else 4)
     assert (script.folder / f"step-{stopped['num_steps']:08}").is_dir()
     assert not list(script.folder.glob(".*"))
     expected, steps = undisturbed(workers)
-    finished = script.run(workers=workers)
+    finished = script.run("nothing", "SIGTERM", workers)
     assert script.process.returncode == 0
     assert finished == expected
     assert script.steps() == steps
@@ -176,7 +173,7 @@ WHERE = ["forward", "backward", "optimizer", "on_step", "evaluation", "save"]
 
 @pytest.mark.parametrize("where", WHERE)
 def test_f09_sigterm_finishes_the_update_saves_and_exits_with_143(where, tmp_path, undisturbed):
-    check(Script(tmp_path), undisturbed, where, "SIGTERM", status=143)
+    check(Run(tmp_path), undisturbed, where, "SIGTERM", status=143)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +184,7 @@ def test_f09_sigterm_finishes_the_update_saves_and_exits_with_143(where, tmp_pat
     ],
 )
 def test_f10_sigterm_to_the_whole_group_leaves_the_workers_alive(where, tmp_path, undisturbed):
-    check(Script(tmp_path), undisturbed, where, "SIGTERM", workers=2, status=143)
+    check(Run(tmp_path), undisturbed, where, "SIGTERM", workers=2, status=143)
 
 
 @pytest.mark.parametrize("number", ["SIGUSR1", "SIGINT"])
@@ -195,35 +192,35 @@ def test_f10_sigterm_to_the_whole_group_leaves_the_workers_alive(where, tmp_path
 def test_f10_other_signals_stop_as_well_and_the_script_goes_on(
     number, workers, tmp_path, undisturbed
 ):
-    check(Script(tmp_path), undisturbed, "backward", number, workers)
+    check(Run(tmp_path), undisturbed, "backward", number, workers)
 
 
 def test_f09_a_script_that_fails_after_a_sigterm_keeps_its_own_status(tmp_path):
-    script = Script(tmp_path)
+    script = Run(tmp_path)
     script.run("forward", "SIGTERM", 0, "raise")
     assert script.process.returncode == 1
-    assert "KeyError: 'after the loop'" in script.process.stderr
+    assert "KeyError: 'after the loop'" in script.process.errors
 
 
-def orphans(folder):
+def members(session):
+    """The processes of a session that have not ended."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(folder).encode() in path.read_bytes():
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, number = path.read_text().rpartition(")")[2].split()[:4]
+            if int(number) == session and state != "Z":
                 found.append(path.parent.name)
-        except OSError:
-            continue
     return found
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 def test_f10_no_process_is_left(tmp_path):
-    script = Script(tmp_path)
-    script.run("forward", "SIGTERM", 2)
-    deadline = time.monotonic() + 30
-    while orphans(script.folder) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert orphans(script.folder) == []
+    process = Run(tmp_path).start("forward", "SIGTERM", 2)
+    wait_until(lambda: len(members(process.pid)) > 1)
+    process.wait(600)
+    wait_until(lambda: members(process.pid) == [])
+    assert process.end(600)
+    assert process.returncode == 143
 
 
 def train(folder, on_step=None, **options):
@@ -341,27 +338,38 @@ def test_outside_the_main_thread_signals_are_left_as_they_are(tmp_path):
     results = []
     thread = threading.Thread(target=lambda: results.append(train(tmp_path)))
     thread.start()
-    thread.join(60)
+    thread.join(600)
     assert results[0].stopped_by == "num_epochs"
 
 
-def test_max_time_saves_and_the_next_process_goes_on(tmp_path):
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves only when it is told to; its ``tick`` lets an update take 20 ms."""
+
+    class Clock:
+        now = 1000.0
+
+        def tick(self, step):
+            self.now += 0.02
+
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    return clock
+
+
+def test_max_time_saves_and_the_next_process_resumes(tmp_path, clock):
     whole = train(tmp_path / "whole", log_every=3)
     stops = []
-    while not stops or stops[-1] == "max_time":
-        result = train(tmp_path / "cut", lambda step: time.sleep(0.02), log_every=3, max_time=0.05)
-        stops.append(result.stopped_by)
-        assert len(stops) < 30
-    assert len(stops) > 2
-    assert stops[-1] == "num_epochs"
+    while not stops or stops[-1][0] == "max_time":
+        result = train(tmp_path / "cut", clock.tick, log_every=3, max_time=0.19)
+        stops.append((result.stopped_by, result.state.progress.num_steps))
+    assert stops == [("max_time", 10), ("max_time", 20), ("num_epochs", 24)]
     assert result.history == whole.history
     assert result.state.model.weight.tolist() == whole.state.model.weight.tolist()
 
 
-def test_max_time_without_a_folder_ends_with_an_evaluation():
-    result = train(
-        None, lambda step: time.sleep(0.02), max_time="0.05 s", evaluate=lambda: {"score": 1.0}
-    )
+def test_max_time_without_a_folder_ends_with_an_evaluation(clock):
+    result = train(None, clock.tick, max_time="0.15 s", evaluate=lambda: {"score": 1.0})
     assert result.stopped_by == "max_time"
-    assert result.state.progress.num_steps < 24
+    assert result.state.progress.num_steps == 8
     assert result.metrics == {"score": 1.0}

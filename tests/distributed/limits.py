@@ -1,0 +1,33 @@
+"""Time limits of the package, as tests need them that must not depend on the machine's speed.
+
+Some must be too long to matter: then what they are there for has to come about without them. Others
+always run out, and are short; nothing that needs a processor's time happens meanwhile.
+"""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import distributed_c10d
+
+from manualloop.strategy import liveness
+
+FOREVER = 3600.0
+
+
+def wait_patiently(**others):
+    """Let a process end by itself however long it takes, and wait for the other ranks' news.
+
+    Args:
+        others: Other seconds, by the name in ``manualloop.strategy.liveness``.
+    """
+    for name, seconds in {"GRACE": FOREVER, "_NEWS": FOREVER, **others}.items():
+        assert hasattr(liveness, name), f"liveness has no {name} any more"
+        setattr(liveness, name, seconds)
+
+
+def wait_until_stopped(pid):
+    """Wait for a SIGSTOP of another process; from then on collective operations fail soon."""
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
+    distributed_c10d._set_pg_timeout(timedelta(seconds=2))
