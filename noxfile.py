@@ -1,6 +1,6 @@
-"""The project's chores: `nox -l` lists them, `nox -s NAME` runs one.
+"""Sessions for development: `nox -l` lists them, `nox -s NAME` runs one.
 
-Everything after `--` reaches the tool: `nox -s tests -- -k accumulation -x`.
+Everything after `--` is passed to the tool: `nox -s tests -- -k accumulation -x`.
 """
 
 import shutil
@@ -48,7 +48,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Strike every fault, and stop at every point: all cases, of which `tests` runs a part."""
+    """Inject every fault and interrupt at every point; `tests` runs some of these cases."""
     install(session, "-e", ".[metrics,plot]", group="test")
     paths = ["tests/faults", "tests/resume/test_resume.py"]
     session.run("pytest", "-m", "", *paths, *session.posargs, env=OFFLINE)
@@ -56,35 +56,35 @@ def faults(session: nox.Session) -> None:
 
 @nox.session
 def distributed(session: nox.Session) -> None:
-    """Run everything that takes several processes: all cases, of which `tests` runs a part."""
+    """Run all tests that start several processes; `tests` runs some of these cases."""
     install(session, "-e", ".[metrics,plot]", group="test")
     session.run("pytest", "-m", "distributed", *session.posargs, env=OFFLINE)
 
 
 @nox.session
 def quantized(session: nox.Session) -> None:
-    """Test adapters on what bitsandbytes quantized; where installed, it writes to the terminal."""
+    """Test adapters on weights quantized by bitsandbytes, which prints when imported."""
     install(session, "-e", ".[metrics,plot]", group="quantized")
     session.run("pytest", "tests/checkpoint/test_parts.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
-    """Run manualloop, the loop written by hand and the peers side by side; print the ratios."""
+    """Time manualloop, the hand-written loop and other libraries side by side; print the ratios."""
     install(session, "-e", ".[metrics,plot]", group="benchmarks")
     session.run("python", "tests/benchmarks/side_by_side.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session
 def quickstart(session: nox.Session) -> None:
-    """Do what a newcomer does: install the package alone, run the first example."""
+    """Install the package alone and run the first example, as a newcomer does."""
     install(session, "-e", ".")
     session.run("python", "examples/quickstart.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Build the distribution and test the installed wheel, away from the checkout."""
+    """Build the distribution, install the wheel and test it outside the checkout."""
     tmp = Path(session.create_tmp())
     shutil.rmtree(tmp)
     tmp.mkdir()

@@ -2,8 +2,8 @@
 
     python examples/by_hand.py
 
-All three end with the same weights, to the last bit: take the level that shows what you want to
-change, and nothing else.
+All three end with the same weights, to the last bit. Choose the level that shows what you want to
+change and hides the rest.
 """
 
 import torch
@@ -31,7 +31,7 @@ MAX_GRAD_NORM = 1.0
 
 
 def level_1_calls(model: torch.nn.Module, loaders: dict[str, DataLoader]) -> dict[str, float]:
-    """Three calls. Everything that is often wanted is an argument."""
+    """Three calls. Every common option is an argument."""
     result = train_loop(
         model,
         loaders["train"],
@@ -47,7 +47,7 @@ def level_1_calls(model: torch.nn.Module, loaders: dict[str, DataLoader]) -> dic
 
 
 def level_2_a_for_loop(model: torch.nn.Module, loaders: dict[str, DataLoader]) -> dict[str, float]:
-    """One step of the loop is one update. What comes when is plain Python: if, break, try."""
+    """One step of the loop is one update. The order of events is plain Python: if, break, try."""
     optimizer = prepare_optimizer(model, lr=1e-3)
     lr_scheduler = prepare_scheduler(optimizer, "linear", num_training_steps=MAX_STEPS)
     state = TrainState(model, optimizer, lr_scheduler)
@@ -68,7 +68,7 @@ def level_2_a_for_loop(model: torch.nn.Module, loaders: dict[str, DataLoader]) -
 
 
 def level_3_the_parts(model: torch.nn.Module, loaders: dict[str, DataLoader]) -> dict[str, float]:
-    """Your own loop, and what is easy to get wrong borrowed: weighting, order, tail."""
+    """Your own loop, with functions for what is easy to get wrong: weights, order, last window."""
     strategy = prepare_strategy("auto")
     model = strategy.prepare_model(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)

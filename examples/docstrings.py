@@ -1,7 +1,8 @@
-"""Real text that every Python carries: the docstrings of its standard library.
+"""Real text that comes with Python: the docstrings of its standard library.
 
 Each row is a docstring and the area of the library that it documents. The sources are read with
-``ast``; nothing of them is imported or run. Shared by the examples: no network, no download.
+``ast``, and none of them is imported or run. The examples share this module, so that they need no
+network and no download.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tokenizers import (
 )
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-# Some modules are missing in one version or platform, some in another: what is there is read.
+# Some modules are missing in some versions or on some platforms; those that exist are read.
 AREAS = {
     "concurrency": "_threading_local asyncio concurrent multiprocessing queue sched selectors "
     "subprocess threading",
@@ -42,7 +43,7 @@ AREAS = {
     "numbers": "_pydatetime _pydecimal _pylong _strptime calendar datetime decimal fractions "
     "numbers random statistics zoneinfo",
 }
-MIN_WORDS, MAX_WORDS = 6, 40  # shorter ones say nothing about their area, longer ones are cut
+MIN_WORDS, MAX_WORDS = 6, 40  # shorter ones do not show their area; longer ones are cut
 MAX_TOKENS = 64
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -66,7 +67,7 @@ def load_docstrings(stdlib: Path | None = None) -> DatasetDict:
         raise FileNotFoundError(f"No Python sources in {stdlib}: they were not installed.")
     splits = {"train": [], "validation": []}
     for text, area in areas.items():
-        # By checksum: a docstring falls on the same side in every Python that has it.
+        # By checksum, so that a docstring is in the same split in every version of Python.
         held_out = zlib.crc32(text.casefold().encode()) % 100 < 15
         splits["validation" if held_out else "train"].append({"text": text, "label": area})
     features = Features({"text": Value("string"), "label": ClassLabel(names=list(AREAS))})
@@ -76,7 +77,7 @@ def load_docstrings(stdlib: Path | None = None) -> DatasetDict:
 
 
 def source_files(stdlib: Path, module: str) -> list[Path]:
-    """List the sources of a module, or of all below a package, its tests left out."""
+    """List the source files of a module, or of a package without its tests."""
     paths = [stdlib / f"{module}.py", *(stdlib / module).rglob("*.py")]
     return sorted(
         path
@@ -109,7 +110,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 4000) -> PreTrainedToken
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         # The trainer numbers the characters inside words in the order of a hash map, and breaks
-        # ties by these numbers (huggingface/tokenizers#1794). Named first they have an order.
+        # ties by these numbers (huggingface/tokenizers#1794). Listing them first fixes the order.
         special_tokens=[*SPECIAL_TOKENS.values(), *(f"##{c}" for c in characters)],
         show_progress=False,
     )
@@ -133,7 +134,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 4000) -> PreTrainedToken
 
 
 def small_bert(vocab_size: int) -> BertForSequenceClassification:
-    """Make a BERT of one layer of 128, with random weights."""
+    """Build a BERT with one layer, 128 wide, and random weights."""
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=vocab_size,
@@ -142,7 +143,7 @@ def small_bert(vocab_size: int) -> BertForSequenceClassification:
             num_attention_heads=2,
             intermediate_size=512,
             max_position_embeddings=MAX_TOKENS,
-            initializer_range=0.05,  # BERT's 0.02 is for 768; a narrow model learns slowly from it
+            initializer_range=0.05,  # BERT's 0.02 is for a width of 768; narrow models learn slowly
             id2label=dict(enumerate(AREAS)),
             label2id={area: number for number, area in enumerate(AREAS)},
         )

@@ -2,8 +2,8 @@
 
     python examples/quickstart.py
 
-Everything is here: about 4,200 docstrings that came with Python, a tokenizer trained on them in a
-second, a BERT of one layer with random weights.
+Nothing is downloaded: the data are about 4,200 docstrings that come with Python, the tokenizer is
+trained on them in a second, and the model is a BERT of one layer with random weights.
 """
 
 import torch
@@ -22,7 +22,7 @@ from manualloop import (
 
 def main() -> dict[str, float]:
     torch.manual_seed(42)
-    torch.set_num_threads(1)  # a model this small gains nothing from more, and has one result
+    torch.set_num_threads(1)  # a model this small gains nothing from more, and one gives one result
     disable_progress_bars()
     datasets = load_docstrings()
     tokenizer = train_tokenizer(datasets["train"]["text"])

@@ -6,11 +6,11 @@
                                                                      # a new model, no weights
     python examples/train_glue.py --task mrpc --max-grad-norm 1 --accumulation 4 --patience 3
     python examples/train_glue.py --task qqp --checkpoint-dir runs/qqp --checkpoint-every "10 min"
-                                                                     # killed? the same again
-    torchrun --nproc_per_node 2 examples/train_glue.py ...           # two processes; or
-    accelerate launch examples/train_glue.py ...                     # what it was configured for
+                                                                     # killed? run it again
+    torchrun --nproc_per_node 2 examples/train_glue.py ...           # two processes
+    accelerate launch examples/train_glue.py ...                     # as accelerate is configured
 
-Splits and columns are found by prepare_dataloaders; the metric is the task's own.
+prepare_dataloaders finds the splits and columns; the metric is the one that GLUE uses for the task.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="train a new BERT of this configuration instead of pretrained weights",
     )
-    data.add_argument("--max-length", type=int, help="tokens at which texts are cut")
+    data.add_argument("--max-length", type=int, help="tokens at which texts are truncated")
     data.add_argument("--batch-size", type=int, default=8)
     data.add_argument("--eval-batch-size", type=int)
     data.add_argument("--num-workers", type=int, default=0)
@@ -60,18 +60,20 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--lr", type=float, default=5e-5)
     run.add_argument("--weight-decay", type=float, default=0.0)
     run.add_argument("--scheduler", default="linear", help="linear, cosine, constant, ...")
-    run.add_argument("--warmup", type=float, default=0.0, help="updates, or a share below 1")
-    run.add_argument("--accumulation", type=int, default=1, help="batches an update")
+    run.add_argument(
+        "--warmup", type=float, default=0.0, help="updates, or a share of them below 1"
+    )
+    run.add_argument("--accumulation", type=int, default=1, help="batches per update")
     run.add_argument("--max-grad-norm", type=float)
     run.add_argument("--seed", type=int, default=42)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda:1, mps, ...")
     run.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16", "auto"))
 
     safety = parser.add_argument_group("checkpoints")
-    safety.add_argument("--checkpoint-dir", help="go on from there, and save there")
+    safety.add_argument("--checkpoint-dir", help="folder to resume from and save to")
     safety.add_argument("--checkpoint-every", type=cadence, default="epoch")
     safety.add_argument("--keep-checkpoints", type=int, default=2)
-    safety.add_argument("--max-time", help='such as "50 min": then save and end')
+    safety.add_argument("--max-time", help='time after which to save and end, such as "50 min"')
 
     report = parser.add_argument_group("evaluation and report")
     report.add_argument(
@@ -80,8 +82,10 @@ def parse_args() -> argparse.Namespace:
         default="epoch",
         help='updates, "epoch", "0.25 epoch" or "10 min"',
     )
-    report.add_argument("--best-metric", help="such as f1 or -loss; default: the task's")
-    report.add_argument("--patience", type=int, help="evaluations without improvement")
+    report.add_argument("--best-metric", help="metric such as f1 or -loss; default: the task's")
+    report.add_argument(
+        "--patience", type=int, help="evaluations without improvement after which to stop"
+    )
     report.add_argument("--log-every", type=cadence, default=50)
     report.add_argument("--no-progress-bar", action="store_true")
     report.add_argument("--output", help="folder for the trained model and tokenizer")

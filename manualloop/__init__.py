@@ -1,12 +1,12 @@
-"""The training loop you would write by hand, as functions; minus its bugs, minus a Trainer.
+"""The training loop you would write by hand, as functions: without its bugs, without a Trainer.
 
-Three levels, each built from the one below it:
+There are three levels, each built from the one below it:
 
 1. calls: ``prepare_dataloaders``, ``train_loop``, ``evaluate_loop``, ``predict_loop``
 2. a ``for`` loop: ``train_steps`` yields one ``Step`` per optimizer update
-3. the parts: ``windows``, ``accumulate_gradients``, ``prepare_optimizer`` and the others
+3. the parts: ``windows``, ``accumulate_gradients``, ``prepare_optimizer`` and others
 
-Names are loaded when they are first used, so importing this package imports nothing else.
+Public names are loaded when they are first used, so importing this package imports nothing else.
 """
 
 from importlib import import_module
