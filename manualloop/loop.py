@@ -146,7 +146,8 @@ def train_loop(
         on_nonfinite: What a loss or gradient norm that is NaN or infinite does: ``"raise"``,
             ``"skip"`` or ``"ignore"``; see ``train_steps``.
         strategy: Device and precision; None: ``prepare_strategy("auto")``.
-        extras: Kept in ``TrainState.extras``, and saved with the rest.
+        extras: Kept in ``TrainState.extras``, and saved with the rest: an average of the weights,
+            a random generator.
         evaluate: Called without arguments; returns metrics by name.
         evaluate_every: Updates (200), ``"epoch"``, ``"0.25 epoch"`` or ``"10 min"``; the end of
             the run always evaluates.
@@ -207,6 +208,7 @@ def train_loop(
         run = Run(state, report, folder, stopping, evaluate, best_metric, patience, strategy)
         stack.callback(run.close)
         run.resume(train_dataloader)
+        state.holders |= {"evaluate": evaluate, "on_step": on_step}
         steps = train_steps(
             state,
             train_dataloader,

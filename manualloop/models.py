@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from manualloop.internals import children_of, compiled_module, tied_patterns
-from manualloop.randomness import get_random_state, set_random_state
+from manualloop.randomness import random_states_kept
 
 
 def unwrap_model(model: nn.Module, *, adapters: bool = True) -> nn.Module:
@@ -157,21 +157,28 @@ _POSITION_EMBEDDINGS = ("position_embeddings", "wpe", "embed_positions")
 
 @contextmanager
 def evaluation_mode(
-    model: nn.Module, device: torch.device, *, inference: bool = True
+    model: nn.Module, device: torch.device, *, inference: bool = True, **owners: Any
 ) -> Iterator[None]:
     """Put a model into eval mode and inference mode, and every submodule back afterwards.
 
-    The random states of Python, NumPy, torch's CPU and the model's device are put back too, so
-    that evaluating in the middle of training changes nothing in it.
+    Random states are put back too, those of generators that objects hold included, so that
+    evaluating in the middle of training changes nothing in it.
+
+    Args:
+        model: The model.
+        device: The device it is on.
+        inference: Whether no gradients are needed.
+        owners: What may hold random generators besides the model: the loader, a loss function.
     """
     modes = [(module, module.training) for module in model.modules()]
-    random_state = get_random_state(devices=device.type != "cpu")
     try:
-        with torch.inference_mode(inference):
+        with (
+            random_states_kept(devices=device.type != "cpu", model=model, **owners),
+            torch.inference_mode(inference),
+        ):
             model.eval()
             yield
     finally:
-        set_random_state(random_state)
         for module, training in modes:
             if module.training != training:
                 module.train(training)  # not the attribute alone: some merge weights in train()

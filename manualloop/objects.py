@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 def walk(owners: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
-    """Yield the parts of some objects by their paths, each once, the nearest first.
+    """Yield the parts of some objects by their paths, each once: nearest first, code's last.
 
     Parts are the values of attributes and slots, the entries of containers, the object and the
     arguments of bound methods and partials, and what functions have in closures and defaults. Of
@@ -64,15 +64,19 @@ def walk(owners: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
     shapes: dict[type, _Shape] = {}
     seen: dict[int, Any] = {}  # with the objects: another must not get the id of one that is gone
     queue = deque((name, Part(value, None, "")) for name, value in owners.items())
-    while queue and len(seen) < MOST_OBJECTS:
-        path, part = queue.popleft()
+    of_code: deque[tuple[str, Part]] = deque()
+    while (queue or of_code) and len(seen) < MOST_OBJECTS:
+        path, part = (queue or of_code).popleft()
         if id(part.value) in seen:
             continue
         seen[id(part.value)] = part.value
         yield path, part
         for step, child in _steps(part.value, shapes):
             if id(child) not in seen and not _shape_of(type(child), shapes).is_inert:
-                queue.append((path + step, Part(child, part.value, step)))
+                is_of_code = step.startswith((".__class__", ".__globals__"))
+                (of_code if is_of_code else queue).append(
+                    (path + step, Part(child, part.value, step))
+                )
 
 
 def follow(path: str, owners: Mapping[str, Any]) -> Part:

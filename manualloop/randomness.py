@@ -9,7 +9,7 @@ does it with the functions of this module.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeAlias
 
@@ -172,6 +172,11 @@ def find_generators(**owners: Any) -> dict[str, Any]:
     return {path: part.value for path, part in search(owners).found.items()}
 
 
+def is_generator(value: object) -> bool:
+    """Tell whether an object is a random generator of torch, NumPy or Python."""
+    return issubclass(type(value), _KINDS)
+
+
 def generator_states(**owners: Any) -> dict[str, Any]:
     """Return the states of the generators that ``find_generators`` finds, by path."""
     return {path: _state_of(generator) for path, generator in find_generators(**owners).items()}
@@ -195,10 +200,14 @@ def restore_generators(states: Mapping[str, Any], **owners: Any) -> dict[str, st
     for path, state in states.items():
         try:
             part = follow(path, owners)
-            if part.value is None:
-                put(part.holder, part.step, _make(state))
-            else:
+            if part.value is not None:
                 _set(part.value, state)
+                continue
+            generator = _make(state)
+            try:
+                put(part.holder, part.step, generator)
+            except _PROBLEMS as error:
+                raise LookupError("it is not there") from error
         except _PROBLEMS as error:
             problems[path] = str(error.args[0] if error.args else error)
     return problems
@@ -207,33 +216,42 @@ def restore_generators(states: Mapping[str, Any], **owners: Any) -> dict[str, st
 _PROBLEMS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-@contextmanager
-def random_states_kept(*, devices: bool = True, **owners: Any) -> Iterator[None]:
-    """Put all random states back afterwards: the global ones, and those that objects hold.
+def remember_random_states(*, devices: bool = True, **owners: Any) -> Callable[[], None]:
+    """Return a function that puts all random states back: global ones, and those in objects.
 
-    Generators that were made or replaced meanwhile are taken away again.
+    It also takes away what generators were made or replaced since.
 
     Args:
-        devices: Whether those of accelerators are kept too, which waits for the device.
+        devices: Whether those of accelerators are included, which waits for the device.
         owners: Objects that may hold generators.
     """
     before = list(search(owners).found.values())
     states = [_state_of(part.value) for part in before]
     global_state = get_random_state(devices=devices)
+
+    def put_back() -> None:
+        set_random_state(global_state)
+        known = {id(part.value) for part in before}
+        now = search(owners).found.values()
+        made = [part._replace(value=None) for part in now if id(part.value) not in known]
+        for value, holder, step in (*made, *before):
+            if holder is not None:
+                with suppress(*_PROBLEMS):  # some places cannot be written to
+                    put(holder, step, value)
+        for part, state in zip(before, states, strict=True):
+            _set(part.value, state)
+
+    return put_back
+
+
+@contextmanager
+def random_states_kept(*, devices: bool = True, **owners: Any) -> Iterator[None]:
+    """Put all random states back afterwards: see ``remember_random_states``."""
+    put_back = remember_random_states(devices=devices, **owners)
     try:
         yield
     finally:
-        set_random_state(global_state)
-        known = {id(part.value) for part in before}
-        for value, holder, step in search(owners).found.values():
-            if id(value) not in known:
-                with suppress(*_PROBLEMS):
-                    put(holder, step, None)
-        for (value, holder, step), state in zip(before, states, strict=True):
-            _set(value, state)
-            if holder is not None:
-                with suppress(*_PROBLEMS):
-                    put(holder, step, value)
+        put_back()
 
 
 def search(owners: Mapping[str, Any]) -> Search:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from manualloop.errors import ConfigError
+from manualloop.randomness import generator_states, is_generator, restore_generators
 from manualloop.times import Times
 
 
@@ -40,8 +41,8 @@ class TrainState:
         model: The model being trained.
         optimizer: Over parameters of this model.
         lr_scheduler: Stepped once after every applied update; None keeps the rate constant.
-        extras: Anything else with ``state_dict`` and ``load_state_dict``: an average of the
-            weights, a second optimizer. They are kept, never called.
+        extras: Anything else with ``state_dict`` and ``load_state_dict``, such as an average of the
+            weights, and random generators of torch, NumPy and Python. They are kept, never called.
 
     Attributes:
         progress: Updates applied, epoch, rows used.
@@ -52,6 +53,10 @@ class TrainState:
         is_training: Whether a ``train_steps`` is open on it.
         feed: Gives the batches, and knows the place in them; None before the first ``train_steps``.
         position: The place that was loaded, for the next one.
+        holders: Objects beside the state's own that may hold random generators, by name: the loss
+            function, and others that a run knows. Their generators are saved, not they.
+        generators: States of generators in the checkpoint that was loaded, by path, until their
+            holders are known; None where they have been restored. None: nothing was loaded.
         contract: What the run depends on; see ``manualloop.checkpoint.contract``.
         times: Where the time went since it was made; not saved.
         task: What the model and its batches mean for the loop (``manualloop.tasks.task``), while
@@ -75,6 +80,8 @@ class TrainState:
     is_training: bool = field(default=False, init=False, repr=False)
     feed: Any = field(default=None, init=False, repr=False)
     position: dict[str, Any] | None = field(default=None, init=False, repr=False)
+    holders: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    generators: dict[str, Any] | None = field(default=None, init=False, repr=False)
     contract: dict[str, Any] | None = field(default=None, init=False, repr=False)
     is_resumed: bool = field(default=False, init=False, repr=False)
     times: Times = field(default_factory=Times, init=False, repr=False)
@@ -83,7 +90,8 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every part, by name, as PyTorch's ``state_dict`` does.
 
-        With the place in the data, but without random states: those are the process's.
+        With the place in the data and the generators among ``extras``, but without other random
+        states: those are the process's.
         """
         parts = {name: part.state_dict() for name, part in self.parts().items()}
         return {
@@ -91,6 +99,7 @@ class TrainState:
             "progress": asdict(self.progress),
             "position": self.place(),
             "max_batch_rows": self.max_batch_rows,
+            "generators": generator_states(extras=self._own_generators()),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -102,7 +111,8 @@ class TrainState:
         """
         self.require_closed()
         parts = self.parts()
-        differing = {*parts, "progress"} ^ (set(state_dict) - {"position", "max_batch_rows"})
+        others = {"position", "max_batch_rows", "generators"}
+        differing = {*parts, "progress"} ^ (set(state_dict) - others)
         if differing:
             raise ConfigError(
                 "The saved and the present training state disagree about: "
@@ -114,6 +124,7 @@ class TrainState:
         self.position, self.feed = state_dict.get("position"), None
         self.max_batch_rows = state_dict.get("max_batch_rows")
         self.has_failed = None
+        restore_generators(state_dict.get("generators", {}), extras=self._own_generators())
 
     def require_closed(self) -> None:
         """Refuse to be loaded into while a ``train_steps`` is open.
@@ -136,4 +147,14 @@ class TrainState:
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
         if self.lr_scheduler is not None:
             parts["lr_scheduler"] = self.lr_scheduler
-        return parts | {f"extras.{name}": extra for name, extra in self.extras.items()}
+        generators = self._own_generators()
+        others = {name: extra for name, extra in self.extras.items() if name not in generators}
+        return parts | {f"extras.{name}": extra for name, extra in others.items()}
+
+    def _own_generators(self) -> dict[str, Any]:
+        return {name: extra for name, extra in self.extras.items() if is_generator(extra)}
+
+    def all_holders(self) -> dict[str, Any]:
+        """Return what may hold random generators, by name."""
+        names = ("model", "optimizer", "lr_scheduler", "extras")
+        return {name: getattr(self, name) for name in names} | self.holders

@@ -16,7 +16,9 @@ from manualloop.checks import check_batches, check_run, explain, require_loader
 from manualloop.data.sampler import set_epoch
 from manualloop.errors import ConfigError, DataError
 from manualloop.nonfinite import Watch
+from manualloop.notices import say
 from manualloop.optim import own_schedule, require_schedule
+from manualloop.randomness import restore_generators, search
 from manualloop.reading.ranks import num_rounds
 from manualloop.reading.reader import Feed
 from manualloop.reading.sources import workers_matter
@@ -193,6 +195,7 @@ def train_steps(
     _agree_on_contract(
         state, train_dataloader, plan, strategy, max_grad_norm, gradient_accumulation_steps
     )
+    _take_generators(state, train_dataloader, loss_fn=loss_fn, step_fn=step_fn)
     own_loss, is_own_step = loss_fn is not None or step_fn is not None, step_fn is not None
     step_fn = step_fn or partial(
         apply_update, loss_fn=loss_fn, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite
@@ -236,6 +239,26 @@ def _agree_on_contract(
         matter = workers_matter(state.position or {})
         check_contract(state.contract, contract, workers_matter=matter)
     state.contract, state.is_resumed = contract, False
+
+
+def _take_generators(state: TrainState, loader: Iterable[Any], **holders: Any) -> None:
+    """Note what may hold random generators, and restore theirs from a checkpoint just loaded.
+
+    What cannot be saved or restored is printed.
+    """
+    state.holders |= {name: holder for name, holder in holders.items() if holder is not None}
+    found, unsaved = search(state.all_holders())
+    for path, reason in (unsaved | search({"train_dataloader": loader}).unsaved).items():
+        say(f"a resumed run will draw other random numbers at {path}: {reason}.")
+    if state.generators is None:
+        return
+    waiting = {path: saved for path, saved in state.generators.items() if saved is not None}
+    for path, reason in restore_generators(waiting, **state.all_holders()).items():
+        say(f"not bit-exact, because the random generator {path} was not restored: {reason}.")
+    for path in sorted(found.keys() - state.generators.keys()):
+        if not path.startswith(("evaluate", "on_step")):  # no update draws from those
+            say(f"not bit-exact, because the checkpoint has no state of the generator {path}.")
+    state.generators = None
 
 
 def _train_steps(

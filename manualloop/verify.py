@@ -118,7 +118,7 @@ def check_accumulation(
         return sum(means) / len(means), 1 if any(items) else 0
 
     try:
-        with evaluation_mode(model, strategy.device, inference=False):
+        with evaluation_mode(model, strategy.device, inference=False, loss_fn=loss_fn):
             whole, exact = _gradient(model, [batch], loss_fn, strategy)
             parts, split = _gradient(model, rows, loss_fn, strategy)
             _, usual = _gradient(model, rows, mean_of_means, strategy)

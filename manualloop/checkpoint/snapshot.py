@@ -32,7 +32,12 @@ from manualloop.checkpoint.tensors import (
 )
 from manualloop.errors import CheckpointError
 from manualloop.models import is_sharded, tied_names, unwrap_model
-from manualloop.randomness import get_random_state, set_random_state
+from manualloop.randomness import (
+    generator_states,
+    get_random_state,
+    restore_generators,
+    set_random_state,
+)
 from manualloop.state import Progress, TrainState
 from manualloop.strategy.base import Strategy
 
@@ -87,11 +92,13 @@ def take_state_apart(state: TrainState, strategy: Strategy, run: Mapping[str, An
     own = {"position": state.place(), "max_batch_rows": state.max_batch_rows}
     # Last: what was asked above may still have drawn, as a sampler does at the end of its pass.
     own["rng"] = get_random_state()
+    waiting = {path: saved for path, saved in (state.generators or {}).items() if saved is not None}
+    own["generators"] = waiting | generator_states(**state.all_holders())
     of_main, *of_others = strategy.gather(own)
     values |= of_main
     if of_others:
         values["ranks"] = of_others
-    stem_of = {"optimizer": "optimizer", "rng": "rng", "ranks": "rng"}
+    stem_of = {"optimizer": "optimizer", "rng": "rng", "generators": "rng", "ranks": "rng"}
     apart = {
         name: take_apart(value, name, tensors[stem_of.get(name, "extras")])
         for name, value in values.items()
@@ -235,6 +242,12 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
     own = of_ranks[strategy.rank if is_known else 0]
     state.position, state.feed = own["position"], None
     state.max_batch_rows, state.has_failed = own["max_batch_rows"], None
+    saved_generators = own.get("generators", {}) if is_known else {}
+    state.holders = {}  # those of the run before: the next one may have others by these names
+    problems = restore_generators(saved_generators, **state.all_holders())
+    state.generators = {
+        path: value if path in problems else None for path, value in saved_generators.items()
+    }
     if is_known:
         set_random_state(own["rng"])
 
@@ -243,7 +256,10 @@ def _class_of(optimizer: Any) -> str:
     return type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate's wraps another
 
 
-_NO_PARTS = {"optimizer_class", "progress", "position", "max_batch_rows", "ranks", "rng", "run"}
+_NO_PARTS = {
+    *("optimizer_class", "progress", "position", "max_batch_rows", "ranks", "rng", "generators"),
+    "run",
+}
 
 
 def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> list[str]:

@@ -307,7 +307,9 @@ def _each_batch(passes: _Passes, use: Callable[[_Passes, _Made], _T], bar: str |
     kept: dict[int, _T] = {}
     task: Task | None = None
     with (
-        evaluation_mode(model, strategy.device),
+        evaluation_mode(
+            model, strategy.device, loader=passes.loader, loss_fn=passes.loss_fn, use=use
+        ),
         closing(_numbered(passes.loader, strategy, bar)) as batches,
     ):
         for number, batch in batches:

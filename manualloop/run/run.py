@@ -12,7 +12,7 @@ from manualloop.checkpoint.api import best_of
 from manualloop.data.sampler import OrderedBatchSampler
 from manualloop.errors import CheckpointError
 from manualloop.notices import say
-from manualloop.randomness import get_random_state, set_random_state
+from manualloop.randomness import remember_random_states
 from manualloop.reading.sources import has_shuffle_buffer
 from manualloop.run.folder import RunFolder
 from manualloop.run.report import Report
@@ -101,16 +101,17 @@ class Run:
         if self._evaluate is None:
             return
         self._is_pending = True
-        random_state, begin = get_random_state(), perf_counter()
+        put_back = remember_random_states(**self._state.all_holders())
+        begin = perf_counter()
         try:
             with self._stopping.evaluating():
                 metrics = self._evaluate()
             self._state.times.evaluation += perf_counter() - begin
         except EvaluationStopped:
-            set_random_state(random_state)  # it may have struck while they were put back
+            put_back()  # it may have struck while evaluate_loop did that
             return
         except Exception:
-            set_random_state(random_state)
+            put_back()
             if self._strategy.world_size > 1:
                 raise  # a save takes all ranks, and the others may be anywhere
             if self._stopping.reason() in (None, "max_time"):
