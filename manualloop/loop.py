@@ -207,8 +207,7 @@ def train_loop(
         report = Report(plan, shown=progress_bar and strategy.is_main)
         run = Run(state, report, folder, stopping, evaluate, best_metric, patience, strategy)
         stack.callback(run.close)
-        run.resume(train_dataloader)
-        state.holders |= {"evaluate": evaluate, "on_step": on_step}
+        run.resume(train_dataloader, on_step)
         steps = train_steps(
             state,
             train_dataloader,

@@ -67,11 +67,17 @@ class Run:
         is_evaluated = self.evaluations and self._evaluated_step == self._state.progress.num_steps
         return bool(is_evaluated and self._best_metric and self._num_worse() == 0)
 
-    def resume(self, loader: Iterable[Any]) -> None:
-        """Go on from the folder's checkpoint, if there is one, and show the bar."""
+    def resume(self, loader: Iterable[Any], on_step: Callable[..., object] | None) -> None:
+        """Go on from the folder's checkpoint, if there is one, and show the bar.
+
+        Args:
+            loader: The loader that is trained on.
+            on_step: As in ``train_loop``; it may hold random generators, as ``evaluate`` may.
+        """
         self._loader = loader
         if self._folder is not None:
             self._go_on(self._folder, loader)
+        self._state.holders |= {"evaluate": self._evaluate, "on_step": on_step}
         self._report.open()
 
     def _go_on(self, folder: RunFolder, loader: Iterable[Any]) -> None:
