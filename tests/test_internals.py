@@ -268,18 +268,9 @@ def test_losses_that_are_not_finite_are_found_without_the_flag(monkeypatch, take
     assert missed
 
 
-def wrapped_models():
-    inner = torch.nn.Linear(2, 2)
-    return inner, [
-        inner,
-        DataParallel(inner),
-        torch.compile(inner),
-        torch.compile(DataParallel(inner)),
-    ]
-
-
 def test_models_are_unwrapped_without_the_dictionary_of_children(take_away):
-    inner, models = wrapped_models()
+    inner = torch.nn.Linear(2, 2)
+    models = [inner, DataParallel(inner), DataParallel(DataParallel(inner))]
     assert all(unwrap_model(model) is inner for model in models)
     missed = take_away(torch.nn.Module, "_modules")
     assert all(unwrap_model(model) is inner for model in models)
@@ -287,10 +278,12 @@ def test_models_are_unwrapped_without_the_dictionary_of_children(take_away):
 
 
 def test_a_compiled_model_is_unwrapped_whatever_its_child_is_called():
-    inner, models = wrapped_models()
-    (child,) = models[2].children()
-    assert internals.compiled_module(models[2], {"_new": child}) is inner
-    assert internals.compiled_module(models[1], {"_new": inner}) is None
+    inner = torch.nn.Linear(2, 2)
+    compiled, parallel = torch.compile(inner), DataParallel(inner)
+    assert unwrap_model(compiled) is unwrap_model(torch.compile(parallel)) is inner
+    (child,) = compiled.children()
+    assert internals.compiled_module(compiled, {"_new": child}) is inner
+    assert internals.compiled_module(parallel, {"_new": inner}) is None
 
 
 def test_a_module_is_compiled_once(take_away):
