@@ -9,18 +9,24 @@ numbers stay the same. "torch 2.6 to 2.14" means: in the oldest and the newest v
 from __future__ import annotations
 
 import inspect
+import multiprocessing
+import random
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import cache
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as _torch_optimizer
+from torch.utils.data import DataLoader, IterableDataset
 
 # torch: optimizers and loss scaling
 
@@ -189,6 +195,92 @@ def compile_once(module: nn.Module, settings: Mapping[str, Any]) -> None:
 _COMPILED: WeakSet[nn.Module] = WeakSet()
 
 
+# torch: loaders
+
+
+def copy_loader(loader: DataLoader[Any], changes: Mapping[str, Any]) -> DataLoader[Any]:
+    """Return a copy of a loader that has no workers yet, with some attributes changed.
+
+    The attributes are set without ``DataLoader.__setattr__``, which refuses another sampler.
+
+    Seen in torch 2.6 to 2.14: ``_iterator``, which holds the workers that are kept from one pass to
+    the next. If it is gone, or an attribute is, the copy is made by the constructor.
+    """
+    copied = copy(loader)
+    try:
+        attributes = vars(copied)
+        workers = copied._iterator
+    except (AttributeError, TypeError):
+        return _new_loader(loader, changes)
+    if not changes.keys() <= attributes.keys():
+        return _new_loader(loader, changes)
+    attributes.update(changes)
+    if workers is not None:
+        copied._iterator = None
+    return copied
+
+
+def _new_loader(loader: DataLoader[Any], changes: Mapping[str, Any]) -> DataLoader[Any]:
+    accepted = inspect.signature(DataLoader).parameters.keys() - {"self", "shuffle"}
+    options = {name: getattr(loader, name) for name in accepted if hasattr(loader, name)}
+    options.update((name, value) for name, value in changes.items() if name in accepted)
+    # The constructor takes either a sampler of batches or what one is made of.
+    if isinstance(loader.dataset, IterableDataset):
+        refused = {"sampler", "batch_sampler"}
+    elif options["batch_sampler"] is not None:
+        refused = {"sampler", "batch_size", "drop_last"}
+    else:
+        refused = {"batch_sampler", "drop_last"}
+    return DataLoader(**{name: options[name] for name in options.keys() - refused})
+
+
+def pin_batch(batch: Any) -> Any:
+    """Copy a batch to memory that a GPU reads without waiting, as a DataLoader does.
+
+    Seen in torch 2.6 to 2.14: ``torch.utils.data._utils.pin_memory``. If it is gone, the batch
+    stays where it is, and its way to the GPU takes longer.
+    """
+    try:
+        pin_memory: Any = torch.utils.data._utils.pin_memory.pin_memory
+    except AttributeError:
+        return batch
+    return pin_memory(batch)
+
+
+def renumber_worker(info: Any, number: int, base_seed: int) -> None:
+    """Make the worker of a DataLoader the one of another number, with the seeds torch gives that.
+
+    ``object.__setattr__`` is called because torch's own refuses. A worker that cannot be renumbered
+    raises, and the run ends: its rows would be those of another.
+    """
+    for name, value in (("id", number), ("seed", base_seed + number)):
+        object.__setattr__(info, name, value)
+    random.seed(info.seed)
+    torch.manual_seed(info.seed)
+    # What torch.utils.data computes by a function of its own: the sequence is NumPy's.
+    words = [number, base_seed & 0xFFFFFFFF, base_seed >> 32, 0]
+    np.random.seed(np.random.SeedSequence(words).generate_state(4))
+
+
+def shut_down_workers(iterator: Any) -> None:
+    """End the workers of a DataLoader's iterator, when Python ends.
+
+    Seen in torch 2.6 to 2.14: ``_shutdown_workers``. If it is gone, all daemonic processes get a
+    SIGTERM. Ours survive it, and obey the one that Python sends them next. What torch does when a
+    worker is killed is switched off before.
+    """
+    try:
+        shut_down = iterator._shutdown_workers
+    except AttributeError:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.terminate()
+    else:
+        shut_down()
+
+
 # torch: process groups
 
 
@@ -215,8 +307,8 @@ def release_default_groups() -> None:
 def prepared_models(accelerator: Any) -> list[nn.Module]:
     """List the models that an ``Accelerator`` has prepared.
 
-    Seen in accelerate 1.7 to 1.15: ``_models``. If it is gone, the list is empty: accelerate itself
-    then recognises what it has prepared.
+    Seen in accelerate 1.7 to 1.15: ``_models``. If it is gone, the list is empty: a model that the
+    user has prepared is then prepared again, which changes no number.
     """
     return list(getattr(accelerator, "_models", ()))
 
@@ -255,6 +347,92 @@ def was_accelerator_made() -> bool:
     return bool(is_initialized() or getattr(PartialState, "_shared_state", None))
 
 
+# datasets
+
+
+def rows_as_table(dataset: Any, rows: Any) -> Any:
+    """Return rows of a dataset as a table of Arrow, as they are stored.
+
+    Seen in datasets 3.6 to 5.2: ``_indices``, the rows that a selection has kept. If it is gone,
+    the dataset is asked in its Arrow format, which copies some Python objects for every batch.
+    """
+    from datasets.formatting import query_table
+
+    try:
+        indices = dataset._indices
+    except AttributeError:
+        return dataset.with_format("arrow")[rows]
+    return query_table(dataset.data, rows, indices=indices)
+
+
+def stored_table(dataset: Any) -> tuple[Any, Any]:
+    """Return the stored table of a dataset, and the number in it of each row; None: all, in order.
+
+    Seen in datasets 3.6 to 5.2: ``_indices``. If it is gone, the rows of a selection are written
+    out as a table of their own.
+    """
+    try:
+        indices = dataset._indices
+    except AttributeError:
+        return dataset.flatten_indices().data, None
+    return dataset.data, None if indices is None else indices.column(0).to_numpy()
+
+
+def as_kind(dataset: Any, kind: Any) -> Any:
+    """Return the same rows as a dataset of a subclass.
+
+    Seen in datasets 3.6 to 5.2: ``_indices`` and ``_fingerprint``, by which ``map`` finds what it
+    has cached. If they are gone, a selection is first written out as a table of its own, and the
+    dataset gets a new fingerprint.
+    """
+    rows = dataset if hasattr(dataset, "_indices") else dataset.flatten_indices()
+    return kind(
+        rows.data,
+        info=rows.info,
+        split=rows.split,
+        indices_table=getattr(rows, "_indices", None),
+        fingerprint=getattr(rows, "_fingerprint", None),
+    )
+
+
+def is_stream_of_datasets(dataset: Any) -> bool:
+    """Tell whether a dataset is a stream of ``datasets``, without importing that."""
+    return any(kind.__module__ == "datasets.iterable_dataset" for kind in type(dataset).__mro__)
+
+
+def has_shuffle_buffer(dataset: Any) -> bool:
+    """Tell whether a stream of ``datasets`` reads through a buffer, which no state holds.
+
+    Seen in datasets 3.6 to 5.2: ``_ex_iterable`` and the class ``BufferShuffledExamplesIterable``.
+    If ``_ex_iterable`` is gone, every such stream is taken to have one.
+    """
+    if not is_stream_of_datasets(dataset):
+        return False
+    parts = [getattr(dataset, "_ex_iterable", None)]
+    if parts[0] is None:
+        return True
+    while parts:
+        part = parts.pop()
+        if type(part).__name__ == "BufferShuffledExamplesIterable":
+            return True
+        if part is not None:
+            parts += [getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", ())]
+    return False
+
+
+def is_one_ranks_stream(dataset: Any) -> bool | None:
+    """Tell whether a stream of ``datasets`` was split by rank; None: nothing tells.
+
+    Seen in datasets 3.6 to 5.2: ``_distributed``, set by ``split_dataset_by_node``.
+    """
+    if not is_stream_of_datasets(dataset):
+        return False
+    try:
+        return dataset._distributed is not None
+    except AttributeError:
+        return None
+
+
 # transformers
 
 
@@ -272,7 +450,8 @@ def pads_as_base(tokenizer: Any) -> bool:
     """Tell whether a tokenizer pads as transformers' base class does.
 
     Seen in transformers 4.52 to 5.24: ``_pad``. If it is gone, nobody can tell, and batches are
-    padded by the tokenizer itself.
+    padded by the tokenizer itself, to the same tensors. An evaluation then does not begin with the
+    longest rows, so that the last digit of its loss may be another.
     """
     from transformers import PreTrainedTokenizerBase
 

@@ -37,7 +37,7 @@ ROWS = [
 # One door per dependency.
 DOORS = {
     "accelerate": {"strategy.accelerated", "strategy.launch", "internals"},
-    "datasets": {"data.tables"},
+    "datasets": {"data.tables", "internals"},
     "transformers": {"data.collate", "optim", "internals"},
     "evaluate": {"evaluation.metrics"},
     "tqdm": {"progress"},

@@ -11,6 +11,7 @@ import torch
 
 from manualloop.data.labels import BY_TOKEN
 from manualloop.errors import DataError
+from manualloop.internals import pads_as_base
 from manualloop.mistakes import filter_missing, misaligned_message, text_label_message, text_message
 from manualloop.tasks.task import TASKS
 
@@ -195,7 +196,7 @@ def padding_collate_fn(
         float_labels=float_labels,
         token_labels=task in BY_TOKEN,
     )
-    if task == "multiple_choice" or not _pads_plainly(tokenizer):
+    if task == "multiple_choice" or not pads_as_base(tokenizer):
         return collate
     from manualloop.data.tables import TableCollate
 
@@ -206,14 +207,6 @@ def padding_collate_fn(
         pad_to_multiple_of=pad_to_multiple_of,
         float_labels=float_labels,
     )
-
-
-def _pads_plainly(tokenizer: Any) -> bool:
-    """Tell whether a tokenizer pads like transformers' base class."""
-    from transformers import PreTrainedTokenizerBase
-
-    own, base = type(tokenizer), PreTrainedTokenizerBase
-    return isinstance(tokenizer, base) and own.pad is base.pad and own._pad is base._pad
 
 
 def require_pad_token(tokenizer: Any) -> None:

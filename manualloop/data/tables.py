@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets.formatting import query_table
 from numpy.typing import NDArray
 from torch import Tensor
 
 from manualloop.data.grouping import Ints, round_up
+from manualloop.internals import as_kind, rows_as_table, stored_table
 from manualloop.tasks.items import IGNORE_INDEX
 
 _ROWS_AT_ONCE = 10_000
@@ -64,12 +64,9 @@ class Dataset(datasets.Dataset):  # type: ignore[misc]
     """A dataset from which a DataLoader fetches batches as tables, unless it has a format."""
 
     def __getitems__(self, rows: list[int]) -> Any:
-        if self._format_type is not None:
+        if self.format["type"] is not None:
             return super().__getitems__(rows)
-        return TableRows(self._table(rows))
-
-    def _table(self, rows: Any) -> pa.Table:
-        return query_table(self._data, rows, indices=self._indices)
+        return TableRows(rows_as_table(self, rows))
 
     def lengths(self, names: Sequence[str]) -> Ints | None:
         """Return the length of each row's longest list in some columns, int64 ``(rows,)``.
@@ -84,10 +81,11 @@ class Dataset(datasets.Dataset):  # type: ignore[misc]
         if not kinds or any(not _is_list(k) or _is_list(k.value_type) for k in kinds):
             return None
         # Stored rows are read in their own order; querying them by index would be slow.
-        starts = range(0, self.data.num_rows, _ROWS_AT_ONCE)
-        parts = [self.data.table.slice(start, _ROWS_AT_ONCE).select(names) for start in starts]
+        stored, numbers = stored_table(self)
+        starts = range(0, stored.num_rows, _ROWS_AT_ONCE)
+        parts = [stored.table.slice(start, _ROWS_AT_ONCE).select(names) for start in starts]
         lengths = np.concatenate([_longest(part) for part in parts])
-        return lengths if self._indices is None else lengths[self._indices.column(0).to_numpy()]
+        return lengths if numbers is None else lengths[numbers]
 
 
 def _longest(lists: pa.Table) -> Ints:
@@ -98,13 +96,8 @@ def _longest(lists: pa.Table) -> Ints:
 
 def as_tables(rows: datasets.Dataset) -> Dataset:
     """Return the same dataset as one from which DataLoaders fetch tables."""
-    return Dataset(
-        rows.data,
-        info=rows.info,
-        split=rows.split,
-        indices_table=rows._indices,
-        fingerprint=rows._fingerprint,
-    )
+    kept: Dataset = as_kind(rows, Dataset)
+    return kept
 
 
 class Lists(NamedTuple):

@@ -24,6 +24,7 @@ from manualloop.evaluation.metrics import (
     require_rows,
     to_array,
 )
+from manualloop.internals import computing_alone
 from manualloop.strategy.base import Strategy, on_main
 
 
@@ -250,7 +251,7 @@ class _Torchmetrics:
         modules = list(metric.modules()) if hasattr(metric, "modules") else [metric]
         self._device = next((one.device for one in modules if hasattr(one, "device")), None)
         # It would gather rows from the other ranks; those are here already, and only here.
-        self._syncing = [one for one in modules if hasattr(one, "distributed_available_fn")]
+        self._syncing = [one for one in modules if hasattr(one, "sync")]
         metric.reset()
 
     def add_batch(self, *, predictions: Any, references: Any) -> None:
@@ -263,20 +264,10 @@ class _Torchmetrics:
             return values
 
     def compute(self) -> dict[str, float]:
-        kept = [one.distributed_available_fn for one in self._syncing]
-        for one in self._syncing:
-            one.distributed_available_fn = _is_alone
-        try:
+        with computing_alone(self._syncing):
             result = self._metric.compute()
-        finally:
-            for one, function in zip(self._syncing, kept, strict=True):
-                one.distributed_available_fn = function
         self._metric.reset()
         return _to_floats(self.name, result, flatten=True)
-
-
-def _is_alone() -> bool:
-    return False
 
 
 class _Function:
