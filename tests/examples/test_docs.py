@@ -1,0 +1,118 @@
+"""README and docs: their code fits the package, and what they point to exists."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import transformers
+from helpers import rows, tiny_bert, tiny_tokenizer
+from torch.optim.swa_utils import AveragedModel
+
+import manualloop
+
+ROOT = Path(__file__).parents[2]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+BLOCKS = [
+    pytest.param(block, id=f"{page}-{number}")
+    for page, text in PAGES.items()
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S), start=1)
+]
+PENDING = {"docs/architecture.md", "architecture.md"}  # being written
+in_a_checkout = pytest.mark.skipif(
+    not (ROOT / "noxfile.py").exists(), reason="the installed wheel is tested without the checkout"
+)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_imports_public_names_and_passes_arguments_that_exist(block):
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom) and node.module == "manualloop":
+            assert {alias.name for alias in node.names} <= set(manualloop.__all__)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id not in manualloop.__all__:
+                continue
+            keywords = [keyword.arg for keyword in node.keywords if keyword.arg]
+            arguments = [argument for argument in node.args if ast.unparse(argument) != "..."]
+            signature = inspect.signature(getattr(manualloop, node.func.id))
+            signature.bind_partial(*arguments, **dict.fromkeys(keywords))  # else a TypeError
+
+
+def anchors(text):
+    """Return the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@in_a_checkout
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if link.startswith("http") or link in PENDING:
+            continue
+        name, _, anchor = link.partition("#")
+        target = ROOT / page if not name else (ROOT / page).parent / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+@in_a_checkout
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_and_sessions_exist(page):
+    for path in re.findall(r"\b(?:tests|docs|examples|manualloop)/[\w./-]*\w/?", PAGES[page]):
+        assert (ROOT / path).exists() or path in PENDING, path
+    sessions = set(re.findall(r"^def (\w+)\(session:", (ROOT / "noxfile.py").read_text(), re.M))
+    for names in re.findall(r"nox -s ((?:\w+ ?)+)", PAGES[page]):
+        assert set(names.split()) <= sessions, names
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub's MRPC, BERT and its tokenizer, as small ones that need no network."""
+    pairs = {
+        split: rows(
+            sentence1=["good movie", "bad plot", "very dull acting"] * 4,
+            sentence2=["fine movie", "good plot", "a very bad movie"] * 4,
+            label=[1, 0, 0] * 4,
+            idx=list(range(12)),
+        )
+        for split in ("train", "validation")
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(pairs))
+    for name, made in (
+        ("AutoTokenizer", tiny_tokenizer),
+        ("AutoModelForSequenceClassification", lambda num_labels: tiny_bert(num_labels)),
+    ):
+        load = staticmethod(lambda name, made=made, **options: made(**options))
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", load)
+
+
+def test_the_readme_runs(hub, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    ten_lines, resumable, _verify, loop, check = [block.values[0] for block in BLOCKS[:5]]
+    names = vars(manualloop) | {name: getattr(manualloop, name) for name in manualloop.__all__}
+    exec(ten_lines, names)
+    assert "using sentence1, sentence2 -> labels; dropped: idx" in caplog.text
+    assert re.match(r"\{'loss': .*, 'accuracy': .*, 'f1': .*\}\n", capsys.readouterr().out)
+    exec(resumable, names)
+    assert (tmp_path / "runs/mrpc/step-00000006/config.json").exists()
+    names["ema"] = AveragedModel(names["model"])
+    names["optimizer"] = manualloop.prepare_optimizer(names["model"])
+    exec(loop, names)
+    assert names["step"].index == 6
+    names["batch"] = next(iter(names["loaders"]["train"]))
+    exec(check, names)
+    assert "Any split is the same update." in capsys.readouterr().out
+
+
+def test_the_script_on_hardware_runs(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = next(block.values[0] for block in BLOCKS if "def main" in block.values[0])
+    exec(script, {"__name__": "__main__"})
+    assert (tmp_path / "runs/mrpc/step-00000009").is_dir()
