@@ -8,7 +8,7 @@ import torch
 from helpers import rows, tiny_bert, tiny_tokenizer
 
 from manualloop import SingleDevice, prepare_dataloaders, train_loop
-from manualloop.run.history_file import LEDGER, read_ledger
+from manualloop.run.history_file import HISTORY, read_history
 from manualloop.times import Times
 
 PAUSE = 0.02
@@ -86,14 +86,14 @@ def test_tokens_and_padding_are_counted(monkeypatch):
 def test_the_ledger_has_them_once_a_process_and_its_records_are_as_before(monkeypatch, tmp_path):
     first = run(monkeypatch, None, tmp_path, max_steps=3)
     second = run(monkeypatch, None, tmp_path, max_steps=6)
-    lines = [json.loads(line) for line in (tmp_path / LEDGER).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / HISTORY).read_text().splitlines()]
     found = [line["times"] for line in lines if "times" in line]
     assert found == [result.times.as_dict() for result in (first, second)]
-    assert [record["step"] for record in read_ledger(tmp_path)] == [
+    assert [record["step"] for record in read_history(tmp_path)] == [
         record["step"] for record in second.history
     ]
     assert run(monkeypatch, None, tmp_path, max_steps=6).times.total == 0
-    assert len((tmp_path / LEDGER).read_text().splitlines()) <= len(lines) + 1
+    assert len((tmp_path / HISTORY).read_text().splitlines()) <= len(lines) + 1
 
 
 LONG = {"data": 2.0, "update": 98.0, "optimizer": 8.0}

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from manualloop.checkpoint.find import explain, find, find_best
 from manualloop.checkpoint.folders import (
-    Found,
-    find_folders,
-    list_names,
+    explain_disk,
     make_aside,
-    read_manifest,
     remove_folder,
     sweep,
-    verify_folder,
     write_folder,
 )
 from manualloop.checkpoint.lock import hold_lock
-from manualloop.checkpoint.nested import as_json, from_json
+from manualloop.checkpoint.manifest import Found, find_folders
+from manualloop.checkpoint.nested import as_json
 from manualloop.checkpoint.parts import write_shards
 from manualloop.checkpoint.snapshot import put_state_back, read_snapshot, take_state_apart
 from manualloop.checkpoint.tensors import num_bytes
-from manualloop.errors import CheckpointError, ConfigError, ManualLoopError
-from manualloop.notices import logger
+from manualloop.errors import CheckpointError, ConfigError
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, on_main
 from manualloop.strategy.select import strategy_for
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +143,7 @@ def write_checkpoint(
         with explain_disk(directory, size):
             path = write_folder(directory, step, snapshot.write, content, aside)
         with explain_disk(directory):
-            rotate(directory, keep)
+            _rotate(directory, keep)
         return path
 
     return on_main(strategy, write)
@@ -200,24 +193,8 @@ def load_checkpoint(
         ConfigError: A ``train_steps`` is open on the state.
     """
     strategy = strategy_for(state.model, strategy)
-    found = on_main(strategy, lambda: _find(Path(checkpoint_dir), which, verify))
+    found = on_main(strategy, lambda: find(Path(checkpoint_dir), which, verify=verify))
     return load_found(found, state, strategy)
-
-
-def _find(directory: Path, which: str | os.PathLike[str], verify: bool) -> Found:
-    if which == "last":
-        found = find_last(directory, verify=verify)
-        if found is None:
-            raise CheckpointError(f"There is no checkpoint in {directory}.")
-        return found
-    if which == "best":
-        found = _require_best(directory)
-    else:
-        path = Path(which) if Path(which).is_dir() else directory / which
-        found = Found(path, _explain(path, read_manifest, path))
-    if verify:
-        _explain(found.path, verify_folder, found.path, found.manifest)
-    return found
 
 
 def load_found(found: Found, state: TrainState, strategy: Strategy) -> CheckpointInfo:
@@ -231,87 +208,21 @@ def load_found(found: Found, state: TrainState, strategy: Strategy) -> Checkpoin
     manifest: dict[str, Any] = found.manifest or {}
     state.model, state.optimizer = strategy.prepare(state.model, state.optimizer)
     files = manifest["files"]
-    saved = _explain(found.path, read_snapshot, found.path, files, state, strategy)
+    saved = explain(found.path, read_snapshot, found.path, files, state, strategy)
     put_state_back(saved, state, strategy)
     state.contract, state.is_resumed = manifest["contract"], True
-    return CheckpointInfo(found.path, manifest["step"], from_json(manifest["metrics"]), saved.run)
+    return CheckpointInfo(found.path, manifest["step"], dict(manifest["metrics"]), saved.run)
 
 
-def _explain(path: Path, function: Callable[..., _T], *args: Any) -> _T:
-    """Call a function, and name the checkpoint in what it raises."""
-    try:
-        return function(*args)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
-
-
-def find_last(directory: Path, *, verify: bool = True) -> Found | None:
-    """Return the newest checkpoint that is whole; None if there is no checkpoint.
-
-    Raises:
-        CheckpointError: There are some, and each is damaged.
-    """
-    damaged: list[Found] = []
-    for entry in find_folders(directory):
-        try:
-            if entry.manifest is None:
-                raise CheckpointError(entry.problem)
-            if verify:
-                verify_folder(entry.path, entry.manifest)
-        except CheckpointError as error:
-            damaged.append(Found(entry.path, None, str(error)))
-            continue
-        if damaged:
-            logger.warning(
-                f"skipped {', '.join(list_names(damaged))}: going on from {entry.path.name}."
-            )
-        return entry
-    if damaged:
-        raise CheckpointError(
-            f"No checkpoint in {directory} is whole: {', '.join(list_names(damaged))}. To begin "
-            "anew, remove them or use another checkpoint_dir."
-        )
-    return None
-
-
-def find_best(directory: Path) -> Found | None:
-    """Return the checkpoint with the best metrics, by the ``best_metric`` of the newest.
-
-    None: no checkpoint was saved with a ``best_metric``.
-    """
-    entries = [entry for entry in find_folders(directory) if entry.manifest is not None]
-    entries.reverse()  # oldest first: of equals it is the best
-    names = [name for entry in entries if (name := _manifest(entry)["best_metric"])]
-    if not names:
-        return None
-    scored = [e for e in entries if names[-1].removeprefix("-") in _manifest(e)["metrics"]]
-    metrics = [from_json(_manifest(entry)["metrics"]) for entry in scored]
-    return scored[best_of(metrics, names[-1])] if scored else None
-
-
-def _require_best(directory: Path) -> Found:
-    found = find_best(directory)
-    if found is None:
-        raise CheckpointError(
-            f"No checkpoint in {directory} was saved with a best_metric. Save them with "
-            'save_checkpoint(..., metrics=scores, best_metric="f1"), or load which="last".'
-        )
-    return found
-
-
-def _manifest(entry: Found) -> dict[str, Any]:
-    assert entry.manifest is not None
-    return entry.manifest
-
-
-def rotate(directory: Path, keep: int) -> None:
+def _rotate(directory: Path, keep: int) -> None:
     """Remove all but the newest checkpoints and the best one; those that are damaged stay.
 
     Of two of the same step the older goes: it was replaced.
     """
-    best = find_best(directory)
+    entries = find_folders(directory)
+    best = find_best(entries)
     steps: list[int] = []
-    for entry in find_folders(directory):
+    for entry in entries:
         if entry.manifest is None:
             continue
         step = entry.manifest["step"]
@@ -319,62 +230,3 @@ def rotate(directory: Path, keep: int) -> None:
         if not is_kept and (best is None or entry.path != best.path):
             remove_folder(entry.path)
         steps.append(step)
-
-
-@contextmanager
-def explain_disk(directory: Path, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn an error of the disk into one that tells what to do.
-
-    Args:
-        directory: Of the checkpoints.
-        num_bytes: That a checkpoint takes.
-    """
-    try:
-        yield
-    except ManualLoopError:
-        raise
-    except OSError as error:
-        needed = "" if num_bytes is None else f" It takes {num_bytes / 1e6:.1f} MB."
-        free = free_bytes(directory)
-        space = "" if free is None else f" Free there: {free / 1e6:.1f} MB."
-        entry = next((e for e in find_folders(directory) if e.manifest is not None), None)
-        last = "There is none from before." if entry is None else f"The last is {entry.path}."
-        raise CheckpointError(
-            f"No checkpoint could be written in {directory}: {error}.{needed}{space} {last} "
-            "Make room, or the folder writable; the run goes on from there when it is started "
-            "again."
-        ) from error
-
-
-def free_bytes(directory: Path) -> int | None:
-    """Return the room on a folder's disk, or on that of the parent that is there; None: unknown."""
-    for folder in (directory, *directory.absolute().parents):
-        with suppress(OSError):
-            return shutil.disk_usage(folder).free
-    return None
-
-
-def best_of(evaluations: Sequence[Mapping[str, float]], best_metric: str | None) -> int:
-    """Return which evaluation is the best so far: the first of equals, and NaN is the worst.
-
-    Args:
-        evaluations: At least one, oldest first.
-        best_metric: As in ``train_loop``; None: the newest is the best.
-
-    Raises:
-        ConfigError: The metric is not among the results.
-
-    >>> best_of([{"loss": 0.7}, {"loss": 0.4}, {"loss": float("nan")}], "-loss")
-    1
-    """
-    if best_metric is None:
-        return len(evaluations) - 1
-    name = best_metric.removeprefix("-")
-    if name not in evaluations[-1]:
-        raise ConfigError(
-            f"best_metric={best_metric!r}, and evaluate returned no {name!r}: "
-            f"{', '.join(evaluations[-1]) or 'nothing'}. Name one of its results."
-        )
-    sign = -1 if best_metric.startswith("-") else 1
-    values = [sign * metrics[name] for metrics in evaluations]
-    return max(range(len(values)), key=lambda i: -math.inf if math.isnan(values[i]) else values[i])

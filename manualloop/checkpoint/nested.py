@@ -9,6 +9,7 @@ with its tag: ``["tuple", 1, 2]``.
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
@@ -174,24 +175,52 @@ _DTYPES = {
 
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_TAGS = ("float", "list", "str")
 
 
 def as_json(value: Any) -> Any:
-    """Turn what metrics are made of into JSON; JSON has no NaN, so that is a text."""
+    """Return a record of numbers, texts, lists and dicts as JSON that people read, too.
+
+    What ``from_json`` would take for something else is a tagged list, as above: ``["float",
+    "nan"]``. Arrays and tensors become lists, tuples too; anything else becomes a text.
+    """
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
+        items = [as_json(item) for item in value]
+        return ["list", *items] if items and items[0] in _TAGS else items
     if isinstance(value, float) and not math.isfinite(value):
-        return str(float(value))
-    return value if isinstance(value, str | int | float | None) else str(value)
+        return ["float", repr(float(value))]
+    text = value if isinstance(value, str | int | float | None) else str(value)
+    return ["str", text] if isinstance(text, str) and text in _NON_FINITE else text
 
 
-def from_json(record: dict[str, Any]) -> dict[str, Any]:
-    """Undo what ``as_json`` does to a dict of numbers."""
-    return {
-        key: _NON_FINITE.get(value, value) if isinstance(value, str) else value
-        for key, value in record.items()
-    }
+def from_json(value: Any) -> Any:
+    """Return the record that ``as_json`` was given. Release 0.1.0 wrote "nan" for NaN.
+
+    >>> from_json(as_json({"loss": math.inf, "names": ["float", "nan"]}))
+    {'loss': inf, 'names': ['float', 'nan']}
+    """
+    if isinstance(value, dict):
+        return {key: from_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        tag, *items = value or [None]
+        if tag in ("float", "str") and len(items) == 1 and isinstance(items[0], str):
+            return _NON_FINITE.get(items[0], items[0]) if tag == "float" else items[0]
+        return [from_json(item) for item in (items if tag == "list" else value)]
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON, without what Python's parser takes beyond it: NaN and the infinities.
+
+    Raises:
+        ValueError: It is not JSON.
+    """
+    return json.loads(data, parse_constant=_refuse)
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} in JSON")

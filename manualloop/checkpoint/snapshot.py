@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from manualloop.checkpoint.folders import refuse_constant
-from manualloop.checkpoint.nested import put_together, take_apart
+from manualloop.checkpoint.nested import parse_json, put_together, take_apart
 from manualloop.checkpoint.parts import (
     BASE,
     PREFIX,
@@ -180,7 +179,7 @@ def read_snapshot(
         raise CheckpointError(f"{folder.name} has no {_STATE}.")
     tensors = {stem: load_tensors(folder, stem, files) for stem in _STEMS}
     try:
-        saved = json.loads((folder / _STATE).read_bytes(), parse_constant=refuse_constant)
+        saved = parse_json((folder / _STATE).read_bytes())
         aliases = saved.pop("aliases")
         if (names := saved.pop("shards", ())) or is_sharded(state.model):
             for name, tensor in _read_shards(folder, names, state, strategy).items():

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from manualloop.checkpoint.contract import contract_differences
-from manualloop.checkpoint.folders import find_folders
+from manualloop.checkpoint.manifest import find_folders
 from manualloop.errors import CheckpointError
-from manualloop.run.history_file import read_ledger
+from manualloop.run.history_file import read_history
 from manualloop.types import Record
 
 
@@ -87,7 +87,7 @@ def compare_runs(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> RunCom
     records, contracts = [], []
     for directory in map(Path, (a, b)):
         manifests = [entry.manifest for entry in find_folders(directory) if entry.manifest]
-        records.append(read_ledger(directory))
+        records.append(read_history(directory))
         contracts.append((manifests[0]["contract"] if manifests else None) or {})
         if not records[-1] and not manifests:
             raise CheckpointError(f"{directory} holds no run: no history.jsonl, no checkpoint.")

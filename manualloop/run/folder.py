@@ -11,19 +11,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from manualloop.checkpoint.api import (
-    explain_disk,
-    find_last,
-    free_bytes,
-    load_found,
-    write_checkpoint,
-)
-from manualloop.checkpoint.folders import Found, find_folders, sweep
+from manualloop.checkpoint.api import load_found, write_checkpoint
+from manualloop.checkpoint.find import find_last
+from manualloop.checkpoint.folders import explain_disk, free_bytes, sweep
 from manualloop.checkpoint.lock import hold_lock
+from manualloop.checkpoint.manifest import Found, find_folders
 from manualloop.checkpoint.parts import saved_part
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.notices import logger, say
-from manualloop.run.history_file import LEDGER, Ledger, read_ledger
+from manualloop.run.history_file import HISTORY, HistoryFile, read_history
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, on_main
 from manualloop.types import Record
@@ -53,7 +49,7 @@ class RunFolder:
     ) -> None:
         self._directory, self._state, self._strategy = directory, state, strategy
         self._resume, self._keep, self._best_metric = resume, keep, best_metric
-        self._ledger: Ledger | None = None
+        self._history: HistoryFile | None = None
 
     def resume(self) -> tuple[dict[str, Any], list[Record]]:
         """Load the newest checkpoint that is whole, if there is one and it is asked for.
@@ -65,11 +61,11 @@ class RunFolder:
         notes: dict[str, Any] = {}
         if found is not None:
             notes = load_found(found, self._state, self._strategy).run
-        return notes, on_main(self._strategy, lambda: self._open_ledger(found, notes))
+        return notes, on_main(self._strategy, lambda: self._open_history(found, notes))
 
     def _find(self) -> Found | None:
         directory = self._directory
-        if self._resume is False and (find_folders(directory) or (directory / LEDGER).exists()):
+        if self._resume is False and (find_folders(directory) or (directory / HISTORY).exists()):
             raise CheckpointError(
                 f"{directory} holds a run, and resume=False begins a new one. Give it another "
                 'checkpoint_dir, remove this one, or go on with it: resume="auto".'
@@ -82,7 +78,7 @@ class RunFolder:
             )
         return found
 
-    def _open_ledger(self, found: Found | None, notes: dict[str, Any]) -> list[Record]:
+    def _open_history(self, found: Found | None, notes: dict[str, Any]) -> list[Record]:
         """Return the records of the run up to a checkpoint, and write behind them from now on."""
         directory = self._directory
         records: list[Record] = []
@@ -90,14 +86,14 @@ class RunFolder:
             self._set_aside_damaged(found.path)
             say(f"going on from {found.path}.")
             num_records = notes.get("num_records", 0)
-            records = read_ledger(directory)[:num_records]
+            records = read_history(directory)[:num_records]
             if len(records) < num_records:
                 logger.warning(
-                    f"{directory / LEDGER} has {len(records)} of the {num_records} records that "
+                    f"{directory / HISTORY} has {len(records)} of the {num_records} records that "
                     "the checkpoint knows of: the history begins with those."
                 )
         with explain_disk(directory):
-            self._ledger = Ledger(directory, self._state.progress.num_steps, len(records))
+            self._history = HistoryFile(directory, self._state.progress.num_steps, len(records))
         return records
 
     def save(self, notes: dict[str, Any], records: list[Record], metrics: dict[str, Any]) -> None:
@@ -120,17 +116,17 @@ class RunFolder:
         )
 
     def write_records(self, records: list[Record]) -> None:
-        """Append what is new to the ledger."""
-        if self._ledger is not None:
+        """Append new records to the history file."""
+        if self._history is not None:
             with explain_disk(self._directory):
-                self._ledger.write(records)
+                self._history.write(records)
 
     def write_times(self) -> None:
         """Append where the time of this process went."""
         times = self._state.times
-        if self._ledger is not None and times.total:
+        if self._history is not None and times.total:
             with explain_disk(self._directory):
-                self._ledger.write_times(times.as_dict())
+                self._history.write_times(times.as_dict())
 
     def check_space(self) -> None:
         """Refuse a run whose first checkpoint has no room; warn if the later ones have none."""

@@ -1,8 +1,8 @@
 """``history.jsonl``: the records of a run over all its processes, one a line, only ever appended.
 
-A process begins with a line that says from which step it goes on, and how many records its
-checkpoint knew of. What others had written beyond those was lost with them, so readers leave it
-out: the later run wins. It ends with a line that says where its time went, if it can.
+Each process that resumes first writes a line with its first step and the number of records that its
+checkpoint knew of. Records that an earlier process wrote beyond those belong to updates that were
+lost with it, so readers leave them out. The last line of a process tells where its time went.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from manualloop.checkpoint.nested import as_json, from_json
+from manualloop.checkpoint.nested import as_json, from_json, parse_json
 
-LEDGER = "history.jsonl"
+HISTORY = "history.jsonl"
 _FROM, _KNOWN = "from_step", "num_records"
 
 
-class Ledger:
-    """Appends to the ledger of a folder.
+class HistoryFile:
+    """Appends to the history file of a run.
 
     Args:
-        directory: Of the checkpoints.
-        from_step: At which this process begins.
-        num_records: Of the run until then.
+        directory: Folder of the run's checkpoints.
+        from_step: Step at which this process begins.
+        num_records: Number of records of the run until then.
     """
 
     def __init__(self, directory: Path, from_step: int, num_records: int) -> None:
-        self._path = directory / LEDGER
+        self._path = directory / HISTORY
         self._num_written = num_records
         if self._path.exists():
             self._append([{_FROM: from_step, _KNOWN: num_records}])
@@ -42,7 +42,7 @@ class Ledger:
         self._num_written = len(records)
 
     def write_times(self, times: dict[str, float]) -> None:
-        """Append where the time of a process went; it is no record of the run."""
+        """Append where the time of this process went, which is not a record of the run."""
         self._append([{"times": times}])
 
     def _append(self, records: Iterable[dict[str, Any]]) -> None:
@@ -51,23 +51,23 @@ class Ledger:
         with open(descriptor, "r+b", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                text = "\n" + text  # behind the half line of a process that was killed
+                text = "\n" + text  # after the half line of a process that was killed
             file.write(text.encode())
             os.fsync(descriptor)
 
 
-def read_ledger(directory: Path) -> list[dict[str, Any]]:
-    """Return the records of a folder's run, oldest first; none if there is no ledger."""
+def read_history(directory: Path) -> list[dict[str, Any]]:
+    """Return the records of a run, oldest first; none if its folder has no history file."""
     records: list[dict[str, Any]] = []
     try:
-        lines = (directory / LEDGER).read_bytes().splitlines()
+        lines = (directory / HISTORY).read_bytes().splitlines()
     except FileNotFoundError:
         return []
     for line in lines:
         try:
-            record = json.loads(line, object_hook=from_json)
-        except ValueError:
-            continue  # half a line: its writer was killed, and nothing refers to it
+            record = from_json(parse_json(line))
+        except (ValueError, RecursionError):
+            continue  # half a line: its writer was killed, and no checkpoint counts it
         if isinstance(record, dict) and _FROM in record:
             del records[record[_KNOWN] :]
         elif isinstance(record, dict) and "step" in record:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,33 @@ from manualloop.strategy.transfer import LateTensor
 from manualloop.types import Plan, Record, Step
 
 _NUM_UNSTACKED = 256  # a 0-d CUDA tensor occupies 512 bytes
+
+
+@dataclass
+class Interval:
+    """Sums over the steps since the last record of training.
+
+    Attributes:
+        num_steps: Number of steps.
+        num_items: Number of items in them.
+        total: Sum of their losses, each times its items.
+    """
+
+    num_steps: int = 0
+    num_items: float = 0
+    total: float = 0.0
+
+    def add(self, losses: Sequence[float], num_items: Sequence[float]) -> None:
+        """Add steps, one after the other: the sum has the same bits however they are split."""
+        for loss, items in zip(losses, num_items, strict=True):
+            self.num_steps += 1
+            self.num_items += items
+            self.total += loss * items
+
+    @property
+    def mean(self) -> float:
+        """Mean loss of an item; NaN without items."""
+        return self.total / self.num_items if self.num_items else math.nan
 
 
 class History:
@@ -31,10 +59,10 @@ class History:
     def __init__(self) -> None:
         self.records: list[Record] = []
         self.last_loss: float | None = None
-        self._read: list[float] = []  # losses that a checkpoint brought along
-        self._losses: list[Tensor] = []
+        self._interval = Interval()  # steps since the last record whose losses were read
+        self._losses: list[Tensor] = []  # of the steps after those
         self._num_items: list[float] = []
-        self._pending: list[tuple[Record, LateTensor | None, list[float], list[float]]] = []
+        self._pending: list[tuple[Record, LateTensor | None, Interval, list[float]]] = []
 
     def add(self, step: Step) -> None:
         """Remember a step's loss, where it is."""
@@ -46,7 +74,7 @@ class History:
 
     def has_open_interval(self) -> bool:
         """Tell whether there were steps since the last record of training."""
-        return bool(self._num_items)
+        return bool(self._num_items) or self._interval.num_steps > 0
 
     def close_interval(self, step: Step, epoch: float) -> None:
         """Make a record of the steps since the last one. Its loss is filled in when it lands."""
@@ -55,11 +83,11 @@ class History:
         if step.grad_norm is not None:
             record["grad_norm"] = None
             late.append(step.grad_norm.reshape(-1))
-        record["num_items"] = sum(self._num_items)
+        record["num_items"] = None
         self.records.append(record)
         landing = LateTensor(torch.cat(late)) if late else None
-        self._pending.append((record, landing, self._read, self._num_items))
-        self._read, self._losses, self._num_items = [], [], []
+        self._pending.append((record, landing, self._interval, self._num_items))
+        self._interval, self._losses, self._num_items = Interval(), [], []
         self.collect(wait=False)
 
     def add_evaluation(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
@@ -67,28 +95,34 @@ class History:
         values = {f"eval_{name}": value for name, value in metrics.items()}
         self.records.append({"step": step, "epoch": epoch, **values})
 
-    def open_interval(self) -> dict[str, list[float]]:
-        """Return the losses and items since the last record of training, waiting for them."""
+    def open_interval(self) -> dict[str, Any]:
+        """Return the sums over the steps since the last record, waiting for their losses."""
         losses = [value for loss in self._losses for value in loss.reshape(-1).tolist()]
-        return {"losses": [*self._read, *losses], "num_items": list(self._num_items)}
+        self._interval.add(losses, self._num_items)
+        self._losses, self._num_items = [], []
+        return asdict(self._interval)
 
-    def restore(self, records: list[Record], interval: Mapping[str, list[float]]) -> None:
-        """Go on from records, and from what ``open_interval`` returned."""
+    def restore(self, records: list[Record], interval: Mapping[str, Any]) -> None:
+        """Continue from records, and from what ``open_interval`` returned."""
         self.records = records
-        self._read, self._num_items = list(interval["losses"]), list(interval["num_items"])
+        if "losses" in interval:  # release 0.1.0 kept each loss
+            self._interval = Interval()
+            self._interval.add(interval["losses"], interval["num_items"])
+        else:
+            self._interval = Interval(**interval)
 
     def collect(self, *, wait: bool) -> None:
         """Fill in the losses that have landed; with ``wait`` all of them."""
         while self._pending and (
             wait or self._pending[0][1] is None or self._pending[0][1].has_landed()
         ):
-            record, late, read, num_items = self._pending.pop(0)
-            values = read + (late.read() if late else [])
+            record, late, interval, num_items = self._pending.pop(0)
+            values = late.read() if late else []
             if "grad_norm" in record:
                 record["grad_norm"] = values.pop()
-            total = sum(loss * items for loss, items in zip(values, num_items, strict=True))
-            mean = total / record["num_items"] if record["num_items"] else math.nan
-            record["loss"] = self.last_loss = mean
+            interval.add(values, num_items)
+            record["num_items"] = interval.num_items
+            record["loss"] = self.last_loss = interval.mean
 
 
 class Report:

@@ -8,12 +8,12 @@ from dataclasses import astuple
 from time import perf_counter
 from typing import Any
 
-from manualloop.checkpoint.api import best_of
 from manualloop.data.sampler import OrderedBatchSampler
 from manualloop.errors import CheckpointError
 from manualloop.notices import say
 from manualloop.randomness import remember_random_states
 from manualloop.reading.sources import has_shuffle_buffer
+from manualloop.run.evaluations import Evaluations
 from manualloop.run.folder import RunFolder
 from manualloop.run.report import Report
 from manualloop.run.stopping import EvaluationStopped, Stopping
@@ -25,7 +25,7 @@ class Run:
     """What a run knows beside its state, and saves with it.
 
     Attributes:
-        evaluations: All of them, oldest first.
+        evaluations: The last and the best.
         stopped_by: What ended the run early; None: nothing.
     """
 
@@ -40,11 +40,11 @@ class Run:
         patience: int | None,
         strategy: Strategy,
     ) -> None:
-        self.evaluations: list[dict[str, float]] = []
+        self.evaluations = Evaluations(best_metric)
         self.stopped_by: str | None = None
         self._state, self._report, self._folder = state, report, folder
         self._stopping, self._evaluate = stopping, evaluate
-        self._best_metric, self._patience = best_metric, patience
+        self._patience = patience
         self._strategy = strategy
         self._evaluated_step = 0
         self._is_pending = False  # an evaluation that was due and was not made
@@ -54,18 +54,21 @@ class Run:
     @property
     def metrics(self) -> dict[str, float]:
         """Those of the last evaluation; empty before the first."""
-        return self.evaluations[-1] if self.evaluations else {}
+        return self.evaluations.last
 
     @property
     def best_metrics(self) -> dict[str, float]:
         """Those of the best evaluation; empty if nothing tells which that is."""
-        return self.evaluations[self._best()] if self.evaluations and self._best_metric else {}
+        return self.evaluations.best if self.evaluations.best_metric is not None else {}
 
     @property
     def is_best(self) -> bool:
         """Whether the weights as they are were evaluated, and are the best so far."""
-        is_evaluated = self.evaluations and self._evaluated_step == self._state.progress.num_steps
-        return bool(is_evaluated and self._best_metric and self._num_worse() == 0)
+        evaluations = self.evaluations
+        if evaluations.best_metric is None or not evaluations.number:
+            return False
+        is_evaluated = self._evaluated_step == self._state.progress.num_steps
+        return is_evaluated and evaluations.num_since_best == 0
 
     def resume(self, loader: Iterable[Any], on_step: Callable[..., object] | None) -> None:
         """Go on from the folder's checkpoint, if there is one, and show the bar.
@@ -88,7 +91,7 @@ class Run:
             )
         notes, records = folder.resume()
         if notes:
-            self.evaluations = notes["evaluations"]
+            self.evaluations.restore(notes["evaluations"], records)
             self._evaluated_step, self._is_pending = notes["evaluated_step"], notes["is_pending"]
             self._report.restore(notes["report"], records, self._state.progress.num_steps)
             self._saved = self._fingerprint()
@@ -126,8 +129,8 @@ class Run:
             return  # the signal has reached a worker of the loader first
         metrics = self._strategy.gather(metrics)[0]  # or each rank might decide otherwise
         self._is_pending, self._evaluated_step = False, self._state.progress.num_steps
-        self.evaluations.append(metrics)
         self._report.add_evaluation(self._evaluated_step, metrics)
+        self.evaluations.add(metrics)
         if self._is_out_of_patience():
             self._report.end_interval()
 
@@ -140,7 +143,7 @@ class Run:
         if self._folder is None or self._saved == self._fingerprint():
             return
         notes = {
-            "evaluations": self.evaluations,
+            "evaluations": self.evaluations.notes(),
             "evaluated_step": self._evaluated_step,
             "is_pending": self._is_pending,
             "report": self._report.notes(),
@@ -181,14 +184,8 @@ class Run:
                 self._folder.write_records(self._report.history.records)
                 self._folder.write_times()
 
-    def _best(self) -> int:
-        return best_of(self.evaluations, self._best_metric)
-
-    def _num_worse(self) -> int:
-        return len(self.evaluations) - 1 - self._best() if self.evaluations else 0
-
     def _is_out_of_patience(self) -> bool:
-        return self._patience is not None and self._num_worse() >= self._patience
+        return self._patience is not None and self.evaluations.num_since_best >= self._patience
 
     def _fingerprint(self) -> object:
-        return astuple(self._state.progress), len(self.evaluations), self._is_pending
+        return astuple(self._state.progress), self.evaluations.number, self._is_pending

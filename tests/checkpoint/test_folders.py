@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from manualloop.checkpoint.folders import (
-    _manifest_bytes,
+from manualloop.checkpoint.folders import remove_folder, sweep, write_folder
+from manualloop.checkpoint.manifest import (
     find_folders,
     list_names,
+    manifest_bytes,
     read_manifest,
-    remove_folder,
-    sweep,
     verify_folder,
-    write_folder,
 )
 from manualloop.errors import CheckpointError
 
@@ -37,7 +35,7 @@ def forge(folder, **changes):
     """Write a manifest whose own sha256 is right."""
     path = folder / "manifest.json"
     manifest = {**json.loads(path.read_bytes()), **changes}
-    path.write_bytes(_manifest_bytes({k: v for k, v in manifest.items() if v is not LEFT_OUT}))
+    path.write_bytes(manifest_bytes({k: v for k, v in manifest.items() if v is not LEFT_OUT}))
 
 
 LEFT_OUT = object()

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from manualloop import CheckpointError, SingleDevice, TrainState, load_checkpoint, save_checkpoint
-from manualloop.checkpoint.folders import _manifest_bytes, find_folders
+from manualloop.checkpoint.manifest import find_folders, manifest_bytes
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs inotify")
 
@@ -170,7 +170,7 @@ def sign(folder, **changes):
         if isinstance(entry, dict) and file.is_file():
             data = file.read_bytes()
             entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    path.write_bytes(_manifest_bytes(manifest))
+    path.write_bytes(manifest_bytes(manifest))
 
 
 @pytest.mark.parametrize("name", [*FILES[1:], "optimizer.pt", "rng_state.pth", "scaler.pt"])
@@ -287,7 +287,7 @@ def test_f21_a_manifest_with_tricks_is_refused(changes, reason, folder):
     secret.write_text("secret")
     (checkpoint / "link").symlink_to(secret)
     path = checkpoint / "manifest.json"
-    path.write_bytes(_manifest_bytes({**json.loads(path.read_bytes()), **changes}))
+    path.write_bytes(manifest_bytes({**json.loads(path.read_bytes()), **changes}))
     check_refused_unopened(folder, checkpoint, reason, secret)
     assert load(folder)[0].step == 4
 

@@ -26,7 +26,7 @@ from manualloop import (
     save_checkpoint,
     train_loop,
 )
-from manualloop.checkpoint.folders import find_folders, read_manifest, verify_folder
+from manualloop.checkpoint.manifest import find_folders, read_manifest, verify_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 

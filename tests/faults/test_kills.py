@@ -10,8 +10,8 @@ import pytest
 from strikes import POINTS, Gate, KillAt
 
 import manualloop
-from manualloop.checkpoint.api import find_best, find_last
-from manualloop.checkpoint.folders import find_folders, verify_folder
+from manualloop.checkpoint.find import find_best, find_last
+from manualloop.checkpoint.manifest import find_folders, verify_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
@@ -101,7 +101,7 @@ def test_f03_killed_in_the_rotation_best_and_last_are_intact(point, tmp_path, ke
     expected = bench.run(tmp_path / "undisturbed", **options)
     outcome = bench.run(folder, fault=KillAt(point, 3), **options)
     assert outcome[:2] == ("killed", signal.SIGKILL)
-    last, best = find_last(folder).path, find_best(folder).path
+    last, best = find_last(folder).path, find_best(find_folders(folder)).path
     assert (last.name, best.name) == ("step-00000005", "step-00000002")
     for path in (last, best):
         for name in ("model", "optimizer", "extras", "rng"):

@@ -12,7 +12,7 @@ import pytest
 
 from manualloop import CheckpointError
 from manualloop.checkpoint.lock import LOCK, hold_lock
-from manualloop.run.history_file import LEDGER, Ledger, read_ledger
+from manualloop.run.history_file import HISTORY, HistoryFile, read_history
 
 FORK = multiprocessing.get_context("fork")
 
@@ -23,34 +23,34 @@ def record(step, **values):
 
 def test_the_later_run_wins_and_nothing_is_ever_removed(tmp_path):
     first = [record(n, loss=float(n)) for n in (1, 2, 3, 4)]
-    Ledger(tmp_path, 0, 0).write(first)
-    lines = (tmp_path / LEDGER).read_text()
+    HistoryFile(tmp_path, 0, 0).write(first)
+    lines = (tmp_path / HISTORY).read_text()
     again = [*first[:2], record(3, loss=30.0)]
-    ledger = Ledger(tmp_path, 2, 2)
+    ledger = HistoryFile(tmp_path, 2, 2)
     ledger.write(again)
     ledger.write([*again, record(4, loss=40.0)])
-    assert read_ledger(tmp_path) == [*again, record(4, loss=40.0)]
-    assert (tmp_path / LEDGER).read_text().startswith(lines)
-    Ledger(tmp_path, 0, 0)
-    assert read_ledger(tmp_path) == []
+    assert read_history(tmp_path) == [*again, record(4, loss=40.0)]
+    assert (tmp_path / HISTORY).read_text().startswith(lines)
+    HistoryFile(tmp_path, 0, 0)
+    assert read_history(tmp_path) == []
 
 
 def test_a_record_of_the_same_step_that_the_checkpoint_did_not_know_is_left_out(tmp_path):
     records = [record(2, loss=1.0), record(2, eval_f1=0.5)]
-    Ledger(tmp_path, 0, 0).write(records)
-    Ledger(tmp_path, 2, 1).write(records)
-    assert read_ledger(tmp_path) == records
+    HistoryFile(tmp_path, 0, 0).write(records)
+    HistoryFile(tmp_path, 2, 1).write(records)
+    assert read_history(tmp_path) == records
 
 
 @pytest.mark.parametrize("rest", ['{"step": 3, "lo', '{"step": 3}x', "\x00\x00\x00", "[1, 2]"])
 def test_half_a_line_is_skipped_and_the_next_process_begins_a_new_one(rest, tmp_path):
-    Ledger(tmp_path, 0, 0).write([record(1, loss=0.5), record(2, loss=0.25)])
-    with open(tmp_path / LEDGER, "a") as file:
+    HistoryFile(tmp_path, 0, 0).write([record(1, loss=0.5), record(2, loss=0.25)])
+    with open(tmp_path / HISTORY, "a") as file:
         file.write(rest)
     records = [record(1, loss=0.5), record(2, loss=0.25), record(3, loss=0.125)]
-    assert read_ledger(tmp_path) == records[:2]
-    Ledger(tmp_path, 2, 2).write(records)
-    assert read_ledger(tmp_path) == records
+    assert read_history(tmp_path) == records[:2]
+    HistoryFile(tmp_path, 2, 2).write(records)
+    assert read_history(tmp_path) == records
 
 
 def test_numbers_come_back_to_the_last_bit_and_the_lines_are_json(tmp_path):
@@ -64,10 +64,10 @@ def test_numbers_come_back_to_the_last_bit_and_the_lines_are_json(tmp_path):
         "g": True,
         "h": {"x": [1.5]},
     }
-    Ledger(tmp_path, 0, 0).write([record(1, **values)])
-    for line in (tmp_path / LEDGER).read_text().splitlines():
+    HistoryFile(tmp_path, 0, 0).write([record(1, **values)])
+    for line in (tmp_path / HISTORY).read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
-    (found,) = read_ledger(tmp_path)
+    (found,) = read_history(tmp_path)
     assert math.isnan(found.pop("b"))
     assert found == {
         "step": 1,
@@ -82,7 +82,7 @@ def test_numbers_come_back_to_the_last_bit_and_the_lines_are_json(tmp_path):
 
 
 def test_without_a_ledger_there_are_no_records(tmp_path):
-    assert read_ledger(tmp_path) == []
+    assert read_history(tmp_path) == []
 
 
 def in_child(function, *args):

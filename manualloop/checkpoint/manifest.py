@@ -1,0 +1,202 @@
+"""The manifest of a checkpoint: what it holds, and whether all of it is still there.
+
+``manifest.json`` lists the files of a folder ``step-00000500`` with size and sha256. It is written
+last, and guards itself, too: its own sha256 is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from manualloop.checkpoint.nested import from_json, parse_json
+from manualloop.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step-([0-9]{8,})(?:-([0-9]+))?")
+"""Names of checkpoints: the step and, if there are several of it, a number."""
+
+_MAX_BYTES = 100_000_000
+_MAX_DIRECTORIES = 8
+
+# A save decides by the manifests of all checkpoints. One that was read is not read again as long as
+# its file is the same: changed, replaced or moved, it has another identity.
+_Identity = tuple[int, ...]
+_known: dict[str, dict[_Identity, dict[str, Any]]] = {}
+
+
+class Found(NamedTuple):
+    """A folder in a directory of checkpoints.
+
+    Attributes:
+        path: The folder.
+        manifest: The manifest's content; None if the checkpoint cannot be used.
+        problem: Why it cannot be used.
+    """
+
+    path: Path
+    manifest: dict[str, Any] | None
+    problem: str = ""
+
+
+def find_folders(directory: Path) -> list[Found]:
+    """List the checkpoints, newest first: by the step in the manifest, and no clock."""
+    key = os.path.abspath(directory)
+    known, seen = _known.pop(key, {}), {}
+    found = []
+    with suppress(FileNotFoundError):
+        for name in map(NAME.fullmatch, os.listdir(directory)):
+            if name is None or not (path := directory / name[0]).is_dir():
+                continue
+            number = int(name[2] or 0)
+            try:
+                identity = _identity(os.lstat(path / MANIFEST))
+                manifest = known.get(identity)
+                if manifest is None:
+                    identity, manifest = _read(path)
+                seen[identity] = manifest
+                found.append((int(manifest["step"]), number, Found(path, manifest)))
+            except (CheckpointError, OSError) as error:
+                found.append((int(name[1]), number, Found(path, None, _problem(error))))
+    _known[key] = seen
+    while len(_known) > _MAX_DIRECTORIES:
+        del _known[next(iter(_known))]
+    return [entry for _, _, entry in sorted(found, key=lambda f: f[:2], reverse=True)]
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    place = status.st_dev, status.st_ino, status.st_mode
+    return *place, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _problem(error: OSError) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return f"no {MANIFEST}"
+    return f"{MANIFEST} cannot be read: {error}"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the content of a manifest.
+
+    Raises:
+        CheckpointError: It is missing or damaged, of a newer format, or names files elsewhere.
+    """
+    try:
+        return _read(folder)[1]
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(_problem(error)) from error
+
+
+def _read(folder: Path) -> tuple[_Identity, dict[str, Any]]:
+    # Opening a pipe would wait for its writer.
+    more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+    def open_(path: str, flags: int) -> int:
+        return os.open(path, flags | more)
+
+    with open(folder / MANIFEST, "rb", opener=open_) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        data = file.read(_MAX_BYTES)
+    try:
+        manifest = parse_json(data)
+        is_whole = isinstance(manifest, dict) and manifest_bytes(manifest) == data
+        metrics = from_json(manifest["metrics"]) if is_whole and "metrics" in manifest else None
+    except (ValueError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise CheckpointError(f"{MANIFEST} is damaged")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"format {manifest.get('format')!r} is not {FORMAT}: another version of manualloop "
+            "wrote it"
+        )
+    if not _has_our_types(manifest):
+        raise CheckpointError(f"{MANIFEST} is not one of ours")
+    for name in manifest["files"]:
+        if not _is_name(name):
+            raise CheckpointError(f"the manifest names {name!r}, which is not a file of the folder")
+    return _identity(status), manifest | {"metrics": metrics}
+
+
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """Return the file of a manifest, with the sha256 of the rest of it at its end."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(content, indent=1, allow_nan=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return (json.dumps({**content, "sha256": digest}, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _is_name(name: str) -> bool:
+    is_base = name == os.path.basename(name) and "\\" not in name
+    return is_base and name.isprintable() and name not in ("", ".", "..", MANIFEST)
+
+
+def _has_our_types(manifest: dict[str, Any]) -> bool:
+    step, files = manifest.get("step"), manifest.get("files")
+    return (
+        type(step) is int
+        and step >= 0
+        and isinstance(manifest.get("metrics"), dict)
+        and {"best_metric", "contract"} <= set(manifest)
+        and isinstance(manifest["best_metric"], str | None)
+        and isinstance(manifest["contract"], dict | None)
+        and isinstance(files, dict)
+        and all(isinstance(f, dict) and {"size", "sha256"} <= set(f) for f in files.values())
+    )
+
+
+def verify_folder(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare every file with size and sha256 in the manifest.
+
+    Raises:
+        CheckpointError: A file is missing, or not the one that was written.
+    """
+    for name, expected in manifest["files"].items():
+        try:
+            _verify_file(folder / name, expected)
+        except CheckpointError:
+            raise
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{name} is missing") from error
+        except OSError as error:  # a bad sector, say: an older checkpoint may be whole
+            raise CheckpointError(f"{name} cannot be read: {error}") from error
+
+
+def _verify_file(path: Path, expected: dict[str, Any]) -> None:
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a link" if stat.S_ISLNK(found.st_mode) else "not a regular file"
+        raise CheckpointError(f"{path.name} is {kind}")
+    if found.st_size != expected["size"]:
+        raise CheckpointError(f"{path.name} has {found.st_size} bytes, not {expected['size']}")
+    if sha256(path) != expected["sha256"]:
+        raise CheckpointError(f"{path.name} is damaged: its sha256 is another")
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def list_names(entries: Iterable[Found]) -> Iterator[str]:
+    """Name folders with what is wrong with each: "step-00000007 (no manifest.json)"."""
+    for entry in entries:
+        yield f"{entry.path.name} ({entry.problem or 'whole'})"
