@@ -84,7 +84,7 @@ class RunFolder:
         records: list[Record] = []
         if found is not None:
             self._set_aside_damaged(found.path)
-            say(f"going on from {found.path}.")
+            say(f"resuming from {found.path}.")
             num_records = notes.get("num_records", 0)
             records = read_history(directory)[:num_records]
             if len(records) < num_records:

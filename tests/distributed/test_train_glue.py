@@ -75,7 +75,7 @@ def test_killed_in_the_midst_and_started_again(launcher, shared, tmp_path):
     kill(start(launcher, folder, shared), folder)
     assert not (folder / "step-00000051").exists()
     output = finish(start(launcher, folder, shared))
-    assert "manualloop: going on from" in output
+    assert "manualloop: resuming from" in output
     results = [
         [line for line in text.splitlines() if line.startswith(("TrainResult", "last", "best"))]
         for text in (expected, output)

@@ -80,7 +80,7 @@ def test_f07_a_truncated_file_is_skipped_with_a_warning(name, part, folder, fini
     finish(folder)
     text = bench.messages(folder)
     assert re.search(rf"skipped step-00000005 \(.*{re.escape(name)}", text)
-    assert "going on from step-00000004" in text
+    assert "resuming from step-00000004" in text
     assert any(path.name.startswith("damaged-step-00000005-") for path in folder.iterdir())
 
 

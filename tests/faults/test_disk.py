@@ -404,7 +404,7 @@ def test_f25_a_run_goes_on_whatever_the_clock_says_and_foreign_folders_stay(
         for file in (*path.iterdir(), path):
             os.utime(file, (past, past))
     outcome = bench.run(folder, log)
-    assert f"going on from {folder / 'step-00000005'}" in bench.messages(folder)
+    assert f"resuming from {folder / 'step-00000005'}" in bench.messages(folder)
     assert outcome == ("finished", "num_epochs", undisturbed[0])
     assert bench.merged(log) == undisturbed[1]
     here = {path.name for path in folder.iterdir()}
