@@ -17,11 +17,16 @@ ROOT = Path(__file__).parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def install(session: nox.Session, *packages: str, group: str | None = None) -> None:
+def install(
+    session: nox.Session,
+    *packages: str,
+    group: str | None = None,
+    constraints: str = "constraints.txt",
+) -> None:
     """Install packages, and a dependency group of pyproject.toml, at the pinned versions."""
     pyproject = nox.project.load_toml(ROOT / "pyproject.toml")
     group_packages = nox.project.dependency_groups(pyproject, group) if group else ()
-    session.install("--constraint", str(ROOT / "constraints.txt"), *packages, *group_packages)
+    session.install("--constraint", str(ROOT / constraints), *packages, *group_packages)
 
 
 @nox.session
@@ -43,6 +48,28 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests and the doctests."""
     install(session, "-e", ".[metrics,plot]", group="test")
+    session.run("pytest", *session.posargs, env=OFFLINE)
+
+
+@nox.session(name="tests-oldest")
+def tests_oldest(session: nox.Session) -> None:
+    """Run the same with the oldest versions that are supported: the lower bounds of pyproject.toml.
+
+    What these versions cannot do is skipped, with a reason that names the version. On Linux pip
+    installs torch with its CUDA libraries: about 5 GB.
+    """
+    install(session, "-e", ".[metrics,plot]", group="test", constraints="constraints-oldest.txt")
+    session.run("pytest", *session.posargs, env=OFFLINE)
+
+
+@nox.session(name="tests-newest")
+def tests_newest(session: nox.Session) -> None:
+    """Run the same with the newest versions that are known to work.
+
+    To find out whether newer ones do: raise a pin in constraints-newest.txt, and run this. On Linux
+    pip installs torch with its CUDA libraries: about 6 GB.
+    """
+    install(session, "-e", ".[metrics,plot]", group="test", constraints="constraints-newest.txt")
     session.run("pytest", *session.posargs, env=OFFLINE)
 
 
@@ -98,7 +125,7 @@ def wheel(session: nox.Session) -> None:
     for name in ("tests", "docs", "examples"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tmp / name)
-    for name in ("README.md", "pyproject.toml"):
+    for name in ("README.md", "pyproject.toml", "constraints-oldest.txt"):
         shutil.copy(ROOT / name, tmp)
     session.chdir(tmp)
     session.run("pytest", "tests", "--pyargs", "manualloop", *session.posargs, env=OFFLINE)

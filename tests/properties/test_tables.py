@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 from helpers import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,22 +63,22 @@ def test_a_table_is_padded_as_its_rows_are(tokenizer, data):
     lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=12))
     ints = st.integers(0, 99)
     rows = [{"input_ids": data.draw(st.lists(ints, min_size=n, max_size=n))} for n in lengths]
-    dtypes = {"input_ids": List(Value(data.draw(st.sampled_from(["int32", "int64"]))))}
+    dtypes = {"input_ids": Sequence(Value(data.draw(st.sampled_from(["int32", "int64"]))))}
     extras = ["token_type_ids", "special_tokens_mask", *tokenizer.model_input_names[2:]]
     for name in data.draw(st.lists(st.sampled_from(extras), unique=True)):
-        dtypes[name] = List(Value("int8"))
+        dtypes[name] = Sequence(Value("int8"))
         for row, n in zip(rows, lengths, strict=True):
             row[name] = [n % 2] * n
     if data.draw(st.booleans()):
         dtypes["score"] = Value("float64")
-        dtypes["box"] = List(Value("float32"))
+        dtypes["box"] = Sequence(Value("float32"))
         for number, row in enumerate(rows):
             row.update(score=number / 7, box=[0.5, number / 3])
     if kind == "tokens":
-        dtypes["labels"] = List(Value("int64"))
+        dtypes["labels"] = Sequence(Value("int64"))
         rows = [row | {"labels": row["input_ids"]} for row in rows]
     elif kind == "longest":
-        dtypes["labels"] = List(Value("int32"))
+        dtypes["labels"] = Sequence(Value("int32"))
         rows = [row | {"labels": [7] * (1 + n % 3)} for row, n in zip(rows, lengths, strict=True)]
     else:
         dtypes["labels"] = data.draw(st.sampled_from([Value("int64"), Value("float32")]))
