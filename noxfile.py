@@ -15,6 +15,9 @@ nox.options.sessions = ["lint", "types", "tests"]
 
 ROOT = Path(__file__).parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# The tests of a file share what it has prepared, and run one after the other. `-- -n 0` runs all in
+# one process, which a debugger needs.
+PARALLEL = ("-n", "2", "--dist", "loadfile")
 
 
 def install(
@@ -48,7 +51,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests and the doctests."""
     install(session, "-e", ".[metrics,plot]", group="test")
-    session.run("pytest", *session.posargs, env=OFFLINE)
+    session.run("pytest", *PARALLEL, *session.posargs, env=OFFLINE)
 
 
 @nox.session(name="tests-oldest")
@@ -78,14 +81,14 @@ def faults(session: nox.Session) -> None:
     """Inject every fault and interrupt at every point; `tests` runs some of these cases."""
     install(session, "-e", ".[metrics,plot]", group="test")
     paths = ["tests/faults", "tests/resume/test_resume.py"]
-    session.run("pytest", "-m", "", *paths, *session.posargs, env=OFFLINE)
+    session.run("pytest", *PARALLEL, "-m", "", *paths, *session.posargs, env=OFFLINE)
 
 
 @nox.session
 def distributed(session: nox.Session) -> None:
     """Run all tests that start several processes; `tests` runs some of these cases."""
     install(session, "-e", ".[metrics,plot]", group="test")
-    session.run("pytest", "-m", "distributed", *session.posargs, env=OFFLINE)
+    session.run("pytest", *PARALLEL, "-m", "distributed", *session.posargs, env=OFFLINE)
 
 
 @nox.session
@@ -128,4 +131,6 @@ def wheel(session: nox.Session) -> None:
     for name in ("README.md", "pyproject.toml", "constraints-oldest.txt"):
         shutil.copy(ROOT / name, tmp)
     session.chdir(tmp)
-    session.run("pytest", "tests", "--pyargs", "manualloop", *session.posargs, env=OFFLINE)
+    session.run(
+        "pytest", *PARALLEL, "tests", "--pyargs", "manualloop", *session.posargs, env=OFFLINE
+    )

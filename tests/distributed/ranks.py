@@ -1,8 +1,10 @@
 """Starts a script in several processes, as a launcher does but without one."""
 
+import itertools
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from processes import Script
@@ -11,10 +13,17 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
+# Below the ports that the system gives to connections; elsewhere for every process of pytest-xdist.
+_ports = itertools.cycle(range(10_000, 30_000))
+next(itertools.islice(_ports, os.getpid() * 97 % 20_000, None))
+
+
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    for port in _ports:
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("all ports are taken")
 
 
 def environment(**more):

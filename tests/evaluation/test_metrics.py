@@ -7,7 +7,6 @@ import pickle
 import re
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -322,15 +321,21 @@ def test_empty_batches_are_no_error_beside_others() -> None:
     assert metric.compute() == {"accuracy": 1.0}
 
 
-def test_add_batch_is_quick() -> None:
+def test_add_batch_makes_few_calls() -> None:
     metric, rows = load_metric("glue/mrpc"), np.ones(8, np.int64)
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
+    num_calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal num_calls
+        num_calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
         for _ in range(1000):
             metric.add_batch(predictions=rows, references=rows)
-        best = min(best, (time.perf_counter() - start) / 1000)
-    assert best < 100e-6  # 5 us measured; np.unique for every batch would be beyond it
+    finally:
+        sys.setprofile(None)
+    assert num_calls < 50 * 1000  # 38 a batch, which take 5 us; np.unique alone makes 17
 
 
 # Refused rows -------------------------------------------------------------------------------------

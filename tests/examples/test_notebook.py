@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOK = EXAMPLES / "notebooks/full_training.ipynb"
-TIMEOUT = 600  # seconds, for the whole notebook
+TIMEOUT = 3600  # seconds, for the whole notebook
 
 
 def run_notebook(tmp_path, **environment):

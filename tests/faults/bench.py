@@ -146,7 +146,7 @@ def run(folder, log=None, fault=None, **changes):
         outcome = receiver.recv()
     except EOFError:
         outcome = None
-    process.join(60)
+    process.join(600)
     assert not process.is_alive(), "the process hangs"
     if outcome is None:
         return ("killed", -process.exitcode, "")

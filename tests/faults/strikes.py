@@ -183,7 +183,7 @@ class Gate:
         def rename(source, target):
             nonlocal seen
             seen += 1
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 600
             while seen == self.number and not os.path.exists(self.path):
                 if time.monotonic() > deadline:
                     os._exit(1)  # the test has failed, and nobody waits any more

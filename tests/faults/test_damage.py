@@ -237,7 +237,7 @@ def check_refused_unopened(folder, checkpoint, reason, secret):
         assert not was_opened(), "the file outside was opened"
         secret.read_bytes()
         assert was_opened(), "the watch works"
-    process.join(60)
+    process.join(600)
     assert re.search(reason, text), text
     assert str(checkpoint / "manifest.json") in opened, "the audit works"
     assert [name for name in opened if not name.startswith(f"{folder}{os.sep}")] == []

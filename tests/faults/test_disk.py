@@ -148,7 +148,7 @@ def test_f05_a_disk_that_is_really_full_is_explained(size, tmp_path, undisturbed
     assert set(names) - {"history.jsonl"} == set(whole)
     assert receiver.recv() == ("finished", "num_epochs", undisturbed[0])
     assert receiver.recv() == []
-    process.join(60)
+    process.join(600)
     assert bench.merged(log) == undisturbed[1]
 
 

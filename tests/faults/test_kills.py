@@ -80,7 +80,7 @@ def kill_at_random(folder, log, draws):
         time.sleep(0.001)
     time.sleep(draws.uniform(0, 0.03))
     os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
+    process.join(600)
     return -process.exitcode
 
 
