@@ -6,16 +6,14 @@ When a later batch fails inside the model, ``explain`` looks at that batch in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
 
 from manualloop.data.labels import BY_TOKEN, check_class_ids, warn_of_classes_as_values
-from manualloop.data.sampler import OrderedBatchSampler
 from manualloop.errors import DataError, ManualLoopError, ModelError
 from manualloop.mistakes import (
     filter_missing,
@@ -40,6 +38,7 @@ from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.tasks.items import IGNORE_INDEX
 from manualloop.tasks.task import Task, infer_task, resolve_task
+from manualloop.types import Place
 
 
 def require_loader(loader: Any) -> None:
@@ -102,7 +101,7 @@ def _check_precision(
 def check_batches(
     model: nn.Module,
     batches: Sequence[Any],
-    loader: Iterable[Any],
+    place_of: Callable[[int], Place],
     starts: Sequence[int],
     *,
     needs_labels: bool = True,
@@ -113,7 +112,7 @@ def check_batches(
     Args:
         model: Whose forward pass takes the batches.
         batches: Micro-batches that follow each other.
-        loader: They came from.
+        place_of: Function that names the batch behind so many rows of the epoch.
         starts: Rows of the epoch before each.
         needs_labels: False where the model only predicts.
         needs_items: False lets batches pass whose labels are all ignored.
@@ -122,10 +121,10 @@ def check_batches(
         DataError: Text, missing or impossible labels, tokens the model does not know, ...
         ModelError: The model has no head, or does not take these columns.
     """
-    first = place_of(loader, starts[0])
+    first = place_of(starts[0])
     num_items, task = 0, None
     for batch, start in zip(batches, starts, strict=True):
-        place = place_of(loader, start)
+        place = place_of(start)
         _check_columns(model, batch, needs_labels)
         if isinstance(ids := batch.get("input_ids"), Tensor):
             _check_tokens(model, ids.cpu().numpy(), place)
@@ -158,7 +157,7 @@ def explain(
     error: Exception,
     model: nn.Module,
     batches: Sequence[Any],
-    loader: Iterable[Any],
+    place_of: Callable[[int], Place],
     starts: Sequence[int],
     *,
     needs_labels: bool = True,
@@ -166,33 +165,11 @@ def explain(
     """Raise, from an error out of the model, the mistake in the data that explains it, if any."""
     try:
         # Batches whose labels are all ignored are legal later on: they explain no error.
-        check_batches(model, batches, loader, starts, needs_labels=needs_labels, needs_items=False)
+        check_batches(
+            model, batches, place_of, starts, needs_labels=needs_labels, needs_items=False
+        )
     except ManualLoopError as mistake:
         raise mistake from error
-
-
-class Place(NamedTuple):
-    """Where a batch and its rows come from, in words."""
-
-    batch: str
-    row: Callable[[int], str]
-
-
-def place_of(loader: Iterable[Any], num_samples: int, epoch: int | None = None) -> Place:
-    """Name the batch that begins after so many rows of an epoch; None: of the current one."""
-    sampler = getattr(loader, "batch_sampler", None)
-    if isinstance(sampler, OrderedBatchSampler):
-        batch = f"{sampler.split} batch {sampler.batch_at(num_samples, epoch)}"
-        return Place(
-            batch, lambda row: f"{batch} (row id {sampler.rows(epoch)[num_samples + row]})"
-        )
-    size = getattr(sampler, "batch_size", None)
-    if not isinstance(size, int):
-        return Place("a batch", lambda row: f"row {row} of a batch")
-    batch = f"batch {num_samples // size}"
-    if isinstance(getattr(loader, "sampler", None), SequentialSampler):
-        return Place(batch, lambda row: f"{batch} (row id {num_samples + row})")
-    return Place(batch, lambda row: f"row {row} of {batch}")
 
 
 def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manualloop.checks import place_of
 from manualloop.errors import NonFiniteError
 from manualloop.models import evaluation_mode, is_sharded, unwrap_model
 from manualloop.notices import say
 from manualloop.reading.ranks import is_spare
+from manualloop.reading.sources import Source
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.transfer import LateTensor
@@ -37,7 +37,7 @@ class Watch:
 
     Args:
         state: Of the run.
-        loader: That gives its batches.
+        source: The loader that gives its batches.
         loss_fn: As in ``train_steps``.
         strategy: That runs the model.
         on_nonfinite: As in ``train_steps``.
@@ -46,12 +46,12 @@ class Watch:
     def __init__(
         self,
         state: TrainState,
-        loader: Iterable[Any],
+        source: Source,
         loss_fn: LossFn | None,
         strategy: Strategy,
         on_nonfinite: OnNonfinite,
     ) -> None:
-        self._explain = partial(_explain, loader=loader, loss_fn=loss_fn, strategy=strategy)
+        self._explain = partial(_explain, source=source, loss_fn=loss_fn, strategy=strategy)
         self._state, self._must_agree = state, strategy.world_size > 1
         self._raises = on_nonfinite == "raise"
         self._has_spoken = False
@@ -102,7 +102,7 @@ def _explain(
     model: nn.Module,
     window: Window,
     *,
-    loader: Iterable[Any],
+    source: Source,
     step: int,
     epoch: int,
     update: Update,
@@ -114,7 +114,7 @@ def _explain(
     Args:
         model: With the weights from before the update.
         window: That gave the loss.
-        loader: It came from.
+        source: The loader it came from.
         step: The update that was not made, counted from 1.
         epoch: Counted from 0.
         update: That was not finite.
@@ -124,11 +124,11 @@ def _explain(
     Returns:
         The error to raise, which names step, epoch, batch and rows.
     """
-    first = place_of(loader, window.starts[0], epoch).batch
+    first = source.place(window.starts[0], epoch).batch
     wrong = [name for name, p in model.named_parameters() if not _is_finite(p)]
     own: list[str] = []
     for batch, start in zip(window.batches, window.starts, strict=True) if not wrong else ():
-        place = place_of(loader, start, epoch)
+        place = source.place(start, epoch)
         own += [place.row(number) for number in _bad_rows(model, batch, loss_fn, strategy)]
     rows = [
         f"{row} on rank {rank}" if strategy.world_size > 1 else row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -31,6 +31,14 @@ class Progress:
     num_samples: int = 0
 
 
+class Reader(Protocol):
+    """What a state needs of the reader of its batches."""
+
+    def position(self) -> Any:
+        """Return the position behind the last batch that an update has used, as plain data."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class TrainState:
     """What a run changes as it goes; the loop itself holds nothing.
@@ -51,8 +59,9 @@ class TrainState:
         has_failed: 0-d flag on the device: whether an update was not finite, and those since then
             left out; None where the host knows at once.
         is_training: Whether a ``train_steps`` is open on it.
-        feed: Gives the batches, and knows the place in them; None before the first ``train_steps``.
-        position: The place that was loaded, for the next one.
+        reader: Reads the batches, and knows its position in them; None before the first
+            ``train_steps``.
+        position: The position that was loaded, for the next reader.
         holders: Objects beside the state's own that may hold random generators, by name: the loss
             function, and others that a run knows. Their generators are saved, not they.
         generators: States of generators in the checkpoint that was loaded, by path, until their
@@ -78,7 +87,7 @@ class TrainState:
     max_batch_rows: int | None = field(default=None, init=False, repr=False)
     has_failed: Tensor | None = field(default=None, init=False, repr=False)
     is_training: bool = field(default=False, init=False, repr=False)
-    feed: Any = field(default=None, init=False, repr=False)
+    reader: Reader | None = field(default=None, init=False, repr=False)
     position: dict[str, Any] | None = field(default=None, init=False, repr=False)
     holders: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     generators: dict[str, Any] | None = field(default=None, init=False, repr=False)
@@ -121,7 +130,7 @@ class TrainState:
         for name, part in parts.items():
             part.load_state_dict(state_dict[name])
         self.progress = Progress(**state_dict["progress"])
-        self.position, self.feed = state_dict.get("position"), None
+        self.position, self.reader = state_dict.get("position"), None
         self.max_batch_rows = state_dict.get("max_batch_rows")
         self.has_failed = None
         restore_generators(state_dict.get("generators", {}), extras=self._own_generators())
@@ -138,9 +147,9 @@ class TrainState:
                 "loop, or close() it, then load."
             )
 
-    def place(self) -> dict[str, Any] | None:
-        """Return the place in the data; None: at its start."""
-        return self.position if self.feed is None else self.feed.state_dict()
+    def place(self) -> Any:
+        """Return the position in the data as plain data; None: at its start."""
+        return self.position if self.reader is None else self.reader.position()
 
     def parts(self) -> dict[str, Any]:
         """Return what has a ``state_dict`` of its own, by name."""

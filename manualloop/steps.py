@@ -13,15 +13,15 @@ from torch import Tensor
 
 from manualloop.checkpoint.contract import check_contract, describe_run
 from manualloop.checks import check_batches, check_run, explain, require_loader
-from manualloop.data.sampler import set_epoch
 from manualloop.errors import ConfigError, DataError
 from manualloop.nonfinite import Watch
 from manualloop.notices import say
 from manualloop.optim import own_schedule, require_schedule
 from manualloop.randomness import restore_generators, search
+from manualloop.reading.position import read_position
 from manualloop.reading.ranks import num_rounds
-from manualloop.reading.reader import Feed
-from manualloop.reading.sources import workers_matter
+from manualloop.reading.reader import Reader
+from manualloop.reading.sources import Source, source_of, workers_matter
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.select import strategy_for
@@ -192,9 +192,8 @@ def train_steps(
     state.lr_scheduler = own_schedule(state.lr_scheduler)
     require_schedule(state.lr_scheduler, state.optimizer)
     state.model, state.optimizer = strategy.prepare(state.model, state.optimizer)
-    _agree_on_contract(
-        state, train_dataloader, plan, strategy, max_grad_norm, gradient_accumulation_steps
-    )
+    source = source_of(train_dataloader)
+    _agree_on_contract(state, source, plan, strategy, max_grad_norm, gradient_accumulation_steps)
     _take_generators(state, train_dataloader, loss_fn=loss_fn, step_fn=step_fn)
     own_loss, is_own_step = loss_fn is not None or step_fn is not None, step_fn is not None
     step_fn = step_fn or partial(
@@ -202,26 +201,26 @@ def train_steps(
     )
     return _train_steps(
         state,
-        train_dataloader,
+        source,
         plan,
         gradient_accumulation_steps,
         partial(
             _update_from,
             step_fn=step_fn,
             strategy=strategy,
-            loader=train_dataloader,
+            source=source,
             explains=not own_loss,
             votes=is_own_step and strategy.world_size > 1,
         ),
         strategy,
-        Watch(state, train_dataloader, loss_fn, strategy, on_nonfinite),
+        Watch(state, source, loss_fn, strategy, on_nonfinite),
         preflight=preflight and not own_loss,
     )
 
 
 def _agree_on_contract(
     state: TrainState,
-    loader: Iterable[Any],
+    source: Source,
     plan: Plan,
     strategy: Strategy,
     max_grad_norm: float | None,
@@ -234,9 +233,9 @@ def _agree_on_contract(
     }
     if state.lr_scheduler is not None:
         settings["num_steps"] = plan.num_steps  # that the rate usually depends on
-    contract = describe_run(state, loader, strategy, **settings)
+    contract = describe_run(state, source.facts(), strategy, **settings)
     if state.is_resumed and state.contract is not None and _goes_on(state, plan):
-        matter = workers_matter(state.position or {})
+        matter = workers_matter(read_position(state.position, 0))
         check_contract(state.contract, contract, workers_matter=matter)
     state.contract, state.is_resumed = contract, False
 
@@ -263,7 +262,7 @@ def _take_generators(state: TrainState, loader: Iterable[Any], **holders: Any) -
 
 def _train_steps(
     state: TrainState,
-    loader: Iterable[Any],
+    source: Source,
     plan: Plan,
     window_size: int,
     update_from: Callable[[TrainState, Window], Update],
@@ -272,19 +271,17 @@ def _train_steps(
     *,
     preflight: bool,
 ) -> Generator[Step, None, None]:
-    progress, feed, num_skipped = state.progress, _enter(state, loader, strategy), 0
+    progress, reader, num_skipped = state.progress, _enter(state, source, strategy), 0
     times = state.times
     try:
         while _goes_on(state, plan):
             epoch, window, num_applied = progress.epoch, None, 0
-            set_epoch(loader, epoch)
-            start = progress.num_samples
             begin = perf_counter()
-            for window in group(feed.batches(start), window_size, start):
+            for window in group(reader.batches(epoch), window_size):
                 times.count_tokens(window.batches)
                 times.data += perf_counter() - begin
                 if preflight:
-                    check_batches(state.model, window.batches, loader, window.starts)
+                    check_batches(state.model, window.batches, source.place, window.starts)
                     preflight = False
                 if not state.model.training:
                     state.model.train()  # only then: it would thaw layers that were set to eval
@@ -294,7 +291,7 @@ def _train_steps(
                 watch.look_at(update, window)
                 num_applied += update.applied
                 num_skipped = 0 if update.applied else num_skipped + 1
-                _advance(state, window, applied=update.applied)
+                _advance(state, reader, window, applied=update.applied)
                 is_last = not _goes_on(state, plan)
                 if update.applied:
                     yield Step(
@@ -313,7 +310,8 @@ def _train_steps(
                     break
                 begin = perf_counter()
             if window is None and progress.num_samples:
-                _end_epoch(state)  # in larger batches than before, nothing is left of it
+                reader.settle(ends_epoch=True)  # in larger batches than before, nothing is left
+                _end_epoch(state)
             elif window is None:
                 raise DataError(
                     f"The training loader gave no batch in epoch {epoch}. A generator can be read "
@@ -345,7 +343,7 @@ def _update_from(
     *,
     step_fn: StepFn,
     strategy: Strategy,
-    loader: Iterable[Any],
+    source: Source,
     explains: bool,
     votes: bool,
 ) -> Update:
@@ -358,21 +356,22 @@ def _update_from(
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         strategy.explain(error)
         if explains:
-            explain(error, state.model, window.batches, loader, window.starts)
+            explain(error, state.model, window.batches, source.place, window.starts)
         raise
     state.times.update += perf_counter() - begin
     return update
 
 
-def _enter(state: TrainState, loader: Iterable[Any], strategy: Strategy) -> Feed:
+def _enter(state: TrainState, source: Source, strategy: Strategy) -> Reader:
     if state.is_training:
         raise ConfigError(
             "Another train_steps is still open on this state. Leave its loop, or close() it."
         )
-    feed = Feed(loader, state.place(), strategy)
-    state.feed, state.position = feed, None
+    position = read_position(state.place(), state.progress.num_samples)
+    reader = Reader(source, position, strategy)
+    state.reader, state.position = reader, None
     state.is_training, state.has_failed, state.task = True, None, None
-    return feed
+    return reader
 
 
 # Only max_steps could go on for ever. An fp16 loss scale falls below any float in fewer.
@@ -390,13 +389,13 @@ def _goes_on(state: TrainState, plan: Plan) -> bool:
     return state.progress.epoch < plan.num_epochs
 
 
-def _advance(state: TrainState, window: Window, *, applied: bool) -> None:
+def _advance(state: TrainState, reader: Reader, window: Window, *, applied: bool) -> None:
     """Move the position past a window, before its step is seen by anyone."""
     progress = state.progress
     progress.num_samples += window.num_samples
     progress.num_steps += applied
     progress.num_skipped += not applied
-    state.feed.settle(ends_epoch=window.ends_epoch)
+    reader.settle(ends_epoch=window.ends_epoch)
     if window.ends_epoch:
         _end_epoch(state)
 

@@ -118,3 +118,27 @@ class Plan(NamedTuple):
 
 
 OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]
+
+
+class Place(NamedTuple):
+    """Where a batch and its rows come from, in words.
+
+    Attributes:
+        batch: Name of the batch, such as ``"train batch 7"``.
+        row: Function from a row's number in the batch to the row's name.
+    """
+
+    batch: str
+    row: Callable[[int], str]
+
+
+class LoaderFacts(NamedTuple):
+    """Facts about a loader that a resumed run is compared by.
+
+    Attributes:
+        same: Facts about the data, which must not change.
+        exact: Settings that may change, though the run is then not bit-exact.
+    """
+
+    same: dict[str, Any]
+    exact: dict[str, Any]

@@ -16,7 +16,8 @@ from manualloop.internals import heeds_found_inf, skip_where
 from manualloop.notices import say
 from manualloop.optim import parameters_of, zero_gradients
 from manualloop.reading.ranks import as_spare, is_spare
-from manualloop.reading.reader import Feed, Given
+from manualloop.reading.reader import Given, Reader
+from manualloop.reading.sources import source_of
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.select import strategy_in_place
@@ -51,24 +52,23 @@ def windows(loader: Iterable[Any], size: int, *, skip: int = 0) -> Iterator[Wind
     >>> [(len(window.batches), window.num_samples) for window in windows(batches, 2)]
     [(2, 4), (1, 1)]
     """
-    feed = Feed(loader)
-    for window in group(feed.batches(skip), size, skip):
+    reader = Reader(source_of(loader), {"num_samples": skip})
+    for window in group(reader.batches(), size):
         yield window
-        feed.settle()  # else it would keep every batch
+        reader.settle()  # else it would keep every batch
 
 
-def group(batches: Iterable[Given], size: int, start: int) -> Iterator[Window]:
-    """Make windows of the batches of a pass that begins after so many rows."""
+def group(batches: Iterable[Given], size: int) -> Iterator[Window]:
+    """Make windows of the batches of a pass."""
     window: list[Any] = []
     starts: list[int] = []
     num_samples = 0
     for given in batches:
         window.append(given.batch)
-        starts.append(start + num_samples + given.rows_before)
-        num_samples += given.num_rows()
+        starts.append(given.start)
+        num_samples += given.num_rows
         if given.is_last or len(window) == size:
             yield Window(window, num_samples, given.is_last, starts)
-            start += num_samples
             window, starts, num_samples = [], [], 0
 
 

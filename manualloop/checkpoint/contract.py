@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from manualloop.data.fingerprint import fingerprint
-from manualloop.data.sampler import OrderedBatchSampler
 from manualloop.errors import CheckpointError
 from manualloop.models import model_name
 from manualloop.notices import say
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
+from manualloop.types import LoaderFacts
 
 Contract = dict[str, Any]
 """Facts about a run by their names, grouped by what a difference means."""
@@ -23,13 +21,13 @@ _LIBRARIES = ("torch", "numpy", "transformers", "datasets", "accelerate", "safet
 
 
 def describe_run(
-    state: TrainState, loader: Iterable[Any], strategy: Strategy, **settings: Any
+    state: TrainState, loader: LoaderFacts, strategy: Strategy, **settings: Any
 ) -> Contract:
     """Describe a run: what goes into the manifest of its checkpoints.
 
     Args:
         state: Of the run.
-        loader: That gives its batches.
+        loader: Facts about the loader that gives its batches.
         strategy: That runs it.
         settings: Whatever else its numbers depend on.
 
@@ -37,25 +35,14 @@ def describe_run(
         Three groups. Of "same" a difference is refused; of "exact" it is said that the run is not
         bit-exact any more; of "kept" that the checkpoint's value is used.
     """
-    sampler: Any = getattr(loader, "batch_sampler", None)
-    is_ours = isinstance(sampler, OrderedBatchSampler)
     scheduler = state.lr_scheduler
-    data_settings = {
-        "max_tokens": (max_tokens := sampler.max_tokens if is_ours else None),
-        "batch_size": getattr(sampler, "batch_size", None) if max_tokens is None else None,
-        "drop_last": getattr(sampler, "drop_last", None),
-        "seed": sampler.seed if is_ours else None,
-        "shuffle": sampler.shuffle if is_ours else _sampler_name(loader),
-        "num_workers": getattr(loader, "num_workers", 0),
-    }
     return {
         "same": {
-            **fingerprint(loader),
-            **_order_of(sampler),
+            **loader.same,
             "optimizer": type(getattr(state.optimizer, "optimizer", state.optimizer)).__name__,
         },
         "exact": {
-            **data_settings,
+            **loader.exact,
             **settings,
             "model": model_name(state.model),
             "lr_scheduler": None if scheduler is None else type(scheduler).__name__,
@@ -118,21 +105,6 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _order_of(sampler: Any) -> dict[str, str]:
-    """Say how rows are put together, if not as they are drawn."""
-    if getattr(sampler, "lengths", None) is None:
-        return {}
-    return {
-        "order": "group_by_length" if sampler.max_tokens is None else "max_tokens",
-        "row_lengths": hashlib.sha256(sampler.lengths.tobytes()).hexdigest()[:16],
-    }
-
-
-def _sampler_name(loader: Any) -> str | None:
-    sampler = getattr(loader, "sampler", None)
-    return None if sampler is None else type(sampler).__name__
 
 
 def _precision(strategy: Any) -> str:

@@ -239,7 +239,7 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
     of_ranks = [saved.values, *saved.values.get("ranks", ())]
     is_known = strategy.rank < len(of_ranks)  # else there were fewer, and this one has no state
     own = of_ranks[strategy.rank if is_known else 0]
-    state.position, state.feed = own["position"], None
+    state.position, state.reader = own["position"], None
     state.max_batch_rows, state.has_failed = own["max_batch_rows"], None
     saved_generators = own.get("generators", {}) if is_known else {}
     state.holders = {}  # those of the run before: the next one may have others by these names

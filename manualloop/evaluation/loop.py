@@ -25,8 +25,9 @@ from manualloop.evaluation.scorers import Gathered, Scorer, as_metric, counts_cl
 from manualloop.models import accepts, evaluation_mode, is_sharded
 from manualloop.notices import say
 from manualloop.progress import ProgressBar
-from manualloop.reading.ranks import is_spare, undealt
-from manualloop.reading.reader import Feed
+from manualloop.reading.ranks import is_spare, unsharded
+from manualloop.reading.reader import Reader
+from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.items import IGNORE_INDEX, num_rows
@@ -91,7 +92,7 @@ def evaluate_loop(
     """
     strategy = strategy_for(model, strategy)
     model = strategy.prepare_model(model)
-    loader = eval_dataloader if strategy.world_size == 1 else undealt(eval_dataloader)
+    loader = eval_dataloader if strategy.world_size == 1 else unsharded(eval_dataloader)
     scorer = None if metric is None else as_metric(metric)
     if loss_fn is None and (postprocess is None or scorer is None or counts_classes(scorer)):
         loader, rows = longest_first_rows(loader, model, strategy)
@@ -183,7 +184,7 @@ def predict_loop(
     """
     strategy = strategy_for(model, strategy)
     model = strategy.prepare_model(model)
-    loader = dataloader if strategy.world_size == 1 else undealt(dataloader)
+    loader = dataloader if strategy.world_size == 1 else unsharded(dataloader)
     loader, index = longest_first_rows(loader, model, strategy)
     if index is None:
         index = dataset_rows(loader)
@@ -368,7 +369,9 @@ def _forward(passes: _Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             strategy.explain(error)
             start = rows_before(passes.loader, number)
-            explain(error, model, [batch], passes.loader, [start], needs_labels=False)
+            explain(
+                error, model, [batch], source_of(passes.loader).place, [start], needs_labels=False
+            )
             raise
     return inputs, outputs, find_loss(outputs)
 
@@ -397,10 +400,10 @@ def _numbered(
 
 
 def _dealt(loader: Iterable[Any], strategy: Strategy) -> Generator[Any, None, None]:
-    feed = Feed(loader, strategy=strategy)
-    for given in feed.batches():
+    reader = Reader(source_of(loader), strategy=strategy, count_rows=lambda batch: 0)
+    for given in reader.batches():
         yield given.batch
-        feed.settle()  # else it would keep every batch
+        reader.settle()  # else it would keep every batch
 
 
 def _logits(outputs: Any) -> Tensor:

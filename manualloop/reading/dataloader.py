@@ -1,27 +1,111 @@
-"""A sampler that leaves out what was used before the run was interrupted."""
+"""How a run reads a user's DataLoader: by a copy, so that the loader itself is never changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
+from manualloop.reading.position import Position
+from manualloop.reading.ranks import Shard, ShardedSampler
+from manualloop.reading.workers import CarryingCollate, WorkerStart, shut_down_at_exit
+
+
+def iterates_plainly(loader: Any) -> bool:
+    """Tell whether a loader is a DataLoader that iterates as torch's own does."""
+    return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
+
+
+def reads_by_sampler(loader: Any) -> bool:
+    """Tell whether batches can be assigned to ranks before their rows are loaded."""
+    return iterates_plainly(loader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def sampler_name(loader: Any) -> str:
+    """Return the attribute that holds the sampler by which a DataLoader reads."""
+    return "sampler" if loader.batch_sampler is None else "batch_sampler"
+
+
+class LoaderCopy:
+    """A shallow copy of a loader, for the iterators of one run.
+
+    The user's loader keeps its samplers, its ``collate_fn`` and its workers: its own iterators,
+    before, after and during the run, give what they always gave.
+
+    Args:
+        loader: The user's loader. One that iterates in a way of its own is read as it is.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+        self._copy: Any = None
+
+    @property
+    def keeps_workers(self) -> bool:
+        """Whether workers are kept from one pass to the next, and there are some."""
+        kept = self._copy is not None and self._copy.persistent_workers
+        return bool(kept and self._copy._iterator is not None)
+
+    def release_workers(self) -> None:
+        """End the workers that are kept."""
+        self._copy = None
+
+    def iterate(
+        self, position: Position, shard: Shard, changes: Mapping[str, Any] | None = None
+    ) -> Iterator[Any]:
+        """Begin a pass in which workers send their states along with the batches.
+
+        Args:
+            position: Where the pass begins; empty: at its start, with the workers that are kept.
+            shard: This rank's part of the batches.
+            changes: Attributes that the copy has instead of the loader's.
+        """
+        loader = self._loader
+        if not iterates_plainly(loader):
+            return iter(loader)  # accelerate's loaders, for example, wrap another
+        changes = dict(changes or {})
+        if shard.world_size > 1 and reads_by_sampler(loader):
+            name = sampler_name(loader)
+            changes[name] = ShardedSampler(changes.get(name) or getattr(loader, name), shard)
+        full = loader.batch_size if isinstance(loader.dataset, IterableDataset) else None
+        if full is not None or loader.num_workers > 0:
+            changes["collate_fn"] = CarryingCollate(loader.collate_fn, full)
+        if loader.num_workers > 0:
+            changes["worker_init_fn"] = _worker_start(loader, position)
+        # A batch that comes when its worker is done has no place that could be resumed from.
+        changes["in_order"] = True
+        changes["_iterator"] = self._copy._iterator if self.keeps_workers and not position else None
+        self._copy = copy(loader)
+        vars(self._copy).update(changes)  # past __setattr__, which forbids to change a sampler
+        iterator: Iterator[Any] = iter(self._copy)
+        if loader.num_workers > 0:
+            shut_down_at_exit(iterator)
+        return iterator
+
+
+def _worker_start(loader: Any, position: Position) -> WorkerStart:
+    states = {int(worker): state for worker, state in position.get("workers", {}).items()}
+    last = position.get("last_worker")
+    first = 0 if last is None else (last + 1) % loader.num_workers
+    return WorkerStart(loader.worker_init_fn, loader.collate_fn, first, states)
 
 
 class ResumedSampler:
     """A sampler whose first pass leaves out what was used before.
 
     Args:
-        sampler: That the loader has.
-        num_used: Of what it gives, to leave out.
-        num_indices: Rows to leave out instead, if they came in batches of another size.
-        rewind: Called before the sampler may draw; what is drawn between that and its first
-            entry, by others, is undone. None: nothing needs it.
-        now: The random state to go on with.
+        sampler: The loader's own sampler.
+        num_used: Number of its entries to leave out.
+        num_indices: Number of rows to leave out instead, if they came in batches of another size.
+        rewind: Function called before the sampler may draw. What others draw between that call
+            and the first entry is undone. None: nothing needs it.
+        after: Function called when the order has been drawn, to put back what the rows draw from.
+        now: The random state to continue with.
     """
 
     def __init__(
@@ -30,10 +114,12 @@ class ResumedSampler:
         num_used: int,
         num_indices: int | None,
         rewind: Callable[[], None] | None,
+        after: Callable[[], None],
         now: Any,
     ) -> None:
         self._sampler, self._num_used, self._num_indices = sampler, num_used, num_indices
-        self._rewind, self._now, self._is_first = rewind, now, True
+        self._rewind, self._after, self._now = rewind, after, now
+        self._is_first = True
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -51,11 +137,11 @@ class ResumedSampler:
 
     def _skip(self, entries: Iterator[Any], drawn: Any) -> Iterator[Any]:
         self._is_first = False
-        self._rewind = None  # it holds the loader, and so this: workers would end late
+        after, self._rewind, self._after = self._after, None, _do_nothing  # they hold the loader
         if drawn is not None:
             set_random_state(drawn)
         if self._num_indices is not None:
-            entries = self._skip_indices(entries, self._num_indices)
+            entries = self._skip_indices(entries, self._num_indices, after)
         elif self._num_used:
             next(entries, None)
             drawn = get_random_state(devices=False)
@@ -67,42 +153,22 @@ class ResumedSampler:
                     "it goes. Give it a generator of its own."
                 )
             set_random_state(self._now)
+            after()
         yield from entries
 
-    def _skip_indices(self, entries: Iterator[Any], num_indices: int) -> Iterator[Any]:
+    def _skip_indices(
+        self, entries: Iterator[Any], num_indices: int, after: Callable[[], None]
+    ) -> Iterator[Any]:
         for entry in entries:
             skipped = min(num_indices, len(entry))
             num_indices -= skipped
             if num_indices == 0 and self._now is not None:
                 set_random_state(self._now)
                 self._now = None
+                after()
             if skipped < len(entry):
                 yield entry[skipped:]
 
 
-def reads_here(loader: Any) -> bool:
-    """Tell whether a loader of batches does nothing but fetch and collate, in this process."""
-    return type(loader) is DataLoader and loader.num_workers == 0 and not loader.pin_memory
-
-
-class Here:
-    """The batches of a loader.
-
-    Args:
-        loader: With rows that are read in this process.
-        batch_sampler: Gives the rows of each batch.
-    """
-
-    def __init__(self, loader: DataLoader[Any], batch_sampler: Any) -> None:
-        self._index_sampler, self._rows = batch_sampler, iter(batch_sampler)
-        self._dataset, self._collate = loader.dataset, loader.collate_fn
-        self._get_many: Any = getattr(loader.dataset, "__getitems__", None)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        rows = next(self._rows)
-        if self._get_many is None:
-            return self._collate([self._dataset[row] for row in rows])
-        return self._collate(self._get_many(rows))
+def _do_nothing() -> None:
+    pass

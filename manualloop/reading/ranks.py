@@ -8,11 +8,11 @@ get its last batch as a *spare*: they take part in the update, and none of its r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from manualloop.data.sampler import num_batches
 from manualloop.errors import DataError
@@ -20,7 +20,7 @@ from manualloop.notices import say
 from manualloop.tasks.items import num_rows
 
 
-class Deal(NamedTuple):
+class Shard(NamedTuple):
     """To whom batches are dealt.
 
     Attributes:
@@ -36,23 +36,23 @@ class Round(NamedTuple):
     """A batch for each rank.
 
     Attributes:
-        item: This rank's: what the loader gave.
-        items: All that this process has read for the round.
-        num_batches: In the round; the last one may have fewer than ranks.
-        rows_before: In the batches of the ranks before this one.
-        rows: In all of them; None: nobody has counted them, in a round of one batch.
+        item: What the loader gave for this rank.
+        items: Everything that this process has read for the round, in the loader's order.
+        num_batches: Number of batches in the round; the last one may have fewer than ranks.
+        rows_before: Rows in the batches of the ranks before this one.
+        rows: Rows in all of the batches; None if nobody has counted them.
         is_spare: Whether the batch is another rank's too, and counts there.
     """
 
     item: Any
-    items: list[Any]
+    items: Sequence[Any]
     num_batches: int = 1
     rows_before: int = 0
     rows: int | None = None
     is_spare: bool = False
 
 
-class DealtSampler:
+class ShardedSampler:
     """The entries of a sampler that are one rank's: the others' rows are never loaded.
 
     Args:
@@ -62,56 +62,54 @@ class DealtSampler:
     Attributes:
         rounds: Of the entries given and not asked for yet: batches, rows before, rows, spare.
 
-    >>> dealt = DealtSampler([[0, 1], [2, 3], [4]], Deal(rank=1, world_size=2))
-    >>> list(dealt), list(dealt.rounds)
+    >>> sampler = ShardedSampler([[0, 1], [2, 3], [4]], Shard(rank=1, world_size=2))
+    >>> list(sampler), list(sampler.rounds)
     ([[2, 3], [4]], [(2, 2, 4, False), (1, 0, 1, True)])
     """
 
-    def __init__(self, sampler: Any, deal: Deal) -> None:
-        self._sampler, self._deal = sampler, deal
+    def __init__(self, sampler: Any, shard: Shard) -> None:
+        self._sampler, self._shard = sampler, shard
         self.rounds: deque[tuple[int, int, int, bool]] = deque()
 
     def __len__(self) -> int:
-        return -(-len(self._sampler) // self._deal.world_size)
+        return -(-len(self._sampler) // self._shard.world_size)
 
     def __iter__(self) -> Iterator[Any]:
-        rank, world_size = self._deal
+        rank, world_size = self._shard
         entries = iter(self._sampler)
         self.rounds.clear()  # a DataLoader with workers begins twice
-        while dealt := list(islice(entries, world_size)):
-            own = min(rank, len(dealt) - 1)
-            sizes = [len(entry) if hasattr(entry, "__len__") else 1 for entry in dealt]
-            self.rounds.append((len(dealt), sum(sizes[:own]), sum(sizes), own < rank))
-            yield dealt[own]
+        while taken := list(islice(entries, world_size)):
+            own = min(rank, len(taken) - 1)
+            sizes = [len(entry) if hasattr(entry, "__len__") else 1 for entry in taken]
+            self.rounds.append((len(taken), sum(sizes[:own]), sum(sizes), own < rank))
+            yield taken[own]
 
 
-def rounds_of(items: Iterable[Any], sampler: DealtSampler | None, deal: Deal) -> Iterator[Round]:
-    """Give the rounds of a pass.
+def rounds_of(
+    items: Iterator[Any], sampler: ShardedSampler | None, shard: Shard
+) -> Iterator[Round]:
+    """Give the rounds of a pass on several ranks.
 
     Args:
-        items: What the loader gives: this rank's alone if there is a ``sampler``, else all.
-        sampler: That the loader reads by.
-        deal: To whom.
+        items: The batches that the loader gives: this rank's alone if there is a ``sampler``, else
+            those of all ranks.
+        sampler: The sampler by which the loader reads.
+        shard: This rank's part of the batches.
     """
     if sampler is not None:
         for item in items:
-            yield Round(item, [item], *sampler.rounds.popleft())
+            yield Round(item, (item,), *sampler.rounds.popleft())
         return
-    items, (rank, world_size) = iter(items), deal
-    if world_size == 1:
-        for item in items:
-            yield Round(item, [item])
-        return
-    while dealt := list(islice(items, world_size)):
-        own = min(rank, len(dealt) - 1)
-        sizes = [num_rows(getattr(item, "batch", item)) for item in dealt]
-        yield Round(
-            dealt[own], dealt, len(dealt), sum(sizes[:own]), sum(sizes), is_spare=own < rank
-        )
+    rank, world_size = shard
+    while taken := list(islice(items, world_size)):
+        own = min(rank, len(taken) - 1)
+        sizes = [num_rows(getattr(item, "batch", item)) for item in taken]
+        before, rows = sum(sizes[:own]), sum(sizes)
+        yield Round(taken[own], taken, len(taken), before, rows, is_spare=own < rank)
 
 
-def is_dealt(loader: Any) -> bool:
-    """Tell whether a loader already gives each rank something else: by accelerate, or a sampler."""
+def is_sharded(loader: Any) -> bool:
+    """Tell whether a loader already gives each rank other rows: by accelerate, or a sampler."""
     samplers = (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
     inner = getattr(samplers[1], "sampler", None)
     if any(hasattr(part, "num_replicas") for part in (*samplers, inner)):
@@ -121,20 +119,20 @@ def is_dealt(loader: Any) -> bool:
     return getattr(getattr(loader, "dataset", None), "_distributed", None) is not None
 
 
-def undealt(loader: Any) -> Any:
-    """Return a loader of all batches, where accelerate has dealt them: it gives some rows twice.
+def unsharded(loader: Any) -> Any:
+    """Return a loader of all batches, where accelerate has sharded them: it gives some rows twice.
 
-    What somebody else has dealt is returned as it is, and it is said that rows may come twice.
+    What somebody else has sharded is returned as it is, and it is said that rows may come twice.
     """
-    dealt: Any = getattr(loader, "batch_sampler", None)
-    if type(dealt).__name__ == "BatchSamplerShard" and not dealt.split_batches:
+    sharded: Any = getattr(loader, "batch_sampler", None)
+    if type(sharded).__name__ == "BatchSamplerShard" and not sharded.split_batches:
         return DataLoader(
             loader.dataset,
-            batch_sampler=dealt.batch_sampler,
+            batch_sampler=sharded.batch_sampler,
             collate_fn=loader.collate_fn,
             num_workers=loader.num_workers,
         )
-    if is_dealt(loader):
+    if is_sharded(loader):
         say(
             "the loader was dealt to the ranks before, and may give rows to two of them: they "
             "count twice. Pass one that was not: prepare_dataloaders, or a plain DataLoader."
@@ -145,16 +143,7 @@ def undealt(loader: Any) -> Any:
 def num_rounds(loader: Iterable[Any], world_size: int) -> int | None:
     """Return the number of batches that each rank gets in a pass; None for a stream."""
     length = num_batches(loader)
-    return length if length is None or is_dealt(loader) else -(-length // world_size)
-
-
-def deals_rows(loader: Any) -> bool:
-    """Tell whether batches are dealt before they are loaded: the loader reads by a sampler."""
-    return (
-        isinstance(loader, DataLoader)
-        and type(loader).__iter__ is DataLoader.__iter__
-        and not isinstance(loader.dataset, IterableDataset)
-    )
+    return length if length is None or is_sharded(loader) else -(-length // world_size)
 
 
 class SpareDict(dict[str, Any]):

@@ -1,214 +1,288 @@
-"""The batches of a run, pass after pass, and the place in them."""
+"""The batches of a run, pass after pass, and the position in them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 
 from manualloop.data.collate import explain_rows
-from manualloop.data.sampler import OrderedBatchSampler
+from manualloop.data.sampler import set_epoch
 from manualloop.errors import DataError
-from manualloop.reading.ranks import Deal, Round, as_spare, is_dealt, rounds_of
-from manualloop.reading.sources import begin_in_common, is_read_ahead, open_pass, place_in
+from manualloop.randomness import get_random_state, set_random_state
+from manualloop.reading.dataloader import reads_by_sampler
+from manualloop.reading.generators import order_states, restore_order
+from manualloop.reading.position import Position, WorkerState, keeps_pending
+from manualloop.reading.ranks import (
+    Round,
+    Shard,
+    ShardedSampler,
+    as_spare,
+    is_sharded,
+    rounds_of,
+)
+from manualloop.reading.sources import Source
 from manualloop.reading.workers import Carried, states_between_passes
 from manualloop.strategy.base import Strategy
 from manualloop.tasks.items import num_rows
 
-_END = object()
-
 
 class Given(NamedTuple):
-    """A batch of this rank, and its place among those of the round: see ``Round``.
+    """A batch of this rank, and its place in the pass.
 
     Attributes:
-        batch: What the loader gave; marked, if it is a spare.
+        batch: What the loader gave; marked, if its rows count on another rank.
         is_last: Whether it is the last one of its pass.
-        rows_before: In the batches of the ranks before this one.
-        rows: In those of all ranks; None: so many as in this one, times ``num_copies``.
-        num_copies: Ranks that have a batch like it, which nobody has seen here.
+        start: Rows of the pass before it, on all ranks.
+        num_rows: Rows that the ranks read together with it, its own included.
     """
 
     batch: Any
     is_last: bool
-    rows_before: int = 0
-    rows: int | None = None
-    num_copies: int = 1
-
-    def num_rows(self) -> int:
-        """Count the rows of the round."""
-        return num_rows(self.batch) * self.num_copies if self.rows is None else self.rows
+    start: int
+    num_rows: int
 
 
-class Feed:
-    """Gives the batches of pass after pass over a loader, and keeps the place.
+class Reader:
+    """Gives the batches of pass after pass over a loader, and knows its position in them.
 
     Args:
-        loader: Any iterable of batches.
-        position: What ``state_dict`` of another feed returned: where the first pass begins.
-        strategy: Whose ranks the batches are dealt to; None: there is one. A loader that is dealt
-            already gives each rank its own.
+        source: A loader of any kind.
+        position: What another reader's ``position`` returned: where the first pass begins.
+        strategy: Strategy whose ranks share the batches; None: there is one rank. A loader that
+            is sharded already gives each rank its own.
+        count_rows: Function that counts the rows of a batch.
+
+    Attributes:
+        source: The loader.
+        num_samples: Rows of the pass that were used, on all ranks.
 
     >>> batches = [{"x": [1, 2]}, {"x": [3, 4]}, {"x": [5]}]
-    >>> feed = Feed(batches)
-    >>> given = feed.batches()
-    >>> next(given).batch, next(given).batch, feed.settle()
+    >>> reader = Reader(source_of(batches))
+    >>> given = reader.batches()
+    >>> next(given).batch, next(given).batch, reader.settle()
     ({'x': [1, 2]}, {'x': [3, 4]}, None)
-    >>> list(Feed(batches, feed.state_dict()).batches())
-    [Given(batch={'x': [5]}, is_last=True, rows_before=0, rows=None, num_copies=1)]
+    >>> list(Reader(source_of(batches), reader.position()).batches())
+    [Given(batch={'x': [5]}, is_last=True, start=4, num_rows=1)]
     """
 
     def __init__(
         self,
-        loader: Iterable[Any],
-        position: Mapping[str, Any] | None = None,
+        source: Source,
+        position: Position | None = None,
         strategy: Strategy | None = None,
+        count_rows: Callable[[Any], int] = num_rows,
     ) -> None:
-        self._loader, self._strategy = loader, strategy
-        self._deal, self._copies = Deal(), 1
+        self.source, self._strategy, self._count_rows = source, strategy, count_rows
+        self._shard, self._copies = Shard(), 1
         if strategy is not None and strategy.world_size > 1:
-            if is_dealt(loader):
-                self._copies = strategy.world_size  # rows there are for one that is here
+            if is_sharded(source.loader):
+                self._copies = strategy.world_size  # rows there are for one that is read here
             else:
-                self._deal = Deal(strategy.rank, strategy.world_size)
-        self._resumed = dict(position) if position else None
-        self._start: dict[str, Any] = {}
+                self._shard = Shard(strategy.rank, strategy.world_size)
+        self._loaded = position or None
+        self.num_samples = position.get("num_samples", 0) if position else 0
+        self._start: Position = {}
         self._num_used = 0  # batches of this pass
-        self._unused: list[Round] = []  # given, and no update has been made of them yet
-        self._ahead: Any = _END
-        self._workers: dict[str, dict[str, Any]] = {}
+        self._workers: dict[str, WorkerState] = {}
         self._last_worker: int | None = None
         self._is_renumbered = False
+        self._close_pass()
+
+    def _close_pass(self) -> None:
         self._rounds: Iterator[Round] = iter(())
-        self._is_read = self._is_at_end = self._has_more = False
+        self._left: int | None = None  # rounds of this pass that were not given; None: unknown
+        self._unused: list[Round] = []  # given, and no update has been made of them
+        self._ahead: deque[Round] = deque()  # read, and not given
+        self._next_start = self.num_samples  # rows before the next batch
+        self._is_open = self._is_read = self._is_at_end = self._has_more = False
+        self._has_failed = False
 
-    def batches(self, skip: int = 0) -> Iterator[Given]:
-        """Make one pass: give each batch of this rank. On several ranks every one must.
+    def batches(self, epoch: int | None = None) -> Iterator[Given]:
+        """Give the batches of this rank to the end of the pass. On several ranks every one must.
 
-        Of data without a length one batch is read ahead: nothing else tells that it ended.
+        A pass that was left is continued: what was given and not settled is given again. Of data
+        without a length one batch is read ahead: nothing else tells that it ended.
 
         Args:
-            skip: Rows at its start that were used before.
+            epoch: Number of the epoch, which the loader is told when a pass begins.
 
         Raises:
             DataError: The loader gave another number of batches than its ``len()``, rows that
                 cannot be stacked, or a worker of it failed.
         """
-        position = self._resumed or {}
-        is_beginning = not position.get("num_batches")
-        if self._deal.world_size > 1 and is_beginning and self._strategy is not None:
-            begin_in_common(self._loader, self._strategy)
-        begun = open_pass(self._loader, skip, position, self._deal)
-        self._resumed, self._start = None, begun.start
-        self._num_used = begun.num_used
-        if position.get("num_workers") == getattr(self._loader, "num_workers", 0):
+        if self._is_at_end:
+            self._read_to_end()
+        elif self._is_open:
+            self._ahead.extendleft(reversed(self._unused))
+            self._left = None if self._left is None else self._left + len(self._unused)
+            self._unused, self._next_start = [], self.num_samples
+            return self._give_all()
+        elif self._has_failed:
+            self._loaded = self.position()  # reading has failed, or was interrupted
+        self._open(epoch)
+        return self._give_all()
+
+    def _open(self, epoch: int | None) -> None:
+        loader, position = self.source.loader, self._loaded or Position()
+        if epoch is not None:
+            set_epoch(loader, epoch)
+        if self._shard.world_size > 1 and not position.get("num_batches") and self._strategy:
+            begin_in_common(self.source, self._strategy)
+        begun = self.source.open(position, self._shard)
+        self._close_pass()
+        self._loaded, self._start, self._num_used = None, begun.start, begun.num_used
+        if position.get("num_workers") == getattr(loader, "num_workers", 0):
             self._workers |= position.get("workers", {})
             self._last_worker = position.get("last_worker")
         self._is_renumbered = self._last_worker is not None
-        self._is_read = self._is_at_end = False
-        items = _fetch(begun.items, self._loader, skip)
-        self._rounds = rounds = rounds_of(items, begun.sampler, self._deal)
-        if begun.left is None:
-            yield from self._read_ahead(rounds)
-            return
-        number = 0
-        for number, dealt in enumerate(rounds, start=1):
-            self._unused.append(dealt)
-            yield self._give(dealt, is_last=number == begun.left)
-            if number == begun.left:
-                number += self._read_to_end()
-        if number != begun.left:
-            length = len(self._loader)  # type: ignore[arg-type]
-            given = self._num_used + sum(dealt.num_batches for dealt in self._unused)
-            found = given if number < begun.left else f"more than {length}"
-            raise DataError(
-                f"The loader gave {found} batches, but its len() is {length}, and updates and "
-                "schedule were planned by it. Mend __len__, or leave it out and give max_steps=; "
-                "if the run was begun with another batch_size, go on with that."
-            )
+        if self._shard.world_size == 1:
+            self._rounds = map(_alone, begun.items)
+        else:
+            # Of the iterator: workers that are kept read by the sampler of their first pass.
+            sampler = getattr(begun.items, "_index_sampler", None)
+            sampler = sampler if isinstance(sampler, ShardedSampler) else None
+            self._rounds = rounds_of(begun.items, sampler, self._shard)
+        self._left = None if begun.left is None else -(-begun.left // self._shard.world_size)
+        self._is_open = True
 
-    def _give(self, dealt: Round, *, is_last: bool) -> Given:
-        batch = _batch_of(dealt.item)
-        if dealt.is_spare:
-            batch = as_spare(batch)
-        return Given(batch, is_last, dealt.rows_before, dealt.rows, self._copies)
+    def _give_all(self) -> Iterator[Given]:
+        has_length, is_last = self._left is not None, False
+        while taken := self._ahead.popleft() if self._ahead else self._fetch():
+            if self._left is not None:
+                self._left -= 1
+                is_last = self._left == 0
+            elif not self._ahead and (ahead := self._fetch()):
+                self._ahead.append(ahead)
+            else:
+                is_last = not self._ahead
+            batch = as_spare(_batch_of(taken.item)) if taken.is_spare else _batch_of(taken.item)
+            rows = self._count_rows(batch) * self._copies if taken.rows is None else taken.rows
+            start, self._next_start = self._next_start, self._next_start + rows
+            self._unused.append(taken)
+            yield Given(batch, is_last, start + taken.rows_before, rows)
+            if is_last and has_length and self._read_to_end():
+                raise DataError(self._length_message())
+        if self._left:
+            raise DataError(self._length_message())
+
+    def _fetch(self) -> Round | None:
+        """Read the next round; None: the pass is at its end."""
+        if self._is_read:
+            return None
+        try:
+            fetched = next(self._rounds, None)
+        except BaseException as error:
+            self._is_open, self._has_failed = False, True
+            if isinstance(error, _OF_LOADERS) and not isinstance(error, DataError):
+                self._explain(error)
+            raise
+        self._is_read = fetched is None
+        return fetched
+
+    def _explain(self, error: Exception) -> None:
+        """Raise, from an error out of the loader, what is known of its reason."""
+        loader = self.source.loader
+        has_died = "DataLoader worker (pid" in str(error) or "DataLoader timed out" in str(error)
+        # A row that has killed a worker, or stopped it, must not be read in this process as well.
+        if not has_died and (reason := _explain_stack(loader)):
+            raise DataError(reason) from error
+        if isinstance(loader, DataLoader) and "DataLoader" in str(error):
+            place = self.source.place(self._next_start).batch
+            numbers, first = self.source.row_numbers() or (), self._next_start
+            rows = list(islice(numbers, first, first + _NUM_ROWS_NAMED))
+            raise DataError(_worker_message(place, rows, error)) from error
+
+    def _length_message(self) -> str:
+        length = len(self.source.loader)
+        given = self._num_used + sum(round.num_batches for round in self._unused)
+        found = given if self._left else f"more than {length}"
+        return (
+            f"The loader gave {found} batches, but its len() is {length}, and updates and "
+            "schedule were planned by it. Fix __len__, or leave it out and give max_steps=; "
+            "if the run was begun with another batch_size, continue with that."
+        )
 
     def _read_to_end(self) -> bool:
         """Read past the last batch, as a plain `for` would; tell whether there was another.
 
         A sampler may have work to do there: torch's RandomSampler draws once more.
         """
-        if not self._is_read:
-            self._is_read, self._has_more = True, next(self._rounds, _END) is not _END
+        if not self._is_read and self._is_open:
+            self._has_more = self._fetch() is not None
+            self._is_read = True
         return self._has_more
-
-    def _read_ahead(self, rounds: Iterator[Round]) -> Iterator[Given]:
-        ahead = next(rounds, _END)
-        while ahead is not _END:
-            dealt: Any = ahead
-            self._ahead = _END
-            self._unused.append(dealt)
-            self._ahead = ahead = next(rounds, _END)
-            yield self._give(dealt, is_last=ahead is _END)
 
     def settle(self, *, ends_epoch: bool = False) -> None:
         """Count what was given so far as used: an update has been made of it."""
-        for dealt in self._unused:
-            self._num_used += dealt.num_batches
-            for item in dealt.items:
+        for used in self._unused:
+            self._num_used += used.num_batches
+            for item in used.items:
                 if isinstance(item, Carried):
                     self._last_worker = item.worker
                     if item.state is not None:
-                        known = self._workers.get(str(item.worker), {})
+                        known = self._workers.get(str(item.worker), WorkerState())
                         self._workers[str(item.worker)] = known | item.state
         self._unused.clear()
-        self._is_at_end = ends_epoch
+        self.num_samples, self._is_at_end = self._next_start, ends_epoch
         if ends_epoch:
-            self._num_used, self._start, self._ahead, self._last_worker = 0, {}, _END, None
-            self._workers = states_between_passes(self._loader, self._workers)
-            if self._is_renumbered and getattr(self._loader, "persistent_workers", False):
-                self._resumed = self.state_dict()  # torch counts them from 0 again, so we must too
+            self._end_pass()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the place behind the last batch that was counted as used."""
-        if self._resumed is not None:
-            return self._resumed  # no batch was asked for yet
+    def _end_pass(self) -> None:
+        self.num_samples = self._next_start = self._num_used = 0
+        self._start, self._last_worker = {}, None
+        self._ahead.clear()
+        loader = self.source.loader
+        self._workers = states_between_passes(loader, self._workers)
+        if self._is_renumbered and getattr(loader, "persistent_workers", False):
+            self._loaded = self.position()  # torch counts them from 0 again, so we must too
+
+    def position(self) -> Position:
+        """Return the position behind the last batch that was counted as used."""
+        if self._loaded is not None:
+            return self._loaded  # no batch was asked for yet
         if self._is_at_end:
             self._read_to_end()
-        position = place_in(self._loader, self._start, self._num_used)
-        if getattr(self._loader, "num_workers", 0):
-            position |= {"workers": dict(self._workers), "last_worker": self._last_worker}
-        if is_read_ahead(position):
-            rounds = [*self._unused, *([] if self._ahead is _END else [self._ahead])]
-            if rounds and isinstance(rounds[-1].items[-1], Carried):
+        position = self.source.position(self._start, self._num_used)
+        position["num_samples"] = self.num_samples
+        if getattr(self.source.loader, "num_workers", 0):
+            position["workers"], position["last_worker"] = dict(self._workers), self._last_worker
+        if keeps_pending(position):
+            items = [item for round in (*self._unused, *self._ahead) for item in round.items]
+            if items and isinstance(items[-1], Carried):
                 position["is_at_end"] = True  # and the dataset may be at its start again
-            batches = [_batch_of(item) for dealt in rounds for item in dealt.items]
+            batches = map(_batch_of, items)
             position["pending"] = [dict(b) if isinstance(b, Mapping) else b for b in batches]
         return position
 
 
+def begin_in_common(source: Source, strategy: Strategy) -> None:
+    """Let every rank draw the same order from random generators: those of rank 0.
+
+    Not of a prepared loader, which draws nothing.
+    """
+    if source.kind == "prepared":
+        return
+    by_sampler = reads_by_sampler(source.loader)  # else every rank reads, and draws for, all rows
+    found = get_random_state(devices=False), order_states(source.loader, rows=not by_sampler)
+    random, of_order = strategy.gather(found)[0]
+    set_random_state(random)
+    restore_order(source.loader, of_order)
+
+
+_OF_LOADERS = (LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
+def _alone(item: Any) -> Round:
+    return Round(item, (item,))
+
+
 def _batch_of(item: Any) -> Any:
     return item.batch if isinstance(item, Carried) else item
-
-
-def _fetch(items: Iterator[Any], loader: Any, num_used: int) -> Iterator[Any]:
-    number = 0
-    try:
-        for item in items:
-            yield item
-            number += 1
-    except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        has_died = "DataLoader worker (pid" in str(error) or "DataLoader timed out" in str(error)
-        # A row that has killed a worker, or stopped it, must not be read here as well.
-        if not has_died and (reason := _explain_stack(loader)):
-            raise DataError(reason) from error
-        if isinstance(loader, DataLoader) and "DataLoader" in str(error):
-            raise DataError(_worker_message(loader, num_used, number, error)) from error
-        raise
 
 
 def _explain_stack(loader: Any) -> str | None:
@@ -227,20 +301,17 @@ def _explain_stack(loader: Any) -> str | None:
     return None
 
 
-def _worker_message(loader: DataLoader[Any], skip: int, number: int, error: Exception) -> str:
+def _worker_message(place: str, rows: Sequence[int], error: Exception) -> str:
     """Say which rows the workers were reading when one failed, was killed or did not answer."""
-    sampler = loader.batch_sampler
-    place = f"what comes after batch {number} of this pass"
-    if isinstance(sampler, OrderedBatchSampler):
-        first = sampler.batch_at(skip) + number
-        read = sampler.batches()[first : first + loader.num_workers]
-        rows = [row for batch in read for row in batch]
-        place = (
-            f"{sampler.split} batch {first} or one soon after it, of the "
-            f"rows {', '.join(map(str, rows[:16]))}{', ...' if len(rows) > 16 else ''}"
-        )
+    if rows:
+        named = ", ".join(map(str, rows))
+        place = f"{place} or one soon after it, of the rows {named}, ..."
     return (
         f"A worker failed while it read {place}: {error}\nThe weights are those after the last "
-        "update, and the run can go on from its checkpoint. To see the error where it happens: "
-        "num_workers=0. Workers that do not answer are given up after DataLoader(timeout=seconds)."
+        "update, and the run can be resumed from its checkpoint. To see the error where it "
+        "happens: num_workers=0. Workers that do not answer are given up after "
+        "DataLoader(timeout=seconds)."
     )
+
+
+_NUM_ROWS_NAMED = 16

@@ -12,6 +12,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 from weakref import WeakSet
 
@@ -19,14 +20,9 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from manualloop.randomness import (
-    DATASETS,
-    get_generator_states,
-    get_random_state,
-    is_same_random_state,
-    set_generator_states,
-    set_random_state,
-)
+from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
+from manualloop.reading.generators import RowGenerators
+from manualloop.reading.position import WorkerState
 
 
 class Carried:
@@ -40,7 +36,7 @@ class Carried:
 
     __slots__ = ("batch", "state", "worker")
 
-    def __init__(self, batch: Any, worker: int, state: dict[str, Any] | None) -> None:
+    def __init__(self, batch: Any, worker: int, state: WorkerState | None) -> None:
         self.batch, self.worker, self.state = batch, worker, state
 
     def pin_memory(self) -> Carried:
@@ -60,6 +56,7 @@ class CarryingCollate:
     def __init__(self, collate_fn: Callable[[Any], Any], full: int | None) -> None:
         self._collate_fn, self._full = collate_fn, full
         self._has_told_seed = False
+        self._generators: RowGenerators | None = None
 
     def __call__(self, rows: Any) -> Any:  # noqa: D102
         is_last = self._full is not None and len(rows) < self._full
@@ -67,7 +64,17 @@ class CarryingCollate:
         if (info := get_worker_info()) is None:
             return Carried(batch, 0, {"is_at_end": True}) if is_last else batch
         # At its end a stream may already say that it is at its start again.
-        state: dict[str, Any] = {"is_at_end": True} if is_last else dataset_state(info.dataset)
+        state = WorkerState()
+        if is_last:
+            state["is_at_end"] = True
+        else:
+            if self._generators is None:
+                self._generators = RowGenerators(info.dataset, self._collate_fn)
+            if generators := self._generators.states():
+                state["generators"] = generators
+            dataset: Any = info.dataset
+            if is_stateful(dataset):
+                state["dataset"] = dataset.state_dict()
         if not self._has_told_seed:
             state["base_seed"], self._has_told_seed = info.seed - info.id, True
         now = get_random_state(devices=False)
@@ -77,32 +84,18 @@ class CarryingCollate:
         return Carried(batch, info.id, state or None)
 
 
-def dataset_state(dataset: Any) -> dict[str, Any]:
-    """Return what a dataset says of its position, and the generators that it owns."""
-    state = {}
-    if generators := get_generator_states(dataset, DATASETS):
-        state["generators"] = generators
-    if is_stateful(dataset):
-        state["dataset"] = dataset.state_dict()
-    return state
-
-
-def set_dataset_state(dataset: Any, state: Mapping[str, Any]) -> None:
-    """Put a dataset where ``dataset_state`` found it."""
-    set_generator_states(dataset, DATASETS, state.get("generators", {}))
-    if "dataset" in state and is_stateful(dataset):
-        dataset.load_state_dict(state["dataset"])
-
-
-def states_between_passes(loader: Any, states: dict[str, Any]) -> dict[str, Any]:
+def states_between_passes(loader: Any, states: dict[str, WorkerState]) -> dict[str, WorkerState]:
     """Return what of the workers' states lasts from one pass to the next."""
     if not getattr(loader, "persistent_workers", False):
         return {}
     if not isinstance(loader.dataset, IterableDataset):
         return states
     # They are those of the last batch; reaching the end has moved the dataset to its start.
-    places = ("dataset", "is_at_end")
-    return {key: {k: v for k, v in s.items() if k not in places} for key, s in states.items()}
+    kept = [copy(state) for state in states.values()]
+    for state in kept:
+        state.pop("dataset", None)
+        state.pop("is_at_end", None)
+    return dict(zip(states, kept, strict=True))
 
 
 def is_stateful(part: Any) -> bool:
@@ -115,6 +108,7 @@ class WorkerStart:
 
     Args:
         init_fn: The loader's own, called first.
+        collate_fn: The loader's own.
         first: Number of the worker that is to give the next batch. Torch asks worker 0 first, so
             the workers are numbered from here.
         states: What the workers have carried, by number.
@@ -123,10 +117,12 @@ class WorkerStart:
     def __init__(
         self,
         init_fn: Callable[[int], None] | None,
-        first: int = 0,
-        states: Mapping[int, Mapping[str, Any]] | None = None,
+        collate_fn: Any,
+        first: int,
+        states: Mapping[int, WorkerState],
     ) -> None:
-        self._init_fn, self._first, self._states = init_fn, first, states or {}
+        self._init_fn, self._collate_fn = init_fn, collate_fn
+        self._first, self._states = first, states
 
     def __call__(self, worker: int) -> None:  # noqa: D102
         _outlive_signals()
@@ -139,10 +135,12 @@ class WorkerStart:
             _renumber(info, number, base_seed)
         if self._init_fn is not None:
             self._init_fn(number)
-        state = self._states.get(number, {})
+        state: WorkerState = self._states.get(number, {})
         if "random" in state:
             set_random_state(state["random"])
-        set_dataset_state(info.dataset, state)
+        RowGenerators(info.dataset, self._collate_fn).restore(state.get("generators", {}))
+        if "dataset" in state and is_stateful(info.dataset):
+            info.dataset.load_state_dict(state["dataset"])
         if state.get("is_at_end"):
             _give_nothing_once(info.dataset)
         _known.update(get_random_state(devices=False))

@@ -8,11 +8,10 @@ from dataclasses import astuple
 from time import perf_counter
 from typing import Any
 
-from manualloop.data.sampler import OrderedBatchSampler
 from manualloop.errors import CheckpointError
 from manualloop.notices import say
 from manualloop.randomness import remember_random_states
-from manualloop.reading.sources import has_shuffle_buffer
+from manualloop.reading.sources import cannot_rewind, source_of
 from manualloop.run.evaluations import Evaluations
 from manualloop.run.folder import RunFolder
 from manualloop.run.report import Report
@@ -84,11 +83,8 @@ class Run:
         self._report.open()
 
     def _go_on(self, folder: RunFolder, loader: Iterable[Any]) -> None:
-        if has_shuffle_buffer(loader):
-            say(
-                "the stream has a shuffle buffer, which no checkpoint holds: going on inside an "
-                "epoch is not bit-exact."
-            )
+        if reason := cannot_rewind(loader):
+            say(f"{reason}: resuming inside an epoch is not bit-exact.")
         notes, records = folder.resume()
         if notes:
             self.evaluations.restore(notes["evaluations"], records)
@@ -169,8 +165,8 @@ class Run:
 
     def _advise(self) -> None:
         """Say what takes more time than it should, after a run that was long enough to tell."""
-        sampler = getattr(self._loader, "batch_sampler", None)
-        may_group = isinstance(sampler, OrderedBatchSampler) and sampler.lengths is None
+        source = source_of(self._loader)
+        may_group = source.kind == "prepared" and "order" not in source.facts().same
         num_workers = getattr(self._loader, "num_workers", 0)
         advice = self._state.times.advice(num_workers, may_group=may_group)
         if advice is not None:

@@ -26,7 +26,8 @@ from manualloop import (
 )
 from manualloop.data.sampler import ordered_loader
 from manualloop.reading.ranks import is_spare
-from manualloop.reading.reader import Feed
+from manualloop.reading.reader import Reader
+from manualloop.reading.sources import source_of
 
 NUM_ROWS, BATCH_SIZE = 23, 2  # 12 batches: 6 rounds, the last batch of one row
 
@@ -281,7 +282,7 @@ def check_wrong_length(strategy):
 
     batches = TooShort({"x": torch.ones(2, 3)} for _ in range(5))
     with pytest.raises(DataError, match=r"gave 5 batches, but its len\(\) is 9"):
-        list(Feed(batches, strategy=strategy).batches())
+        list(Reader(source_of(batches), strategy=strategy).batches())
 
 
 def main():

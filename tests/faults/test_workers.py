@@ -230,7 +230,8 @@ def test_f15_the_loss_scale_is_restored(cut, tmp_path):
 
 
 def test_a_worker_outlives_the_signals_of_its_group_and_obeys_a_second_sigterm(tmp_path):
-    from manualloop.reading.sources import open_pass
+    from manualloop.reading.ranks import Shard
+    from manualloop.reading.sources import source_of
 
     loader = ordered_loader(
         Rows(str(tmp_path / "no"), "raise"),
@@ -241,7 +242,7 @@ def test_a_worker_outlives_the_signals_of_its_group_and_obeys_a_second_sigterm(t
         drop_last=False,
         num_workers=1,
     )
-    begun = open_pass(loader, 0, {})
+    begun = source_of(loader).open({}, Shard())
     next(begun.items)
     (worker,) = begun.items._workers
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):

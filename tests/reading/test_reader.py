@@ -1,4 +1,4 @@
-"""Feed: every batch once, in order, over any number of passes and interruptions."""
+"""Reader: every batch once, in order, over any number of passes and interruptions."""
 
 import copy
 import itertools
@@ -17,8 +17,9 @@ from manualloop import DataError
 from manualloop.checkpoint.nested import put_together, take_apart
 from manualloop.data.sampler import ordered_loader
 from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
-from manualloop.reading.reader import Feed
-from manualloop.reading.sources import open_pass, place_in
+from manualloop.reading.ranks import Shard
+from manualloop.reading.reader import Reader
+from manualloop.reading.sources import source_of
 
 TWO = {"num_workers": 2}
 KEPT = {"num_workers": 2, "persistent_workers": True}
@@ -38,22 +39,22 @@ def flat(batches):
     return list(itertools.chain.from_iterable(batches))
 
 
-def take(feed, num_batches, skip=0):
+def take(reader, num_batches):
     """The rows of some batches of a new pass, each counted as used, and then the place."""
-    given, rows = feed.batches(skip), []
+    given, rows = reader.batches(), []
     for _ in range(num_batches):
         batch, is_last, *_ = next(given)
         rows.append(rows_of(batch))
-        feed.settle(ends_epoch=is_last)
-    return rows, feed.state_dict()
+        reader.settle(ends_epoch=is_last)
+    return rows, reader.position()
 
 
-def rest(feed, skip=0):
+def rest(reader):
     rows, ends = [], []
-    for batch, is_last, *_ in feed.batches(skip):
+    for batch, is_last, *_ in reader.batches():
         rows.append(rows_of(batch))
         ends.append(is_last)
-        feed.settle(ends_epoch=is_last)
+        reader.settle(ends_epoch=is_last)
     assert ends == [False] * (len(ends) - 1) + [True]
     return rows
 
@@ -85,14 +86,14 @@ class TooLong(list):
 @pytest.mark.parametrize("num_used", [0, 1, 3])
 def test_a_wrong_length_is_still_reported_after_a_resume(num_used):
     batches = [{"id": torch.tensor([number])} for number in range(5)]
-    _, place = take(Feed(TooShort(batches)), num_used)
-    feed = Feed(TooShort(batches), place if num_used else None)
+    _, place = take(Reader(source_of(TooShort(batches))), num_used)
+    reader = Reader(source_of(TooShort(batches)), place if num_used else None)
     with pytest.raises(DataError, match=r"gave 5 batches, but its len\(\) is 7"):
-        list(feed.batches(num_used))
-    feed = Feed(TooLong(batches), place if num_used else None)
+        list(reader.batches())
+    reader = Reader(source_of(TooLong(batches)), place if num_used else None)
     if num_used < 3:
         with pytest.raises(DataError, match=r"gave more than 3 batches, but its len\(\) is 3"):
-            list(feed.batches(num_used))
+            list(reader.batches())
 
 
 def test_a_wrong_length_of_a_loader_is_reported_after_a_resume():
@@ -103,9 +104,9 @@ def test_a_wrong_length_of_a_loader_is_reported_after_a_resume():
     def make():
         return built(sampler=Short(random.Random(1)), shuffle=None)
 
-    _, place = take(Feed(make()), 3)
+    _, place = take(Reader(source_of(make())), 3)
     with pytest.raises(DataError, match=r"gave 7 batches, but its len\(\) is 10"):
-        list(Feed(make(), place).batches(6))
+        list(Reader(source_of(make()), place).batches())
 
 
 @settings(max_examples=40)
@@ -124,22 +125,22 @@ def test_batches_that_were_given_and_not_settled_are_given_again(
 
     batches = [{"id": torch.tensor([number])} for number in range(num_batches)]
     loader = batches if has_length else Unsized()
-    feed, used = Feed(loader), []
+    reader, used = Reader(source_of(loader)), []
     for cut in [*cuts, None]:
         unsettled = []
-        for number, (batch, is_last, *_) in enumerate(feed.batches(len(used))):
+        for number, (batch, is_last, *_) in enumerate(reader.batches()):
             if number == cut:
                 break
             unsettled += rows_of(batch)
             if len(unsettled) == window or is_last:
                 used, unsettled = used + unsettled, []
-                feed.settle(ends_epoch=is_last)
+                reader.settle(ends_epoch=is_last)
         if len(used) == num_batches:
             break
         # To and fro as a checkpoint would, and within the process.
-        place = feed.state_dict()
+        place = reader.position()
         assert place["num_batches"] == len(used)
-        feed = Feed(loader, through_json(place))
+        reader = Reader(source_of(loader), through_json(place))
     assert used == list(range(num_batches))
 
 
@@ -150,26 +151,26 @@ def test_batches_that_were_given_and_not_settled_are_given_again(
 )
 def test_of_an_unfinished_window_nothing_is_counted(make):
     seed_all(1)
-    whole = rest(Feed(make()))
+    whole = rest(Reader(source_of(make())))
     seed_all(1)
-    feed = Feed(make())
-    given = feed.batches()
+    reader = Reader(source_of(make()))
+    given = reader.batches()
     for _ in range(3):
         next(given)
-    feed.settle()
-    before = through_json(feed.state_dict())
+    reader.settle()
+    before = through_json(reader.position())
     next(given), next(given)
-    place = through_json(feed.state_dict())
+    place = through_json(reader.position())
     assert place["num_batches"] == before["num_batches"] == 3
     seed_all(9)
-    assert rest(Feed(make(), place), 6) == whole[3:]
+    assert rest(Reader(source_of(make()), place)) == whole[3:]
 
 
 def test_before_a_batch_was_asked_for_the_place_is_the_one_that_was_given():
-    _, place = take(Feed(built()), 2)
-    feed = Feed(built(), place)
-    assert feed.state_dict() == place
-    assert Feed(built(), feed.state_dict()).state_dict() == place
+    _, place = take(Reader(source_of(built())), 2)
+    reader = Reader(source_of(built()), place)
+    assert reader.position() == place
+    assert Reader(source_of(built()), reader.position()).position() == place
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -184,9 +185,9 @@ def test_a_whole_pass_draws_what_a_plain_for_loop_draws(has_generator, num_worke
 
     expected = read_twice(lambda loader: [rows_of(batch) for batch in loader])
     for read in (
-        lambda loader: rest(Feed(loader)),
+        lambda loader: rest(Reader(source_of(loader))),
         # Asked for its place at the last batch, before it is known that none follows.
-        lambda loader: take(Feed(loader), 7)[0],
+        lambda loader: take(Reader(source_of(loader)), 7)[0],
     ):
         found = read_twice(read)
         assert found[0] == expected[0]
@@ -196,14 +197,14 @@ def test_a_whole_pass_draws_what_a_plain_for_loop_draws(has_generator, num_worke
 
 def test_at_the_end_of_a_pass_the_place_is_the_start_of_the_next():
     seed_all(1)
-    feed = Feed(built())
-    rest(feed)
-    place, state = through_json(feed.state_dict()), get_random_state(devices=False)
-    expected = rest(feed)
+    reader = Reader(source_of(built()))
+    rest(reader)
+    place, state = through_json(reader.position()), get_random_state(devices=False)
+    expected = rest(reader)
     assert (place["kind"], place["num_batches"]) == ("dataloader", 0)
     assert "random" not in place, "the next pass begins with that of its time"
     set_random_state(state)
-    assert rest(Feed(built(), place)) == expected
+    assert rest(Reader(source_of(built()), place)) == expected
 
 
 @pytest.mark.parametrize(
@@ -223,22 +224,22 @@ def test_at_the_end_of_a_pass_the_place_is_the_start_of_the_next():
 @pytest.mark.parametrize("num_passes", [0, 1, 2])
 def test_generators_of_sampler_and_loader_go_on_where_they_were(make, num_passes):
     seed_all(1)
-    feed = Feed(make())
+    reader = Reader(source_of(make()))
     for _ in range(num_passes):
-        rest(feed)
-    given = feed.batches()
+        rest(reader)
+    given = reader.batches()
     for _ in range(3):
         next(given)
-    feed.settle()
-    place, state = through_json(feed.state_dict()), get_random_state(devices=False)
+    reader.settle()
+    place, state = through_json(reader.position()), get_random_state(devices=False)
     expected = [rows_of(batch) for batch, *_ in given]
-    feed.settle(ends_epoch=True)
-    following = rest(feed)
+    reader.settle(ends_epoch=True)
+    following = rest(reader)
     seed_all(2)
-    feed = Feed(make(), place)
+    reader = Reader(source_of(make()), place)
     set_random_state(state)
-    assert rest(feed, 6) == expected
-    assert rest(feed) == following
+    assert rest(reader) == expected
+    assert rest(reader) == following
 
 
 @pytest.mark.parametrize(
@@ -256,9 +257,9 @@ def test_generators_of_sampler_and_loader_go_on_where_they_were(make, num_passes
     ids=lambda make: getattr(make, "__name__", "").strip("<>"),
 )
 def test_another_kind_of_loader_falls_back_on_the_number_of_rows_and_says_so(before, after, caplog):
-    _, place = take(Feed(before()), 3)
+    _, place = take(Reader(source_of(before())), 3)
     with caplog.at_level("INFO", logger="manualloop"):
-        found = rest(Feed(after(), through_json(place)), 6)
+        found = rest(Reader(source_of(after()), through_json(place)))
     assert sum(map(len, found)) == 8
     # A prepared loader needs to know nothing else than the number of rows.
     assert ("nothing tells the place but the number of rows" in caplog.text) == (
@@ -268,27 +269,27 @@ def test_another_kind_of_loader_falls_back_on_the_number_of_rows_and_says_so(bef
 
 def test_without_a_place_the_rows_that_were_used_are_read_and_dropped(caplog):
     with caplog.at_level("INFO", logger="manualloop"):
-        found = rest(Feed(list(DataLoader(Rows(), 2))), 6)
+        found = rest(Reader(source_of(list(DataLoader(Rows(), 2))), {"num_samples": 6}))
     assert found == [[6, 7], [8, 9], [10, 11], [12, 13]]
     assert "they are read again and dropped" in caplog.text
 
 
 def test_a_prepared_loader_goes_on_in_the_order_of_the_seed_it_began_with():
-    expected = rest(Feed(prepared(seed=1)))
-    _, place = take(Feed(prepared(seed=1)), 3)
-    feed = Feed(prepared(seed=2), through_json(place))
-    assert rest(feed, 6) == expected[3:]
-    assert rest(feed) == rest(Feed(prepared(seed=2))) != expected
+    expected = rest(Reader(source_of(prepared(seed=1))))
+    _, place = take(Reader(source_of(prepared(seed=1))), 3)
+    reader = Reader(source_of(prepared(seed=2)), through_json(place))
+    assert rest(reader) == expected[3:]
+    assert rest(reader) == rest(Reader(source_of(prepared(seed=2)))) != expected
 
 
 @pytest.mark.parametrize("make", [prepared, built], ids=["prepared", "built"])
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 14])
 def test_another_batch_size_gives_the_rest_of_the_rows_in_the_same_order(make, batch_size):
     seed_all(1)
-    whole = flat(rest(Feed(make())))
+    whole = flat(rest(Reader(source_of(make()))))
     seed_all(1)
-    _, place = take(Feed(make()), 3)
-    found = rest(Feed(make(batch_size=batch_size), through_json(place)), 6)
+    _, place = take(Reader(source_of(make())), 3)
+    found = rest(Reader(source_of(make(batch_size=batch_size)), through_json(place)))
     assert flat(found) == whole[6:]
     assert max(map(len, found)) <= batch_size
 
@@ -296,15 +297,15 @@ def test_another_batch_size_gives_the_rest_of_the_rows_in_the_same_order(make, b
 @pytest.mark.parametrize("batch_sizes", [(2, 3, 2), (2, 4, 3), (4, 1, 5), (3, 5, 2)], ids=str)
 def test_after_two_changes_of_the_batch_size_the_place_is_still_right(batch_sizes):
     seed_all(1)
-    whole = flat(rest(Feed(built(batch_size=1))))
+    whole = flat(rest(Reader(source_of(built(batch_size=1)))))
     seed_all(1)
     used, place = [], None
     for number, batch_size in enumerate(batch_sizes):
-        feed = Feed(built(batch_size=batch_size), place)
+        reader = Reader(source_of(built(batch_size=batch_size)), place)
         if number == len(batch_sizes) - 1:
-            used += flat(rest(feed, len(used)))
+            used += flat(rest(reader))
             break
-        rows, place = take(feed, 1, len(used))
+        rows, place = take(reader, 1)
         used += flat(rows)
         place = through_json(place)
     assert used == whole
@@ -314,14 +315,14 @@ def test_after_two_changes_of_the_batch_size_the_place_is_still_right(batch_size
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (2, 1), (1, 2)])
 def test_another_number_of_workers_gives_the_same_rows(make, before, after):
     seed_all(1)
-    whole = rest(Feed(make(num_workers=before)))
+    whole = rest(Reader(source_of(make(num_workers=before))))
     seed_all(1)
-    _, place = take(Feed(make(num_workers=before)), 3)
+    _, place = take(Reader(source_of(make(num_workers=before))), 3)
     state = get_random_state(devices=False)
-    feed = Feed(make(num_workers=after), through_json(place))
+    reader = Reader(source_of(make(num_workers=after)), through_json(place))
     set_random_state(state)
-    assert rest(feed, 6) == whole[3:]
-    assert feed.state_dict()["num_workers"] == after
+    assert rest(reader) == whole[3:]
+    assert reader.position()["num_workers"] == after
 
 
 class Numbers(Dataset):
@@ -356,13 +357,12 @@ def numbered(**options):
     )
 
 
-def read_all(feed, num_passes, skip=0):
+def read_all(reader, num_passes):
     found = []
     for _ in range(num_passes):
-        for batch, is_last, *_ in feed.batches(skip):
+        for batch, is_last, *_ in reader.batches():
             found.append(batch)
-            feed.settle(ends_epoch=is_last)
-        skip = 0
+            reader.settle(ends_epoch=is_last)
     return found
 
 
@@ -373,7 +373,7 @@ def read_all(feed, num_passes, skip=0):
 )
 def test_workers_have_their_number_and_seed_again_after_a_resume(options):
     seed_all(1)
-    whole = read_all(Feed(numbered(**options)), 2)
+    whole = read_all(Reader(source_of(numbered(**options)), count_rows=len), 2)
     assert {row[1] for batch in whole for row in batch} == set(range(options["num_workers"]))
     for batch in whole:
         for _, worker, seed, num_workers, calls, _ in batch:
@@ -381,34 +381,34 @@ def test_workers_have_their_number_and_seed_again_after_a_resume(options):
             assert num_workers == options["num_workers"]
     for cut in (1, 2, 3, 6):
         seed_all(1)
-        feed = Feed(numbered(**options))
-        given = feed.batches()
+        reader = Reader(source_of(numbered(**options)), count_rows=len)
+        given = reader.batches()
         first = [next(given)[0] for _ in range(cut)]
-        feed.settle()
-        place, state = through_json(feed.state_dict()), get_random_state(devices=False)
+        reader.settle()
+        place, state = through_json(reader.position()), get_random_state(devices=False)
         given.close()
         seed_all(2)
-        feed = Feed(numbered(**options), place)
+        reader = Reader(source_of(numbered(**options)), place, count_rows=len)
         set_random_state(state)
-        assert first + read_all(feed, 2, skip=2 * cut) == whole, f"cut after batch {cut}"
+        assert first + read_all(reader, 2) == whole, f"cut after batch {cut}"
 
 
 def test_with_other_workers_what_the_old_ones_had_is_not_given_to_them():
-    feed = Feed(numbered(**TWO))
-    given = feed.batches()
+    reader = Reader(source_of(numbered(**TWO)), count_rows=len)
+    given = reader.batches()
     for _ in range(3):
         next(given)
-    feed.settle()
-    place = feed.state_dict()
+    reader.settle()
+    place = reader.position()
     assert set(place["workers"]) == {"0", "1"}
-    feed = Feed(numbered(num_workers=1), place)
-    first, *_ = next(feed.batches(6))
-    feed.settle()
+    reader = Reader(source_of(numbered(num_workers=1)), place, count_rows=len)
+    first, *_ = next(reader.batches())
+    reader.settle()
     _, worker, seed, _, _, drawn = first[0]
     assert worker == 0
     assert drawn[0] == torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
     assert drawn[1] == random.Random(seed).random()
-    place = feed.state_dict()
+    place = reader.position()
     assert set(place["workers"]) == {"0"}
     assert place["last_worker"] == 0
 
@@ -416,33 +416,33 @@ def test_with_other_workers_what_the_old_ones_had_is_not_given_to_them():
 @pytest.mark.parametrize("num_passes", [1, 2])
 def test_kept_workers_keep_their_seed_and_number_also_from_a_later_pass(num_passes):
     seed_all(1)
-    whole = read_all(Feed(numbered(**KEPT)), num_passes + 2)
+    whole = read_all(Reader(source_of(numbered(**KEPT)), count_rows=len), num_passes + 2)
     seed_all(1)
-    feed = Feed(numbered(**KEPT))
-    first = read_all(feed, num_passes)
-    given = feed.batches()
+    reader = Reader(source_of(numbered(**KEPT)), count_rows=len)
+    first = read_all(reader, num_passes)
+    given = reader.batches()
     first += [next(given)[0] for _ in range(3)]
-    feed.settle()
-    place, state = through_json(feed.state_dict()), get_random_state(devices=False)
+    reader.settle()
+    place, state = through_json(reader.position()), get_random_state(devices=False)
     seed_all(2)
-    feed = Feed(numbered(**KEPT), place)
+    reader = Reader(source_of(numbered(**KEPT)), place, count_rows=len)
     set_random_state(state)
-    assert first + read_all(feed, 2, skip=6) == whole
+    assert first + read_all(reader, 2) == whole
 
 
 @pytest.mark.parametrize("options", [{}, TWO], ids=["in the process", "2 workers"])
 def test_the_loader_is_the_users_own_again_as_soon_as_the_pass_has_begun(options):
     loader = built(worker_init_fn=note_call if options else None, **options)
     before = dict(vars(loader))
-    feed = Feed(loader)
-    given = feed.batches()
+    reader = Reader(source_of(loader))
+    given = reader.batches()
     batch, *_ = next(given)
     assert isinstance(batch, dict)
     assert {key: value for key, value in vars(loader).items() if key != "_iterator"} == {
         key: value for key, value in before.items() if key != "_iterator"
     }
-    feed.settle()
-    given = Feed(loader, feed.state_dict()).batches(2)
+    reader.settle()
+    given = Reader(source_of(loader), reader.position()).batches()
     next(given)
     assert loader.batch_sampler is before["batch_sampler"]
     assert loader.collate_fn is before["collate_fn"]
@@ -460,32 +460,32 @@ def test_the_loader_is_the_users_own_again_when_it_cannot_be_read():
     loader = built(sampler=Broken(), shuffle=None, **TWO)
     before = loader.collate_fn
     with pytest.raises(RuntimeError, match="no order today"):
-        next(Feed(loader).batches())
+        next(Reader(source_of(loader)).batches())
     assert loader.collate_fn is before
     assert loader.worker_init_fn is None
 
 
 def test_a_place_is_not_moved_by_what_comes_after_it():
     for make in (built, prepared, lambda: DataLoader(Stream(), 2), lambda: built(**TWO)):
-        feed = Feed(make())
-        given = feed.batches()
+        reader = Reader(source_of(make()))
+        given = reader.batches()
         next(given)
-        feed.settle()
-        place = feed.state_dict()
+        reader.settle()
+        place = reader.position()
         before = through_json(copy.deepcopy(place))
         for _ in range(3):
             next(given)
-        feed.settle()
+        reader.settle()
         assert repr(through_json(place)) == repr(before)
         given.close()
 
 
 def test_a_pass_opened_at_a_place_gives_as_many_batches_as_it_says():
     for make in (built, prepared, SizedStatefulLoader, lambda: list(DataLoader(Rows(), 2))):
-        whole = open_pass(make(), 0, {})
+        whole = source_of(make()).open({}, Shard())
         assert whole.left == len(list(whole.items)) == 7
-        _, place = take(Feed(make()), 3)
-        begun = open_pass(make(), 6, place)
+        _, place = take(Reader(source_of(make())), 3)
+        begun = source_of(make()).open(place, Shard())
         assert begun.num_used == 3
         assert begun.left == len(list(begun.items)) == 4
 
@@ -502,7 +502,7 @@ def test_a_pass_opened_at_a_place_gives_as_many_batches_as_it_says():
 )
 def test_a_place_tells_the_kind_of_its_loader(make, kind):
     loader = make()
-    place = place_in(loader, {}, 0)
+    place = source_of(loader).position({}, 0)
     assert (place["kind"], place["num_batches"], place["num_workers"]) == (kind, 0, 0)
     assert place["batch_size"] == (2 if isinstance(loader, DataLoader) else None)
     through_json(place)
@@ -511,9 +511,9 @@ def test_a_place_tells_the_kind_of_its_loader(make, kind):
 def test_rows_before_the_place_are_never_loaded():
     for make in (built, prepared, lambda: DataLoader(Stream(), 2)):
         seed_all(1)
-        rows, place = take(Feed(make()), 3)
+        rows, place = take(Reader(source_of(make())), 3)
         loader = make()
-        found = rest(Feed(loader, place), 6)
+        found = rest(Reader(source_of(loader), place))
         dataset = getattr(loader.dataset, "rows", loader.dataset)
         # A stream is read one batch ahead, and that one is kept beside the place.
         ahead = found[0] if isinstance(loader.dataset, Stream) else []

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from transformers import DataCollatorForLanguageModeling
 
 from manualloop.data.sampler import ordered_loader
-from manualloop.reading.sources import has_shuffle_buffer
+from manualloop.reading.streams import has_shuffle_buffer
 
 TWO = {"num_workers": 2}
 KEPT = {"num_workers": 2, "persistent_workers": True}

@@ -1,0 +1,67 @@
+"""Loaders that have no row numbers: what was used of them is read again and dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from typing import Any
+
+from manualloop.data.sampler import num_batches
+from manualloop.notices import say
+from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
+from manualloop.reading.position import Position
+from manualloop.reading.ranks import Shard
+from manualloop.tasks.items import num_rows
+
+
+def read_again(
+    loader: Any, items: Iterator[Any], position: Position, now: Any, shard: Shard
+) -> tuple[Iterator[Any], int | None]:
+    """Read a pass from its start, and drop the batches that were used."""
+    num_used, length = position["num_batches"], num_batches(loader)
+    left = None if length is None else length - num_used
+    if isinstance(loader, Sequence):
+        set_random_state(now)
+        return islice(items, num_used, None), left
+    if not num_used:
+        return items, left
+    say(
+        f"reading the {num_used} batches of this epoch that were used, and dropping them: the "
+        "data has neither a sampler nor a state_dict() to resume from."
+    )
+    next(items, None)
+    drawn = get_random_state(devices=False)
+    for _ in islice(items, num_used - 1):
+        pass
+    # A stream is read one round ahead, so that was drawn before the position too.
+    ahead = list(islice(items, shard.world_size)) if length is None else []
+    if not is_same_random_state(drawn, get_random_state(devices=False)):
+        say("not bit-exact, because this data draws random numbers while it is read.")
+    set_random_state(now)
+    return chain(ahead, items), left
+
+
+def drop_rows(items: Iterator[Any], num_used: int) -> Iterator[Any]:
+    """Drop batches until so many rows are gone."""
+    while num_used > 0 and (batch := next(items, None)) is not None:
+        num_used -= num_rows(batch)
+    yield from items
+
+
+def forget_start(items: Iterator[Any], dataset: Any) -> Iterator[Any]:
+    """Let a stream of datasets begin its next pass at its start, not where this one began."""
+    for item in items:
+        dataset._starting_state_dict = None
+        yield item
+
+
+def has_shuffle_buffer(loader: Any) -> bool:
+    """Tell whether a loader reads a stream of datasets through a buffer that no state holds."""
+    parts = [getattr(getattr(loader, "dataset", None), "_ex_iterable", None)]
+    while parts:
+        part = parts.pop()
+        if type(part).__name__ == "BufferShuffledExamplesIterable":
+            return True
+        if part is not None:
+            parts += [getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", ())]
+    return False
