@@ -1,6 +1,7 @@
-"""The errors users see: one tree, each class also the built-in a caller would expect to catch.
+"""The errors of this package. Each class also derives from the built-in error that fits.
 
-A message says what happened, where (split, batch, row, rank), and ends with the line that mends it.
+A message says what happened and where (split, batch, row, rank), and ends with the line that fixes
+it.
 """
 
 
@@ -21,7 +22,7 @@ class ModelError(ManualLoopError, ValueError):
 
 
 class MetricError(ManualLoopError, ValueError):
-    """A metric is unknown, or was given what it cannot score."""
+    """A metric is unknown, or cannot score the predictions."""
 
 
 class NonFiniteError(ManualLoopError, ArithmeticError):
@@ -29,8 +30,8 @@ class NonFiniteError(ManualLoopError, ArithmeticError):
 
 
 class DistributedError(ManualLoopError, RuntimeError):
-    """The processes of a run do not fit together."""
+    """The processes of a run do not fit together, or one of them is gone."""
 
 
 class CheckpointError(ManualLoopError, OSError):
-    """A checkpoint cannot be written, or not be used: missing, damaged, or of another run."""
+    """A checkpoint cannot be written, or cannot be used: missing, damaged, or of another run."""

@@ -1,7 +1,7 @@
-"""What the library tells the user once, as log records of the logger "manualloop".
+"""Messages to the user, as records of the logger "manualloop".
 
-They are part of the result ("using sentence1, sentence2 -> labels"), so they are shown unless the
-program has set up logging itself: then they go where it sends INFO records.
+Messages such as "using sentence1, sentence2 -> labels" are part of a result, so they are shown by
+default. If the program has set up logging itself, they go where it sends INFO records.
 ``logging.getLogger("manualloop").setLevel("WARNING")`` silences them.
 """
 
@@ -16,8 +16,8 @@ def say(message: str, *, from_every_rank: bool = False) -> None:
 
     Args:
         message: The line.
-        from_every_rank: Of several processes that a launcher has started, only that of rank 0
-            speaks, unless the line is about this one.
+        from_every_rank: Whether every rank shows the line, with its rank. By default only rank 0
+            of the processes that a launcher started does.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":

@@ -1,7 +1,7 @@
-"""The progress bar: a bar in a terminal and a notebook, lines in a log file.
+"""The progress bar: a bar in a terminal or notebook, lines in a log file.
 
-It is asked once a step whether it is due, which costs a look at the clock, and redraws ten times a
-second at most. It is shown what the host already knows; it never asks the device for anything.
+At each step it only compares the clock with the time of its next update, and it redraws at most ten
+times a second. It shows what the host already knows and never reads from the device.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class ProgressBar:
     """Progress through a known or unknown number of steps.
 
     Args:
-        total: Steps in all; None if nobody knows.
-        initial: Steps done before.
-        name: What is going on: "Training".
-        unit: What is counted: "step".
-        shown: False draws nothing.
+        total: Number of steps; None if it is unknown.
+        initial: Number of steps that were done before.
+        name: Name of the activity, such as "Training".
+        unit: Name of what is counted, such as "step".
+        shown: Whether anything is drawn.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ProgressBar:
         if not shown:
             return
         with warnings.catch_warnings():
-            # tqdm calls its choice between terminal and notebook experimental, since 2018.
+            # tqdm warns that its choice between terminal and notebook is experimental.
             warnings.filterwarnings("ignore", category=Warning, module="tqdm")
             warnings.filterwarnings("ignore", message=".*IProgress not found.*")
             from tqdm.autonotebook import tqdm
@@ -71,7 +71,7 @@ class ProgressBar:
         self._position = position
 
     def write(self, text: str) -> None:
-        """Write a line of its own, above the bar."""
+        """Write a separate line above the bar."""
         if self._due == float("inf"):
             return
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""Where the time of a run went."""
+"""Times: where the time of a run went, and how times are written in arguments."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from manualloop.errors import ConfigError
 SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
 TIME_OR_EPOCHS = re.compile(r"(?:(\d+(?:\.\d+)?) ?)?(epochs?|s|sec|min|h)")
 
-_OFF = 0.2  # of the time, or of the tokens, above which something is said
-_LONG_ENOUGH = 30.0  # seconds that a run takes before anything is said
+_OFF = 0.2  # share of the time or of the tokens above which advice is given
+_LONG_ENOUGH = 30.0  # seconds after which a run gets advice
 
 
 @dataclass(slots=True)
 class Times:
-    """Seconds of this process by what they went to, and the tokens that it trained on.
+    """The time that this process spent on each part of a run, and the tokens it trained on.
 
-    They are the host's: on an accelerator it only hands out work, and waits for it wherever it
-    first needs a result, such as a loss that is logged.
+    Times are measured on the host, in seconds. With an accelerator the host only launches work, and
+    waits for it where it first needs a result, such as a loss that is logged.
 
     Attributes:
-        data: Waiting for the next batch.
-        copy: Copying batches to the device.
-        update: All of the updates, copies and optimizer included.
-        optimizer: Clipping, optimizer and schedule.
-        evaluation: In ``evaluate``.
-        checkpoint: Saving.
-        num_tokens: That an attention mask shows, of this process's batches. 0 without masks.
-        num_places: Tokens and padding together.
+        data: Time spent waiting for the next batch.
+        copy: Time spent copying batches to the device.
+        update: Time of the whole updates, copies and optimizer included.
+        optimizer: Time of clipping, optimizer and schedule.
+        evaluation: Time of ``evaluate``.
+        checkpoint: Time spent saving.
+        num_tokens: Number of tokens in this process's batches according to their attention masks; 0
+            without masks.
+        num_places: Number of tokens, padding included.
     """
 
     data: float = 0.0
@@ -48,17 +49,17 @@ class Times:
 
     @property
     def forward_backward(self) -> float:
-        """Seconds in forward and backward passes."""
+        """Time of forward and backward passes, in seconds."""
         return max(self.update - self.copy - self.optimizer, 0.0)
 
     @property
     def total(self) -> float:
-        """Seconds of all that is measured."""
+        """Sum of all times, in seconds."""
         return self.data + self.update + self.evaluation + self.checkpoint
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens, without padding, that were trained on in a second of training; 0.0: none seen."""
+        """Tokens per second of training, without padding; 0.0 if there was no attention mask."""
         seconds = self.data + self.update
         return self.num_tokens / seconds if seconds else 0.0
 
@@ -68,18 +69,18 @@ class Times:
         return 1 - self.num_tokens / self.num_places if self.num_places else 0.0
 
     def count_tokens(self, batches: Sequence[Any]) -> None:
-        """Take note of a window's tokens, where the host can count them without waiting."""
+        """Count the tokens of a window, if the host can do so without waiting."""
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             if not isinstance(mask, Tensor) or mask.device.type != "cpu":
                 continue
-            if mask.ndim == 2 and not mask.is_floating_point():  # others are added to scores
+            if mask.ndim == 2 and not mask.is_floating_point():  # others are added to the scores
                 tokens: Any = mask.sum().tolist()  # no .item(): it counts as a wait
                 self.num_tokens += tokens
                 self.num_places += mask.numel()
 
     def as_dict(self) -> dict[str, float]:
-        """Return all of it by name."""
+        """Return all times and rates by name."""
         return {
             **asdict(self),
             "forward_backward": self.forward_backward,
@@ -97,30 +98,30 @@ class Times:
         return f"{self.total:.1f} s: {', '.join(parts)}"
 
     def advice(self, num_workers: int, *, may_group: bool) -> str | None:
-        """Say what is off, and what to do about it: the largest share; None: nothing is.
+        """Return a line on the largest avoidable cost and its remedy; None if there is none.
 
         Args:
-            num_workers: Of the training loader.
-            may_group: Whether it is a prepared one whose rows are not grouped by length.
+            num_workers: Number of workers of the training loader.
+            may_group: Whether the loader is a prepared one whose rows are not grouped by length.
         """
         if self.total < _LONG_ENOUGH:
             return None
         found = {
-            f"waiting for data: num_workers={2 * num_workers or 2}": self.data / self.total,
-            "saving: checkpoint_every a larger number": self.checkpoint / self.total,
+            f"waiting for data. Try num_workers={2 * num_workers or 2}": self.data / self.total,
+            "saving checkpoints. Try a larger checkpoint_every": self.checkpoint / self.total,
         }
         if may_group:
             share = (self.update - self.optimizer) / self.total
-            found["computing padding: group_by_length=True"] = self.padding * share
+            found["computing padding. Try group_by_length=True"] = self.padding * share
         text, share = max(found.items(), key=lambda item: item[1])
         return f"{share:.0%} of the time went to {text}." if share > _OFF else None
 
 
 def parse_seconds(name: str, time: float | str | None) -> float | None:
-    """Turn a time into seconds: a number of them, ``"30 s"``, ``"10 min"`` or ``"2 h"``.
+    """Convert a time to seconds. It is a number of seconds, ``"30 s"``, ``"10 min"`` or ``"2 h"``.
 
     Raises:
-        ConfigError: It cannot be read, or is not above 0.
+        ConfigError: The time cannot be parsed, or is not above 0.
 
     >>> parse_seconds("max_time", "1.5 h")
     5400.0

@@ -103,13 +103,13 @@ LONG = {"data": 2.0, "update": 98.0, "optimizer": 8.0}
     ("changes", "num_workers", "expected"),
     [
         ({}, 0, None),
-        ({"data": 60.0}, 0, "38% of the time went to waiting for data: num_workers=2."),
-        ({"data": 60.0}, 4, "38% of the time went to waiting for data: num_workers=8."),
-        ({"checkpoint": 50.0}, 0, "33% of the time went to saving: checkpoint_every a larger"),
+        ({"data": 60.0}, 0, "38% of the time went to waiting for data. Try num_workers=2."),
+        ({"data": 60.0}, 4, "38% of the time went to waiting for data. Try num_workers=8."),
+        ({"checkpoint": 50.0}, 0, "33% of the time went to saving checkpoints. Try a larger"),
         (
             {"num_tokens": 40, "num_places": 100},
             0,
-            "54% of the time went to computing padding: group_by_length=True.",
+            "54% of the time went to computing padding. Try group_by_length=True.",
         ),
         ({"data": 9.0, "update": 20.0}, 0, None),  # too short to tell
     ],
@@ -128,4 +128,4 @@ def test_a_run_says_it(monkeypatch, caplog):
     monkeypatch.setattr("manualloop.times._LONG_ENOUGH", 0.0)
     with caplog.at_level("INFO", logger="manualloop"):
         run(monkeypatch, "data")
-    assert "went to waiting for data: num_workers=2." in caplog.text
+    assert "went to waiting for data. Try num_workers=2." in caplog.text

@@ -1,4 +1,4 @@
-"""Curves of a run. Needs matplotlib: ``pip install manualloop[plot]``."""
+"""The curves of a run, drawn with matplotlib: ``pip install manualloop[plot]``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def plot_history(history: Sequence[Record]) -> Any:
     """Draw loss, evaluations and learning rate over the steps.
 
     Args:
-        history: ``TrainResult.history``.
+        history: Records of a run, as in ``TrainResult.history``.
 
     Returns:
-        matplotlib's figure; in a notebook it is shown by being the last value of a cell.
+        A figure of matplotlib. A notebook shows it if it is the last value of a cell.
 
     Raises:
         ImportError: matplotlib is missing; the message names the extra.
@@ -27,7 +27,7 @@ def plot_history(history: Sequence[Record]) -> Any:
         raise ImportError("plot() needs matplotlib: pip install manualloop[plot]") from error
 
     class Curves(Figure):
-        def _repr_png_(self) -> bytes:  # without pyplot no notebook knows how to show a Figure
+        def _repr_png_(self) -> bytes:  # without pyplot a notebook cannot show a Figure
             with BytesIO() as file:
                 self.savefig(file, format="png")
                 return file.getvalue()
