@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import PurePath
 from types import (
@@ -129,6 +131,84 @@ def put(holder: Any, step: str, value: Any) -> None:
         raise LookupError("its place cannot be written to")
 
 
+def remember(owners: Mapping[str, Any]) -> Callable[[], None]:
+    """Return a function that makes the parts of some objects refer to what they refer to now.
+
+    It restores attributes, slots, variables, and containers of up to 1,000 entries. It cannot
+    restore the numbers in tensors and arrays, nor iterators.
+    """
+    undo: list[Callable[[], None]] = []
+    shapes: dict[type, _Shape] = {}
+    for _, (value, _, _) in walk(owners):
+        kind = type(value)
+        if kind is FunctionType:
+            steps = [step for step in _steps(value, shapes) if step[0].startswith(_VARIABLES)]
+            undo += [partial(put, value, *step) for step in steps]
+            undo.append(partial(_restore_names, vars(value), dict(vars(value))))
+        elif issubclass(kind, type):
+            undo.append(partial(_restore_class, value, dict(vars(value))))
+        else:
+            shape = _shape_of(kind, shapes)
+            if shape.get_vars is not None:
+                names = shape.vars_of(value)
+                undo.append(partial(_restore_names, names, dict(names)))
+            for name, child in _steps_of_slots(value, shape):
+                undo.append(partial(put, value, name, child))
+            base: Any = next((base for base in _CONTAINERS if issubclass(kind, base)), None)
+            if base is not None and base.__len__(value) <= MOST_ENTRIES:
+                undo.append(partial(_restore_entries, value, base, _entries_of(value, base)))
+
+    def restore() -> None:
+        for call in undo:
+            with suppress(AttributeError, LookupError, TypeError):  # it is read-only
+                call()
+
+    return restore
+
+
+_VARIABLES = (".__closure__", ".__globals__")
+_CONTAINERS = (OrderedDict, dict, list, deque, set)
+
+
+def _restore_names(names: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in [name for name in names if name not in before]:
+        del names[name]
+    for name, value in before.items():
+        if name not in names or names[name] is not value:
+            names[name] = value
+
+
+def _restore_class(kind: type, before: dict[str, Any]) -> None:
+    for name in [name for name in vars(kind) if name not in before]:
+        type.__delattr__(kind, name)
+    for name, value in before.items():
+        if vars(kind).get(name) is not value:
+            type.__setattr__(kind, name, value)
+
+
+def _entries_of(container: Any, base: Any) -> list[Any]:
+    """List the entries of a container; of a dict, its pairs of key and value."""
+    if issubclass(base, dict):
+        return list(dict.items(container))
+    return list(base.__iter__(container))
+
+
+def _restore_entries(container: Any, base: Any, before: list[Any]) -> None:
+    now = _entries_of(container, base)
+    if issubclass(base, dict):
+        is_same = [(id(k), id(v)) for k, v in now] == [(id(k), id(v)) for k, v in before]
+    else:
+        is_same = list(map(id, now)) == list(map(id, before))
+    if is_same:
+        return
+    base.clear(container)
+    for entry in before:
+        if issubclass(base, dict):
+            base.__setitem__(container, *entry)
+        else:
+            (base.add if base is set else base.append)(container, entry)
+
+
 def is_of_library(module: object) -> bool:
     """Tell whether a module, by its name, belongs to Python or to an installed library."""
     name = module if isinstance(module, str) else ""
@@ -212,17 +292,21 @@ def _steps(value: Any, shapes: dict[type, _Shape]) -> Iterable[tuple[str, Any]]:
     for name, child in list(shape.vars_of(value).items()):
         if not (name == "_iterator" and issubclass(kind, DataLoader)):  # of the pass under way
             yield f".{name}", child
-    for name, slot in shape.slots:
-        try:
-            yield f".{name}", slot.__get__(value)
-        except AttributeError:  # it has no value yet
-            continue
+    yield from _steps_of_slots(value, shape)
     if issubclass(kind, dict | list | tuple | set | frozenset | deque):
         yield from _steps_of_container(value, shapes)
     elif kind is BuiltinMethodType:
         yield ".__self__", value.__self__
     if not shape.is_of_library:
         yield ".__class__", kind
+
+
+def _steps_of_slots(value: Any, shape: _Shape) -> Iterable[tuple[str, Any]]:
+    for name, slot in shape.slots:
+        try:
+            yield f".{name}", slot.__get__(value)
+        except AttributeError:  # it has no value yet
+            continue
 
 
 def _steps_of_container(value: Any, shapes: dict[type, _Shape]) -> Iterable[tuple[str, Any]]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from manualloop.errors import DataError
+from manualloop.objects import remember, walk
+from manualloop.randomness import random_states_kept
 
 _NUM_ROWS_SHOWN = 3
 
@@ -62,23 +61,25 @@ class BatchReport:
 def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
     """Describe the first batch that a loader gives.
 
-    Nothing is changed by looking: the random states of torch, NumPy, Python and the loader's own
-    generators are put back.
+    The look changes nothing: random states, positions, counters and caches of the loader and of
+    what it is made of are put back, and workers that it starts are ended. What the loader changes
+    inside an array, a tensor, a file or another process stays changed.
 
     Args:
-        loader: Of dicts of tensors.
-        tokenizer: Decodes ``input_ids`` back to text; None: the numbers are shown.
+        loader: A loader whose batches are dicts of tensors.
+        tokenizer: The tokenizer that decodes ``input_ids`` back to text; None: the numbers are
+            shown.
 
     Raises:
-        DataError: The loader gives no batch, or one that is not a dict.
+        DataError: The loader gives no batch, or one that is not a dict, or its batches can be read
+            only once.
 
     >>> print(inspect_batch([{"input_ids": torch.tensor([[4, 5]]), "labels": torch.tensor([1])}]))
     input_ids  (1, 2) int64
     labels     (1,) int64
     row 0      [4, 5]  ->  1
     """
-    with _random_states_kept(loader):
-        batch = next(iter(loader), None)
+    batch = _first_batch(loader)
     if not isinstance(batch, Mapping):
         got = "no batch" if batch is None else f"a {type(batch).__name__}"
         raise DataError(
@@ -96,20 +97,40 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
     )
 
 
-@contextmanager
-def _random_states_kept(loader: Iterable[Any]) -> Iterator[None]:
-    parts = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
-    generators = [getattr(part, "generator", None) for part in parts]
-    states = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for generator, state in states:
-            generator.set_state(state)
+def _first_batch(loader: Any) -> Any:
+    """Read the first batch and leave the loader as it was; None if it gives none."""
+    if hasattr(type(loader), "__next__"):
+        raise DataError(_read_once_message("", loader))
+    parts = [part.value for _, part in walk({"loader": loader})]
+    iterators = {id(value) for value in parts if _is_read_once(value)}
+    with random_states_kept(loader=loader):
+        restore = remember({"loader": loader})
+        try:
+            for part in parts:
+                if isinstance(part, DataLoader):
+                    vars(part)["_iterator"] = None  # workers that are kept would move on
+            batches = iter(loader)
+            if not isinstance(loader, DataLoader) and iter(loader) is batches:
+                raise DataError(_read_once_message("", batches))
+            for path, part in walk({"loader": loader}):
+                if id(part.value) in iterators:  # it was there before iter()
+                    raise DataError(_read_once_message(f" at {path}", part.value))
+            return next(batches, None)
+        finally:
+            restore()
+
+
+def _is_read_once(value: Any) -> bool:
+    kind = type(value)
+    return hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools")
+
+
+def _read_once_message(place: str, iterator: Any) -> str:
+    return (
+        f"The batches come from a {type(iterator).__name__}{place}, which can be read only once: "
+        "inspect_batch would use up the first one. Pass a DataLoader or a list: "
+        "batches = list(batches)."
+    )
 
 
 def _describe(value: Any) -> tuple[tuple[int, ...], str]:
