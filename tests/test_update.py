@@ -15,7 +15,6 @@ from manualloop import (
     TrainState,
     accumulate_gradients,
     apply_update,
-    count_items,
     evaluate_loop,
     windows,
 )
@@ -291,35 +290,6 @@ def test_clipping_comes_after_weighting():
     update = apply_update(state, split(batch, [4, 4, 1]), SingleDevice(), max_grad_norm=0.01)
     torch.testing.assert_close(update.grad_norm, norm, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradients(parts), gradients(whole), rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize(
-    ("task", "batch", "num_items"),
-    [
-        ("ForSequenceClassification", {"labels": torch.tensor([0, 1, -100])}, 2),
-        ("ForSequenceClassification", {"labels": torch.zeros(3, 4)}, 12),
-        ("ForTokenClassification", {"labels": torch.tensor([[1, -100], [2, 3]])}, 3),
-        ("ForMaskedLM", {"labels": torch.tensor([[1, -100], [-100, -100]])}, 1),
-        ("ForCausalLM", {"labels": torch.tensor([[1, 2, 3], [-100, 5, -100]])}, 3),
-        ("LMHeadModel", {"labels": torch.tensor([[1, 2, 3], [-100, 5, -100]])}, 3),
-        ("ForMultipleChoice", {"labels": torch.tensor([2, 0])}, 2),
-        ("Anything", {"x": torch.zeros(5, 2)}, 5),
-        ("Anything", {"labels": torch.zeros(5, 1)}, 5),
-    ],
-)
-def test_items_by_task(task, batch, num_items):
-    model = type(f"Some{task}", (torch.nn.Module,), {})()
-    assert count_items(model, batch) == num_items
-
-
-def test_an_encoder_decoder_is_not_shifted_and_shift_labels_are_taken():
-    model = type("T5ForConditionalGeneration", (torch.nn.Module,), {})()
-    model.config = type("Config", (), {"is_encoder_decoder": True})()
-    labels = torch.tensor([[1, 2, -100]])
-    assert count_items(model, {"labels": labels}) == 2
-    model.config.is_encoder_decoder = False
-    assert count_items(model, {"labels": labels}) == 1
-    assert count_items(model, {"labels": labels, "shift_labels": torch.tensor([[1, 2, 3]])}) == 3
 
 
 def test_a_model_without_a_loss_says_so():

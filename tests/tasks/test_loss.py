@@ -1,0 +1,137 @@
+"""A loss is taken apart in one way, wherever it comes from and whoever wants it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from heads import HEADS, build, head_id, make_batch
+from torch import nn
+
+from manualloop import (
+    DataError,
+    ModelError,
+    SingleDevice,
+    accumulate_gradients,
+    check_accumulation,
+    evaluate_loop,
+)
+from manualloop.tasks.loss import loss_terms, own_terms, require_loss
+from manualloop.tasks.task import resolve_task
+
+HEAD = {head_id(head): head for head in HEADS}
+
+
+@pytest.mark.parametrize("head", HEADS, ids=head_id)
+def test_the_mean_of_the_terms_is_the_models_loss(head):
+    model, batch = build(head), make_batch(head, 8)
+    terms = loss_terms(model, batch, resolve_task(model, batch).count(batch))
+    assert len(terms) == (2 if "QuestionAnswering" in head_id(head) else 1)
+    loss = sum(mean for mean, _ in terms) / len(terms)
+    torch.testing.assert_close(loss, model(**batch).loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("returned", "num_items"),
+    [
+        (torch.tensor(2.0), 7),
+        ((torch.tensor(2.0), 3), 3),
+        ((torch.tensor(2.0), torch.tensor(3)), 3),
+        ((torch.tensor(2.0), torch.tensor([0.25])), 0.25),
+    ],
+    ids=["mean", "count", "tensor", "fraction"],
+)
+def test_what_a_loss_fn_may_return(returned, num_items):
+    assert own_terms(returned, (7,)) == [(torch.tensor(2.0), num_items)]
+
+
+def test_a_loss_fn_without_a_return_is_refused_in_training_and_evaluation():
+    model, batch = nn.Linear(1, 1), {"x": torch.ones(2, 1), "labels": torch.ones(2, 1)}
+
+    def forgetful(model, batch):
+        F.mse_loss(model(batch["x"]), batch["labels"])
+
+    with pytest.raises(ModelError, match="loss_fn returned None"):
+        accumulate_gradients(model, [batch], loss_fn=forgetful)
+    for metric in (None, "mse"):
+        with pytest.raises(ModelError, match="loss_fn returned None"):
+            evaluate_loop(model, [batch], metric, loss_fn=forgetful)
+
+
+def test_a_loss_that_is_no_tensor_is_named():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1, 1)
+
+        def forward(self, x):
+            return {"loss": {"boxes": self.linear(x).mean()}}
+
+    with pytest.raises(ModelError, match="The loss is a dict"):
+        accumulate_gradients(Detector(), [{"x": torch.ones(2, 1)}])
+
+
+def test_why_there_is_no_loss():
+    model = nn.Linear(1, 1)
+    with pytest.raises(ModelError, match="returned a 0-d Tensor"):
+        require_loss(model, {"input": torch.ones(1)}, torch.tensor(1.0))
+    with pytest.raises(DataError, match="Training needs labels"):
+        require_loss(model, {"x": torch.ones(1)}, {"loss": None})
+    with pytest.raises(ModelError, match="output has loss=None"):
+        require_loss(model, {"labels": torch.ones(1)}, {"loss": None})
+
+
+def smooth(model, batch):
+    outputs = model(**batch)
+    losses = [
+        F.cross_entropy(logits, batch[name].clamp(0, logits.shape[1]), ignore_index=logits.shape[1])
+        for logits, name in (
+            (outputs.start_logits, "start_positions"),
+            (outputs.end_logits, "end_positions"),
+        )
+    ]
+    return 3 * sum(losses) / 2
+
+
+def test_question_answering_is_scored_by_the_loss_fn_that_trains_it():
+    """The model's own two means would be another loss."""
+    head = HEAD["BertForQuestionAnswering"]
+    model = build(head)
+    batch = make_batch(head, 6)
+    trained = accumulate_gradients(model, [batch], loss_fn=smooth).loss
+    scored = evaluate_loop(model, [batch], loss_fn=smooth)["loss"]
+    assert scored == pytest.approx(float(trained), rel=1e-12)
+    assert scored == pytest.approx(3 * evaluate_loop(model, [batch])["loss"], rel=1e-12)
+
+
+def test_question_answering_in_bf16_is_scored_as_it_is_trained():
+    """Outside autocast the two means would be rounded to bfloat16."""
+    head = HEAD["BertForQuestionAnswering"]
+    model = build(head, torch.float32)
+    batch, strategy = make_batch(head, 6, dtype=torch.float32), SingleDevice(mixed_precision="bf16")
+    strategy.prepare_model(model)
+    trained = accumulate_gradients(model, [batch], strategy=strategy).loss
+    scored = evaluate_loop(model, [batch], strategy=strategy)["loss"]
+    assert scored == pytest.approx(float(trained), rel=1e-6)
+
+
+def test_positions_that_some_micro_batches_lack_are_refused():
+    head = HEAD["BertForQuestionAnswering"]
+    batch = make_batch(head, 2)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(DataError, match="micro-batches of a window differ"):
+        accumulate_gradients(build(head), [batch, inputs])
+
+
+def test_weights_below_one_are_items_to_the_proof_too():
+    """The usual mean of means counts a row that weighs 0.2 as it counts the others."""
+    weight = torch.tensor([0.2, 0.3], dtype=torch.float64)
+
+    def weighted(model, batch):
+        loss = F.cross_entropy(model(batch["x"]), batch["labels"], weight=weight)
+        return loss, weight[batch["labels"]].sum()
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, dtype=torch.float64)
+    batch = {"x": torch.randn(5, 3, dtype=torch.float64), "labels": torch.tensor([0, 1, 1, 0, 1])}
+    report = check_accumulation(model, batch, loss_fn=weighted)
+    assert report.is_exact
+    assert 0 < report.unweighted_difference < 0.5  # 1 if all rows were left out
