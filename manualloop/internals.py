@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from copy import copy
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -97,21 +97,22 @@ def watch_scale(scaler: Any) -> Callable[[], bool]:
     return lambda: bool(scale >= before)
 
 
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer inside a wrapper, such as the one of accelerate."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def heeds_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
     """Tell whether an optimizer leaves the weights alone where its ``found_inf`` is 1.
 
-    torch's fused optimizers should, because fp16's loss scaling relies on it. Those of mps ignored
-    the flag before torch 2.13 (pytorch/pytorch, pull request 186360), so the kernel itself is
-    tried, once in a process. Nothing is known of a ``step`` that is not torch's.
-
-    Seen in torch 2.6 to 2.14: ``_step_supports_amp_scaling``, and the attributes ``found_inf`` and
-    ``grad_scale`` that ``skip_where`` sets. If they are gone, the answer is no, and the host waits
-    for the flag of every update.
+    torch's fused ones should; those of mps did not before torch 2.13 (pull request 186360), so the
+    kernel is tried, once in a process. The answer is no for a ``step`` or a wrapper of others, and
+    where ``_step_supports_amp_scaling`` is gone (seen in torch 2.6 to 2.14): then the host waits.
     """
-    inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps another
-    kind: Any = type(inner)
-    is_fused = getattr(inner, "_step_supports_amp_scaling", False)
-    return is_fused and _kernel_heeds_found_inf(kind, device)
+    inner, kind = unwrap_optimizer(optimizer), type(optimizer)
+    is_known = inner is optimizer or kind.__module__.startswith("accelerate.")
+    is_fused = is_known and getattr(inner, "_step_supports_amp_scaling", False)
+    return is_fused and _kernel_heeds_found_inf(cast("Any", type(inner)), device)
 
 
 @cache
@@ -135,7 +136,7 @@ def skip_where(optimizer: Optimizer, has_failed: Tensor) -> Iterator[None]:
 
     Only for an optimizer that ``heeds_found_inf``.
     """
-    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrap_optimizer(optimizer)
     inner.found_inf, inner.grad_scale = has_failed.float(), None
     try:
         yield

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -15,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from manualloop.errors import ConfigError
 from manualloop.optim import prepare_optimizer, prepare_scheduler
+from manualloop.run.agreement import agree_at_updates, counted
 from manualloop.run.cadence import Cadence, parse_cadence
 from manualloop.run.folder import open_run_folder
 from manualloop.run.report import Report
@@ -191,12 +191,12 @@ def train_loop(
     strategy = strategy_for(model, strategy)
     plan = plan_run(train_dataloader, world_size=strategy.world_size, **settings)
     _check_evaluation(evaluate, best_metric, patience)
-    votes = strategy.votes
-    parse = partial(parse_cadence, num_steps_per_epoch=plan.num_steps_per_epoch, votes=votes)
-    log_is_due = parse("log_every", log_every)
-    evaluation_is_due = parse("evaluate_every", evaluate_every)
-    save_is_due = parse("checkpoint_every", checkpoint_every)
-    stopping = Stopping(parse_seconds("max_time", max_time), votes)
+    agreement, run_strategy = agree_at_updates(strategy)
+    per_epoch = plan.num_steps_per_epoch
+    log_is_due = parse_cadence("log_every", log_every, per_epoch, agreement)
+    evaluation_is_due = parse_cadence("evaluate_every", evaluate_every, per_epoch, agreement)
+    save_is_due = parse_cadence("checkpoint_every", checkpoint_every, per_epoch, agreement)
+    stopping = Stopping(parse_seconds("max_time", max_time), agreement)
     optimizer = optimizer or prepare_optimizer(model)
     schedule = _schedule(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
     state = TrainState(model, optimizer, schedule, extras=extras or {})
@@ -214,7 +214,7 @@ def train_loop(
             loss_fn=loss_fn,
             step_fn=step_fn,
             on_nonfinite=on_nonfinite,
-            strategy=strategy,
+            strategy=run_strategy,
             preflight=preflight,
             **settings,
         )
@@ -222,7 +222,7 @@ def train_loop(
         if folder is not None:
             stack.enter_context(stopping.watching_signals())
         run.catch_up()
-        for step in steps if run.stopped_by is None else ():
+        for step in counted(steps, run_strategy, step_fn) if run.stopped_by is None else ():
             report.add(step, closes=log_is_due(step) or step.index == 1 or step.is_last)
             if on_step is not None:
                 on_step(step)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manualloop.errors import ConfigError, ModelError
+from manualloop.internals import unwrap_optimizer
 
 
 def prepare_optimizer(
@@ -209,7 +210,7 @@ def require_schedule(lr_scheduler: object, optimizer: Optimizer) -> None:
             'prepare_scheduler(optimizer, "linear", num_training_steps=...).'
         )
     driven = getattr(lr_scheduler, "optimizer", optimizer)
-    if getattr(driven, "optimizer", driven) is not getattr(optimizer, "optimizer", optimizer):
+    if unwrap_optimizer(driven) is not unwrap_optimizer(optimizer):
         raise ConfigError(
             f"The {name} drives another optimizer than the {type(optimizer).__name__} that is "
             "given, so the learning rate would never move. Pass both: train_loop(model, loader, "

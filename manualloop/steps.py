@@ -23,7 +23,7 @@ from manualloop.reading.ranks import num_rounds
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import Source, source_of, workers_matter
 from manualloop.state import TrainState
-from manualloop.strategy.base import Strategy
+from manualloop.strategy.base import Strategy, prepare
 from manualloop.strategy.select import strategy_for
 from manualloop.types import LossFn, OnNonfinite, Plan, Step, Update, Window
 from manualloop.update import StepFn, apply_update, group
@@ -191,11 +191,11 @@ def train_steps(
     check_run(state, strategy)
     state.lr_scheduler = own_schedule(state.lr_scheduler)
     require_schedule(state.lr_scheduler, state.optimizer)
-    state.model, state.optimizer = strategy.prepare(state.model, state.optimizer)
+    state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
     source = source_of(train_dataloader)
     _agree_on_contract(state, source, plan, strategy, max_grad_norm, gradient_accumulation_steps)
     _take_generators(state, train_dataloader, loss_fn=loss_fn, step_fn=step_fn)
-    own_loss, is_own_step = loss_fn is not None or step_fn is not None, step_fn is not None
+    own_loss = loss_fn is not None or step_fn is not None
     step_fn = step_fn or partial(
         apply_update, loss_fn=loss_fn, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite
     )
@@ -210,7 +210,6 @@ def train_steps(
             strategy=strategy,
             source=source,
             explains=not own_loss,
-            votes=is_own_step and strategy.world_size > 1,
         ),
         strategy,
         Watch(state, source, loss_fn, strategy, on_nonfinite),
@@ -345,11 +344,8 @@ def _update_from(
     strategy: Strategy,
     source: Source,
     explains: bool,
-    votes: bool,
 ) -> Update:
     """Make the update of a window, and say what is wrong with its batches if it fails."""
-    if votes:
-        strategy.sum_counts([])  # nobody knows whether step_fn counts
     begin = perf_counter()
     try:
         update = step_fn(state, window.batches, strategy)

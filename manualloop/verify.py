@@ -22,7 +22,7 @@ import manualloop.steps as training
 import manualloop.update as update
 from manualloop.errors import ConfigError, DataError
 from manualloop.models import evaluation_mode, model_name
-from manualloop.strategy.base import Strategy
+from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.items import num_rows
 from manualloop.tasks.loss import loss_terms
@@ -106,7 +106,7 @@ def check_accumulation(
     True
     """
     strategy = strategy_for(model, strategy)
-    model = strategy.prepare_model(model)
+    model = prepare_model(strategy, model)
     if num_rows(batch) < 2:
         raise DataError("A batch of one row cannot be split. Give one of several rows.")
     rows = split_batch(batch, 1)

@@ -25,7 +25,7 @@ from manualloop.checkpoint.snapshot import put_state_back, read_snapshot, take_s
 from manualloop.checkpoint.tensors import num_bytes
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.state import TrainState
-from manualloop.strategy.base import Strategy, on_main
+from manualloop.strategy.base import Strategy, on_main, prepare
 from manualloop.strategy.select import strategy_for
 
 
@@ -206,7 +206,7 @@ def load_found(found: Found, state: TrainState, strategy: Strategy) -> Checkpoin
             "checkpoint_dir on a file system that they share."
         )
     manifest: dict[str, Any] = found.manifest or {}
-    state.model, state.optimizer = strategy.prepare(state.model, state.optimizer)
+    state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
     files = manifest["files"]
     saved = explain(found.path, read_snapshot, found.path, files, state, strategy)
     put_state_back(saved, state, strategy)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from manualloop.errors import CheckpointError
+from manualloop.internals import unwrap_optimizer
 from manualloop.models import model_name
 from manualloop.notices import say
 from manualloop.state import TrainState
@@ -39,7 +40,7 @@ def describe_run(
     return {
         "same": {
             **loader.same,
-            "optimizer": type(getattr(state.optimizer, "optimizer", state.optimizer)).__name__,
+            "optimizer": type(unwrap_optimizer(state.optimizer)).__name__,
         },
         "exact": {
             **loader.exact,
@@ -48,8 +49,8 @@ def describe_run(
             "lr_scheduler": None if scheduler is None else type(scheduler).__name__,
             "world_size": strategy.world_size,
             "device": strategy.device.type,
-            "mixed_precision": _precision(strategy),
-            "compile": bool(getattr(strategy, "compile", False)),
+            "mixed_precision": strategy.precision,
+            "compile": bool(strategy.compile),
             "python": platform.python_version(),
             **{name: _version(name) for name in _LIBRARIES},
         },
@@ -105,11 +106,6 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _precision(strategy: Any) -> str:
-    inner = getattr(strategy, "accelerator", strategy)
-    return str(getattr(inner, "mixed_precision", "no"))
 
 
 def _version(library: str) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from manualloop.internals import unwrap_optimizer
 from manualloop.models import unwrap_model
 
 BASE = "frozen weights"
@@ -113,7 +114,7 @@ class ShardedOptimizer:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._model = model
-        self._optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps another
+        self._optimizer = unwrap_optimizer(optimizer)
         self.param_groups = optimizer.param_groups
 
     def state_dict(self) -> dict[str, Any]:

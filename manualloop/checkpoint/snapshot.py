@@ -30,6 +30,7 @@ from manualloop.checkpoint.tensors import (
     save_tensors,
 )
 from manualloop.errors import CheckpointError
+from manualloop.internals import unwrap_optimizer
 from manualloop.models import is_sharded, tied_names, unwrap_model
 from manualloop.randomness import (
     generator_states,
@@ -84,7 +85,7 @@ def take_state_apart(state: TrainState, strategy: Strategy, run: Mapping[str, An
     more = {key: value for key, value in weights.items() if key not in tensors["model"]}
     values |= {
         "model": more,
-        "optimizer_class": _class_of(state.optimizer),
+        "optimizer_class": type(unwrap_optimizer(state.optimizer)).__name__,
         "progress": asdict(state.progress),
         "run": dict(run),
     }
@@ -129,8 +130,7 @@ def _parts(state: TrainState, strategy: Strategy) -> dict[str, Any]:
         parts["optimizer"] = ShardedOptimizer(state.model, state.optimizer)
     else:
         parts["model"] = saved_part(state.model)
-    scaler = getattr(strategy, "scaler", None)
-    return parts if scaler is None else parts | {"scaler": scaler}
+    return parts | {"strategy": strategy}
 
 
 def _save_configs(model: nn.Module, folder: Path) -> Iterator[Path]:
@@ -190,6 +190,7 @@ def read_snapshot(
         nested = tensors["optimizer"] | tensors["extras"] | tensors["rng"]
         values = {name: put_together(value, nested) for name, value in saved.items()}
         values["model"] |= tensors["model"]
+        values.setdefault("strategy", values.pop("scaler", {}))  # the name in older checkpoints
         return Saved(values, values.pop("run"), aliases["model"])
     except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"{_STATE} cannot be read: {error!r:.200}.") from error
@@ -225,7 +226,7 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
             "The checkpoint does not fit this run, and nothing was loaded:\n"
             + "\n".join(f"- {difference}" for difference in differences[:_NUM_NAMED])
             + (f"\n- and {more} more" if more > 0 else "")
-            + "\nBuild model, optimizer, lr_scheduler and extras as they were when it was saved."
+            + "\nBuild model, optimizer, lr_scheduler, extras and strategy as for the saved run."
         )
     for name, part in parts.items():
         try:
@@ -251,10 +252,6 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
         set_random_state(own["rng"])
 
 
-def _class_of(optimizer: Any) -> str:
-    return type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate's wraps another
-
-
 _NO_PARTS = {
     *("optimizer_class", "progress", "position", "max_batch_rows", "ranks", "rng", "generators"),
     "run",
@@ -267,6 +264,12 @@ def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> l
         f"{name} is in the {'run' if name in parts else 'checkpoint'} only"
         for name in sorted(set(parts) ^ (set(values) - _NO_PARTS))
     ]
+    if bool(values["strategy"]) != (has_state := bool(parts["strategy"].state_dict())):
+        found.append(
+            f"strategy: the {type(parts['strategy']).__name__} of this run has "
+            f"{'a state, such as a loss scale,' if has_state else 'no state'} and the one of the "
+            f"checkpoint has {'none' if has_state else 'one, such as the loss scale of fp16'}"
+        )
     own_state = parts["model"].state_dict()
     if own_state.get(BASE) != values["model"].get(BASE):
         found.append("model: its frozen weights are not those that it was trained with")
@@ -287,7 +290,8 @@ def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> l
         for key in sorted(set(aliases) ^ set(saved.aliases))
         if key in ours and key in theirs
     ]
-    if (saved_class := values["optimizer_class"]) != (own_class := _class_of(state.optimizer)):
+    own_class = type(unwrap_optimizer(state.optimizer)).__name__
+    if (saved_class := values["optimizer_class"]) != own_class:
         found.append(f"optimizer: {saved_class} in the checkpoint, {own_class} here")
     groups = [len(group["params"]) for group in values["optimizer"].get("param_groups", ())]
     own = [len(group["params"]) for group in state.optimizer.param_groups]

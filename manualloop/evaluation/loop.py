@@ -28,7 +28,7 @@ from manualloop.progress import ProgressBar
 from manualloop.reading.ranks import is_spare, unsharded
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import source_of
-from manualloop.strategy.base import Strategy
+from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.items import IGNORE_INDEX, num_rows
 from manualloop.tasks.loss import find_loss, model_terms, own_terms, require_loss
@@ -91,7 +91,7 @@ def evaluate_loop(
     {'loss': 0.0}
     """
     strategy = strategy_for(model, strategy)
-    model = strategy.prepare_model(model)
+    model = prepare_model(strategy, model)
     loader = eval_dataloader if strategy.world_size == 1 else unsharded(eval_dataloader)
     scorer = None if metric is None else as_metric(metric)
     if loss_fn is None and (postprocess is None or scorer is None or counts_classes(scorer)):
@@ -183,7 +183,7 @@ def predict_loop(
     array([1, 0])
     """
     strategy = strategy_for(model, strategy)
-    model = strategy.prepare_model(model)
+    model = prepare_model(strategy, model)
     loader = dataloader if strategy.world_size == 1 else unsharded(dataloader)
     loader, index = longest_first_rows(loader, model, strategy)
     if index is None:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import TypeAlias
 
 from manualloop.errors import ConfigError
-from manualloop.strategy.votes import Votes
+from manualloop.run.agreement import Agreement
 from manualloop.times import SECONDS, TIME_OR_EPOCHS
 from manualloop.types import Step
 
@@ -16,7 +16,7 @@ Cadence: TypeAlias = int | str
 
 
 def parse_cadence(
-    name: str, cadence: Cadence, num_steps_per_epoch: int | None, votes: Votes | None = None
+    name: str, cadence: Cadence, num_steps_per_epoch: int | None, agreement: Agreement | None = None
 ) -> Callable[[Step], bool]:
     """Turn a cadence into a question to ask of every step.
 
@@ -25,7 +25,8 @@ def parse_cadence(
         cadence: Updates as an int, ``"epoch"``, ``"0.25 epoch"``, or time as ``"30 s"``,
             ``"10 min"``, ``"2 h"``.
         num_steps_per_epoch: Updates in an epoch; None if the data has no length.
-        votes: By which ranks act on time after the same step; None: there is one rank.
+        agreement: The agreement by which all ranks act on time after the same step; None for a
+            single rank.
 
     Returns:
         A function that tells whether a step is due. Counted in updates or parts of epochs it
@@ -51,7 +52,7 @@ updates (200), "epoch", "0.25 epoch", or a time ("10 min").
         )
     if parts[2] in SECONDS:
         seconds = float(amount * SECONDS[parts[2]])
-        return _every_seconds(name, seconds, votes or Votes())
+        return _every_seconds(name, seconds, agreement or Agreement())
     if amount == 1:
         return _every_epoch()
     if num_steps_per_epoch is None:
@@ -76,15 +77,15 @@ def _every_epoch() -> Callable[[Step], bool]:
     return is_due
 
 
-def _every_seconds(name: str, seconds: float, votes: Votes) -> Callable[[Step], bool]:
+def _every_seconds(name: str, seconds: float, agreement: Agreement) -> Callable[[Step], bool]:
     last = time.monotonic()
 
     def is_due(step: Step) -> bool:
         nonlocal last
         now = time.monotonic()
-        if votes.has_clock and now - last >= seconds:
+        if agreement.has_clock and now - last >= seconds:
             last = now
-            votes.cast(name)
-        return votes.take(name)
+            agreement.propose(name)
+        return agreement.take(name)
 
     return is_due

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from manualloop.strategy.votes import Votes
+from manualloop.run.agreement import Agreement
 
 _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
@@ -31,26 +31,30 @@ class Stopping:
 
     Args:
         max_seconds: After which it is; None: never.
-        votes: By which all ranks end after the same update; None: there is one.
+        agreement: The agreement by which all ranks end after the same update; None for a single
+            rank.
 
     Attributes:
         cause: "SIGTERM", "SIGUSR1", "SIGINT" (Ctrl-C), or None.
     """
 
-    def __init__(self, max_seconds: float | None = None, votes: Votes | None = None) -> None:
+    def __init__(
+        self, max_seconds: float | None = None, agreement: Agreement | None = None
+    ) -> None:
         self.cause: str | None = None
-        self._votes = votes or Votes()
+        self._agreement = agreement or Agreement()
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._is_evaluating, self._since = False, 0.0
         self._previous: dict[int, Any] = {}
+        self._received = 0  # the number of the signal; 0 for none
 
     def reason(self) -> str | None:
         """Return what ends the run: a signal or "max_time"; None: nothing yet."""
         if self.cause is not None:
-            self._votes.cast(self.cause)
+            self._agreement.propose(self.cause)
         elif self._deadline is not None and time.monotonic() >= self._deadline:
-            self._votes.cast("max_time")
-        reason = next(filter(self._votes.has, _REASONS), None)
+            self._agreement.propose("max_time")
+        reason = next(filter(self._agreement.has, _REASONS), None)
         if reason != "max_time" and self.cause is None:
             self.cause = reason  # a signal to another rank
         return reason
@@ -73,7 +77,13 @@ class Stopping:
         try:
             yield
         finally:
+            before = dict(self._previous)
             self._restore()
+            outer: Any = before.get(self._received)
+            if isinstance(getattr(outer, "__self__", None), Stopping):
+                # This run is part of another one, in its evaluation for instance. The signal was
+                # meant for the process, so that the other run gets it as well.
+                outer(self._received, None)
         if self.cause == "SIGTERM":
             _exit_as_terminated()
 
@@ -83,7 +93,7 @@ class Stopping:
 
         Not among several ranks, where it takes all of them.
         """
-        if not self._votes.is_alone:
+        if not self._agreement.is_alone:
             yield
             return
         self._is_evaluating = True
@@ -96,12 +106,13 @@ class Stopping:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.cause is not None:
-            if not self._votes.is_alone and time.monotonic() - self._since < _TWICE:
+            if not self._agreement.is_alone and time.monotonic() - self._since < _TWICE:
                 return  # launchers pass on what a scheduler has sent to every process
             self._restore()
             os.kill(os.getpid(), number)
             return
-        self.cause, self._since = signal.Signals(number).name, time.monotonic()
+        self.cause, self._received = signal.Signals(number).name, number
+        self._since = time.monotonic()
         if number == signal.SIGINT:  # not by a log record: its lock may be held just now
             os.write(2, b"\nmanualloop: finishing this update; Ctrl-C again ends at once.\n")
         if self._is_evaluating:

@@ -23,9 +23,9 @@ from manualloop.notices import say
 from manualloop.optim import parameters_of
 from manualloop.strategy.base import STRATEGY_OF
 from manualloop.strategy.compiled import CompileOptions, compile_model
+from manualloop.strategy.launch import num_launched
 from manualloop.strategy.liveness import Lifeline, connect
 from manualloop.strategy.transfer import move
-from manualloop.strategy.votes import Votes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,7 +58,7 @@ class Accelerated:
                 f"{accelerator.gradient_accumulation_steps}. Build it with 1 and pass "
                 "gradient_accumulation_steps to train_loop, which weighs micro-batches by items."
             )
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        launched = num_launched()
         if accelerator.num_processes < launched:
             raise DistributedError(
                 f"A launcher started {launched} processes (WORLD_SIZE), and the Accelerator knows "
@@ -66,12 +66,12 @@ class Accelerated:
                 'told: Accelerator(cpu=True), or leave it to prepare_strategy("auto").'
             )
         self.accelerator, self.compile = accelerator, compile
+        self.precision = str(accelerator.mixed_precision)
         self.device = accelerator.device
         self.is_main = accelerator.is_main_process
         self.rank = accelerator.process_index
         self.world_size = accelerator.num_processes
         self._shards = accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-        self.votes = Votes(self.rank, self.world_size)
         self._prepared: list[tuple[nn.Module, nn.Module]] = []  # all of them, as accelerate does
         self._on_host: Any = None
         self._lifeline: Lifeline | None = None
@@ -85,9 +85,10 @@ class Accelerated:
         accelerator.manualloop_strategy = self  # to live as long: see STRATEGY_OF
 
     def __repr__(self) -> str:
-        precision = self.accelerator.mixed_precision
         ranks = f", world_size={self.world_size}" if self.world_size > 1 else ""
-        return f"Accelerated(device={str(self.device)!r}, mixed_precision={precision!r}{ranks})"
+        return (
+            f"Accelerated(device={str(self.device)!r}, mixed_precision={self.precision!r}{ranks})"
+        )
 
     def _release_groups(self) -> None:
         """Let go of the process groups, when the program ends."""
@@ -109,7 +110,7 @@ class Accelerated:
             prepared, optimizer = self.accelerator.prepare(model, optimizer)
             self._remember(model, prepared)
             return prepared, optimizer
-        return self.prepare_model(model), self.prepare_optimizer(optimizer)
+        return self.prepare_model(model), prepare_optimizer_once(self.accelerator, optimizer)
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         prepared = self._held(model)
@@ -148,9 +149,6 @@ class Accelerated:
         if all(known is not inner for known, _ in self._prepared):
             self._prepared.append((inner, prepared))
 
-    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        return prepare_optimizer_once(self.accelerator, optimizer)
-
     def to_device(self, batch: Any) -> Any:
         return batch if self.device.type == "cpu" else move(batch, self.device)
 
@@ -174,18 +172,13 @@ class Accelerated:
     def sum_counts(self, counts: Sequence[float]) -> list[float]:
         if self.world_size == 1:
             return list(counts)
-        values = torch.tensor([*counts, *self.votes.ballot()], dtype=torch.float64)
+        values = torch.tensor(counts, dtype=torch.float64)
         with self._explaining():
             if self._lifeline is None:  # TPU
                 values = self.accelerator.reduce(values.to(self.device))
             else:
                 torch.distributed.all_reduce(values, group=self._on_host)
-        totals: list[float] = values.tolist()
-        self.votes.count(totals[len(counts) :])
-        return [int(t) if t.is_integer() else t for t in totals[: len(counts)]]
-
-    def any(self, flag: bool) -> bool:
-        return any(self.gather(bool(flag)))
+        return [int(total) if total.is_integer() else total for total in values.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
         if self.world_size == 1:
@@ -220,10 +213,6 @@ class Accelerated:
         return whole
 
     @property
-    def scaler(self) -> Any:
-        return self.accelerator.scaler
-
-    @property
     def scales_losses(self) -> bool:
         return self.accelerator.scaler is not None
 
@@ -236,6 +225,14 @@ class Accelerated:
         was_made = watch_scale(self.accelerator.scaler)
         optimizer.step()
         return was_made()
+
+    def state_dict(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {} if scaler is None else scaler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state_dict)
 
 
 @contextmanager
@@ -250,13 +247,6 @@ def _without_sync(model: Any) -> Iterator[None]:
 _CONNECTION = re.compile(
     "gloo|nccl|Dist.*Error|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE
 )
-
-
-def is_launched() -> bool:
-    """Tell whether accelerate's launcher, torchrun or the like has started this process."""
-    # The first is set by accelerate launch, always.
-    is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return "ACCELERATE_MIXED_PRECISION" in os.environ or is_one_of_many
 
 
 def start_accelerator(

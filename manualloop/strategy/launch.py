@@ -12,6 +12,17 @@ from manualloop.errors import ConfigError, DistributedError
 from manualloop.internals import was_accelerator_made
 
 
+def num_launched() -> int:
+    """Return how many processes the launcher of this one has started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_launched() -> bool:
+    """Tell whether accelerate's launcher, torchrun or a similar one has started this process."""
+    # accelerate launch always sets this variable, also for a single process.
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or num_launched() > 1
+
+
 def launch(
     function: Callable[..., Any],
     args: Sequence[Any] = (),
@@ -49,7 +60,7 @@ def launch(
     if num_processes < 1 or 0 < num_devices < num_processes:
         here = f"{num_devices} devices are here" if num_devices else "at least 1"
         raise ConfigError(f"num_processes={num_processes!r}: {here}. Leave it out to use them all.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if num_launched() > 1:
         raise DistributedError(
             "launch was called in a process that a launcher has started. Call the function itself, "
             "or start the script with plain python."

@@ -6,7 +6,6 @@ plain torch; ``Accelerated`` hands the same to an ``accelerate.Accelerator``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,9 +13,10 @@ import torch
 from torch import nn
 
 from manualloop.errors import ConfigError, DistributedError
-from manualloop.strategy.accelerated import Accelerated, is_launched, start_accelerator
-from manualloop.strategy.base import STRATEGY_OF, MixedPrecision, Strategy
+from manualloop.strategy.accelerated import Accelerated, start_accelerator
+from manualloop.strategy.base import MEMBERS, STRATEGY_OF, MixedPrecision, Strategy
 from manualloop.strategy.compiled import CompileOptions
+from manualloop.strategy.launch import is_launched, num_launched
 from manualloop.strategy.single import SingleDevice
 from manualloop.times import parse_seconds
 
@@ -76,7 +76,7 @@ def prepare_strategy(
                 f"compile={compile!r} is said where the {type(spec).__name__} is built: "
                 "SingleDevice(device, compile=True), Accelerated(accelerator, compile=True)."
             )
-        return spec if hasattr(spec, "prepare_model") and hasattr(spec, "apply") else _wrap(spec)
+        return _own_strategy(spec)
     _refuse_many_processes()
     device = checked_device(spec)
     if mixed_precision == "auto":
@@ -108,9 +108,18 @@ def _strategy_that_prepared(model: nn.Module) -> Strategy | None:
     return prepared_by() if prepared_by else None
 
 
-def _wrap(spec: Any) -> Strategy:
+def _own_strategy(spec: Any) -> Strategy:
+    missing = [name for name in MEMBERS if not hasattr(spec, name)]
+    if not missing:
+        strategy: Strategy = spec
+        return strategy
     if hasattr(spec, "prepare_model") and hasattr(spec, "gradient_accumulation_steps"):
         return getattr(spec, "manualloop_strategy", None) or Accelerated(spec)
+    if len(missing) < len(MEMBERS) / 2:
+        raise ConfigError(
+            f"{type(spec).__name__} lacks members of a Strategy: {', '.join(missing)}. "
+            "help(manualloop.Strategy) describes them all."
+        )
     raise ConfigError(
         f"strategy={spec!r} is neither a device name, a torch.device, an Accelerator nor a "
         'Strategy. Use prepare_strategy("auto").'
@@ -118,7 +127,7 @@ def _wrap(spec: Any) -> Strategy:
 
 
 def _refuse_many_processes() -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = num_launched()
     if world_size > 1:
         raise DistributedError(
             f"A launcher started {world_size} processes (WORLD_SIZE), and a strategy of one device "

@@ -16,7 +16,6 @@ from manualloop.optim import parameters_of
 from manualloop.strategy.base import STRATEGY_OF, MixedPrecision
 from manualloop.strategy.compiled import CompileOptions, compile_model
 from manualloop.strategy.transfer import move, move_optimizer_state
-from manualloop.strategy.votes import Votes
 
 
 class SingleDevice:
@@ -45,22 +44,18 @@ class SingleDevice:
         mixed_precision: MixedPrecision = "no",
         compile: CompileOptions = False,
     ) -> None:
-        self.device = torch.device(device)
-        self.mixed_precision = mixed_precision
+        self.device, self.precision = torch.device(device), mixed_precision
         self.compile = compile
         if mixed_precision not in ("no", "bf16", "fp16"):
             raise ConfigError(
                 f"SingleDevice takes mixed_precision={mixed_precision!r} from prepare_strategy "
                 'only: prepare_strategy(device, mixed_precision="auto").'
             )
-        self.votes = Votes()
         self._dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
         self.scaler = torch.amp.GradScaler(self.device.type) if mixed_precision == "fp16" else None
 
     def __repr__(self) -> str:
-        return (
-            f"SingleDevice(device={str(self.device)!r}, mixed_precision={self.mixed_precision!r})"
-        )
+        return f"SingleDevice(device={str(self.device)!r}, mixed_precision={self.precision!r})"
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         parameters = parameters_of(optimizer)
@@ -73,11 +68,9 @@ class SingleDevice:
     def prepare_model(self, model: nn.Module) -> nn.Module:
         STRATEGY_OF[model] = lambda: self
         model = model.to(self.device)
-        compile_model(model, self.compile)
+        if self.compile:
+            compile_model(model, self.compile)
         return model
-
-    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        return optimizer
 
     def to_device(self, batch: Any) -> Any:
         return batch if self.device.type == "cpu" else move(batch, self.device)
@@ -95,9 +88,6 @@ class SingleDevice:
 
     def sum_counts(self, counts: Sequence[float]) -> list[float]:
         return list(counts)
-
-    def any(self, flag: bool) -> bool:
-        return flag
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -126,3 +116,10 @@ class SingleDevice:
         self.scaler.step(optimizer)
         self.scaler.update()
         return was_made()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state_dict)

@@ -32,6 +32,7 @@ from manualloop import (
     train_loop,
     train_steps,
 )
+from manualloop.strategy.base import MEMBERS
 from manualloop.strategy.select import strategy_for, strategy_in_place
 from manualloop.strategy.transfer import move
 
@@ -125,8 +126,21 @@ def test_a_strategy_is_returned_as_it_is() -> None:
     strategy = SingleDevice("cpu")
     assert prepare_strategy(strategy) is strategy
 
-    own: Any = SimpleNamespace(prepare_model=None, apply=None)  # any object with the members
+    own: Any = SimpleNamespace(**dict.fromkeys(MEMBERS))  # any object with the members
     assert prepare_strategy(own) is own
+
+
+def test_a_strategy_that_lacks_members_is_refused_by_their_names() -> None:
+    members = dict.fromkeys(MEMBERS)
+    del members["state_dict"], members["sum_counts"]
+    own: Any = SimpleNamespace(**members)
+    with pytest.raises(ConfigError, match=r"SimpleNamespace lacks .*: sum_counts, state_dict"):
+        prepare_strategy(own)
+    with pytest.raises(ConfigError, match="lacks"):
+        train_loop(Net(), make_batches([4]), strategy=own, progress_bar=False)
+    module: Any = Net()  # it has an apply, a state_dict and more, and means to be no strategy
+    with pytest.raises(ConfigError, match="neither"):
+        prepare_strategy(module)
 
 
 @pytest.mark.parametrize("spec", ["gpu", "cpu:x", "", 3, None, object()])
@@ -145,7 +159,7 @@ def test_an_unknown_precision(spec: Any) -> None:
 def test_automatic_precision() -> None:
     strategy = prepare_strategy("cpu", mixed_precision="auto")
     assert isinstance(strategy, SingleDevice)
-    assert strategy.mixed_precision == "bf16"
+    assert strategy.precision == "bf16"
 
 
 def test_a_precision_beside_a_strategy_that_has_its_own() -> None:
@@ -234,9 +248,9 @@ def test_preparing_twice_gives_the_same_objects() -> None:
         assert strategy.prepare_model(prepared) is prepared
         assert strategy.prepare_model(model) is prepared
         own = prepare_optimizer(prepared)
-        optimizer = strategy.prepare_optimizer(own)
-        assert strategy.prepare_optimizer(optimizer) is optimizer
-        assert strategy.prepare_optimizer(own) is optimizer
+        _, optimizer = strategy.prepare(model, own)
+        assert strategy.prepare(prepared, optimizer) == (prepared, optimizer)
+        assert strategy.prepare(model, own) == (prepared, optimizer)
     assert accelerator._models == [prepared]
     assert accelerator._optimizers == [optimizer]
 
