@@ -67,8 +67,9 @@ def test_links_lead_to_files_and_headings(page):
 def test_paths_and_sessions_exist(page):
     for path in re.findall(r"\b(?:tests|docs|examples|manualloop)/[\w./-]*\w/?", PAGES[page]):
         assert (ROOT / path).exists() or path in PENDING, path
-    sessions = set(re.findall(r"^def (\w+)\(session:", (ROOT / "noxfile.py").read_text(), re.M))
-    for names in re.findall(r"nox -s ((?:\w+ ?)+)", PAGES[page]):
+    functions = re.findall(r"^def (\w+)\(session:", (ROOT / "noxfile.py").read_text(), re.M)
+    sessions = {name.replace("_", "-") for name in functions}
+    for names in re.findall(r"nox -s ((?:[\w-]*\w ?)+)", PAGES[page]):
         assert set(names.split()) <= sessions, names
 
 
