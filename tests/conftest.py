@@ -19,8 +19,13 @@ import torch
 
 collect_ignore = ["far_device.py"]  # imported for its doctests, it would be everybody's device
 
-# No test depends on a wall clock; CI runs the same examples every time.
-hypothesis.settings.register_profile("manualloop", deadline=None, derandomize="CI" in os.environ)
+# No test depends on the machine's speed; CI runs the same examples every time.
+hypothesis.settings.register_profile(
+    "manualloop",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("manualloop")
 
 _SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "KINETO_", "TORCHINDUCTOR_", "TRITON_")

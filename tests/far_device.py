@@ -20,7 +20,7 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
-_READS = {  # whose result the host needs to go on
+_READS = {  # whose result the host needs before it continues
     aten._local_scalar_dense.default,
     aten.equal.default,
     aten.is_nonzero.default,
@@ -132,7 +132,7 @@ torch.__future__.set_swap_module_params_on_conversion(True)
 
 
 def pytest_report_header():
-    """Say which device the tests run on."""
+    """Print which device the tests run on."""
     from manualloop import prepare_strategy
 
     return f'"auto" is {prepare_strategy("auto").device}'

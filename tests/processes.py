@@ -102,10 +102,10 @@ class Script:
             self.send_signal(signal.SIGCONT)
             self.send_signal(signal.SIGABRT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.wait(30)
+                self.wait(600)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self.wait(30)
+        self.wait(600)
         for file in self._files:
             file.seek(0)
         self.output, self.errors = self._files[0].read(), self._files[-1].read()

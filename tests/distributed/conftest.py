@@ -1,4 +1,4 @@
-"""The bench of the faults is theirs and ours."""
+"""Makes the small run of tests/faults importable."""
 
 import sys
 from pathlib import Path

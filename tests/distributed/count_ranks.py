@@ -1,4 +1,4 @@
-"""Say how many processes run, and how each of them sees it."""
+"""Print the ranks that run; every process must see the same number."""
 
 from manualloop import prepare_strategy
 

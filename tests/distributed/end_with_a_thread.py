@@ -1,4 +1,4 @@
-"""End while a thread of gloo waits for Python to let go of a tensor, and DDP holds the group.
+"""End while a gloo thread waits for Python to release a tensor, and DDP holds the group.
 
 With --count: print how many threads of gloo are left once the group has ended (Linux).
 """

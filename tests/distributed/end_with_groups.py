@@ -1,4 +1,4 @@
-"""End one rank early, with a group of gloo's beside the default one, which is gone already."""
+"""End one rank early, with another gloo group beside the default one, which has ended."""
 
 import sys
 import time

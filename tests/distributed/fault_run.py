@@ -1,8 +1,8 @@
-"""The run of tests/faults on several ranks; a fault is struck on one of them.
+"""The run of tests/faults on several ranks, one of which fails.
 
     fault_run.py FOLDER FAULT RANK
 
-Writes the outcome to FOLDER.RANK.json: what ended the run, its steps, one hash over all of it.
+Writes the outcome to FOLDER.RANK.json: what ended the run, its steps, one hash of its state.
 """
 
 import json
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import bench
 import torch
+from injections import KillAt
 from limits import FOREVER, wait_patiently, wait_until_stopped
-from strikes import KillAt
 
 from manualloop import prepare_strategy
 from manualloop.data.sampler import order
@@ -25,15 +25,16 @@ BAD_ROW = order(bench.NUM_ROWS, 1, 0)[4 * 7]  # of batch 7, which is rank 1's
 
 def main():
     folder, fault, victim = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    # After "stop" and "exit" nobody has news: what ends the others is that they wait no longer.
-    wait_patiently(**{"stop": {"_NEWS": 0.5}, "exit": {"_NEWS": 5.0}}.get(fault, {}))
+    # After "stop" and "exit" no rank has news, so the other one ends because its waiting ends.
+    limits = {"stop": {"_NEWS": 0.5, "_ANSWER": 2.0}, "exit": {"_NEWS": 5.0, "_ANSWER": 5.0}}
+    wait_patiently(**limits.get(fault, {}))
     strategy = prepare_strategy(timeout=FOREVER)
-    is_struck = strategy.rank == victim
-    strike_in_forward(fault, is_struck, strategy.gather(os.getpid())[victim])
-    if fault == "killed after its save" and is_struck:
+    is_victim = strategy.rank == victim
+    fail_in_forward(fault, is_victim, strategy.gather(os.getpid())[victim])
+    if fault == "killed after its save" and is_victim:
         KillAt("rename:after", 2)()
     result = bench.train(
-        folder, f"{folder}.{strategy.rank}.jsonl", strategy=strategy, **options(fault, is_struck)
+        folder, f"{folder}.{strategy.rank}.jsonl", strategy=strategy, **options(fault, is_victim)
     )
     outcome = {
         "stopped_by": result.stopped_by,
@@ -46,18 +47,18 @@ def main():
     Path(f"{folder}.{strategy.rank}.json").write_text(json.dumps(outcome))
 
 
-def strike_in_forward(fault, is_struck, victim_pid):
-    """Strike in the second batch of the third window; the other rank waits until it has stopped."""
+def fail_in_forward(fault, is_victim, victim_pid):
+    """Fail in the second batch of the third window; before a stop, the other rank waits for it."""
     ids, seen = note_rows(), 0
 
-    def strike(module, args):
+    def fail(module, args):
         nonlocal seen
         if not module.training or type(module) is not torch.nn.Sequential:
             return
         seen += 1
         if seen != 3 * 2 + 2:
             return
-        if not is_struck:
+        if not is_victim:
             if fault == "stop":
                 wait_until_stopped(victim_pid)
         elif fault == "kill":
@@ -69,7 +70,7 @@ def strike_in_forward(fault, is_struck, victim_pid):
         elif fault == "exit":
             sys.exit(3)
 
-    torch.nn.modules.module.register_module_forward_pre_hook(strike)
+    torch.nn.modules.module.register_module_forward_pre_hook(fail)
 
 
 def note_rows():
@@ -83,17 +84,17 @@ def note_rows():
     return ids
 
 
-def options(fault, is_struck):
-    if fault in ("SIGTERM", "SIGUSR1") and is_struck:
+def options(fault, is_victim):
+    if fault in ("SIGTERM", "SIGUSR1") and is_victim:
         number = getattr(signal, fault)
         return {"on_step": lambda step: step.index == 3 and os.kill(os.getpid(), number)}
     if fault == "max_time":
-        return {"max_time": 0.001 if is_struck else 3600.0}
+        return {"max_time": 0.001 if is_victim else 3600.0}
     if fault == "clock":  # of rank 0; rank 1 is the slower one, and has another
         return {
             "checkpoint_every": "0.05 s",
             "evaluate_every": "0.03 s",
-            "on_step": lambda step: time.sleep(0.03 if is_struck else 0),
+            "on_step": lambda step: time.sleep(0.03 if is_victim else 0),
             "keep_checkpoints": 99,
         }
     if fault.startswith("nan"):

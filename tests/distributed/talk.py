@@ -1,4 +1,4 @@
-"""Talk to the other ranks again and again; one of them is struck.
+"""Exchange values with the other ranks; one of them fails.
 
 talk.py FAULT VICTIM
 """

@@ -1,6 +1,6 @@
-"""Rows 14 and 16 to 19 of the fault plan, and what the ranks must agree on, in two gloo processes.
+"""Ranks that fail, and decisions that ranks must share, in two gloo processes.
 
-No launcher: nobody ends the survivors but they themselves.
+There is no launcher, so the surviving ranks must end by themselves.
 """
 
 import json
@@ -50,7 +50,7 @@ class Outcome:
 
 
 def finish(folder, expected):
-    """The same command again ends as the run that nothing struck."""
+    """Start the same command again; it must end like the run without a fault."""
     again = Outcome(folder, "none", 1)
     assert again.codes == [0, 0], "\n".join(again.outputs)
     assert again.results() == expected.results()
@@ -112,7 +112,7 @@ def test_f18_a_rank_is_stopped(tmp_path, undisturbed):
     finish(found.folder, undisturbed)
 
 
-def test_f19_rank_0_is_killed_between_its_save_and_what_it_tells(tmp_path, undisturbed):
+def test_f19_rank_0_is_killed_between_its_save_and_its_message(tmp_path, undisturbed):
     found = Outcome(tmp_path / "run", "killed after its save", 0)
     assert found.codes[0] == -signal.SIGKILL
     assert found.codes[1] not in (0, None)
@@ -143,7 +143,7 @@ def test_one_rank_is_asked_to_end_and_all_do(fault, codes, tmp_path, undisturbed
         ("stop", "does not answer"),
     ],
 )
-def test_both_survivors_of_three_name_the_one(fault, what, victim):
+def test_both_survivors_of_three_name_the_failed_rank(fault, what, victim):
     children = ranks.start("talk.py", fault, victim, num_ranks=3)
     others = [child for rank, child in enumerate(children) if rank != victim]
     with suppress(AssertionError):  # one hangs: `finish` shows where

@@ -26,7 +26,7 @@ def test_losses_and_weights_and_learning_rates_are_equal(number, results):
     (alone, weights), (ours, own_weights), (others, other_weights) = (r[number] for r in results)
     # transformers computes the loss of a causal LM in float32.
     tolerance = 1e-6 if head == "causal" else TOLERANCES[dtype]
-    assert ours == others, "all ranks know the same"
+    assert ours == others, "all ranks have the same values"
     assert torch.equal(own_weights, other_weights)
     for name in ("lr", "items", "rows", "ends", "num_steps"):
         assert [step[name] for step in ours] == [step[name] for step in alone], name
@@ -41,7 +41,7 @@ def test_losses_and_weights_and_learning_rates_are_equal(number, results):
 
 @pytest.mark.exhaustive
 def test_the_line_of_trainer_beside_ours(tmp_path):
-    """Ours is the same on any number of ranks; Trainer's is printed, not asserted: it may mend."""
+    """Ours is the same on any number of ranks; Trainer's is only printed: it may be fixed."""
     for num_ranks in (1, 2):
         ranks.run("trainer_line.py", tmp_path / "line", num_ranks=num_ranks)
     alone, together = (json.loads((tmp_path / f"line-{n}.json").read_text()) for n in (1, 2))

@@ -71,7 +71,7 @@ def kill(child, folder):
 def test_killed_in_the_midst_and_started_again(launcher, shared, tmp_path):
     expected = finish(start(launcher, tmp_path / "undisturbed", shared))
     assert "TrainResult(51 steps, stopped_by='num_epochs'" in expected
-    folder = tmp_path / "struck"
+    folder = tmp_path / "killed"
     kill(start(launcher, folder, shared), folder)
     assert not (folder / "step-00000051").exists()
     output = finish(start(launcher, folder, shared))

@@ -48,7 +48,7 @@ def printed(cell, stream="stdout"):
     return "".join(output.text for output in cell.outputs if output.get("name") == stream)
 
 
-def assert_it_says_what_it_should(cells, scores):
+def assert_expected_output(cells, scores):
     code = [cell for cell in cells.values() if cell.cell_type == "code"]
     lines = [line for cell in code for line in printed(cell, "stderr").splitlines()]
     # tqdm misses ipywidgets, which the tests do not install: it then prints lines.
@@ -76,7 +76,7 @@ def test_the_committed_notebook_is_clean():
 @pytest.mark.distributed
 def test_the_notebook_runs_on_docstrings(tmp_path):
     cells = run_notebook(tmp_path)
-    assert_it_says_what_it_should(cells, ["loss", "accuracy", "f1_macro"])
+    assert_expected_output(cells, ["loss", "accuracy", "f1_macro"])
     by_hand = re.search(r"accuracy (\S+)", printed(cells["evaluate-by-hand"]))
     assert float(by_hand[1]) > 0.5  # of 7 areas; the largest alone is a quarter
 
@@ -88,4 +88,4 @@ def test_the_notebook_runs_on_mrpc(shared, tmp_path):
     cells = run_notebook(
         tmp_path, MANUALLOOP_SHARED=str(shared.resolve()), MANUALLOOP_NUM_ROWS="200"
     )
-    assert_it_says_what_it_should(cells, ["loss", "accuracy", "f1"])
+    assert_expected_output(cells, ["loss", "accuracy", "f1"])

@@ -1,7 +1,7 @@
-"""The run that the faults strike: small, with dropout, shuffled, windows that cross saves.
+"""The small run into which faults are injected: dropout, shuffled rows, windows across saves.
 
-``start`` runs it in a fresh process. Faults are struck there, before it trains, by replacing the
-calls of the operating system through which a checkpoint goes: the package knows nothing of them.
+``start`` runs it in a new process, which injects its fault before it trains: it replaces calls of
+the operating system that write a checkpoint. The package itself has no code for tests.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def train(folder, log=None, **changes):
-    """Train in this process, as a script would; note every step's rows and loss in ``log``."""
+    """Train in this process, as a script would; append each step's rows and loss to ``log``."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
@@ -86,7 +86,7 @@ def train(folder, log=None, **changes):
 
 
 def digest(result):
-    """One hash over all that must be equal at the end of a run."""
+    """One hash of everything that must be equal at the end of a run."""
     found = hashlib.sha256()
     state = result.state
 
@@ -130,7 +130,7 @@ def _child(pipe, folder, log, fault, changes):
 
 
 def start(folder, log=None, fault=None, **changes):
-    """Begin the run in a fresh process; ``fault()`` is called there before it trains."""
+    """Start the run in a new process, which calls ``fault()`` before it trains."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     arguments = (sender, str(folder), log and str(log), fault, changes)
     process = CONTEXT.Process(target=_child, args=arguments)
@@ -140,7 +140,7 @@ def start(folder, log=None, fault=None, **changes):
 
 
 def run(folder, log=None, fault=None, **changes):
-    """Run to the end, or to what ends it; return the outcome, or the number of the signal."""
+    """Run in a new process; return its outcome, or the number of the signal that killed it."""
     process, receiver = start(folder, log, fault, **changes)
     try:
         outcome = receiver.recv()
@@ -160,7 +160,7 @@ def messages(folder):
 
 
 def junk(folder):
-    """What should not be there after a run has ended."""
+    """Files that should not be there after a run has ended."""
     return [
         path.name
         for path in Path(folder).iterdir()
@@ -169,7 +169,7 @@ def junk(folder):
 
 
 def merged(log):
-    """The steps of a log that several processes have written: the later one wins."""
+    """The steps of a log that several processes have written; later entries count."""
     steps = {}
     for line in Path(log).read_text().splitlines():
         entry = json.loads(line)

@@ -1,4 +1,4 @@
-"""The undisturbed run, once for all faults."""
+"""The run without a fault, once for all tests of faults."""
 
 import bench
 import pytest
@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """The digest and the log of the run that nothing struck."""
+    """The digest and the log of a run without a fault."""
     folder = tmp_path_factory.mktemp("undisturbed")
     outcome, stopped_by, digest = bench.run(folder / "run", folder / "log.jsonl")
     assert (outcome, stopped_by) == ("finished", "num_epochs"), digest
@@ -17,7 +17,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def finish(undisturbed):
-    """Start the same command again: it must finish as if nothing had happened."""
+    """Start the same command again; it must end like the run without a fault."""
 
     def finish(folder, log=None):
         outcome = bench.run(folder, log)

@@ -1,4 +1,4 @@
-"""Row 24 of the fault plan: the run that goes on is not quite the one that was saved."""
+"""Resuming with other arguments or data than those of the checkpoint."""
 
 import contextlib
 

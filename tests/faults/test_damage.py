@@ -1,4 +1,4 @@
-"""Rows 7, 8, 20 and 21 of the fault plan: files that are not what was written."""
+"""Checkpoints whose files were truncated, changed or forged."""
 
 import ctypes
 import hashlib
@@ -35,7 +35,7 @@ FILES = (
 def stopped(tmp_path_factory):
     """A folder of a run with two checkpoints, of steps 4 and 5, and more to come."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    from strikes import KillAt
+    from injections import KillAt
 
     bench.run(folder, None, KillAt("rename", 6))
     assert bench.saved_steps(folder) == [4, 5]
@@ -62,7 +62,7 @@ def load(folder, **options):
     return load_checkpoint(folder, state, strategy=SingleDevice("cpu"), **options), state
 
 
-def test_the_files_are_those_that_are_damaged_below(folder):
+def test_a_checkpoint_has_the_files_that_are_damaged_below(folder):
     assert {path.name for path in (folder / "step-00000005").iterdir()} == set(FILES)
     assert load(folder)[0].step == 5
 
@@ -129,7 +129,7 @@ def test_f08_each_bit_of_the_manifest(folder):
         assert entry.manifest is None
 
 
-def test_f08_verify_false_is_told_to_trust_the_disk(folder):
+def test_f08_verify_false_trusts_the_disk(folder):
     path = folder / "step-00000005" / "model.safetensors"
     whole = list(load(folder)[1].model.parameters())
     data = bytearray(path.read_bytes())
@@ -143,7 +143,7 @@ def test_f08_verify_false_is_told_to_trust_the_disk(folder):
     assert "verify: False trusts the disk: a flipped bit" in load_checkpoint.__doc__
 
 
-def test_when_no_checkpoint_is_whole_the_run_does_not_begin_anew(folder):
+def test_without_an_intact_checkpoint_the_run_does_not_start_again(folder):
     for step in (4, 5):
         os.truncate(folder / f"step-0000000{step}" / "model.safetensors", 3)
     kind, error, text = bench.run(folder)
@@ -191,9 +191,7 @@ def test_f20_a_pickle_is_never_opened(name, folder, tmp_path):
 
 @pytest.mark.parametrize("is_listed", [True, False])
 @pytest.mark.parametrize("name", ["model.safetensors", "rng.safetensors", "optimizer.pt"])
-def test_f20_a_run_that_goes_on_never_opens_a_pickle(
-    name, is_listed, folder, tmp_path, undisturbed
-):
+def test_f20_a_resumed_run_never_opens_a_pickle(name, is_listed, folder, tmp_path, undisturbed):
     canary, checkpoint = tmp_path / "canary", folder / "step-00000005"
     (checkpoint / name).write_bytes(pickle.dumps(Canary(canary)))
     if is_listed:
@@ -227,7 +225,7 @@ def load_audited(pipe, folder, checkpoint):
 
 
 def check_refused_unopened(folder, checkpoint, reason, secret):
-    """Refused for a reason, and no file elsewhere was opened: not by Python, nor by anyone."""
+    """The checkpoint is refused, and no file outside the folder was opened by any code."""
     receiver, sender = bench.CONTEXT.Pipe(duplex=False)
     process = bench.CONTEXT.Process(target=load_audited, args=(sender, folder, checkpoint))
     with watching(secret) as was_opened:
@@ -245,7 +243,7 @@ def check_refused_unopened(folder, checkpoint, reason, secret):
 
 @contextmanager
 def watching(path):
-    """Tell whether any process has opened a file, also one that is not Python: safetensors."""
+    """Watch whether any code opens a file, including safetensors, which is not Python."""
     libc = ctypes.CDLL(None, use_errno=True)
     descriptor = libc.inotify_init1(os.O_NONBLOCK)
     in_open = 0x20
@@ -304,7 +302,7 @@ def test_f21_a_file_that_is_a_link_is_refused_though_its_bytes_are_right(name, f
 
 @pytest.mark.parametrize("value", [b"NaN", b"Infinity"])
 @pytest.mark.parametrize("key", [b"num_steps", b"num_samples"])
-def test_f21_a_number_that_is_none_in_the_state_is_refused(key, value, folder):
+def test_f21_a_count_that_is_no_number_is_refused(key, value, folder):
     checkpoint = folder / "step-00000005"
     text, replaced = re.subn(
         rb'"%s": \d+' % key, b'"%s": %s' % (key, value), (checkpoint / "state.json").read_bytes()
@@ -373,7 +371,7 @@ def test_foreign_files_in_a_checkpoint_are_left_alone(folder, finish):
     finish(folder)
 
 
-def test_a_state_of_another_shape_says_where_it_differs_and_nothing_is_loaded(tmp_path):
+def test_a_state_of_another_shape_is_refused_with_the_differences_and_nothing_is_loaded(tmp_path):
     cpu = SingleDevice("cpu")
     save_checkpoint(tmp_path, new_state(), strategy=cpu)
     model = torch.nn.Sequential(

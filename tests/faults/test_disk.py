@@ -1,4 +1,4 @@
-"""Rows 5, 6, 22, 23 and 25 of the fault plan: disks, folders, power, other runs, clocks."""
+"""Full disks, read-only and deleted folders, power cuts, concurrent runs, wrong clocks."""
 
 import ctypes
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import bench
 import pytest
 import torch
-from strikes import DiskFull, FileSizeLimit, FullAt, Gate, KillAt
+from injections import DiskFull, FileSizeLimit, FullAt, Gate, KillAt
 
 from manualloop import (
     CheckpointError,
@@ -93,7 +93,7 @@ def mount_tmpfs(folder, size, flags=0):
 
 
 def train_on_a_small_disk(pipe, folder, log, size):
-    """Run on a file system of this process alone; then enlarge it, and run again."""
+    """Run on a file system that only this process sees; then enlarge it and run again."""
     uid, gid = os.geteuid(), os.getegid()
     try:
         if ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNS):
@@ -103,7 +103,7 @@ def train_on_a_small_disk(pipe, folder, log, size):
         Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
         mount_tmpfs(folder, size)
     except OSError as error:
-        pipe.send(f"no file system of one's own: {error}")
+        pipe.send(f"no file system for this process alone: {error}")
         return
     pipe.send(None)
     bench._child(pipe, folder, log, None, {})
@@ -154,7 +154,7 @@ def test_f05_a_disk_that_is_really_full_is_explained(size, tmp_path, undisturbed
 
 @dataclass
 class Recorder:
-    """Writes the order of what goes to the disk into a file; can stop the machine at the end."""
+    """Records in which order files are forced to the disk and renamed."""
 
     path: str
 
@@ -195,7 +195,7 @@ def test_f06_the_order_is_files_manifest_folder_rename_parent(tmp_path):
 
 @dataclass
 class PowerCut(Recorder):
-    """Loses, when the process is killed at the ``number``-th fsync, all that was not forced."""
+    """Kills the process at the ``number``-th fsync; the record shows which files would be lost."""
 
     number: int = 1
 
@@ -206,7 +206,7 @@ class PowerCut(Recorder):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 @pytest.mark.parametrize("number", [1, 2, 5, 6, 7, 8, 9, 10, 11, 15, 18, 19, 20, 30])
-def test_f06_what_was_not_forced_to_disk_is_lost_and_the_run_goes_on(number, tmp_path, finish):
+def test_f06_a_run_resumes_after_a_power_cut_that_loses_files(number, tmp_path, finish):
     folder, log, record = tmp_path / "run", tmp_path / "log.jsonl", tmp_path / "record.txt"
     record.touch()
     bench.run(folder, log, PowerCut(str(record), number))
@@ -269,7 +269,7 @@ def open_path(tmp_path):
 
 
 @pytest.mark.parametrize("has_stale_lock", [False, True])
-def test_f22_a_read_only_folder_is_found_out_before_the_first_step(has_stale_lock, open_path):
+def test_f22_a_read_only_folder_is_refused_before_the_first_step(has_stale_lock, open_path):
     folder, log = open_path / "run", open_path / "log.jsonl"
     folder.mkdir()
     if has_stale_lock:  # which can be opened and locked, though no file can be made
@@ -320,7 +320,7 @@ class ParentRemoved:
 
 
 @pytest.mark.parametrize("number", [8, 9, 10, 25])
-def test_f22_a_folder_that_is_deleted_in_mid_run_ends_it_with_an_explanation(number, tmp_path):
+def test_f22_a_folder_deleted_during_the_run_ends_it_with_an_explanation(number, tmp_path):
     folder = tmp_path / "deep" / "run"
     folder.parent.mkdir()
     outcome = bench.run(folder, None, ParentRemoved(str(folder.parent), number))
@@ -329,7 +329,7 @@ def test_f22_a_folder_that_is_deleted_in_mid_run_ends_it_with_an_explanation(num
     assert "There is none from before" in outcome[2]
 
 
-def test_f22_a_folder_that_is_deleted_in_mid_run_leaves_what_was_trained_in_memory(tmp_path):
+def test_f22_a_folder_deleted_during_the_run_leaves_the_trained_weights_in_memory(tmp_path):
     torch.manual_seed(0)
     model, before = torch.nn.Linear(8, 1), []
 
@@ -388,7 +388,7 @@ def test_f23_the_lock_of_a_killed_run_is_taken_over_with_a_notice(tmp_path, fini
 
 
 @pytest.mark.parametrize("clock", ["backwards", "standing still"])
-def test_f25_a_run_goes_on_whatever_the_clock_says_and_foreign_folders_stay(
+def test_f25_a_run_resumes_whatever_the_clock_shows_and_foreign_folders_stay(
     clock, tmp_path, undisturbed
 ):
     folder, log = tmp_path / "run", tmp_path / "log.jsonl"

@@ -1,4 +1,4 @@
-"""Rows 1 to 4 of the fault plan: SIGKILL anywhere, and what the same command makes of it."""
+"""SIGKILL at any moment: the same command resumes exactly."""
 
 import os
 import random
@@ -7,7 +7,7 @@ import time
 
 import bench
 import pytest
-from strikes import POINTS, Gate, KillAt
+from injections import POINTS, Gate, KillAt
 
 import manualloop
 from manualloop.checkpoint.find import find_best, find_last
@@ -53,7 +53,7 @@ def check_kill(folder, fault, finish):
     assert outcome[:2] == ("killed", signal.SIGKILL), outcome
     steps = whole(folder)
     reached = reached_in(log)
-    # The last step whose save had returned is at most one behind: that save is what was struck.
+    # The last step whose save had returned is at most one behind: that save was interrupted.
     assert max(steps, default=0) >= reached - 1
     finish(folder, log)
 
@@ -71,8 +71,8 @@ def test_f01_killed_before_and_after_each_fsync(point, number, tmp_path, finish)
 
 
 def kill_at_random(folder, log, draws):
-    """SIGKILL at a random time after a random step of the whole run."""
-    # It waits before its last save: the kill is never too late.
+    """Kill the run at a random moment after a random step."""
+    # The run waits before its last save, so that the kill is never too late.
     last_save = Gate(str(folder.with_name("never")), 2 * bench.NUM_STEPS - 2)
     process, _ = bench.start(folder, log, last_save, keep_checkpoints=1)
     step = draws.randrange(bench.NUM_STEPS)
@@ -115,7 +115,7 @@ def test_f03_killed_in_the_rotation_best_and_last_are_intact(point, tmp_path, ke
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """The folder of a run that nothing struck and that has kept every checkpoint."""
+    """The folder of a run without a fault, with all of its checkpoints."""
     folder = tmp_path_factory.mktemp("kept") / "run"
     options = {"best_metric": "drawn", "evaluate_every": 2, "keep_checkpoints": 99}
     assert bench.run(folder, **options)[0] == "finished"
@@ -132,7 +132,7 @@ def test_f04_killed_again_in_the_first_save_of_the_resumed_run(point, tmp_path, 
     finish(folder, log)
 
 
-def test_the_best_checkpoint_is_the_best_after_all_of_this(tmp_path):
+def test_the_best_checkpoint_is_the_best_after_several_kills(tmp_path):
     folder = tmp_path / "run"
     options = {"best_metric": "drawn", "evaluate_every": 2, "keep_checkpoints": 1}
     for number in (2, 4, 5):

@@ -1,4 +1,4 @@
-"""Rows 9 to 11 of the fault plan, and max_time: asked to stop, a run ends well and goes on."""
+"""Signals and max_time: a run that is asked to stop saves, and the next process resumes it."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from manualloop import SingleDevice, train_loop
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
-# A script as a user would write it; STRIKE names where it signals itself, in update 4 of 12.
+# A script as a user would write it. It signals itself at `place`, in update 4 of 12.
 SCRIPT = textwrap.dedent(
     """
     import atexit, json, os, signal, sys, time
@@ -27,7 +27,7 @@ SCRIPT = textwrap.dedent(
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also if started in the background
     torch.set_num_threads(1)
-    folder, log, strike, number, workers = sys.argv[1:6]
+    folder, log, place, number, workers = sys.argv[1:6]
     number = getattr(signal, number)
     calls = {"forward": 0, "evaluate": 0, "fsync": 0}
 
@@ -38,7 +38,7 @@ SCRIPT = textwrap.dedent(
             return {"x": self.x[row] + 0.1 * torch.rand(8), "id": torch.tensor(row)}
 
     def hit(where):
-        if where == strike:
+        if where == place:
             (os.killpg if workers != "0" else os.kill)(
                 os.getpgid(0) if workers != "0" else os.getpid(), number)
             time.sleep(0.02)
@@ -118,8 +118,8 @@ class Run:
         self.path = tmp_path / "script.py"
         self.path.write_text(SCRIPT)
 
-    def start(self, strike="nothing", number="SIGTERM", workers=0, *more):
-        arguments = (self.folder, self.log, strike, number, workers, *more)
+    def start(self, place="nothing", number="SIGTERM", workers=0, *more):
+        arguments = (self.folder, self.log, place, number, workers, *more)
         return Script(self.path, *arguments, is_merged=False)
 
     def run(self, *arguments):
@@ -141,7 +141,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What the script ends with, by number of workers."""
+    """The script's result and steps without a signal, by number of workers."""
     known = {}
 
     def undisturbed(workers):
@@ -154,11 +154,11 @@ def undisturbed(tmp_path_factory):
     return undisturbed
 
 
-def check(script, undisturbed, strike, number, workers=0, status=0):
-    stopped = script.run(strike, number, workers)
+def check(script, undisturbed, place, number, workers=0, status=0):
+    stopped = script.run(place, number, workers)
     assert script.process.returncode == status, script.process.errors
     assert stopped["stopped_by"] == number
-    assert stopped["num_steps"] == (6 if strike == "save" else 4)
+    assert stopped["num_steps"] == (6 if place == "save" else 4)
     assert (script.folder / f"step-{stopped['num_steps']:08}").is_dir()
     assert not list(script.folder.glob(".*"))
     expected, steps = undisturbed(workers)
@@ -189,9 +189,7 @@ def test_f10_sigterm_to_the_whole_group_leaves_the_workers_alive(where, tmp_path
 
 @pytest.mark.parametrize("number", ["SIGUSR1", "SIGINT"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_f10_other_signals_stop_as_well_and_the_script_goes_on(
-    number, workers, tmp_path, undisturbed
-):
+def test_f10_after_other_signals_the_script_continues(number, workers, tmp_path, undisturbed):
     check(Run(tmp_path), undisturbed, "backward", number, workers)
 
 
@@ -244,7 +242,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @pytest.fixture
 def handlers():
-    """Handlers of the program's own, that must be there again afterwards."""
+    """Handlers of the program's own, which must be restored afterwards."""
     seen = []
 
     def handle(number, frame):
@@ -271,7 +269,7 @@ def test_f11_the_first_ctrl_c_stops_and_the_handlers_are_put_back(tmp_path, hand
 
 @pytest.fixture
 def ctrl_c():
-    """Python's own handler, which a process that was started in the background has not."""
+    """Python's own handler, which processes started in the background lack."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -312,7 +310,7 @@ def test_f11_the_handlers_are_put_back_after_an_error(tmp_path, handlers):
         train(tmp_path, on_step)
 
 
-def test_without_a_folder_ctrl_c_ends_the_script_as_ever(ctrl_c):
+def test_without_a_folder_ctrl_c_ends_the_script_as_usual(ctrl_c):
     def on_step(step):
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -344,7 +342,7 @@ def test_outside_the_main_thread_signals_are_left_as_they_are(tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that moves only when it is told to; its ``tick`` lets an update take 20 ms."""
+    """A clock that only ``tick`` moves, by 20 ms; no other time passes."""
 
     class Clock:
         now = 1000.0

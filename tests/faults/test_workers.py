@@ -1,4 +1,4 @@
-"""Rows 12, 13 and 15 of the fault plan: workers that die, rows of NaN, losses that overflow."""
+"""Workers that die, rows of NaN, losses that overflow."""
 
 import os
 import re
@@ -29,7 +29,7 @@ NUM_ROWS, BAD_ROW = 24, order(24, seed=1, epoch=0)[13]  # in batch 6: update 3, 
 
 
 class Rows(Dataset):
-    """Rows with noise; ``cause`` names a file: while it is there, reading one row goes wrong."""
+    """Rows with noise, one of which cannot be read while the file ``cause`` exists."""
 
     def __init__(self, cause, kind):
         self.cause, self.kind = cause, kind
@@ -134,7 +134,7 @@ def test_f12_after_a_worker_was_killed_the_rerun_is_exact(tmp_path):
     assert result.history == whole.history
 
 
-def test_f12_a_row_that_cannot_be_read_here_keeps_its_own_error(tmp_path):
+def test_f12_without_workers_a_row_that_cannot_be_read_keeps_its_own_error(tmp_path):
     check(tmp_path, "raise", KeyError, "no such column", num_workers=0)
 
 
@@ -251,7 +251,7 @@ def test_a_worker_outlives_the_signals_of_its_group_and_obeys_a_second_sigterm(t
     assert worker.is_alive()
     deadline = time.monotonic() + 600
     while worker.exitcode is None and time.monotonic() < deadline:
-        with suppress(RuntimeError):  # by which torch tells that a worker has ended
+        with suppress(RuntimeError):  # torch raises it when a worker has ended
             os.kill(worker.pid, signal.SIGTERM)
             worker.join(0.05)
     assert worker.exitcode == -signal.SIGTERM

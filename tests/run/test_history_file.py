@@ -133,12 +133,12 @@ def test_a_fork_does_not_keep_the_lock(tmp_path):
 
     def wait():
         is_forked.set()
-        may_end.wait(30)
+        may_end.wait(600)
 
     with hold_lock(tmp_path):
         process = FORK.Process(target=wait)
         process.start()
-        assert is_forked.wait(30)
+        assert is_forked.wait(600)
     assert in_child(try_lock, tmp_path) == "held"
     may_end.set()
     process.join()
@@ -150,7 +150,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_notice(tmp_path, capl
     def hold():
         with hold_lock(tmp_path):
             sender.send("held")
-            threading.Event().wait(60)
+            threading.Event().wait(600)
 
     process = FORK.Process(target=hold)
     process.start()

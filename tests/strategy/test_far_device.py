@@ -35,7 +35,7 @@ def test_an_accelerator_that_is_not_the_cpu(what):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=3600,
         check=False,
     )
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""Faults, as callables that a fresh process calls on itself before it trains."""
+"""Faults, as callables with which a new process prepares its own failure before it trains."""
 
 import errno
 import os
@@ -18,14 +18,14 @@ class KillAt:
     point: str
     number: int = 1
 
-    def strike(self):
+    def fail(self):
         kill_self()
 
     def __call__(self):
         owner, name, matches, half = POINTS[self.point]
         inner, seen = getattr(owner(), name), 0
 
-        def struck(*args, **kwargs):
+        def failing(*args, **kwargs):
             nonlocal seen
             if not matches(*args):
                 return inner(*args, **kwargs)
@@ -35,10 +35,10 @@ class KillAt:
                     inner(*args, **kwargs)
                 elif half is not None:
                     half(inner, *args, **kwargs)
-                self.strike()
+                self.fail()
             return inner(*args, **kwargs)
 
-        setattr(owner(), name, struck)
+        setattr(owner(), name, failing)
 
 
 def _tensors():
@@ -118,7 +118,7 @@ POINTS = {
 
 @dataclass
 class DiskFull:
-    """Every write of a checkpoint from the ``number``-th file on fails: no space left."""
+    """No space is left from the ``number``-th file of a checkpoint on."""
 
     number: int
 
@@ -137,15 +137,15 @@ class DiskFull:
 
 @dataclass
 class FullAt(KillAt):
-    """No space is left at a point of the save path, behind what was written until then."""
+    """No space is left at a point of the save path, after what was written before it."""
 
-    def strike(self):
+    def fail(self):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @dataclass
 class FileSizeLimit:
-    """From the ``number``-th rename on the kernel lets no file grow beyond so many bytes."""
+    """The kernel limits the size of files from the ``number``-th rename on."""
 
     num_bytes: int
     number: int = 0
@@ -172,7 +172,7 @@ class FileSizeLimit:
 
 @dataclass
 class Gate:
-    """Holds the process before its ``number``-th rename, for as long as a file is not there."""
+    """Holds the process before its ``number``-th rename until a file exists."""
 
     path: str
     number: int
