@@ -1,4 +1,4 @@
-"""The mistakes that can be seen before the first update, and what to say of each.
+"""Checks for the mistakes that can be seen before the first update.
 
 ``check_run`` looks at the model and its optimizer, ``check_batches`` at the first window of a run.
 When a later batch fails inside the model, ``explain`` looks at that batch in the same way.
@@ -19,6 +19,7 @@ from manualloop.mistakes import (
     filter_missing,
     misaligned_message,
     no_head_message,
+    no_items_message,
     no_labels_message,
     scalar_floats_message,
     text_message,
@@ -36,16 +37,15 @@ from manualloop.notices import logger
 from manualloop.optim import parameters_of, require_trainable
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
-from manualloop.tasks.items import IGNORE_INDEX
 from manualloop.tasks.task import Task, infer_task, resolve_task
 from manualloop.types import Place
 
 
 def require_loader(loader: Any) -> None:
-    """Refuse what is no loader of batches: a dict of them, a dataset.
+    """Refuse an object that is not a loader of batches, such as a dict of loaders or a dataset.
 
     Raises:
-        DataError: The message says how to come by one.
+        DataError: It is not a loader; the message shows how to make one.
     """
     if hasattr(loader, "keys"):
         names = ", ".join(map(str, loader.keys()))
@@ -64,8 +64,8 @@ def check_run(state: TrainState, strategy: Strategy) -> None:
     """Refuse a model that cannot be trained, or an optimizer of another model.
 
     Raises:
-        ModelError: No trainable parameter, float16 weights under a loss scale, or none of the
-            optimizer's parameters belongs to the model.
+        ModelError: The model has no trainable parameter, or float16 weights under a loss scale, or
+            none of the optimizer's parameters.
     """
     trainable = require_trainable(state.model)
     _check_precision(state.model, trainable, strategy)
@@ -73,7 +73,7 @@ def check_run(state: TrainState, strategy: Strategy) -> None:
     updated = parameters_of(state.optimizer)
     if not any(id(parameter) in own for parameter in updated):
         raise ModelError(
-            f"None of the optimizer's {len(updated)} parameters is a trainable one of this "
+            f"None of the optimizer's {len(updated)} parameters is a trainable parameter of this "
             f"{model_name(state.model)}. Build it from the model after loading it: "
             "prepare_optimizer(model)."
         )
@@ -87,7 +87,7 @@ def _check_precision(
     if torch.float16 in dtypes and strategy.scales_losses:
         raise ModelError(
             f"The weights of {model_name(model)} are float16: gradients of a scaled loss cannot "
-            f'be unscaled in it. Keep mixed_precision="fp16", and {fix}.'
+            f'be unscaled in that dtype. Keep mixed_precision="fp16", and {fix}.'
         )
     for dtype in dtypes & {torch.bfloat16, torch.float16}:
         name = str(dtype).removeprefix("torch.")
@@ -110,15 +110,15 @@ def check_batches(
     """Refuse micro-batches that the model cannot learn from.
 
     Args:
-        model: Whose forward pass takes the batches.
-        batches: Micro-batches that follow each other.
-        place_of: Function that names the batch behind so many rows of the epoch.
-        starts: Rows of the epoch before each.
-        needs_labels: False where the model only predicts.
-        needs_items: False lets batches pass whose labels are all ignored.
+        model: Model that gets the batches.
+        batches: Consecutive micro-batches.
+        place_of: Function from the number of rows before a batch in its epoch to its name.
+        starts: Number of rows of the epoch before each batch.
+        needs_labels: Whether the batches need labels; False where the model only predicts.
+        needs_items: Whether to refuse batches whose labels are all ignored.
 
     Raises:
-        DataError: Text, missing or impossible labels, tokens the model does not know, ...
+        DataError: Text, a missing or impossible label, a token that the model does not know, ...
         ModelError: The model has no head, or does not take these columns.
     """
     first = place_of(starts[0])
@@ -133,24 +133,7 @@ def check_batches(
             _check_labels(model, batch, labels, task, place)
         num_items += sum(task.count(batch))
     if needs_labels and needs_items and num_items == 0:
-        raise DataError(_no_items_message(batches, first.batch))
-
-
-def _no_items_message(batches: Sequence[Mapping[str, Any]], place: str) -> str:
-    more = f" and {len(batches) - 1} more" if len(batches) > 1 else ""
-    labels = [batch["labels"] for batch in batches if "labels" in batch]
-    if labels:
-        found = f"all {sum(map(torch.numel, labels))} are {IGNORE_INDEX}. Check the masking, and"
-        has_item = f'row["labels"] != {IGNORE_INDEX}'
-        if labels[0].ndim > 1:
-            has_item = f'set(row["labels"]) != {{{IGNORE_INDEX}}}'
-    else:
-        found = "all start and end positions are beyond the tokens. Check"
-        has_item = 'row["start_positions"] < len(row["input_ids"])'
-    return (
-        f"No label to learn from in {place}{more}: {found} that truncation leaves some; rows "
-        f"without one go with dataset.filter(lambda row: {has_item})."
-    )
+        raise DataError(no_items_message(batches, first.batch))
 
 
 def explain(
@@ -162,9 +145,9 @@ def explain(
     *,
     needs_labels: bool = True,
 ) -> None:
-    """Raise, from an error out of the model, the mistake in the data that explains it, if any."""
+    """Raise the mistake in the data that explains an error from the model, if there is one."""
     try:
-        # Batches whose labels are all ignored are legal later on: they explain no error.
+        # Later batches may have only ignored labels, which explain no error.
         check_batches(
             model, batches, place_of, starts, needs_labels=needs_labels, needs_items=False
         )
@@ -187,7 +170,7 @@ def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
         if column == "input_ids" and isinstance(example, Tensor) and example is not value:
             raise DataError(
                 f"'input_ids' is a list of {len(value)} tensors of shape {tuple(example.shape)}: "
-                "torch's default collate turned rows of lists around. Give it rows of tensors: "
+                "torch's default collate transposes rows of lists. Give it rows of tensors: "
                 'dataset.with_format("torch").'
             )
     labelled = "labels" in batch or "start_positions" in batch
@@ -229,14 +212,14 @@ def _check_labels(
     model: nn.Module, batch: Mapping[str, Any], labels: Tensor, task: Task, place: Place
 ) -> None:
     ids = batch.get("input_ids")
-    by_token = infer_task(model) in BY_TOKEN  # by its head: of other models nobody knows
+    by_token = infer_task(model) in BY_TOKEN  # known by the head; other models do not tell
     if by_token and isinstance(ids, Tensor) and labels.shape != ids.shape:
         lengths = (labels.shape[-1] if labels.ndim > 1 else 1, ids.shape[-1])
         raise DataError(misaligned_message(*lengths, place.batch))
     if labels.is_floating_point() and bool((is_nan := labels.isnan()).any()):
         row = int(is_nan.nonzero()[0, 0])
         raise DataError(
-            f"Label NaN in {place.row(row)}: it is missing. Filter such rows out: "
+            f"Label NaN in {place.row(row)}, which means it is missing. Filter such rows out: "
             f"{filter_missing('labels', is_float=True, in_lists=labels.ndim > 1)}."
         )
     classes = num_labels(model)
@@ -259,12 +242,12 @@ def _check_multi_label(labels: Tensor, classes: int, place: Place) -> None:
     if shape[1:] != (classes,):
         raise DataError(
             f"Labels of shape {shape} in {place.batch}, but the model has num_labels={classes}: "
-            "multi-label wants one number for each class. Load the model with room for them: "
+            "multi-label labels have one number per class. Load the model with room for them: "
             f"from_pretrained(name, num_labels={shape[-1]})."
         )
     if not labels.is_floating_point():
         raise DataError(
-            f"Labels of shape {shape} in {place.batch} are multi-label, which wants floats, not "
+            f"Labels of shape {shape} in {place.batch} are multi-label, which takes floats, not "
             f"{str(labels.dtype).removeprefix('torch.')}. Use prepare_dataloaders, or "
             'dataset.cast_column("labels", datasets.Sequence(datasets.Value("float32"))).'
         )

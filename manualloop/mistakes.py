@@ -1,7 +1,8 @@
-"""What is said of mistakes in data and models, and the line that fixes them."""
+"""The messages about mistakes in data and models, each with the line that fixes the mistake."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from manualloop.types import Batch
 def text_message(
     column: str, example: Any, *, split: str | None = None, is_tokenized: bool = False
 ) -> str:
-    """Say that a column is text, or lists of text, where numbers are wanted."""
+    """Return the message about a column of text, or of lists of text, where numbers are wanted."""
     if column in ("label", "labels"):
         return text_label_message(column, example, split=split)
     of = "" if split is None else f" of {split}"
@@ -30,18 +31,18 @@ def text_message(
 
 
 def text_label_message(column: str, example: Any, *, split: str | None = None) -> str:
-    """Say that a column of labels is text, or lists of text."""
+    """Return the message about a column of labels that are text, or lists of text."""
     of = "" if split is None else f" of {split}"
-    mended = f'dataset.class_encode_column("{column}")'
+    fix = f'dataset.class_encode_column("{column}")'
     if not isinstance(example, str):
         names = f'sorted({{name for names in dataset["{column}"] for name in names}})'
-        mended = (
+        fix = (
             f'dataset.cast_column("{column}", datasets.Sequence(datasets.ClassLabel('
             f"names={names})))"
         )
     return (
         f"{column!r}{of} holds strings, e.g. {example!r} (row 0). Turn them into class numbers: "
-        f"{mended}."
+        f"{fix}."
     )
 
 
@@ -55,7 +56,7 @@ def filter_missing(column: str, *, is_float: bool = False, in_lists: bool = Fals
 
 
 def scalar_floats_message(found: str, column: str, num_labels: int | None) -> str:
-    """Say that one float a row is neither a class nor a row of a multi-label problem."""
+    """Return the message about one float per row, neither a class nor a multi-label row."""
     wanted = "one for each class" if num_labels is None else f"{num_labels} of them a row"
     return (
         f"Float labels {found} are read as multi-label, which wants {wanted}. For a regression "
@@ -65,7 +66,7 @@ def scalar_floats_message(found: str, column: str, num_labels: int | None) -> st
 
 
 def no_loss_message(model: nn.Module, batch: Batch, outputs: Any) -> str:
-    """Say that a model returned something that has no place for a loss."""
+    """Return the message about outputs that have no place for a loss."""
     name = type(unwrap_model(model)).__name__
     if isinstance(outputs, Tensor) and outputs.ndim == 0:
         return (
@@ -81,7 +82,7 @@ def no_loss_message(model: nn.Module, batch: Batch, outputs: Any) -> str:
 
 def _example_loss(model: nn.Module, batch: Batch, outputs: Any) -> str:
     """Return the line that passes the loss of such outputs as a function."""
-    if isinstance(outputs, tuple):  # of transformers with return_dict=False, the loss first
+    if isinstance(outputs, tuple):  # transformers with return_dict=False, the loss first
         return "loss_fn=lambda model, batch: model(**batch)[0]"
     inputs = next((c for c in batch if c in forward_columns(model) and c != "labels"), "input_ids")
     return (
@@ -91,7 +92,7 @@ def _example_loss(model: nn.Module, batch: Batch, outputs: Any) -> str:
 
 
 def no_labels_message(batch: Batch) -> str:
-    """Say what a batch without labels holds, and which column might be the label."""
+    """Return the message about a batch without labels, which names the column that might be one."""
     columns = ", ".join(map(str, batch))
     suspects = [name for name in batch if name in LABEL_LIKE]
     if suspects:
@@ -106,8 +107,26 @@ def no_labels_message(batch: Batch) -> str:
     )
 
 
+def no_items_message(batches: Sequence[Mapping[str, Any]], place: str) -> str:
+    """Return the message about a window without a label to learn from."""
+    more = f" and {len(batches) - 1} more" if len(batches) > 1 else ""
+    labels = [batch["labels"] for batch in batches if "labels" in batch]
+    if labels:
+        found = f"all {sum(map(Tensor.numel, labels))} are -100. Check the masking, and"
+        has_item = 'row["labels"] != -100'
+        if labels[0].ndim > 1:
+            has_item = 'set(row["labels"]) != {-100}'
+    else:
+        found = "all start and end positions are beyond the tokens. Check"
+        has_item = 'row["start_positions"] < len(row["input_ids"])'
+    return (
+        f"No label to learn from in {place}{more}: {found} that truncation leaves some; to "
+        f"remove rows without one: dataset.filter(lambda row: {has_item})."
+    )
+
+
 def no_head_message(model: nn.Module) -> str:
-    """Say that a model's forward pass ignores labels."""
+    """Return the message about a model whose forward pass ignores labels."""
     model = unwrap_model(model)
     name = type(model).__name__
     if "For" in name or not hasattr(model, "config"):
@@ -123,7 +142,7 @@ def no_head_message(model: nn.Module) -> str:
 
 
 def misaligned_message(num_labels: int, num_tokens: int, where: str) -> str:
-    """Say that a row has another number of labels than of tokens."""
+    """Return the message about a row whose labels are more or fewer than its tokens."""
     return (
         f"labels have length {num_labels}, input_ids {num_tokens} ({where}). Align the labels to "
         "the tokens, with -100 for special tokens, and let the collator pad both: "

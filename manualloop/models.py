@@ -1,4 +1,4 @@
-"""What can be read off a model without running it, and the mode it is evaluated in."""
+"""Facts about a model that are known without running it, and the mode in which it is evaluated."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def unwrap_model(model: nn.Module, *, adapters: bool = True) -> nn.Module:
     """Take off the wrappers of ``torch.compile`` and data parallelism, and those of PEFT.
 
     Args:
-        model: Wrapped or not.
-        adapters: False leaves the wrappers of PEFT, which hold weights, where they are.
+        model: A model, wrapped or not.
+        adapters: Whether to take off the wrappers of PEFT too, which hold weights.
     """
     while True:
         children = children_of(model)
@@ -44,7 +44,10 @@ _PARALLEL = (
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tell whether each rank has a part of the weights only, so that a forward pass takes all."""
+    """Tell whether each rank holds only a part of the weights.
+
+    A forward pass then takes all ranks.
+    """
     names = {
         cls.__name__ for module in (model, unwrap_model(model)) for cls in type(module).__mro__
     }
@@ -52,11 +55,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_blind_to_padding(model: nn.Module) -> bool:
-    """Tell whether a model's numbers for a row are the same whatever it is padded to.
+    """Tell whether a model's outputs for a row do not depend on the length it is padded to.
 
-    Asked of models of transformers only, which take an attention mask and treat each row alone.
-    Not so are question answering, whose softmax runs over the padding, and some families (tried
-    with transformers 5.23: 88 of 93 for sequence classification are).
+    True only for models of transformers that take an attention mask and treat each row alone. Not
+    for question answering, whose softmax runs over the padding, nor for some families (of 93 tried
+    with transformers 5.23 for sequence classification, 5 depend on the padding).
     """
     name = type(unwrap_model(model)).__name__
     if config_of(model) is None or name.endswith("ForQuestionAnswering"):
@@ -76,7 +79,7 @@ def config_of(model: nn.Module) -> Any:
 
 
 def tied_names(model: nn.Module) -> set[str]:
-    """Name the weights that a model of transformers makes from others when it is loaded."""
+    """Return the names of the weights that a model of transformers ties to others on loading."""
     tied = getattr(model, "all_tied_weights_keys", None)
     if tied is None:  # before transformers 5: patterns, or None
         patterns = tied_patterns(model)
@@ -90,10 +93,10 @@ def model_name(model: nn.Module) -> str:
 
 
 def num_labels(model: nn.Module) -> int | None:
-    """Return how many classes a classifier has outputs for, or None where nothing tells.
+    """Return the number of classes that a classifier has outputs for; None if it is not known.
 
-    That is ``config.num_labels``, but not of a transformers model with another head: there it is a
-    default that means nothing.
+    It is ``config.num_labels``, except for a transformers model with another head, where that is a
+    default without a meaning.
     """
     model = unwrap_model(model)
     config = getattr(model, "config", None)
@@ -104,13 +107,13 @@ def num_labels(model: nn.Module) -> int | None:
 
 
 def problem_type(model: nn.Module) -> str | None:
-    """Return ``config.problem_type``: what the user chose, or the model at its first batch."""
+    """Return ``config.problem_type``, which the user chooses, or the model at its first batch."""
     value = getattr(config_of(model), "problem_type", None)
     return value if isinstance(value, str) else None
 
 
 def forward_columns(model: nn.Module) -> list[str]:
-    """Name the arguments of a model's forward pass, without ``*args`` and ``**kwargs``."""
+    """Return the names of the forward pass's arguments, without ``*args`` and ``**kwargs``."""
     parameters = inspect.signature(unwrap_model(model).forward).parameters.values()
     return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
@@ -132,16 +135,16 @@ def vocab_size(model: nn.Module) -> int | None:
     get_embeddings = getattr(unwrap_model(model), "get_input_embeddings", None)
     try:
         embeddings = get_embeddings() if get_embeddings else None
-    except NotImplementedError:  # transformers' answer for models without one
+    except NotImplementedError:  # raised by transformers for models without one
         return None
     return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
 
 
 def max_length(model: nn.Module) -> int | None:
-    """Return how many tokens the position embeddings have room for.
+    """Return the number of tokens that the position embeddings have room for.
 
-    None for models without learned absolute positions: they take any length, and the
-    ``max_position_embeddings`` of their config is advice.
+    None for models without learned absolute positions, which take any length; the
+    ``max_position_embeddings`` of their config is a recommendation.
     """
     for name, module in unwrap_model(model).named_modules():
         last = name.rpartition(".")[2]
@@ -159,16 +162,16 @@ _POSITION_EMBEDDINGS = ("position_embeddings", "wpe", "embed_positions")
 def evaluation_mode(
     model: nn.Module, device: torch.device, *, inference: bool = True, **owners: Any
 ) -> Iterator[None]:
-    """Put a model into eval mode and inference mode, and every submodule back afterwards.
+    """Put a model into eval mode and inference mode, and restore every submodule's mode afterwards.
 
-    Random states are put back too, those of generators that objects hold included, so that
-    evaluating in the middle of training changes nothing in it.
+    Random states are restored too, including those of generators that objects hold, so that
+    evaluating in the middle of training does not change the training.
 
     Args:
         model: The model.
         device: The device it is on.
         inference: Whether no gradients are needed.
-        owners: What may hold random generators besides the model: the loader, a loss function.
+        owners: Further objects that may hold random generators: the loader, a loss function.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -181,4 +184,6 @@ def evaluation_mode(
     finally:
         for module, training in modes:
             if module.training != training:
-                module.train(training)  # not the attribute alone: some merge weights in train()
+                module.train(
+                    training
+                )  # not the attribute alone: some models merge weights in train()

@@ -1,4 +1,4 @@
-"""Losses that are NaN or infinite: noticed without waiting, traced to the rows they come from."""
+"""Losses that are NaN or infinite, noticed without waiting and traced to their rows."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from manualloop.update import split_batch
 
 _NUM_ROWS_NAMED = 3
 _LAG = 2  # updates after which the flag of an earlier one has long landed
-_NUM_UNTOLD = 8  # updates, whose batches are kept so long, that share one wait for the device
+_NUM_UNTOLD = 8  # updates that share one wait for the device; their batches are kept so long
 
 
 class Watch:
-    """Looks out for updates that were not finite, and acts on them.
+    """Watches for updates that were not finite, and acts on them.
 
-    Those that the host knows of at once are acted on before anything moves. The flags of the
-    others are read when they have landed, in order: from the first bad one on, the device has
-    left the weights alone.
+    What the host knows at once is acted on before anything moves. Other updates leave a flag on the
+    device, and flags are read in order once they have reached the host: from the first bad update
+    on, the device has left the weights alone.
 
     Args:
-        state: Of the run.
-        source: The loader that gives its batches.
+        state: State of the run.
+        source: Loader whose batches the run reads.
         loss_fn: As in ``train_steps``.
-        strategy: That runs the model.
+        strategy: Strategy that runs the model.
         on_nonfinite: As in ``train_steps``.
     """
 
@@ -54,7 +54,7 @@ class Watch:
         self._explain = partial(_explain, source=source, loss_fn=loss_fn, strategy=strategy)
         self._state, self._must_agree = state, strategy.world_size > 1
         self._raises = on_nonfinite == "raise"
-        self._has_spoken = False
+        self._has_reported = False
         self._flags: list[tuple[LateTensor, Callable[[], NonFiniteError]]] = []
 
     def look_at(self, update: Update, window: Window) -> None:
@@ -75,12 +75,12 @@ class Watch:
             self.settle(wait=False)
         elif self._raises:
             raise error()
-        elif not self._has_spoken:
-            self._has_spoken = True
-            say(f"skipped an update: {error()} Further ones are only counted.")
+        elif not self._has_reported:
+            self._has_reported = True
+            say(f"skipped an update: {error()} Further skipped updates are only counted.")
 
     def settle(self, *, wait: bool) -> None:
-        """Read the flags that have landed; with ``wait`` all of them."""
+        """Read the flags that have reached the host; with ``wait`` read all of them."""
         if self._flags and not self._flags[0][0].tells:
             if not wait and len(self._flags) < _NUM_UNTOLD:
                 return
@@ -93,7 +93,7 @@ class Watch:
                 raise error()
 
     def _is_due(self) -> bool:
-        if self._must_agree:  # ranks that look at the same flag after another step part
+        if self._must_agree:  # ranks that read a flag after different steps would diverge
             return len(self._flags) > _LAG
         return self._flags[0][0].has_landed()
 
@@ -112,14 +112,14 @@ def _explain(
     """Find the rows of a window whose own loss is not finite, one forward pass each.
 
     Args:
-        model: With the weights from before the update.
-        window: That gave the loss.
-        source: The loader it came from.
-        step: The update that was not made, counted from 1.
-        epoch: Counted from 0.
-        update: That was not finite.
+        model: Model with the weights from before the update.
+        window: Window that gave the loss.
+        source: Loader that the window came from.
+        step: Number of the update that was not made, counted from 1.
+        epoch: Number of the epoch, counted from 0.
+        update: Update that was not finite.
         loss_fn: As in ``train_steps``.
-        strategy: That runs the model.
+        strategy: Strategy that runs the model.
 
     Returns:
         The error to raise, which names step, epoch, batch and rows.
@@ -142,7 +142,7 @@ def _explain(
         where = f"it comes from {', '.join(rows[:_NUM_ROWS_NAMED])}{more}"
     else:
         where = (
-            f"no row of {first}, tried by itself, shows it. If it is the step size: a lower "
+            f"no row of {first} causes it by itself. If the steps are too large, use a lower "
             "learning rate, or max_grad_norm=1.0"
         )
     found = [f"The loss is {update.loss.item()}"]
@@ -150,12 +150,12 @@ def _explain(
         found.append(f"the gradient norm {update.grad_norm.item()}")
     return NonFiniteError(
         f"{', '.join(found)} at step {step} (epoch {epoch}); {where}. The weights are those from "
-        'before this step. Mend the rows, or leave such updates out: on_nonfinite="skip".'
+        'before this step. Fix the rows, or skip such updates: on_nonfinite="skip".'
     )
 
 
 def _is_finite(parameter: Tensor) -> bool:
-    own: Tensor = getattr(parameter, "to_local", lambda: parameter)()  # of a shard
+    own: Tensor = getattr(parameter, "to_local", lambda: parameter)()  # a shard has only a part
     return bool(torch.isfinite(own).all())
 
 
@@ -163,17 +163,17 @@ def _bad_rows(
     model: nn.Module, batch: Any, loss_fn: LossFn | None, strategy: Strategy
 ) -> list[int]:
     bad: list[int] = []
-    if is_spare(batch) or is_sharded(model):  # a pass takes all ranks, and each has other rows
+    if is_spare(batch) or is_sharded(model):  # a pass takes all ranks, which have different rows
         return bad
     model = unwrap_model(model, adapters=False)
     task = None
-    # Whatever a row alone does to a model or a loss_fn, it must not hide what is to be said.
+    # An error that one row alone causes in the model or loss_fn must not hide the one to be raised.
     with suppress(Exception), evaluation_mode(model, strategy.device):
         for number, row in enumerate(split_batch(batch, 1)):
             task = resolve_task(model, row, task)
             counts = task.count(row)
             if not any(counts):
-                continue  # its mean is 0/0, and no part of the window's
+                continue  # its mean is 0/0, and is left out of the window's
             with strategy.autocast():
                 terms = loss_terms(model, strategy.to_device(row), counts, loss_fn)
             if not all(torch.isfinite(mean) for mean, num_items in terms if num_items):

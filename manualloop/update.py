@@ -1,4 +1,4 @@
-"""One update: the window of micro-batches it is made of, and its mathematics."""
+"""One optimizer update: its window of micro-batches, and its mathematics."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ StepFn: TypeAlias = Callable[[TrainState, list[Any], Strategy], Update]
 def windows(loader: Iterable[Any], size: int, *, skip: int = 0) -> Iterator[Window]:
     """Group the batches of one pass over a loader into the windows of its updates.
 
-    A window ends with the pass, so the last one may be shorter. Batches stay where the loader put
-    them. A loader with a length is read one window at a time and never ahead; of a stream one
-    batch is read ahead, since nothing else tells that it ended.
+    A window ends with the pass, so the last one may be shorter. Batches are not moved to another
+    device. A loader with a length is read one window at a time and never ahead; a stream is read
+    one batch ahead, because nothing else tells where it ends.
 
     Args:
         loader: Any iterable of batches.
-        size: Micro-batches a window (``gradient_accumulation_steps``).
-        skip: Rows at the start of the pass to leave out: a whole number of windows. A prepared
-            loader never loads them; any other reads and drops them.
+        size: Number of micro-batches per window (``gradient_accumulation_steps``).
+        skip: Number of rows to leave out at the start of the pass, which must be those of whole
+            windows. A prepared loader never loads them; other loaders read and drop them.
 
     Raises:
-        DataError: The loader gave another number of batches than its ``len()``, or rows that
-            cannot be stacked.
+        DataError: The number of batches differs from the loader's ``len()``, or rows cannot be
+            stacked.
 
     >>> batches = [{"x": torch.zeros(2)}, {"x": torch.zeros(2)}, {"x": torch.zeros(1)}]
     >>> [(len(window.batches), window.num_samples) for window in windows(batches, 2)]
@@ -55,11 +55,11 @@ def windows(loader: Iterable[Any], size: int, *, skip: int = 0) -> Iterator[Wind
     reader = Reader(source_of(loader), {"num_samples": skip})
     for window in group(reader.batches(), size):
         yield window
-        reader.settle()  # else it would keep every batch
+        reader.settle()  # otherwise it would keep every batch
 
 
 def group(batches: Iterable[Given], size: int) -> Iterator[Window]:
-    """Make windows of the batches of a pass."""
+    """Group the batches of a pass into windows of ``size`` batches."""
     window: list[Any] = []
     starts: list[int] = []
     num_samples = 0
@@ -79,24 +79,26 @@ def accumulate_gradients(
     loss_fn: LossFn | None = None,
     strategy: Strategy | None = None,
 ) -> Update:
-    """Add to the parameters' gradients those of the mean loss over all items of a window.
+    """Add the gradient of the mean loss over all items of a window to the parameters' gradients.
 
-    With ``n_j`` items in micro-batch j and ``N`` in the window, on all ranks, that is the gradient
-    of ``sum(n_j / N * mean_loss_j)``: the one big batch's, however it is split. A single
-    micro-batch on a single rank is not multiplied by anything, so that its bits are those of
-    ``loss.backward()``. Call on every rank, or the others wait for ever.
+    With ``n_j`` items in micro-batch j and ``N`` items in the window, on all ranks, this is the
+    gradient of ``sum(n_j / N * mean_loss_j)``. It equals the gradient of all rows in one batch,
+    however they are split. The loss of a single micro-batch on a single rank is not multiplied by
+    anything, so that the gradient has the bits of ``loss.backward()``. Call it on every rank;
+    otherwise the other ranks wait for ever.
 
     Args:
-        model: Where the strategy runs it; its gradients are zero or None.
-        batches: The micro-batches, on the CPU or the device; on every rank as many.
-        loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)`` if
-            only it knows what it counted; None: the loss that the model returns, over the items
+        model: Model on the strategy's device, with gradients that are zero or None.
+        batches: The micro-batches, on the CPU or the device; the same number on every rank.
+        loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)`` if it
+            counts items of its own. None takes the loss that the model returns, over the items
             of ``count_items``.
-        strategy: None: the one that prepared the model, else plain torch on its device.
+        strategy: Device, precision and ranks; None takes the strategy that prepared the model, or
+            plain torch on the model's device.
 
     Returns:
-        The mean loss and number of items of the window. ``applied`` is False, and no gradient was
-        added, if there is no item to learn from.
+        The mean loss and the number of items of the window. If it has no item to learn from,
+        ``applied`` is False and no gradient was added.
 
     >>> def loss_fn(model, batch):
     ...     return ((model(batch["x"]) - batch["labels"]) ** 2).mean()
@@ -143,12 +145,12 @@ def _accumulate(
     total: float = num_items
     if strategy.world_size > 1:
         loss = strategy.sum_over_ranks(loss) / strategy.world_size
-        # Nobody has counted otherwise than planned without a loss_fn.
+        # Without a loss_fn, no rank has counted items other than the planned ones.
         total = sum(planned) if loss_fn is None else strategy.sum_counts([num_items])[0]
     if total == 0:
         return Update(loss, 0, applied=False)
     if loss_fn is not None and total != planned[0]:
-        factor = planned[0] / total  # loss_fn counted otherwise than count_items
+        factor = planned[0] / total  # loss_fn counted items other than those of count_items
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
@@ -164,7 +166,7 @@ def _accumulate_one(
     strategy: Strategy,
     times: Times,
 ) -> Update:
-    """Do what the hand-written loop does: the mean of the only micro-batch is the window's."""
+    """Take the mean of the only micro-batch for the window's, as the hand-written loop does."""
     terms = _terms(model, batch, counts, loss_fn, strategy, times)
     items = [num_items for _, num_items in terms]
     loss = _weighted_loss(terms, items, 1)
@@ -182,7 +184,7 @@ def _terms(
     strategy: Strategy,
     times: Times,
 ) -> list[Term]:
-    """Run a micro-batch through the model; return the means that its loss is the mean of."""
+    """Run a micro-batch through the model; return the terms of its loss."""
     inputs = _to_device(batch, strategy, times)
     with strategy.autocast():
         terms = loss_terms(model, inputs, counts, loss_fn)
@@ -204,20 +206,23 @@ def _plan(
     loss_fn: LossFn | None,
     strategy: Strategy,
 ) -> list[float]:
-    """Return the items of a window on all ranks, of each term; with ``loss_fn`` a guess."""
+    """Return the number of items of each term in a window, on all ranks.
+
+    With ``loss_fn`` it is a guess: only ``loss_fn`` knows what it counts.
+    """
     num_terms = 1 if loss_fn is not None else max(map(len, counts))
     own: list[float] = [0] * num_terms
     for count, is_none in zip(counts, spare, strict=True):
         if len(count) < num_terms:
             raise DataError(
-                "The micro-batches of a window differ: some have start and end positions, some "
-                "have not. Give all of them, and the rows without an answer a position beyond the "
-                "tokens."
+                "The micro-batches of a window differ: some have start and end positions, others "
+                "do not. Give all batches start_positions and end_positions; rows without an "
+                "answer get a position beyond the tokens."
             )
         for term in range(0 if is_none else num_terms):
             own[term] += count[term]
     planned = strategy.sum_counts(own)
-    # loss_fn may count what the labels do not show.
+    # loss_fn may count items that the labels do not show.
     return planned if loss_fn is None else [planned[0] or 1]
 
 
@@ -236,10 +241,10 @@ def _require_scalar(loss: Any) -> Tensor:
 def _weighted_loss(
     terms: Sequence[tuple[Tensor, float]], totals: Sequence[float], world_size: int
 ) -> Tensor | None:
-    """Return a micro-batch's share of the window's loss, None if it holds no item.
+    """Return a micro-batch's share of the window's loss; None if it has no item.
 
-    Means of no item are left out: they are 0/0 and would turn every gradient into NaN. Among
-    several ranks one remains, times 0: the others wait for this rank's gradients.
+    A mean over no item is left out: it is 0/0 and would turn every gradient into NaN. With several
+    ranks one such mean is kept, times 0, because the other ranks wait for this rank's gradients.
     """
     shares = []
     for (mean, num_items), total in zip(terms, totals, strict=True):
@@ -252,10 +257,10 @@ def _weighted_loss(
 
 
 def split_batch(batch: Any, max_rows: int) -> list[Any]:
-    """Split a batch into batches of at most so many rows; rows stay padded as they are.
+    """Split a batch into batches of at most ``max_rows`` rows, which keep their padding.
 
     Raises:
-        DataError: The batch is no mapping whose tensors all have one entry a row.
+        DataError: The batch is not a mapping of tensors with one entry per row.
 
     >>> split_batch({"x": torch.tensor([1, 2, 3])}, 2)
     [{'x': tensor([1, 2])}, {'x': tensor([3])}]
@@ -280,14 +285,14 @@ def split_batch(batch: Any, max_rows: int) -> list[Any]:
 def _accumulate_in_memory(
     state: TrainState, batches: Sequence[Any], strategy: Strategy, loss_fn: LossFn | None
 ) -> Update:
-    """Accumulate gradients from zero; if memory runs out, again, with half as many rows at once.
+    """Accumulate gradients from zero; if memory runs out, retry with half as many rows at once.
 
-    The update is the same: micro-batches are weighted by items, however they are cut. The size
-    that fits is kept in the state. Not among several ranks: the others would wait for the gradients
-    of the attempt that failed.
+    The update is the same, because micro-batches are weighted by items however they are split. The
+    size that fits is kept in the state. With several ranks there is no retry: the other ranks would
+    wait for the gradients of the attempt that failed.
     """
     while True:
-        zero_gradients(state.optimizer)  # also what a failed attempt has added
+        zero_gradients(state.optimizer)  # including what a failed attempt added
         parts = batches
         if (max_rows := state.max_batch_rows) is not None:
             parts = [part for batch in batches for part in split_batch(batch, max_rows)]
@@ -311,7 +316,7 @@ def _accumulate_in_memory(
         # Outside the handler: the error's traceback holds the activations.
         state.max_batch_rows = (largest + 1) // 2
         say(
-            f"out of memory with {largest} rows: going on with {state.max_batch_rows} at once. "
+            f"out of memory with {largest} rows: continuing with {state.max_batch_rows} at once. "
             "The updates stay the same."
         )
         if strategy.device.type == "cuda":
@@ -327,9 +332,10 @@ def apply_update(
     max_grad_norm: float | None = None,
     on_nonfinite: OnNonfinite = "raise",
 ) -> Update:
-    """The default ``step_fn``: gradients, clip, update, schedule. Copy it to change it.
+    """Make one update: gradients, clipping, optimizer step, schedule step.
 
-    Gradients are zeroed first, so that they can be looked at until the next update.
+    It is the default ``step_fn``; copy it to change it. Gradients are zeroed at its beginning, so
+    that they can be inspected until the next update.
     """
     update = _accumulate_in_memory(state, batches, strategy, loss_fn)
     if not update.applied:
@@ -338,7 +344,7 @@ def apply_update(
     watches, grad_norm = on_nonfinite != "ignore", None
     is_finite: bool | Tensor | None = None
     if watches and strategy.scales_losses:
-        # Before clipping, which would tell the scaler. A norm that overflows is left to it.
+        # Checked before clipping, which informs the scaler. A norm that overflows is left to it.
         is_finite = bool(_is_finite(update.loss))
         if not is_finite:
             update.applied = update.is_finite = False
@@ -363,7 +369,7 @@ def apply_update(
 
 
 def _is_finite(watched: Tensor) -> bool | Tensor:
-    """Tell whether a number is finite: at once on the CPU, else as a flag on the device."""
+    """Tell whether a number is finite: as a bool on the CPU, otherwise as a flag on the device."""
     if reads_at_once(watched):
         value: Any = watched.tolist()  # no .item(): it counts as a wait
         return math.isfinite(value)
@@ -376,11 +382,11 @@ def reads_at_once(tensor: Tensor) -> bool:
 
 
 def _apply_guarded(state: TrainState, strategy: Strategy, is_finite: Tensor) -> bool:
-    """Make the update on the device unless this one, or one before, was not finite.
+    """Make the update on the device, unless this update or an earlier one was not finite.
 
-    Fused optimizers leave weights and moments as they are where ``found_inf`` is 1. It stays 1, so
-    that whenever the host gets to read it, the weights are those before the first bad update.
-    Nothing waits.
+    Fused optimizers do not change weights and moments where ``found_inf`` is 1. It stays 1, so that
+    whenever the host reads it, the weights are those from before the first bad update. Nothing
+    waits for the device.
     """
     has_failed = ~is_finite if state.has_failed is None else state.has_failed | ~is_finite
     state.has_failed = has_failed

@@ -1,4 +1,4 @@
-"""Proofs that a user can run on a model and data of their own."""
+"""Checks that users run on their own model and data: of gradient accumulation and of resuming."""
 
 from __future__ import annotations
 
@@ -33,17 +33,19 @@ from manualloop.update import accumulate_gradients, split_batch
 
 @dataclass(frozen=True, slots=True)
 class AccumulationReport:
-    """How far the update of a batch in pieces is from that of the whole. Prints in words.
+    """The difference between the update of a whole batch and that of its rows one by one.
+
+    Printing it gives the result in words.
 
     Attributes:
-        model: Class of the model.
-        num_rows: Rows of the batch, and so of the pieces of one row.
-        num_items: Items that the loss is a mean of.
-        loss_difference: Of the losses, relative to the whole batch's.
-        gradient_difference: Largest difference of a gradient, relative to the whole batch's
-            largest.
+        model: Name of the model's class.
+        num_rows: Number of rows of the batch, and so of pieces.
+        num_items: Number of items that the loss is a mean over.
+        loss_difference: Difference of the losses, relative to the whole batch's loss.
+        gradient_difference: Largest difference of a gradient, relative to the largest gradient of
+            the whole batch.
         unweighted_difference: The same for the usual mean of the pieces' means.
-        tolerance: Up to which the two are taken for equal: rounding in the gradients' dtype.
+        tolerance: Largest difference that counts as rounding, given the gradients' dtype.
     """
 
     model: str
@@ -56,15 +58,15 @@ class AccumulationReport:
 
     @property
     def is_exact(self) -> bool:
-        """Whether both differences are rounding."""
+        """Whether both differences are no more than rounding."""
         return max(self.loss_difference, self.gradient_difference) <= self.tolerance
 
     def __str__(self) -> str:
         verdict = (
             "Any split is the same update."
             if self.is_exact
-            else "The split changes the update: the loss is no mean over the items counted. Return "
-            "(mean_loss, num_items) from loss_fn; losses that compare rows with each other "
+            else "The split changes the update: the loss is not a mean over the items counted. "
+            "Return (mean_loss, num_items) from loss_fn; losses that compare rows with each other "
             "(batch normalisation, contrastive losses) cannot be split."
         )
         return (
@@ -85,18 +87,19 @@ def check_accumulation(
     loss_fn: LossFn | None = None,
     strategy: Strategy | None = None,
 ) -> AccumulationReport:
-    """Compare the gradient of a batch with that of its rows, one by one.
+    """Compare the gradient of a whole batch with that of its rows one by one.
 
-    Dropout is off for both; modes, gradients and random states are put back.
+    Dropout is off for both. Modes, gradients and random states are restored afterwards.
 
     Args:
-        model: Yours.
-        batch: A dict of tensors, at least two rows; ragged ones show most.
+        model: The model to check.
+        batch: A dict of tensors with at least two rows; rows of different lengths show most.
         loss_fn: As in ``train_steps``.
-        strategy: None: the one that prepared the model, else ``prepare_strategy("auto")``.
+        strategy: Device, precision and ranks; None takes the strategy that prepared the model, or
+            ``prepare_strategy("auto")``.
 
     Raises:
-        DataError: The batch cannot be split into rows, or has one only.
+        DataError: The batch cannot be split into rows, or has only one.
 
     >>> model = nn.Linear(2, 1, dtype=torch.float64)
     >>> batch = {"x": torch.ones(4, 2, dtype=torch.float64), "labels": torch.arange(4.0)[:, None]}
@@ -108,7 +111,7 @@ def check_accumulation(
     strategy = strategy_for(model, strategy)
     model = prepare_model(strategy, model)
     if num_rows(batch) < 2:
-        raise DataError("A batch of one row cannot be split. Give one of several rows.")
+        raise DataError("A batch of one row cannot be split. Pass a batch of several rows.")
     rows = split_batch(batch, 1)
     kept = [parameter.grad for parameter in model.parameters()]
 
@@ -153,12 +156,14 @@ def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ResumeReport:
-    """Whether a run that was interrupted ends as one that was not. Prints in words.
+    """Whether an interrupted and resumed run ends as an uninterrupted one does.
+
+    Printing it gives the result in words.
 
     Attributes:
-        at: Step at which it was interrupted.
-        num_steps: Of the whole run.
-        difference: The first difference, in words; None: not a bit.
+        at: Step at which the run was interrupted.
+        num_steps: Number of steps of the whole run.
+        difference: The first difference in words; None if there is none.
     """
 
     at: int
@@ -180,11 +185,12 @@ class ResumeReport:
 
 
 def verify_resume(train_fn: Callable[..., Any], *, at: int) -> ResumeReport:
-    """Interrupt a run of yours, resume it, and compare it with one that was left alone.
+    """Interrupt a run, resume it, and compare it with an uninterrupted run.
 
-    Three fresh processes: one trains to the end; one is sent a SIGTERM after step ``at``; one goes
-    on from its checkpoint. Whatever is not restored shows: a sampler with random numbers of its
-    own, a dataset that keeps count, weights that are not in a ``state_dict``.
+    It uses three fresh processes. The first trains to the end, the second gets a SIGTERM after step
+    ``at``, and the third resumes from its checkpoint. Any state that is not restored shows, such as
+    that of a sampler with random numbers of its own, of a dataset that counts its reads, or of
+    weights that are not in a ``state_dict``.
 
     Args:
         train_fn: ``train_fn(**options)`` builds everything, seeds included, calls
@@ -192,11 +198,11 @@ def verify_resume(train_fn: Callable[..., Any], *, at: int) -> ResumeReport:
             ``checkpoint_dir`` and ``on_step``. A function of a module or script (a script then
             needs its ``if __name__ == "__main__":``); in a notebook, where the system can fork,
             any function.
-        at: Steps after which to interrupt; inside an epoch, and inside an interval of the log, it
-            shows the most.
+        at: Number of steps after which to interrupt. A step inside an epoch, and inside an interval
+            of the log, shows the most.
 
     Raises:
-        ConfigError: ``at`` is not inside the run, or ``train_fn`` does not pass the options on.
+        ConfigError: ``at`` is not inside the run, or ``train_fn`` does not pass its options on.
         RuntimeError: A process failed; its traceback is in the message.
 
     ::
@@ -229,11 +235,11 @@ def _first_difference(
         part = before if int(number) <= at else after
         found = part["steps"].get(number)
         if found is None:
-            return f"step {number} was not made, or made under another number"
+            return f"step {number} is missing, or has another number"
         for name, value in expected.items():
             if found[name] != value:
                 where = f"step {number}: {name} {value} -> {found[name]}"
-                again = ", before the interruption: the run is never the same twice. Seed it first"
+                again = ", before the interruption: the run differs every time. Set its seeds first"
                 return where + (again if part is before else "")
     if extra := set(after["steps"]) - {n for n in whole["steps"] if int(n) > at}:
         return f"step {min(extra, key=int)} was made twice"
@@ -244,7 +250,7 @@ def _first_difference(
 
 
 def _trace(train_fn: Callable[..., Any], directory: Path, at: int | None) -> dict[str, Any]:
-    """Train in a fresh process; return what it has written down."""
+    """Train in a fresh process; return the trace that it wrote."""
     main = sys.modules["__main__"]
     is_notebook = train_fn.__module__ == "__main__" and not hasattr(main, "__file__")
     context: Any = multiprocessing.get_context("fork" if is_notebook else "spawn")
@@ -277,7 +283,7 @@ def _write_trace(train_fn: Callable[..., Any], directory: Path, at: int | None, 
         if step.index == at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    vars(training)["group"] = group_and_note  # this process does nothing else
+    vars(training)["group"] = group_and_note  # this process trains and ends
     try:
         result = train_fn(checkpoint_dir=directory, on_step=on_step)
         if not steps or not directory.exists():

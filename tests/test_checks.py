@@ -511,7 +511,7 @@ def _(fit, model, line):
 
 @mistake(
     "12 multi-label rows of integers, own loader",
-    *(DataError, "Labels of shape (2, 3) in batch 0", "multi-label", "wants floats, not int64"),
+    *(DataError, "Labels of shape (2, 3) in batch 0", "multi-label", "takes floats, not int64"),
     line='dataset.cast_column("labels", datasets.Sequence(datasets.Value("float32")))',
     model=lambda: tiny_bert(3),
 )

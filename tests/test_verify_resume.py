@@ -96,7 +96,7 @@ def test_a_loss_that_keeps_count_is_found_too():
 def test_a_run_that_is_not_seeded_is_told_from_one_that_is_not_restored():
     report = verify_resume(train_without_a_seed, at=3)
     assert report.difference.startswith("step 1: ")
-    assert "never the same twice. Seed it" in report.difference
+    assert "differs every time. Set its seeds" in report.difference
 
 
 def test_what_cannot_be_verified_is_said():

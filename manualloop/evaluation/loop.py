@@ -1,4 +1,4 @@
-"""``evaluate_loop`` and ``predict_loop``: what a model says about data it does not learn from."""
+"""``evaluate_loop`` and ``predict_loop``: the scores and the predictions of a model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from manualloop.types import Batch, LossFn
 _T = TypeVar("_T")
 
 Postprocess: TypeAlias = Callable[[Any, Batch], Tensor]
-"""``postprocess(outputs, batch) -> predictions``, one for each row (or each label)."""
+"""``postprocess(outputs, batch) -> predictions``, one per row or per label."""
 
 
 def evaluate_loop(
@@ -53,35 +53,38 @@ def evaluate_loop(
 ) -> dict[str, float]:
     """Score a model on every row of a loader.
 
-    The loss is the mean over all items, so it does not depend on how rows were batched. So those of
-    a prepared loader are read from the longest to the shortest, in batches of about as many tokens,
-    never more than its largest can have, which leaves out most of the padding; the metric gets them
-    in the dataset's order. Not so where that might change the numbers: with a ``loss_fn``, with
-    padding on the left or without an attention mask, with a model that is not of transformers or
-    whose numbers depend on padding all the same, nor with a ``postprocess`` and a metric of more
-    than classes. Of the outputs only what the metric needs is kept, never the logits. Every
-    submodule's mode and the random states of torch, NumPy and Python are as before when it returns
-    or raises. On several processes call it on each: every row counts once, and each gets the result
-    of one process.
+    The loss is the mean over all items, so it does not depend on how rows are batched. The rows of
+    a prepared loader are therefore read from the longest to the shortest, in batches of about the
+    same number of tokens, never more than the loader's largest batch can have. This leaves out most
+    of the padding; the metric gets the rows in the dataset's order. Rows are read as the loader
+    gives them where another order might change the numbers: with a ``loss_fn``, with padding on the
+    left or without an attention mask, with a model that is not of transformers or depends on
+    padding all the same, and with a ``postprocess`` and a metric that does not only count classes.
+
+    Only what the metric needs of the outputs is kept, never the logits. Every submodule's mode and
+    the random states of torch, NumPy and Python are restored when the call returns or raises. With
+    several processes call it on each: every row counts once, and each process gets the result that
+    a single one would get.
 
     Args:
-        model: Moved to the strategy's device if no strategy has prepared it.
-        eval_dataloader: Of dicts that the model takes.
+        model: Model to score; moved to the strategy's device if no strategy has prepared it.
+        eval_dataloader: Loader of dicts that the model takes.
         metric: A name (``"accuracy"``, ``"glue/mrpc"``), an ``evaluate`` module, a torchmetrics
-            metric, ``fn(predictions, references) -> dict``, or a sequence of these. None: only
-            the loss.
-        strategy: None: the one that prepared the model, else ``prepare_strategy("auto")``.
-        postprocess: ``postprocess(outputs, batch)`` makes predictions of the model's outputs;
-            None: by task (argmax, above 0.5, the value).
-        loss_fn: As in ``train_steps``. Outputs are those of its last forward pass.
-        progress_bar: Show a bar.
+            metric, ``fn(predictions, references) -> dict``, or a sequence of these. None
+            computes only the loss.
+        strategy: Device, precision and ranks; None takes the strategy that prepared the model, or
+            ``prepare_strategy("auto")``.
+        postprocess: ``postprocess(outputs, batch)`` returns the predictions; None predicts by the
+            task (argmax, above 0.5, the value).
+        loss_fn: As in ``train_steps``. The outputs are those of its last forward pass.
+        progress_bar: Whether to show a progress bar.
 
     Returns:
-        ``loss``, if there are labels or a ``loss_fn``, and what the metric computes.
+        ``loss``, if there are labels or a ``loss_fn``, and the scores of the metric by name.
 
     Raises:
-        DataError: The loader gives no batch, all labels are -100, or a metric is asked for and
-            there are no labels.
+        DataError: The loader gives no batch, all labels are -100, or the metric needs labels and
+            there are none.
         MetricError: The metric cannot score these predictions.
 
     >>> import torch
@@ -97,7 +100,7 @@ def evaluate_loop(
     if loss_fn is None and (postprocess is None or scorer is None or counts_classes(scorer)):
         loader, rows = longest_first_rows(loader, model, strategy)
     else:
-        rows = None  # loss_fn may compare the rows of a batch, postprocess give several for one
+        rows = None  # loss_fn may compare a batch's rows, postprocess make several of one
     taker: Scorer | Gathered | None = scorer
     if scorer is not None and (strategy.world_size > 1 or rows is not None):
         taker = Gathered(scorer, strategy, rows)
@@ -128,9 +131,9 @@ def _score(
     postprocess: Postprocess | None,
     scorer: Scorer | Gathered | None,
 ) -> list[tuple[float, float]]:
-    """Give a batch to the metric; return the terms of its loss, summed over their items.
+    """Give a batch to the metric; return the terms of its loss, each summed over its items.
 
-    There is none without labels.
+    A batch without labels has no term.
     """
     if scorer is not None:
         predictions, references, kept = _for_metric(made, postprocess)
@@ -165,11 +168,11 @@ def predict_loop(
 
     Args:
         model: As for ``evaluate_loop``.
-        dataloader: Of dicts that the model takes, with or without labels. Of a prepared loader
-            the order is known even if it shuffles.
+        dataloader: Loader of dicts that the model takes, with or without labels. The order of a
+            prepared loader is known even if it shuffles.
         strategy: As for ``evaluate_loop``.
         postprocess: As for ``evaluate_loop``.
-        progress_bar: Show a bar.
+        progress_bar: Whether to show a progress bar.
 
     Raises:
         DataError: The loader gives no batch, or shuffles in a way that cannot be undone.
@@ -241,10 +244,10 @@ def _predict(
 
 @dataclass(frozen=True, slots=True)
 class _Passes:
-    """How the batches of a loader go through a model.
+    """How an evaluation runs the batches of a loader through a model.
 
     Attributes:
-        model: The model, without a wrapper that would talk to the other ranks.
+        model: The model, without a wrapper that would communicate with the other ranks.
         loader: The loader.
         strategy: The strategy.
         loss_fn: As in ``train_steps``; None where the model is called with the batch's columns.
@@ -261,7 +264,7 @@ class _Passes:
 
 
 class _Made(NamedTuple):
-    """What a model made of a batch.
+    """A batch and what the model computed from it.
 
     Attributes:
         batch: The batch as the loader gave it.
@@ -297,12 +300,12 @@ def _each_batch(passes: _Passes, use: Callable[[_Passes, _Made], _T], bar: str |
     """Run every batch of a loader through the model, in evaluation mode.
 
     Args:
-        passes: How.
-        use: Function from what the model made of a batch to what is kept of it.
+        passes: The loader, the model and how to run it.
+        use: Function from the results of a batch to what is kept of them.
         bar: Title of a progress bar; None shows none.
 
     Returns:
-        What was kept on all ranks, in the loader's order.
+        What was kept of the batches of all ranks, in the loader's order.
     """
     model, strategy = passes.model, passes.strategy
     kept: dict[int, _T] = {}
@@ -330,9 +333,9 @@ def _use(
     task: Task | None,
     use: Callable[[_Passes, _Made], _T],
 ) -> tuple[Task, _T]:
-    """Run a batch through the model, and use what it made.
+    """Run a batch through the model, and return its task and what is kept of it.
 
-    A function, so that the outputs are gone before the next batch needs the memory.
+    It is a function so that the outputs are freed before the next batch needs the memory.
     """
     inputs, outputs, loss = _forward(passes, batch, number)
     known, task = (
@@ -349,7 +352,7 @@ def _use(
 
 
 def _forward(passes: _Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
-    """Return the inputs, the outputs and the loss of a batch; the last is None if there is none."""
+    """Return the inputs, the outputs and the loss of a batch; the loss is None if there is none."""
     model, strategy = passes.model, passes.strategy
     inputs = strategy.to_device(batch)
     with strategy.autocast():
@@ -379,7 +382,11 @@ def _forward(passes: _Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
 def _numbered(
     loader: Iterable[Any], strategy: Strategy, bar: str | None
 ) -> Generator[tuple[int, Any], None, None]:
-    """Yield the batches of this rank, in all at least one, under a bar, each after its number."""
+    """Yield the number and the batch of each batch of this rank, with a progress bar.
+
+    Raises:
+        DataError: There is no batch.
+    """
     require_loader(loader)
     shown = bar is not None and strategy.is_main
     progress = ProgressBar(num_batches(loader), name=bar or "", unit="batch", shown=shown)
@@ -395,7 +402,7 @@ def _numbered(
     if number == 0:
         raise DataError(
             "No rows to evaluate: the loader gave 0 batches. Check the filter of the dataset, and "
-            "that the loader is not a generator that was read before."
+            "that the loader is not a generator that has already been read."
         )
 
 
@@ -412,7 +419,7 @@ def _logits(outputs: Any) -> Tensor:
         logits = getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor):
         raise ModelError(
-            f"The model's {type(outputs).__name__} has no logits to make predictions of. Pass "
+            f"The model's {type(outputs).__name__} has no logits to predict from. Pass "
             "postprocess=lambda outputs, batch: outputs[0].argmax(-1)."
         )
     return logits
@@ -421,16 +428,17 @@ def _logits(outputs: Any) -> Tensor:
 def _for_metric(
     made: _Made, postprocess: Postprocess | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return predictions and references of a batch without those labelled -100, and which are not.
+    """Return the predictions and references of a batch that are not labelled -100, and a mask.
 
-    The last is bool, in the shape of all predictions; None: they are all kept.
+    The mask is bool, has the shape of all predictions, and tells which of them are kept; None keeps
+    all.
     """
     batch, task = made.batch, made.task
     if not isinstance(batch, Mapping) or "labels" not in batch:
         found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise DataError(
             f"The metric needs labels: the batch has only {found}. For rows without labels use "
-            'predict_loop; let collate_fn name those of others: {"labels": ...}.'
+            'predict_loop; if they have another name, let collate_fn return {"labels": ...}.'
         )
     labels: Tensor = batch["labels"]
     if postprocess is not None:

@@ -1,7 +1,7 @@
-"""Metrics that are built in: offline, and exact however the rows were batched.
+"""The built-in metrics: offline, and exact however the rows are batched.
 
-``load_metric`` gives an object with the interface of an ``evaluate`` module. The mathematics is
-scikit-learn's and SciPy's, this module only keeps the rows.
+``load_metric`` returns an object with the interface of an ``evaluate`` module. scikit-learn and
+SciPy compute the scores; this module only keeps the rows.
 
 Sources: the GLUE configurations, keys and formulae are those of the ``glue`` script of
 https://github.com/huggingface/evaluate; the tasks are Wang et al., "GLUE: A Multi-Task Benchmark
@@ -31,7 +31,7 @@ Array = NDArray[Any]
 class _Rows(NamedTuple):
     predictions: Array  # (num_rows,) or (num_rows, num_labels)
     references: Array  # the same shape
-    weights: Array | None  # (num_rows,) how often each row occurred; None: once
+    weights: Array | None  # (num_rows,) how often each row occurred; None for once
 
 
 def _sklearn(function: str, rows: _Rows, **options: Any) -> float:
@@ -43,13 +43,13 @@ def _sklearn(function: str, rows: _Rows, **options: Any) -> float:
 
 def _matthews(rows: _Rows) -> float:
     with warnings.catch_warnings():
-        # One label only: scikit-learn warns about the shape of a matrix that nobody sees.
+        # With a single label scikit-learn warns about the shape of an internal matrix.
         warnings.filterwarnings("ignore", message="A single label", category=UserWarning)
         return _sklearn("matthews_corrcoef", rows)
 
 
 def _averaged(name: str, average: str, rows: _Rows) -> float:
-    """Return f1, precision or recall; 0 / 0 is 0.0, scikit-learn's default less its warning."""
+    """Return f1, precision or recall; 0 / 0 is 0.0, scikit-learn's default without its warning."""
     if average == "binary":
         labels = np.union1d(rows.predictions, rows.references)
         if not np.isin(labels, (0, 1)).all():
@@ -61,13 +61,13 @@ def _averaged(name: str, average: str, rows: _Rows) -> float:
 
 
 def _correlation(function: str, rows: _Rows) -> float:
-    """Return pearson or spearman; nan where a side is constant, or of a single row."""
+    """Return pearson or spearman; nan if a side is constant or there is a single row."""
     from scipy import stats
 
     if len(rows.predictions) == 1:
         return float("nan")
     with warnings.catch_warnings():
-        # The nan says it; a model that predicts one value is nothing unusual early in training.
+        # nan is the answer; a model often predicts one value early in training.
         warnings.simplefilter("ignore", RuntimeWarning)
         try:
             return float(getattr(stats, function)(rows.predictions, rows.references)[0])
@@ -76,7 +76,7 @@ def _correlation(function: str, rows: _Rows) -> float:
 
 
 def _error(function: str, rows: _Rows) -> float:
-    """Return mse or mae; nan where a row is not finite, which scikit-learn refuses."""
+    """Return mse or mae; nan if a row is not finite, which scikit-learn refuses."""
     finite = np.isfinite(rows.predictions).all() and np.isfinite(rows.references).all()
     return _sklearn(function, rows) if finite else float("nan")
 
@@ -110,12 +110,12 @@ _SEVERAL_LABELS = ("accuracy", "mse", "mae", *(f"{n}/{a}" for n, a in _PAIRS))
 
 
 def to_array(values: Any) -> Array:
-    """Return a tensor of any device and dtype, an array or a list as a numpy array."""
+    """Convert a tensor of any device and dtype, an array or a list to a NumPy array."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         try:
             return np.asarray(values.numpy())
-        except TypeError:  # bfloat16 and float8 have no numpy dtype, float32 holds their values
+        except TypeError:  # bfloat16 and float8 have no NumPy dtype; float32 holds their values
             return np.asarray(values.float().numpy())
     try:
         return np.asarray(values)
@@ -132,13 +132,13 @@ def count_rows(name: str, predictions: Any, references: Any, batch: int) -> int:
         num_rows, num_references = len(predictions), len(references)
     except TypeError as error:
         raise MetricError(
-            f"{name} got no rows in batch {batch} ({error}). Give one entry per row: "
+            f"{name} got no rows in batch {batch} ({error}). Pass one entry per row: "
             "add_batch(predictions=[1], references=[0])."
         ) from error
     if num_rows != num_references:
         raise MetricError(
             f"{name} got {num_rows} predictions but {num_references} references in batch {batch}. "
-            "Give those of the same rows: references=batch['labels']."
+            "Pass those of the same rows: references=batch['labels']."
         )
     return num_rows
 
@@ -153,40 +153,40 @@ def require_rows(name: str, num_rows: int, num_batches: int) -> None:
 
 
 def require_kind(name: str, role: str, values: Array, batch: int, kinds: str = "biu") -> None:
-    """Refuse what would be scored wrongly in silence: scores and floats taken for classes."""
+    """Refuse values that would silently be scored wrongly: scores and floats taken for classes."""
     if (kind := values.dtype.kind) in kinds:
         return
     got = f"{'str' if kind in 'US' else values.dtype.name} {_show(values)}"
-    mend = f"Convert them: {role} = [label2id[label] for label in {role}]"
+    fix = f"Convert them: {role} = [label2id[label] for label in {role}]"
     if kind == "f" and values.ndim > 1:
         got = f"float scores of shape {values.shape}"
-        mend = f"Take the argmax: {role} = logits.argmax(-1), or several labels: (logits > 0).int()"
+        fix = f"Take the argmax: {role} = logits.argmax(-1), or several labels: (logits > 0).int()"
     elif kind == "f":
-        mend = f"Convert them: {role} = (scores > 0.5).astype(int)"
+        fix = f"Convert them: {role} = (scores > 0.5).astype(int)"
     raise MetricError(
         f"{name} expects {'numbers' if 'f' in kinds else 'integers'}, got {got} in the {role} of "
-        f"batch {batch}. {mend}."
+        f"batch {batch}. {fix}."
     )
 
 
 def _show(values: Array) -> str:
-    """Show at most three values, such as ``(0.9, 1.2)``; ``str`` keeps a float32 short."""
+    """Format at most three values, such as ``(0.9, 1.2)``; ``str`` keeps a float32 short."""
     shown = [repr(str(v)) if isinstance(v, str) else str(v) for v in values.ravel()[:3]]
     return f"({', '.join(shown)}{', ...' if values.size > 3 else ''})"
 
 
-# Rows that wait before they are counted: to sort 4096 rows takes 0.2 ms, to sort each batch of 8
-# would take longer than the rest of ``add_batch``.
+# Number of rows that wait until they are counted. Sorting 4096 rows takes 0.2 ms; sorting each
+# batch of 8 would take longer than the rest of ``add_batch``.
 _FOLD_AT = 4096
 
 
 class Metric:
     """A built-in metric, made by ``load_metric``.
 
-    Metrics of classes keep each distinct (prediction, reference) row once, with its count: their
+    Metrics of classes keep each distinct (prediction, reference) row once, with its count. Their
     memory does not grow with the data (beyond 4096 rows that wait to be counted), and scores are
-    exact and independent of how rows were batched. Continuous metrics (pearson, spearman, mse, mae,
-    glue/stsb) keep all rows as float64: 16 bytes a row of one prediction and one reference.
+    exact however rows are batched. Continuous metrics (pearson, spearman, mse, mae, glue/stsb) keep
+    all rows as float64, which takes 16 bytes for one prediction and one reference.
     """
 
     def __init__(self, name: str) -> None:
@@ -196,13 +196,13 @@ class Metric:
 
     @property
     def is_of_classes(self) -> bool:
-        """Whether rows are counted, so that their order is lost and means nothing."""
+        """Whether rows are counted, so that their order does not matter and is not kept."""
         return not self._continuous
 
     def reset(self) -> None:
         """Forget all rows."""
         self._num_rows = self._num_batches = 0
-        # Columns: predictions, references, and for classes the count. The first array is folded.
+        # Columns: predictions, references, and for classes the count. The first array is counted.
         self._rows: list[Array] = []
         self._num_waiting = 0  # rows in the others
 
@@ -211,26 +211,26 @@ class Metric:
 
         Args:
             predictions: Tensor (any device), array or list with one entry per row: integers or
-                booleans for a metric of classes, else real numbers. Shape ``(num_rows,)``, or
+                booleans for a metric of classes, otherwise real numbers. Shape ``(num_rows,)``, or
                 ``(num_rows, num_labels)`` where the metric takes it.
             references: The same shape and kind.
 
         Raises:
             MetricError: Lengths or shapes differ, or the values are not what the metric scores
-                (logits, floats where classes are wanted, strings). Nothing is added then.
+                (logits, floats instead of classes, strings). Nothing is added then.
         """
         num_rows = count_rows(self.name, predictions, references, self._num_batches)
         if num_rows:
             self._rows.append(self._to_rows(to_array(predictions), to_array(references)))
             self._num_rows += num_rows
             self._num_waiting += num_rows
-            # No sooner than there are as many as distinct ones: the cost a row does not grow then.
+            # Not before there are as many as distinct ones, so that the cost per row does not grow.
             if self._num_waiting >= max(_FOLD_AT, len(self._rows[0])):
                 self._fold()
         self._num_batches += 1
 
     def _to_rows(self, predictions: Array, references: Array) -> Array:
-        """Return a new array: a caller may fill the same buffer again."""
+        """Return the rows as a new array, because a caller may reuse its buffer."""
         where = f"in batch {self._num_batches}"
         kinds = "biuf" if self._continuous else "biu"
         require_kind(self.name, "predictions", predictions, self._num_batches, kinds)
@@ -260,7 +260,7 @@ class Metric:
             )
 
     def _fold(self) -> None:
-        """Make one array of the rows; of classes, of the distinct rows, sorted."""
+        """Join the rows into one array; for classes count the distinct rows, sorted."""
         rows = np.concatenate(self._rows)
         if not self._continuous:
             # np.unique(rows, axis=0) takes 8 times as long for classes.
@@ -271,7 +271,7 @@ class Metric:
         self._rows, self._num_waiting = [rows], 0
 
     def merge(self, other: Metric) -> None:
-        """Add the rows of another metric of that name, such as another rank's, which keeps its own.
+        """Add the rows of another metric of the same name, such as that of another rank.
 
         Raises:
             ConfigError: The names differ.
@@ -290,18 +290,18 @@ class Metric:
         self._num_batches += other._num_batches
 
     def compute(self, *, predictions: Any = None, references: Any = None) -> dict[str, float]:
-        """Score all rows added, and those given here, then forget them.
+        """Score all rows added and those given as arguments, then forget them.
 
         Args:
-            predictions: Last rows to add, as for ``add_batch``; None: no more.
-            references: The same.
+            predictions: Last rows to add, as for ``add_batch``; None adds none.
+            references: Their references.
 
         Returns:
-            The scores by key. nan where one is undefined (a correlation with a constant, an error
+            The scores by name; nan where one is undefined (a correlation with a constant, an error
             of rows that are not finite), 0.0 for f1, precision and recall of 0 / 0.
 
         Raises:
-            MetricError: There are no rows, or they hold classes that cannot be scored.
+            MetricError: There are no rows, or their classes cannot be scored.
         """
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
@@ -338,17 +338,19 @@ def load_metric(name: str, config: str | None = None) -> Metric | EvaluationModu
     the configurations of GLUE. f1, precision and recall score class 1 of {0, 1}; with an average
     they score more classes or labels, and the key says so: ``"f1/macro"`` (micro, weighted,
     samples) gives ``{"f1_macro": ...}``. Keys and values are those of the hub's scripts, except
-    that continuous rows are not rounded to float32 first. Any other name goes to ``evaluate.load``.
+    that continuous rows are not rounded to float32 first. Any other name is passed to
+    ``evaluate.load``.
 
     Args:
-        name: Such as ``"accuracy"``, or ``"glue/mrpc"`` for ``("glue", "mrpc")``.
-        config: The configuration or the average.
+        name: Name of the metric, such as ``"accuracy"``, or ``"glue/mrpc"`` for
+            ``("glue", "mrpc")``.
+        config: Configuration or average.
 
     Returns:
-        A ``Metric``, or what ``evaluate.load(name, config)`` gives, which has its methods.
+        A ``Metric``, or the module of ``evaluate.load(name, config)``, which has its methods.
 
     Raises:
-        MetricError: It is neither built in nor to be had.
+        MetricError: The metric is not built in and cannot be loaded.
 
     >>> metric = load_metric("glue", "mrpc")
     >>> metric.add_batch(predictions=[0, 1], references=[0, 1])
@@ -361,8 +363,9 @@ def load_metric(name: str, config: str | None = None) -> Metric | EvaluationModu
     key = name if config is None else f"{name}/{config}"
     if key in _KEYS:
         return Metric(key)
-    # A typo must not wait for a network, nor must a GLUE configuration that does not exist. 0.86
-    # lets the hub's "mape" and "mase" pass, 0.857 from "mae". A local script may have any name.
+    # A typo, or a GLUE configuration that does not exist, must not wait for a network. The cutoff
+    # lets the hub's "mape" and "mase" pass, which are 0.857 from "mae". A local script may have
+    # any name.
     is_typo = key.split("/")[0] == "glue" or difflib.get_close_matches(key, _KEYS, cutoff=0.86)
     if is_typo and not os.path.exists(name):
         raise _unknown(key, "offline or unknown")
@@ -372,7 +375,7 @@ def load_metric(name: str, config: str | None = None) -> Metric | EvaluationModu
         return evaluate.load(name, config)
     except OSError as error:  # both not found and no connection
         raise _unknown(key, "offline or unknown") from error
-    except Exception as error:  # the script is another's: it may raise anything
+    except Exception as error:  # a script of the hub may raise anything
         raise _unknown(key, f"{type(error).__name__}: {error}") from error
 
 

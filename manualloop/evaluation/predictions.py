@@ -1,4 +1,4 @@
-"""The table of predictions, and the dataset's order."""
+"""The table of predictions, in the dataset's order."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from manualloop.tasks.items import IGNORE_INDEX
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictions:
-    """A table of predictions, one row for each row of the dataset, in its order.
+    """A table of predictions with one row per row of the dataset, in the dataset's order.
 
     Attributes:
-        index: int64 ``(rows,)``: row numbers in the dataset.
-        predictions: ``(rows,)`` class numbers or values, ``(rows, classes)`` for multi-label,
-            ``(rows, tokens)`` for tokens. Rows of a batch narrower than the widest end in -100.
-        scores: float32 ``(rows, classes)``: probability of each class; None for a regression, for
+        index: Row numbers in the dataset, int64 ``(rows,)``.
+        predictions: Class numbers or values ``(rows,)``; for multi-label ``(rows, classes)``, for
+            tokens ``(rows, tokens)``. Rows of batches narrower than the widest are padded with
+            -100.
+        scores: Probability of each class, float32 ``(rows, classes)``; None for a regression, for
             tokens, or with a ``postprocess`` of your own.
-        references: The labels, padded as ``predictions`` are, or None if the data has none.
+        references: The labels, padded as ``predictions`` are; None if the data has none.
     """
 
     index: NDArray[np.int64]
@@ -42,7 +43,7 @@ class Predictions:
 
 
 def table_of(parts: Sequence[Tensor]) -> NDArray[Any]:
-    """Put the rows of all batches into one array; rows of narrower ones are padded with -100."""
+    """Put the rows of all batches into one array; narrower rows are padded with -100."""
     widest = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)][1:]
     padded = []
     for part in parts:
@@ -56,7 +57,11 @@ def table_of(parts: Sequence[Tensor]) -> NDArray[Any]:
 
 
 def dataset_rows(loader: Iterable[Any]) -> NDArray[np.int64] | None:
-    """Return the dataset's row numbers in the loader's order; None: it is the dataset's."""
+    """Return the dataset's row numbers in the loader's order; None if that is the dataset's order.
+
+    Raises:
+        DataError: The loader shuffles, and its order is not known.
+    """
     batch_sampler = getattr(loader, "batch_sampler", None)
     if isinstance(batch_sampler, OrderedBatchSampler):
         return np.array(batch_sampler.rows(), dtype=np.int64)
@@ -65,17 +70,17 @@ def dataset_rows(loader: Iterable[Any]) -> NDArray[np.int64] | None:
     if sampler is None or is_stream or isinstance(sampler, SequentialSampler):
         return None
     raise DataError(
-        f"The loader reads its rows by a {type(sampler).__name__}, so predictions could not be put "
-        "in the dataset's order. Build it with shuffle=False, or use prepare_dataloaders."
+        f"The loader draws its rows with a {type(sampler).__name__}, so predictions could not be "
+        "put in the dataset's order. Build it with shuffle=False, or use prepare_dataloaders."
     )
 
 
 def longest_first_rows(
     loader: Iterable[Any], model: nn.Module, strategy: Strategy
 ) -> tuple[Iterable[Any], NDArray[np.int64] | None]:
-    """Return a loader that gives the longest rows first, and which row of the dataset is where.
+    """Return a loader that gives the longest rows first, and the dataset's rows in its order.
 
-    None: that might change the numbers, and the loader is as it was.
+    Where another order might change the numbers, return the loader itself and None.
     """
     if not is_blind_to_padding(model):
         return loader, None

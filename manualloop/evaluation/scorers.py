@@ -1,4 +1,4 @@
-"""Whatever counts as a metric, made into the one interface that ``evaluate_loop`` needs."""
+"""Scorers: anything that is accepted as a metric, behind the interface of ``evaluate_loop``."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from manualloop.strategy.base import Strategy, on_main
 
 
 class Scorer(Protocol):
-    """What takes rows batch by batch and scores them all.
+    """An object that takes rows batch by batch and scores all of them.
 
     Attributes:
-        name: For messages.
+        name: Name in messages.
     """
 
     name: str
@@ -42,29 +42,29 @@ class Scorer(Protocol):
         ...
 
     def compute(self) -> dict[str, float]:
-        """Return the scores of all rows by key, and forget the rows."""
+        """Return the scores of all rows by name, and forget the rows."""
         ...
 
 
 def as_metric(metric: Any) -> Scorer:
-    """Make a scorer of anything that is taken as a metric; it starts without rows.
+    """Make a scorer from a metric of any accepted kind; it starts without rows.
 
     Args:
         metric: A name, as for ``load_metric``; a ``Metric``; an ``evaluate`` module (has
             ``add_batch`` and ``compute``); a torchmetrics ``Metric`` or ``MetricCollection`` (has
             ``update``, ``compute``, ``reset``), which gets tensors on its own device; a function
-            ``fn(predictions, references)`` of all rows at once, as numpy arrays, which returns a
-            number or a mapping of numbers; or a list or tuple of these: results are merged.
+            ``fn(predictions, references)`` of all rows at once, as NumPy arrays, which returns a
+            number or a mapping of numbers; or a list or tuple of these, whose results are merged.
 
     Returns:
-        The scorer. A lone number is named by the function, or by the class in snake case; what
-        ``evaluate`` and torchmetrics nest is flattened (``"PER_f1"``, ``"multiclass_accuracy_0"``).
-        Functions keep all rows in memory.
+        The scorer. A single number is named after the function, or after the class in snake case;
+        nested results of ``evaluate`` and torchmetrics are flattened (``"PER_f1"``,
+        ``"multiclass_accuracy_0"``). For a function all rows are kept in memory.
 
     Raises:
         ConfigError: ``metric`` is none of these.
-        MetricError: From its methods: lengths differ, no rows, a result that is not a number, the
-            same key from two metrics.
+        MetricError: Raised by its methods: lengths differ, there are no rows, a result is not a
+            number, or two metrics have the same key.
 
     >>> def errors(predictions, references):
     ...     return (predictions != references).sum()
@@ -90,21 +90,22 @@ def as_metric(metric: Any) -> Scorer:
     if isinstance(metric, (list, tuple)) and metric:
         return _Checked([as_metric(one) for one in metric])
     raise ConfigError(
-        f"Got {metric!r} ({type(metric).__name__}) as metric. Give a name, an evaluate module, a "
+        f"Got {metric!r} ({type(metric).__name__}) as metric. Pass a name, an evaluate module, a "
         "torchmetrics Metric, fn(predictions, references), or a list of these: 'accuracy'."
     )
 
 
 class Gathered:
-    """A scorer of the rows of all ranks, as if one process had read them in the dataset's order.
+    """A scorer that sees the rows of all ranks as if one process had read them in dataset order.
 
-    Of classes each rank counts its own, and the counts are added up; anything else gets the rows
-    themselves, on rank 0.
+    Where a metric only counts classes, each rank counts its own rows and the counts are added up;
+    any other metric gets the rows themselves, on rank 0.
 
     Args:
-        scorer: Of all rows.
-        strategy: Whose ranks.
-        rows: int64, the dataset's rows in the order in which they come; None: in that order.
+        scorer: Scorer of all rows.
+        strategy: Strategy whose ranks take part.
+        rows: The dataset's row numbers in the order in which rows are added, int64; None if they
+            are added in the dataset's order.
     """
 
     def __init__(
@@ -118,20 +119,20 @@ class Gathered:
         """Add the rows of a batch of this rank.
 
         Args:
-            predictions: Of the batch.
-            references: As many.
-            kept: bool ``(rows, ...)``: which of the rows' predictions they are; None: all.
+            predictions: Predictions of the batch.
+            references: References of the batch, the same number.
+            kept: Which of the rows' predictions these are, bool ``(rows, ...)``; None for all.
         """
         if self._counts:
             self._scorer.add_batch(predictions=predictions, references=references)
         else:
-            # A copy: labels of a worker's batch lie in a file that stays open as long as they do.
+            # A copy: the labels of a worker's batch keep its file open.
             if kept is None and isinstance(references, Tensor):
                 references = references.clone()
             self._batches.append((predictions, references, kept))
 
     def compute(self) -> dict[str, float]:
-        """Return the scores of all rows, the same on every rank. Call on every rank."""
+        """Return the scores of all rows, the same on every rank. Call it on every rank."""
         own = self._scorer if self._counts else self._batches
         self._batches = []
         found = self._strategy.gather(own)
@@ -144,7 +145,7 @@ class Gathered:
             for other in found[1:]:
                 self._scorer.merge(other)
             return self._scorer.compute()
-        # Batch k is rank k % world_size's, so taking one from each in turn is the loader's order.
+        # Batch k is on rank k % world_size, so one from each rank in turn is the loader's order.
         batches = [batch for dealt in zip_longest(*found) for batch in dealt if batch is not None]
         if self._rows is not None:
             batches = [_in_order(batches, self._rows)]
@@ -154,7 +155,7 @@ class Gathered:
 
 
 def counts_classes(scorer: Scorer) -> bool:
-    """Tell whether a scorer only counts classes, so that the order of the rows is nothing to it."""
+    """Tell whether a scorer only counts classes, so that the order of the rows does not matter."""
     return isinstance(scorer, Metric) and scorer.is_of_classes
 
 
@@ -173,7 +174,7 @@ def _in_order(
 
 
 class _Checked:
-    """Scorers that all get the same rows: as many on both sides, and at least one in all."""
+    """Scorers that get the same rows, checked to be as many on both sides and at least one."""
 
     def __init__(self, scorers: list[Scorer]) -> None:
         self.name = " + ".join(scorer.name for scorer in scorers)
@@ -195,7 +196,7 @@ class _Checked:
             scores = scorer.compute()
             for key in merged.keys() & scores.keys():
                 raise MetricError(
-                    f"Key {key!r} comes from {scorer.name} and from a metric before it. Leave one "
+                    f"Key {key!r} comes from {scorer.name} and from an earlier metric. Leave one "
                     f"out, or rename it: lambda p, r: {{'other_{key}': ...}}."
                 )
             merged.update(scores)
@@ -211,8 +212,8 @@ class _Evaluate:
         self._members = getattr(module, "evaluation_modules", [module])
         self._num_batches = 0
         for member in self._members:
-            # It cannot reset: to compute is its only public way to let go of the rows of an
-            # aborted evaluation, which need not be fit to be scored.
+            # It has no reset: compute() is the only public way to drop the rows of an aborted
+            # evaluation, and they may not be fit to be scored.
             if hasattr(member, "__len__") and len(member) > 0:
                 with suppress(Exception):
                     member.compute()
@@ -220,8 +221,8 @@ class _Evaluate:
     def add_batch(self, *, predictions: Any, references: Any) -> None:
         batch = {"predictions": predictions, "references": references}
         for role, values in batch.items():
-            # Texts, dicts and lists are the module's affair, but where it declares integers it
-            # would cut 0.9 to 0 in silence.
+            # The module checks texts, dicts and lists itself, but where it declares integers it
+            # would silently truncate 0.9 to 0.
             if any(_declares_integers(member, role) for member in self._members):
                 require_kind(self.name, role, to_array(values), self._num_batches)
             if hasattr(values, "detach"):
@@ -250,7 +251,7 @@ class _Torchmetrics:
         # A collection has no device of its own, its members have.
         modules = list(metric.modules()) if hasattr(metric, "modules") else [metric]
         self._device = next((one.device for one in modules if hasattr(one, "device")), None)
-        # It would gather rows from the other ranks; those are here already, and only here.
+        # It would gather rows from the other ranks, which are already on this rank only.
         self._syncing = [one for one in modules if hasattr(one, "sync")]
         metric.reset()
 
@@ -260,7 +261,7 @@ class _Torchmetrics:
     def _to_tensor(self, values: Any) -> Any:
         try:
             return torch.as_tensor(values, device=self._device)
-        except (TypeError, ValueError):  # texts stay what they are
+        except (TypeError, ValueError):  # texts are not converted
             return values
 
     def compute(self) -> dict[str, float]:
@@ -280,7 +281,7 @@ class _Function:
         self._batches: list[tuple[Array, Array]] = []
 
     def add_batch(self, *, predictions: Any, references: Any) -> None:
-        # Copies: a caller may fill the same buffer again.
+        # Copies, because a caller may reuse its buffer.
         self._batches.append((np.array(to_array(predictions)), np.array(to_array(references))))
 
     def compute(self) -> dict[str, float]:
@@ -290,7 +291,7 @@ class _Function:
         except ValueError as error:
             raise MetricError(
                 f"{self.name} gets all rows at once, but batches differ in width ({error}). Pad "
-                "them to one width or flatten them: predictions[references != -100]."
+                "them to one width, or flatten them: predictions[references != -100]."
             ) from error
         return _to_floats(self.name, self._function(predictions, references), flatten=False)
 
