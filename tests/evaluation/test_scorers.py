@@ -253,7 +253,9 @@ def test_several_metrics_are_merged() -> None:
 
 
 def test_the_same_key_twice() -> None:
-    with pytest.raises(MetricError, match=r"Key 'accuracy' comes from glue/mrpc and from an earlier metric"):
+    with pytest.raises(
+        MetricError, match=r"Key 'accuracy' comes from glue/mrpc and from an earlier metric"
+    ):
         score(("accuracy", "glue/mrpc"), [1], [1])
 
 
