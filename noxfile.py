@@ -62,7 +62,7 @@ def tests_oldest(session: nox.Session) -> None:
     installs torch with its CUDA libraries: about 5 GB.
     """
     install(session, "-e", ".[metrics,plot]", group="test", constraints="constraints-oldest.txt")
-    session.run("pytest", *session.posargs, env=OFFLINE)
+    session.run("pytest", *PARALLEL, *session.posargs, env=OFFLINE)
 
 
 @nox.session(name="tests-newest")
@@ -73,7 +73,7 @@ def tests_newest(session: nox.Session) -> None:
     pip installs torch with its CUDA libraries: about 6 GB.
     """
     install(session, "-e", ".[metrics,plot]", group="test", constraints="constraints-newest.txt")
-    session.run("pytest", *session.posargs, env=OFFLINE)
+    session.run("pytest", *PARALLEL, *session.posargs, env=OFFLINE)
 
 
 @nox.session
