@@ -1,4 +1,4 @@
-"""Print the ranks that run; every process must see the same number."""
+"""Print how many ranks run; each must see the same number."""
 
 from manualloop import prepare_strategy
 

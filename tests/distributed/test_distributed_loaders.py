@@ -1,0 +1,25 @@
+"""Each kind of loader on two ranks: every row once, and the same bits after a resume anywhere."""
+
+import distributed_loaders
+import pytest
+import ranks
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """The output of both ranks, which run all scenarios one after the other."""
+    folder = tmp_path_factory.mktemp("loaders")
+    return ranks.finish(ranks.start("distributed_loaders.py", folder))
+
+
+@pytest.mark.parametrize("name", distributed_loaders.SCENARIOS)
+def test_every_row_is_read_once_and_every_resume_is_exact(name, outputs):
+    for output in outputs:
+        assert f"passed: {name}" in output.splitlines(), output
+
+
+def test_a_change_of_the_number_of_ranks_is_reported(outputs):
+    assert "not bit-exact because world_size: 2 -> 1." in outputs[0]
+    assert "not bit-exact because world_size: 1 -> 2." in outputs[0]
