@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -12,16 +13,17 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from manualloop.arguments import all_at_once, is_count, is_positive
 from manualloop.errors import ConfigError
-from manualloop.optim import prepare_optimizer, prepare_scheduler
+from manualloop.optim import check_schedule, prepare_optimizer, prepare_scheduler
 from manualloop.run.agreement import agree_at_updates, counted
 from manualloop.run.cadence import Cadence, parse_cadence
-from manualloop.run.folder import open_run_folder
+from manualloop.run.folder import check_folder, open_run_folder
 from manualloop.run.report import Report
 from manualloop.run.run import Run
 from manualloop.run.stopping import Stopping
 from manualloop.state import TrainState
-from manualloop.steps import plan_run, train_steps
+from manualloop.steps import plan_run, start_steps
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.select import strategy_for
 from manualloop.times import Times, parse_seconds
@@ -182,23 +184,34 @@ def train_loop(
     ...            evaluate=lambda: {"weight": 1.0}, progress_bar=False)
     TrainResult(20 steps, stopped_by='max_steps', weight=1)
     """
+    strategy = strategy_for(model, strategy)
     settings: dict[str, Any] = {
-        "num_epochs": num_epochs,
-        "max_steps": max_steps,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "max_grad_norm": max_grad_norm,
+        "loss_fn": loss_fn,
+        "step_fn": step_fn,
+        "on_nonfinite": on_nonfinite,
     }
-    strategy = strategy_for(model, strategy)
-    plan = plan_run(train_dataloader, world_size=strategy.world_size, **settings)
-    _check_evaluation(evaluate, best_metric, patience)
+    ends: dict[str, Any] = {"num_epochs": num_epochs, "max_steps": max_steps}
     agreement, run_strategy = agree_at_updates(strategy)
-    per_epoch = plan.num_steps_per_epoch
-    log_is_due = parse_cadence("log_every", log_every, per_epoch, agreement)
-    evaluation_is_due = parse_cadence("evaluate_every", evaluate_every, per_epoch, agreement)
-    save_is_due = parse_cadence("checkpoint_every", checkpoint_every, per_epoch, agreement)
-    stopping = Stopping(parse_seconds("max_time", max_time), agreement)
-    optimizer = optimizer or prepare_optimizer(model)
-    schedule = _schedule(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
+    with all_at_once() as check:
+        plan = check(plan_run, train_dataloader, world_size=strategy.world_size, **ends, **settings)
+        # Without a plan its error is raised below, and any length will do.
+        per_epoch, num_steps = (plan[2], plan[0]) if plan else (1, sys.maxsize)
+        log_is_due = check(parse_cadence, "log_every", log_every, per_epoch, agreement)
+        evaluation_is_due = check(
+            parse_cadence, "evaluate_every", evaluate_every, per_epoch, agreement
+        )
+        save_is_due = check(
+            parse_cadence, "checkpoint_every", checkpoint_every, per_epoch, agreement
+        )
+        max_seconds = check(parse_seconds, "max_time", max_time)
+        check(_check_evaluation, evaluate, best_metric, patience, on_step)
+        check(check_folder, checkpoint_dir, resume, keep_checkpoints)
+        optimizer = optimizer or check(prepare_optimizer, model)
+        check(_check_schedule, lr_scheduler, optimizer, num_steps, num_warmup_steps)
+    schedule = _schedule(lr_scheduler, optimizer, num_steps, num_warmup_steps)
+    stopping = Stopping(max_seconds, agreement)
     state = TrainState(model, optimizer, schedule, extras=extras or {})
     with ExitStack() as stack:
         folder = stack.enter_context(
@@ -208,15 +221,8 @@ def train_loop(
         run = Run(state, report, folder, stopping, evaluate, best_metric, patience, strategy)
         stack.callback(run.close)
         run.resume(train_dataloader, on_step)
-        steps = train_steps(
-            state,
-            train_dataloader,
-            loss_fn=loss_fn,
-            step_fn=step_fn,
-            on_nonfinite=on_nonfinite,
-            strategy=run_strategy,
-            preflight=preflight,
-            **settings,
+        steps = start_steps(
+            state, train_dataloader, plan, strategy=run_strategy, preflight=preflight, **settings
         )
         stack.enter_context(closing(steps))
         if folder is not None:
@@ -250,35 +256,61 @@ def _schedule(
     num_steps: int,
     num_warmup_steps: float,
 ) -> LRScheduler | None:
-    if isinstance(lr_scheduler, str):
-        return prepare_scheduler(
-            optimizer,
-            lr_scheduler,
-            num_training_steps=num_steps,
-            num_warmup_steps=num_warmup_steps,
+    if not isinstance(lr_scheduler, str):
+        return lr_scheduler
+    return prepare_scheduler(
+        optimizer, lr_scheduler, num_training_steps=num_steps, num_warmup_steps=num_warmup_steps
+    )
+
+
+def _check_schedule(
+    lr_scheduler: str | LRScheduler | None,
+    optimizer: Optimizer | None,
+    num_steps: int,
+    num_warmup_steps: float,
+) -> None:
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise ConfigError(
+            f"optimizer is a {type(optimizer).__name__}. Pass an optimizer of the model: "
+            "prepare_optimizer(model, lr=5e-5)."
         )
-    if num_warmup_steps:
+    if num_warmup_steps != 0 and not is_positive(num_warmup_steps):
+        raise ConfigError(
+            f"num_warmup_steps={num_warmup_steps!r} is neither a number of updates (100) nor a "
+            "share of them (0.1)."
+        )
+    if isinstance(lr_scheduler, str):
+        if optimizer is not None:
+            check_schedule(optimizer, lr_scheduler, num_steps, num_warmup_steps)
+    elif num_warmup_steps:
         raise ConfigError(
             f"num_warmup_steps={num_warmup_steps} belongs to a schedule given by name. Build it "
             "into the scheduler: prepare_scheduler(optimizer, num_warmup_steps=...)."
         )
-    return lr_scheduler
 
 
-def _check_evaluation(evaluate: object, best_metric: str | None, patience: int | None) -> None:
+def _check_evaluation(
+    evaluate: object, best_metric: object, patience: object, on_step: object
+) -> None:
     problems = []
     if evaluate is not None and not callable(evaluate):
         problems.append(
             f"evaluate is a {type(evaluate).__name__}, already computed. Pass a function: "
             "evaluate=lambda: evaluate_loop(model, loader)."
         )
+    if best_metric is not None and not isinstance(best_metric, str):
+        problems.append(f'best_metric={best_metric!r} is not a name, such as "f1" or "-loss".')
     if best_metric is not None and evaluate is None:
         problems.append(
             f"best_metric={best_metric!r} needs evaluate=lambda: evaluate_loop(model, ...)."
         )
     if patience is not None and best_metric is None:
         problems.append(f'patience={patience!r} needs a best_metric, such as "f1" or "-loss".')
-    if patience is not None and patience < 1:
-        problems.append(f"patience must be at least 1 evaluation, got {patience!r}.")
+    if patience is not None and not is_count(patience):
+        problems.append(f"patience must be a whole number of at least 1, got {patience!r}.")
+    if on_step is not None and not callable(on_step):
+        problems.append(
+            f"on_step is a {type(on_step).__name__}. Pass a function: on_step=lambda step: ...."
+        )
     if problems:
         raise ConfigError("\n".join(problems))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -130,9 +131,39 @@ def prepare_scheduler(
     [0.75]
     [0.5]
     """
-    import math
-
     from transformers import get_scheduler
+
+    num_warmup_steps = check_schedule(
+        optimizer, name, num_training_steps, num_warmup_steps, **kwargs
+    )
+    try:
+        scheduler: LRScheduler = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=num_warmup_steps,
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"lr_scheduler={name!r} does not take these arguments: {error}. Give "
+            f"prepare_scheduler what {name!r} wants as keywords."
+        ) from error
+    return scheduler
+
+
+def check_schedule(
+    optimizer: Optimizer,
+    name: str,
+    num_training_steps: int,
+    num_warmup_steps: float,
+    **kwargs: Any,
+) -> int:
+    """Check the arguments of ``prepare_scheduler``; return the number of warm-up updates.
+
+    Raises:
+        ConfigError: As in ``prepare_scheduler``.
+    """
     from transformers.trainer_utils import SchedulerType
 
     names = [str(kind.value) for kind in SchedulerType if kind.value not in _FOLLOW_A_METRIC]
@@ -166,20 +197,7 @@ def prepare_scheduler(
             f"{type(optimizer).__name__} has lr=None and finds its own learning rates. Pass "
             "lr_scheduler=None, or give it an lr."
         )
-    try:
-        scheduler: LRScheduler = get_scheduler(
-            name,
-            optimizer,
-            num_warmup_steps=int(num_warmup_steps),
-            num_training_steps=num_training_steps,
-            scheduler_specific_kwargs=kwargs,
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"lr_scheduler={name!r} does not take these arguments: {error}. Give "
-            f"prepare_scheduler what {name!r} wants as keywords."
-        ) from error
-    return scheduler
+    return int(num_warmup_steps)
 
 
 def own_schedule(lr_scheduler: Any) -> Any:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
-from numbers import Integral
 from time import perf_counter
 from typing import Any
 
 from torch import Tensor
 
+from manualloop.arguments import is_count, is_positive
 from manualloop.checkpoint.contract import check_contract, describe_run
 from manualloop.checks import check_batches, check_run, explain, require_loader
 from manualloop.errors import ConfigError, DataError
@@ -36,17 +36,23 @@ def plan_run(
     max_steps: int | None = None,
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float | None = None,
+    loss_fn: LossFn | None = None,
+    step_fn: StepFn | None = None,
+    on_nonfinite: OnNonfinite = "raise",
     world_size: int = 1,
 ) -> Plan:
-    """Check the numbers of a run against each other and against the data, all at once.
+    """Check the arguments of ``train_steps`` against each other and the data; plan the updates.
 
     Args:
         train_dataloader: Any iterable of batches, with or without a length.
         num_epochs: Passes over the data; with ``max_steps`` also None: 3.
         max_steps: Updates, over as many epochs as they take.
         gradient_accumulation_steps: Micro-batches an update.
-        max_grad_norm: Only checked here.
-        world_size: Ranks that the batches are dealt to.
+        max_grad_norm: Norm to which gradients are clipped.
+        loss_fn: Function of a loss, or None.
+        step_fn: Function of a whole update, or None.
+        on_nonfinite: Name of what is done about NaN and infinity.
+        world_size: Number of ranks that share the batches.
 
     Raises:
         ConfigError: What does not fit together, every problem on a line of its own.
@@ -65,10 +71,9 @@ def plan_run(
     problems = [
         f"{name} must be a whole number of at least 1, got {count!r}."
         for name, count in counts.items()
-        if count is not None
-        and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1)
+        if count is not None and not is_count(count)
     ]
-    if max_grad_norm is not None and not max_grad_norm > 0:
+    if max_grad_norm is not None and not is_positive(max_grad_norm):
         problems.append(
             f"max_grad_norm must be above 0, got {max_grad_norm!r}; None does not clip."
         )
@@ -79,6 +84,21 @@ def plan_run(
         )
     if length is None and max_steps is None:
         problems.append("A streaming dataset has no length: give max_steps=, the updates to make.")
+    problems += [
+        f"{name} is a {type(function).__name__}. Pass a function: {name}=lambda {arguments}: ...."
+        for name, function, arguments in (
+            ("loss_fn", loss_fn, "model, batch"),
+            ("step_fn", step_fn, "state, batches, strategy"),
+        )
+        if function is not None and not callable(function)
+    ]
+    if step_fn is not None and (loss_fn is not None or max_grad_norm is not None):
+        problems.append(
+            "step_fn replaces the whole update, so loss_fn and max_grad_norm would be ignored. "
+            "Use them inside step_fn: functools.partial(apply_update, max_grad_norm=1.0)."
+        )
+    if on_nonfinite not in ("raise", "skip", "ignore"):
+        problems.append(f'on_nonfinite={on_nonfinite!r} is none of "raise", "skip", "ignore".')
     if problems:
         raise ConfigError("\n".join(problems))
     if length == 0:
@@ -86,10 +106,10 @@ def plan_run(
             "The training loader has 0 batches. Check the filter of the dataset, and batch_size "
             "with drop_last."
         )
-    per_epoch = None if length is None else -(-length // gradient_accumulation_steps)
+    per_epoch = None if length is None else -(-length // int(gradient_accumulation_steps))
     if max_steps is not None:
-        return Plan(max_steps, None, per_epoch)
-    num_epochs = num_epochs or 3
+        return Plan(int(max_steps), None, per_epoch)
+    num_epochs = int(num_epochs or 3)
     return Plan(num_epochs * (per_epoch or 0), num_epochs, per_epoch)
 
 
@@ -173,21 +193,39 @@ def train_steps(
     Step(4/4, epoch=1, lr=0.1, ends_epoch)
     """
     strategy = strategy_for(state.model, strategy)
+    settings: dict[str, Any] = {
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "max_grad_norm": max_grad_norm,
+        "loss_fn": loss_fn,
+        "step_fn": step_fn,
+        "on_nonfinite": on_nonfinite,
+    }
     plan = plan_run(
         train_dataloader,
         num_epochs=num_epochs,
         max_steps=max_steps,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        max_grad_norm=max_grad_norm,
         world_size=strategy.world_size,
+        **settings,
     )
-    if step_fn is not None and (loss_fn is not None or max_grad_norm is not None):
-        raise ConfigError(
-            "step_fn replaces the whole update, so loss_fn and max_grad_norm would be ignored. "
-            "Use them inside step_fn: functools.partial(apply_update, max_grad_norm=1.0)."
-        )
-    if on_nonfinite not in ("raise", "skip", "ignore"):
-        raise ConfigError(f'on_nonfinite={on_nonfinite!r} is none of "raise", "skip", "ignore".')
+    return start_steps(
+        state, train_dataloader, plan, strategy=strategy, preflight=preflight, **settings
+    )
+
+
+def start_steps(
+    state: TrainState,
+    train_dataloader: Iterable[Any],
+    plan: Plan,
+    *,
+    gradient_accumulation_steps: int,
+    max_grad_norm: float | None,
+    loss_fn: LossFn | None,
+    step_fn: StepFn | None,
+    on_nonfinite: OnNonfinite,
+    strategy: Strategy,
+    preflight: bool,
+) -> Generator[Step, None, None]:
+    """Start ``train_steps`` with arguments that were checked, and with the plan they make."""
     check_run(state, strategy)
     state.lr_scheduler = own_schedule(state.lr_scheduler)
     require_schedule(state.lr_scheduler, state.optimizer)
@@ -227,8 +265,8 @@ def _agree_on_contract(
 ) -> None:
     """Note what the run depends on; if it goes on from a checkpoint, compare with that."""
     settings: dict[str, Any] = {
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "max_grad_norm": max_grad_norm,
+        "gradient_accumulation_steps": int(gradient_accumulation_steps),  # perhaps NumPy's
+        "max_grad_norm": None if max_grad_norm is None else float(max_grad_norm),
     }
     if state.lr_scheduler is not None:
         settings["num_steps"] = plan.num_steps  # that the rate usually depends on

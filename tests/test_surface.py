@@ -29,7 +29,7 @@ ROWS = [
     ["data"],
     ["tasks"],
     ["mistakes", "strategy", "state"],
-    ["models", "optim", "times"],
+    ["arguments", "models", "optim", "times"],
     ["errors", "types", "notices", "progress", "randomness"],
     ["objects", "internals"],
 ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from manualloop.arguments import is_count
 from manualloop.checkpoint.find import explain, find, find_best
 from manualloop.checkpoint.folders import (
     explain_disk,
@@ -89,8 +90,8 @@ def save_checkpoint(
     >>> saved.name, info.step
     ('step-00000000', 0)
     """
-    if keep < 1:
-        raise ConfigError(f"keep must be at least 1 checkpoint, got {keep!r}.")
+    if not is_count(keep):
+        raise ConfigError(f"keep must be a whole number of at least 1, got {keep!r}.")
     strategy = strategy_for(state.model, strategy)
     directory = Path(checkpoint_dir)
     with ExitStack() as stack:

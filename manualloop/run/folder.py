@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from manualloop.arguments import is_count
 from manualloop.checkpoint.api import load_found, write_checkpoint
 from manualloop.checkpoint.find import find_last
 from manualloop.checkpoint.folders import explain_disk, free_bytes, sweep
@@ -159,6 +160,27 @@ class RunFolder:
             entry.path.rename(entry.path.with_name(aside))
 
 
+def check_folder(checkpoint_dir: object, resume: object, keep: object) -> None:
+    """Check the arguments of ``train_loop`` that concern its folder.
+
+    Raises:
+        ConfigError: What does not fit together, every problem on a line of its own.
+    """
+    problems = []
+    if not isinstance(checkpoint_dir, str | os.PathLike | None):
+        problems.append(
+            f'checkpoint_dir is a {type(checkpoint_dir).__name__}, not a path such as "runs/mrpc".'
+        )
+    if resume not in (True, False, "auto"):
+        problems.append(f'resume={resume!r} is none of "auto", True, False.')
+    if resume is True and checkpoint_dir is None:
+        problems.append("resume=True needs the checkpoint_dir to resume from.")
+    if not is_count(keep):
+        problems.append(f"keep_checkpoints must be a whole number of at least 1, got {keep!r}.")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 @contextmanager
 def open_run_folder(
     checkpoint_dir: str | os.PathLike[str] | None,
@@ -172,17 +194,7 @@ def open_run_folder(
 
     Raises:
         CheckpointError: It cannot be written to, or another run holds it.
-        ConfigError: The arguments do not fit together.
     """
-    problems = []
-    if resume not in (True, False, "auto"):
-        problems.append(f'resume={resume!r} is none of "auto", True, False.')
-    if resume is True and checkpoint_dir is None:
-        problems.append("resume=True needs the checkpoint_dir to go on from.")
-    if keep < 1:
-        problems.append(f"keep_checkpoints must be at least 1, got {keep!r}.")
-    if problems:
-        raise ConfigError("\n".join(problems))
     if checkpoint_dir is None:
         yield None
         return

@@ -100,7 +100,7 @@ def test_what_is_not_there_is_said(tmp_path):
         load_checkpoint(tmp_path, new_state(), which="best")
     with pytest.raises(CheckpointError, match=r"step-00000009 cannot be used: no manifest\.json"):
         load_checkpoint(tmp_path, new_state(), which="step-00000009")
-    with pytest.raises(ConfigError, match="keep must be at least 1"):
+    with pytest.raises(ConfigError, match="keep must be a whole number of at least 1"):
         save_checkpoint(tmp_path, new_state(), keep=0)
     save_checkpoint(tmp_path, new_state(), metrics={"f1": 0.5}, best_metric="score")
     with pytest.raises(CheckpointError, match="was saved with a best_metric"):

@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -154,7 +155,7 @@ def test_records_have_the_same_bits_however_often_a_run_was_saved(tmp_path):
 
 
 def test_a_step_costs_the_same_after_many_evaluations():
-    calls, costs = 0, []
+    calls, costs = 0, np.zeros(301)  # no list, through which generators would be looked for
 
     def count(frame, event, argument):
         nonlocal calls
@@ -162,7 +163,7 @@ def test_a_step_costs_the_same_after_many_evaluations():
 
     def on_step(step):
         nonlocal calls
-        costs.append(calls)
+        costs[step.index] = calls
         calls = 0
 
     scores = ({"f1": 1.0} for _ in range(300))
@@ -171,7 +172,7 @@ def test_a_step_costs_the_same_after_many_evaluations():
         run(None, scores, 300, best_metric="f1", patience=1000, on_step=on_step)
     finally:
         sys.setprofile(None)
-    assert sum(costs[250:]) / 50 < 1.1 * sum(costs[50:100]) / 50
+    assert costs[251:].mean() < 1.1 * costs[51:101].mean()
 
 
 def test_a_folder_that_was_moved_goes_on_with_its_best(tmp_path):
