@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -27,7 +28,7 @@ from manualloop.steps import plan_run, start_steps
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.select import strategy_for
 from manualloop.times import Times, parse_seconds
-from manualloop.types import LossFn, OnNonfinite, Record, Step
+from manualloop.types import LossFn, OnNonfinite, Plan, Record, Step
 from manualloop.update import StepFn
 
 
@@ -196,21 +197,17 @@ def train_loop(
     agreement, run_strategy = agree_at_updates(strategy)
     with all_at_once() as check:
         plan = check(plan_run, train_dataloader, world_size=strategy.world_size, **ends, **settings)
-        # Without a plan its error is raised below, and any length will do.
-        per_epoch, num_steps = (plan[2], plan[0]) if plan else (1, sys.maxsize)
-        log_is_due = check(parse_cadence, "log_every", log_every, per_epoch, agreement)
-        evaluation_is_due = check(
-            parse_cadence, "evaluate_every", evaluate_every, per_epoch, agreement
-        )
-        save_is_due = check(
-            parse_cadence, "checkpoint_every", checkpoint_every, per_epoch, agreement
-        )
+        known = plan or Plan(sys.maxsize, None, 1)  # its error is raised below: any length will do
+        parse = partial(parse_cadence, num_steps_per_epoch=known[2], agreement=agreement)
+        log_is_due = check(parse, "log_every", log_every)
+        evaluation_is_due = check(parse, "evaluate_every", evaluate_every)
+        save_is_due = check(parse, "checkpoint_every", checkpoint_every)
         max_seconds = check(parse_seconds, "max_time", max_time)
         check(_check_evaluation, evaluate, best_metric, patience, on_step)
         check(check_folder, checkpoint_dir, resume, keep_checkpoints)
         optimizer = optimizer or check(prepare_optimizer, model)
-        check(_check_schedule, lr_scheduler, optimizer, num_steps, num_warmup_steps)
-    schedule = _schedule(lr_scheduler, optimizer, num_steps, num_warmup_steps)
+        check(_check_schedule, lr_scheduler, optimizer, known.num_steps, num_warmup_steps)
+    schedule = _schedule(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
     stopping = Stopping(max_seconds, agreement)
     state = TrainState(model, optimizer, schedule, extras=extras or {})
     with ExitStack() as stack:

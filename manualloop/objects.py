@@ -73,6 +73,8 @@ def walk(owners: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
             continue
         seen[id(part.value)] = part.value
         yield path, part
+        if _has_inert_entries_only(part.value, shapes):
+            continue
         for step, child in _steps(part.value, shapes):
             if id(child) not in seen and not _shape_of(type(child), shapes).is_inert:
                 is_of_code = step.startswith((".__class__", ".__globals__"))
@@ -275,6 +277,13 @@ def _describe(kind: type) -> _Shape:
     if type(get_vars) not in (GetSetDescriptorType, MemberDescriptorType):
         get_vars = None  # a property of that name would be code
     return _Shape(False, get_vars, tuple(slots.items()), is_of_library(module))
+
+
+def _has_inert_entries_only(value: Any, shapes: dict[type, _Shape]) -> bool:
+    # A list of losses grows with a run; one look at its types costs nothing of note.
+    if type(value) not in (list, tuple, deque, set, frozenset):
+        return False
+    return all(_shape_of(kind, shapes).is_inert for kind in set(map(type, value)))
 
 
 def _steps(value: Any, shapes: dict[type, _Shape]) -> Iterable[tuple[str, Any]]:
