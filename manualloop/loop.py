@@ -1,4 +1,4 @@
-"""``train_loop``: a run in one call. A driver over ``train_steps``, and nothing it could not do."""
+"""``train_loop``: a run in one call, built on ``train_steps``."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from manualloop.update import StepFn
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainResult:
-    """What a run leaves behind.
+    """The result of a run.
 
     Attributes:
         state: Model, optimizer and schedule as the last update left them, and the progress.
-        metrics: Of the last evaluation; empty if there was none.
-        best_metrics: Of the best evaluation by ``best_metric``; empty without it.
-        history: Records of training and evaluation, oldest first: see ``History``. Of
-            a resumed run all of them, also those of earlier processes.
-        stopped_by: What ended the run: "num_epochs", "max_steps", "patience", "max_time", or a
-            signal: "SIGINT" (Ctrl-C), "SIGTERM", "SIGUSR1".
+        metrics: Metrics of the last evaluation; empty if there was none.
+        best_metrics: Metrics of the best evaluation by ``best_metric``; empty without it.
+        history: Records of training and evaluation, oldest first. The history of a resumed run
+            includes the records of earlier processes.
+        stopped_by: Reason for the end of the run: "num_epochs", "max_steps", "patience",
+            "max_time", or a signal: "SIGINT" (Ctrl-C), "SIGTERM", "SIGUSR1".
     """
 
     state: TrainState
@@ -63,8 +63,8 @@ class TrainResult:
         return f"TrainResult({steps} steps, stopped_by={self.stopped_by!r}{scores})"
 
     def to_pandas(self) -> Any:
-        """Return the history as a ``pandas.DataFrame``, a record a row."""
-        from pandas import DataFrame  # that datasets brings along
+        """Return the history as a ``pandas.DataFrame`` with one row per record."""
+        from pandas import DataFrame  # a dependency of datasets
 
         return DataFrame(self.history)
 
@@ -109,11 +109,11 @@ def train_loop(
     progress_bar: bool = True,
     preflight: bool = True,
 ) -> TrainResult:
-    """Train a model. With its defaults, to the bit, what the hand-written PyTorch loop does.
+    """Train a model. With the defaults, a run equals the hand-written PyTorch loop bit for bit.
 
     ::
 
-        go on from the newest checkpoint, if there is one
+        resume from the newest checkpoint, if there is one
         for step in train_steps(...):
             log                     if due
             on_step(step)
@@ -121,62 +121,65 @@ def train_loop(
             save                    if due, if it is the best, and after the last step
             leave                   if patience or max_time is over, or at a signal
 
-    With a ``checkpoint_dir`` a run can be killed at any moment: the same command goes on where the
-    newest checkpoint was made, and ends with the same bits. SIGTERM, SIGUSR1 and Ctrl-C then end
-    the run after the update under way and a checkpoint; a second one ends it at once. If the
-    script has nothing else to do, it exits with status 143 after a SIGTERM.
+    With a ``checkpoint_dir`` a run can be killed at any moment. The same command resumes from the
+    newest checkpoint and ends with the same bits. SIGTERM, SIGUSR1 and Ctrl-C end the run after the
+    current update and a checkpoint; a second signal ends it at once. After a SIGTERM the script
+    exits with status 143 if it has nothing else to do.
 
-    On several processes call it on each: batches are dealt to them, rank 0 prints and writes, and
-    they end together. ``evaluate`` is called on each, and what it returns on rank 0 counts.
+    With several processes call it on each. Batches are distributed among them, rank 0 prints and
+    writes, and they end together. ``evaluate`` is called on each, and the result of rank 0 counts.
 
     Args:
-        model: Trained in place.
-        train_dataloader: Of dicts that the model takes; any iterable of anything with ``loss_fn``.
-        optimizer: None: ``prepare_optimizer(model)``, AdamW with a learning rate of 5e-5 and no
-            weight decay.
-        lr_scheduler: A name (see ``prepare_scheduler``), a scheduler of your own, stepped once an
+        model: The model, which is trained in place.
+        train_dataloader: Loader of dicts that the model takes; with ``loss_fn`` any iterable of
+            batches.
+        optimizer: The optimizer; None uses ``prepare_optimizer(model)``, AdamW with a learning rate
+            of 5e-5 and no weight decay.
+        lr_scheduler: A name (see ``prepare_scheduler``), a scheduler that is stepped once per
             update, or None for a constant rate. The default decays linearly to 0.
-        num_epochs: Passes over the data. With ``max_steps`` also None: 3.
-        max_steps: Updates, instead.
-        max_time: Seconds, or ``"30 s"``, ``"10 min"``, ``"2 h"``, after which this process ends the
-            run, with a checkpoint.
-        num_warmup_steps: Updates over which a schedule given by name rises from 0; a float below
-            1 is a share of all updates.
-        gradient_accumulation_steps: Batches an update, weighted by items.
+        num_epochs: Number of passes over the data; 3 if ``max_steps`` is also None.
+        max_steps: Number of updates, instead of ``num_epochs``.
+        max_time: Time after which this process ends the run with a checkpoint, in seconds or as
+            ``"30 s"``, ``"10 min"`` or ``"2 h"``.
+        num_warmup_steps: Number of updates in which a schedule given by name rises from 0; a float
+            below 1 is a share of all updates.
+        gradient_accumulation_steps: Number of batches per update, which are weighted by items.
         max_grad_norm: Norm to which gradients are clipped; None does not clip.
         loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)``.
         step_fn: ``step_fn(state, batches, strategy) -> Update`` replaces the whole update.
-        on_nonfinite: What a loss or gradient norm that is NaN or infinite does: ``"raise"``,
+        on_nonfinite: Reaction to a loss or gradient norm that is NaN or infinite: ``"raise"``,
             ``"skip"`` or ``"ignore"``; see ``train_steps``.
-        strategy: Device and precision; None: ``prepare_strategy("auto")``.
-        extras: Kept in ``TrainState.extras``, and saved with the rest: an average of the weights,
-            a random generator.
-        evaluate: Called without arguments; returns metrics by name.
-        evaluate_every: Updates (200), ``"epoch"``, ``"0.25 epoch"`` or ``"10 min"``; the end of
-            the run always evaluates.
-        best_metric: A name among the metrics to maximise, or with "-" before it to minimise.
-        patience: Evaluations without a better ``best_metric`` after which the run ends.
-        checkpoint_dir: Folder of this run's checkpoints and of its ``history.jsonl``, made if it
-            is not there. One run at a time.
-        checkpoint_every: As ``evaluate_every``; a new best evaluation and the end always save.
-        keep_checkpoints: Newest to keep; the best one is kept beside them.
-        resume: ``"auto"`` goes on if the folder holds a checkpoint, and returns at once if that is
-            of a finished run; True: there must be one; False: there must be none.
-        on_step: Called with every step, before an evaluation.
-        log_every: When ``history`` gets a record of training; the first step and the last always
-            do.
-        progress_bar: Show progress: a bar in a terminal or notebook, lines in a log file.
-        preflight: Check the first window before it is used.
+        strategy: Device and precision; None uses ``prepare_strategy("auto")``.
+        extras: Objects to keep in ``TrainState.extras`` and to save, such as an average of the
+            weights or a random generator.
+        evaluate: Function without arguments that returns metrics by name.
+        evaluate_every: Interval of evaluations: a number of updates (200), ``"epoch"``,
+            ``"0.25 epoch"`` or ``"10 min"``. The end of the run always evaluates.
+        best_metric: Name of the metric to maximise, or with "-" before it to minimise.
+        patience: Number of evaluations without a better ``best_metric`` after which the run ends.
+        checkpoint_dir: Folder of this run's checkpoints and of its ``history.jsonl``, which only
+            one run at a time can use. It is created if it does not exist.
+        checkpoint_every: Interval of checkpoints, as for ``evaluate_every``. A new best evaluation
+            and the end of the run always save.
+        keep_checkpoints: Number of newest checkpoints to keep, besides the best one.
+        resume: ``"auto"`` resumes if the folder holds a checkpoint, and returns at once if that is
+            of a finished run. True requires a checkpoint, False requires that there is none.
+        on_step: Function that is called with every step, before an evaluation.
+        log_every: Interval of training records in ``history``, as for ``evaluate_every``. The first
+            and the last step are always recorded.
+        progress_bar: Whether to show progress, as a bar in a terminal or notebook and as lines in a
+            log file.
+        preflight: Whether to check the first window before its update.
 
     Returns:
         The trained state, the metrics and the history.
 
     Raises:
-        CheckpointError: ``checkpoint_dir`` cannot be used, or is of another run.
+        CheckpointError: ``checkpoint_dir`` cannot be used, or belongs to another run.
         ConfigError: The arguments do not fit together.
         DataError: The data cannot be trained on.
         ModelError: The model or the optimizer cannot be trained.
-        NonFiniteError: The loss or the gradient norm is NaN or infinite; it names the rows.
+        NonFiniteError: The loss or gradient norm is NaN or infinite; the message names the rows.
 
     >>> import torch
     >>> model = nn.Linear(1, 1)

@@ -1,4 +1,4 @@
-"""Everything of a run that must survive a crash, in one object."""
+"""The state of a run: everything that must survive a crash, in one object."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from manualloop.times import Times
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
-        num_steps: Updates applied.
-        num_skipped: Updates left out: fp16 overflows, windows with nothing to learn from.
-        epoch: Epochs completed, which is also the index of the one under way.
-        num_samples: Rows of the epoch under way that updates have used.
+        num_steps: Number of updates that were applied.
+        num_skipped: Number of updates that were skipped: fp16 overflows, windows without items.
+        epoch: Number of completed epochs, which is also the index of the current one.
+        num_samples: Number of rows of the current epoch that updates have used.
     """
 
     num_steps: int = 0
@@ -32,7 +32,7 @@ class Progress:
 
 
 class Reader(Protocol):
-    """What a state needs of the reader of its batches."""
+    """The part of a reader of batches that a state uses."""
 
     def position(self) -> Any:
         """Return the position behind the last batch that an update has used, as plain data."""
@@ -41,36 +41,37 @@ class Reader(Protocol):
 
 @dataclass(slots=True, eq=False)
 class TrainState:
-    """What a run changes as it goes; the loop itself holds nothing.
+    """Everything that a run changes. The loop itself keeps nothing.
 
-    Entering ``train_steps`` again with the same state goes on where it stopped.
+    A second ``train_steps`` with the same state continues where the first one stopped.
 
     Args:
-        model: The model being trained.
-        optimizer: Over parameters of this model.
-        lr_scheduler: Stepped once after every applied update; None keeps the rate constant.
-        extras: Anything else with ``state_dict`` and ``load_state_dict``, such as an average of the
-            weights, and random generators of torch, NumPy and Python. They are kept, never called.
+        model: The model that is trained.
+        optimizer: Optimizer of parameters of this model.
+        lr_scheduler: Schedule that is stepped once after every applied update; None keeps the
+            learning rate constant.
+        extras: Other objects with ``state_dict`` and ``load_state_dict``, such as an average of the
+            weights, and random generators of torch, NumPy and Python. They are saved, never called.
 
     Attributes:
-        progress: Updates applied, epoch, rows used.
-        max_batch_rows: Rows that go through the model at once, found out when memory ran out;
-            None: as many as the loader gives.
-        has_failed: 0-d flag on the device: whether an update was not finite, and those since then
-            left out; None where the host knows at once.
-        is_training: Whether a ``train_steps`` is open on it.
-        reader: Reads the batches, and knows its position in them; None before the first
+        progress: Numbers of updates, epochs and rows.
+        max_batch_rows: Most rows that the model takes at once, known since memory ran out; None
+            means whole batches.
+        has_failed: 0-d flag on the device that is set once an update was not finite, since when all
+            updates are skipped; None if the host knows at once.
+        is_training: Whether a ``train_steps`` is open on the state.
+        reader: Reader of the batches, which knows its position; None before the first
             ``train_steps``.
-        position: The position that was loaded, for the next reader.
-        holders: Objects beside the state's own that may hold random generators, by name: the loss
-            function, and others that a run knows. Their generators are saved, not they.
-        generators: States of generators in the checkpoint that was loaded, by path, until their
-            holders are known; None where they have been restored. None: nothing was loaded.
-        contract: What the run depends on; see ``manualloop.checkpoint.contract``.
-        times: Where the time went since it was made; not saved.
-        task: What the model and its batches mean for the loop (``manualloop.tasks.task``), while
-            a ``train_steps`` is open; not saved.
-        is_resumed: Whether the contract is that of a checkpoint, not compared yet.
+        position: Position that was loaded, for the next reader.
+        holders: Other objects that may hold random generators, by name, such as the loss function.
+            Their generators are saved, but not the objects.
+        generators: States of generators from the loaded checkpoint, by path, until their holders
+            are known. None means that nothing was loaded.
+        contract: Facts that the run depends on; see ``manualloop.checkpoint.contract``.
+        times: Times of this process; not saved.
+        task: Meaning of the model and its batches for the loop (``manualloop.tasks.task``) while a
+            ``train_steps`` is open; not saved.
+        is_resumed: Whether the contract comes from a checkpoint and has not been compared yet.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1)
@@ -97,10 +98,10 @@ class TrainState:
     task: Any = field(default=None, init=False, repr=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of every part, by name, as PyTorch's ``state_dict`` does.
+        """Return the state of every part by name, as PyTorch's ``state_dict`` does.
 
-        With the place in the data and the generators among ``extras``, but without other random
-        states: those are the process's.
+        It includes the position in the data and the generators among ``extras``, but no other
+        random states, which belong to the process.
         """
         parts = {name: part.state_dict() for name, part in self.parts().items()}
         return {
@@ -112,11 +113,11 @@ class TrainState:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned.
+        """Load a state that ``state_dict`` returned.
 
         Raises:
-            ConfigError: It holds other parts than this state, which the message names, or a
-                ``train_steps`` is open on it. Nothing was loaded.
+            ConfigError: Its parts differ from those of this state, and the message names them; or a
+                ``train_steps`` is open on the state. Nothing was loaded.
         """
         self.require_closed()
         parts = self.parts()
@@ -124,8 +125,8 @@ class TrainState:
         differing = {*parts, "progress"} ^ (set(state_dict) - others)
         if differing:
             raise ConfigError(
-                "The saved and the present training state disagree about: "
-                f"{', '.join(sorted(differing))}. Build the TrainState as it was when saved."
+                "The saved and the present training state have different parts: "
+                f"{', '.join(sorted(differing))}. Build the TrainState as it was when it was saved."
             )
         for name, part in parts.items():
             part.load_state_dict(state_dict[name])
@@ -136,23 +137,23 @@ class TrainState:
         restore_generators(state_dict.get("generators", {}), extras=self._own_generators())
 
     def require_closed(self) -> None:
-        """Refuse to be loaded into while a ``train_steps`` is open.
+        """Refuse to load into the state while a ``train_steps`` is open.
 
         Raises:
-            ConfigError: One is.
+            ConfigError: A ``train_steps`` is open.
         """
         if self.is_training:
             raise ConfigError(
-                "A train_steps is open on this state and would go on from where it was. Leave its "
-                "loop, or close() it, then load."
+                "A train_steps is open on this state and would continue from its old position. "
+                "Leave its loop, or close() it, then load."
             )
 
     def place(self) -> Any:
-        """Return the position in the data as plain data; None: at its start."""
+        """Return the position in the data as plain data; None means its start."""
         return self.position if self.reader is None else self.reader.position()
 
     def parts(self) -> dict[str, Any]:
-        """Return what has a ``state_dict`` of its own, by name."""
+        """Return the parts that have a ``state_dict``, by name."""
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
         if self.lr_scheduler is not None:
             parts["lr_scheduler"] = self.lr_scheduler
@@ -164,6 +165,6 @@ class TrainState:
         return {name: extra for name, extra in self.extras.items() if is_generator(extra)}
 
     def all_holders(self) -> dict[str, Any]:
-        """Return what may hold random generators, by name."""
+        """Return the objects that may hold random generators, by name."""
         names = ("model", "optimizer", "lr_scheduler", "extras")
         return {name: getattr(self, name) for name in names} | self.holders

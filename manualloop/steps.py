@@ -139,38 +139,43 @@ def train_steps(
                 clip, update the weights, advance the schedule (apply_update)
                 move state.progress, then yield a Step
 
-    Everything that lasts is in ``state``, which has moved before a step is yielded: leave the
-    loop anywhere, and the next ``train_steps`` with this state goes on with the next window. When
-    the planned number is reached it yields nothing. The gradients of a step stay until the next.
-    Nothing in here waits for the device, but for what ``on_nonfinite`` says. An interrupt inside an
-    update leaves the state in the middle of it. On several processes call it on each: batch k of
-    the loader is rank ``k % world_size``'s, and a step is the same on all ranks.
+    Everything that lasts is in ``state``, which is updated before a step is yielded. You can leave
+    the loop anywhere, and the next ``train_steps`` with this state continues with the next window.
+    When the planned number of updates is reached, nothing is yielded. The gradients of a step stay
+    until the next one. Nothing waits for the device, except as described for ``on_nonfinite``. An
+    interrupt inside an update leaves the state in the middle of it. With several processes call it
+    on each: batch k of the loader goes to rank ``k % world_size``, and a step is the same on all
+    ranks.
 
-    Arguments are checked at the call, batches as they come. To end the generator before its end,
+    Arguments are checked at the call, and batches when they are used. To end the generator early,
     leave its ``for`` loop, or ``close()`` it if it has a name.
 
     Args:
-        state: Model, optimizer, schedule and position; the strategy puts the model in place.
-        train_dataloader: Of dicts that the model takes; any iterable of anything with ``loss_fn``.
-        num_epochs: Passes over the data, those already in ``state`` included. Both None: 3.
-        max_steps: Updates instead, those already in ``state`` included.
-        gradient_accumulation_steps: Batches an update. The last window of an epoch may hold fewer.
+        state: Model, optimizer, schedule and position. The strategy moves the model to its device.
+        train_dataloader: Loader of dicts that the model takes; with ``loss_fn`` any iterable of
+            batches.
+        num_epochs: Number of passes over the data, including those already in ``state``; 3 if
+            ``max_steps`` is also None.
+        max_steps: Number of updates instead, including those already in ``state``.
+        gradient_accumulation_steps: Number of batches per update. The last window of an epoch may
+            hold fewer.
         max_grad_norm: Norm to which gradients are clipped; None does not clip.
         loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)``.
         step_fn: ``step_fn(state, batches, strategy) -> Update`` replaces the update, and with it
             ``loss_fn`` and ``max_grad_norm``.
-        on_nonfinite: What a loss that is NaN or infinite does, or a gradient norm, where one is
-            computed. ``"raise"``: the run ends, with the weights from before. On an accelerator
-            with a fused optimizer the host learns of it some steps late; weights have not moved
-            since, position and schedule have. ``"skip"``: the update is left out and counted.
-            ``"ignore"``: the update is made. On an accelerator ``"skip"``, and ``"raise"`` with an
-            optimizer that is not one of torch's fused, wait for every update; ``"raise"`` with one
-            waits for none on cuda, and for every eighth elsewhere.
-        strategy: None: the one that prepared the model, else ``prepare_strategy("auto")``.
-        preflight: Check the first window before it is used.
+        on_nonfinite: Reaction to a loss, or a gradient norm that is computed, which is NaN or
+            infinite. ``"raise"`` ends the run with the weights from before the update. On an
+            accelerator with a fused optimizer the host learns of it some steps late; the weights
+            have not changed since, but position and schedule have. ``"skip"`` skips the update and
+            counts it. ``"ignore"`` makes the update. On an accelerator, ``"skip"`` waits for every
+            update, and so does ``"raise"`` with an optimizer that is not one of torch's fused ones;
+            with a fused one ``"raise"`` never waits on cuda, and once in eight updates elsewhere.
+        strategy: Device and precision; None uses the strategy that prepared the model, else
+            ``prepare_strategy("auto")``.
+        preflight: Whether to check the first window before its update.
 
     Yields:
-        A ``Step`` for each update that was applied; one that was skipped is only counted in
+        A ``Step`` for each update that was applied. A skipped update is only counted, in
         ``state.progress.num_skipped``.
 
     Raises:

@@ -184,7 +184,7 @@ class Lifeline:
         more = f" The traceback of rank {news.rank}:\n\n{news.text}" if news.text else ""
         return DistributedError(
             f"{_describe(news)}, and rank {self.rank} cannot go on without it. A run with a "
-            f"checkpoint_dir goes on from its last checkpoint when it is started again.{more}"
+            f"checkpoint_dir resumes from its last checkpoint when it is started again.{more}"
         )
 
     def _wait(self, condition: Callable[[], Any], seconds: float) -> bool:
@@ -204,7 +204,7 @@ class Lifeline:
                 self._send(peer, {"say": "all that are have answered"})
 
     def _send(self, peer: int, message: dict[str, Any]) -> None:
-        with self._sending, suppress(OSError, KeyError):  # whoever reads from it will notice
+        with self._sending, suppress(OSError, KeyError):  # its reader will notice
             self._links[peer].sendall(json.dumps(message).encode() + b"\n")
 
     def report(self, state: str, text: str = "") -> None:
