@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 collect_ignore = ["far_device.py"]  # imported for its doctests, it would be everybody's device
 
@@ -71,3 +72,12 @@ def leaves_no_trace() -> Iterator[None]:
     logger.handlers[:] = handlers
     changed = [name for name, is_same in left.items() if not is_same]
     assert not changed, f"The test changed {', '.join(changed)} and did not put it back."
+
+
+@pytest.fixture
+def updates() -> Iterator[list[torch.optim.Optimizer]]:
+    """The optimizer of every step that anything makes."""
+    made: list[torch.optim.Optimizer] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: made.append(optimizer))
+    yield made
+    hook.remove()

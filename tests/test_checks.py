@@ -1,22 +1,28 @@
-"""The mistakes people make: each is refused before the first update, in words that help.
-
-A mistake is a function ``(fit, model, line)``. With ``line=None`` it is what the user wrote. Then
-the error must name what happened and where, and hold a line of code; with that very line, taken
-out of the message, the same program must run.
-"""
+"""Mistakes in batches and in the arguments of a run are refused before the first update."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
-import datasets
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import DatasetDict
 from helpers import VOCAB_SIZE, rows, tiny_bert, tiny_tokenizer
+from mistakes import (
+    assert_fixed,
+    assert_refused,
+    assert_same_bits,
+    bits_of,
+    by_train_loop,
+    collect,
+    each,
+    each_loop,
+    keywords,
+    own_loader,
+    tokenized,
+    value,
+)
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 from transformers import (
     BertForMaskedLM,
@@ -30,99 +36,15 @@ from transformers import (
 from manualloop import (
     ConfigError,
     DataError,
-    ManualLoopError,
     ModelError,
     TrainState,
     evaluate_loop,
     prepare_dataloaders,
     prepare_optimizer,
-    train_loop,
     train_steps,
 )
 
-Fit = Callable[..., Any]
-
-
-def by_train_loop(model: nn.Module, loader: Any, **arguments: Any) -> None:
-    length = {} if "max_steps" in arguments else {"num_epochs": 1}
-    train_loop(model, loader, progress_bar=False, **{**length, **arguments})
-
-
-def by_train_steps(model: nn.Module, loader: Any, **arguments: Any) -> None:
-    length = {} if "max_steps" in arguments else {"num_epochs": 1}
-    optimizer = arguments.pop("optimizer", None) or prepare_optimizer(model)
-    for _ in train_steps(TrainState(model, optimizer), loader, **{**length, **arguments}):
-        pass
-
-
-class Mistake(NamedTuple):
-    name: str
-    error: type[ManualLoopError]
-    says: tuple[str, ...]  # what happened, and where
-    line: str  # that mends it; a part of the message, and code
-    script: Callable[[Fit, nn.Module, str | None], None]
-    model: Callable[[], nn.Module]
-    from_error: bool  # raised from another library's error: nothing is lost
-
-
-MISTAKES: list[Mistake] = []
-
-
-def mistake(
-    name: str,
-    error: type[ManualLoopError],
-    *says: str,
-    line: str,
-    model: Callable[[], nn.Module] = tiny_bert,
-    from_error: bool = False,
-) -> Callable[[Any], Any]:
-    def register(script: Any) -> Any:
-        MISTAKES.append(Mistake(name, error, says, line, script, model, from_error))
-        return script
-
-    return register
-
-
-def keywords(line: str | None) -> dict[str, Any]:
-    """The line is one of keyword arguments."""
-    return eval(f"dict({line})", {"torch": torch}) if line else {}
-
-
-def value(line: str | None, **names: Any) -> Any:
-    """The line is an expression of names, and replaces the first of them."""
-    if line is None:
-        return next(iter(names.values()))
-    modules = {"datasets": datasets, "prepare_optimizer": prepare_optimizer}
-    return eval(line, {**modules, **names})
-
-
-# What users write who build their loaders themselves. -----------------------------------------
-
-
-def tokenized(dataset: Dataset, **options: Any) -> Dataset:
-    """The rows of a dataset of sentences, tokenized and all of one length."""
-    options = {"truncation": True, "padding": "max_length", "max_length": 8, **options}
-    tokenizer = tiny_tokenizer()
-    table = dataset.map(lambda row: dict(tokenizer(row["sentence"], **options)))
-    return table.remove_columns("sentence")
-
-
-def own_loader(dataset: Dataset, **options: Any) -> DataLoader:
-    """torch's default collate over rows of tensors."""
-    return DataLoader(dataset.with_format("torch"), batch_size=4, **options)
-
-
-# The list. ------------------------------------------------------------------------------------
-
-
-@mistake(
-    "01 label column is target, prepared",
-    *(DataError, "No label column in train", "Its columns: sentence, target", "mean 'target'?"),
-    line='label_column="target"',
-)
-def _(fit, model, line):
-    dataset = rows().rename_column("label", "target")
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), **keywords(line))["train"])
+MISTAKES, mistake = collect()
 
 
 @mistake(
@@ -156,15 +78,6 @@ def _(fit, model, line):
 def _(fit, model, line):
     own = {"loss_fn": lambda model, batch: model(**batch).logits.mean()} if line else {}
     fit(model, [{"input_ids": torch.ones(2, 3, dtype=torch.long)}], **own)
-
-
-@mistake(
-    "03 text only, prepared",
-    *(DataError, "Column 'sentence' of train is still text"),
-    line="prepare_dataloaders(dataset, tokenizer)",
-)
-def _(fit, model, line):
-    fit(model, prepare_dataloaders(rows(), tiny_tokenizer() if line else None)["train"])
 
 
 @mistake(
@@ -207,16 +120,6 @@ def _(fit, model, line):
 
 
 @mistake(
-    "04 labels are strings, prepared",
-    *(DataError, "'label' of train holds strings", "'pos'", "row 0"),
-    line='dataset.class_encode_column("label")',
-)
-def _(fit, model, line):
-    dataset = rows(text=["good", "bad", "fine"], label=["pos", "neg", "pos"])
-    fit(model, prepare_dataloaders(value(line, dataset=dataset), tiny_tokenizer())["train"])
-
-
-@mistake(
     "04 labels are strings, own loader",
     *(DataError, "'labels' holds strings", "'pos'", "row 0"),
     line='dataset.class_encode_column("labels")',
@@ -224,27 +127,6 @@ def _(fit, model, line):
 def _(fit, model, line):
     dataset = tokenized(rows(sentence=["good", "bad", "fine"], labels=["pos", "neg", "pos"]))
     fit(model, own_loader(value(line, dataset=dataset)))
-
-
-@mistake(
-    "05 a label is None, prepared",
-    *(DataError, "Row 3 of train has label=None", "value: 1 of 6"),
-    line='dataset.filter(lambda row: row["label"] is not None)',
-)
-def _(fit, model, line):
-    texts = ["good", "bad", "fine", "dull", "good", "bad"]
-    dataset = rows(text=texts, label=[1, 0, 1, None, 1, 0])
-    fit(model, prepare_dataloaders(value(line, dataset=dataset), tiny_tokenizer())["train"])
-
-
-@mistake(
-    "05 the first label is None, prepared",
-    *(DataError, "Row 0 of train has labels=None", "value: 2 of 3"),
-    line='dataset.filter(lambda row: row["labels"] is not None)',
-)
-def _(fit, model, line):
-    dataset = rows(text=["good", "bad", "fine"], labels=[None, 0, None])
-    fit(model, prepare_dataloaders(value(line, dataset=dataset), tiny_tokenizer())["train"])
 
 
 @mistake(
@@ -270,17 +152,6 @@ NAN = 'dataset.filter(lambda row: row["labels"] is not None and row["labels"] ==
 def _(fit, model, line):
     dataset = tokenized(rows(sentence=["good"] * 6, labels=[1, 0, 1, None, 1, 0]))
     fit(model, own_loader(value(line, dataset=dataset)))
-
-
-@mistake(
-    "05 a value is NaN, prepared",
-    *(DataError, "Row 1 of train has labels=nan", "value: 1 of 3"),
-    line=NAN,
-    model=lambda: tiny_bert(1),
-)
-def _(fit, model, line):
-    dataset = rows(text=["good", "bad", "fine"], labels=[0.5, float("nan"), 0.1])
-    fit(model, prepare_dataloaders(value(line, dataset=dataset), tiny_tokenizer())["train"])
 
 
 HEADLESS = (ModelError, "BertModel has no task head", "no loss")
@@ -361,17 +232,6 @@ def _(fit, model, line):
 
 
 @mistake(
-    "09 label 2 of 2 classes, prepared with the model",
-    *(DataError, "Label 2 in row 4 of train", "num_labels=2 (0..1)"),
-    line="num_labels=3",
-)
-def _(fit, model, line):
-    model = tiny_bert(**keywords(line)) if line else model
-    dataset = rows(text=["good", "bad", "fine", "dull", "a"], label=[0, 1, 0, 1, 2])
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
-
-
-@mistake(
     "09 label 2 of 2 classes, prepared without the model",
     *(DataError, "Label 2 in train batch 0 (row id 4)", "num_labels=2 (0..1)"),
     line="num_labels=3",
@@ -404,28 +264,6 @@ def _(fit, model, line):
 
 
 @mistake(
-    "09 class 3 of 3 in a list of classes",
-    *(DataError, "Label 3 in row 1 of train", "num_labels=3 (0..2)"),
-    line="num_labels=4",
-    model=lambda: tiny_bert(3),
-)
-def _(fit, model, line):
-    model = tiny_bert(**keywords(line)) if line else model
-    dataset = rows(text=["good", "bad", "a"], labels=[[0, 1], [3], []])
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
-
-
-@mistake(
-    "10 label -1, prepared",
-    *(DataError, "Label -1 in row 1 of train", "-100"),
-    line='dataset.filter(lambda row: row["label"] >= 0)',
-)
-def _(fit, model, line):
-    dataset = value(line, dataset=rows(text=["good", "bad", "fine"], label=[0, -1, 1]))
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
-
-
-@mistake(
     "10 label -1, own loader",
     *(DataError, "Label -1 in batch 0 (row id 2)", "-100"),
     line='dataset.filter(lambda row: row["labels"] >= 0)',
@@ -448,16 +286,6 @@ def _(fit, model, line):
 
 
 @mistake(
-    "11 labels start at 1, prepared",
-    *(DataError, "Label 2 in row 1 of train", "num_labels=2 (0..1)", "The smallest label is 1"),
-    line='dataset.map(lambda row: {"label": row["label"] - 1})',
-)
-def _(fit, model, line):
-    dataset = value(line, dataset=rows(text=["good", "bad", "fine"], label=[1, 2, 1]))
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
-
-
-@mistake(
     "11 labels start at 1, own loader",
     *(DataError, "Label 3 in batch 0 (row id 0)", "num_labels=3", "The smallest label is 1"),
     line='dataset.map(lambda row: {"labels": row["labels"] - 1})',
@@ -466,16 +294,6 @@ def _(fit, model, line):
 def _(fit, model, line):
     dataset = tokenized(rows(sentence=["good", "bad", "fine"], labels=[3, 2, 1]))
     fit(model, own_loader(value(line, dataset=dataset)))
-
-
-@mistake(
-    "12 float labels, two classes, prepared with the model",
-    *(DataError, "Float labels in train, e.g. 1.0 (row 0)", "multi-label", "2 of them a row"),
-    line='dataset.cast_column("label", datasets.Value("int64"))',
-)
-def _(fit, model, line):
-    dataset = value(line, dataset=rows(text=["good", "bad"], label=[1.0, 0.0]))
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
 
 
 @mistake(
@@ -642,43 +460,7 @@ def _(fit, model, line):
     fit(model, DataLoader(value(line, dataset=dataset), batch_size=2))
 
 
-@mistake(
-    "18 tokenizer without a pad token",
-    *(DataError, "The tokenizer has no pad token"),
-    line="tokenizer.pad_token = tokenizer.eos_token; "
-    "model.config.pad_token_id = tokenizer.pad_token_id",
-)
-def _(fit, model, line):
-    tokenizer = tiny_tokenizer(pad_token=None, eos_token="[SEP]")
-    exec(line or "", {"tokenizer": tokenizer, "model": model})
-    fit(model, prepare_dataloaders(rows(), tokenizer, model=model)["train"])
-
-
 MISALIGNED = (DataError, "labels have length 2, input_ids 4")
-
-
-@mistake(
-    "19 fewer labels than tokens, prepared",
-    *(*MISALIGNED, "row 1 of train"),
-    line="-100",
-    model=lambda: tiny_bert(kind=BertForTokenClassification),
-)
-def _(fit, model, line):
-    labels = [[0, 1, 1], [0, 1] + ([-100] * 2 if line else [])]
-    dataset = rows(input_ids=[[4, 5, 6], [4, 5, 6, 7]], labels=labels)
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
-
-
-@mistake(
-    "19 fewer labels than tokens in the first row, prepared",
-    *(*MISALIGNED, "row 0 of train"),
-    line="-100",
-    model=lambda: tiny_bert(kind=BertForTokenClassification),
-)
-def _(fit, model, line):
-    labels = [[0, 1] + ([-100] * 2 if line else []), [0, 1, 1]]
-    dataset = rows(input_ids=[[4, 5, 6, 7], [4, 5, 6]], labels=labels)
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
 
 
 @mistake(
@@ -704,23 +486,6 @@ def _(fit, model, line):
     dataset = rows(input_ids=[[4, 5, 6], [4, 5, 6, 7]], labels=labels)
     padding = {"collate_fn": DataCollatorForTokenClassification(tiny_tokenizer())} if line else {}
     fit(model, DataLoader(dataset, batch_size=2, **padding))
-
-
-@mistake(
-    "22 empty split, prepared",
-    *(DataError, "validation has 0 rows", "Check the filter"),
-    line="print(dataset)",
-)
-def _(fit, model, line):
-    keep = (lambda row: row["label"] > 1) if line is None else (lambda row: row["label"] > 0)
-    splits = DatasetDict(train=rows(), validation=rows().filter(keep))
-    fit(model, prepare_dataloaders(splits, tiny_tokenizer())["train"])
-
-
-@mistake("22 empty stream, prepared", DataError, "train has 0 rows", line="print(dataset)")
-def _(fit, model, line):
-    stream = IterableDataset.from_generator(lambda: iter(rows() if line else ()))
-    fit(model, prepare_dataloaders(stream, tiny_tokenizer())["train"], max_steps=1)
 
 
 @mistake(
@@ -825,20 +590,6 @@ def _(fit, model, line):
 
 
 @mistake(
-    "35 numbers of the loaders out of range, all at once",
-    *(ConfigError, "batch_size must be a whole number of at least 1, got 0."),
-    "eval_batch_size must be a whole number of at least 1, got -8.",
-    "max_length must be a whole number of at least 1, got 0.5.",
-    line="at least 1",
-)
-def _(fit, model, line):
-    numbers = {"batch_size": 0, "eval_batch_size": -8, "max_length": 0.5}
-    dataset = rows().to_iterable_dataset()
-    loaders = prepare_dataloaders(dataset, tiny_tokenizer(), **({} if line else numbers))
-    fit(model, loaders["train"], max_steps=1)
-
-
-@mistake(
     "35 learning rate below 0",
     *(ConfigError, "lr=-0.001", "must be at least 0"),
     line="prepare_optimizer(model, lr=5e-5)",
@@ -879,61 +630,15 @@ def _(fit, model, line):
     fit(model, own_loader(stream), **({"max_steps": 1} if line else {}))
 
 
-# The tests. -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def updates() -> Iterator[list[torch.optim.Optimizer]]:
-    """The optimizer of every step that anything makes."""
-    made: list[torch.optim.Optimizer] = []
-    hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: made.append(optimizer))
-    yield made
-    hook.remove()
-
-
-def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_bits(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    after = model.state_dict()
-    assert list(after) == list(before)
-    for name, tensor in before.items():
-        assert torch.equal(after[name], tensor), name
-
-
-each_mistake = pytest.mark.parametrize(
-    "mistake", MISTAKES, ids=[mistake.name.replace(" ", "-") for mistake in MISTAKES]
-)
-each_loop = pytest.mark.parametrize("fit", [by_train_loop, by_train_steps])
-
-
-@each_mistake
+@each(MISTAKES)
 @each_loop
 def test_a_mistake_is_refused_before_the_first_update(mistake, fit, updates):
-    model = mistake.model()
-    before = bits_of(model)
-    with pytest.raises(ManualLoopError) as refused:
-        mistake.script(fit, model, None)
-    message = str(refused.value)
-    assert type(refused.value) is mistake.error
-    assert isinstance(refused.value, ValueError)
-    for part in (*mistake.says, mistake.line):
-        assert part in message
-    assert all(message.index(part) <= message.rindex(mistake.line) for part in mistake.says)
-    assert message.endswith(".")
-    assert len(message) < 500
-    assert isinstance(refused.value.__cause__, Exception) == mistake.from_error
-    assert updates == []
-    assert_same_bits(model, before)
-    assert not any(parameter.grad is not None for parameter in model.parameters())
+    assert_refused(mistake, fit, updates)
 
 
-@each_mistake
-def test_the_line_in_the_message_mends_it(mistake, updates):
-    model = mistake.model()
-    mistake.script(by_train_loop, model, mistake.line)
-    assert updates
+@each(MISTAKES)
+def test_the_line_in_the_message_fixes_it(mistake, updates):
+    assert_fixed(mistake, updates)
 
 
 # What is seen only later, or is only warned of. ------------------------------------------------

@@ -141,7 +141,7 @@ def _score(
             scorer.add_batch(predictions, references, kept)
         else:
             scorer.add_batch(predictions=predictions, references=references)
-        if made.loss is None and passes.loss_fn is None:
+        if passes.loss_fn is None and find_loss(made.outputs) is None:
             return []
     counts = made.task.count(made.batch)
     if passes.loss_fn is not None:
@@ -270,7 +270,7 @@ class _Made(NamedTuple):
         batch: The batch as the loader gave it.
         inputs: The batch on the model's device.
         outputs: The outputs of the last forward pass; None if ``loss_fn`` made none.
-        loss: What ``loss_fn`` returned, or the loss among the outputs; None if there is none.
+        loss: What ``loss_fn`` returned; None without one.
         task: The task of the model and this batch.
     """
 
@@ -352,7 +352,7 @@ def _use(
 
 
 def _forward(passes: _Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
-    """Return the inputs, the outputs and the loss of a batch; the loss is None if there is none."""
+    """Return the inputs of a batch, its outputs, and what ``loss_fn`` returned."""
     model, strategy = passes.model, passes.strategy
     inputs = strategy.to_device(batch)
     with strategy.autocast():
@@ -376,7 +376,7 @@ def _forward(passes: _Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
                 error, model, [batch], source_of(passes.loader).place, [start], needs_labels=False
             )
             raise
-    return inputs, outputs, find_loss(outputs)
+    return inputs, outputs, None
 
 
 def _numbered(
