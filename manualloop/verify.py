@@ -10,7 +10,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -243,6 +245,9 @@ def _first_difference(
                 return where + (again if part is before else "")
     if extra := set(after["steps"]) - {n for n in whole["steps"] if int(n) > at}:
         return f"step {min(extra, key=int)} was made twice"
+    for number, (expected, found) in enumerate(zip_longest(whole["rest"], after["rest"]), start=1):
+        if expected != found:
+            return f"batch {number} after the last step: {expected} -> {found}"
     for name, digest in whole["end"].items():
         if after["end"].get(name) != digest:
             return f"at the end: {name}"
@@ -269,9 +274,12 @@ def _trace(train_fn: Callable[..., Any], directory: Path, at: int | None) -> dic
 def _write_trace(train_fn: Callable[..., Any], directory: Path, at: int | None, path: Path) -> None:
     steps: dict[int, dict[str, Any]] = {}
     batches: list[str] = []
+    given: Iterator[Any] = iter(())
 
-    def group_and_note(*args: Any) -> Iterator[Window]:
-        for window in update.group(*args):
+    def group_and_note(batches_of_pass: Iterator[Any], *args: Any) -> Iterator[Window]:
+        nonlocal given
+        given = batches_of_pass
+        for window in update.group(batches_of_pass, *args):
             batches.append(_digest(window.batches))
             yield window
 
@@ -292,13 +300,32 @@ def _write_trace(train_fn: Callable[..., Any], directory: Path, at: int | None, 
                 "train_loop(..., **options)."
             )
         trace: dict[str, Any] = {"steps": steps, "end": _describe_end(result)}
+        trace["rest"] = _digest_rest(given)
     except Exception:
         trace = {"error": traceback.format_exc()}
     path.write_text(json.dumps(trace))
 
 
+def _digest_rest(given: Iterator[Any]) -> list[str]:
+    """Read the first batches after the last step."""
+    found = []
+    with suppress(Exception):  # of the loader: that it comes at the same batch is compared as well
+        for item in islice(given, _NUM_BATCHES_AFTER):
+            found.append(_digest(item.batch))
+    return found
+
+
+_NUM_BATCHES_AFTER = 8
+
+
 def _describe_end(result: Any) -> dict[str, str]:
+    """Describe what a run leaves behind.
+
+    The position is left out: it also holds random states that nothing draws from, and differ from
+    process to process. It is right if the batches that follow are.
+    """
     state = result.state.state_dict()
+    state = {name: part for name, part in state.items() if name not in ("position", "generators")}
     parts = {
         f"{name} {key}": value
         for name, part in state.items()

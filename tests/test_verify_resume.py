@@ -1,8 +1,10 @@
 """verify_resume and compare_runs: proofs that find what is wrong, and say where."""
 
 import itertools
+import random
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -108,6 +110,77 @@ def test_what_cannot_be_verified_is_said():
         verify_resume(train_without_options, at=1)
     with pytest.raises(RuntimeError, match="KeyError: 'no such column'"):
         verify_resume(train_with_an_error, at=1)
+
+
+class QuietRows(Dataset):
+    """Rows with generators that nobody seeds, and that draw nothing before row 12.
+
+    Args:
+        counts: Whether the rows from 12 on also depend on the number of rows read so far.
+    """
+
+    def __init__(self, counts):
+        self.generators = [np.random.default_rng(), random.Random()]
+        self.counts, self.num_read = counts, 0
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, row):
+        self.num_read += 1
+        return torch.full((2,), row + self.counts * (row >= 12) * self.num_read)
+
+
+class Averaging(torch.nn.Module):
+    """A layer that divides by a moving average, which its state_dict leaves out."""
+
+    def __init__(self, is_saved):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        torch.nn.init.ones_(self.layer.weight)
+        torch.nn.init.zeros_(self.layer.bias)
+        self.register_buffer("average", torch.ones(()), persistent=is_saved)
+
+    def forward(self, x):
+        x = self.layer(x)
+        self.average = (0.9 * self.average + 0.1 * x.detach().abs().mean()).detach()
+        return x / self.average
+
+
+def train_quietly(counts=False, is_saved=True, **options):
+    model = Averaging(is_saved)
+    return train_loop(
+        model,
+        DataLoader(QuietRows(counts), 2),
+        torch.optim.SGD(model.parameters(), lr=0.001),
+        max_steps=6,
+        loss_fn=lambda model, batch: model(batch.float()).square().mean(),
+        progress_bar=False,
+        **options,
+    )
+
+
+def train_with_a_lost_average(**options):
+    return train_quietly(is_saved=False, **options)
+
+
+def train_on_rows_that_count_later(**options):
+    return train_quietly(counts=True, **options)
+
+
+def test_a_run_that_draws_nothing_and_seeds_nothing_is_exact_inside_an_epoch():
+    report = verify_resume(train_quietly, at=4)
+    assert report.is_exact, report
+
+
+def test_weights_that_no_state_dict_has_are_found():
+    report = verify_resume(train_with_a_lost_average, at=4)
+    assert report.difference.startswith("step 5: loss ")
+
+
+def test_a_position_that_only_shows_in_the_batches_after_the_last_step_is_found():
+    report = verify_resume(train_on_rows_that_count_later, at=4)
+    assert report.difference.startswith("batch 1 after the last step: ")
 
 
 def test_equal_runs_compare_equal(tmp_path):

@@ -74,6 +74,7 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
         DataError: The loader gives no batch, or one that is not a dict, or its batches can be read
             only once.
 
+    >>> import torch
     >>> print(inspect_batch([{"input_ids": torch.tensor([[4, 5]]), "labels": torch.tensor([1])}]))
     input_ids  (1, 2) int64
     labels     (1,) int64
