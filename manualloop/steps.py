@@ -17,7 +17,7 @@ from manualloop.errors import ConfigError, DataError
 from manualloop.nonfinite import Watch
 from manualloop.notices import say
 from manualloop.optim import own_schedule, require_schedule
-from manualloop.randomness import restore_generators, search
+from manualloop.randomness import find_generators, restore_generators, search
 from manualloop.reading.position import read_position
 from manualloop.reading.ranks import num_rounds
 from manualloop.reading.reader import Reader
@@ -291,6 +291,14 @@ def _take_generators(state: TrainState, loader: Iterable[Any], **holders: Any) -
     found, unsaved = search(state.all_holders())
     for path, reason in (unsaved | search({"train_dataloader": loader}).unsaved).items():
         say(f"a resumed run will draw other random numbers at {path}: {reason}.")
+    if getattr(loader, "num_workers", 0):
+        own = {id(generator) for generator in find_generators(loader=loader).values()}
+        for path in [path for path, part in found.items() if id(part.value) in own]:
+            if not path.startswith(("evaluate", "on_step")):
+                say(
+                    f"a resumed run may draw other random numbers at {path}: the loader, which "
+                    "reads ahead, draws from it too. Give each a generator of its own."
+                )
     if state.generators is None:
         return
     waiting = {path: saved for path, saved in state.generators.items() if saved is not None}

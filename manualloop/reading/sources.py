@@ -197,7 +197,8 @@ class Built:
         self, position: Position, start: Position, now: Any, shard: Shard
     ) -> tuple[Iterator[Any], int | None]:
         loader, num_used = self.loader, position["num_batches"]
-        _restore_rows(self, position)
+        if not num_used:  # else when the order has been drawn, from the same generator perhaps
+            _restore_rows(self, position)
         left: int | None = len(loader) - num_used
         num_indices = None
         if num_used and _has_other_size(loader, position):
@@ -214,7 +215,7 @@ class Built:
             num_indices,
             # Workers that were kept from the epoch before cost no draw; new ones do.
             rewind if start["reuses_workers"] else None,
-            partial(_restore_rows, self, position),
+            partial(_restore_all, self, position),
             now,
         )
         return self.copy.iterate(position, shard, {name: sampler}), left
@@ -438,7 +439,9 @@ def _rows_here(source: Source) -> Position:
     """Return the states of dataset and row generators, if rows are read in this process."""
     if not _reads_here(source.loader):
         return {}
-    position, dataset = Position(row_generators=source.generators.states()), source.loader.dataset
+    # With those of the samplers, which others may share: a loss function that draws noise.
+    states = order_states(source.loader, rows=False) | source.generators.states()
+    position, dataset = Position(row_generators=states), source.loader.dataset
     if is_stateful(dataset):
         position["dataset"] = dataset.state_dict()
     return position
@@ -448,9 +451,19 @@ def _restore_rows(source: Source, position: Position) -> None:
     """Put back what ``_rows_here`` returned."""
     if not _reads_here(source.loader):
         return
-    source.generators.restore(position.get("row_generators", {}))
+    states = position.get("row_generators", {})
+    source.generators.restore({p: s for p, s in states.items() if not p.startswith("loader")})
     if "dataset" in position and is_stateful(source.loader.dataset):
         source.loader.dataset.load_state_dict(position["dataset"])
+
+
+def _restore_all(source: Source, position: Position) -> None:
+    """Put back what ``_rows_here`` returned once the order has been drawn again."""
+    if _reads_here(source.loader):
+        states = position.get("row_generators", {})
+        own = {path: state for path, state in states.items() if path.startswith("loader")}
+        restore_order(source.loader, own)
+    _restore_rows(source, position)
 
 
 def _reads_here(loader: Any) -> bool:

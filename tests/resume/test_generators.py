@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from manualloop import (
     TrainState,
@@ -118,7 +119,7 @@ def bound_draw(generator):
 PLACES = {f.__name__: f for f in (closure, partial, default, method, bound_draw)}
 
 
-def run(loss_fn, folder=None, stop_after=None, model=None, **options):
+def run(loss_fn, folder=None, stop_after=None, model=None, batches=BATCHES, **options):
     torch.manual_seed(0)
     model = model or nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -130,15 +131,14 @@ def run(loss_fn, folder=None, stop_after=None, model=None, **options):
     try:
         train_loop(
             model,
-            BATCHES,
+            batches,
             optimizer,
             num_epochs=2,
             loss_fn=loss_fn,
             checkpoint_dir=folder,
-            checkpoint_every=3,
             on_step=interrupt,
             progress_bar=False,
-            **options,
+            **{"checkpoint_every": 3, **options},
         )
     except Interrupted:
         return None
@@ -359,3 +359,35 @@ def test_a_script_with_a_generator_among_its_variables_resumes(tmp_path):
     with pytest.raises(KeyError):
         run_script("resumed", 4)
     assert run_script("resumed", 0) == whole
+
+
+class NoisyRows(Dataset):
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, row):
+        return {"x": torch.full((3,), row / 8) + draw(self.generator)}
+
+
+@pytest.mark.parametrize("stop_after", [3, 4, 5])
+def test_a_generator_shared_by_sampler_rows_and_loss_is_restored_once(tmp_path, stop_after):
+    def train(stop=None, folder=None):
+        shared = torch.Generator().manual_seed(5)
+        loader = DataLoader(NoisyRows(shared), 2, shuffle=True, generator=shared)
+        options = {"batches": loader, "folder": folder, "stop_after": stop}
+        return run(closure(shared), **options, checkpoint_every=1)
+
+    whole = train()
+    train(stop_after, tmp_path)
+    assert all(map(torch.equal, whole, train(folder=tmp_path)))
+
+
+def test_a_generator_shared_with_a_loader_that_reads_ahead_is_printed(caplog):
+    caplog.set_level("INFO", logger="manualloop")
+    shared = torch.Generator().manual_seed(5)
+    loader = DataLoader(BATCHES, None, shuffle=True, generator=shared, num_workers=1)
+    run(closure(shared), batches=loader)
+    assert sum("loss_fn.__closure__.generator: the loader" in m for m in caplog.messages) == 1
