@@ -1,15 +1,24 @@
 """verify_resume and compare_runs: proofs that find what is wrong, and say where."""
 
 import itertools
+import multiprocessing
 import random
 import time
 
 import numpy as np
 import pytest
 import torch
+from bench import CONTEXT
 from torch.utils.data import DataLoader, Dataset
 
 from manualloop import CheckpointError, ConfigError, compare_runs, train_loop, verify_resume
+
+
+@pytest.fixture(autouse=True)
+def imported_before(request, monkeypatch):
+    """Fork the processes from one that has torch imported; one test starts new interpreters."""
+    if request.function is not test_a_run_that_is_restored_is_equal_to_the_last_bit:
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method: CONTEXT)
 
 
 class Rows(Dataset):
