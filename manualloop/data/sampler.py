@@ -1,4 +1,4 @@
-"""In which order a loader reads its rows: a pure function of seed and epoch, and a position."""
+"""The order in which a loader reads its rows: a pure function of seed and epoch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def order(num_rows: int, seed: int, epoch: int) -> list[int]:
     draws for the same seed and epoch. Nothing is drawn from the global random generator.
 
     Args:
-        num_rows: Rows in the dataset.
-        seed: Of the whole run.
-        epoch: From 0.
+        num_rows: Number of rows in the dataset.
+        seed: Seed of the run.
+        epoch: Number of the epoch, from 0.
 
     >>> order(5, seed=42, epoch=0)
     [2, 4, 3, 0, 1]
@@ -35,13 +35,13 @@ def order(num_rows: int, seed: int, epoch: int) -> list[int]:
 
 
 class Made(NamedTuple):
-    """Of what the order of an epoch is made, beside its number.
+    """The settings that, with the number of an epoch, determine its order.
 
     Attributes:
-        seed: Of the whole run.
-        batch_size: Rows a batch, by which rows are grouped.
-        max_tokens: Tokens a batch; None: batches have ``batch_size`` rows.
-        num_ranks: That read a batch each, side by side, if rows are grouped.
+        seed: Seed of the run.
+        batch_size: Number of rows per batch.
+        max_tokens: Most tokens per batch; None means ``batch_size`` rows per batch.
+        num_ranks: Number of ranks that read a batch each, which matters if rows are grouped.
     """
 
     seed: int
@@ -51,27 +51,27 @@ class Made(NamedTuple):
 
 
 class OrderedBatchSampler:
-    """The batches of row numbers that a prepared DataLoader reads: a function of seed and epoch.
+    """A batch sampler whose order is a function of seed and epoch.
 
     Args:
-        num_rows: Rows in the dataset.
-        batch_size: Rows a batch; the last one of an epoch may be shorter.
-        shuffle: False keeps the dataset's order.
-        seed: Of the whole run.
-        drop_last: Leave out a shorter last batch.
-        split: What the rows are called in messages.
-        lengths: Tokens of each row, to put rows of about one length together.
-        max_tokens: A batch has as many rows as fit into this budget, instead of ``batch_size``.
-        longest_first: Sort the rows, instead of drawing them.
+        num_rows: Number of rows in the dataset.
+        batch_size: Number of rows per batch; the last one of an epoch may be shorter.
+        shuffle: Whether rows are shuffled; False keeps the dataset's order.
+        seed: Seed of the run.
+        drop_last: Whether to drop a shorter last batch.
+        split: Name of the split in messages.
+        lengths: Number of tokens of each row, by which rows are grouped; None does not group them.
+        max_tokens: Most tokens per batch, instead of ``batch_size`` rows.
+        longest_first: Whether to sort rows by length instead of shuffling them.
 
     Attributes:
-        epoch: Whose order the next pass takes.
-        num_ranks: That read a batch each, side by side; of batches grouped by length.
+        epoch: Epoch of the next pass.
+        num_ranks: Number of ranks that read a batch each, for batches that are grouped by length.
 
     >>> sampler = OrderedBatchSampler(5, batch_size=2, shuffle=True, seed=42)
     >>> list(sampler)
     [[2, 4], [3, 0], [1]]
-    >>> sampler.start_at(2)  # rows: for the next pass only, and the rows before are never loaded
+    >>> sampler.start_at(2)  # a number of rows, for the next pass only; they are not loaded
     >>> list(sampler), list(sampler)
     ([[3, 0], [1]], [[2, 4], [3, 0], [1]])
     """
@@ -101,8 +101,8 @@ class OrderedBatchSampler:
         self.max_tokens = max_tokens
         self.longest_first = longest_first
         self.epoch, self.num_ranks = 0, 1
-        # A DataLoader draws a seed for its workers at every pass. It is given this generator, so
-        # that the draw leaves the global one alone and is a function of (seed, epoch) too.
+        # A DataLoader draws a seed for its workers at every pass. With this generator the draw is
+        # a function of (seed, epoch), too, and leaves the global generator alone.
         self.generator = torch.Generator().manual_seed(seed)
         self._start: int = 0
         self._made: Made | None = None
@@ -115,8 +115,8 @@ class OrderedBatchSampler:
         row = int(lengths.argmax())
         if lengths[row] > max_tokens:
             raise ConfigError(
-                f"Row {row} of {self.split} has {lengths[row]} tokens, and a batch holds "
-                f"max_tokens={max_tokens}. Use max_length=, or a larger budget."
+                f"Row {row} of {self.split} has {lengths[row]} tokens, but a batch holds at "
+                f"most max_tokens={max_tokens}. Use max_length={max_tokens} or a larger max_tokens."
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -127,46 +127,46 @@ class OrderedBatchSampler:
         self.generator.manual_seed(self.seed + epoch)
 
     def start_at(self, num_rows: int, made: Made | None = None) -> None:
-        """Let the next pass, and only that, begin after so many rows.
+        """Skip rows at the start of the next pass.
 
         Args:
-            num_rows: Rows to leave out.
-            made: Of what the order was made in which they were used; None: of the sampler's own.
+            num_rows: Number of rows to skip.
+            made: Settings of the order in which these rows were used; None means the sampler's own.
         """
         self._start, self._made = num_rows, made
 
     @property
     def own(self) -> Made:
-        """Of what the order of an epoch is made, beside its number."""
+        """The sampler's own settings, which determine the order of a new epoch."""
         return Made(self.seed, self.batch_size, self.max_tokens, self.num_ranks)
 
     @property
     def made(self) -> Made:
-        """Of what the order of the current epoch was made: it may have begun with others."""
+        """The settings of the current epoch, which may have begun with others than the sampler's."""
         return self._under_way or self.own
 
     def batches(self, epoch: int | None = None) -> list[list[int]]:
-        """Return the row numbers of each batch of a whole pass; None: of the current epoch."""
+        """Return the row numbers of each batch of an epoch; None means the current one."""
         is_now = epoch is None or epoch == self.epoch
         made = self.made if is_now else self.own
         return list(self._batches(0, made, self.epoch if epoch is None else epoch))
 
     def rows(self, epoch: int | None = None) -> list[int]:
-        """Return the row numbers of a whole pass, in order; None: of the current epoch."""
+        """Return the row numbers of an epoch in their order; None means the current one."""
         return [row for batch in self.batches(epoch) for row in batch]
 
     def batch_at(self, num_rows: int, epoch: int | None = None) -> int:
-        """Return the number of the batch that begins after so many rows of a pass."""
+        """Return the number of the batch that begins after ``num_rows`` rows of a pass."""
         return sum(end <= num_rows for end in accumulate(map(len, self.batches(epoch))))
 
     def num_left(self) -> int:
-        """Return the number of batches that the next pass will give."""
+        """Return the number of batches in the next pass."""
         if self.max_tokens is None:
             return self._count(self.num_rows - self._start)
         return sum(1 for _ in self._batches(self._start, self._made or self.own, self.epoch))
 
     def _count(self, num_rows: int) -> int:
-        """Return the number of batches of ``batch_size`` in so many rows."""
+        """Return the number of batches of ``batch_size`` in ``num_rows`` rows."""
         whole, rest = divmod(max(num_rows, 0), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
@@ -180,7 +180,7 @@ class OrderedBatchSampler:
         return grouped_order(self.lengths, made.batch_size, made.seed, epoch, made.num_ranks)
 
     def _batches(self, start: int, made: Made, epoch: int) -> Iterator[list[int]]:
-        """Give the batches after so many rows of an order that may have been made otherwise."""
+        """Yield the batches after ``start`` rows of an order with the settings ``made``."""
         if self.shuffle and made.max_tokens is not None and self.lengths is not None:
             batches = budgeted_batches(
                 self.lengths, made.max_tokens, made.seed, epoch, made.num_ranks
@@ -202,7 +202,7 @@ class OrderedBatchSampler:
                 yield rows[begin:end]
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Not before the first batch is asked for: with workers a DataLoader calls iter() twice.
+        # A DataLoader with workers calls iter() twice, so nothing happens before the first batch.
         start, made = self._start, self._made or self.own
         self._start, self._made, self._under_way = 0, None, made
         yield from self._batches(start, made, self.epoch)
@@ -210,7 +210,7 @@ class OrderedBatchSampler:
     def __len__(self) -> int:
         if self.max_tokens is None:
             return self._count(self.num_rows)
-        if self._num_batches is None:  # as many in every epoch
+        if self._num_batches is None:  # the same in every epoch
             self._num_batches = sum(1 for _ in self._batches(0, self.own, self.epoch))
         return self._num_batches
 
@@ -227,10 +227,10 @@ def ordered_loader(
     max_tokens: int | None = None,
     **options: Any,
 ) -> DataLoader[Any]:
-    """Make a loader that reads a dataset by ``order``, or a stream in the stream's own.
+    """Make a loader that reads a dataset in the order of ``order``, or a stream in its own.
 
     Raises:
-        DataError: There would be no batch in it.
+        DataError: The loader would have no batch.
     """
     if not hasattr(rows, "__len__"):
         options["generator"] = torch.Generator().manual_seed(seed)
@@ -254,16 +254,16 @@ def ordered_loader(
 
 
 def longest_first_view(loader: Any, *, fills_batches: bool) -> DataLoader[Any] | None:
-    """Return a loader of the same rows that gives the longest first, in batches of about one size.
+    """Return a loader of the same rows, the longest first, in batches of about one size.
 
-    None: it might give other numbers. It takes a prepared loader, and an attention mask that hides
-    the padding from the model.
+    None means that results might differ. A view needs a prepared loader, and an attention mask that
+    hides the padding from the model.
 
     Args:
-        loader: That gives the rows in any order.
-        fills_batches: Whether a batch holds as many tokens as the loader's largest can; else as
-            many as its batches have on average, without padding. A CPU is up to a fifth faster if
-            what it computes stays in its caches.
+        loader: Loader of the rows in any order.
+        fills_batches: Whether batches hold as many tokens as the loader's largest batch can. Else
+            they hold the number of its average batch without padding: a CPU is up to a fifth faster
+            if its data stay in its caches.
     """
     sampler = getattr(loader, "batch_sampler", None)
     if type(loader) is not DataLoader or not isinstance(sampler, OrderedBatchSampler):
@@ -295,7 +295,7 @@ def longest_first_view(loader: Any, *, fills_batches: bool) -> DataLoader[Any] |
 
 
 def rows_before(loader: Iterable[Any], number: int) -> int:
-    """Return how many rows of a pass come before a batch; 0 where nothing tells."""
+    """Return the number of rows before a batch of a pass; 0 if it is unknown."""
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, OrderedBatchSampler):
         return sum(map(len, sampler.batches()[:number]))
@@ -304,10 +304,10 @@ def rows_before(loader: Iterable[Any], number: int) -> int:
 
 
 def set_epoch(loader: Iterable[Any], epoch: int) -> None:
-    """Tell a loader which epoch begins, by the ecosystem's convention.
+    """Call ``set_epoch`` of a loader, which is the convention for announcing an epoch.
 
-    ``set_epoch`` of the loader itself (accelerate's loaders pass it on), or else of its batch
-    sampler, its sampler and its dataset, wherever there is one.
+    If the loader has none, it is called on its batch sampler, its sampler and its dataset, where
+    these have one. accelerate's loaders pass it on.
     """
     parts: list[Any] = [loader]
     if not hasattr(loader, "set_epoch"):
@@ -318,7 +318,7 @@ def set_epoch(loader: Iterable[Any], epoch: int) -> None:
 
 
 def num_batches(loader: Iterable[Any]) -> int | None:
-    """Return the number of batches of a pass, or None for a stream that has no length."""
+    """Return the number of batches in a pass; None for a stream without a length."""
     try:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:

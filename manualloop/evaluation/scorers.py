@@ -146,7 +146,8 @@ class Gathered:
                 self._scorer.merge(other)
             return self._scorer.compute()
         # Batch k is on rank k % world_size, so one from each rank in turn is the loader's order.
-        batches = [batch for dealt in zip_longest(*found) for batch in dealt if batch is not None]
+        rounds = zip_longest(*found)
+        batches = [batch for of_ranks in rounds for batch in of_ranks if batch is not None]
         if self._rows is not None:
             batches = [_in_order(batches, self._rows)]
         for predictions, references, _ in batches:
