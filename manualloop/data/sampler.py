@@ -142,7 +142,7 @@ class OrderedBatchSampler:
 
     @property
     def made(self) -> Made:
-        """The settings of the current epoch, which may have begun with others than the sampler's."""
+        """The settings of the current epoch, which may have begun with other ones."""
         return self._under_way or self.own
 
     def batches(self, epoch: int | None = None) -> list[list[int]]:
