@@ -1,4 +1,4 @@
-"""The plain data that passes between the layers."""
+"""Plain data that the modules exchange."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that hold all of a run, or are not there."""
+"""Save and load checkpoints: folders that hold everything a run needs, or do not exist."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class CheckpointInfo:
     """Which checkpoint was loaded.
 
     Attributes:
-        path: Its folder.
-        step: Updates that had been applied.
-        metrics: That it was saved with.
-        run: What else ``train_loop`` had noted.
+        path: Folder of the checkpoint.
+        step: Number of updates that had been applied.
+        metrics: Metrics that were saved with it.
+        run: What ``train_loop`` saved beside them.
     """
 
     path: Path
@@ -58,28 +58,29 @@ def save_checkpoint(
 ) -> Path:
     """Save all of a run in ``checkpoint_dir/step-00000500``; return that folder.
 
-    It is written aside, forced to disk and renamed, so that a kill or a power cut at any moment
-    leaves either the whole checkpoint or none, and the older ones as they were. The weights are in
-    ``model.safetensors`` beside the model's config: ``from_pretrained(folder)`` loads them. All
-    else is safetensors and JSON too, with a sha256 of each file. Call on every rank: rank 0 writes,
-    with the random states of all.
+    It is written under another name, forced to disk and renamed, so that a kill or a power cut at
+    any moment leaves either the whole checkpoint or none, and the older ones as they were. The
+    weights are in ``model.safetensors`` beside the model's config: ``from_pretrained(folder)``
+    loads them. The rest is safetensors and JSON too, with a sha256 of each file. Call on every
+    rank: rank 0 writes, with the random states of all.
 
-    Of a model with adapters of PEFT the frozen base is left out, and so are frozen weights that are
-    quantized: they are loaded into what the script builds on the same base.
-    ``model.save_pretrained`` then writes the adapters for others.
+    The frozen base of a model with PEFT adapters is left out, and so are quantized frozen weights:
+    the checkpoint is loaded into a model that the script builds on the same base. Use
+    ``model.save_pretrained`` to write the adapters for others.
 
     Args:
-        checkpoint_dir: Of one run. Made if it is not there.
-        state: As it is between two updates.
-        metrics: Of an evaluation of these weights.
-        keep: Newest checkpoints to keep; older ones are removed, but for the best.
+        checkpoint_dir: Folder of one run, created if missing.
+        state: The state of the run, between two updates.
+        metrics: Results of an evaluation of these weights.
+        keep: Number of newest checkpoints to keep; older ones are removed, except the best.
         best_metric: A metric to maximise, or with "-" before it to minimise: the best checkpoint
             is kept, and ``load_checkpoint(which="best")`` finds it.
-        strategy: None: the one that prepared the model, else ``prepare_strategy("auto")``.
+        strategy: The strategy of the run; None takes the one that prepared the model, or else
+            ``prepare_strategy("auto")``.
 
     Raises:
         CheckpointError: It cannot be written: the disk is full, the folder read-only, in use by
-            another run, or holds a later step. What was there before still is.
+            another run, or holds a later step. Older checkpoints stay as they were.
 
     >>> import tempfile, torch
     >>> model = torch.nn.Linear(2, 1)
@@ -115,9 +116,9 @@ def write_checkpoint(
     run: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write a checkpoint for the holder of the folder's lock, then rotate. Collective.
+    """Write a checkpoint and remove old ones. Collective.
 
-    ``run`` goes into it as it is.
+    The caller holds the lock of the folder. ``run`` is saved as it is.
     """
     snapshot = take_state_apart(state, strategy, run)
     content = {
@@ -174,23 +175,27 @@ def load_checkpoint(
     strategy: Strategy | None = None,
     verify: bool = True,
 ) -> CheckpointInfo:
-    """Put a state, and the random states of this process, where a checkpoint has left them.
+    """Restore a state and the random states of this process from a checkpoint.
 
     Every file is compared with its sha256, and every name and shape with the state, before
-    anything is changed. The next ``train_steps`` goes on with the next window, and says what
-    differs from the run that was saved. Call on every rank: rank 0 finds it, each reads it.
+    anything is changed. The next ``train_steps`` resumes with the next window, and logs what
+    differs from the run that was saved. Call on every rank: rank 0 finds the checkpoint, and each
+    rank reads it.
 
     Args:
-        checkpoint_dir: That ``save_checkpoint`` was given.
-        state: Built as the one that was saved.
-        which: ``"last"``: the newest that is whole; ones that are damaged are skipped with a
-            warning. ``"best"``: by the ``best_metric`` that they were saved with. Or a folder.
-        strategy: None: the one that prepared the model, else ``prepare_strategy("auto")``.
-        verify: False trusts the disk: a flipped bit in a tensor then goes unnoticed.
+        checkpoint_dir: The folder that was given to ``save_checkpoint``.
+        state: A state that was built like the one that was saved.
+        which: ``"last"`` for the newest checkpoint that is whole; damaged ones are skipped with a
+            warning. ``"best"`` for the best by the ``best_metric`` they were saved with. Or a
+            folder.
+        strategy: The strategy of the run; None takes the one that prepared the model, or else
+            ``prepare_strategy("auto")``.
+        verify: Whether every file is compared with its sha256. Without, a flipped bit in a tensor
+            goes unnoticed.
 
     Raises:
-        CheckpointError: There is none, it is damaged, or does not fit the state; the message names
-            the part. Nothing was loaded.
+        CheckpointError: There is no checkpoint, it is damaged, or it does not fit the state; the
+            message names the part. Nothing was loaded.
         ConfigError: A ``train_steps`` is open on the state.
     """
     strategy = strategy_for(state.model, strategy)
@@ -199,7 +204,7 @@ def load_checkpoint(
 
 
 def load_found(found: Found, state: TrainState, strategy: Strategy) -> CheckpointInfo:
-    """Load a checkpoint that was found and verified. Every rank reads the same one."""
+    """Load a checkpoint that was found and verified. Call on every rank, with the same one."""
     state.require_closed()
     if not found.path.is_dir():
         raise CheckpointError(

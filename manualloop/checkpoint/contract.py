@@ -1,4 +1,4 @@
-"""What a resumed run must have in common with the one it goes on with, and what if it has not."""
+"""Checks that a resumed run matches its checkpoint."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ def describe_run(
     """Describe a run: what goes into the manifest of its checkpoints.
 
     Args:
-        state: Of the run.
+        state: The state of the run.
         loader: Facts about the loader that gives its batches.
-        strategy: That runs it.
-        settings: Whatever else its numbers depend on.
+        strategy: The strategy of the run.
+        settings: Other settings that its numbers depend on.
 
     Returns:
-        Three groups. Of "same" a difference is refused; of "exact" it is said that the run is not
-        bit-exact any more; of "kept" that the checkpoint's value is used.
+        Three groups of facts. A difference in "same" is refused. One in "exact" is logged, because
+        the run is no longer bit-exact. One in "kept" is logged, because the value of the
+        checkpoint is used.
     """
     scheduler = state.lr_scheduler
     return {
@@ -63,11 +64,11 @@ def describe_run(
 
 
 def check_contract(saved: Contract, now: Contract, *, workers_matter: bool) -> None:
-    """Compare the run of a checkpoint with the one that is to go on with it.
+    """Compare the run of a checkpoint with the run that resumes from it.
 
     Args:
-        saved: Of the checkpoint.
-        now: Of the run that is to begin.
+        saved: The contract of the checkpoint.
+        now: The contract of the run that resumes.
         workers_matter: Whether batches depend on the number of processes that read them: they
             draw random numbers there, or read a stream.
 
@@ -78,7 +79,7 @@ def check_contract(saved: Contract, now: Contract, *, workers_matter: bool) -> N
         raise CheckpointError(
             "The checkpoint is of another run, and nothing was trained:\n"
             + "\n".join(f"- {difference}" for difference in differences)
-            + "\nGo on with what it was begun with, or begin anew in another checkpoint_dir. To "
+            + "\nResume with what it was begun with, or begin anew in another checkpoint_dir. To "
             "begin with the weights alone: from_pretrained(checkpoint)."
         )
     exact = dict(saved["exact"])
@@ -91,7 +92,7 @@ def check_contract(saved: Contract, now: Contract, *, workers_matter: bool) -> N
 
 
 def contract_differences(a: Contract, b: Contract) -> list[str]:
-    """List in what two runs were set up differently: ``"seed: 1 -> 2"``."""
+    """List the settings in which two runs differ: ``"seed: 1 -> 2"``."""
     groups = dict.fromkeys((*a, *b))
     return [line for group in groups for line in _differences(a.get(group, {}), b.get(group, {}))]
 

@@ -39,11 +39,11 @@ def write_folder(
     and forced to disk the next is being written.
 
     Args:
-        directory: That the folder goes into. It exists.
-        step: Names the folder.
+        directory: The existing directory of the checkpoints.
+        step: Number of updates, which names the folder.
         write: Called with the folder's temporary path; writes files there, yields each one.
-        content: Of the manifest, beside format, step and files.
-        aside: From ``make_aside``, with files in it already, which ``write`` yields, too.
+        content: Content of the manifest, beside format, step and files.
+        aside: A folder from ``make_aside`` that holds files already; ``write`` yields them, too.
 
     Raises:
         OSError: From the disk. What was written is removed, older folders are untouched.
@@ -83,7 +83,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what killed runs have left half written or half removed. For the lock's holder."""
+    """Remove what killed runs left half written or half removed. The caller holds the lock."""
     for path in directory.iterdir():
         if _LEFTOVER.fullmatch(path.name):
             _remove(path)
@@ -130,8 +130,8 @@ def explain_disk(directory: Path, num_bytes: int | None = None) -> Iterator[None
     """Turn an error of the disk into one that tells what to do.
 
     Args:
-        directory: Of the checkpoints.
-        num_bytes: That a checkpoint takes.
+        directory: The directory of the checkpoints.
+        num_bytes: Size of a checkpoint, if known.
     """
     try:
         yield
@@ -145,13 +145,13 @@ def explain_disk(directory: Path, num_bytes: int | None = None) -> Iterator[None
         last = "There is none from before." if entry is None else f"The last is {entry.path}."
         raise CheckpointError(
             f"No checkpoint could be written in {directory}: {error}.{needed}{space} {last} "
-            "Make room, or the folder writable; the run goes on from there when it is started "
-            "again."
+            "Free some space or make the folder writable, and start the run again: it resumes from "
+            "there."
         ) from error
 
 
 def free_bytes(directory: Path) -> int | None:
-    """Return the room on a folder's disk, or on that of the parent that is there; None: unknown."""
+    """Return the free space of the disk that a folder is or will be on; None if it is unknown."""
     for folder in (directory, *directory.absolute().parents):
         with suppress(OSError):
             return shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""One run a folder: a lock that ends with its process, however that ends."""
+"""A lock that admits one run to a folder, and ends with its process however that ends."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _held: dict[str, int] = {}  # folder to process: a fork does not hold what its p
 def hold_lock(directory: Path, *, again: bool = False) -> Iterator[None]:
     """Keep other runs out of a folder.
 
-    The kernel gives the lock back when the process ends, so that none is ever left by a kill; the
-    file then tells whose it was.
+    The kernel releases the lock when the process ends, so that a kill never leaves it behind; the
+    file then tells whose lock it was.
 
     Args:
-        directory: That exists.
-        again: Also let in who holds it in this process already.
+        directory: An existing folder.
+        again: Whether a holder of the lock in this process may enter again.
 
     Raises:
-        CheckpointError: Another run is in there; the message names it.
+        CheckpointError: Another run holds the lock; the message names it.
     """
     key = os.path.realpath(directory)
     if _held.get(key) == os.getpid():

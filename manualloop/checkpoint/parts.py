@@ -1,4 +1,4 @@
-"""Models trained on top of a frozen base, with PEFT or quantized: what of them is to be saved."""
+"""Parts of a model that are saved in their own way: adapters on a frozen base, and shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from manualloop.internals import unwrap_optimizer
 from manualloop.models import unwrap_model
 
 BASE = "frozen weights"
-"""Name, in the state of an ``AdaptedModel``, of what its base is known by."""
+"""Name of the fingerprint of the frozen base in the state of an ``AdaptedModel``."""
 
 _NUM_SAMPLED = 16
 
@@ -45,7 +45,7 @@ def base_weights(model: nn.Module) -> set[str]:
 
 
 def saved_part(model: nn.Module) -> nn.Module | AdaptedModel:
-    """Return what has the state of a model that a checkpoint is to hold."""
+    """Return the object whose ``state_dict`` goes into a checkpoint of the model."""
     model = unwrap_model(model, adapters=False)
     base = base_weights(model)
     return AdaptedModel(model, base) if base else model
@@ -62,7 +62,7 @@ class AdaptedModel:
         self._model, self._base = model, base
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all but the base's weights, and by what these are known again."""
+        """Return everything except the weights of the base, and a fingerprint of those."""
         state = self._model.state_dict()
         rest = {
             name: value
@@ -87,7 +87,7 @@ class AdaptedModel:
 
 
 PREFIX = "shard-"
-"""What the names of the files begin with."""
+"""First part of the names of the files."""
 
 
 class ShardedModel:
@@ -97,7 +97,7 @@ class ShardedModel:
         self._model = model
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights by name; those that are spread as they are. Collective."""
+        """Return the weights by name; sharded ones stay sharded. Collective."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
         return dict(get_model_state_dict(self._model))
@@ -118,7 +118,7 @@ class ShardedOptimizer:
         self.param_groups = optimizer.param_groups
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state; one that is still to come as zeros. Collective."""
+        """Return the state; entries that do not exist yet are zeros. Collective."""
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         return dict(get_optimizer_state_dict(self._model, self._optimizer, options=_flat()))
@@ -137,12 +137,12 @@ def _flat() -> Any:
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Tell whether a tensor is spread over the ranks."""
+    """Tell whether a tensor is sharded over the ranks."""
     return hasattr(tensor, "placements")  # of a DTensor, without the import
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write this rank's part of some tensors. Call on every rank."""
+    """Write the shards of this rank. Call on every rank."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -151,7 +151,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read tensors, spread as those of the same names are. Call on every rank."""
+    """Read tensors, sharded like those of the same names in ``like``. Call on every rank."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 

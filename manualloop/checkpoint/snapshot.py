@@ -1,4 +1,4 @@
-"""A training state as tensors and JSON, and back into a state that was built like it."""
+"""Turn a training state into tensors and JSON, and load them into a state built like it."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class Snapshot(NamedTuple):
     """A state as it goes into files.
 
     Attributes:
-        tensors: By name, by the file they go into. None is there twice.
-        state: All else, as JSON.
-        model: Whose config is saved beside its weights.
-        shards: Tensors that are spread over the ranks: see ``manualloop.checkpoint.parts``.
+        tensors: Tensors by name, for each file. No tensor is listed twice.
+        state: Everything else, as JSON.
+        model: The model, whose config is saved beside its weights.
+        shards: Tensors that are sharded over the ranks: see ``manualloop.checkpoint.parts``.
     """
 
     tensors: dict[str, dict[str, Tensor]]
@@ -62,7 +62,7 @@ class Snapshot(NamedTuple):
     shards: dict[str, Tensor]
 
     def write(self, folder: Path) -> Iterator[Path]:
-        """Write the files, and name each that is complete, the shards that are there included."""
+        """Write the files and yield each one that is complete, including existing shards."""
         yield from sorted(folder.glob(f"{PREFIX}*"))
         for stem, tensors in self.tensors.items():
             yield from save_tensors(tensors, folder, stem)
@@ -73,7 +73,7 @@ class Snapshot(NamedTuple):
 
 
 def take_state_apart(state: TrainState, strategy: Strategy, run: Mapping[str, Any]) -> Snapshot:
-    """Take a snapshot of a state and of each rank's random states; ``run`` goes along.
+    """Take a snapshot of a state, of each rank's random states and of ``run``.
 
     Call on every rank.
     """
@@ -114,7 +114,7 @@ def take_state_apart(state: TrainState, strategy: Strategy, run: Mapping[str, An
 
 
 def _take_shards(tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Take what is spread over the ranks out of groups of tensors."""
+    """Remove the tensors that are sharded over the ranks from groups of tensors; return them."""
     shards = {}
     for stem in ("model", "optimizer"):
         for name in [name for name, value in tensors[stem].items() if is_shard(value)]:
@@ -151,9 +151,9 @@ class Saved(NamedTuple):
     """What a folder holds, read and put together.
 
     Attributes:
-        values: Of each part, by name.
-        run: What had gone along.
-        aliases: Of the model's tensors.
+        values: State of each part, by name.
+        run: What was saved beside the state.
+        aliases: Aliases among the model's tensors.
     """
 
     values: dict[str, Any]
@@ -167,13 +167,13 @@ def read_snapshot(
     """Read the files of a snapshot.
 
     Args:
-        folder: That holds them.
-        files: Those that may be read, by name.
-        state: Whose weights tell how shards are to be spread.
-        strategy: That runs it.
+        folder: Folder that holds the files.
+        files: The files that may be read, by name.
+        state: The state, whose weights tell how tensors are sharded.
+        strategy: The strategy of the run.
 
     Raises:
-        CheckpointError: One is missing, or none of ours.
+        CheckpointError: A file is missing, or was not written by a checkpoint.
     """
     if _STATE not in files:
         raise CheckpointError(f"{folder.name} has no {_STATE}.")

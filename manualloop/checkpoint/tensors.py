@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: in parts of a bounded size, and what shares memory only once."""
+"""Save tensors in safetensors files of a bounded size; tensors that share memory are saved once."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from manualloop.errors import CheckpointError
 
 MAX_FILE_BYTES = 500_000_000
-"""At which a file is full. From an accelerator, a file is copied to the host as a whole."""
+"""Size at which a new file begins. Tensors of one file are copied from a device together."""
 
 Aliases = dict[str, str]
-"""Names that are other names of the same tensor: name to the name under which it is saved."""
+"""Other names of tensors: each with the name under which the tensor is saved."""
 
 
 def find_aliases(tensors: Mapping[str, Tensor], tied: Collection[str] = ()) -> Aliases:
     """Find the names of tensors that are one and the same memory.
 
     Args:
-        tensors: By name.
+        tensors: Tensors by name.
         tied: Names that are an alias rather than the tensor's own name, where there is a choice:
             those that a model derives from others when it is loaded. Else the first is its own.
 
@@ -59,9 +59,9 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> Iter
     The names are those of transformers, so that ``from_pretrained`` reads the files of a model.
 
     Args:
-        tensors: On any device. Those that share memory are written each by itself.
-        folder: That exists.
-        stem: Beginning of the files' names.
+        tensors: Tensors on any device. Those that share memory are each written in full.
+        folder: An existing folder.
+        stem: First part of the names of the files.
 
     Raises:
         OSError: The disk is full, the folder read-only, ...
@@ -137,12 +137,12 @@ def load_tensors(folder: Path, stem: str, files: Collection[str]) -> dict[str, T
     """Read what ``save_tensors`` wrote, to the CPU.
 
     Args:
-        folder: That holds the files.
-        stem: As it was given to ``save_tensors``.
+        folder: Folder that holds the files.
+        stem: The stem that was given to ``save_tensors``.
         files: Names of the files in the folder that may be read.
 
     Raises:
-        CheckpointError: A file is none of safetensors, or there is none.
+        CheckpointError: A file is not a safetensors file, or there is none.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -167,7 +167,7 @@ def _is_part(name: str, stem: str) -> bool:
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return dtype and shape of each tensor, in words: ``float32 (2, 3)``."""
+    """Return dtype and shape of each tensor as text: ``float32 (2, 3)``."""
     return {
         name: f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
         for name, tensor in tensors.items()

@@ -1,4 +1,4 @@
-"""Where two runs part: by what they have written, without running them."""
+"""Compare two runs by the files they wrote, without running them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from manualloop.types import Record
 
 @dataclass(frozen=True, slots=True)
 class RunComparison:
-    """Where two runs part. Prints in words.
+    """The first difference between two runs. It prints as text.
 
     Attributes:
-        step: The first step whose records differ; None: none does.
-        names: What differs there, such as ``["loss"]``; a record that only one run has differs in
-            all.
+        step: The first step whose records differ, or None.
+        names: Names of the values that differ there, such as ``["loss"]``; all of them if only one
+            run has the record.
         first: The record of the first run at that step; None if it has none.
         second: The record of the second run.
-        settings: What the newest checkpoints say of the runs, where they differ: "seed: 1 -> 2".
-        num_records: Records that are the same in both, from the start on.
+        settings: Settings of the newest checkpoints that differ: "seed: 1 -> 2".
+        num_records: Number of records that are the same in both, from the start.
     """
 
     step: int | None

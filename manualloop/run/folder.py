@@ -1,4 +1,4 @@
-"""The ``checkpoint_dir`` of ``train_loop``: guarded, gone on from, and written to."""
+"""The ``checkpoint_dir`` of ``train_loop``: locked, resumed from, and written to."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from manualloop.types import Record
 
 
 class RunFolder:
-    """The folder of a run that holds its lock.
+    """The folder of a run that holds the lock of the folder.
 
     Args:
-        directory: That exists.
-        state: Of the run.
-        strategy: That runs it.
+        directory: An existing folder.
+        state: The state of the run.
+        strategy: The strategy of the run.
         resume: As in ``train_loop``.
         keep: As in ``save_checkpoint``.
         best_metric: As in ``save_checkpoint``.
@@ -53,10 +53,10 @@ class RunFolder:
         self._history: HistoryFile | None = None
 
     def resume(self) -> tuple[dict[str, Any], list[Record]]:
-        """Load the newest checkpoint that is whole, if there is one and it is asked for.
+        """Load the newest checkpoint that is whole, if there is one and ``resume`` allows it.
 
         Returns:
-            What ``save`` was given with it, and the records of the run; both empty at a beginning.
+            The notes that ``save`` was given, and the records of the run; both empty for a new run.
         """
         found = on_main(self._strategy, self._find)
         notes: dict[str, Any] = {}
@@ -69,18 +69,18 @@ class RunFolder:
         if self._resume is False and (find_folders(directory) or (directory / HISTORY).exists()):
             raise CheckpointError(
                 f"{directory} holds a run, and resume=False begins a new one. Give it another "
-                'checkpoint_dir, remove this one, or go on with it: resume="auto".'
+                'checkpoint_dir, remove this one, or resume it: resume="auto".'
             )
         found = find_last(directory)
         if found is None and self._resume is True:
             raise CheckpointError(
-                f"There is no checkpoint in {directory} to go on from. Check the path, or let "
+                f"There is no checkpoint in {directory} to resume from. Check the path, or let "
                 'resume="auto" begin if there is none.'
             )
         return found
 
     def _open_history(self, found: Found | None, notes: dict[str, Any]) -> list[Record]:
-        """Return the records of the run up to a checkpoint, and write behind them from now on."""
+        """Return the records of the run up to a checkpoint; later ones are written after them."""
         directory = self._directory
         records: list[Record] = []
         if found is not None:
@@ -101,9 +101,9 @@ class RunFolder:
         """Write records and a checkpoint, then remove old ones. Collective.
 
         Args:
-            notes: Given back by ``resume``.
-            records: All of the run, complete.
-            metrics: Of the weights as they are; empty if they were not evaluated.
+            notes: Notes that ``resume`` will return.
+            records: All records of the run, complete.
+            metrics: Metrics of the present weights; empty if they were not evaluated.
         """
         on_main(self._strategy, lambda: self.write_records(records))
         write_checkpoint(
@@ -152,7 +152,7 @@ class RunFolder:
             )
 
     def _set_aside_damaged(self, last: Path) -> None:
-        """Rename what is newer than the checkpoint that the run goes on from."""
+        """Rename the folders that are newer than the checkpoint the run resumes from."""
         for entry in find_folders(self._directory):
             if entry.path == last:
                 break
@@ -190,7 +190,7 @@ def open_run_folder(
     keep: int,
     best_metric: str | None,
 ) -> Iterator[RunFolder | None]:
-    """Hold the folder of a run, on rank 0; None without one. Collective.
+    """Lock the folder of a run, on rank 0; yield None without a folder. Collective.
 
     Raises:
         CheckpointError: It cannot be written to, or another run holds it.
@@ -215,7 +215,7 @@ def open_run_folder(
 
 
 def _probe(directory: Path) -> None:
-    """Write and remove a file: a folder that cannot be written to is found out now."""
+    """Write and remove a file, so that a folder that is not writable fails now."""
     path = directory / f".probe-{secrets.token_hex(4)}"
     try:
         path.write_bytes(b"manualloop")

@@ -1,4 +1,4 @@
-"""The record of a run: losses gathered on the device, read late, averaged by items."""
+"""The history and the progress bar of a run: losses are read late and averaged by items."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class History:
     ``num_items``; one of an evaluation ``step``, ``epoch`` and ``eval_...`` for each metric.
 
     Attributes:
-        records: In the order of the run.
-        last_loss: The loss of the newest record that has reached the host; None before.
+        records: All records, in the order of the run.
+        last_loss: Loss of the newest record that has reached the host, or None.
     """
 
     def __init__(self) -> None:
@@ -129,12 +129,12 @@ class Report:
     """Collects the history of a run and shows its progress.
 
     Args:
-        plan: How long the run is.
-        shown: Whether there is a bar.
+        plan: Length of the run.
+        shown: Whether the progress bar is drawn.
 
     Attributes:
-        history: Of the run.
-        plan: As given.
+        history: History of the run.
+        plan: Length of the run.
     """
 
     def __init__(self, plan: Plan, *, shown: bool) -> None:
@@ -146,7 +146,7 @@ class Report:
         self._epoch = 0.0
 
     def restore(self, notes: Mapping[str, Any], records: list[Record], num_steps: int) -> None:
-        """Go on from what ``notes`` returned, after so many steps."""
+        """Continue from what ``notes`` returned, after ``num_steps`` steps."""
         self.history.restore(records, notes["interval"])
         self._epoch, self._position = notes["epoch"], num_steps
 
@@ -161,12 +161,12 @@ class Report:
         )
 
     def notes(self) -> dict[str, Any]:
-        """Complete the history, and return what it needs to go on. Waits for the device."""
+        """Complete the history, and return what ``restore`` needs. Waits for the device."""
         self.history.collect(wait=True)
         return {"interval": self.history.open_interval(), "epoch": self._epoch}
 
     def add(self, step: Step, *, closes: bool) -> None:
-        """Take note of a step; ``closes``: and make a record of those since the last one."""
+        """Add a step; with ``closes``, make a record of the steps since the last record."""
         self._step, self._position = step, step.index
         per_epoch = self.plan.num_steps_per_epoch
         self._epoch = step.index / per_epoch if per_epoch else float(step.epoch)
@@ -177,12 +177,12 @@ class Report:
             self._bar.show(step.index, self._facts())
 
     def end_interval(self) -> None:
-        """Make a record of the steps since the last one, if there are any."""
+        """Make a record of the steps since the last record, if there are any."""
         if self._step is not None and self.history.has_open_interval():
             self.history.close_interval(self._step, self._epoch)
 
     def add_evaluation(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Take note of an evaluation after so many steps."""
+        """Add an evaluation after ``num_steps`` steps."""
         self.history.add_evaluation(num_steps, self._epoch, metrics)
         scores = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
         self._bar.write(f"step {num_steps}  epoch {self._epoch:.2f}  {scores}")

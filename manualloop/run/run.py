@@ -1,4 +1,4 @@
-"""What a run knows beside its state: evaluations, and what of it is still to be done or saved."""
+"""A run of ``train_loop``: when it evaluates, saves, resumes and ends."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from manualloop.strategy.base import Strategy
 
 
 class Run:
-    """What a run knows beside its state, and saves with it.
+    """The evaluations and checkpoints of a run, beside its state.
 
     Attributes:
-        evaluations: The last and the best.
-        stopped_by: What ended the run early; None: nothing.
+        evaluations: The last and the best evaluation.
+        stopped_by: Name of what ended the run early, or None.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Those of the last evaluation; empty before the first."""
+        """Metrics of the last evaluation; empty before the first."""
         return self.evaluations.last
 
     @property
     def best_metrics(self) -> dict[str, float]:
-        """Those of the best evaluation; empty if nothing tells which that is."""
+        """Metrics of the best evaluation; empty without a ``best_metric``."""
         return self.evaluations.best if self.evaluations.best_metric is not None else {}
 
     @property
@@ -70,7 +70,7 @@ class Run:
         return is_evaluated and evaluations.num_since_best == 0
 
     def resume(self, loader: Iterable[Any], on_step: Callable[..., object] | None) -> None:
-        """Go on from the folder's checkpoint, if there is one, and show the bar.
+        """Resume from the folder's checkpoint, if there is one, and show the progress bar.
 
         Args:
             loader: The loader that is trained on.
@@ -78,11 +78,11 @@ class Run:
         """
         self._loader = loader
         if self._folder is not None:
-            self._go_on(self._folder, loader)
+            self._resume_from(self._folder, loader)
         self._state.holders |= {"evaluate": self._evaluate, "on_step": on_step}
         self._report.open()
 
-    def _go_on(self, folder: RunFolder, loader: Iterable[Any]) -> None:
+    def _resume_from(self, folder: RunFolder, loader: Iterable[Any]) -> None:
         if reason := cannot_rewind(loader):
             say(f"{reason}: resuming inside an epoch is not bit-exact.")
         notes, records = folder.resume()
@@ -95,14 +95,14 @@ class Run:
             folder.check_space()
 
     def catch_up(self) -> None:
-        """Make the evaluation that the process before had no time for."""
+        """Make the evaluation that the previous process had no time for."""
         if self._is_pending:
             self.evaluate()
             self.save()
         self.stopped_by = self.reason_to_stop()
 
     def evaluate(self) -> None:
-        """Evaluate, unless a signal says that there is no time; then the next process does."""
+        """Evaluate, unless a signal leaves no time for it; then the next process evaluates."""
         if self._evaluate is None:
             return
         self._is_pending = True
@@ -131,11 +131,11 @@ class Run:
             self._report.end_interval()
 
     def reason_to_stop(self) -> str | None:
-        """Return what ends the run after this step."""
+        """Return the reason to end the run after this step, or None."""
         return "patience" if self._is_out_of_patience() else self._stopping.reason()
 
     def save(self) -> None:
-        """Save the run as it is, if it has a folder and has moved since the last time."""
+        """Save the run, if it has a folder and has changed since it was last saved."""
         if self._folder is None or self._saved == self._fingerprint():
             return
         notes = {
@@ -152,7 +152,7 @@ class Run:
         self._saved = self._fingerprint()
 
     def finish(self) -> None:
-        """Evaluate and save the end of the run, where the last step has not done so."""
+        """Evaluate and save at the end of the run, unless the last step did."""
         num_steps = self._state.progress.num_steps
         if self.stopped_by not in (None, "patience") and self._folder is not None:
             say(f"{self.stopped_by}: ended after step {num_steps}. The same command goes on there.")
@@ -164,7 +164,7 @@ class Run:
         self._advise()
 
     def _advise(self) -> None:
-        """Say what takes more time than it should, after a run that was long enough to tell."""
+        """Log what took more time than it should, if the run was long enough to tell."""
         source = source_of(self._loader)
         may_group = source.kind == "prepared" and "order" not in source.facts().same
         num_workers = getattr(self._loader, "num_workers", 0)
@@ -173,7 +173,7 @@ class Run:
             say(advice)
 
     def close(self) -> None:
-        """Close the bar; write what the history has got since the last checkpoint."""
+        """Close the bar, and write the records since the last checkpoint."""
         self._report.close()
         if self._folder is not None and self._strategy.is_main:
             with suppress(CheckpointError):  # another error may be on its way
