@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset, interleave_datasets
 from datasets.distributed import split_dataset_by_node
-from helpers import rows, tiny_bert, tiny_tokenizer
+from helpers import rows, tiny_bert, tiny_tokenizer, whole_and_resumed
 from torch.nn.parallel import DataParallel
 from torch.optim import optimizer as torch_optimizer
 from torch.profiler import ProfilerActivity, profile
@@ -548,3 +548,57 @@ def test_metrics_do_not_gather_from_other_ranks(take_away, gone):
     assert bool(missed) == gone
     assert metric.distributed_available_fn()
     assert metric.dist_sync_fn is None
+
+
+class Drawing(torch.utils.data.Dataset):
+    """Rows that are drawn where they are read."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, row):
+        return {"x": torch.rand(4) + row + float(np.random.random())}
+
+
+def drawn_rows(**options):
+    return lambda: DataLoader(Drawing(), 2, shuffle=True, **options)
+
+
+def stream_of_numbers():
+    numbers = Dataset.from_dict({"x": [[float(number)] * 4 for number in range(10)]})
+    return DataLoader(numbers.to_iterable_dataset().with_format("torch"), 2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        drawn_rows(),
+        drawn_rows(num_workers=2),
+        drawn_rows(num_workers=1, persistent_workers=True),
+        stream_of_numbers,
+    ],
+    ids=["here", "workers", "kept workers", "stream"],
+)
+def test_runs_resume_without_the_private_names_of_loaders(take_away, tmp_path, make):
+    def run(folder, on_step):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        model = torch.nn.Linear(4, 3)
+        return train_loop(
+            model,
+            make(),
+            torch.optim.AdamW(model.parameters(), lr=0.1),
+            max_steps=13,
+            loss_fn=lambda model, batch: model(batch["x"]).square().mean(),
+            checkpoint_dir=folder,
+            checkpoint_every=1,
+            progress_bar=False,
+            on_step=on_step,
+        )
+
+    expected, _ = whole_and_resumed(run, tmp_path / "with", dies_after=7)
+    missed = take_away(DataLoader, "_iterator")
+    found, _ = whole_and_resumed(run, tmp_path / "without", dies_after=7)
+    assert missed
+    assert found.history == expected.history
+    assert weights_of(found.state.model) == weights_of(expected.state.model)

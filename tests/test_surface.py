@@ -282,6 +282,60 @@ def test_a_module_stays_readable(module):
             assert length <= 60, f"{module}.{node.name}: {length} lines"
 
 
+# Names with an underscore that are public: documented, and where.
+PUBLIC_ALL_THE_SAME = {
+    "_asdict": "NamedTuple's",
+    "_exit": "os's",
+    "_fields": "NamedTuple's",
+    "_replace": "NamedTuple's",
+}
+# Members that another object of the same class looks at.
+OWN_MEMBERS = {"evaluation.metrics": {"_rows", "_num_rows", "_num_batches"}}
+
+
+def private_names_of(path):
+    """Yield the names with an underscore that a file takes from other objects and modules."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names, owner = [], None
+        if isinstance(node, ast.Attribute):
+            names, owner = [node.attr], ast.unparse(node.value)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None) or ""
+            names = [part for alias in node.names for part in f"{module}.{alias.name}".split(".")]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
+            names = [arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)]
+        if owner not in ("self", "cls", "super()"):
+            yield from (name for name in names if is_private(name))
+
+
+BY_NAME = ("getattr", "setattr", "hasattr", "delattr")
+
+
+def is_private(name):
+    is_dunder = name.startswith("__") and name.endswith("__")
+    return name.startswith("_") and not is_dunder and name not in PUBLIC_ALL_THE_SAME
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"internals"}))
+def test_private_names_of_others_are_used_in_internals_alone(module):
+    found = set(private_names_of(MODULES[module])) - OWN_MEMBERS.get(module, set())
+    assert not found, f"{module} uses {sorted(found)}: give each a function in internals.py"
+
+
+def test_the_oldest_pins_are_the_lower_bounds():
+    root = Path(__file__).parents[1]
+    pins = dict(
+        re.findall(r"^([\w-]+)==(\S+)", (root / "constraints-oldest.txt").read_text(), re.M)
+    )
+    bounds = re.findall(r'"([\w-]+)>=([\d.]+)"', (root / "pyproject.toml").read_text())
+    runtime = [bound for bound in bounds if bound[0] in pins]
+    assert {"torch", "transformers", "datasets", "accelerate", "numpy"} <= {
+        name for name, _ in runtime
+    }
+    for name, bound in runtime:
+        assert f"{pins[name]}.".startswith(f"{bound}."), f"{name}>={bound}, tested {pins[name]}"
+
+
 def test_no_pickle():
     for module, path in MODULES.items():
         assert not re.search(r"\bpickle\b|torch\.load\b", path.read_text()), module

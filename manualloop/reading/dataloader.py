@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from copy import copy
 from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from manualloop.internals import copy_loader
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
 from manualloop.reading.position import Position
@@ -48,8 +48,15 @@ class LoaderCopy:
     @property
     def keeps_workers(self) -> bool:
         """Whether workers are kept from one pass to the next, and there are some."""
-        kept = self._copy is not None and self._copy.persistent_workers
-        return bool(kept and self._copy._iterator is not None)
+        return self._copy is not None and self._copy.persistent_workers
+
+    @property
+    def sharded_sampler(self) -> ShardedSampler | None:
+        """The sampler of the pass, if it assigns batches to ranks before they are loaded."""
+        if self._copy is None or not reads_by_sampler(self._copy):
+            return None
+        sampler = getattr(self._copy, sampler_name(self._copy))
+        return sampler if isinstance(sampler, ShardedSampler) else None
 
     def release_workers(self) -> None:
         """End the workers that are kept."""
@@ -68,6 +75,8 @@ class LoaderCopy:
         loader = self._loader
         if not iterates_plainly(loader):
             return iter(loader)  # accelerate's loaders, for example, wrap another
+        if self.keeps_workers and not position:
+            return iter(self._copy)
         changes = dict(changes or {})
         if shard.world_size > 1 and reads_by_sampler(loader):
             name = sampler_name(loader)
@@ -79,9 +88,7 @@ class LoaderCopy:
             changes["worker_init_fn"] = _worker_start(loader, position)
         # A batch that comes when its worker is done has no place that could be resumed from.
         changes["in_order"] = True
-        changes["_iterator"] = self._copy._iterator if self.keeps_workers and not position else None
-        self._copy = copy(loader)
-        vars(self._copy).update(changes)  # past __setattr__, which forbids to change a sampler
+        self._copy = copy_loader(loader, changes)
         iterator: Iterator[Any] = iter(self._copy)
         if loader.num_workers > 0:
             shut_down_at_exit(iterator)

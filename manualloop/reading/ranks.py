@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from manualloop.data.sampler import num_batches
 from manualloop.errors import DataError
+from manualloop.internals import is_one_ranks_stream
 from manualloop.notices import say
 from manualloop.tasks.items import num_rows
 
@@ -116,7 +117,7 @@ def is_sharded(loader: Any) -> bool:
         return True  # torch's DistributedSampler, and those that look like it
     if type(loader).__module__.startswith("accelerate."):
         return True
-    return getattr(getattr(loader, "dataset", None), "_distributed", None) is not None
+    return bool(is_one_ranks_stream(getattr(loader, "dataset", None)))
 
 
 def unsharded(loader: Any) -> Any:

@@ -20,7 +20,6 @@ from manualloop.reading.position import Position, WorkerState, keeps_pending
 from manualloop.reading.ranks import (
     Round,
     Shard,
-    ShardedSampler,
     as_spare,
     is_sharded,
     rounds_of,
@@ -143,9 +142,7 @@ class Reader:
         if self._shard.world_size == 1:
             self._rounds = map(_alone, begun.items)
         else:
-            # Of the iterator: workers that are kept read by the sampler of their first pass.
-            sampler = getattr(begun.items, "_index_sampler", None)
-            sampler = sampler if isinstance(sampler, ShardedSampler) else None
+            sampler = self.source.copy.sharded_sampler
             self._rounds = rounds_of(begun.items, sampler, self._shard)
         self._left = None if begun.left is None else -(-begun.left // self._shard.world_size)
         self._is_open = True

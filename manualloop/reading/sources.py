@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol, cast
 from torch.utils.data import DataLoader, IterableDataset
 
 from manualloop.data.sampler import Made, OrderedBatchSampler, num_batches
+from manualloop.internals import has_shuffle_buffer, is_stream_of_datasets
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, set_random_state
 from manualloop.reading.dataloader import (
@@ -42,7 +43,7 @@ from manualloop.reading.generators import (
 )
 from manualloop.reading.position import Position
 from manualloop.reading.ranks import Shard
-from manualloop.reading.streams import drop_rows, forget_start, has_shuffle_buffer, read_again
+from manualloop.reading.streams import drop_rows, forget_start, read_again
 from manualloop.reading.workers import is_stateful
 from manualloop.types import LoaderFacts, Place
 
@@ -254,7 +255,7 @@ class Stream:
         self, position: Position, start: Position, now: Any, shard: Shard
     ) -> tuple[Iterator[Any], int | None]:
         loader, num_used = self.loader, position["num_batches"]
-        if num_used and has_shuffle_buffer(loader):
+        if num_used and has_shuffle_buffer(loader.dataset):
             say("not bit-exact, because what was in the stream's shuffle buffer is lost.")
         is_known = is_stateful(loader.dataset) and ("workers" in position or "dataset" in position)
         if num_used and not is_known:
@@ -272,7 +273,7 @@ class Stream:
         items = self.copy.iterate(position, shard)
         if num_used or start["reuses_workers"]:
             set_random_state(now)
-        if loader.num_workers == 0 and hasattr(loader.dataset, "_starting_state_dict"):
+        if loader.num_workers == 0 and is_stream_of_datasets(loader.dataset):
             items = forget_start(items, loader.dataset)
         items = chain(position.get("pending", ()), items)
         return items, None if length is None else length - num_used
@@ -495,6 +496,6 @@ def workers_matter(position: Position) -> bool:
 
 def cannot_rewind(loader: Any) -> str | None:
     """Name what of a position inside an epoch is lost; None: nothing that can be told."""
-    if has_shuffle_buffer(loader):
+    if has_shuffle_buffer(getattr(loader, "dataset", None)):
         return "the stream has a shuffle buffer, which no checkpoint holds"
     return None

@@ -51,17 +51,5 @@ def drop_rows(items: Iterator[Any], num_used: int) -> Iterator[Any]:
 def forget_start(items: Iterator[Any], dataset: Any) -> Iterator[Any]:
     """Let a stream of datasets begin its next pass at its start, not where this one began."""
     for item in items:
-        dataset._starting_state_dict = None
+        dataset.load_state_dict({})
         yield item
-
-
-def has_shuffle_buffer(loader: Any) -> bool:
-    """Tell whether a loader reads a stream of datasets through a buffer that no state holds."""
-    parts = [getattr(getattr(loader, "dataset", None), "_ex_iterable", None)]
-    while parts:
-        part = parts.pop()
-        if type(part).__name__ == "BufferShuffledExamplesIterable":
-            return True
-        if part is not None:
-            parts += [getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", ())]
-    return False

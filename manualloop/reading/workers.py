@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import atexit
 import os
-import random
 import signal
 from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
 from weakref import WeakSet
 
-import numpy as np
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from manualloop.internals import pin_batch, renumber_worker, shut_down_workers
 from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
 from manualloop.reading.generators import RowGenerators
 from manualloop.reading.position import WorkerState
@@ -41,8 +39,7 @@ class Carried:
 
     def pin_memory(self) -> Carried:
         """Pin the batch: the DataLoader calls this where it pins what it gives."""
-        pin_memory: Any = torch.utils.data._utils.pin_memory.pin_memory
-        return Carried(pin_memory(self.batch), self.worker, self.state)
+        return Carried(pin_batch(self.batch), self.worker, self.state)
 
 
 class CarryingCollate:
@@ -132,7 +129,7 @@ class WorkerStart:
         seeds = [state["base_seed"] for state in self._states.values() if "base_seed" in state]
         base_seed = seeds[0] if seeds else info.seed - worker
         if (number, base_seed) != (worker, info.seed - worker):
-            _renumber(info, number, base_seed)
+            renumber_worker(info, number, base_seed)
         if self._init_fn is not None:
             self._init_fn(number)
         state: WorkerState = self._states.get(number, {})
@@ -161,16 +158,6 @@ def _give_nothing_once(dataset: Any) -> None:
     dataset.__class__ = type(own.__name__, (own,), {"__iter__": iterate})
 
 
-def _renumber(info: Any, number: int, base_seed: int) -> None:
-    """Make this worker the one of another number, seeded as torch does it."""
-    generate_state: Any = torch.utils.data._utils.worker._generate_state
-    for name, value in (("id", number), ("seed", base_seed + number)):
-        object.__setattr__(info, name, value)  # torch's own refuses, lest a worker does it
-    random.seed(info.seed)
-    torch.manual_seed(info.seed)
-    np.random.seed(generate_state(base_seed, number))
-
-
 def shut_down_at_exit(iterator: Any) -> None:
     """End the workers of an iterator when Python ends, if nobody has before.
 
@@ -185,7 +172,7 @@ _ITERATORS: WeakSet[Any] = WeakSet()
 @atexit.register
 def _shut_down() -> None:
     for iterator in list(_ITERATORS):
-        iterator._shutdown_workers()
+        shut_down_workers(iterator)
 
 
 def _outlive_signals() -> None:
