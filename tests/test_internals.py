@@ -447,7 +447,7 @@ def test_workers_end_without_the_method_that_ends_them():
         from manualloop import internals
         from manualloop.reading.workers import WorkerStart
 
-        batches = iter(DataLoader(range(100), num_workers=2, worker_init_fn=WorkerStart(None)))
+        batches = iter(DataLoader(range(100), num_workers=2, worker_init_fn=WorkerStart(None, None)))
         next(batches)
         internals.shut_down_workers(object())
         print("ended")
