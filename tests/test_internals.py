@@ -447,7 +447,8 @@ def test_workers_end_without_the_method_that_ends_them():
         from manualloop import internals
         from manualloop.reading.workers import WorkerStart
 
-        batches = iter(DataLoader(range(100), num_workers=2, worker_init_fn=WorkerStart(None, None)))
+        start = WorkerStart(None, None, 0, {})
+        batches = iter(DataLoader(range(100), num_workers=2, worker_init_fn=start))
         next(batches)
         internals.shut_down_workers(object())
         print("ended")
