@@ -492,10 +492,3 @@ def workers_matter(position: Position) -> bool:
     draws = bool(position.get("row_generators"))
     draws |= any({"random", "generators"} & set(s) for s in position.get("workers", {}).values())
     return position.get("kind") == "stream" or draws
-
-
-def cannot_rewind(loader: Any) -> str | None:
-    """Name what of a position inside an epoch is lost; None: nothing that can be told."""
-    if has_shuffle_buffer(getattr(loader, "dataset", None)):
-        return "the stream has a shuffle buffer, which no checkpoint holds"
-    return None

@@ -7,6 +7,7 @@ from itertools import chain, islice
 from typing import Any
 
 from manualloop.data.sampler import num_batches
+from manualloop.internals import has_shuffle_buffer
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
 from manualloop.reading.position import Position
@@ -53,3 +54,10 @@ def forget_start(items: Iterator[Any], dataset: Any) -> Iterator[Any]:
     for item in items:
         dataset.load_state_dict({})
         yield item
+
+
+def cannot_rewind(loader: Any) -> str | None:
+    """Name what of a position inside an epoch is lost; None: nothing that can be told."""
+    if has_shuffle_buffer(getattr(loader, "dataset", None)):
+        return "the stream has a shuffle buffer, which no checkpoint holds"
+    return None

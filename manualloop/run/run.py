@@ -11,7 +11,8 @@ from typing import Any
 from manualloop.errors import CheckpointError
 from manualloop.notices import say
 from manualloop.randomness import remember_random_states
-from manualloop.reading.sources import cannot_rewind, source_of
+from manualloop.reading.sources import source_of
+from manualloop.reading.streams import cannot_rewind
 from manualloop.run.evaluations import Evaluations
 from manualloop.run.folder import RunFolder
 from manualloop.run.report import Report
