@@ -18,6 +18,7 @@ from manualloop.nonfinite import Watch
 from manualloop.notices import say
 from manualloop.optim import own_schedule, require_schedule
 from manualloop.randomness import find_generators, restore_generators, search
+from manualloop.reading.describe import digest_of
 from manualloop.reading.position import read_position
 from manualloop.reading.ranks import num_rounds
 from manualloop.reading.reader import Reader
@@ -276,9 +277,18 @@ def _agree_on_contract(
     if state.lr_scheduler is not None:
         settings["num_steps"] = plan.num_steps  # that the rate usually depends on
     contract = describe_run(state, source.facts(), strategy, **settings)
-    if state.is_resumed and state.contract is not None and _goes_on(state, plan):
-        matter = workers_matter(read_position(state.position, 0))
-        check_contract(state.contract, contract, workers_matter=matter)
+    if state.is_resumed and state.contract is not None:
+        saved = read_position(state.position, state.progress.num_samples)
+        digest = digest_of(source.facts(), source.loader)
+        if not _goes_on(state, plan):
+            # Nothing is left to do, perhaps because the checkpoint is of a later stage of the
+            # script. The position stays that of its loader, which may be this one.
+            if saved.get("data") == digest:
+                state.reader, state.is_resumed = Reader(source, saved, strategy), False
+            return
+        check_contract(state.contract, contract, workers_matter=workers_matter(saved))
+        if state.position is not None:
+            state.position["data"] = digest
     state.contract, state.is_resumed = contract, False
 
 
@@ -321,6 +331,8 @@ def _train_steps(
     *,
     preflight: bool,
 ) -> Generator[Step, None, None]:
+    if not _goes_on(state, plan):
+        return
     progress, reader, num_skipped = state.progress, _enter(state, source, strategy), 0
     times = state.times
     try:
@@ -409,13 +421,36 @@ def _update_from(
     return update
 
 
+def _reader_for(state: TrainState, source: Source, strategy: Strategy) -> Reader:
+    """Return a reader of the loader: at the position of the state, if that was taken from it."""
+    progress, held = state.progress, state.reader
+    if isinstance(held, Reader):
+        reader = held.continues(source, strategy)
+        if progress.num_samples and reader and source.loader is not held.source.loader:
+            say(
+                f"the loader was built again, of the same data with the same settings: it resumes "
+                f"behind the {progress.num_samples} rows of epoch {progress.epoch} that were used."
+            )
+    else:
+        position = read_position(state.position, progress.num_samples)
+        is_its_own = position.get("data") in (None, digest_of(source.facts(), source.loader))
+        reader = Reader(source, position, strategy) if is_its_own else None
+    if reader is None:
+        if progress.num_samples:
+            say(
+                f"another loader than that of the last updates: it begins at its start. Of the "
+                f"other one {progress.num_samples} rows of epoch {progress.epoch} had been used."
+            )
+        progress.num_samples, reader = 0, Reader(source, None, strategy)
+    return reader
+
+
 def _enter(state: TrainState, source: Source, strategy: Strategy) -> Reader:
     if state.is_training:
         raise ConfigError(
             "Another train_steps is still open on this state. Leave its loop, or close() it."
         )
-    position = read_position(state.place(), state.progress.num_samples)
-    reader = Reader(source, position, strategy)
+    reader = _reader_for(state, source, strategy)
     state.reader, state.position = reader, None
     state.is_training, state.has_failed, state.task = True, None, None
     return reader

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -188,9 +189,8 @@ def predict_loop(
     strategy = strategy_for(model, strategy)
     model = prepare_model(strategy, model)
     loader = dataloader if strategy.world_size == 1 else unsharded(dataloader)
-    loader, index = longest_first_rows(loader, model, strategy)
-    if index is None:
-        index = dataset_rows(loader)
+    loader, longest_first = longest_first_rows(loader, model, strategy)
+    numbers = dataset_rows(loader) if longest_first is None else longest_first
     parts = _each_batch(
         _passes(model, loader, strategy, None, postprocess is None),
         partial(_predict, postprocess=postprocess),
@@ -198,10 +198,10 @@ def predict_loop(
     )
     predictions, scores, labels = zip(*parts, strict=True)
     rows = sum(map(len, predictions))
-    index = np.arange(rows) if index is None else index[:rows]
-    order = np.argsort(index, kind="stable")
+    index = None if numbers is None else np.fromiter(islice(numbers, rows), np.int64)
+    order = np.arange(rows) if index is None else np.argsort(index, kind="stable")
     return Predictions(
-        index[order],
+        None if index is None else index[order],
         table_of(predictions)[order],
         _whole_column("scores", scores, order),
         _whole_column("references", labels, order),
@@ -392,7 +392,8 @@ def _numbered(
     progress = ProgressBar(num_batches(loader), name=bar or "", unit="batch", shown=shown)
     number = 0
     try:
-        for batch in loader if strategy.world_size == 1 else _dealt(loader, strategy):
+        comes_in_order = strategy.world_size == 1 and getattr(loader, "in_order", True)
+        for batch in loader if comes_in_order else _in_common_order(loader, strategy):
             yield number + strategy.rank, batch
             number += strategy.world_size
             if progress.is_due():
@@ -406,7 +407,8 @@ def _numbered(
         )
 
 
-def _dealt(loader: Iterable[Any], strategy: Strategy) -> Generator[Any, None, None]:
+def _in_common_order(loader: Iterable[Any], strategy: Strategy) -> Generator[Any, None, None]:
+    """Yield the batches of this rank in the order in which one process reads them all."""
     reader = Reader(source_of(loader), strategy=strategy, count_rows=lambda batch: 0)
     for given in reader.batches():
         yield given.batch

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, SequentialSampler
+from torch.utils.data import IterableDataset
 
-from manualloop.data.sampler import OrderedBatchSampler, longest_first_view
+from manualloop.data.sampler import longest_first_view
 from manualloop.errors import DataError
 from manualloop.models import is_blind_to_padding
+from manualloop.notices import say
+from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy
 from manualloop.tasks.items import IGNORE_INDEX
 
@@ -24,7 +26,8 @@ class Predictions:
     """A table of predictions with one row per row of the dataset, in the dataset's order.
 
     Attributes:
-        index: Row numbers in the dataset, int64 ``(rows,)``.
+        index: Row numbers in the dataset, int64 ``(rows,)``; None where nobody knows them, as of a
+            stream that several workers read. Rows are then in the order in which they came.
         predictions: Class numbers or values ``(rows,)``; for multi-label ``(rows, classes)``, for
             tokens ``(rows, tokens)``. Rows of batches narrower than the widest are padded with
             -100.
@@ -33,13 +36,13 @@ class Predictions:
         references: The labels, padded as ``predictions`` are; None if the data has none.
     """
 
-    index: NDArray[np.int64]
+    index: NDArray[np.int64] | None
     predictions: NDArray[Any]
     scores: NDArray[np.float32] | None
     references: NDArray[Any] | None
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.predictions)
 
 
 def table_of(parts: Sequence[Tensor]) -> NDArray[Any]:
@@ -56,21 +59,25 @@ def table_of(parts: Sequence[Tensor]) -> NDArray[Any]:
     return table
 
 
-def dataset_rows(loader: Iterable[Any]) -> NDArray[np.int64] | None:
-    """Return the dataset's row numbers in the loader's order; None if that is the dataset's order.
+def dataset_rows(loader: Iterable[Any]) -> Iterable[int] | None:
+    """Return the dataset's row numbers in the loader's order; None: nobody knows them.
 
     Raises:
-        DataError: The loader shuffles, and its order is not known.
+        DataError: The loader reads its rows by a sampler that does not tell which they are.
     """
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    if isinstance(batch_sampler, OrderedBatchSampler):
-        return np.array(batch_sampler.rows(), dtype=np.int64)
-    sampler = getattr(loader if batch_sampler is None else batch_sampler, "sampler", batch_sampler)
-    is_stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
-    if sampler is None or is_stream or isinstance(sampler, SequentialSampler):
+    numbers = source_of(loader).row_numbers()
+    if numbers is not None:
+        return numbers
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+        say(
+            "the rows of a stream come as several processes read them, so their numbers are not "
+            "known: Predictions.index is None. Read it with num_workers=0 to get them in order."
+        )
         return None
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    name = type(getattr(sampler, "sampler", sampler) or getattr(loader, "sampler", None)).__name__
     raise DataError(
-        f"The loader draws its rows with a {type(sampler).__name__}, so predictions could not be "
+        f"The loader draws its rows with a {name}, so predictions could not be "
         "put in the dataset's order. Build it with shuffle=False, or use prepare_dataloaders."
     )
 
@@ -85,4 +92,4 @@ def longest_first_rows(
     if not is_blind_to_padding(model):
         return loader, None
     view = longest_first_view(loader, fills_batches=strategy.device.type != "cpu")
-    return (loader, None) if view is None else (view, dataset_rows(view))
+    return (loader, None) if view is None else (view, np.array(dataset_rows(view), np.int64))

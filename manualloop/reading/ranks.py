@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from manualloop.data.sampler import num_batches
 from manualloop.errors import DataError
@@ -121,24 +121,36 @@ def is_sharded(loader: Any) -> bool:
 
 
 def unsharded(loader: Any) -> Any:
-    """Return a loader of all batches, where accelerate has sharded them: it gives some rows twice.
+    """Return a loader of all rows, where accelerate or a sampler shards them.
 
-    What somebody else has sharded is returned as it is, and it is said that rows may come twice.
+    Each rank would read some rows twice, or another number of batches than the others. What
+    somebody else has sharded is returned as it is, and it is said that rows may come twice.
     """
-    sharded: Any = getattr(loader, "batch_sampler", None)
-    if type(sharded).__name__ == "BatchSamplerShard" and not sharded.split_batches:
-        return DataLoader(
-            loader.dataset,
-            batch_sampler=sharded.batch_sampler,
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-        )
-    if is_sharded(loader):
-        say(
-            "the loader was dealt to the ranks before, and may give rows to two of them: they "
-            "count twice. Pass one that was not: prepare_dataloaders, or a plain DataLoader."
-        )
+    if not is_sharded(loader):
+        return loader
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    if type(sampler).__name__ == "BatchSamplerShard" and not sampler.split_batches:
+        return _loader_like(loader, batch_sampler=sampler.batch_sampler)
+    is_plain = type(loader) is DataLoader and not loader.drop_last
+    if is_plain and loader.batch_size and isinstance(loader.sampler, DistributedSampler):
+        return _loader_like(loader, batch_size=loader.batch_size)
+    say(
+        "the loader was sharded by rank before, and may give rows to two ranks: they count twice. "
+        "Pass one that was not: of prepare_dataloaders, or a plain DataLoader."
+    )
     return loader
+
+
+def _loader_like(loader: Any, **options: Any) -> DataLoader[Any]:
+    """Make a loader of the same dataset that reads it as another loader does."""
+    return DataLoader(
+        loader.dataset,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        **options,
+    )
 
 
 def num_rounds(loader: Iterable[Any], world_size: int) -> int | None:

@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader
 from manualloop.data.collate import explain_rows
 from manualloop.data.sampler import set_epoch
 from manualloop.errors import DataError
+from manualloop.notices import say
 from manualloop.randomness import get_random_state, set_random_state
-from manualloop.reading.dataloader import reads_by_sampler
+from manualloop.reading.dataloader import iterates_plainly, reads_by_sampler
+from manualloop.reading.describe import digest_of, identify, require_same_data
 from manualloop.reading.generators import order_states, restore_order
 from manualloop.reading.position import Position, WorkerState, keeps_pending
 from manualloop.reading.ranks import (
@@ -77,6 +79,8 @@ class Reader:
         count_rows: Callable[[Any], int] = num_rows,
     ) -> None:
         self.source, self._strategy, self._count_rows = source, strategy, count_rows
+        self._facts = source.facts()
+        self._identity = identify(source.loader, self._facts)
         self._shard, self._copies = Shard(), 1
         if strategy is not None and strategy.world_size > 1:
             if is_sharded(source.loader):
@@ -89,7 +93,7 @@ class Reader:
         self._num_used = 0  # batches of this pass
         self._workers: dict[str, WorkerState] = {}
         self._last_worker: int | None = None
-        self._is_renumbered = False
+        self._is_renumbered = self._is_checked = False
         self._close_pass()
 
     def _close_pass(self) -> None:
@@ -130,8 +134,14 @@ class Reader:
         loader, position = self.source.loader, self._loaded or Position()
         if epoch is not None:
             set_epoch(loader, epoch)
-        if self._shard.world_size > 1 and not position.get("num_batches") and self._strategy:
-            begin_in_common(self.source, self._strategy)
+        if not self._is_checked and epoch is not None:
+            _tell_order(loader)
+        if self._shard.world_size > 1 and self._strategy:
+            if not self._is_checked:
+                require_same_data(loader, self._facts, self._strategy)
+            if not position.get("num_batches"):
+                begin_in_common(self.source, self._strategy)
+        self._is_checked = True
         begun = self.source.open(position, self._shard)
         self._close_pass()
         self._loaded, self._start, self._num_used = None, begun.start, begun.num_used
@@ -246,6 +256,7 @@ class Reader:
             self._read_to_end()
         position = self.source.position(self._start, self._num_used)
         position["num_samples"] = self.num_samples
+        position["data"] = digest_of(self._facts, self.source.loader)
         if getattr(self.source.loader, "num_workers", 0):
             position["workers"], position["last_worker"] = dict(self._workers), self._last_worker
         if keeps_pending(position):
@@ -255,6 +266,20 @@ class Reader:
             batches = map(_batch_of, items)
             position["pending"] = [dict(b) if isinstance(b, Mapping) else b for b in batches]
         return position
+
+    def continues(self, source: Source, strategy: Strategy | None) -> Reader | None:
+        """Return the reader that continues with a loader; None: the loader is another one.
+
+        The same loader is continued where it was left. One that was built again, of the same data
+        with the same settings, takes over the position.
+        """
+        is_same = source.loader is self.source.loader
+        if not is_same and not self._identity.matches(identify(source.loader, source.facts())):
+            return None
+        ranks = [(s.rank, s.world_size) if s else (0, 1) for s in (strategy, self._strategy)]
+        if is_same and ranks[0] == ranks[1]:
+            return self
+        return Reader(source, self.position(), strategy, self._count_rows)
 
 
 def begin_in_common(source: Source, strategy: Strategy) -> None:
@@ -269,6 +294,22 @@ def begin_in_common(source: Source, strategy: Strategy) -> None:
     random, of_order = strategy.gather(found)[0]
     set_random_state(random)
     restore_order(source.loader, of_order)
+
+
+def _tell_order(loader: Any) -> None:
+    """Report what becomes of batches that would come as the workers finish them."""
+    if getattr(loader, "in_order", True) or not getattr(loader, "num_workers", 0):
+        return
+    if iterates_plainly(loader):
+        say(
+            "reading batches in order, as with in_order=True: a checkpoint could not tell which "
+            "ones were used if they came as the workers finish them."
+        )
+    else:
+        say(
+            "not bit-exact after a resume, because of in_order=False: batches come as the workers "
+            "finish them, so that rows may be lost or used twice. Use in_order=True."
+        )
 
 
 _OF_LOADERS = (LookupError, OSError, RuntimeError, TypeError, ValueError)
