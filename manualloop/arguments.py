@@ -42,7 +42,7 @@ def all_at_once() -> Iterator[Checks]:
     """Raise the errors of several checks as one, at the end of the block.
 
     Raises:
-        ManualLoopError: Of the class of the first error, with every problem on a line of its own.
+        ManualLoopError: The error has the class of the first one, and a line for every problem.
 
     >>> def require_positive(name, value):
     ...     if value <= 0:

@@ -239,7 +239,7 @@ _INERT_PACKAGES = ("torch._dynamo", "torch._inductor", "torch._functorch", "torc
 
 
 class _Shape(NamedTuple):
-    """What the search needs to know about a type."""
+    """Facts about a type that the search needs."""
 
     is_inert: bool
     get_vars: Any

@@ -1,9 +1,9 @@
 """Random states: those of the process, and those of generators that objects hold.
 
-Python, NumPy and torch each have a global generator, and torch one for every device. Besides, any
-object of a run may hold generators of its own: a sampler, a collator, a loss function's closure.
-``find_generators`` finds them, wherever they are. Whatever saves, restores or keeps random states
-does it with the functions of this module.
+Python, NumPy and torch each have a global generator, and torch has one for every device. In
+addition, any object of a run may hold generators of its own: a sampler, a collator, the closure of
+a loss function. ``find_generators`` finds them, wherever they are. Random states are saved,
+restored and preserved only with the functions of this module.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def get_random_state(*, devices: bool = True) -> RandomState:
     """Return the states of all global generators.
 
     Args:
-        devices: Also those of accelerators, which waits for the device.
+        devices: Whether to include the generators of accelerators, which waits for the device.
     """
     state: RandomState = {
         "python": random.getstate(),
@@ -43,9 +43,9 @@ def get_random_state(*, devices: bool = True) -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Put the generators back to what ``get_random_state`` returned.
+    """Restore the global generators to states that ``get_random_state`` returned.
 
-    Devices that are not here any more are left out.
+    Devices that no longer exist are skipped.
 
     >>> state = get_random_state()
     >>> drawn = torch.rand(3)
@@ -67,7 +67,7 @@ def set_random_state(state: RandomState) -> None:
 
 
 def is_same_random_state(one: RandomState, other: RandomState) -> bool:
-    """Tell whether nothing was drawn on the host between the two."""
+    """Tell whether nothing was drawn on the host between two states."""
     return (
         one["python"] == other["python"]
         and torch.equal(one["torch"], other["torch"])
@@ -100,7 +100,7 @@ def get_generator_states(owner: Any, parts: Sequence[str]) -> dict[str, Any]:
 
 
 def set_generator_states(owner: Any, parts: Sequence[str], states: dict[str, Any]) -> None:
-    """Put the generators back; those that are not there any more are left out."""
+    """Restore the states of generators; those that no longer exist are skipped."""
     for path, generator in list(_find(owner, parts, "", set())):
         if path in states:
             _set_bare(generator, states[path])
