@@ -141,7 +141,7 @@ if __name__ == "__main__":
 """
 
 
-def test_launch_starts_two_again_and_again_and_passes_on_what_fails(tmp_path):
+def test_launch_starts_two_processes_repeatedly_and_raises_their_error(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(LAUNCHED)
     code, output = start(script)

@@ -88,7 +88,7 @@ def notes(caplog):
         ({"num_workers": 1}, []),
     ],
 )
-def test_f24_a_difference_is_said_in_one_line_and_each_row_is_used_once(
+def test_f24_a_difference_is_logged_in_one_line_and_each_row_is_used_once(
     changes, lines, tmp_path, caplog
 ):
     first = train(tmp_path, stop_after=3)[:8]
@@ -117,7 +117,7 @@ def test_f24_a_changed_seed_counts_from_the_next_epoch(tmp_path):
     assert first + rest == whole[:NUM_ROWS] + other[NUM_ROWS:]
 
 
-def test_f24_another_version_is_said(tmp_path, caplog, monkeypatch):
+def test_f24_another_version_is_logged(tmp_path, caplog, monkeypatch):
     train(tmp_path, stop_after=3)
     versions = {"torch": "1.0"}
     own = contract._version
@@ -136,14 +136,14 @@ def test_f24_workers_matter_where_they_draw(tmp_path, caplog):
     assert "because num_workers: 2 -> 1" in note
 
 
-def test_f24_a_setting_that_the_checkpoint_overrides_is_said(tmp_path, caplog):
+def test_f24_a_setting_that_the_checkpoint_overrides_is_logged(tmp_path, caplog):
     train(tmp_path, stop_after=3)
     with caplog.at_level("INFO", logger="manualloop"):
         train(tmp_path, lr=0.01)
     assert "settings of the checkpoint, not lr: 0.05 -> 0.01" in caplog.text
 
 
-def test_f24_a_finished_run_says_nothing_and_trains_nothing(tmp_path, caplog):
+def test_f24_a_finished_run_logs_nothing_and_trains_nothing(tmp_path, caplog):
     train(tmp_path)
     with caplog.at_level("INFO", logger="manualloop"):
         assert train(tmp_path, batch_size=7) == []

@@ -84,13 +84,13 @@ def test_the_rows_that_are_dropped_are_not_the_shortest():
 
 
 @pytest.mark.parametrize(("world_size", "most"), [(2, 1.05), (4, 1.1), (8, 1.2)])
-def test_what_ranks_read_at_once_is_about_as_long(world_size, most):
+def test_batches_that_ranks_read_at_once_are_about_as_long(world_size, most):
     lengths = np.random.default_rng(0).geometric(0.1, size=8 * 192 * 4) + 2
     sampler = OrderedBatchSampler(len(lengths), 8, shuffle=True, lengths=lengths)
     sampler.num_ranks = world_size
     batches = list(sampler)
     widths = np.array([lengths[batch].max() for batch in batches]).reshape(-1, world_size)
-    # Nobody waits long for the rank with the widest batch.
+    # No rank waits long for the one with the widest batch.
     assert widths.max(axis=1).sum() / widths.mean(axis=1).sum() < most
 
 
@@ -106,7 +106,7 @@ def test_prepared_loaders_group_training_rows_only():
     assert lengths.tolist() == [len(row) for row in tokens]
 
 
-def test_what_has_no_lengths_is_refused():
+def test_rows_without_lengths_are_refused():
     stream = rows(6).to_iterable_dataset()
     with pytest.raises(ConfigError, match=r"group_by_length=True needs the number .* train"):
         prepare_dataloaders({"train": stream}, tiny_tokenizer(), group_by_length=True)
@@ -115,7 +115,7 @@ def test_what_has_no_lengths_is_refused():
         prepare_dataloaders(numbers, group_by_length=True)
 
 
-def test_a_grouped_run_is_not_gone_on_with_in_another_order(tmp_path):
+def test_a_grouped_run_is_not_resumed_in_another_order(tmp_path):
     def run(group_by_length, max_steps):
         loaders = prepare_dataloaders(
             rows(20), tiny_tokenizer(), batch_size=4, group_by_length=group_by_length

@@ -113,7 +113,7 @@ def rows_of(*texts, **columns):
         {},
     ],
 )
-def test_loaders_give_what_rows_give(tokenizer, columns, num_workers):
+def test_loaders_give_the_same_batches_as_rows(tokenizer, columns, num_workers):
     raw = rows_of("the plot", "a fine movie was not dull", "one", **columns)
     (loader,) = prepare_dataloaders(raw, tokenizer, batch_size=2, num_workers=num_workers).values()
     seen = []
@@ -153,7 +153,7 @@ def test_its_dataset_serves_loaders_with_another_collator(tokenizer):
     assert batch["labels"].tolist() == [0, 1]
 
 
-def test_what_does_not_fit_together_is_said_as_before(tokenizer):
+def test_columns_that_do_not_fit_together_are_named_as_for_rows(tokenizer):
     rows = Dataset.from_dict({"input_ids": [[1, 2], [3]], "box": [[1.0], [1.0, 2.0]]})
     model_input_names = [*tokenizer.model_input_names, "box"]
     tokenizer = copy.deepcopy(tokenizer)

@@ -138,7 +138,7 @@ def test_a_run_is_that_of_a_plain_loop_over_the_same_batches():
 
 
 @pytest.mark.parametrize(("before", "after"), [(24, 24), (24, 40), (40, 24)])
-def test_another_budget_goes_on_with_the_rows_that_are_left(before, after, tmp_path, caplog):
+def test_another_budget_resumes_with_the_remaining_rows(before, after, tmp_path, caplog):
     seen = []
 
     def run(max_tokens, max_steps):
@@ -247,7 +247,7 @@ def test_the_length_of_a_row_is_that_of_its_tokens():
         prepare_dataloaders(empty, tiny_tokenizer(), group_by_length=True)
 
 
-def test_what_cannot_be_is_refused():
+def test_impossible_budgets_are_refused():
     tokenizer = tiny_tokenizer()
     with pytest.raises(ConfigError, match=r"Row 4 of train has 7 tokens.*max_tokens=6"):
         prepare_dataloaders(rows(8), tokenizer, max_tokens=6)
