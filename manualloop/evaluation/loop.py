@@ -32,7 +32,7 @@ from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.items import IGNORE_INDEX, num_rows
-from manualloop.tasks.loss import find_loss, model_terms, own_terms, require_loss
+from manualloop.tasks.loss import find_loss, model_terms, no_loss, own_terms
 from manualloop.tasks.task import Task, resolve_task
 from manualloop.types import Batch, LossFn
 
@@ -142,13 +142,14 @@ def _score(
             scorer.add_batch(predictions, references, kept)
         else:
             scorer.add_batch(predictions=predictions, references=references)
-        if passes.loss_fn is None and find_loss(made.outputs) is None:
-            return []
     counts = made.task.count(made.batch)
     if passes.loss_fn is not None:
         terms = own_terms(made.loss, counts)
+    elif (loss := find_loss(made.outputs)) is None:
+        if scorer is None:
+            raise no_loss(passes.model, made.batch, made.outputs)
+        return []
     else:
-        loss = require_loss(passes.model, made.batch, made.outputs)
         with passes.strategy.autocast():
             terms = model_terms(loss, made.outputs, made.inputs, counts)
     return [

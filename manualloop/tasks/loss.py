@@ -37,7 +37,10 @@ def loss_terms(
     if loss_fn is not None:
         return own_terms(loss_fn(model, batch), counts)
     outputs = model(**batch)
-    return model_terms(require_loss(model, batch, outputs), outputs, batch, counts)
+    loss = find_loss(outputs)
+    if loss is None:
+        raise no_loss(model, batch, outputs)
+    return model_terms(loss, outputs, batch, counts)
 
 
 def own_terms(result: Any, counts: Sequence[float]) -> list[Term]:
@@ -83,19 +86,10 @@ def find_loss(outputs: Any) -> Any:
     return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
 
 
-def require_loss(model: nn.Module, batch: Batch, outputs: Any) -> Any:
-    """Return the loss among a model's outputs.
-
-    Raises:
-        ModelError: There is none; the message says why and what to do.
-        DataError: There is none because the batch has no labels.
-    """
-    loss = find_loss(outputs)
-    if loss is not None:
-        return loss
-    has_place = isinstance(outputs, Mapping) or hasattr(outputs, "loss")
-    if not has_place:
-        raise ModelError(no_loss_message(model, batch, outputs))
+def no_loss(model: nn.Module, batch: Batch, outputs: Any) -> ModelError | DataError:
+    """Return the error about outputs without a loss, which says why there is none."""
+    if not isinstance(outputs, Mapping) and not hasattr(outputs, "loss"):
+        return ModelError(no_loss_message(model, batch, outputs))
     if "labels" not in batch and "start_positions" not in batch:
-        raise DataError(no_labels_message(batch))
-    raise ModelError(no_head_message(model))
+        return DataError(no_labels_message(batch))
+    return ModelError(no_head_message(model))
