@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from manualloop import CheckpointError, prepare_scheduler
-from manualloop.checkpoint.nested import put_together, take_apart
+from manualloop.checkpoint.nested import (
+    as_json,
+    from_json,
+    parse_json,
+    put_together,
+    take_apart,
+)
 
 SCALARS = st.one_of(
     st.none(),
@@ -326,3 +332,51 @@ def test_forged_state_that_is_nested_too_deep_is_refused():
         value = ["list", value]
     with pytest.raises(CheckpointError, match="cannot be read"):
         put_together(value, {})
+
+
+# Records of numbers: metrics in a manifest, and history.jsonl -------------------------------------
+
+values = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.sampled_from(["nan", "inf", "-inf", "float", "str", "list", "NaN", ""]),
+        st.text(),
+    ),
+    lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(), inner)),
+)
+
+
+@given(st.dictionaries(st.text(), values))
+def test_a_record_comes_back_from_plain_json(record):
+    text = json.dumps(as_json(record), allow_nan=False)
+    assert repr(from_json(parse_json(text.encode()))) == repr(record)
+
+
+def test_a_record_of_release_0_1_0_is_read():
+    """There a number that JSON lacks was a text, and lists were plain."""
+    old = {"loss": "nan", "best": "inf", "by_class": [1.5, "-inf"], "name": "glue", "of": ["a"]}
+    assert repr(from_json(old)) == repr(
+        {
+            "loss": math.nan,
+            "best": math.inf,
+            "by_class": [1.5, -math.inf],
+            "name": "glue",
+            "of": ["a"],
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "odd", [["float"], ["float", []], ["float", "x", "y"], ["str", 1], [], [[]]]
+)
+def test_a_record_that_nobody_wrote_is_read_as_it_is(odd):
+    assert from_json({"x": odd}) == {"x": odd}
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", '{"a": -Infinity}', "{", ""])
+def test_what_is_no_json_is_refused(text):
+    with pytest.raises(ValueError):  # noqa: PT011
+        parse_json(text.encode())
