@@ -269,7 +269,7 @@ def _agree_on_contract(
     max_grad_norm: float | None,
     gradient_accumulation_steps: int,
 ) -> None:
-    """Note what the run depends on; if it goes on from a checkpoint, compare with that."""
+    """Note the facts that the run depends on, and compare them with those of its checkpoint."""
     settings: dict[str, Any] = {
         "gradient_accumulation_steps": int(gradient_accumulation_steps),  # perhaps NumPy's
         "max_grad_norm": None if max_grad_norm is None else float(max_grad_norm),

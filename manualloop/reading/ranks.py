@@ -1,8 +1,8 @@
-"""How the batches of a loader are dealt to the ranks: batch k is rank k % world_size's.
+"""How the batches of a loader are sharded: batch k goes to rank k % world_size.
 
-Whole batches, so that each is made of the same rows, and padded to the same length, as in a run of
-one process. A round is a batch for each rank. Where the last one has fewer, the ranks without one
-get its last batch as a *spare*: they take part in the update, and none of its rows counts twice.
+Whole batches are distributed, so each holds the same rows, padded to the same length, as in a run
+of one process. A round is a batch for each rank. If the last round has fewer, the ranks without a
+batch get the round's last one as a *spare*: they take part in the update, and no row counts twice.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from manualloop.tasks.items import num_rows
 
 
 class Shard(NamedTuple):
-    """To whom batches are dealt.
+    """The ranks among which batches are distributed.
 
     Attributes:
-        rank: The one that this process is.
+        rank: Rank of this process.
         world_size: Number of ranks.
     """
 
@@ -57,11 +57,11 @@ class ShardedSampler:
     """The entries of a sampler that are one rank's: the others' rows are never loaded.
 
     Args:
-        sampler: Of batches of row numbers, or of row numbers.
+        sampler: Sampler of row numbers, or of batches of them.
         deal: To whom.
 
     Attributes:
-        rounds: Of the entries given and not asked for yet: batches, rows before, rows, spare.
+        rounds: Batches, rows before, rows and spare of each entry that is not used yet.
 
     >>> sampler = ShardedSampler([[0, 1], [2, 3], [4]], Shard(rank=1, world_size=2))
     >>> list(sampler), list(sampler.rounds)
@@ -124,7 +124,7 @@ def unsharded(loader: Any) -> Any:
     """Return a loader of all rows, where accelerate or a sampler shards them.
 
     Each rank would read some rows twice, or another number of batches than the others. What
-    somebody else has sharded is returned as it is, and it is said that rows may come twice.
+    somebody else has sharded is returned as it is, with a message that rows may come twice.
     """
     if not is_sharded(loader):
         return loader
@@ -136,7 +136,7 @@ def unsharded(loader: Any) -> Any:
         return _loader_like(loader, batch_size=loader.batch_size)
     say(
         "the loader was sharded by rank before, and may give rows to two ranks: they count twice. "
-        "Pass one that was not: of prepare_dataloaders, or a plain DataLoader."
+        "Pass one that was not sharded: from prepare_dataloaders, or a plain DataLoader."
     )
     return loader
 

@@ -29,7 +29,7 @@ class Carried:
     Attributes:
         batch: What ``collate_fn`` returned.
         worker: Number of the worker.
-        state: Of the worker after the batch; None if it is what it was before.
+        state: State of the worker after the batch; None if it has not changed.
     """
 
     __slots__ = ("batch", "state", "worker")
