@@ -24,7 +24,7 @@ from manualloop.optim import parameters_of
 from manualloop.strategy.base import STRATEGY_OF
 from manualloop.strategy.compiled import CompileOptions, compile_model
 from manualloop.strategy.launch import num_launched
-from manualloop.strategy.liveness import Lifeline, connect
+from manualloop.strategy.liveness import Connections, connect
 from manualloop.strategy.transfer import move
 
 if TYPE_CHECKING:
@@ -74,14 +74,16 @@ class Accelerated:
         self._shards = accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
         self._prepared: list[tuple[nn.Module, nn.Module]] = []  # all of them, as accelerate does
         self._on_host: Any = None
-        self._lifeline: Lifeline | None = None
+        self._connections: Connections | None = None
         if self.world_size > 1 and torch.distributed.is_initialized():
             # Counts and objects go by the host: nothing waits for the device, and unlike NCCL gloo
             # notices at once that a process is gone.
             if self.device.type != "cpu":
                 limit = None if timeout is None else timedelta(seconds=timeout)
                 self._on_host = torch.distributed.new_group(backend="gloo", timeout=limit)
-            self._lifeline = connect(self.rank, self.world_size, self.gather, self._release_groups)
+            self._connections = connect(
+                self.rank, self.world_size, self.gather, self._release_groups
+            )
         accelerator.manualloop_strategy = self  # to live as long: see STRATEGY_OF
 
     def __repr__(self) -> str:
@@ -174,7 +176,7 @@ class Accelerated:
             return list(counts)
         values = torch.tensor(counts, dtype=torch.float64)
         with self._explaining():
-            if self._lifeline is None:  # TPU
+            if self._connections is None:  # TPU
                 values = self.accelerator.reduce(values.to(self.device))
             else:
                 torch.distributed.all_reduce(values, group=self._on_host)
@@ -189,10 +191,10 @@ class Accelerated:
         return values
 
     def explain(self, error: BaseException) -> None:
-        if self._lifeline is None or isinstance(error, DistributedError):
+        if self._connections is None or isinstance(error, DistributedError):
             return
-        if self._lifeline.failures() or _CONNECTION.search(f"{type(error).__name__} {error}"):
-            reason = self._lifeline.explain()
+        if self._connections.failures() or _CONNECTION.search(f"{type(error).__name__} {error}"):
+            reason = self._connections.explain()
             if reason is not None:
                 raise reason from error
 

@@ -1,8 +1,8 @@
-"""Connections between the ranks of a run by which they learn at once that one of them is gone.
+"""Connections between the ranks, which tell all of them at once that one is gone.
 
-A collective operation tells no more than that it has failed, and with NCCL not even that. So every
-rank keeps a connection to rank 0. The kernel closes it when a process ends, however that ends, and
-rank 0 passes on who is gone. A rank that dies of an exception sends its traceback first.
+A collective operation only reports that it failed, and with NCCL not even that. So every rank keeps
+a connection to rank 0. The kernel closes it when a process ends, however it ends, and rank 0 tells
+the other ranks. A rank that ends by an exception sends its traceback first.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from manualloop.notices import say
 GRACE = 10.0
 """Seconds that a process has to end by itself once another rank is gone."""
 
-_NEWS = 1.0  # seconds to wait for news that are on their way
+_REPORT = 1.0  # seconds to wait for a report that is on its way
 _ANSWER = 2.0  # seconds that a rank has to answer
 _CONNECT = 60.0  # seconds to wait for the other ranks at the start
-_LET_GO = 0.2  # seconds for gloo's threads to let go of tensors at the end
-_NUM_CHARACTERS = 20_000  # of a traceback, its end
+_RELEASE = 0.2  # seconds for gloo's threads to release tensors at the end
+_NUM_CHARACTERS = 20_000  # characters of a traceback that are sent: its end
 
 
-class News(NamedTuple):
-    """What became of a rank.
+class Report(NamedTuple):
+    """A report that a rank has ended or does not answer.
 
     Attributes:
-        rank: Which one.
-        state: "failed" with an exception, "gone" without a word, "silent": it does not answer;
-            "ended": it has reached the end of its program.
-        text: Its traceback.
+        rank: Number of the rank.
+        state: "failed" for an exception, "gone" for an end without a report, "silent" for no
+            answer, "ended" for the end of its program.
+        text: Traceback of the exception.
     """
 
     rank: int
@@ -55,33 +55,34 @@ class News(NamedTuple):
     text: str = ""
 
 
-class Lifeline:
-    """This rank's end of the connections.
+class Connections:
+    """The connections of this rank: to rank 0, or on rank 0 to all others.
 
     Args:
-        rank: Of this process.
+        rank: Number of this rank.
         world_size: Number of ranks.
-        share: Called with a value on every rank, returns those of all ranks, in order.
+        share: Function that is called with a value on every rank, and returns the values of all
+            ranks in their order.
     """
 
     def __init__(self, rank: int, world_size: int, share: Callable[[Any], list[Any]]) -> None:
         self.rank = rank
-        self._news: dict[int, News] = {}
+        self._reports: dict[int, Report] = {}
         self._changed = threading.Condition()
         self._links: dict[int, socket.socket] = {}
-        self._sending, self._calling = threading.Lock(), threading.Lock()
+        self._sending, self._checking = threading.Lock(), threading.Lock()
         self._answered: set[int] = set()
         self._is_ending = False
         self._listeners: list[threading.Thread] = []
         if rank == 0:
             self._accept(world_size, share)
         else:
-            self._call(*share(None)[0])
+            self._connect(*share(None)[0])
         if not all(share(len(self._links) == (world_size - 1 if rank == 0 else 1))) and rank == 0:
-            say("ranks cannot connect to rank 0: should one fail, the others say less about it.")
-        os.register_at_fork(after_in_child=self._let_go)
+            say("ranks cannot connect to rank 0: if one fails, the others report less about it.")
+        os.register_at_fork(after_in_child=self._detach)
 
-    def _call(self, host: str, port: int, token: str) -> None:
+    def _connect(self, host: str, port: int, token: str) -> None:
         with suppress(OSError):
             link = socket.create_connection((host, port), timeout=_CONNECT)
             link.settimeout(None)
@@ -112,78 +113,81 @@ class Lifeline:
                 self._listen(peer, lines)
 
     def _listen(self, peer: int, lines: IO[bytes]) -> None:
-        thread = threading.Thread(target=self._hear, args=(peer, lines), daemon=True)
+        thread = threading.Thread(target=self._receive, args=(peer, lines), daemon=True)
         self._listeners.append(thread)
         thread.start()
 
-    def _hear(self, peer: int, lines: IO[bytes]) -> None:
-        """Read what another rank says until its connection is closed."""
+    def _receive(self, peer: int, lines: IO[bytes]) -> None:
+        """Read the messages of another rank until its connection is closed."""
         with suppress(OSError, ValueError):
             for line in lines:
                 message = json.loads(line)
-                if "news" in message:
-                    self._learn(News(*message["news"]))
-                elif message["say"] == "who is there?":
-                    self._send(peer, {"say": "here"})
-                elif message["say"] == "call the roll":
-                    threading.Thread(target=self._call_roll, daemon=True).start()
+                if "report" in message:
+                    self._learn(Report(*message["report"]))
+                elif message["type"] == "ping":
+                    self._send(peer, {"type": "answer"})
+                elif message["type"] == "ping all":
+                    threading.Thread(target=self._ping_all, daemon=True).start()
                 else:
-                    self._hear_answer(peer)
+                    self._note_answer(peer)
         if not self._is_ending:
-            self._learn(News(peer, "gone"))
+            self._learn(Report(peer, "gone"))
 
-    def _hear_answer(self, peer: int) -> None:
+    def _note_answer(self, peer: int) -> None:
         with self._changed:
             self._answered.add(peer)
             self._changed.notify_all()
 
-    def _learn(self, news: News) -> None:
+    def _learn(self, report: Report) -> None:
         with self._changed:
-            if news.rank in self._news or news.rank == self.rank:
+            if report.rank in self._reports or report.rank == self.rank:
                 return
             is_first = not self.failures()
-            self._news[news.rank] = news
+            self._reports[report.rank] = report
             self._changed.notify_all()
         if self.rank == 0:
-            for peer in self._links.keys() - {news.rank}:
-                self._send(peer, {"news": news})
-        if news.state in ("failed", "gone") and is_first and not self._is_ending:
-            _print(f"manualloop: {_describe(news)}; rank {self.rank} ends too.")
-            threading.Thread(target=self._end_late, args=(news,), daemon=True).start()
+            for peer in self._links.keys() - {report.rank}:
+                self._send(peer, {"report": report})
+        if report.state in ("failed", "gone") and is_first and not self._is_ending:
+            _print(f"manualloop: {_describe(report)}; rank {self.rank} ends too.")
+            threading.Thread(target=self._end_late, args=(report,), daemon=True).start()
 
-    def _end_late(self, news: News) -> None:
-        """End a process that waits for ever for a rank that is gone."""
+    def _end_late(self, report: Report) -> None:
+        """End a process that would wait forever for a rank that is gone."""
         time.sleep(GRACE)
-        _print(f"manualloop: rank {self.rank} still waits for rank {news.rank}, and is ended.")
-        if news.text:
-            _print(f"The traceback of rank {news.rank}:\n{news.text}")
+        _print(f"manualloop: rank {self.rank} still waits for rank {report.rank}, and is ended.")
+        if report.text:
+            _print(f"The traceback of rank {report.rank}:\n{report.text}")
         os._exit(1)
 
     def is_connected(self) -> bool:
-        """Tell whether this process can tell the others: one that a rank has forked cannot."""
+        """Tell whether this process can reach the others. One that a rank has forked cannot."""
         return bool(self._links)
 
-    def failures(self) -> list[News]:
-        """Return what is known of ranks that have not reached their end."""
-        return [news for news in list(self._news.values()) if news.state != "ended"]
+    def failures(self) -> list[Report]:
+        """Return the reports of ranks that have not reached the end of their program."""
+        return [report for report in list(self._reports.values()) if report.state != "ended"]
 
     def explain(self) -> DistributedError | None:
-        """Say which rank is gone, after a collective operation has failed; None: nobody knows."""
-        if not self._wait(self.failures, _NEWS):
+        """Return an error that names the rank that is gone; None if all ranks answer.
+
+        Call it after a collective operation has failed.
+        """
+        if not self._wait(self.failures, _REPORT):
             if self.rank == 0:
-                self._call_roll()
+                self._ping_all()
             else:
                 self._answered.clear()
-                self._send(0, {"say": "call the roll"})
+                self._send(0, {"type": "ping all"})
                 if not self._wait(lambda: self.failures() or self._answered, _ANSWER + 0.5):
-                    self._learn(News(0, "silent"))
-        known = self.failures() or list(self._news.values())
+                    self._learn(Report(0, "silent"))
+        known = self.failures() or list(self._reports.values())
         if not known:
             return None
-        news = known[0]
-        more = f" The traceback of rank {news.rank}:\n\n{news.text}" if news.text else ""
+        report = known[0]
+        more = f" The traceback of rank {report.rank}:\n\n{report.text}" if report.text else ""
         return DistributedError(
-            f"{_describe(news)}, and rank {self.rank} cannot go on without it. A run with a "
+            f"{_describe(report)}, and rank {self.rank} cannot continue without it. A run with a "
             f"checkpoint_dir resumes from its last checkpoint when it is started again.{more}"
         )
 
@@ -191,30 +195,31 @@ class Lifeline:
         with self._changed:
             return bool(self._changed.wait_for(condition, timeout=seconds))
 
-    def _call_roll(self) -> None:
-        """Ask every rank whether it is there; for rank 0."""
-        with self._calling:
+    def _ping_all(self) -> None:
+        """Ask every rank for an answer. Only rank 0 can."""
+        with self._checking:
             self._answered.clear()
             for peer in self._links:
-                self._send(peer, {"say": "who is there?"})
+                self._send(peer, {"type": "ping"})
             self._wait(lambda: len(self._answered) == len(self._links), _ANSWER)
             for peer in self._links.keys() - self._answered:
-                self._learn(News(peer, "silent"))
+                self._learn(Report(peer, "silent"))
             for peer in self._links:
-                self._send(peer, {"say": "all that are have answered"})
+                self._send(peer, {"type": "all pinged"})
 
     def _send(self, peer: int, message: dict[str, Any]) -> None:
-        with self._sending, suppress(OSError, KeyError):  # its reader will notice
+            f"{_describe(report)}, and rank {self.rank} cannot continue without it. A run with a "
+            f"checkpoint_dir resumes from its last checkpoint when it is started again.{more}"
             self._links[peer].sendall(json.dumps(message).encode() + b"\n")
 
     def report(self, state: str, text: str = "") -> None:
-        """Tell the others that this rank fails, or that it has reached its end."""
+        """Tell the other ranks that this one fails, or that it has reached its end."""
         self._is_ending = True
         for peer in self._links:
-            self._send(peer, {"news": News(self.rank, state, text[-_NUM_CHARACTERS:])})
+            self._send(peer, {"report": Report(self.rank, state, text[-_NUM_CHARACTERS:])})
 
     def close(self) -> None:
-        """Tell the others that this rank has reached its end, and hang up.
+        """Tell the other ranks that this one has reached its end, and close the connections.
 
         A thread that still waits when Python ends is unwound by force, which may abort the process.
         """
@@ -225,14 +230,14 @@ class Lifeline:
         for thread in self._listeners:
             thread.join(timeout=1)
 
-    def _let_go(self) -> None:
-        """Close the connections in a process that was forked: it is not this rank."""
+    def _detach(self) -> None:
+        """Close the connections in a forked process, which is not this rank."""
         for link in self._links.values():
             os.close(link.detach())  # close() would wait for the file that is made of it
         self._links = {}
 
 
-_lifeline: Lifeline | None = None
+_connections: Connections | None = None
 _before_end: list[WeakMethod[Callable[[], None]]] = []
 
 
@@ -241,20 +246,21 @@ def connect(
     world_size: int,
     share: Callable[[Any], list[Any]],
     before_end: Callable[[], None],
-) -> Lifeline:
-    """Return this process's lifeline; it is connected at the first call, on every rank.
+) -> Connections:
+    """Return the connections of this process, which the first call makes. Call on every rank.
 
     Args:
-        rank: Of this process.
+        rank: Number of this rank.
         world_size: Number of ranks.
-        share: Called with a value on every rank, returns those of all ranks, in order.
-        before_end: A method that lets go of what holds a process group, called when the program
-            ends without an error. It is held weakly.
+        share: Function that is called with a value on every rank, and returns the values of all
+            ranks in their order.
+        before_end: Method that releases what holds a process group. It is called when the program
+            ends without an error, and is held weakly.
     """
-    global _lifeline
+    global _connections
     _before_end.append(WeakMethod(before_end))
-    if _lifeline is None:
-        _lifeline = Lifeline(rank, world_size, share)
+    if _connections is None:
+        _connections = Connections(rank, world_size, share)
         previous = sys.excepthook
 
         def report_and_print(
@@ -266,23 +272,23 @@ def connect(
         sys.excepthook = report_and_print
         atexit.register(_say_goodbye)
         Finalize(None, _say_goodbye, exitpriority=0)  # processes of multiprocessing know no atexit
-    return _lifeline
+    return _connections
 
 
 def _report(error: BaseException) -> None:
-    """Tell the others of an exception that ends this process; briefly, if one of them is why."""
-    if _lifeline is None or not _lifeline.is_connected():
+    """Report an exception that ends this process; in one line if another rank is the cause."""
+    if _connections is None or not _connections.is_connected():
         return
-    if _lifeline.failures():
-        _lifeline.report("failed", f"{type(error).__name__}: {error}".partition("\n")[0])
+    if _connections.failures():
+        _connections.report("failed", f"{type(error).__name__}: {error}".partition("\n")[0])
         return
-    _print(f"manualloop: rank {_lifeline.rank} failed:")
-    _lifeline.report("failed", "".join(traceback.format_exception(error)))
+    _print(f"manualloop: rank {_connections.rank} failed:")
+    _connections.report("failed", "".join(traceback.format_exception(error)))
     _leave_to_torchrun(error)
 
 
 def _leave_to_torchrun(error: BaseException) -> None:
-    """Write the exception where torchrun looks for it: it prints the first one's traceback last."""
+    """Write the exception where torchrun looks for it, so that its traceback is printed last."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -293,17 +299,19 @@ def _say_goodbye() -> None:
     error = sys.exc_info()[1]
     if isinstance(error, SystemExit) and error.code and error.__context__ is not None:
         _report(error.__context__)  # torch's multiprocessing has caught it, and exits
-    elif _lifeline is not None and _lifeline.is_connected() and not hasattr(sys, "last_value"):
+    elif (
+        _connections is not None and _connections.is_connected() and not hasattr(sys, "last_value")
+    ):
         try:
             _end_group()
         finally:
-            _lifeline.close()
+            _connections.close()
 
 
 def _end_group() -> None:
-    """End the process group of gloo, and leave its threads the time to let go of tensors.
+    """End the process group of gloo, and give its threads time to release tensors.
 
-    Such a thread may be the last to hold a tensor of Python's. If it lets go of it while Python
+    Such a thread may be the last to hold a tensor of Python's. If it releases it while Python
     ends, Python ends the thread by force, and C++ aborts the process ("terminate called without an
     active exception"): seen in one of a hundred launches on a busy machine. Ending the group joins
     its threads, unless something else holds it; then the time has to do.
@@ -315,11 +323,11 @@ def _end_group() -> None:
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         release_default_groups()
         torch.distributed.destroy_process_group()
-        time.sleep(_LET_GO)  # without Python's lock, for which such a thread waits
+        time.sleep(_RELEASE)  # without Python's lock, for which such a thread waits
 
 
 def _read_hello(lines: IO[bytes], token: str) -> int | None:
-    """Return which rank has called; None: a stranger."""
+    """Return the rank that has connected; None for a stranger."""
     with suppress(OSError, ValueError):
         hello = json.loads(lines.readline(1000))
         if isinstance(hello, dict) and hello.get("token") == token:
@@ -327,13 +335,13 @@ def _read_hello(lines: IO[bytes], token: str) -> int | None:
     return None
 
 
-def _describe(news: News) -> str:
-    rank = f"rank {news.rank}"
-    if news.state == "failed":
-        return f"{rank} failed ({_exception_of(news.text)})"
-    if news.state == "gone":
+def _describe(report: Report) -> str:
+    rank = f"rank {report.rank}"
+    if report.state == "failed":
+        return f"{rank} failed ({_exception_of(report.text)})"
+    if report.state == "gone":
         return f"{rank} is gone (its process ended without a word: killed, or out of memory)"
-    if news.state == "silent":
+    if report.state == "silent":
         return f"{rank} does not answer (its process is stopped, or its machine is gone)"
     return f"{rank} has ended before the others"
 

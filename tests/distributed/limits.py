@@ -21,7 +21,12 @@ def wait_patiently(**others):
     Args:
         others: Other seconds, by the name in ``manualloop.strategy.liveness``.
     """
-    for name, seconds in {"GRACE": FOREVER, "_NEWS": FOREVER, "_ANSWER": FOREVER, **others}.items():
+    for name, seconds in {
+        "GRACE": FOREVER,
+        "_REPORT": FOREVER,
+        "_ANSWER": FOREVER,
+        **others,
+    }.items():
         assert hasattr(liveness, name), f"liveness has no {name} any more"
         setattr(liveness, name, seconds)
 
