@@ -1,4 +1,4 @@
-"""The optimizer and the schedule, with the defaults of the course's loop and of the Trainer."""
+"""Optimizers and schedules, with the defaults of the course's loop and of the Trainer."""
 
 from __future__ import annotations
 

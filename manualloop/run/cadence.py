@@ -1,4 +1,4 @@
-"""How often: the one grammar of ``evaluate_every`` and ``log_every``."""
+"""How often something is due: ``evaluate_every``, ``checkpoint_every``, ``log_every``."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Cadence: TypeAlias = int | str
 def parse_cadence(
     name: str, cadence: Cadence, num_steps_per_epoch: int | None, agreement: Agreement | None = None
 ) -> Callable[[Step], bool]:
-    """Turn a cadence into a question to ask of every step.
+    """Turn a cadence into a function that tells whether a step is due.
 
     Args:
-        name: The argument's name, for messages.
+        name: Name of the argument, for messages.
         cadence: Updates as an int, ``"epoch"``, ``"0.25 epoch"``, or time as ``"30 s"``,
             ``"10 min"``, ``"2 h"``.
-        num_steps_per_epoch: Updates in an epoch; None if the data has no length.
+        num_steps_per_epoch: Updates per epoch; None if the data has no length.
         agreement: The agreement by which all ranks act on time after the same step; None for a
             single rank.
 
     Returns:
-        A function that tells whether a step is due. Counted in updates or parts of epochs it
-        depends on the step's index alone, so that a resumed run acts on the same steps.
+        A function that tells whether a step is due. For updates and parts of epochs that depends
+        on the index of the step alone, so that a resumed run acts after the same steps.
 
     Raises:
-        ConfigError: The cadence cannot be read, or parts of an epoch are asked of data that has
-            no length.
+        ConfigError: The cadence cannot be read, or it is a part of an epoch and the data has no
+            length.
 
     >>> parse_cadence("log_every", "2 fortnights", None)
     Traceback (most recent call last):
@@ -69,7 +69,7 @@ def _every_epoch() -> Callable[[Step], bool]:
 
     def is_due(step: Step) -> bool:
         nonlocal last
-        # An epoch whose last update was skipped ends unseen: the next step makes up for it.
+        # If the last update of an epoch was skipped, the next step is due instead.
         is_late = last is not None and step.epoch > last.epoch and not last.ends_epoch
         last = step
         return step.ends_epoch or is_late

@@ -1,4 +1,4 @@
-"""How a run is asked to end: signals that set a flag, and a time that is up."""
+"""Requests to end a run: by a signal, or because its time is over."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _REASONS = ("SIGINT", "SIGTERM", "SIGUSR1", "max_time")
 
 
 class EvaluationStopped(BaseException):
-    """Ends an evaluation that a signal came into. Not an Exception: nobody means to catch it."""
+    """Ends an evaluation because of a signal. It is no Exception, so that no code catches it."""
 
 
 class Stopping:
-    """Knows whether, and by what, the run was asked to end.
+    """The requests to end one run.
 
     Args:
-        max_seconds: After which it is; None: never.
+        max_seconds: Seconds after which the run ends; None for no limit.
         agreement: The agreement by which all ranks end after the same update; None for a single
             rank.
 
     Attributes:
-        cause: "SIGTERM", "SIGUSR1", "SIGINT" (Ctrl-C), or None.
+        cause: Name of the signal that has come, such as "SIGINT" for Ctrl-C; None for none.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Stopping:
         self._received = 0  # the number of the signal; 0 for none
 
     def reason(self) -> str | None:
-        """Return what ends the run: a signal or "max_time"; None: nothing yet."""
+        """Return what ends the run: the name of a signal, "max_time", or None for nothing."""
         if self.cause is not None:
             self._agreement.propose(self.cause)
         elif self._deadline is not None and time.monotonic() >= self._deadline:
@@ -61,14 +61,15 @@ class Stopping:
 
     @contextmanager
     def watching_signals(self) -> Iterator[None]:
-        """Take SIGINT, SIGTERM and SIGUSR1 as a wish to end, and put their handlers back.
+        """Let SIGINT, SIGTERM and SIGUSR1 request the end of the run; restore their handlers.
 
-        The second one is what it was before: an immediate KeyboardInterrupt, or the end. Only
-        Python's main thread can do this; elsewhere signals stay as they are.
+        The second signal does what it did before the run: it raises KeyboardInterrupt, or ends the
+        process. Only Python's main thread can set handlers. In other threads signals stay as
+        they are.
         """
         if threading.current_thread() is threading.main_thread():
-            # None: a handler that was not set from Python, and cannot be put back from it. What
-            # the process ignores, as Ctrl-C under nohup, it goes on ignoring.
+            # None stands for a handler that was not set from Python, and cannot be restored from
+            # it. A signal that the process ignores, as Ctrl-C under nohup, stays ignored.
             previous = {number: signal.getsignal(number) for number in _SIGNALS}
             left = (None, signal.SIG_IGN)
             self._previous = {n: handler for n, handler in previous.items() if handler not in left}
@@ -89,9 +90,9 @@ class Stopping:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Let a signal raise ``EvaluationStopped`` in here: an evaluation can be long.
+        """Let a signal raise ``EvaluationStopped`` in this block, since evaluations can be long.
 
-        Not among several ranks, where it takes all of them.
+        On several ranks it does not: an evaluation takes all of them.
         """
         if not self._agreement.is_alone:
             yield
@@ -107,13 +108,13 @@ class Stopping:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.cause is not None:
             if not self._agreement.is_alone and time.monotonic() - self._since < _TWICE:
-                return  # launchers pass on what a scheduler has sent to every process
+                return  # from a launcher, after the scheduler has sent it to every process
             self._restore()
             os.kill(os.getpid(), number)
             return
         self.cause, self._received = signal.Signals(number).name, number
         self._since = time.monotonic()
-        if number == signal.SIGINT:  # not by a log record: its lock may be held just now
+        if number == signal.SIGINT:  # not by a log record, whose lock may be held
             os.write(2, b"\nmanualloop: finishing this update; Ctrl-C again ends at once.\n")
         if self._is_evaluating:
             self._is_evaluating = False
@@ -126,7 +127,7 @@ class Stopping:
 
 
 class _Exit:
-    """Sets the exit status when Python deletes it, which is the last that happens.
+    """Sets the exit status when Python deletes it, which happens last of all.
 
     An ``atexit`` function that ended the process would keep those from running that were
     registered before it.
@@ -148,5 +149,7 @@ def _exit_as_terminated() -> None:
 
 
 def _set_status() -> None:
-    if not hasattr(sys, "last_value"):  # else an error ended the script, and its status tells so
+    if not hasattr(
+        sys, "last_value"
+    ):  # otherwise an error ended the script, and has set the status
         _at_exit.append(_Exit(128 + signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""Several processes, by way of accelerate: DDP, FSDP2, DeepSpeed, TPU."""
+"""A strategy on top of accelerate, for several processes: DDP, FSDP2, DeepSpeed, TPU."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Accelerated:
     """The strategy of an ``accelerate.Accelerator``: its device, precision and plugins.
 
     Args:
-        accelerator: With ``gradient_accumulation_steps=1``: accumulation is the loop's business,
-            since accelerate divides by a constant, also in a window that holds fewer batches. It
+        accelerator: An Accelerator with ``gradient_accumulation_steps=1``. The loop accumulates
+            itself, since accelerate divides by a constant, also in a window of fewer batches. It
             may have prepared model and optimizer already.
-        timeout: Seconds that ranks wait for each other where the host does; None: torch's default.
+        timeout: Seconds that the hosts of the ranks wait for each other; None for torch's default.
         compile: As in ``prepare_strategy``.
 
     Raises:
-        ConfigError: The accelerator divides losses for accumulation by itself.
+        ConfigError: The accelerator divides losses for accumulation itself.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class Accelerated:
             raise ConfigError(
                 "The Accelerator has gradient_accumulation_steps="
                 f"{accelerator.gradient_accumulation_steps}. Build it with 1 and pass "
-                "gradient_accumulation_steps to train_loop, which weighs micro-batches by items."
+                "gradient_accumulation_steps to train_loop, which weights micro-batches by items."
             )
         launched = num_launched()
         if accelerator.num_processes < launched:
             raise DistributedError(
-                f"A launcher started {launched} processes (WORLD_SIZE), and the Accelerator knows "
-                f"of {accelerator.num_processes}: each would train alone. On a CPU it must be "
-                'told: Accelerator(cpu=True), or leave it to prepare_strategy("auto").'
+                f"A launcher started {launched} processes (WORLD_SIZE), and the Accelerator counts "
+                f"{accelerator.num_processes}: each process would train alone. On a CPU write "
+                'Accelerator(cpu=True), or use prepare_strategy("auto").'
             )
         self.accelerator, self.compile = accelerator, compile
         self.precision = str(accelerator.mixed_precision)
@@ -76,15 +76,15 @@ class Accelerated:
         self._on_host: Any = None
         self._connections: Connections | None = None
         if self.world_size > 1 and torch.distributed.is_initialized():
-            # Counts and objects go by the host: nothing waits for the device, and unlike NCCL gloo
-            # notices at once that a process is gone.
+            # Counts and objects are exchanged between hosts, so that nothing waits for the device.
+            # Unlike NCCL, gloo notices at once that a process is gone.
             if self.device.type != "cpu":
                 limit = None if timeout is None else timedelta(seconds=timeout)
                 self._on_host = torch.distributed.new_group(backend="gloo", timeout=limit)
             self._connections = connect(
                 self.rank, self.world_size, self.gather, self._release_groups
             )
-        accelerator.manualloop_strategy = self  # to live as long: see STRATEGY_OF
+        accelerator.manualloop_strategy = self  # so that it lives as long: see STRATEGY_OF
 
     def __repr__(self) -> str:
         ranks = f", world_size={self.world_size}" if self.world_size > 1 else ""
@@ -93,7 +93,7 @@ class Accelerated:
         )
 
     def _release_groups(self) -> None:
-        """Let go of the process groups, when the program ends."""
+        """Release the process groups when the program ends."""
         for model in {
             *prepared_models(self.accelerator),
             *(prepared for _, prepared in self._prepared),
@@ -118,7 +118,7 @@ class Accelerated:
         prepared = self._held(model)
         if prepared is None and self._shards:
             raise DistributedError(
-                f"{type(model).__name__} is to be sharded, and that takes its optimizer as well: "
+                f"{type(model).__name__} is sharded together with its optimizer: "
                 "train it first, or prepare both with accelerator.prepare(model, optimizer)."
             )
         compile_model(unwrap_model(model, adapters=False), self.compile)
@@ -254,10 +254,10 @@ _CONNECTION = re.compile(
 def start_accelerator(
     mixed_precision: str | None, timeout: float | None, compile: CompileOptions
 ) -> Accelerated:
-    """Make an accelerator of what the launcher says, and its strategy.
+    """Make an Accelerator as the launcher asks for, and return its strategy.
 
     Args:
-        mixed_precision: None: what the launcher was configured for.
+        mixed_precision: The precision; None for the one that the launcher was configured for.
         timeout: Seconds that ranks wait for each other.
         compile: As in ``prepare_strategy``.
     """
@@ -265,7 +265,7 @@ def start_accelerator(
     from accelerate.utils import InitProcessGroupKwargs
 
     accelerator = Accelerator(
-        # Without an accelerator it must be told, or each process trains alone.
+        # Without this, on a machine that has only a CPU, each process would train alone.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout or 600))],
@@ -273,17 +273,17 @@ def start_accelerator(
     asked = _num_processes_asked()
     if asked is not None and accelerator.num_processes < asked:
         say(
-            f"{asked} processes were asked for, and {accelerator.num_processes} runs. On a CPU "
-            "accelerate launch starts one; use torchrun --nproc_per_node, or ACCELERATE_USE_CPU=1 "
-            "accelerate launch --multi_gpu --num_processes."
+            f"{asked} processes were asked for, and {accelerator.num_processes} is running. On a "
+            "CPU accelerate launch starts one. Use torchrun --nproc_per_node, or "
+            "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes."
         )
     return Accelerated(accelerator, timeout=timeout, compile=compile)
 
 
 def _num_processes_asked() -> int | None:
-    """Return how many processes accelerate launch was asked for, if that is what has started us.
+    """Return how many processes ``accelerate launch`` was asked for; None if that is unknown.
 
-    accelerate tells its children nothing of it; on Linux its command line and its config do.
+    accelerate does not tell its children. On Linux its command line and its configuration do.
     """
     try:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")

@@ -10,18 +10,18 @@ from torch import nn
 from manualloop.internals import compile_once
 
 CompileOptions = bool | Mapping[str, Any]
-"""Whether to compile; or with which options of ``torch.compile``."""
+"""Whether to compile, or the options of ``torch.compile``."""
 
 
 def compile_model(model: nn.Module, options: CompileOptions) -> None:
-    """Compile a model in place, once: names of weights and checkpoints stay as they are.
+    """Compile a model in place, once; the names of its weights stay as they are.
 
-    Of a model of repeated blocks only these, which takes as long as compiling one of them and
-    leaves what comes before and after as it is. Lengths stay open (``dynamic=True``), so that a
-    batch of another length is no new compilation.
+    In a model of repeated blocks only the blocks are compiled, which takes as long as compiling one
+    of them. Lengths are dynamic (``dynamic=True``), so that a batch of another length does not
+    compile anything again.
 
     Args:
-        model: That is on its device.
+        model: The model, on its device.
         options: True, or options of ``torch.compile``. False does nothing.
     """
     if not options:
@@ -32,7 +32,7 @@ def compile_model(model: nn.Module, options: CompileOptions) -> None:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of the outermost lists of modules of one class, in their order.
+    """Return the blocks of the outermost lists of modules of one class, in order.
 
     >>> layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     >>> len(repeated_blocks(nn.Sequential(nn.Linear(2, 2), layers)))
@@ -46,7 +46,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """
     if isinstance(model, nn.ModuleList) and len(model) > 1:
         blocks = list(model)
-        # A single layer is too little to be worth a call of its own.
+        # A single layer is too small to be compiled by itself.
         if all(type(block) is type(blocks[0]) and [*block.children()] for block in blocks):
             return blocks
     return [block for child in model.children() for block in repeated_blocks(child)]

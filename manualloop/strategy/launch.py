@@ -33,23 +33,23 @@ def launch(
 ) -> None:
     """Run a function in several processes that train together; return when all have ended.
 
-    It is accelerate's launcher for notebooks. The processes are forked, so the function may be
-    defined in a notebook, and may use what was loaded before. It must build model and data itself,
-    or take what is still on the CPU, and save what it wants to leave behind: what it returns is
-    lost. Inside it everything is as under ``accelerate launch``, with one thread a process.
+    This is accelerate's launcher for notebooks. The processes are forked, so the function may be
+    defined in a notebook and may use what was loaded before. It must build model and data itself,
+    or use those that are still on the CPU, and save its results: its return value is lost. Inside
+    of it everything is as under ``accelerate launch``, with one thread per process.
 
     Args:
-        function: Called with ``*args`` in every process.
-        args: For it.
-        num_processes: None: one for each device that is here; 1 where there is only a CPU, which
-            takes several, too.
-        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None: ``"no"``.
-        use_port: By which the processes find each other; None: a free one.
+        function: The function that is called with ``*args`` in every process.
+        args: The arguments of the function.
+        num_processes: Number of processes. None for one per device, or 1 on a machine that has
+            only a CPU, where more are possible as well.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``. None means ``"no"``.
+        use_port: The port by which the processes find each other; None for a free one.
 
     Raises:
-        ConfigError: The number of processes is below 1, or above that of the devices.
-        DistributedError: A device was used before, and its state cannot be forked, or the function
-            was launched already.
+        ConfigError: The number of processes is below 1, or above the number of devices.
+        DistributedError: A device was used before, whose state cannot be forked, or the process
+            was started by a launcher itself.
 
     >>> launch(print, ["trained"], num_processes=1)
     trained
@@ -58,8 +58,8 @@ def launch(
     num_devices = torch.accelerator.device_count() if has_devices else 0
     num_processes = num_devices or 1 if num_processes is None else num_processes
     if num_processes < 1 or 0 < num_devices < num_processes:
-        here = f"{num_devices} devices are here" if num_devices else "at least 1"
-        raise ConfigError(f"num_processes={num_processes!r}: {here}. Leave it out to use them all.")
+        limit = f"there are {num_devices} devices" if num_devices else "at least 1"
+        raise ConfigError(f"num_processes={num_processes!r}: {limit}. Omit it to use them all.")
     if num_launched() > 1:
         raise DistributedError(
             "launch was called in a process that a launcher has started. Call the function itself, "
@@ -87,8 +87,8 @@ def launch(
 
 
 def _in_one_thread(function: Callable[..., Any], *args: Any) -> None:
-    # The pool of OpenMP does not outlive a fork: where it was used before, a child that asks for
-    # several threads waits for ever.
+    # OpenMP's threads do not survive a fork. If they were used before, a child that asks for
+    # several of them waits forever.
     torch.set_num_threads(1)
     function(*args)
 
@@ -96,12 +96,12 @@ def _in_one_thread(function: Callable[..., Any], *args: Any) -> None:
 def _require_no_device_used() -> None:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise DistributedError(
-            "CUDA was used in this process before launch, and what it has set up cannot be forked. "
-            "Restart the notebook, and touch no GPU outside of the function: no .to('cuda'), no "
+            "CUDA was used in this process before launch, and its state cannot be forked. Restart "
+            "the notebook, and use no GPU outside of the function: no .to('cuda'), no "
             "prepare_strategy()."
         )
     if was_accelerator_made():
         raise DistributedError(
-            "An Accelerator was made in this process before launch, and the processes would take "
-            "over that it is alone. Restart the notebook, and make it inside of the function."
+            "An Accelerator was made in this process before launch, and the new processes would "
+            "inherit it. Restart the notebook, and make it inside of the function."
         )

@@ -270,8 +270,8 @@ def connect(
             previous(kind, error, trace)
 
         sys.excepthook = report_and_print
-        atexit.register(_say_goodbye)
-        Finalize(None, _say_goodbye, exitpriority=0)  # processes of multiprocessing know no atexit
+        atexit.register(_close_at_end)
+        Finalize(None, _close_at_end, exitpriority=0)  # processes of multiprocessing know no atexit
     return _connections
 
 
@@ -295,7 +295,7 @@ def _leave_to_torchrun(error: BaseException) -> None:
         get_error_handler().record_exception(error)
 
 
-def _say_goodbye() -> None:
+def _close_at_end() -> None:
     error = sys.exc_info()[1]
     if isinstance(error, SystemExit) and error.code and error.__context__ is not None:
         _report(error.__context__)  # torch's multiprocessing has caught it, and exits
@@ -340,7 +340,7 @@ def _describe(report: Report) -> str:
     if report.state == "failed":
         return f"{rank} failed ({_exception_of(report.text)})"
     if report.state == "gone":
-        return f"{rank} is gone (its process ended without a word: killed, or out of memory)"
+        return f"{rank} is gone (its process ended without a report: killed, or out of memory)"
     if report.state == "silent":
         return f"{rank} does not answer (its process is stopped, or its machine is gone)"
     return f"{rank} has ended before the others"

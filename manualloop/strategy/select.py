@@ -1,7 +1,7 @@
-"""Where and in which precision a model runs: what the loop asks of the hardware.
+"""The choice of a strategy: the device, the precision and the ranks of a run.
 
-The loop asks a strategy for a few things and knows nothing else about devices. ``SingleDevice`` is
-plain torch; ``Accelerated`` hands the same to an ``accelerate.Accelerator``.
+The loop knows nothing about devices except the members of a strategy. ``SingleDevice`` implements
+them in plain torch, ``Accelerated`` by an ``accelerate.Accelerator``.
 """
 
 from __future__ import annotations
@@ -35,21 +35,23 @@ def prepare_strategy(
 
     Args:
         spec: ``"auto"``: accelerate if a launcher started this process (``accelerate launch``,
-            ``torchrun``, ``launch``), else the best of cuda, mps, xpu and cpu. A device name
-            (``"cpu"``, ``"cuda:1"``) or ``torch.device``; an ``accelerate.Accelerator``; or a
-            strategy, which is returned as it is.
+            ``torchrun``, ``launch``), else the best of cuda, mps, xpu and cpu. Or a device name
+            (``"cpu"``, ``"cuda:1"``), a ``torch.device``, an ``accelerate.Accelerator``, or any
+            object with the members of ``Strategy``, which is returned as it is.
         mixed_precision: ``"no"`` (default) computes in the parameters' dtype; ``"bf16"``;
             ``"fp16"``; ``"auto"`` is bf16 where the device has it, else fp16 on cuda, else no.
-            Under a launcher of accelerate ``"no"`` and ``"auto"`` are what it was configured for.
+            Under a launcher, ``"no"`` and ``"auto"`` mean the precision it was configured for.
         compile: Compile models in place when they are prepared: True, or options of
-            ``torch.compile``. Of a model of repeated blocks only those, with open lengths: a batch
-            of another length compiles nothing anew. The numbers then differ in their last bits.
-        timeout: Seconds, or ``"10 min"``, that ranks wait for one that does not come, before they
-            fail. The default is torch's for NCCL; for gloo torch's own is 30 minutes.
+            ``torch.compile``. In a model of repeated blocks only these are compiled. Lengths are
+            dynamic, so that a batch of another length compiles nothing again. The numbers then
+            differ in their last bits.
+        timeout: Time that ranks wait for each other before they fail: seconds, or ``"10 min"``.
+            torch's own default is 10 minutes for NCCL and 30 minutes for gloo.
 
     Raises:
-        ConfigError: The device is not there, or cannot compute in this precision; or a precision
-            or ``compile`` is given beside an Accelerator or Strategy, which has its own.
+        ConfigError: The device is missing, or cannot compute in this precision; or a precision or
+            ``compile`` is given together with an Accelerator or Strategy, which has its own; or an
+            object lacks members of ``Strategy``.
         DistributedError: A launcher started several processes, and ``spec`` is one device.
 
     >>> prepare_strategy("cpu", mixed_precision="bf16")
@@ -68,12 +70,12 @@ def prepare_strategy(
     if not isinstance(spec, str | torch.device):
         if mixed_precision != "no":
             raise ConfigError(
-                f"{type(spec).__name__} has its own precision: say mixed_precision="
-                f'"{mixed_precision}" where it is built, not here.'
+                f"{type(spec).__name__} has its own precision: give mixed_precision="
+                f'"{mixed_precision}" where it is built.'
             )
         if compile:
             raise ConfigError(
-                f"compile={compile!r} is said where the {type(spec).__name__} is built: "
+                f"compile={compile!r} belongs to where the {type(spec).__name__} is built: "
                 "SingleDevice(device, compile=True), Accelerated(accelerator, compile=True)."
             )
         return _own_strategy(spec)
@@ -136,10 +138,10 @@ def _refuse_many_processes() -> None:
 
 
 def checked_device(spec: str | torch.device) -> torch.device:
-    """Return a device that is here.
+    """Return a device that this process can use.
 
     Raises:
-        ConfigError: It is not, or is no device.
+        ConfigError: There is no such device.
     """
     known: Iterable[str] = ("cpu", "cuda", "mps", "xpu")
     try:
@@ -154,13 +156,13 @@ def checked_device(spec: str | torch.device) -> torch.device:
     count = torch.accelerator.device_count() if available else 0
     if available is None or available.type != device.type or (device.index or 0) >= count:
         found = f"{count} x {available.type}" if available else "no accelerator"
-        raise ConfigError(f'Device "{device}" is not here: torch sees {found}. Use "auto".')
+        raise ConfigError(f'Device "{device}" is not available: torch sees {found}. Use "auto".')
     return device
 
 
 def best_accelerator() -> torch.device | None:
-    """Return cuda, mps or xpu, whichever is here; None: there is none."""
-    # currentbest_accelerator() alone names what torch was built for, also where there is none.
+    """Return cuda, mps or xpu, whichever is available; None without any."""
+    # current_accelerator() alone names what torch was built for, also where there is none.
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 

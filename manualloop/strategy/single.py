@@ -24,9 +24,9 @@ class SingleDevice:
     Args:
         device: ``"cpu"``, ``"cuda:1"``, ``"mps"``, ``"xpu"``, or a ``torch.device``.
         mixed_precision: ``"no"`` runs in the parameters' dtype. ``"bf16"`` and ``"fp16"`` run
-            forward passes under autocast, fp16 with a ``GradScaler``, for which the host waits
-            for the device twice an update, to learn whether the loss is finite and whether the
-            update was skipped; three times, if the optimizer is not fused.
+            forward passes under autocast, fp16 with a ``GradScaler``. The host then waits for the
+            device twice an update, to learn whether the loss is finite and whether the update was
+            skipped, and three times if the optimizer is not fused.
         compile: As in ``prepare_strategy``.
 
     >>> SingleDevice("cpu")
@@ -48,8 +48,8 @@ class SingleDevice:
         self.compile = compile
         if mixed_precision not in ("no", "bf16", "fp16"):
             raise ConfigError(
-                f"SingleDevice takes mixed_precision={mixed_precision!r} from prepare_strategy "
-                'only: prepare_strategy(device, mixed_precision="auto").'
+                f"SingleDevice does not know mixed_precision={mixed_precision!r}. Use "
+                'prepare_strategy(device, mixed_precision="auto").'
             )
         self._dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
         self.scaler = torch.amp.GradScaler(self.device.type) if mixed_precision == "fp16" else None

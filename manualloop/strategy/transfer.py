@@ -1,4 +1,4 @@
-"""Tensors on their way to a device, and back to the host."""
+"""Copies of tensors to a device, and of numbers back to the host, that nothing waits for."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 
 def move_optimizer_state(optimizer: Optimizer) -> None:
-    """Move an optimizer's state to where its parameters are now.
+    """Move the state of an optimizer to the device where its parameters are now.
 
-    ``load_state_dict`` does so too, but casts to the parameters' dtype and makes new groups.
+    ``load_state_dict`` would do so too, but it casts to the parameters' dtype and makes new groups.
     """
     for group in optimizer.param_groups:
-        # Else torch keeps its counts on the CPU, where it reads them.
+        # Otherwise torch keeps its step counts on the CPU, where it reads them.
         counts_move = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
@@ -26,14 +26,13 @@ def move_optimizer_state(optimizer: Optimizer) -> None:
                     state[name] = move(value, parameter.device)
 
 
-_SMALL = 64 * 1024  # bytes, which take a few microseconds: less than to switch streams
+_SMALL = 64 * 1024  # bytes; to copy so few takes less time than to switch streams
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """Copy the tensors in a nest of mappings, lists and tuples to a device, without blocking.
+    """Copy the tensors in nested mappings, lists and tuples to a device, without blocking.
 
-    On cuda large ones take a stream of their own, and are on their way while the device still
-    computes what it was given before.
+    On cuda large tensors are copied on a stream of their own, while the device still computes.
     """
     if device.type == "cuda" and isinstance(value, Tensor) and value.nbytes > _SMALL:
         return _copy_beside(value, device)
@@ -55,14 +54,14 @@ def move(value: Any, device: torch.device) -> Any:
 
 def _copy_beside(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type != "cpu":
-        return tensor.to(device, non_blocking=True)  # after what computes it there
-    # From memory that is not pinned the driver may wait for the stream that it copies on, which
-    # on the one that computes would be a wait for the device at every batch.
+        return tensor.to(device, non_blocking=True)  # after the work that computes it there
+    # Copying from memory that is not pinned, the driver may wait for the stream of the copy. If
+    # that were the stream that computes, every batch would wait for the device.
     stream, current = _copy_stream(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(stream):
         copied = tensor.to(device, non_blocking=True)
     current.wait_stream(stream)
-    copied.record_stream(current)  # else its memory could be given away when the copy is done
+    copied.record_stream(current)  # otherwise its memory could be reused too early
     return copied
 
 
@@ -72,13 +71,13 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class LateTensor:
-    """A tensor on its way to the host; nothing waits for it until ``read``.
+    """A tensor that is copied to the host; nothing waits for the copy until ``read``.
 
-    From CUDA the copy goes to pinned memory on the current stream, and an event tells when it has
-    landed. Elsewhere the copy is made when it is read.
+    From CUDA the copy goes to pinned memory on the current stream, and an event marks its end. On
+    other devices the copy is made when it is read.
 
     Attributes:
-        tells: Whether ``has_landed`` knows.
+        tells: Whether ``has_landed`` can tell that the copy is complete.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -89,11 +88,11 @@ class LateTensor:
             self._event.record()
 
     def has_landed(self) -> bool:
-        """Tell whether reading it would not wait for the work of this moment, or nothing tells."""
+        """Tell whether the copy is complete; always true where that is unknown."""
         return self._event is None or bool(self._event.query())
 
     def read(self) -> list[float]:
-        """Return the numbers, waiting for them if they are still on their way."""
+        """Return the numbers, waiting for the copy if it is not complete."""
         if self._event is not None:
             self._event.synchronize()
         values: list[float] = self._tensor.tolist()

@@ -128,7 +128,9 @@ def test_blocks_are_found_where_they_repeat():
 
 
 def test_what_has_settings_of_its_own_is_refused():
-    with pytest.raises(ConfigError, match=r"compile=True is said where the SingleDevice is built"):
+    with pytest.raises(
+        ConfigError, match=r"compile=True belongs to where the SingleDevice is built"
+    ):
         prepare_strategy(SingleDevice("cpu"), compile=True)
 
 

@@ -110,7 +110,9 @@ def test_auto_is_the_accelerator_that_is_there(monkeypatch: pytest.MonkeyPatch) 
         torch.accelerator, "current_accelerator", lambda *args: torch.device("cuda")
     )
     assert prepare_strategy("auto").device == torch.device("cpu")
-    with pytest.raises(ConfigError, match='Device "cuda" is not here: torch sees no accelerator'):
+    with pytest.raises(
+        ConfigError, match='Device "cuda" is not available: torch sees no accelerator'
+    ):
         prepare_strategy("cuda")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
