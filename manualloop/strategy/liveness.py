@@ -208,8 +208,7 @@ class Connections:
                 self._send(peer, {"type": "all pinged"})
 
     def _send(self, peer: int, message: dict[str, Any]) -> None:
-            f"{_describe(report)}, and rank {self.rank} cannot continue without it. A run with a "
-            f"checkpoint_dir resumes from its last checkpoint when it is started again.{more}"
+        with self._sending, suppress(OSError, KeyError):  # the thread that reads will notice
             self._links[peer].sendall(json.dumps(message).encode() + b"\n")
 
     def report(self, state: str, text: str = "") -> None:
