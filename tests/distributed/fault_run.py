@@ -26,7 +26,7 @@ BAD_ROW = order(bench.NUM_ROWS, 1, 0)[4 * 7]  # of batch 7, which is rank 1's
 def main():
     folder, fault, victim = sys.argv[1], sys.argv[2], int(sys.argv[3])
     # After "stop" and "exit" no rank has news, so the other one ends because its waiting ends.
-    limits = {"stop": {"_NEWS": 0.5, "_ANSWER": 2.0}, "exit": {"_NEWS": 5.0, "_ANSWER": 5.0}}
+    limits = {"stop": {"_REPORT": 0.5, "_ANSWER": 2.0}, "exit": {"_REPORT": 5.0, "_ANSWER": 5.0}}
     wait_patiently(**limits.get(fault, {}))
     strategy = prepare_strategy(timeout=FOREVER)
     is_victim = strategy.rank == victim
