@@ -9,7 +9,7 @@ restored and preserved only with the functions of this module.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,7 +19,7 @@ import torch
 from manualloop.objects import Part, follow, objects_of_set, put, walk
 
 RandomState: TypeAlias = dict[str, Any]
-"""Numbers, tensors, and lists of them, by the name of the generator."""
+"""The state of each global generator by its name, as numbers and tensors."""
 
 
 def get_random_state(*, devices: bool = True) -> RandomState:
@@ -79,59 +79,6 @@ def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
     return np.array_equal(one, other)
-
-
-SAMPLERS = ("base_dataloader", "batch_sampler", "sampler")  # the first is accelerate's
-DATASETS = ("dataset",)
-
-
-def get_generator_states(owner: Any, parts: Sequence[str]) -> dict[str, Any]:
-    """Return the states of the generators that an object and its parts have as attributes.
-
-    Args:
-        owner: A loader, a sampler, a dataset.
-        parts: Attributes whose value is looked into as well, and into theirs.
-
-    >>> loader = torch.utils.data.DataLoader([1], shuffle=True, generator=torch.Generator())
-    >>> list(get_generator_states(loader, SAMPLERS))
-    ['sampler.generator', 'generator']
-    """
-    return {path: _get(generator) for path, generator in _find(owner, parts, "", set())}
-
-
-def set_generator_states(owner: Any, parts: Sequence[str], states: dict[str, Any]) -> None:
-    """Restore the states of generators; those that no longer exist are skipped."""
-    for path, generator in list(_find(owner, parts, "", set())):
-        if path in states:
-            _set_bare(generator, states[path])
-
-
-def _find(owner: Any, parts: Sequence[str], path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    if id(owner) in seen or not hasattr(owner, "__dict__"):
-        return
-    seen.add(id(owner))
-    for name, value in vars(owner).items():
-        if isinstance(value, _KINDS):
-            yield f"{path}{name}", value
-        elif name in parts:
-            yield from _find(value, parts, f"{path}{name}.", seen)
-
-
-def _get(generator: Any) -> Any:
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    return generator.get_state()
-
-
-def _set_bare(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
 
 
 _KINDS = (
