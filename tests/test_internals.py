@@ -603,3 +603,19 @@ def test_runs_resume_without_the_private_names_of_loaders(take_away, tmp_path, m
     assert missed
     assert found.history == expected.history
     assert weights_of(found.state.model) == weights_of(expected.state.model)
+
+
+class Lookahead(torch.optim.SGD):
+    """A wrapper of the user's, which moves the weights itself after the optimizer inside."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups[0]["params"], lr=0.1)
+        self.optimizer = inner
+
+
+def test_a_wrapper_of_the_users_is_not_trusted_to_skip_on_the_device():
+    inner = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], fused=True)
+    cpu = torch.device("cpu")
+    assert internals.unwrap_optimizer(Lookahead(inner)) is inner
+    assert internals.heeds_found_inf(inner, cpu)
+    assert not internals.heeds_found_inf(Lookahead(inner), cpu)
