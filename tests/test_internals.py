@@ -38,6 +38,7 @@ from manualloop import (
     update,
 )
 from manualloop.models import unwrap_model
+from manualloop.reading.ranks import is_sharded
 
 
 @pytest.fixture
@@ -526,16 +527,14 @@ def test_a_shuffle_buffer_is_noticed(take_away):
     assert found == [True, True, True, False]
 
 
-def test_a_stream_that_was_split_by_rank_is_noticed(take_away):
+def test_a_stream_that_was_split_by_rank_is_noticed(take_away, caplog):
     whole = stream()
     part = split_dataset_by_node(whole, rank=0, world_size=2)
-    assert [internals.is_one_ranks_stream(one) for one in (whole, part, [1])] == [
-        False,
-        True,
-        False,
-    ]
+    assert [is_sharded(DataLoader(one)) for one in (whole, part, [1])] == [False, True, False]
+    assert "split_dataset_by_node" not in caplog.text
     take_away(type(part), "_distributed")
-    assert [internals.is_one_ranks_stream(one) for one in (whole, part, [1])] == [None, None, False]
+    assert [is_sharded(DataLoader(one)) for one in (whole, part, [1])] == [False, False, False]
+    assert caplog.text.count("split_dataset_by_node") == 2
 
 
 @pytest.mark.parametrize("gone", [False, True])

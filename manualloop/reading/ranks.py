@@ -117,7 +117,13 @@ def is_sharded(loader: Any) -> bool:
         return True  # torch's DistributedSampler, and those that look like it
     if type(loader).__module__.startswith("accelerate."):
         return True
-    return bool(is_one_ranks_stream(getattr(loader, "dataset", None)))
+    is_split = is_one_ranks_stream(getattr(loader, "dataset", None))
+    if is_split is None:
+        say(
+            "nothing tells whether split_dataset_by_node has split this stream. If it has, rows "
+            "are left out: pass the whole stream."
+        )
+    return bool(is_split)
 
 
 def unsharded(loader: Any) -> Any:
