@@ -175,5 +175,7 @@ def describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Return the size of tensors in a file; those that no file can hold do not count."""
-    return sum(tensor.nbytes for tensor in tensors.values() if _has_place(tensor))
+    """Return the size of the tensors in a file; those that have no place in one do not count."""
+    aliases = find_aliases(tensors)
+    dense = (tensor for name, tensor in tensors.items() if name not in aliases)
+    return sum(tensor.nbytes for tensor in dense if _has_place(tensor))
