@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from datasets import Dataset as ArrowDataset
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 
 from manualloop import (
     DataError,
@@ -218,6 +220,43 @@ def check_distributed_by_others(folder, strategy):
     assert state.progress.epoch == 1
 
 
+def check_split_before(folder, strategy):
+    """Rows that were split by rank are refused; a sampler's shards are evaluated once."""
+    rank, every = strategy.rank, Rows(20)
+    arrow = ArrowDataset.from_dict({"x": [[row / 10] * 3 for row in range(20)]})
+    split = split_dataset_by_node(arrow.with_format("torch"), rank, 2)
+    loaders = [
+        DataLoader(split, BATCH_SIZE),
+        ordered_loader(split, "train", 2, shuffle=True, seed=1, drop_last=False),
+        DataLoader(Subset(every, range(rank * 10, rank * 10 + 10)), BATCH_SIZE),
+        DataLoader([every[row] for row in range(rank, 20, 2)], BATCH_SIZE),
+        list(DataLoader(Subset(every, range(rank, 20, 2)), BATCH_SIZE)),
+        DataLoader(Rows(20 + rank), BATCH_SIZE),
+    ]
+
+    used = []
+
+    def loss_fn(model, batch):
+        used.extend(batch["id"].tolist() if "id" in batch else [])
+        return model(batch["x"]).square().mean()
+
+    for loader in loaders:
+        state = make_state()
+        before = [parameter.detach().clone() for parameter in state.model.parameters()]
+        with pytest.raises(DataError, match="split by rank before"):
+            next(train_steps(state, loader, max_steps=1, loss_fn=loss_fn, strategy=strategy))
+        assert all(map(torch.equal, before, state.model.parameters()))
+        with pytest.raises(DataError, match="split by rank before"):
+            evaluate_loop(make_state().model, loader, strategy=strategy, loss_fn=loss_fn)
+    for shuffle in (False, True):
+        used.clear()
+        sampler = DistributedSampler(Rows(), 2, rank, shuffle=shuffle)
+        loader = DataLoader(Rows(), BATCH_SIZE, sampler=sampler)
+        evaluate_loop(make_state().model, loader, strategy=strategy, loss_fn=loss_fn)
+        rows = [row for of_rank in strategy.gather(list(used)) for row in of_rank]
+        assert sorted(rows) == list(range(NUM_ROWS))
+
+
 def check_ready_accelerator(folder, strategy):
     """Objects prepared by accelerate are used as they are; a schedule steps once an update."""
     accelerator = Accelerator(cpu=True)
@@ -289,6 +328,7 @@ SCENARIOS = {
     **{name: partial(check, name) for name in LOADERS},
     "two ranks after one": check_more_ranks,
     "distributed by the user": check_distributed_by_others,
+    "split by rank before": check_split_before,
     "prepared by accelerate": check_ready_accelerator,
     "neighbours of one length": check_neighbours,
     "wrong length": check_wrong_length,
