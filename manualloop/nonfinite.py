@@ -58,9 +58,10 @@ class Watch:
         self._flags: list[tuple[LateTensor, Callable[[], NonFiniteError]]] = []
 
     def look_at(self, update: Update, window: Window) -> None:
-        """Act on an update before the position moves past its window."""
-        if update.is_finite is None or update.is_finite is True:
-            return
+        """Act on an update that is not finite, or of which the host does not know it yet.
+
+        Called before the position moves past its window.
+        """
         progress = self._state.progress
         error = partial(
             self._explain,

@@ -206,7 +206,7 @@ def search(owners: Mapping[str, Any]) -> Search:
     found: dict[str, Part] = {}
     unsaved: dict[str, str] = {}
     global_ones = {id(generator) for generator in _global_generators()}
-    for path, part in walk(owners):
+    for path, part in walk(owners, skips_empty=True):
         kind = type(part.value)
         if issubclass(kind, random.SystemRandom):
             unsaved[path] = "it draws from the operating system"

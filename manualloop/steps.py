@@ -350,7 +350,8 @@ def _train_steps(
                 lr = state.optimizer.param_groups[0]["lr"]
                 lr = lr if type(lr) is float else _plain_lr(lr)
                 update = update_from(state, window)
-                watch.look_at(update, window)
+                if update.is_finite is not True and update.is_finite is not None:
+                    watch.look_at(update, window)
                 num_applied += update.applied
                 num_skipped = 0 if update.applied else num_skipped + 1
                 _advance(state, reader, window, applied=update.applied)

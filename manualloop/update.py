@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from time import perf_counter
 from typing import Any, TypeAlias
 
@@ -108,7 +108,7 @@ def accumulate_gradients(
     """
     strategy = strategy_in_place(model) if strategy is None else strategy
     counts, _ = count_window(model, batches)
-    return _accumulate(model, batches, counts, loss_fn, strategy, model.parameters(), Times())
+    return _accumulate(model, batches, counts, loss_fn, strategy, model.parameters, Times())
 
 
 def _accumulate(
@@ -117,7 +117,7 @@ def _accumulate(
     counts: Sequence[Sequence[float]],
     loss_fn: LossFn | None,
     strategy: Strategy,
-    parameters: Iterable[Tensor],
+    parameters: Callable[[], Iterable[Tensor]],
     times: Times,
 ) -> Update:
     if len(batches) == strategy.world_size == 1:
@@ -151,7 +151,7 @@ def _accumulate(
         return Update(loss, 0, applied=False)
     if loss_fn is not None and total != planned[0]:
         factor = planned[0] / total  # loss_fn counted items other than those of count_items
-        for parameter in parameters:
+        for parameter in parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         loss = loss * factor
@@ -306,7 +306,7 @@ def _accumulate_in_memory(
                 counts,
                 loss_fn,
                 strategy,
-                parameters_of(state.optimizer),
+                partial(parameters_of, state.optimizer),
                 state.times,
             )
         except torch.OutOfMemoryError:

@@ -8,7 +8,7 @@ what it can without a cost, and looks again only where that has changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -122,10 +122,11 @@ def resolve_task(model: nn.Module, batch: Any, known: Task | None = None) -> Tas
         kind = axes, labels.dtype, axes > 1 and labels.shape[-1] > 1
     else:
         labels, kind = None, "start_positions" in columns
-    if known is not None and (
-        known.model is not model or known.settings.get("problem_type") != known.problem_type
-    ):
+    if known is not None and known.model is not model:
         known = None
+    if known is not None and (chosen := known.settings.get("problem_type")) != known.problem_type:
+        # In its first forward pass the model has written down what was inferred before it.
+        known = replace(known, problem_type=chosen) if chosen == known.name else None
     if known is not None and known.kind == kind:
         return known
     # A batch without labels does not tell; the labels of those before it did.
