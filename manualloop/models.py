@@ -61,8 +61,9 @@ def is_blind_to_padding(model: nn.Module) -> bool:
     for question answering, whose softmax runs over the padding, nor for some families (of 93 tried
     with transformers 5.23 for sequence classification, 5 depend on the padding).
     """
-    name = type(unwrap_model(model)).__name__
-    if config_of(model) is None or name.endswith("ForQuestionAnswering"):
+    model = unwrap_model(model)
+    name = type(model).__name__
+    if own_config(model) is None or name.endswith("ForQuestionAnswering"):
         return False
     return "attention_mask" in forward_columns(model) and not name.startswith(_SEEING_PADDING)
 
@@ -72,7 +73,11 @@ _SEEING_PADDING = ("Canine", "ConvBert", "FNet", "Nystromformer", "Yoso")
 
 def config_of(model: nn.Module) -> Any:
     """Return the ``config`` of a model of transformers; None for other modules."""
-    model = unwrap_model(model)
+    return own_config(unwrap_model(model))
+
+
+def own_config(model: nn.Module) -> Any:
+    """Return the ``config`` of a model that has no wrapper; None if it is not of transformers."""
     if "config" in vars(model) or hasattr(type(model), "config"):
         return model.config
     return None

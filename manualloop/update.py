@@ -21,9 +21,8 @@ from manualloop.reading.sources import source_of
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.select import strategy_in_place
-from manualloop.tasks.items import num_rows
 from manualloop.tasks.loss import Term, loss_terms
-from manualloop.tasks.task import count_window
+from manualloop.tasks.task import count_window, num_rows
 from manualloop.times import Times
 from manualloop.types import LossFn, OnNonfinite, Update, Window
 

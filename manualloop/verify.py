@@ -26,9 +26,8 @@ from manualloop.errors import ConfigError, DataError
 from manualloop.models import evaluation_mode, model_name
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.select import strategy_for
-from manualloop.tasks.items import num_rows
 from manualloop.tasks.loss import loss_terms
-from manualloop.tasks.task import resolve_task
+from manualloop.tasks.task import num_rows, resolve_task
 from manualloop.types import LossFn, Step, Update, Window
 from manualloop.update import accumulate_gradients, split_batch
 

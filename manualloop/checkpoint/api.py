@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from manualloop.arguments import is_count
-from manualloop.checkpoint.find import explain, find, find_best
 from manualloop.checkpoint.folders import (
     explain_disk,
     make_aside,
@@ -19,7 +18,7 @@ from manualloop.checkpoint.folders import (
     write_folder,
 )
 from manualloop.checkpoint.lock import hold_lock
-from manualloop.checkpoint.manifest import Found, find_folders
+from manualloop.checkpoint.manifest import Found, explain, find, find_best, find_folders
 from manualloop.checkpoint.nested import as_json
 from manualloop.checkpoint.parts import write_shards
 from manualloop.checkpoint.snapshot import put_state_back, read_snapshot, take_state_apart

@@ -18,8 +18,7 @@ from manualloop.errors import DataError
 from manualloop.mistakes import scalar_floats_message
 from manualloop.models import num_labels, problem_type
 from manualloop.notices import logger
-from manualloop.tasks.items import IGNORE_INDEX
-from manualloop.tasks.task import infer_task
+from manualloop.tasks.task import IGNORE_INDEX, infer_task
 
 if TYPE_CHECKING:
     from manualloop.data.columns import Rows, Split

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from manualloop.data.grouping import Ints, round_up
 from manualloop.internals import as_kind, rows_as_table, stored_table
-from manualloop.tasks.items import IGNORE_INDEX
+from manualloop.tasks.task import IGNORE_INDEX
 
 _ROWS_AT_ONCE = 10_000
 

@@ -14,16 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from manualloop.checks import explain, require_loader
-from manualloop.data.sampler import num_batches, rows_before
+from manualloop.data.sampler import longest_first_view, num_batches, rows_before
 from manualloop.errors import DataError, ModelError
 from manualloop.evaluation.predictions import (
     Predictions,
     dataset_rows,
-    longest_first_rows,
     table_of,
 )
 from manualloop.evaluation.scorers import Gathered, Scorer, as_metric, counts_classes
-from manualloop.models import accepts, evaluation_mode, is_sharded
+from manualloop.models import accepts, evaluation_mode, is_blind_to_padding, is_sharded
 from manualloop.notices import say
 from manualloop.progress import ProgressBar
 from manualloop.reading.ranks import is_spare, unsharded
@@ -31,9 +30,8 @@ from manualloop.reading.reader import Reader
 from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.select import strategy_for
-from manualloop.tasks.items import IGNORE_INDEX, num_rows
 from manualloop.tasks.loss import find_loss, model_terms, no_loss, own_terms
-from manualloop.tasks.task import Task, resolve_task
+from manualloop.tasks.task import IGNORE_INDEX, Task, num_rows, resolve_task
 from manualloop.types import Batch, LossFn
 
 _T = TypeVar("_T")
@@ -99,7 +97,7 @@ def evaluate_loop(
     loader = eval_dataloader if strategy.world_size == 1 else unsharded(eval_dataloader)
     scorer = None if metric is None else as_metric(metric)
     if loss_fn is None and (postprocess is None or scorer is None or counts_classes(scorer)):
-        loader, rows = longest_first_rows(loader, model, strategy)
+        loader, rows = _longest_first_rows(loader, model, strategy)
     else:
         rows = None  # loss_fn may compare a batch's rows, postprocess make several of one
     taker: Scorer | Gathered | None = scorer
@@ -190,7 +188,7 @@ def predict_loop(
     strategy = strategy_for(model, strategy)
     model = prepare_model(strategy, model)
     loader = dataloader if strategy.world_size == 1 else unsharded(dataloader)
-    loader, longest_first = longest_first_rows(loader, model, strategy)
+    loader, longest_first = _longest_first_rows(loader, model, strategy)
     numbers = dataset_rows(loader) if longest_first is None else longest_first
     parts = _each_batch(
         _passes(model, loader, strategy, None, postprocess is None),
@@ -461,3 +459,19 @@ def _for_metric(
             kept = labels != IGNORE_INDEX
             return predictions[kept], labels[kept], kept
     return predictions, labels, None
+
+
+def _longest_first_rows(
+    loader: Iterable[Any], model: nn.Module, strategy: Strategy
+) -> tuple[Iterable[Any], NDArray[np.int64] | None]:
+    """Return a loader that gives the longest rows first, and the dataset's rows in its order.
+
+    Where another order might change the numbers, return the loader itself and None.
+    """
+    if not is_blind_to_padding(model):
+        return loader, None
+    view = longest_first_view(loader, fills_batches=strategy.device.type != "cpu")
+    if view is None:
+        return loader, None
+    sampler: Any = view.batch_sampler
+    return view, np.array(sampler.rows(), np.int64)

@@ -12,13 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from manualloop.data.sampler import longest_first_view
 from manualloop.errors import DataError
-from manualloop.models import is_blind_to_padding
 from manualloop.notices import say
 from manualloop.reading.sources import source_of
-from manualloop.strategy.base import Strategy
-from manualloop.tasks.items import IGNORE_INDEX
+from manualloop.tasks.task import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,16 +77,3 @@ def dataset_rows(loader: Iterable[Any]) -> Iterable[int] | None:
         f"The loader draws its rows with a {name}, so predictions could not be "
         "put in the dataset's order. Build it with shuffle=False, or use prepare_dataloaders."
     )
-
-
-def longest_first_rows(
-    loader: Iterable[Any], model: nn.Module, strategy: Strategy
-) -> tuple[Iterable[Any], NDArray[np.int64] | None]:
-    """Return a loader that gives the longest rows first, and the dataset's rows in its order.
-
-    Where another order might change the numbers, return the loader itself and None.
-    """
-    if not is_blind_to_padding(model):
-        return loader, None
-    view = longest_first_view(loader, fills_batches=strategy.device.type != "cpu")
-    return (loader, None) if view is None else (view, np.array(dataset_rows(view), np.int64))

@@ -18,7 +18,7 @@ from manualloop.data.sampler import num_batches
 from manualloop.errors import DataError
 from manualloop.internals import is_one_ranks_stream
 from manualloop.notices import say
-from manualloop.tasks.items import num_rows
+from manualloop.tasks.task import num_rows
 
 
 class Shard(NamedTuple):

@@ -29,7 +29,7 @@ from manualloop.reading.ranks import (
 from manualloop.reading.sources import Source
 from manualloop.reading.workers import Carried, states_between_passes
 from manualloop.strategy.base import Strategy
-from manualloop.tasks.items import num_rows
+from manualloop.tasks.task import num_rows
 
 
 class Given(NamedTuple):

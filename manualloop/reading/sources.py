@@ -119,7 +119,7 @@ class Prepared:
     kind = "prepared"
 
     def __init__(self, loader: Any) -> None:
-        self.loader, self.copy = loader, LoaderCopy(loader)
+        self.loader, self.copy = loader, LoaderCopy(loader, draws_no_seed=True)
         self.generators = row_generators_of(loader)
         self._sampler: OrderedBatchSampler = loader.batch_sampler
 

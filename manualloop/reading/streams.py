@@ -12,7 +12,7 @@ from manualloop.notices import say
 from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
 from manualloop.reading.position import Position
 from manualloop.reading.ranks import Shard
-from manualloop.tasks.items import num_rows
+from manualloop.tasks.task import num_rows
 
 
 def read_again(

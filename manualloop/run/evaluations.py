@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from manualloop.checkpoint.find import score
+from manualloop.checkpoint.manifest import score
 from manualloop.errors import ConfigError
 from manualloop.types import Record
 

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from manualloop.arguments import is_count
 from manualloop.checkpoint.api import load_found, write_checkpoint
-from manualloop.checkpoint.find import find_last
 from manualloop.checkpoint.folders import explain_disk, free_bytes, sweep
 from manualloop.checkpoint.lock import hold_lock
-from manualloop.checkpoint.manifest import Found, find_folders
+from manualloop.checkpoint.manifest import Found, find_folders, find_last
 from manualloop.checkpoint.parts import saved_part
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.notices import logger, say

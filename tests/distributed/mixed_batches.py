@@ -46,11 +46,14 @@ def train(strategy, window, loss_fn):
 
 
 batches = [draw(number) for number in (4, 5, 6, 3, 7)]  # rank 1 of 2 has no third batch
-strategy = prepare_strategy("auto")
-assert strategy.world_size == 2
-for loss_fn in (None, by_square):
-    items, weights, loss = train(strategy, 2, loss_fn)
-    expected, own, own_loss = train(SingleDevice(), 4, loss_fn)
-    assert items == expected, (items, expected)
-    torch.testing.assert_close(weights, own, rtol=1e-12, atol=1e-14)
-    assert abs(loss - own_loss) < 1e-12 * abs(own_loss), (loss, own_loss)
+
+
+if __name__ == "__main__":
+    strategy = prepare_strategy("auto")
+    assert strategy.world_size == 2
+    for loss_fn in (None, by_square):
+        items, weights, loss = train(strategy, 2, loss_fn)
+        expected, own, own_loss = train(SingleDevice(), 4, loss_fn)
+        assert items == expected, (items, expected)
+        torch.testing.assert_close(weights, own, rtol=1e-12, atol=1e-14)
+        assert abs(loss - own_loss) < 1e-12 * abs(own_loss), (loss, own_loss)

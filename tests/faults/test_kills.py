@@ -10,8 +10,7 @@ import pytest
 from injections import POINTS, Gate, KillAt
 
 import manualloop
-from manualloop.checkpoint.find import find_best, find_last
-from manualloop.checkpoint.manifest import find_folders, verify_folder
+from manualloop.checkpoint.manifest import find_best, find_folders, find_last, verify_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from manualloop import DataError
-from manualloop.tasks.items import count_kept, count_positions, count_shifted_labels, num_rows
+from manualloop.tasks.task import count_kept, count_positions, count_shifted_labels, num_rows
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (64,), (65,), (3, 5), (2, 3, 4), ()])

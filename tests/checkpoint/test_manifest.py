@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from manualloop import CheckpointError, TrainState, load_checkpoint, save_checkpoint
-from manualloop.checkpoint.find import find_best, find_last
-from manualloop.checkpoint.manifest import find_folders
+from manualloop.checkpoint.manifest import find_best, find_folders, find_last
 
 OPENED = []
 sys.addaudithook(lambda event, args: event == "open" and OPENED.append(str(args[0])))
