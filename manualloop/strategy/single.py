@@ -44,7 +44,8 @@ class SingleDevice:
         mixed_precision: MixedPrecision = "no",
         compile: CompileOptions = False,
     ) -> None:
-        self.device, self.precision = torch.device(device), mixed_precision
+        self.device = torch.device(device)
+        self.precision: MixedPrecision = mixed_precision
         self.compile = compile
         if mixed_precision not in ("no", "bf16", "fp16"):
             raise ConfigError(
@@ -56,6 +57,11 @@ class SingleDevice:
 
     def __repr__(self) -> str:
         return f"SingleDevice(device={str(self.device)!r}, mixed_precision={self.precision!r})"
+
+    @property
+    def mixed_precision(self) -> MixedPrecision:
+        """The argument of this name, which is the precision."""
+        return self.precision
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         parameters = parameters_of(optimizer)

@@ -75,7 +75,7 @@ def test_a_process_that_resumes_reads_each_manifest_once(tmp_path):
     code = f"""if True:
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_find import Counted, Path, load_checkpoint, new_state, save
+        from test_manifest import Counted, Path, load_checkpoint, new_state, save
         folder, state = Path({str(tmp_path)!r}), new_state()
         with Counted(folder) as loading:
             load_checkpoint(folder, state)
