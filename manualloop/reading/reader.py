@@ -62,6 +62,7 @@ class Reader:
         source: The loader.
         num_samples: Rows of the pass that were used, on all ranks.
 
+    >>> from manualloop.reading.sources import source_of
     >>> batches = [{"x": [1, 2]}, {"x": [3, 4]}, {"x": [5]}]
     >>> reader = Reader(source_of(batches))
     >>> given = reader.batches()

@@ -440,8 +440,10 @@ def _rows_here(source: Source) -> Position:
     """Return the states of dataset and row generators, if rows are read in this process."""
     if not _reads_here(source.loader):
         return {}
-    # With those of the samplers, which others may share: a loss function that draws noise.
-    states = order_states(source.loader, rows=False) | source.generators.states()
+    states = source.generators.states()
+    if source.kind != "prepared":  # whose generator is seeded anew in every epoch, on every rank
+        # With those of the samplers, which others may share: a loss function that draws noise.
+        states = order_states(source.loader, rows=False) | states
     position, dataset = Position(row_generators=states), source.loader.dataset
     if is_stateful(dataset):
         position["dataset"] = dataset.state_dict()

@@ -266,9 +266,10 @@ def test_a_look_leaves_an_epoch_and_a_start_of_a_prepared_loader_alone() -> None
 
 def test_a_look_neither_starts_nor_moves_workers_that_are_kept() -> None:
     loader = DataLoader(Stream(), 2, num_workers=1, persistent_workers=True)
+    before = multiprocessing.active_children()  # of other tests
     inspect_batch(loader)
     assert loader._iterator is None
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
     first = next(iter(loader))["x"].tolist()
     inspect_batch(loader)
     again = DataLoader(Stream(), 2, num_workers=1, persistent_workers=True)

@@ -19,7 +19,7 @@ pytestmark = [
 
 BIN = Path(sys.executable).parent
 SCRIPT = ranks.HERE / "count_ranks.py"
-FEWER = "2 processes were asked for, and 1 runs"
+FEWER = "2 processes were asked for, and 1 is running"
 CONFIG = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: MULTI_CPU
