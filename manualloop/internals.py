@@ -354,8 +354,8 @@ def was_accelerator_made() -> bool:
 def rows_as_table(dataset: Any, rows: Any) -> Any:
     """Return rows of a dataset as a table of Arrow, as they are stored.
 
-    Seen in datasets 3.6 to 5.2: ``_indices``, the rows that a selection has kept. If it is gone,
-    the dataset is asked in its Arrow format, which copies some Python objects for every batch.
+    Seen in datasets 3.6 to 5.2: ``_indices``, the rows that a selection has kept, which datasets
+    looks up one by one. If it is gone, the dataset is asked in its Arrow format, which is slower.
     """
     from datasets.formatting import query_table
 
@@ -363,14 +363,14 @@ def rows_as_table(dataset: Any, rows: Any) -> Any:
         indices = dataset._indices
     except AttributeError:
         return dataset.with_format("arrow")[rows]
-    return query_table(dataset.data, rows, indices=indices)
+    chosen = rows if indices is None else indices.column(0).take(rows).to_numpy()
+    return query_table(dataset.data, chosen)
 
 
 def stored_table(dataset: Any) -> tuple[Any, Any]:
     """Return the stored table of a dataset, and the number in it of each row; None: all, in order.
 
-    Seen in datasets 3.6 to 5.2: ``_indices``. If it is gone, the rows of a selection are written
-    out as a table of their own.
+    Seen in datasets 3.6 to 5.2: ``_indices``. If it is gone, a selection is written out anew.
     """
     try:
         indices = dataset._indices

@@ -31,38 +31,108 @@ def text_message(
 
 
 def text_label_message(column: str, example: Any, *, split: str | None = None) -> str:
-    """Return the message about a column of labels that are text, or lists of text."""
+    """Return the message about labels that are text, of rows of which no more is known."""
     of = "" if split is None else f" of {split}"
-    fix = f'dataset.class_encode_column("{column}")'
-    if not isinstance(example, str):
-        names = f'sorted({{name for names in dataset["{column}"] for name in names}})'
-        fix = (
-            f'dataset.cast_column("{column}", datasets.Sequence(datasets.ClassLabel('
-            f"names={names})))"
-        )
+    if isinstance(example, str):
+        fix = f'dataset.class_encode_column("{column}")'
+    else:
+        names = f'sorted({{name for row in dataset for name in row["{column}"]}})'
+        fix = class_lists_call(column, names, "dataset.")
     return (
         f"{column!r}{of} holds strings, e.g. {example!r} (row 0). Turn them into class numbers: "
         f"{fix}."
     )
 
 
-def filter_missing(column: str, *, is_float: bool = False, in_lists: bool = False) -> str:
+def class_lists_call(column: str, names: str, of: str = "") -> str:
+    """Return the call that turns lists of names into lists of class numbers."""
+    classes = f"datasets.Sequence(datasets.ClassLabel(names={names}))"
+    return f'{of}cast_column("{column}", {classes})'
+
+
+def filter_missing(
+    column: str, *, is_float: bool = False, in_lists: bool = False, of: str = "dataset."
+) -> str:
     """Return the code that filters out rows without a value: None or, among floats, NaN."""
     value = f'row["{column}"]'
     if in_lists:
-        return f"dataset.filter(lambda row: all(x is not None and x == x for x in {value}))"
+        return f"{of}filter(lambda row: all(x is not None and x == x for x in {value}))"
     is_number = f" and {value} == {value}" if is_float else ""  # NaN does not equal itself
-    return f"dataset.filter(lambda row: {value} is not None{is_number})"
+    return f"{of}filter(lambda row: {value} is not None{is_number})"
 
 
-def scalar_floats_message(found: str, column: str, num_labels: int | None) -> str:
-    """Return the message about one float per row, neither a class nor a multi-label row."""
+def fill_argument(columns: Sequence[str], value: str) -> str:
+    """Return the argument of ``prepare_dataloaders`` that fills empty cells of some columns."""
+    return "fill={" + ", ".join(f'"{name}": {value}' for name in columns) + "}"
+
+
+def no_tokens_fix(texts: Sequence[str], cells: Mapping[str, Any], tokenizer: Any, line: str) -> str:
+    """Return the sentence that fixes a row of which the tokenizer makes no token.
+
+    Args:
+        texts: The columns of text.
+        cells: The row.
+        tokenizer: The tokenizer.
+        line: The line that filters such rows out, for a text that is not empty.
+    """
+    names = ("eos_token", "unk_token", "pad_token")
+    token = next((name for name in names if getattr(tokenizer, name, None)), None)
+    empty = [name for name in texts if not cells.get(name)]
+    if token is not None and empty:
+        return f"Pass a text for empty cells: {fill_argument(empty, f'tokenizer.{token}')}."
+    return f"Filter such rows out: {line}."
+
+
+def scalar_floats_message(
+    found: str, column: str, num_labels: int | None, *, are_whole: bool = True, line: str = ""
+) -> str:
+    """Return the message about one float per row, neither a class nor a multi-label row.
+
+    Args:
+        found: Where they are.
+        column: Their column.
+        num_labels: Outputs of the model; None if they are unknown.
+        are_whole: Whether all are whole numbers, which may be classes.
+        line: The line that makes them integers; empty for the usual one.
+    """
     wanted = "one for each class" if num_labels is None else f"{num_labels} of them a row"
-    return (
+    message = (
         f"Float labels {found} are read as multi-label, which wants {wanted}. For a regression "
-        "load the model with num_labels=1; for one class a row make them integers: "
-        f'dataset.cast_column("{column}", datasets.Value("int64")).'
+        "load the model with num_labels=1"
     )
+    if not are_whole:
+        return f"{message}."
+    line = line or f"dataset.{integers_call(column)}"
+    return f"{message}; for one class a row make them integers: {line}."
+
+
+def integers_call(column: str) -> str:
+    """Return the call that makes a column of whole numbers one of integers."""
+    return f'cast_column("{column}", datasets.Value("int64"))'
+
+
+def renumber_call(column: str, values: Sequence[int]) -> str:
+    """Return the call that numbers classes from 0 in the order of their numbers.
+
+    >>> renumber_call("label", [-1, 1])
+    'map(lambda row: {"label": (row["label"] + 1) // 2})'
+    """
+    value = f'row["{column}"]'
+    smallest, step = values[0], (values[1] - values[0]) if len(values) > 1 else 1
+    if list(values) == [smallest + step * n for n in range(len(values))]:
+        sign, size = ("-", smallest) if smallest >= 0 else ("+", -smallest)
+        shifted = f"{value} {sign} {size}" if size else value
+        number = (
+            shifted if step == 1 else f"({shifted}) // {step}" if size else f"{value} // {step}"
+        )
+    else:
+        number = f"{[int(value) for value in values]}.index({value})"
+    return as_map(column, number)
+
+
+def as_map(column: str, value: str) -> str:
+    """Return the call that computes a column anew, from the code of its value."""
+    return f'map(lambda row: {{"{column}": {value}}})'
 
 
 def no_loss_message(model: nn.Module, batch: Batch, outputs: Any) -> str:
@@ -94,7 +164,7 @@ def _example_loss(model: nn.Module, batch: Batch, outputs: Any) -> str:
 def no_labels_message(batch: Batch) -> str:
     """Return the message about a batch without labels, which names the column that might be one."""
     columns = ", ".join(map(str, batch))
-    suspects = [name for name in batch if name in LABEL_LIKE]
+    suspects = [name for name in batch if str(name).lower() in LABEL_LIKE]
     if suspects:
         return (
             f"No 'labels' in the batch. Columns: {columns}. Did you mean {suspects[0]!r}? Use "
@@ -150,5 +220,9 @@ def misaligned_message(num_labels: int, num_tokens: int, where: str) -> str:
     )
 
 
-LABEL_LIKE = ("label", "label_ids", "target", "targets", "class", "category", "y", "score")
-"""Names under which a label column is looked for when a message suggests one."""
+LABEL_LIKE = (
+    "label", "labels", "label_ids", "target", "targets", "class", "classes", "category", "y",
+    "score", "sentiment", "intent", "emotion", "stars", "rating", "polarity", "topic", "gold",
+    "gold_label", "similarity", "relevance", "toxic", "is_duplicate",
+)  # fmt: skip
+"""Names under which a label column is looked for when a message suggests one, in lower case."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,33 @@ def token_model() -> Any:
     return tiny_bert(kind=BertForTokenClassification)
 
 
-def apply_fix(error: pytest.ExceptionInfo[Any], dataset: Dataset, start: str) -> Dataset:
-    """Run the line that the error message suggests, which begins with ``start``."""
-    line = str(error.value)[str(error.value).index(start) :].removesuffix(".")
-    return eval(line, {"dataset": dataset, "datasets": datasets})
+_FIX = re.compile(
+    r"(for name in \[[^\]]*\]: dataset\[name\] = |dataset\[[^\]]+\] = )?dataset(\[[^\]]+\])?\.\w+\("
+)
+
+
+def fixes_in(message: object) -> list[str]:
+    """The lines of code in a message that change a dataset, each up to its closing bracket."""
+    text, lines, start = str(message), [], 0
+    while (found := _FIX.search(text, start)) is not None:
+        depth, start = 1, found.end()
+        while depth:
+            depth += (text[start] in "([{") - (text[start] in ")]}")
+            start += 1
+        lines.append(text[found.start() : start])
+    return lines
+
+
+def run_fix(line: str, dataset: Any, **names: Any) -> Any:
+    """Run a line of a message on a dataset, or on a mapping of them, which it changes."""
+    names |= {"dataset": dataset, "datasets": datasets}
+    if not isinstance(dataset, dict):
+        return eval(line, names)
+    exec(line, names)
+    return names["dataset"]
+
+
+def apply_fix(error: pytest.ExceptionInfo[Any], dataset: Dataset, method: str) -> Dataset:
+    """Run the line of the error message that calls a method of the split "dev"."""
+    (line,) = {line for line in fixes_in(error.value) if f".{method}(" in line}
+    return run_fix(line, {"dev": dataset})["dev"]

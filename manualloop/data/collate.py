@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 
 from manualloop.data.labels import BY_TOKEN
-from manualloop.errors import DataError
+from manualloop.errors import ConfigError, DataError
 from manualloop.internals import pads_as_base
-from manualloop.mistakes import filter_missing, misaligned_message, text_label_message, text_message
+from manualloop.mistakes import filter_missing, misaligned_message, text_message
 from manualloop.tasks.task import TASKS
-
-if TYPE_CHECKING:
-    from manualloop.data.columns import Split
 
 Row = Mapping[str, Any]
 
@@ -90,71 +87,6 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def check_columns(
-    split: Split, texts: Sequence[str], label: str | None, *, may_be_text: bool
-) -> None:
-    """Refuse a split that lacks a column of text, has missing values, or has labels of text.
-
-    Args:
-        split: The split to check.
-        texts: Columns of text.
-        label: Column of labels, which the split may lack.
-        may_be_text: Whether labels of text are allowed.
-
-    Raises:
-        DataError: The split cannot be used; the message names the column, and the first bad row.
-    """
-    kinds = split.kinds
-    for column in texts:
-        if column not in kinds:
-            raise DataError(
-                f"{split.name} has no column {column!r}. Its columns: {', '.join(kinds)}. Give all "
-                "splits the same columns, or prepare them one by one."
-            )
-        _check_complete(split, column)
-    if label is None or label not in kinds:
-        return
-    _check_complete(split, label)
-    if kinds[label] in ("text", "texts") and not may_be_text:
-        raise DataError(text_label_message(label, split.first[label], split=split.name))
-
-
-def _check_complete(split: Split, column: str) -> None:
-    import pyarrow.compute as pc
-
-    if (values := split.column(column)) is None:
-        return
-    kind, in_lists = split.kinds[column], False
-    rows = np.flatnonzero(pc.is_null(values, nan_is_null=True))
-    if kind in ("list", "texts") and not rows.size:
-        in_lists, is_missing = True, pc.is_null(pc.list_flatten(values), nan_is_null=True)
-        rows = np.unique(pc.list_parent_indices(values).filter(is_missing))
-    if rows.size:
-        value = values[int(rows[0])].as_py()
-        found = f"None or NaN in {column}" if in_lists else f"{column}={value}"
-        raise DataError(
-            f"Row {rows[0]} of {split.name} has {found}. Rows without a value: {rows.size} of "
-            f"{len(values)}. Filter them out: "
-            f"{filter_missing(column, is_float=kind == 'float', in_lists=in_lists)}."
-        )
-
-
-def check_alignment(split: Split) -> None:
-    """Refuse token labels whose number differs from the number of tokens.
-
-    Padding both would hide the difference. Only the first row of a stream is checked.
-
-    Raises:
-        DataError: A row has more or fewer labels than tokens.
-    """
-    if "input_ids" not in split.first or split.first.get("labels") is None:
-        return
-    if (row := split.first_misaligned("labels")) is not None:
-        found = split.rows[row] if row else split.first
-        lengths = np.size(found["labels"]), len(found["input_ids"])
-        raise DataError(misaligned_message(*lengths, f"row {row} of {split.name}"))
-
-
 def _explain_alignment(rows: Sequence[Row]) -> str | None:
     for number, row in enumerate(rows):
         if "labels" in row and "input_ids" in row:
@@ -207,6 +139,29 @@ def padding_collate_fn(
         pad_to_multiple_of=pad_to_multiple_of,
         float_labels=float_labels,
     )
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is not a tokenizer: the name of one, or a model.
+
+    Raises:
+        ConfigError: It cannot be called on texts.
+    """
+    if isinstance(tokenizer, str | os.PathLike):
+        raise ConfigError(
+            f"tokenizer={tokenizer!r} is the name of a tokenizer, not one. Load it: "
+            f"tokenizer=transformers.AutoTokenizer.from_pretrained({os.fspath(tokenizer)!r})."
+        )
+    if isinstance(tokenizer, torch.nn.Module):
+        raise ConfigError(
+            f"tokenizer is a {type(tokenizer).__name__}, which is a model. Name the arguments: "
+            "prepare_dataloaders(dataset, tokenizer, model=model)."
+        )
+    if tokenizer is not None and not callable(tokenizer):
+        raise ConfigError(
+            f"tokenizer is a {type(tokenizer).__name__}, which cannot be called on texts. Load "
+            "one: transformers.AutoTokenizer.from_pretrained(name)."
+        )
 
 
 def require_pad_token(tokenizer: Any) -> None:

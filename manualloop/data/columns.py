@@ -1,23 +1,18 @@
-"""The columns of a split: what each one holds, and which are the text and the label."""
+"""The columns of a split: which are the text and the label, and which go into batches."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from manualloop.data.splits import TEXT_KINDS
 from manualloop.errors import ConfigError, DataError
 from manualloop.mistakes import LABEL_LIKE
 from manualloop.models import forward_columns
 
 if TYPE_CHECKING:
     from torch import nn
-
-TEXT_KINDS = ("text", "texts")
-"""Kinds of columns that a model cannot read: strings, and lists of strings."""
-
-Rows = Mapping[str, Any]
-"""A batch of rows as ``dataset.map`` passes it to a function: column names to lists of values."""
 
 _TEXT_PAIRS = (
     ("sentence1", "sentence2"),
@@ -27,164 +22,12 @@ _TEXT_PAIRS = (
     ("text1", "text2"),
 )
 _TEXTS = ("text", "sentence", "content", "review", "document")
-_LABELS = ("labels", "label", "label_ids")
+
+LABELS = ("labels", "label", "label_ids")
+"""Names that transformers' collators take for the labels, whatever else a batch holds."""
 
 Takes = Callable[[str, str], bool]
 """A function of a column's name and kind that tells whether the column goes into batches."""
-
-
-class Split(NamedTuple):
-    """A split of a dataset, with its first row.
-
-    A stream often does not know its columns, and reading from it starts it anew. Its first row is
-    therefore read once, and every change of the split is made to that row as well.
-
-    Attributes:
-        name: Name of the split in messages.
-        rows: A ``datasets.Dataset`` or ``IterableDataset``.
-        first: The first row.
-    """
-
-    name: str
-    rows: Any
-    first: Mapping[str, Any]
-
-    @property
-    def is_train(self) -> bool:
-        """Whether the split is shuffled."""
-        return self.name.startswith("train")
-
-    @property
-    def kinds(self) -> dict[str, str]:
-        """Map each column's name to the kind of its values.
-
-        Kinds are "text", "class", "int", "float", "list", "texts" (lists of text) and "other".
-        """
-        if self.rows.features is not None:
-            return {name: _kind_of_feature(f) for name, f in self.rows.features.items()}
-        return {name: _kind_of_value(value) for name, value in self.first.items()}
-
-    def column(self, name: str) -> Any:
-        """Return a column as Arrow data; None for a stream, whose batches are checked later."""
-        if not hasattr(self.rows, "__len__"):
-            return None
-        return self.rows.select_columns([name]).with_format("arrow")[:].column(name)
-
-    def item_feature(self, name: str) -> Any:
-        """Return the feature of the items in a column's lists; None if it is unknown."""
-        return _item_feature((self.rows.features or {}).get(name))
-
-    def first_misaligned(self, name: str) -> int | None:
-        """Return the first row whose number of values differs from its number of tokens.
-
-        None means that no row differs; only the first row of a stream is checked.
-        """
-        import pyarrow.compute as pc
-
-        in_lists = self.kinds[name] == "list"
-        if (len(self.first[name]) if in_lists else 1) != len(self.first["input_ids"]):
-            return 0
-        values, tokens = self.column(name), self.column("input_ids")
-        if values is None or not in_lists:
-            return None
-        differ = pc.not_equal(pc.list_value_length(values), pc.list_value_length(tokens))
-        row = int(pc.index(differ, True).as_py())
-        return None if row < 0 else row
-
-    def select(self, names: Sequence[str]) -> Split:
-        """Keep these columns."""
-        first = {name: self.first[name] for name in names}
-        return self._replace(rows=self.rows.select_columns(list(names)), first=first)
-
-    def rename(self, old: str, new: str) -> Split:
-        """Give a column another name."""
-        first = {new if name == old else name: value for name, value in self.first.items()}
-        return self._replace(rows=self.rows.rename_column(old, new), first=first)
-
-    def map(self, function: Callable[[Rows], Rows], remove: Sequence[str] = ()) -> Split:
-        """Add the columns that a function computes from a batch of rows, and remove others."""
-        # The first row comes first: the call may change the tokenizer, whose hash is part of the
-        # key under which `map` caches its results.
-        made = function({name: [value] for name, value in self.first.items()})
-        first = {name: value for name, value in self.first.items() if name not in remove}
-        first |= {name: values[0] for name, values in made.items()}
-        rows = self.rows.map(function, batched=True, remove_columns=list(remove))
-        return self._replace(rows=rows, first=first)
-
-
-def open_splits(datasets: Any) -> dict[Any, Split]:
-    """Open every split, without its format. A single dataset becomes the split "train".
-
-    Raises:
-        DataError: A split is not a dataset, is empty, or has a transform.
-    """
-    splits = dict(datasets) if isinstance(datasets, Mapping) else {"train": datasets}
-    if not splits:
-        raise DataError(
-            "The mapping of datasets is empty. Pass load_dataset(...), or a dict such as "
-            '{"train": dataset}.'
-        )
-    for name, rows in splits.items():
-        if not hasattr(rows, "features") or not hasattr(rows, "map"):
-            raise DataError(
-                f"{name} is a {type(rows).__name__}, not a datasets.Dataset. Load files with "
-                "datasets.load_dataset, or build one from rows: datasets.Dataset.from_list(rows)."
-            )
-        form = getattr(rows, "format", {})  # a stream has none
-        if form.get("type") == "custom":
-            raise DataError(
-                f"{name} has a transform, so its columns are unknown until the transform runs. "
-                "Pass the transform as a function: prepare_dataloaders(dataset.with_format(None), "
-                "preprocess=transform). Or build the loader: DataLoader(dataset, batch_size=8)."
-            )
-        # Tokenizers and collators expect rows of plain Python values.
-        plain = rows.with_format(None)
-        plain = plain.select_columns(form["columns"]) if form else plain
-        splits[name] = open_split(str(name), plain)
-    return splits
-
-
-def open_split(name: str, rows: Any) -> Split:
-    """Return a split with its first row.
-
-    Raises:
-        DataError: The split has no rows.
-    """
-    for first in rows:
-        return Split(name, rows, first)
-    raise DataError(
-        f"{name} has 0 rows. Check the filter and the name of the split: print(dataset)."
-    )
-
-
-def _item_feature(feature: Any) -> Any:
-    # In datasets a list is a List, a LargeList, a Sequence(feature) (before 4.0) or [feature].
-    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-
-
-def _kind_of_feature(feature: Any) -> str:
-    if hasattr(feature, "str2int"):
-        return "class"
-    if (item := _item_feature(feature)) is not None:
-        return "texts" if _kind_of_feature(item) in TEXT_KINDS else "list"
-    dtype = "" if hasattr(feature, "shape") else str(getattr(feature, "dtype", ""))
-    for kind, dtypes in (
-        ("text", ("string", "large_string")),
-        ("int", ("int", "uint", "bool")),
-        ("float", ("float", "double")),
-    ):
-        if dtype.startswith(dtypes):
-            return kind
-    return "other"
-
-
-def _kind_of_value(value: Any) -> str:
-    if isinstance(value, list | tuple) or getattr(value, "ndim", None):
-        return "texts" if len(value) and _kind_of_value(value[0]) in TEXT_KINDS else "list"
-    for kind, types in (("text", str), ("int", Integral), ("float", Real)):
-        if isinstance(value, types):
-            return kind
-    return "other"
 
 
 class Columns(NamedTuple):
@@ -206,6 +49,7 @@ def find_columns(
     label_column: str | None = None,
     *,
     needs_text: bool = True,
+    examples: Mapping[str, Any] | None = None,
 ) -> Columns:
     """Find the columns of text and of labels in a split.
 
@@ -215,6 +59,7 @@ def find_columns(
         text_columns: The user's choice; None infers it.
         label_column: The user's choice; None infers it.
         needs_text: Whether to look for text that the user did not name.
+        examples: A value of each column, by which an id, a path or a url is recognized.
 
     Raises:
         ConfigError: A column that the user named does not exist or is not text.
@@ -224,12 +69,7 @@ def find_columns(
     Columns(texts=('sentence1', 'sentence2'), label='label')
     """
     texts = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns or ())
-    for name in (*texts, *([label_column] if label_column else [])):
-        if name not in kinds:
-            raise ConfigError(
-                f"{split} has no column {name!r}. Its columns: {', '.join(kinds)}. Name some of "
-                "these in text_columns= and label_column=."
-            )
+    require_columns(split, kinds, (*texts, *([label_column] if label_column else [])))
     if wrong := [name for name in texts if kinds[name] in ("class", "int", "float")]:
         raise ConfigError(
             f"Column {wrong[0]!r} of {split} holds values of kind {kinds[wrong[0]]!r}, not text. "
@@ -243,38 +83,113 @@ def find_columns(
         )
     label = label_column or find_label(kinds)
     if not texts and needs_text and "input_ids" not in kinds:
-        texts = _find_texts(split, kinds, label)
+        texts = _find_texts(split, kinds, label, examples or {})
     return Columns(texts, label)
 
 
+def require_columns(
+    split: str,
+    kinds: Mapping[str, str],
+    names: Sequence[str],
+    arguments: str = "text_columns= and label_column=",
+) -> None:
+    """Refuse names that no column of a split has.
+
+    Raises:
+        ConfigError: A column does not exist.
+    """
+    for name in names:
+        if name not in kinds:
+            raise ConfigError(
+                f"{split} has no column {name!r}. Its columns: {', '.join(kinds)}. Name some of "
+                f"these in {arguments}."
+            )
+
+
 def find_label(kinds: Mapping[str, str]) -> str | None:
-    """Return the name of the label column; None if no column can be identified as such."""
-    for name in _LABELS:
+    """Return the name of the label column; None if no column can be identified as such.
+
+    >>> find_label({"text": "text", "Label": "int"})
+    'Label'
+    """
+    for name in LABELS:
         if name in kinds:
+            return name
+    for name in kinds:
+        if name.lower() in LABELS:
             return name
     classes = [name for name, kind in kinds.items() if kind == "class"]
     return classes[0] if len(classes) == 1 else None
 
 
-def _find_texts(split: str, kinds: Mapping[str, str], label: str | None) -> tuple[str, ...]:
-    candidates = [name for name, kind in kinds.items() if kind == "text" and name != label]
+def is_label_like(name: str) -> bool:
+    """Tell whether a column may hold labels, by its name."""
+    return name.lower() in LABEL_LIKE
+
+
+_ID_NAME = re.compile(
+    r"(^|_)(id|ids|idx|index|uid|uuid|guid|key|hash|md5|sha1|sha256|url|uri|link|path|file|"
+    r"filename|filepath)$"
+)
+_ID_VALUE = re.compile(
+    r"\w+://\S+|[\w.~-]*[/\\][\w.~/\\-]+\.\w+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?|wav|mp3|flac|"
+    r"ogg|mp4|avi|pdf|txt|json)|[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{8,}",
+    re.IGNORECASE,
+)
+
+
+def is_id(name: str, example: Any) -> bool:
+    """Tell whether a column of strings holds ids, paths or urls, by its name or a value.
+
+    >>> is_id("imageId", "a b"), is_id("source", "images/17.jpg"), is_id("source", "see a/b.")
+    (True, True, False)
+    """
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s.-]", "_", name).lower()
+    is_id_value = isinstance(example, str) and _ID_VALUE.fullmatch(example.strip()) is not None
+    return _ID_NAME.search(snake) is not None or is_id_value
+
+
+def _find_texts(
+    split: str, kinds: Mapping[str, str], label: str | None, examples: Mapping[str, Any]
+) -> tuple[str, ...]:
+    strings = [name for name, kind in kinds.items() if kind == "text" and name != label]
     for pair in _TEXT_PAIRS:
-        if set(pair) <= set(candidates):
+        if set(pair) <= set(strings):
             return pair
-    if len(candidates) == 1:
-        return (candidates[0],)
+    ids = [n for n in strings if n not in _TEXTS and is_id(n, examples.get(n))]
+    candidates = [name for name in strings if name not in ids]
+    candidates.sort(key=is_label_like)
     known = [name for name in _TEXTS if name in candidates]
-    others = [name for name in candidates if name not in known and name not in LABEL_LIKE]
+    words = [name for name, kind in kinds.items() if kind == "texts" and name != label]
+    media = [name for name, kind in kinds.items() if kind == "media"]
+    others = [name for name in candidates if name not in known and not is_label_like(name)]
     if len(known) == 1 and not others:
         return (known[0],)
-    if not candidates:
+    if len(candidates) == 1 and not (words or media or is_label_like(candidates[0])):
+        return (candidates[0],)
+    columns = ", ".join(kinds) or "none"
+    if len(candidates) > 1:
         raise DataError(
-            f"{split} has neither text nor input_ids. Its columns: {', '.join(kinds) or 'none'}. "
-            "Pass a dataset with a column of strings, or a tokenized one."
+            f"Several columns of {split} hold strings: {', '.join(candidates)}. Name the text: "
+            f"text_columns={candidates[0]!r}, or for a pair text_columns={tuple(candidates[:2])!r}."
+        )
+    if media and not words:
+        raise DataError(
+            f"{split} has {media[0]!r} beside strings that may be anything. Its columns: "
+            f"{columns}. Turn rows into the columns that the model takes with preprocess=, or name "
+            f"the text: text_columns={(candidates or ids or ['text'])[0]!r}."
+            if candidates or ids
+            else f"{split} has neither text nor input_ids. Its columns: {columns}. Turn rows into "
+            "the columns that the model takes: preprocess=."
+        )
+    if found := [*words, *candidates, *ids]:
+        raise DataError(
+            f"No column of {split} is clearly the text. Its columns: {columns}. Name it: "
+            f"text_columns={found[0]!r}."
         )
     raise DataError(
-        f"Several columns of {split} hold strings: {', '.join(candidates)}. Name the text: "
-        f"text_columns={candidates[0]!r}, or for a pair text_columns={tuple(candidates[:2])!r}."
+        f"{split} has neither text nor input_ids. Its columns: {columns}. "
+        "Pass a dataset with a column of strings, or a tokenized one."
     )
 
 

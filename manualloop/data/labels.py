@@ -1,27 +1,25 @@
 """Labels: which task they belong to, and whether a model can be trained on them.
 
-Whole columns are checked when loaders are prepared. Batches are checked by the same rules before
-they are trained on.
+Whole columns are judged when loaders are prepared (``survey``). Batches are checked by the same
+rules before they are trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from manualloop.data.splits import Split
 from manualloop.errors import DataError
-from manualloop.mistakes import scalar_floats_message
-from manualloop.models import num_labels, problem_type
+from manualloop.mistakes import as_map, renumber_call
+from manualloop.models import num_labels
 from manualloop.notices import logger
 from manualloop.tasks.task import IGNORE_INDEX, infer_task
-
-if TYPE_CHECKING:
-    from manualloop.data.columns import Rows, Split
 
 BY_TOKEN = ("token_classification", "masked_lm", "causal_lm")
 """Tasks with a label for each token."""
@@ -35,122 +33,56 @@ class Labels(NamedTuple):
         task: A key of ``TASKS``; None if it cannot be inferred from the first row.
         num_classes: Number of classes; None if neither the model nor the column tells.
         are_listed: Whether the label of a row is a list of class numbers.
+        are_named: Whether the classes have names, so that -1 stands for no label.
     """
 
     column: str | None
     task: str | None
     num_classes: int | None
     are_listed: bool = False
+    are_named: bool = False
 
 
-def describe_labels(
-    split: Split, column: str | None, task: str | None, model: nn.Module | None
-) -> Labels:
-    """Describe the labels by looking at one split, normally the training split.
+def task_of(split: Split, column: str, model: nn.Module | None, *, by_token: bool) -> str | None:
+    """Name the task that the labels of a split belong to; None if they do not tell.
 
-    Raises:
-        DataError: The labels are lists of class numbers, and the number of classes is unknown.
+    Args:
+        split: The split.
+        column: Its column of labels.
+        model: The model; None if it is unknown.
+        by_token: Whether each row has as many labels as tokens.
     """
-    num_classes = None if model is None else num_labels(model)
-    if column is None:
-        return Labels(None, task or (None if model is None else infer_task(model)), num_classes)
-    is_chosen = task is not None or (model is not None and problem_type(model) is not None)
-    task = task or _infer_task(split, column, model)
-    values, kind = split.column(column), split.kinds[column]
-    if task == "regression" and not is_chosen and kind in ("int", "class") and values is not None:
-        warn_of_classes_as_values(values.to_numpy(), f"{column!r} of {split.name}")
-    if task != "multi_label_classification" or kind != "list":
-        return Labels(column, task, num_classes)
-    item = split.item_feature(column)
-    if hasattr(item, "names"):
-        return Labels(column, task, len(item.names), are_listed=True)
-    are_listed = "int" in str(getattr(item, "dtype", "")) and _hold_class_numbers(values)
-    if are_listed and num_classes is None:
-        raise DataError(
-            f"Column {column!r} of {split.name} holds lists of class numbers, but the number of "
-            "classes is unknown. Pass model=model, or make each row a list of 0 and 1 with one "
-            "entry per class."
-        )
-    return Labels(column, task, num_classes, are_listed)
-
-
-def _infer_task(split: Split, column: str, model: nn.Module | None) -> str | None:
-    label, kind = split.first[column], split.kinds[column]
+    kind = split.kinds[column]
     model = nn.Module() if model is None else model
-    if label is None or kind not in ("class", "int", "float", "list"):
-        return None
+    if kind in ("class", "int", "float"):
+        return infer_task(
+            model, torch.zeros(1, dtype=torch.float if kind == "float" else torch.long)
+        )
     if kind != "list":
-        return infer_task(model, torch.tensor([label]))
-    by_token = "input_ids" in split.first and split.first_misaligned(column) is None
+        return None
     return infer_task(model, torch.zeros(1, 2, dtype=torch.long if by_token else torch.float))
 
 
-def _hold_class_numbers(lists: Any) -> bool:
-    """Tell lists of class numbers from rows of 0 and 1, which a stream is assumed to hold."""
-    import pyarrow.compute as pc
-
-    if lists is None:
-        return False
-    one_length = pc.count_distinct(pc.list_value_length(lists)).as_py() == 1
-    return not one_length or (pc.max(pc.list_flatten(lists)).as_py() or 0) > 1
+def classes_of(split: Split, column: str, model: nn.Module | None) -> tuple[int | None, bool]:
+    """Return the number of classes, and whether the column has names for them."""
+    names = getattr(split.feature(column), "names", None)
+    number = None if model is None else num_labels(model)
+    return number or (len(names) if names else None), bool(names)
 
 
-def prepare_labels(split: Split, labels: Labels) -> Split:
-    """Check the labels of a split and name them ``labels``; drop them if all are -1.
-
-    Raises:
-        DataError: The model has no output for one of the labels.
-    """
-    column, kinds = labels.column, split.kinds
-    if column is None:
-        return split
-    others = [name for name in kinds if name not in (column, "labels")]
-    if column not in kinds or _are_withheld(split, column):
-        return split.select(others)
-    _check_column(split, column, labels)
-    if column != "labels":
-        split = split.select([*others, column]).rename(column, "labels")
-    if labels.are_listed:
-        classes = range(labels.num_classes or 0)
-
-        def as_zeros_and_ones(rows: Rows) -> Rows:
-            return {"labels": [[float(n in row) for n in classes] for row in rows["labels"]]}
-
-        split = split.map(as_zeros_and_ones)
-    return split
+def hidden_labels(loader: Any) -> str | None:
+    """Return in what form a prepared loader's dataset hides its labels; None if it does not."""
+    found: str | None = getattr(getattr(loader, "dataset", None), "hidden_labels", None)
+    return found
 
 
-def _are_withheld(split: Split, column: str) -> bool:
-    """Tell whether all labels are -1, which is GLUE's convention for test splits."""
-    values = split.column(column)
-    if values is None or split.kinds[column] not in ("int", "class"):
-        return False
-    return bool((values.to_numpy() == -1).all())
-
-
-def _check_column(split: Split, column: str, labels: Labels) -> None:
-    import pyarrow.compute as pc
-
-    values, kind = split.column(column), split.kinds[column]
-    if values is None:  # a stream is checked batch by batch
-        return
-    if kind == "float" and labels.task == "multi_label_classification":
-        found = f"in {split.name}, e.g. {values[0].as_py()} (row 0),"
-        raise DataError(scalar_floats_message(found, column, labels.num_classes))
-    if labels.are_listed:
-        rows, numbers = pc.list_parent_indices(values), pc.list_flatten(values)
-    elif labels.task == "single_label_classification" and kind in ("class", "int"):
-        rows, numbers = range(len(values)), values
-    else:
-        return
-    if labels.num_classes:
-        check_class_ids(
-            numbers.to_numpy(),
-            labels.num_classes,
-            lambda number: f"row {rows[number]} of {split.name}",
-            column,
-            in_lists=labels.are_listed,
-        )
+def hidden_message(forms: str) -> str:
+    """Return the message about an evaluation on rows whose labels are hidden."""
+    return (
+        f"The labels are hidden: every one in the dataset is {forms}, as in the test splits of "
+        "benchmarks, so there is nothing to compare predictions with. Evaluate a split with "
+        "labels, or predict these rows: predict_loop(model, loader)."
+    )
 
 
 def check_class_ids(
@@ -184,32 +116,102 @@ from_pretrained(name, num_labels=3).
         return
     wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= num_labels))
     first = tuple(np.argwhere(wrong)[0])
-    label, place = int(labels[first]), where(int(first[0]))
-    smallest, largest = int(kept.min()), int(kept.max())
-    if label < 0:
-        fix = f'Drop such rows: dataset.filter(lambda row: row["{column}"] >= 0)'
-        if in_lists:
-            fix = (
-                f'Replace it: dataset.map(lambda row: {{"{column}": [label if label >= 0 else '
-                f'{IGNORE_INDEX} for label in row["{column}"]]}})'
+    found = Found(int(labels[first]), where(int(first[0])), np.unique(kept).tolist())
+    raise DataError(class_message(found, column, num_labels, in_lists=in_lists, are_all=False))
+
+
+class Found(NamedTuple):
+    """A class number that the model has no output for.
+
+    Attributes:
+        label: The number.
+        place: Where it is.
+        values: The numbers that occur beside it, sorted: in the whole dataset, or in a batch.
+    """
+
+    label: int
+    place: str
+    values: Sequence[int]
+
+
+def class_message(
+    found: Found,
+    column: str,
+    num_classes: int | None,
+    *,
+    in_lists: bool,
+    are_all: bool = True,
+    are_named: bool = False,
+    is_train: bool = True,
+    fix: Callable[[str], str] = "dataset.{}".format,
+    fix_here: Callable[[str], str] = "dataset.{}".format,
+) -> str:
+    """Return the message about a label that is no class, with the fix that fits its neighbours.
+
+    Args:
+        found: The label.
+        column: Its column.
+        num_classes: Number of classes; None if it is unknown.
+        in_lists: Whether a row has a list of labels.
+        are_all: Whether the numbers beside it are all that the dataset has.
+        are_named: Whether the classes have names.
+        is_train: Whether the rows are there to be trained on.
+        fix: Function that makes a line of a call on the dataset, for all splits with labels.
+        fix_here: The same for the split that the label is in.
+    """
+    label, place, values = found
+    if label >= 0:
+        smallest, largest = values[0], values[-1]
+        if not in_lists and _are_others(values, num_classes, are_all):
+            start = f"The smallest label is {smallest}" if smallest else "Numbers are left out"
+            advice = f"{start}, but classes are numbered from 0. "
+            advice += (
+                f"{'Shift' if smallest else 'Number'} them: {fix(renumber_call(column, values))}"
             )
-        raise DataError(
-            f"Label {label} in {place} is neither a class, which are numbered from 0, nor "
-            f"{IGNORE_INDEX}, which the loss ignores. {fix}."
+        else:
+            advice = "Correct the label, or load the model with more classes: "
+            advice += f"from_pretrained(name, num_labels={largest + 1})"
+        counted = f"num_labels={num_classes} (0..{(num_classes or 0) - 1})"
+        return (
+            f"Label {label} in {place} is not a class of the model, which has {counted}. {advice}."
         )
-    fix = (
-        "Correct the label, or load the model with more classes: "
-        f"from_pretrained(name, num_labels={largest + 1})."
+    head = (
+        f"Label {label} in {place} is neither a class, which are numbered from 0, nor "
+        f"{IGNORE_INDEX}, which the loss ignores."
     )
-    if not in_lists and smallest > 0 and largest - smallest < num_labels:
-        fix = (
-            f"The smallest label is {smallest}, but classes are numbered from 0. Shift them: "
-            f'dataset.map(lambda row: {{"{column}": row["{column}"] - {smallest}}}).'
-        )
-    raise DataError(
-        f"Label {label} in {place} is not a class of the model, which has "
-        f"num_labels={num_labels} (0..{num_labels - 1}). {fix}"
-    )
+    if in_lists:
+        kept = f'[label if label >= 0 else {IGNORE_INDEX} for label in row["{column}"]]'
+        return f"{head} Replace it: {fix_here(as_map(column, kept))}."
+    meaning = _meaning_of_minus(values, num_classes, are_all) if not are_named else "missing"
+    numbers = values if are_all or 0 in values else (-1, 1)
+    as_class = f"number the classes from 0: {fix(renumber_call(column, numbers))}"
+    kept = f'filter(lambda row: row["{column}"] >= 0)'
+    without = f"drop such rows: {fix_here(kept)}"
+    if not is_train:
+        kept = f'row["{column}"] if row["{column}"] >= 0 else {IGNORE_INDEX}'
+        without = f"keep such rows without a label: {fix_here(as_map(column, kept))}"
+    if meaning is not None:
+        advice = as_class if meaning == "class" else without
+        return f"{head} {advice[0].upper()}{advice[1:]}."
+    return f"{head} If it is a class, {as_class}. If it means that there is no label, {without}."
+
+
+def _are_others(values: Sequence[int], num_classes: int | None, are_all: bool) -> bool:
+    """Tell whether classes have numbers of their own, as many as the model has outputs for."""
+    if num_classes is None or len(values) > min(num_classes, 20):
+        return False
+    return are_all or (values[0] > 0 and values[-1] - values[0] < num_classes)
+
+
+def _meaning_of_minus(values: Sequence[int], num_classes: int | None, are_all: bool) -> str | None:
+    """Tell whether a negative number is a "class", or stands for "missing"; None: unknown."""
+    if values[0] < -1 or (are_all and 0 not in values):
+        return "class"
+    if not are_all:
+        return "missing" if 0 in values else None
+    if num_classes is None:
+        return None
+    return "class" if len(values) == num_classes and values[-1] == num_classes - 2 else "missing"
 
 
 def warn_of_classes_as_values(labels: NDArray[np.integer], found: str) -> None:

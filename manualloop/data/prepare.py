@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from manualloop.data.collate import (
-    check_alignment,
-    check_columns,
-    padding_collate_fn,
-    require_pad_token,
-)
+from manualloop.arguments import all_at_once, is_count
+from manualloop.data.collate import padding_collate_fn, require_pad_token, require_tokenizer
 from manualloop.data.columns import (
-    Columns,
-    Rows,
-    Split,
+    LABELS,
     Takes,
     column_filter,
-    find_columns,
     find_label,
-    open_split,
-    open_splits,
 )
 from manualloop.data.grouping import Ints, round_up
-from manualloop.data.labels import BY_TOKEN, Labels, describe_labels, prepare_labels
+from manualloop.data.labels import BY_TOKEN
+from manualloop.data.mapping import (
+    AsZerosAndOnes,
+    Encode,
+    Preprocess,
+    RequireHidden,
+)
 from manualloop.data.sampler import ordered_loader
+from manualloop.data.splits import Rows, Split, open_split, open_splits, reference_of
 from manualloop.errors import ConfigError, DataError
-from manualloop.mistakes import LABEL_LIKE, text_message
+from manualloop.mistakes import no_tokens_fix
 from manualloop.models import max_length as model_max_length
 from manualloop.models import model_name
 from manualloop.notices import say
 from manualloop.tasks.task import TASKS
+
+if TYPE_CHECKING:
+    from manualloop.data.survey import Survey
 
 
 def prepare_dataloaders(
@@ -44,7 +46,7 @@ def prepare_dataloaders(
     model: nn.Module | None = None,
     task: str | None = None,
     text_columns: str | Sequence[str] | None = None,
-    label_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
     max_length: int | None = None,
     batch_size: int = 8,
     eval_batch_size: int | None = None,
@@ -54,6 +56,7 @@ def prepare_dataloaders(
     drop_last: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     preprocess: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    fill: Mapping[str, Any] | None = None,
     seed: int = 42,
     num_workers: int = 0,
     pin_memory: bool | None = None,
@@ -64,7 +67,9 @@ def prepare_dataloaders(
     with "train" are shuffled in an order of ``(seed, epoch)``, without a draw from the global
     random generator; the other splits keep the dataset's order. A stream keeps its own order:
     shuffle it with ``dataset.shuffle(buffer_size=...)``. One line reports which columns are used
-    and which are dropped.
+    and which are dropped. Labels that are hidden, as in the test splits of benchmarks (all of them
+    -1, None, NaN or empty), are left out of the batches. All mistakes of all splits are reported
+    in one error.
 
     Args:
         datasets: A ``DatasetDict``, any mapping from split to dataset, or a single dataset, which
@@ -77,7 +82,8 @@ def prepare_dataloaders(
         text_columns: One column of text or a pair; None infers it.
         label_column: Column that the model gets as ``labels``; None uses ``labels``, ``label``, or
             the only column of classes. Lists mean multi-label, and hold 0 and 1 for each class or
-            the class numbers. Floats mean a regression.
+            the class numbers; -100 leaves a class of a row out. Floats mean a regression. Several
+            columns of 0 and 1 are one multi-label target.
         max_length: Number of tokens at which texts are truncated; None uses the limit of tokenizer
             and model.
         batch_size: Number of rows per batch.
@@ -95,6 +101,8 @@ def prepare_dataloaders(
             that were tokenized.
         preprocess: Function that replaces tokenization. It gets a batch of rows as they are in the
             dataset, as from ``dataset.map`` with ``batched=True``, and may return ``labels``.
+        fill: What an empty cell becomes, by column: ``{"text": ""}``. Empty are None, NaN and the
+            empty string. A column of labels that is empty in all rows of a split stays as it is.
         seed: Seed of the order.
         num_workers: Number of processes that read and pad.
         pin_memory: Whether to pin batches in memory; None pins them if there is a CUDA device.
@@ -117,71 +125,70 @@ def prepare_dataloaders(
     >>> batch["input_ids"].tolist(), batch["labels"].tolist()
     ([[5, 6], [9, 4]], [0, 0])
     """
-    _check_arguments(
-        task,
-        drop_last,
-        batch_size=batch_size,
-        eval_batch_size=eval_batch_size,
-        max_length=max_length,
-        max_tokens=max_tokens,
-        pad_to_multiple_of=pad_to_multiple_of,
-    )
-    if collate_fn is None:
-        require_pad_token(tokenizer)
+    with all_at_once() as check:
+        check(
+            _check_arguments,
+            task,
+            drop_last,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            max_length=max_length,
+            max_tokens=max_tokens,
+            pad_to_multiple_of=pad_to_multiple_of,
+        )
+        check(require_tokenizer, tokenizer)
+        if collate_fn is None:
+            check(require_pad_token, tokenizer)
     takes = column_filter(tokenizer, model, takes_all=collate_fn is not None)
-
-    splits = open_splits(datasets)
-    if preprocess is not None:
-        for key, split in splits.items():
-            splits[key] = _preprocess(split, preprocess, takes, label_column)
-    first = max(splits.values(), key=lambda split: split.is_train)  # the first split if none is
-    if preprocess is not None and "labels" in first.kinds:
-        label_column = "labels"
-
     tokenizes = preprocess is None and tokenizer is not None
-    columns = find_columns(
-        first.name, first.kinds, text_columns, label_column, needs_text=tokenizes
-    )
-    if preprocess is None and collate_fn is None:
-        _refuse_leftovers(first, columns, tokenizer)
-    for split in splits.values():
-        check_columns(split, *columns, may_be_text=collate_fn is not None)
 
-    labels = describe_labels(first, columns.label, task, model)
-    encode = _encoder(first, columns, tokenizer, max_length, model) if tokenizes else None
-    notes: dict[str, list[str]] = {}
-    for key, split in splits.items():
-        splits[key], note = _prepare_split(split, columns, labels, encode, takes, model)
-        notes.setdefault(note, []).append(split.name)
-    for note, names in notes.items():
-        say(f"{', '.join(names)}: {note}")
+    splits, found = _look_at(
+        *(datasets, fill or {}, label_column, preprocess, takes),
+        tokenizer=tokenizer,
+        model=model,
+        task=task,
+        text_columns=text_columns,
+        tokenizes=tokenizes,
+        may_be_text=collate_fn is not None,
+        is_padded=preprocess is None and collate_fn is None,
+    )
+    texts, labels = found.columns.texts, found.labels
+    encode = _encoder(reference_of(splits), texts, tokenizer, max_length, model, tokenizes)
+    used = () if label_column is None or isinstance(label_column, str) else tuple(label_column)
+    splits = _prepare_splits(splits, found, encode, takes, model, used)
 
     if collate_fn is None:
         collate_fn = padding_collate_fn(tokenizer, labels.task, pad_to_multiple_of)
         splits = {key: _in_tables(split, collate_fn) for key, split in splits.items()}
-    return {
-        key: ordered_loader(
-            split.rows,
-            split.name,
-            batch_size if split.is_train else eval_batch_size or batch_size,
-            shuffle=split.is_train,
-            drop_last=drop_last and split.is_train,
-            seed=seed,
-            lengths=_lengths(
-                split, columns, labels.task, pad_to_multiple_of or 1, max_tokens, group_by_length
-            ),
-            max_tokens=max_tokens,
-            collate_fn=collate_fn,
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        )
-        for key, split in splits.items()
-    }
+    loaders = {}
+    with all_at_once() as check:
+        for key, split in splits.items():
+            lengths = check(
+                _lengths,
+                *(split, texts, labels.task),
+                *(pad_to_multiple_of or 1, max_tokens, group_by_length),
+            )
+            split.rows.hidden_labels = found.hidden.get(key)
+            loaders[key] = check(
+                ordered_loader,
+                split.rows,
+                split.name,
+                batch_size if split.is_train else eval_batch_size or batch_size,
+                shuffle=split.is_train,
+                drop_last=drop_last and split.is_train,
+                seed=seed,
+                lengths=lengths,
+                max_tokens=max_tokens,
+                collate_fn=collate_fn,
+                num_workers=num_workers,
+                pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+            )
+    return loaders
 
 
 def _lengths(
     split: Split,
-    columns: Columns,
+    texts: Sequence[str],
     task: str | None,
     multiple: int,
     max_tokens: int | None,
@@ -212,11 +219,11 @@ def _lengths(
         )
     row = int(lengths.argmin())
     if lengths[row] == 0:
-        column = (columns.texts or names)[0]
+        column = (*texts, *names)[0]
+        line = split.fix(f'filter(lambda row: len(row["{column}"]) > 0)')
         raise DataError(
             f"Row {row} of {split.name} has no tokens, so grouping by length would make a batch "
-            "without tokens. Filter such rows out: "
-            f'dataset.filter(lambda row: len(row["{column}"]) > 0).'
+            f"without tokens. Filter such rows out: {line}."
         )
     return round_up(lengths, multiple)
 
@@ -225,7 +232,7 @@ def _check_arguments(task: str | None, drop_last: bool, **counts: int | None) ->
     problems = [
         f"{name} must be a whole number of at least 1, got {count!r}."
         for name, count in counts.items()
-        if count is not None and (not isinstance(count, int) or count < 1)
+        if count is not None and not is_count(count)
     ]
     if task is not None and task not in TASKS:
         problems.append(f"task={task!r} is unknown. Use one of: {', '.join(TASKS)}.")
@@ -238,98 +245,184 @@ def _check_arguments(task: str | None, drop_last: bool, **counts: int | None) ->
         raise ConfigError("\n".join(problems))
 
 
+def _look_at(
+    datasets: Any,
+    fill: Mapping[str, Any],
+    label_column: str | Sequence[str] | None,
+    preprocess: Callable[[Rows], Rows] | None,
+    takes: Takes,
+    **choices: Any,
+) -> tuple[dict[Any, Split], Survey]:
+    """Open all splits, make the changes that the user asked for, and judge what they hold."""
+    # Here, because they load pyarrow, which importing the package must not.
+    from manualloop.data.cells import fill_cells, one_label_column
+    from manualloop.data.survey import Choices, survey
+
+    with all_at_once() as check:
+        splits = open_splits(datasets, check)
+        if splits:
+            splits = fill_cells(splits, fill, label_column, check)
+            splits, label = one_label_column(splits, label_column, check)
+            if preprocess is not None and check.ok:
+                splits = {k: _preprocess(s, preprocess, takes, label) for k, s in splits.items()}
+                label = "labels" if "labels" in reference_of(splits).kinds else label
+            found = survey(splits, Choices(label_column=label, **choices), check)
+    return splits, found
+
+
 def _preprocess(
     split: Split, function: Callable[[Rows], Rows], takes: Takes, label_column: str | None
 ) -> Split:
     kinds = split.kinds
     label = label_column or find_label(kinds)
-    kept = [name for name, kind in kinds.items() if name == label or takes(name, kind)]
-
-    def run(rows: Rows) -> Rows:
-        made = function(rows) or {}
-        # A function that returns labels may also return more or fewer rows than it got.
-        left = [name for name in kept if name != label or "labels" not in made]
-        return {**{name: rows[name] for name in left}, **made}
-
-    return open_split(split.name, split.rows.map(run, batched=True, remove_columns=list(kinds)))
-
-
-def _refuse_leftovers(split: Split, columns: Columns, tokenizer: Any) -> None:
-    """Refuse text without a tokenizer, and labels under a name that cannot be identified."""
-    kinds = {name: kind for name, kind in split.kinds.items() if name != columns.label}
-    if tokenizer is None:
-        is_ready = {"list", "other"} & set(kinds.values())
-        found = [name for name, kind in kinds.items() if kind == "text" and not is_ready]
-        if texts := columns.texts or found:
-            raise DataError(text_message(texts[0], split.first[texts[0]], split=split.name))
-    suspects = [name for name in kinds if name in LABEL_LIKE]
-    if columns.label is None and suspects and split.is_train:
-        raise DataError(
-            f"No label column in {split.name}. Its columns: {', '.join(kinds)}. Did you mean "
-            f'{suspects[0]!r}? Use label_column="{suspects[0]}".'
-        )
+    kept = tuple(name for name, kind in kinds.items() if name == label or takes(name, kind))
+    run = Preprocess(function, kept, label)
+    rows = split.rows.map(run, batched=True, remove_columns=list(kinds))
+    return open_split(split.name, rows, split.key)
 
 
 def _encoder(
     split: Split,
-    columns: Columns,
+    texts: tuple[str, ...],
     tokenizer: Any,
     max_length: int | None,
     model: nn.Module | None,
-) -> Callable[[Rows], Rows] | None:
-    if not columns.texts:
+    tokenizes: bool,
+) -> Encode | None:
+    if not texts or not tokenizes:
         return None
     if max_length is None and model is not None and (room := model_max_length(model)) is not None:
         max_length = min(room, getattr(tokenizer, "model_max_length", room))
     options = {"truncation": True, "max_length": max_length}
-    if split.kinds[columns.texts[0]] == "texts":  # a list of two words would else count as a pair
+    if split.kinds[texts[0]] == "texts":  # a list of two words would else count as a pair
         options["is_split_into_words"] = True
+    return Encode(tokenizer, texts, options)
 
-    def encode(rows: Rows) -> Rows:
-        encoded: Rows = tokenizer(*(rows[name] for name in columns.texts), **options)
-        return encoded
 
-    return encode
+def _prepare_splits(
+    splits: Mapping[Any, Split],
+    found: Survey,
+    encode: Encode | None,
+    takes: Takes,
+    model: nn.Module | None,
+    used: Sequence[str],
+) -> dict[Any, Split]:
+    """Tokenize and prune all splits, and report which columns they use."""
+    prepared: dict[Any, Split] = {}
+    notes: dict[str, list[str]] = {}
+    with all_at_once() as check:
+        for key, split in splits.items():
+            raw = [name for name in split.kinds if name not in used]
+            hidden = found.hidden.get(key)
+            made = check(_prepare_split, split, found, encode, takes, model, hidden)
+            if made is not None:
+                prepared[key] = made
+                note = _note(raw, made, found, takes, model, hidden)
+                notes.setdefault(note, []).append(split.name)
+    for note, names in notes.items():
+        say(f"{', '.join(names)}: {note}")
+    return {k: s.select([n for n in s.kinds if takes(n, s.kinds[n])]) for k, s in prepared.items()}
 
 
 def _prepare_split(
     split: Split,
-    columns: Columns,
-    labels: Labels,
-    encode: Callable[[Rows], Rows] | None,
+    found: Survey,
+    encode: Encode | None,
     takes: Takes,
     model: nn.Module | None,
-) -> tuple[Split, str]:
-    """Return a split, tokenized and pruned, and a line on which columns it uses and drops."""
-    texts, label = columns
-    raw = split.kinds
-    split = prepare_labels(split, labels)
+    hidden: str | None,
+) -> Split:
+    """Name the labels, tokenize, and check what came of it."""
+    from manualloop.data.survey import check_alignment
+
+    texts, labels = found.columns.texts, found.labels
+    split = _name_labels(split, found, hidden)
     if encode is not None:
         kinds = split.kinds
         split = split.select([name for name in kinds if name in texts or takes(name, kinds[name])])
-        split = split.map(encode, remove=texts)
+        run = replace(encode, stream=split.name) if split.is_stream else encode
+        raw, split = split, split.map(run, remove=texts)
+        _require_tokens(raw, split, encode)
     if labels.task in BY_TOKEN:
         check_alignment(split)
     kinds = split.kinds
-    kept = [name for name in kinds if takes(name, kinds[name])]
-    inputs = [name for name in kept if name != "labels"]
-    taker = "" if model is None else f" (not in {model_name(model)}.forward)"
-    if not inputs:
+    if not [name for name in kinds if takes(name, kinds[name]) and name != "labels"]:
         raise DataError(
-            f"{split.name} has no column that the model takes, only {', '.join(kinds)}{taker}. "
+            f"{split.name} has no column that the model takes, only {', '.join(kinds)}"
+            f"{_taker(model)}. "
             "Add the columns that it takes, such as input_ids, with preprocess= or dataset.map."
         )
+    return split
+
+
+def _name_labels(split: Split, found: Survey, hidden: str | None) -> Split:
+    """Name the labels ``labels``; drop hidden ones, and columns that collators take for labels."""
+    column, kinds = found.columns.label, split.kinds
+    if column is None:
+        return split
+    others = [name for name in kinds if name != column and name not in LABELS]
+    if hidden is not None and split.is_stream:
+        without = split.fix(f'remove_columns("{column}")')
+        run = RequireHidden(split.name, column, f"To predict all rows: {without}.")
+        split = split.select([*others, column]).map(run, remove=[column])
+    if column not in kinds or hidden is not None:
+        return split.select(others)
+    if column != "labels" or len(others) + 1 < len(kinds):
+        split = split.select([*others, column])
+    if column != "labels":
+        split = split.rename(column, "labels")
+    if found.labels.are_listed:
+        split = split.map(AsZerosAndOnes(found.labels.num_classes or 0))
+    return split
+
+
+def _require_tokens(raw: Split, split: Split, encode: Encode) -> None:
+    """Refuse a text of which the tokenizer made no token."""
+    from manualloop.data.values import lengths_of
+
+    if split.is_stream or split.kinds.get("input_ids") != "list":
+        return
+    lengths = lengths_of(split, "input_ids")
+    if lengths is None or lengths.all():
+        return
+    row = int((lengths == 0).argmax())
+    cells = {name: raw.rows[row][name] for name in encode.texts}
+    fix = no_tokens_fix(encode.texts, cells, encode.tokenizer, raw.fix(encode.filter_call()))
+    raise DataError(
+        f"The tokenizer makes no token of row {row} of {split.name}: {cells!r:.200}. Such rows: "
+        f"{int((lengths == 0).sum())} of {len(lengths)}. {fix}"
+    )
+
+
+def _note(
+    raw: Iterable[str],
+    split: Split,
+    found: Survey,
+    takes: Takes,
+    model: nn.Module | None,
+    hidden: str | None,
+) -> str:
+    """Return the line on which columns a split uses and drops."""
+    (texts, label), kinds = found.columns, split.kinds
+    kept = [name for name in kinds if takes(name, kinds[name])]
+    inputs = [name for name in kept if name != "labels"]
     note = f"using {', '.join(texts or inputs)}{' -> labels' if 'labels' in kept else ''}"
     if dropped := [name for name in (*raw, *kinds) if name not in (*kept, *texts, label)]:
-        note += f"; dropped: {', '.join(dict.fromkeys(dropped))}{taker}"
-    if label in raw and "labels" not in kinds:
-        note += f"; every {label} is -1, so there are no labels"
-    return split.select(kept), note
+        note += f"; dropped: {', '.join(dict.fromkeys(dropped))}{_taker(model)}"
+    if hidden is not None:
+        note += f"; every {label} is {hidden}, so there are no labels"
+    elif "labels" not in kept and split.is_train and dropped:
+        note += "; there are no labels: label_column= names them"
+    return note
+
+
+def _taker(model: nn.Module | None) -> str:
+    return "" if model is None else f" (not in {model_name(model)}.forward)"
 
 
 def _in_tables(split: Split, collate_fn: Callable[[Any], Any]) -> Split:
     """Make loaders fetch a split's rows as tables if their ``collate_fn`` takes tables."""
-    if not hasattr(collate_fn, "padded_lengths") or not hasattr(split.rows, "__len__"):
+    if not hasattr(collate_fn, "padded_lengths") or split.is_stream:
         return split
     from manualloop.data.tables import as_tables
 

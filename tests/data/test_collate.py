@@ -150,7 +150,7 @@ def test_values_missing_inside_lists_are_named(labels):
     message = r"Row 0 of dev has None or NaN in labels. Rows without a value: 1 of 2"
     with pytest.raises(DataError, match=message) as error:
         first_batch(dataset, tiny_tokenizer(), model=tiny_bert(3))
-    assert len(apply_fix(error, dataset, "dataset.filter")) == 1
+    assert len(apply_fix(error, dataset, "filter")) == 1
 
 
 def tiny_t5() -> Any:

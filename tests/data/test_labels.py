@@ -196,7 +196,7 @@ def test_lists_of_strings_are_no_labels():
     dataset = rows(text=["good", "bad"], labels=[["a", "b"], ["b"]])
     with pytest.raises(DataError, match=r"'labels' of dev holds strings") as error:
         first_batch(dataset, tiny_tokenizer())
-    fixed = apply_fix(error, dataset, "dataset.cast_column")
+    fixed = apply_fix(error, dataset, "cast_column")
     assert first_batch(fixed, tiny_tokenizer())["labels"].tolist() == [[1, 1], [0, 1]]
 
 
@@ -204,9 +204,7 @@ def test_the_suggested_line_that_removes_minus_1_from_lists_of_classes_runs():
     dataset = rows(text=["good", "bad"], labels=[[0, -1], [2]])
     with pytest.raises(DataError, match="Label -1 in row 0 of dev") as error:
         first_batch(dataset, tiny_tokenizer(), model=tiny_bert(3))
-    batch = first_batch(
-        apply_fix(error, dataset, "dataset.map"), tiny_tokenizer(), model=tiny_bert(3)
-    )
+    batch = first_batch(apply_fix(error, dataset, "map"), tiny_tokenizer(), model=tiny_bert(3))
     assert batch["labels"].tolist() == [[1, 0, 0], [0, 0, 1]]
 
 

@@ -1,0 +1,196 @@
+"""What is done to the rows of a dataset, as objects that can be sent to other processes.
+
+``dataset.map`` of a stream runs in the workers of a loader. Functions that are defined inside
+functions cannot be sent to workers that are spawned, as on macOS and Windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from manualloop.data.splits import Rows
+from manualloop.errors import DataError
+from manualloop.mistakes import fill_argument, filter_missing, no_tokens_fix
+from manualloop.tasks.task import IGNORE_INDEX
+
+QUOTES = '""'  # an empty string, as code
+
+
+def is_empty(value: Any) -> bool:
+    """Tell whether a cell is empty: None, NaN, or an empty string.
+
+    >>> [is_empty(value) for value in (None, float("nan"), "", " ", 0, [])]
+    [True, True, True, False, False, False]
+    """
+    return value is None or (isinstance(value, float) and value != value) or value == ""
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Replaces empty cells.
+
+    Attributes:
+        values: What an empty cell becomes, by the name of its column.
+    """
+
+    values: Mapping[str, Any]
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Return the columns with every cell filled."""
+        return {
+            name: [value if is_empty(cell) else cell for cell in rows[name]]
+            for name, value in self.values.items()
+        }
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Turns texts into tokens.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        texts: One column of text, or two for pairs.
+        options: Arguments of the tokenizer.
+        stream: Name of the stream whose rows are checked on the way; None for a dataset, whose rows
+            were checked before.
+    """
+
+    tokenizer: Any
+    texts: tuple[str, ...]
+    options: Mapping[str, Any]
+    stream: str | None = None
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Return what the tokenizer makes of the texts.
+
+        Raises:
+            DataError: A row of a stream has no text, or no token.
+        """
+        for name in self.texts if self.stream else ():
+            if None in (cells := rows[name]):
+                fix = f"Fill it: {fill_argument([name], QUOTES)}, or filter such rows out: "
+                self._refuse(rows, cells.index(None), f"{name}=None", fix + filter_missing(name))
+        encoded: Rows = self.tokenizer(*(rows[name] for name in self.texts), **self.options)
+        if self.stream and (row := first_without_tokens(encoded)) is not None:
+            cells = {name: rows[name][row] for name in self.texts}
+            line = f"dataset.{self.filter_call()}"
+            fix = no_tokens_fix(self.texts, cells, self.tokenizer, line)
+            self._refuse(rows, row, "no tokens", fix.removesuffix("."))
+        return encoded
+
+    def filter_call(self) -> str:
+        """Return the call that filters out rows of which the tokenizer makes no token."""
+        arguments = ", ".join(f'row["{name}"]' for name in self.texts)
+        return f'filter(lambda row: len(tokenizer({arguments})["input_ids"]) > 0)'
+
+    def _refuse(self, rows: Rows, row: int, found: str, fix: str) -> NoReturn:
+        cells = {name: cells[row] for name, cells in rows.items()}
+        raise DataError(f"A row of {self.stream} has {found}: {cells!r:.200}. {fix}.")
+
+
+def first_without_tokens(encoded: Rows) -> int | None:
+    """Return the first row without a token; None if each has one."""
+    for row, ids in enumerate(encoded.get("input_ids", ())):
+        if hasattr(ids, "__len__") and len(ids) == 0:
+            return row
+    return None
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Runs the user's function instead of the tokenizer.
+
+    Attributes:
+        function: The function, from a batch of rows to columns.
+        kept: Columns that stay beside what it returns.
+        label: The column of labels, which goes if the function returns ``labels``.
+    """
+
+    function: Callable[[Rows], Rows]
+    kept: tuple[str, ...]
+    label: str | None
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Return the columns that stay and those that the function made."""
+        made = self.function(rows) or {}
+        # A function that returns labels may also return more or fewer rows than it got.
+        left = [name for name in self.kept if name != self.label or "labels" not in made]
+        return {**{name: rows[name] for name in left}, **made}
+
+
+@dataclass(frozen=True)
+class AsZerosAndOnes:
+    """Turns lists of class numbers into a row of 0 and 1 with an entry for each class.
+
+    Attributes:
+        num_classes: Number of classes.
+    """
+
+    num_classes: int
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Return the labels."""
+        classes = range(self.num_classes)
+        for row in rows["labels"]:
+            if wrong := [n for n in row if n not in classes and n != IGNORE_INDEX]:
+                raise DataError(
+                    f"Label {wrong[0]} in a row with labels {row} is not one of the "
+                    f"{self.num_classes} classes (0..{self.num_classes - 1}). Correct the label, "
+                    "or load the model with more classes: "
+                    f"from_pretrained(name, num_labels={max(wrong) + 1})."
+                )
+        return {"labels": [[float(n in row) for n in classes] for row in rows["labels"]]}
+
+
+@dataclass(frozen=True)
+class Join:
+    """Makes one multi-label target of several columns.
+
+    Attributes:
+        columns: Names of the columns, in the order of the classes.
+    """
+
+    columns: tuple[str, ...]
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Return the labels."""
+        cells = zip(*(rows[name] for name in self.columns), strict=True)
+        return {"labels": [[None if x is None else float(x) for x in row] for row in cells]}
+
+
+@dataclass(frozen=True)
+class RequireHidden:
+    """Refuses a label in a stream whose labels are hidden, as its first rows show.
+
+    Attributes:
+        split: Name of the split in messages.
+        column: Column of the labels.
+        fix: The line that the message ends with.
+    """
+
+    split: str
+    column: str
+    fix: str
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Return nothing, so that the column can be removed."""
+        for label in rows[self.column]:
+            if not is_hidden(label):
+                raise DataError(
+                    f"A row of {self.split} has {self.column}={label!r}, but the labels of its "
+                    f"first rows are hidden. {self.fix}"
+                )
+        return {}
+
+
+def is_hidden(label: Any) -> bool:
+    """Tell whether a label is one of those that stand for none.
+
+    >>> [is_hidden(label) for label in (None, float("nan"), "", -1, -1.0, [-1, None], 0, [])]
+    [True, True, True, True, True, True, False, False]
+    """
+    if isinstance(label, list | tuple):
+        return len(label) > 0 and all(map(is_hidden, label))
+    return is_empty(label) or label == -1

@@ -1,0 +1,229 @@
+"""The values of a column, described row by row in one pass over the stored table.
+
+Everything that is judged about a column is judged by this description: which rows have no value,
+whether labels are hidden, whether a class is out of range, whether lists have one length.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from manualloop.data.grouping import Ints
+from manualloop.data.splits import Split
+from manualloop.internals import stored_table
+from manualloop.tasks.task import IGNORE_INDEX
+
+_ROWS_AT_ONCE = 10_000
+
+
+class Values(NamedTuple):
+    """The values of a column, row by row.
+
+    Attributes:
+        is_missing: Rows without a value: None, NaN, or a list that holds one of these; bool.
+        is_blank: Rows with an empty string, or a list that holds one; bool.
+        least: Smallest number in each row, without -100; the largest possible one where there is
+            none.
+        most: Largest number in each row, without -100; the smallest possible where there is none.
+        lengths: Number of values in each row.
+        forms: Forms of missing values that occur: "None", "NaN".
+        texts: The strings that occur, without the empty one, sorted.
+    """
+
+    is_missing: NDArray[np.bool_]
+    is_blank: NDArray[np.bool_]
+    least: NDArray[Any]
+    most: NDArray[Any]
+    lengths: Ints
+    forms: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+
+    @property
+    def has_number(self) -> NDArray[np.bool_]:
+        """The rows with a number that is not -100."""
+        found: NDArray[np.bool_] = self.least <= self.most
+        return found
+
+    def hidden_as(self) -> tuple[str, ...]:
+        """Return the forms in which labels are hidden; none unless every label is.
+
+        Labels are hidden as -1, None, NaN or an empty string, or in several of these forms.
+        """
+        is_minus = self.has_number & (self.least == -1) & (self.most == -1)
+        is_empty = ~self.has_number & (self.is_missing | self.is_blank)
+        if self.texts or not (is_minus | is_empty).all():
+            return ()
+        blank = ('""',) if self.is_blank.any() else ()
+        return (*self.forms, *blank, *(("-1",) if is_minus.any() else ()))
+
+
+def values_of(split: Split, column: str) -> Values | None:
+    """Describe the values of a column; None for a stream, whose batches are checked later."""
+    if split.is_stream:
+        return None
+    whole, numbers = _stored(split, column)
+    parts = [_describe(part) for part in _in_parts(whole)]
+    kept: Any = slice(None) if numbers is None else numbers
+    return Values(
+        np.concatenate([part.is_missing for part in parts])[kept],
+        np.concatenate([part.is_blank for part in parts])[kept],
+        np.concatenate([part.least for part in parts])[kept],
+        np.concatenate([part.most for part in parts])[kept],
+        np.concatenate([part.lengths for part in parts])[kept],
+        tuple(sorted({form for part in parts for form in part.forms})),
+        tuple(sorted({text for part in parts for text in part.texts})),
+    )
+
+
+def missing_in(split: Split, column: str) -> NDArray[np.bool_] | None:
+    """Return the rows whose cell is None or a list that holds None; None for a stream."""
+    if split.is_stream:
+        return None
+    whole, numbers = _stored(split, column)
+    is_missing = np.concatenate([_walk(part).is_missing for part in _in_parts(whole)])
+    return is_missing if numbers is None else is_missing[numbers]
+
+
+def empty_in(split: Split, column: str) -> NDArray[np.bool_] | None:
+    """Return the rows whose cell is None, NaN or an empty string; None for a stream."""
+    if split.is_stream:
+        return None
+    whole, numbers = _stored(split, column)
+    found = []
+    for part in _in_parts(whole):
+        is_empty = _is_null(part)
+        if pa.types.is_floating(part.type) and (floats := _numbers(part)) is not None:
+            is_empty = is_empty | np.isnan(floats)
+        elif pa.types.is_string(part.type) or pa.types.is_large_string(part.type):
+            is_blank = pc.equal(part, "").fill_null(False)
+            is_empty = is_empty | is_blank.to_numpy(zero_copy_only=False)
+        found.append(is_empty)
+    is_empty = np.concatenate(found)
+    return is_empty if numbers is None else is_empty[numbers]
+
+
+def distinct_in(split: Split, column: str) -> NDArray[Any]:
+    """Return the numbers that occur in a column, sorted, with those inside its lists."""
+    whole, numbers = _stored(split, column)
+    if numbers is not None:
+        whole = whole.take(pa.array(numbers))
+    found = [_numbers(_walk(part).leaves) for part in _in_parts(whole)]
+    return np.unique(np.concatenate([part[~np.isnan(part)] for part in found if part is not None]))
+
+
+def _stored(split: Split, column: str) -> tuple[pa.ChunkedArray, Ints | None]:
+    # Stored rows are read in their own order; querying those of a selection would be slow.
+    stored, numbers = stored_table(split.rows)
+    return stored.table.column(column), numbers
+
+
+def _in_parts(whole: pa.ChunkedArray) -> list[pa.Array]:
+    # A dataset need not fit into memory.
+    starts = range(0, len(whole), _ROWS_AT_ONCE)
+    return [whole.slice(start, _ROWS_AT_ONCE).combine_chunks() for start in starts]
+
+
+class _Leaves(NamedTuple):
+    """The innermost values of a column of lists, or the values themselves.
+
+    Attributes:
+        leaves: The values.
+        rows: Number of the row that each is in, sorted.
+        is_missing: Rows that are None, or hold None.
+        has_none: Whether there is such a row.
+        lengths: Number of values in each row.
+    """
+
+    leaves: pa.Array
+    rows: Ints
+    is_missing: NDArray[np.bool_]
+    has_none: bool
+    lengths: Ints
+
+
+def _walk(array: pa.Array) -> _Leaves:
+    num_rows, rows = len(array), np.arange(len(array))
+    is_missing = np.zeros(num_rows, dtype=bool)
+    is_list = is_list_type(array.type)
+    while True:
+        if array.null_count:
+            is_missing[rows[_is_null(array)]] = True
+        if not is_list_type(array.type):
+            break
+        rows = np.repeat(rows, pc.list_value_length(array).fill_null(0).to_numpy())
+        array = array.flatten()
+    lengths = np.bincount(rows, minlength=num_rows) if is_list else np.ones(num_rows, np.int64)
+    return _Leaves(array, rows, is_missing, bool(is_missing.any()), lengths)
+
+
+def _is_null(array: pa.Array) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = array.is_null().to_numpy(zero_copy_only=False)
+    return found
+
+
+def _describe(array: pa.Array) -> Values:
+    num_rows = len(array)
+    array, rows, is_missing, has_none, lengths = _walk(array)
+    forms = {"None"} if has_none else set()
+    is_blank = np.zeros(num_rows, dtype=bool)
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        is_blank[rows[pc.equal(array, "").fill_null(False).to_numpy(zero_copy_only=False)]] = True
+        texts = {text for text in pc.unique(array).to_pylist() if text}
+        return Values(is_missing, is_blank, *_no_bounds(num_rows), lengths, (*forms,), (*texts,))
+    if (numbers := _numbers(array)) is None:
+        return Values(is_missing, is_blank, *_no_bounds(num_rows), lengths, (*forms,))
+    is_nan, is_null = np.isnan(numbers), _is_null(array)
+    is_missing[rows[is_nan]] = True
+    forms |= {"NaN"} if is_nan.any() else set()
+    kept = ~is_nan & ~is_null & (numbers != IGNORE_INDEX)
+    least, most = _bounds(num_rows, rows[kept], numbers[kept])
+    return Values(is_missing, is_blank, least, most, lengths, (*forms,))
+
+
+def _bounds(num_rows: int, rows: Ints, numbers: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the smallest and the largest number of each row; ``rows`` are sorted."""
+    least, most = _no_bounds(num_rows, numbers.dtype)
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    if starts.size:
+        least[rows[starts]] = np.minimum.reduceat(numbers, starts)
+        most[rows[starts]] = np.maximum.reduceat(numbers, starts)
+    return least, most
+
+
+def _no_bounds(num_rows: int, dtype: Any = np.int64) -> tuple[NDArray[Any], NDArray[Any]]:
+    limits: Any = np.finfo(dtype) if np.dtype(dtype).kind == "f" else np.iinfo(dtype)
+    return np.full(num_rows, limits.max, dtype), np.full(num_rows, limits.min, dtype)
+
+
+def _numbers(array: pa.Array) -> NDArray[Any] | None:
+    """Return numbers as int64 or float64; what is null is 0. None for anything else."""
+    kind = array.type
+    if pa.types.is_float16(kind):
+        array = array.cast(pa.float32())
+    elif pa.types.is_boolean(kind):
+        array = array.cast(pa.int8())
+    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        return None
+    numbers: NDArray[Any] = array.fill_null(0).to_numpy(zero_copy_only=False)
+    return numbers.astype(np.float64 if numbers.dtype.kind == "f" else np.int64)
+
+
+def is_list_type(kind: pa.DataType) -> bool:
+    """Tell whether an Arrow type is one of lists."""
+    is_fixed = pa.types.is_fixed_size_list(kind)
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or is_fixed)
+
+
+def lengths_of(split: Split, column: str) -> Ints | None:
+    """Return the length of each row's list, without reading what is in it; None for a stream."""
+    if split.is_stream:
+        return None
+    stored, numbers = stored_table(split.rows)
+    lengths = pc.list_value_length(stored.table.column(column)).fill_null(0).to_numpy()
+    found: Ints = lengths.astype(np.int64)
+    return found if numbers is None else found[numbers]
