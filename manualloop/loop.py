@@ -24,7 +24,7 @@ from manualloop.run.report import Report
 from manualloop.run.run import Run
 from manualloop.run.stopping import Stopping
 from manualloop.state import TrainState
-from manualloop.steps import plan_run, start_steps
+from manualloop.steps import SETTINGS, contract_of, plan_run, start_steps
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.select import strategy_for
 from manualloop.times import Times, parse_seconds
@@ -188,14 +188,9 @@ def train_loop(
     ...            evaluate=lambda: {"weight": 1.0}, progress_bar=False)
     TrainResult(20 steps, stopped_by='max_steps', weight=1)
     """
+    arguments = dict(locals())
     strategy = strategy_for(model, strategy)
-    settings: dict[str, Any] = {
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "max_grad_norm": max_grad_norm,
-        "loss_fn": loss_fn,
-        "step_fn": step_fn,
-        "on_nonfinite": on_nonfinite,
-    }
+    settings = {name: arguments[name] for name in SETTINGS}
     ends: dict[str, Any] = {"num_epochs": num_epochs, "max_steps": max_steps}
     agreement, run_strategy = agree_at_updates(strategy)
     with all_at_once() as check:
@@ -213,6 +208,7 @@ def train_loop(
     schedule = _schedule(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
     stopping = Stopping(max_seconds, agreement)
     state = TrainState(model, optimizer, schedule, extras=extras or {})
+    contract = contract_of(state, plan, strategy, arguments)
     with ExitStack() as stack:
         folder = stack.enter_context(
             open_run_folder(checkpoint_dir, state, strategy, resume, keep_checkpoints, best_metric)
@@ -220,9 +216,9 @@ def train_loop(
         report = Report(plan, shown=progress_bar and strategy.is_main)
         run = Run(state, report, folder, stopping, evaluate, best_metric, patience, strategy)
         stack.callback(run.close)
-        run.resume(train_dataloader, on_step)
+        run.resume(train_dataloader, on_step, contract)
         steps = start_steps(
-            state, train_dataloader, plan, strategy=run_strategy, preflight=preflight, **settings
+            state, train_dataloader, plan, contract, run_strategy, preflight=preflight, **settings
         )
         stack.enter_context(closing(steps))
         if folder is not None:

@@ -68,6 +68,8 @@ class TrainState:
         generators: States of generators from the loaded checkpoint, by path, until their holders
             are known. None means that nothing was loaded.
         contract: Facts that the run depends on; see ``manualloop.checkpoint.contract``.
+        built: The part of the contract that is about model, optimizer and schedule, as the script
+            has built them; None before they are used.
         times: Times of this process; not saved.
         task: Meaning of the model and its batches for the loop (``manualloop.tasks.task``) while a
             ``train_steps`` is open; not saved.
@@ -93,6 +95,7 @@ class TrainState:
     holders: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     generators: dict[str, Any] | None = field(default=None, init=False, repr=False)
     contract: dict[str, Any] | None = field(default=None, init=False, repr=False)
+    built: dict[str, Any] | None = field(default=None, init=False, repr=False)
     is_resumed: bool = field(default=False, init=False, repr=False)
     times: Times = field(default_factory=Times, init=False, repr=False)
     task: Any = field(default=None, init=False, repr=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -11,14 +11,20 @@ from typing import Any
 from torch import Tensor
 
 from manualloop.arguments import is_count, is_positive
-from manualloop.checkpoint.contract import check_contract, describe_run
+from manualloop.checkpoint.contract import (
+    Contract,
+    carried_on,
+    check_contract,
+    describe_run,
+    log_differences,
+)
 from manualloop.checks import check_batches, check_run, explain, require_loader
 from manualloop.errors import ConfigError, DataError
 from manualloop.nonfinite import Watch
 from manualloop.notices import say
 from manualloop.optim import own_schedule, require_schedule
 from manualloop.randomness import find_generators, restore_generators, search
-from manualloop.reading.describe import digest_of
+from manualloop.reading.describe import all_facts, digest_of
 from manualloop.reading.position import read_position
 from manualloop.reading.ranks import num_rounds
 from manualloop.reading.reader import Reader
@@ -114,6 +120,10 @@ def plan_run(
     return Plan(num_epochs * (per_epoch or 0), num_epochs, per_epoch)
 
 
+SETTINGS = ("gradient_accumulation_steps", "max_grad_norm", "loss_fn", "step_fn", "on_nonfinite")
+"""Names of the arguments that an update depends on."""
+
+
 def train_steps(
     state: TrainState,
     train_dataloader: Iterable[Any],
@@ -198,14 +208,9 @@ def train_steps(
     Step(3/4, epoch=1, lr=0.1)
     Step(4/4, epoch=1, lr=0.1, ends_epoch)
     """
+    arguments = dict(locals())
     strategy = strategy_for(state.model, strategy)
-    settings: dict[str, Any] = {
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "max_grad_norm": max_grad_norm,
-        "loss_fn": loss_fn,
-        "step_fn": step_fn,
-        "on_nonfinite": on_nonfinite,
-    }
+    settings = {name: arguments[name] for name in SETTINGS}
     plan = plan_run(
         train_dataloader,
         num_epochs=num_epochs,
@@ -213,8 +218,9 @@ def train_steps(
         world_size=strategy.world_size,
         **settings,
     )
+    contract = contract_of(state, plan, strategy, arguments)
     return start_steps(
-        state, train_dataloader, plan, strategy=strategy, preflight=preflight, **settings
+        state, train_dataloader, plan, contract, strategy, preflight=preflight, **settings
     )
 
 
@@ -222,22 +228,22 @@ def start_steps(
     state: TrainState,
     train_dataloader: Iterable[Any],
     plan: Plan,
+    contract: Contract,
+    strategy: Strategy,
     *,
     gradient_accumulation_steps: int,
     max_grad_norm: float | None,
     loss_fn: LossFn | None,
     step_fn: StepFn | None,
     on_nonfinite: OnNonfinite,
-    strategy: Strategy,
     preflight: bool,
 ) -> Generator[Step, None, None]:
     """Start ``train_steps`` with arguments that were checked, and with the plan they make."""
-    check_run(state, strategy)
     state.lr_scheduler = own_schedule(state.lr_scheduler)
     require_schedule(state.lr_scheduler, state.optimizer)
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
     source = source_of(train_dataloader)
-    _agree_on_contract(state, source, plan, strategy, max_grad_norm, gradient_accumulation_steps)
+    _agree_on_contract(state, source, plan, strategy, contract)
     _take_generators(state, train_dataloader, loss_fn=loss_fn, step_fn=step_fn)
     own_loss = loss_fn is not None or step_fn is not None
     step_fn = step_fn or partial(
@@ -261,22 +267,19 @@ def start_steps(
     )
 
 
+def contract_of(
+    state: TrainState, plan: Plan, strategy: Strategy, arguments: Mapping[str, Any]
+) -> Contract:
+    """Check the state of a run, and describe the run by all arguments of the call."""
+    check_run(state, strategy)
+    facts = all_facts(source_of(arguments["train_dataloader"]))
+    return describe_run(state, facts, plan, strategy, arguments)
+
+
 def _agree_on_contract(
-    state: TrainState,
-    source: Source,
-    plan: Plan,
-    strategy: Strategy,
-    max_grad_norm: float | None,
-    gradient_accumulation_steps: int,
+    state: TrainState, source: Source, plan: Plan, strategy: Strategy, contract: Contract
 ) -> None:
-    """Note the facts that the run depends on, and compare them with those of its checkpoint."""
-    settings: dict[str, Any] = {
-        "gradient_accumulation_steps": int(gradient_accumulation_steps),  # perhaps NumPy's
-        "max_grad_norm": None if max_grad_norm is None else float(max_grad_norm),
-    }
-    if state.lr_scheduler is not None:
-        settings["num_steps"] = plan.num_steps  # that the rate usually depends on
-    contract = describe_run(state, source.facts(), strategy, **settings)
+    """Keep the contract of the run, and compare it with that of its checkpoint."""
     if state.is_resumed and state.contract is not None:
         saved = read_position(state.position, state.progress.num_samples)
         digest = digest_of(source.facts(), source.loader)
@@ -286,9 +289,11 @@ def _agree_on_contract(
             if saved.get("data") == digest:
                 state.reader, state.is_resumed = Reader(source, saved, strategy), False
             return
-        check_contract(state.contract, contract, workers_matter=workers_matter(saved))
+        check_contract(state.contract, contract)
+        log_differences(state.contract, contract, workers_matter=workers_matter(saved))
         if state.position is not None:
             state.position["data"] = digest
+        contract = carried_on(state.contract, contract)
     state.contract, state.is_resumed = contract, False
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from manualloop.arguments import is_count
+from manualloop.checkpoint.contract import describe_state, log_kept
 from manualloop.checkpoint.folders import (
     explain_disk,
+    local_folder,
     make_aside,
     remove_folder,
     sweep,
@@ -21,7 +23,7 @@ from manualloop.checkpoint.lock import hold_lock
 from manualloop.checkpoint.manifest import Found, explain, find, find_best, find_folders
 from manualloop.checkpoint.nested import as_json
 from manualloop.checkpoint.parts import write_shards
-from manualloop.checkpoint.snapshot import put_state_back, read_snapshot, take_state_apart
+from manualloop.checkpoint.snapshot import Saved, put_state_back, read_snapshot, take_state_apart
 from manualloop.checkpoint.tensors import num_bytes
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.state import TrainState
@@ -93,7 +95,7 @@ def save_checkpoint(
     if not is_count(keep):
         raise ConfigError(f"keep must be a whole number of at least 1, got {keep!r}.")
     strategy = strategy_for(state.model, strategy)
-    directory = Path(checkpoint_dir)
+    directory = local_folder(checkpoint_dir)
     with ExitStack() as stack:
 
         def open_folder() -> None:
@@ -198,12 +200,18 @@ def load_checkpoint(
         ConfigError: A ``train_steps`` is open on the state.
     """
     strategy = strategy_for(state.model, strategy)
-    found = on_main(strategy, lambda: find(Path(checkpoint_dir), which, verify=verify))
+    directory = local_folder(checkpoint_dir)
+    found = on_main(strategy, lambda: find(directory, which, verify=verify))
     return load_found(found, state, strategy)
 
 
 def load_found(found: Found, state: TrainState, strategy: Strategy) -> CheckpointInfo:
     """Load a checkpoint that was found and verified. Call on every rank, with the same one."""
+    return put_found(found, read_found(found, state, strategy), state, strategy)
+
+
+def read_found(found: Found, state: TrainState, strategy: Strategy) -> Saved:
+    """Read a checkpoint that was found and verified; nothing is changed by it."""
     state.require_closed()
     if not found.path.is_dir():
         raise CheckpointError(
@@ -211,10 +219,16 @@ def load_found(found: Found, state: TrainState, strategy: Strategy) -> Checkpoin
             "checkpoint_dir on a file system that they share."
         )
     manifest: dict[str, Any] = found.manifest or {}
+    describe_state(state)  # as the script has built it
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
-    files = manifest["files"]
-    saved = explain(found.path, read_snapshot, found.path, files, state, strategy)
+    return explain(found.path, read_snapshot, found.path, manifest["files"], state, strategy)
+
+
+def put_found(found: Found, saved: Saved, state: TrainState, strategy: Strategy) -> CheckpointInfo:
+    """Load a checkpoint that was read into the state."""
+    manifest: dict[str, Any] = found.manifest or {}
     put_state_back(saved, state, strategy)
+    log_kept(manifest["contract"], state)
     state.contract, state.is_resumed = manifest["contract"], True
     return CheckpointInfo(found.path, manifest["step"], dict(manifest["metrics"]), saved.run)
 

@@ -1,112 +1,362 @@
-"""Checks that a resumed run matches its checkpoint."""
+"""The contract of a run: all that its numbers depend on, compared when it is resumed."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+import torch
+
+from manualloop.checkpoint.facts import (
+    Facts,
+    model_facts,
+    optimizer_facts,
+    plain,
+    schedule_facts,
+)
 from manualloop.errors import CheckpointError
 from manualloop.internals import unwrap_optimizer
-from manualloop.models import model_name
 from manualloop.notices import say
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
-from manualloop.types import LoaderFacts
+from manualloop.types import LoaderFacts, Plan
 
 Contract = dict[str, Any]
-"""Facts about a run by their names, grouped by what a difference means."""
+"""Facts about a run by their names, grouped by what a difference means; see ``describe_run``."""
 
 _LIBRARIES = ("torch", "numpy", "transformers", "datasets", "accelerate", "safetensors")
 
+# The arguments of train_loop and train_steps that are described by the objects they make, or on
+# which nothing depends. Every other one is described by its value, also one that is added later.
+_DESCRIBED_BY_OBJECTS = {
+    *("state", "model", "optimizer", "lr_scheduler", "extras", "train_dataloader", "strategy"),
+    *("num_epochs", "max_steps", "patience"),
+}
+_WITHOUT_EFFECT = {
+    *("checkpoint_dir", "checkpoint_every", "keep_checkpoints", "resume", "max_time"),
+    *("log_every", "on_step", "trackers", "progress_bar", "preflight"),
+}
+_OBSERVING = {"evaluate", "evaluate_every", "best_metric"}
+
+
+def describe_state(state: TrainState) -> Contract:
+    """Describe model, optimizer and schedule as the script has built them.
+
+    That is done once, before a step or a checkpoint has changed them.
+    """
+    if state.built is None:
+        kind, schedule = schedule_facts(state.lr_scheduler)
+        state.built = {
+            "same": {"optimizer": type(unwrap_optimizer(state.optimizer)).__name__},
+            "settings": {**model_facts(state.model), "lr_scheduler": kind},
+            "groups": optimizer_facts(state.optimizer),
+            "schedule": schedule,
+        }
+    return state.built
+
 
 def describe_run(
-    state: TrainState, loader: LoaderFacts, strategy: Strategy, **settings: Any
+    state: TrainState,
+    loader: LoaderFacts,
+    plan: Plan,
+    strategy: Strategy,
+    arguments: Mapping[str, Any],
 ) -> Contract:
     """Describe a run: what goes into the manifest of its checkpoints.
 
     Args:
         state: The state of the run.
         loader: Facts about the loader that gives its batches.
+        plan: Length of the run.
         strategy: The strategy of the run.
-        settings: Other settings that its numbers depend on.
+        arguments: All arguments of the call, by name.
 
     Returns:
-        Three groups of facts. A difference in "same" is refused. One in "exact" is logged, because
-        the run is no longer bit-exact. One in "kept" is logged, because the value of the
-        checkpoint is used.
+        Groups of facts. A difference in "same" is refused. One in "settings" is logged, and the new
+        value counts; one in "observed" is, too, but the updates stay the same. One in "groups" and
+        "schedule" is logged, and the value of the checkpoint counts. One in "exact" is logged: the
+        surroundings are others, and so are the last bits. One in "ends" makes the run longer or
+        shorter.
     """
-    scheduler = state.lr_scheduler
-    return {
-        "same": {
-            **loader.same,
-            "optimizer": type(unwrap_optimizer(state.optimizer)).__name__,
+    built = describe_state(state)
+    others = arguments.keys() - _DESCRIBED_BY_OBJECTS - _WITHOUT_EFFECT
+    given = {name: plain(arguments[name]) for name in sorted(others)}
+    in_loader = dict(loader.exact)
+    num_workers = in_loader.pop("num_workers", 0)
+    collate_fn = getattr(arguments["train_dataloader"], "collate_fn", None)
+    contract = {
+        "same": {**loader.same, **built["same"]},
+        "settings": {
+            **{name: value for name, value in given.items() if name not in _OBSERVING},
+            **in_loader,
+            "collate_fn": plain(collate_fn),
+            **built["settings"],
+            "mixed_precision": strategy.precision,
         },
+        "observed": {name: value for name, value in given.items() if name in _OBSERVING},
+        "ends": {
+            "num_epochs": plan.num_epochs,
+            "max_steps": plan.num_steps if plan.num_epochs is None else None,
+            "num_steps": plan.num_steps,
+            "patience": plain(arguments.get("patience")),
+        },
+        "groups": built["groups"],
+        "schedule": built["schedule"],
         "exact": {
-            **loader.exact,
-            **settings,
-            "model": model_name(state.model),
-            "lr_scheduler": None if scheduler is None else type(scheduler).__name__,
+            "num_workers": num_workers,
             "world_size": strategy.world_size,
             "device": strategy.device.type,
-            "mixed_precision": strategy.precision,
             "compile": bool(strategy.compile),
+            "num_threads": torch.get_num_threads() if strategy.device.type == "cpu" else None,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
             "python": platform.python_version(),
             **{name: _version(name) for name in _LIBRARIES},
         },
-        "kept": {
-            name: value
-            for name, value in state.optimizer.defaults.items()
-            if isinstance(value, bool | int | float | str | tuple | None)
-        },
     }
+    return _as_read(contract)
 
 
-def check_contract(saved: Contract, now: Contract, *, workers_matter: bool) -> None:
-    """Compare the run of a checkpoint with the run that resumes from it.
+def _as_read(contract: Contract) -> Contract:
+    """Return a contract as it will be read from a manifest."""
+    read: Contract = json.loads(json.dumps(contract))
+    return read
+
+
+class Difference(NamedTuple):
+    """A fact that is another one now.
+
+    Attributes:
+        group: Group of the fact in the contract.
+        name: Name of the fact.
+        old: Its value in the checkpoint.
+        new: Its value now.
+    """
+
+    group: str
+    name: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_shown(self.old)} -> {_shown(self.new)}"
+
+
+def differences(saved: Contract, now: Contract) -> list[Difference]:
+    """List what differs between two runs.
+
+    What only one of them knows is left out, except of the data: the other was written by an older
+    release, or with other versions of the libraries.
+    """
+    old, new = _flat(saved), _flat(now)
+    versions = [[facts.get(name, ("", None))[1] for name in _VERSIONS] for facts in (old, new)]
+    has_same_versions = versions[0] == versions[1]
+    if "settings" not in saved:  # release 0.1.0 knew the class of a schedule, and not its kind
+        old.pop("lr_scheduler", None)
+    if not has_same_versions:
+        new.pop("places of modules", None)
+    found = []
+    for name in dict.fromkeys((*old, *new)):
+        is_nested = name.partition(".")[0] in _NESTED
+        group = (new.get(name) or old[name])[0]
+        must_be_known = group == "same" or (is_nested and has_same_versions)
+        if (name in old and name in new) or (must_be_known and name not in _OPTIONAL):
+            values = [facts.get(name, ("", None))[1] for facts in (old, new)]
+            if not has_same_versions:  # code is compiled otherwise
+                values = [_CODE.sub("", v) if isinstance(v, str) else v for v in values]
+            if values[0] != values[1]:
+                found.append(Difference(group, name, *values))
+    return _without_repetition(found + _group_differences(saved, now))
+
+
+_VERSIONS = ("python", *_LIBRARIES)
+_NESTED = ("config", "adapters", "modules", "schedule")
+_OPTIONAL = ("all rows",)
+_CODE = re.compile(r" \(code [0-9a-f]+\)")
+
+
+def _flat(contract: Contract) -> dict[str, tuple[str, Any]]:
+    """Return group and value of each fact by its name, "config.dropout" for those in a dict."""
+    found: dict[str, tuple[str, Any]] = {}
+    for group, facts in contract.items():
+        if group not in ("groups", "asked", "kept"):
+            path = "schedule." if group == "schedule" else ""
+            found |= {name: (group, value) for name, value in _flat_facts(facts, path)}
+    return found
+
+
+def _flat_facts(facts: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _flat_facts(value, f"{path}{name}.")
+        else:
+            yield path + name, value
+
+
+def _group_differences(saved: Contract, now: Contract) -> list[Difference]:
+    """Compare the groups of the optimizers: in one line, if a setting of all has changed alike."""
+    new: list[Facts] = now["groups"]
+    old: list[Facts] = saved.get("groups") or [
+        # Release 0.1.0 knew the defaults alone.
+        {name: v for name, v in saved.get("kept", {}).items() if len(_values(new, name)) == 1}
+    ] * len(new)
+    found: list[Difference] = []
+    for name in dict.fromkeys(name for group in new for name in group):
+        pairs = {
+            number: (a[name], b[name])
+            for number, (a, b) in enumerate(zip(old, new, strict=False))
+            if name in a and name in b
+        }
+        changed = {number: pair for number, pair in pairs.items() if pair[0] != pair[1]}
+        if changed and len(pairs) == len(new) and len(set(map(repr, pairs.values()))) == 1:
+            found.append(Difference("groups", name, *pairs[0]))
+        else:
+            found += [
+                Difference("groups", f"{name} of group {number}", *pair)
+                for number, pair in changed.items()
+            ]
+    return found
+
+
+def _values(groups: list[Facts], name: str) -> set[str]:
+    return {repr(group.get(name)) for group in groups}
+
+
+def _without_repetition(found: list[Difference]) -> list[Difference]:
+    """Leave out what follows from another difference: modules from their config, digests."""
+    names = {difference.name for difference in found}
+    if any(name.startswith(("config.", "adapters.")) for name in names):
+        found = [d for d in found if not d.name.startswith("modules.")]
+    if any(name.startswith(("config.", "adapters.", "modules.")) for name in names):
+        found = [d for d in found if d.name != "places of modules"]
+    if "frozen parameters" in names:
+        found = [d for d in found if d.name != "names of frozen parameters"]
+    if "rows" in names:
+        found = [d for d in found if d.name != "all rows"]
+    if "lr_scheduler" in names:
+        found = [d for d in found if d.group != "schedule"]
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def contract_differences(a: Contract, b: Contract) -> list[str]:
+    """List the settings in which two runs differ: ``"seed: 1 -> 2"``."""
+    return [str(difference) for difference in differences(a, b)] if a and b else []
+
+
+def check_contract(saved: Contract, now: Contract) -> None:
+    """Refuse to resume a run on other data, or with another optimizer.
+
+    Args:
+        saved: The contract of the checkpoint.
+        now: The contract of the run that resumes.
+
+    Raises:
+        CheckpointError: They train on other data, or with another optimizer.
+    """
+    if found := [d for d in differences(saved, now) if d.group == "same"]:
+        raise CheckpointError(
+            "The checkpoint is of another run, and nothing was trained:\n"
+            + "\n".join(f"- {difference}" for difference in found)
+            + "\nResume with what it was begun with, or begin anew in another checkpoint_dir. To "
+            "begin with the weights alone: from_pretrained(checkpoint)."
+        )
+
+
+def check_finished(saved: Contract, now: Contract, folder: object, *, is_extended: bool) -> None:
+    """Refuse another run in the folder of one that is over: its result is not this one's.
+
+    Args:
+        saved: The contract of the checkpoint.
+        now: The contract of the run at hand.
+        folder: The folder, for the message.
+        is_extended: Whether there is something left to do, since the run at hand is longer.
+
+    Raises:
+        CheckpointError: It is another run.
+    """
+    asked = {**saved, **saved.get("asked", {})}
+    groups = {"same", "settings", "groups"}
+    groups |= set() if is_extended else {"observed", "ends", "schedule"}
+    found = [d for d in differences(asked, now) if d.group in groups]
+    if not is_extended:
+        found = [d for d in found if d.name != "num_steps" or len(found) == 1]
+    ranks = [
+        contract["exact"]["world_size"] * contract["settings"]["gradient_accumulation_steps"]
+        for contract in (saved, now)
+        if "gradient_accumulation_steps" in contract.get("settings", {})
+    ]
+    if len(ranks) == 2 and ranks[0] == ranks[1]:  # on other ranks the updates are the same
+        found = [d for d in found if d.name != "gradient_accumulation_steps"]
+    if found:
+        raise CheckpointError(
+            f"{folder} holds a run that is finished, and this is another run. Nothing was loaded "
+            "or trained. Finished run -> this run:\n"
+            + "\n".join(f"- {difference}" for difference in found)
+            + "\nGive this run another checkpoint_dir. The result of the finished run is returned "
+            "if its command is repeated unchanged; to train on from its weights, see "
+            "docs/resume.md."
+        )
+
+
+def log_differences(saved: Contract, now: Contract, *, workers_matter: bool) -> None:
+    """Log what differs from the run that is resumed, and counts from now on: a line each.
 
     Args:
         saved: The contract of the checkpoint.
         now: The contract of the run that resumes.
         workers_matter: Whether batches depend on the number of processes that read them: they
             draw random numbers there, or read a stream.
-
-    Raises:
-        CheckpointError: They train on other data, or with another optimizer.
     """
-    if differences := _differences(saved["same"], now["same"]):
-        raise CheckpointError(
-            "The checkpoint is of another run, and nothing was trained:\n"
-            + "\n".join(f"- {difference}" for difference in differences)
-            + "\nResume with what it was begun with, or begin anew in another checkpoint_dir. To "
-            "begin with the weights alone: from_pretrained(checkpoint)."
-        )
-    exact = dict(saved["exact"])
-    if not workers_matter:
-        exact["num_workers"] = now["exact"]["num_workers"]
-    for difference in _differences(exact, now["exact"]):
-        say(f"going on, not bit-exact because {difference}.")
-    for difference in _differences(saved["kept"], now["kept"]):
-        say(f"going on with the optimizer's settings of the checkpoint, not {difference}.")
+    has_schedule = now["settings"]["lr_scheduler"] is not None
+    for difference in differences(saved, now):
+        group, name, _, _ = difference
+        if group == "exact" and (name != "num_workers" or workers_matter):
+            say(f"not bit-exact, because {difference}.")
+        elif group == "settings" or (name == "num_steps" and has_schedule):
+            say(f"not bit-exact, because {difference}; the new value counts from now on.")
+        elif group == "observed" or (group == "ends" and name != "num_steps"):
+            say(f"{difference}; the new value counts from now on.")
 
 
-def contract_differences(a: Contract, b: Contract) -> list[str]:
-    """List the settings in which two runs differ: ``"seed: 1 -> 2"``."""
-    groups = dict.fromkeys((*a, *b))
-    return [line for group in groups for line in _differences(a.get(group, {}), b.get(group, {}))]
+def log_kept(saved: Contract | None, state: TrainState) -> None:
+    """Log the settings of optimizer and schedule that a checkpoint just loaded has overridden.
+
+    Args:
+        saved: The contract of the checkpoint.
+        state: The state, which was described before it was loaded.
+    """
+    built = describe_state(state)
+    if saved is None:
+        return
+    now = _as_read(built)
+    _, schedule = schedule_facts(state.lr_scheduler)
+    loaded: Contract = _as_read({"schedule": schedule, "groups": optimizer_facts(state.optimizer)})
+    counts = {d.name: d for d in differences({**saved, **loaded}, now)}
+    for difference in differences(saved, now):
+        if difference.group in ("groups", "schedule") and difference.name in counts:
+            say(
+                f"{difference}; the checkpoint's {counts[difference.name].old} counts. "
+                "docs/resume.md shows how to change it."
+            )
 
 
-def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name}: {saved.get(name)} -> {now.get(name)}"
-        for name in dict.fromkeys((*saved, *now))
-        if _plain(saved.get(name)) != _plain(now.get(name))
-    ]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def carried_on(saved: Contract | None, now: Contract) -> Contract:
+    """Return the contract of a run that resumes: what the checkpoint has overridden stays."""
+    kept: Contract = {
+        name: saved[name]
+        for name in ("groups", "schedule")
+        if saved and name in saved and saved[name] != now[name]
+    }
+    return {**now, **kept, "asked": {name: now[name] for name in kept}} if kept else now
 
 
 def _version(library: str) -> str | None:

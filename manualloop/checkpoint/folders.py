@@ -20,9 +20,34 @@ from manualloop.checkpoint.manifest import (
     manifest_bytes,
     sha256,
 )
-from manualloop.errors import CheckpointError, ManualLoopError
+from manualloop.errors import CheckpointError, ConfigError, ManualLoopError
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\]")  # a drive of Windows has a single letter
 _LEFTOVER = re.compile(r"\.(step-[0-9]{8,}(-[0-9]+)?\.(tmp|trash)|probe)-[0-9a-f]+")
+
+
+def local_folder(path: object, name: str = "checkpoint_dir") -> Path:
+    """Return the absolute path of a folder on this machine.
+
+    It is made absolute once, so that a script may change its working folder later.
+
+    Args:
+        path: What the user gave: a text or a path, in which ``~`` stands for the home folder.
+        name: Name of the argument, for messages.
+
+    Raises:
+        ConfigError: It is neither, it is empty, or it is a URL.
+    """
+    if not isinstance(path, str | os.PathLike) or isinstance(text := os.fspath(path), bytes):
+        raise ConfigError(f'{name} is a {type(path).__name__}, not a path such as "runs/mrpc".')
+    if not text.strip() or "\0" in text:
+        raise ConfigError(f'{name}={text!r} is not a path. Write one, such as {name}="runs/mrpc".')
+    if _URL.match(text):
+        raise ConfigError(
+            f"{name}={text!r} is a URL, and checkpoints are written to local folders only. Write "
+            f'them to one, such as {name}="runs/mrpc", and copy or mount that.'
+        )
+    return Path(os.path.expanduser(text)).absolute()  # `..` stays: it may follow a link
 
 
 def write_folder(

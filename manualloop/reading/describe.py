@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch.utils.data import IterableDataset, SequentialSampler
 
 from manualloop.data.sampler import num_batches
 from manualloop.errors import DataError
-from manualloop.internals import is_one_ranks_stream
+from manualloop.internals import is_one_ranks_stream, stored_table
 from manualloop.randomness import find_generators
 from manualloop.strategy.base import Strategy
 from manualloop.types import LoaderFacts, Place
@@ -83,6 +85,125 @@ def data_digest(data: Any, *, settings: bool = True) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def all_facts(source: Any) -> LoaderFacts:
+    """Return the facts about a loader, with a digest of all its rows, for the contract of a run.
+
+    Of datasets of Hugging Face, of ``TensorDataset`` and of lists the digest tells the data. Of
+    other datasets it covers the tensors, arrays and lists among their attributes, which may be
+    others in the same data, so that a difference is not refused.
+    """
+    facts: LoaderFacts = source.facts()
+    data: Any = getattr(source.loader, "dataset", source.loader)
+    if isinstance(data, list | tuple) or _stored_rows(data) is not None:
+        return facts._replace(same={**facts.same, "all rows": rows_digest(data)})
+    try:
+        digest = _first_digests.get(data) or rows_digest(data)
+        _first_digests[data] = digest
+    except TypeError:  # it has no hash, or cannot be referred to weakly
+        digest = rows_digest(data)
+    return facts._replace(exact={**facts.exact, "contents of the dataset": digest})
+
+
+# By dataset: as it was when it was first used. Reading may fill caches in it.
+_first_digests: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+
+
+def rows_digest(data: Any, max_bytes: int = 1 << 28) -> str | None:
+    """Return a digest of all rows as they are stored; None: nothing tells what they are.
+
+    Args:
+        data: A dataset, or a list of batches.
+        max_bytes: Number of bytes up to which everything is digested. Of more, as many bytes in
+            parts that are spread evenly.
+    """
+    if isinstance(data, Iterator):
+        return None
+    digest = hashlib.sha256()
+    room = _Room(max_bytes, _MAX_OBJECTS)
+    for part in _parts(data, depth=0, seen=set(), settings=False, room=room):
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+_MAX_OBJECTS = 200_000
+
+
+class _Room:
+    """The number of bytes and objects that are still digested one by one.
+
+    Args:
+        num_bytes: Number of bytes.
+        num_objects: Number of objects.
+    """
+
+    def __init__(self, num_bytes: int, num_objects: int) -> None:
+        self.num_bytes, self.num_objects = num_bytes, num_objects
+
+    def take(self, num_bytes: int) -> bool:
+        """Tell whether there is room for so many bytes, and take it."""
+        if num_bytes > self.num_bytes:
+            return False
+        self.num_bytes -= num_bytes
+        return True
+
+    def rows(self, size: int) -> Iterable[int]:
+        """Return the numbers of a list's rows that are digested: all, or some spread evenly."""
+        number = min(size, max(_NUM_SAMPLED, self.num_objects))
+        self.num_objects -= number
+        return (i * (size - 1) // max(number - 1, 1) for i in range(number))
+
+
+def _table_parts(dataset: Any, room: _Room) -> Iterator[bytes]:
+    """Give the rows of a dataset of Hugging Face, whatever parts they are stored in."""
+    stored, numbers = stored_table(dataset)
+    table, num_rows = stored.table, len(dataset)
+    size = table.nbytes * num_rows // max(table.num_rows, 1)
+    num_blocks = -(-num_rows // _ROWS_AT_ONCE)
+    every = 1 if room.take(size) else -(-size // max(room.num_bytes, 1))
+    for block in range(0, num_blocks, max(1, min(every, num_blocks // 4))):
+        first = block * _ROWS_AT_ONCE
+        if numbers is None:
+            part = table.slice(first, _ROWS_AT_ONCE)
+        else:
+            part = table.take(numbers[first : first + _ROWS_AT_ONCE])
+        for name, column in zip(part.column_names, part.combine_chunks().columns, strict=True):
+            yield f"{name} {column.type} {len(column)}".encode()
+            for chunk in column.chunks:
+                yield from _column_parts(chunk)
+
+
+_ROWS_AT_ONCE = 1000
+
+
+def _column_parts(column: Any) -> Iterator[bytes]:
+    """Give the values of a pyarrow array: lists as lengths and values, texts as one text."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if column.null_count:
+        yield column.is_null().to_numpy(zero_copy_only=False).tobytes()
+    if isinstance(column, pa.ExtensionArray):
+        yield from _column_parts(column.storage)
+    elif pa.types.is_fixed_size_list(kind):
+        yield from _column_parts(column.flatten())
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        yield pc.list_value_length(column).fill_null(-1).to_numpy(zero_copy_only=False).tobytes()
+        yield from _column_parts(column.flatten())
+    elif pa.types.is_string(kind) or pa.types.is_binary(kind):
+        yield pc.binary_length(column).fill_null(-1).to_numpy(zero_copy_only=False).tobytes()
+        texts = column.drop_null().to_pylist()
+        yield b"".join(t if isinstance(t, bytes) else str(t).encode() for t in texts)
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        filled = column.drop_null() if column.null_count else column
+        yield filled.to_numpy(zero_copy_only=False).tobytes()
+    elif pa.types.is_struct(kind):
+        for part in column.flatten():
+            yield from _column_parts(part)
+    else:
+        yield repr(column.to_pylist()).encode()
+
+
 def digest_of(facts: LoaderFacts, loader: Any) -> str:
     """Return a digest of a loader's data, by which another process recognizes it."""
     contents = data_digest(loader) if isinstance(loader, list | tuple) else None
@@ -143,52 +264,81 @@ def require_same_data(loader: Any, facts: LoaderFacts, strategy: Strategy) -> No
 _PLAIN = (bool, int, float, complex, str, bytes)
 
 
-def _parts(value: Any, depth: int, seen: set[int], settings: bool) -> Iterator[bytes]:
-    """Give the plain data in an object, piece by piece."""
+def _parts(
+    value: Any, depth: int, seen: set[int], settings: bool, room: _Room | None = None
+) -> Iterator[bytes]:
+    """Give the plain data in an object, piece by piece: all of it, if there is room for it."""
     if value is None or isinstance(value, _PLAIN):
-        yield repr(value)[:1000].encode()
+        yield repr(value)[:1000].encode() if room is None else repr(value).encode()
     elif isinstance(value, Tensor | np.ndarray):
-        yield _of_array(value)
+        yield _of_array(value, room)
     elif id(value) in seen or depth > _DEPTH:
         return
     elif hasattr(value, "with_format") and hasattr(value, "select"):
-        yield _stored_rows(value) or b""
+        if room is None:
+            yield _stored_rows(value) or b""
+        else:
+            yield from _table_parts(value, room)
     elif isinstance(value, list | tuple | range):
         seen.add(id(value))
         base: Any = next(base for base in (list, tuple, range) if isinstance(value, base))
         size = base.__len__(value)  # a subclass may count, or give, something else
         yield f"{type(value).__name__} {size}".encode()
-        for number in sampled(size):
-            yield from _parts(base.__getitem__(value, number), depth + 1, seen, settings)
+        for number in sampled(size) if room is None else room.rows(size):
+            yield from _parts(base.__getitem__(value, number), depth + 1, seen, settings, room)
     elif isinstance(value, Mapping):
         seen.add(id(value))
-        for key in list(value)[:_NUM_SAMPLED]:
+        for key in list(value)[: _NUM_SAMPLED if room is None else room.num_objects]:
             yield repr(key)[:1000].encode()
-            yield from _parts(value[key], depth + 1, seen, settings)
+            yield from _parts(value[key], depth + 1, seen, settings, room)
+    elif type(value).__module__.startswith("pandas.") and hasattr(value, "to_numpy"):
+        yield _of_pandas(value)
+    elif isinstance(value, logging.Logger):
+        return
     elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
         seen.add(id(value))
         yield type(value).__qualname__.encode()
         for name, part in vars(value).items():
             if settings or not isinstance(part, _PLAIN):
                 yield name.encode()
-                yield from _parts(part, depth + 1, seen, settings)
+                yield from _parts(part, depth + 1, seen, settings, room)
 
 
 _DEPTH = 20
 
 
-def _of_array(array: Any) -> bytes:
-    """Describe a tensor or an array by shape, dtype and some of its elements."""
+def _of_array(array: Any, room: _Room | None = None) -> bytes:
+    """Describe a tensor or an array by shape, dtype and some of its elements, or all of them."""
     if isinstance(array, Tensor):
         array = array.detach()
     head = f"{tuple(array.shape)} {array.dtype}"
     if 0 in array.shape or getattr(array, "is_meta", False):
         return head.encode()
+    if room is not None and _has_plain_memory(array) and room.take(array.nbytes):
+        if isinstance(array, Tensor):
+            array = array.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return head.encode() + hashlib.sha256(np.ascontiguousarray(array).data).digest()
     rows = array[torch.tensor(sampled(len(array)))] if array.ndim else array
     if rows.ndim > 1:
         rows = rows.reshape(len(rows), -1)
         rows = rows[:, torch.tensor(sampled(rows.shape[1]))]
     return f"{head} {rows.tolist()}".encode()
+
+
+def _of_pandas(table: Any) -> bytes:
+    from pandas.util import hash_pandas_object
+
+    try:
+        return bytes(hash_pandas_object(table, index=False).to_numpy().tobytes())
+    except TypeError:  # of lists, which have no hash
+        return repr(table.shape).encode()
+
+
+def _has_plain_memory(array: Any) -> bool:
+    if isinstance(array, Tensor):
+        is_subclass = type(array) not in (Tensor, torch.nn.Parameter)
+        return array.layout is torch.strided and not array.is_quantized and not is_subclass
+    return array.dtype.kind in "biufcSU"
 
 
 def batch_size_of(loader: Any) -> int | None:

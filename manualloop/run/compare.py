@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 from manualloop.checkpoint.contract import contract_differences
+from manualloop.checkpoint.folders import local_folder
 from manualloop.checkpoint.manifest import find_folders
 from manualloop.errors import CheckpointError
 from manualloop.run.history_file import read_history
@@ -85,7 +85,7 @@ def compare_runs(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> RunCom
     (1, ['lr: 0.1 -> 0.2'])
     """
     records, contracts = [], []
-    for directory in map(Path, (a, b)):
+    for directory in (local_folder(a, "a"), local_folder(b, "b")):
         manifests = [entry.manifest for entry in find_folders(directory) if entry.manifest]
         records.append(read_history(directory))
         contracts.append((manifests[0]["contract"] if manifests else None) or {})

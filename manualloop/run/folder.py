@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from manualloop.arguments import is_count
-from manualloop.checkpoint.api import load_found, write_checkpoint
-from manualloop.checkpoint.folders import explain_disk, free_bytes, sweep
+from manualloop.checkpoint.api import put_found, read_found, write_checkpoint
+from manualloop.checkpoint.contract import Contract, check_contract, check_finished
+from manualloop.checkpoint.folders import explain_disk, free_bytes, local_folder, sweep
 from manualloop.checkpoint.lock import hold_lock
 from manualloop.checkpoint.manifest import Found, find_folders, find_last
 from manualloop.checkpoint.parts import saved_part
+from manualloop.checkpoint.snapshot import Saved
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.notices import logger, say
 from manualloop.run.history_file import HISTORY, HistoryFile, read_history
@@ -51,17 +53,50 @@ class RunFolder:
         self._resume, self._keep, self._best_metric = resume, keep, best_metric
         self._history: HistoryFile | None = None
 
-    def resume(self) -> tuple[dict[str, Any], list[Record]]:
+    def resume(self, contract: Contract) -> tuple[dict[str, Any], list[Record]]:
         """Load the newest checkpoint that is whole, if there is one and ``resume`` allows it.
+
+        Args:
+            contract: The contract of the run.
 
         Returns:
             The notes that ``save`` was given, and the records of the run; both empty for a new run.
+
+        Raises:
+            CheckpointError: The folder is another run's. Nothing was loaded.
         """
         found = on_main(self._strategy, self._find)
         notes: dict[str, Any] = {}
+        is_finished = False
         if found is not None:
-            notes = load_found(found, self._state, self._strategy).run
+            saved = read_found(found, self._state, self._strategy)
+            is_finished = on_main(self._strategy, lambda: self._is_finished(found, saved, contract))
+            if is_finished:
+                say(
+                    f"the run in {self._directory} is finished: nothing is trained, and its "
+                    f"result is returned from {found.path.name}."
+                )
+            else:
+                say(f"resuming from {found.path}.")
+            notes = put_found(found, saved, self._state, self._strategy).run
+            self._state.is_resumed = not is_finished  # there is nothing to tell of a run to come
         return notes, on_main(self._strategy, lambda: self._open_history(found, notes))
+
+    def _is_finished(self, found: Found, saved: Saved, contract: Contract) -> bool:
+        """Tell whether a checkpoint leaves nothing to do; refuse one of another run.
+
+        Raises:
+            CheckpointError: The run is over, and another one than that at hand; or it is not, and
+                trains on other data.
+        """
+        before: Contract | None = (found.manifest or {})["contract"]
+        if before is None:
+            return False
+        is_finished = _is_over(contract["ends"], saved)
+        if is_finished or _is_over(before.get("ends", {}), saved):
+            check_finished(before, contract, self._directory, is_extended=not is_finished)
+        check_contract(before, contract)
+        return is_finished
 
     def _find(self) -> Found | None:
         directory = self._directory
@@ -84,7 +119,6 @@ class RunFolder:
         records: list[Record] = []
         if found is not None:
             self._set_aside_damaged(found.path)
-            say(f"resuming from {found.path}.")
             num_records = notes.get("num_records", 0)
             records = read_history(directory)[:num_records]
             if len(records) < num_records:
@@ -159,6 +193,24 @@ class RunFolder:
             entry.path.rename(entry.path.with_name(aside))
 
 
+def _is_over(ends: Mapping[str, Any], saved: Saved) -> bool:
+    """Tell whether a checkpoint is at one of the ends of a run, and its evaluations are made."""
+    progress, run = saved.values["progress"], saved.run
+    evaluations = run.get("evaluations")
+    if run.get("is_pending"):
+        return False
+    patience = ends.get("patience")
+    if isinstance(evaluations, Mapping) and patience is not None:  # a list in older checkpoints
+        is_out_of_patience = evaluations["num_since_best"] >= patience
+    else:
+        is_out_of_patience = False
+    if is_out_of_patience:
+        return True
+    if ends.get("num_epochs") is not None:
+        return bool(progress["epoch"] >= ends["num_epochs"])
+    return ends.get("max_steps") is not None and bool(progress["num_steps"] >= ends["max_steps"])
+
+
 def check_folder(checkpoint_dir: object, resume: object, keep: object) -> None:
     """Check the arguments of ``train_loop`` that concern its folder.
 
@@ -166,10 +218,11 @@ def check_folder(checkpoint_dir: object, resume: object, keep: object) -> None:
         ConfigError: What does not fit together, every problem on a line of its own.
     """
     problems = []
-    if not isinstance(checkpoint_dir, str | os.PathLike | None):
-        problems.append(
-            f'checkpoint_dir is a {type(checkpoint_dir).__name__}, not a path such as "runs/mrpc".'
-        )
+    if checkpoint_dir is not None:
+        try:
+            local_folder(checkpoint_dir)
+        except ConfigError as error:
+            problems.append(str(error))
     if resume not in (True, False, "auto"):
         problems.append(f'resume={resume!r} is none of "auto", True, False.')
     if resume is True and checkpoint_dir is None:
@@ -197,7 +250,7 @@ def open_run_folder(
     if checkpoint_dir is None:
         yield None
         return
-    directory = Path(checkpoint_dir)
+    directory = local_folder(checkpoint_dir)
     with ExitStack() as stack:
 
         def enter() -> None:

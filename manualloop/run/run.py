@@ -8,6 +8,7 @@ from dataclasses import astuple
 from time import perf_counter
 from typing import Any
 
+from manualloop.checkpoint.contract import Contract
 from manualloop.errors import CheckpointError
 from manualloop.notices import say
 from manualloop.randomness import remember_random_states
@@ -70,23 +71,29 @@ class Run:
         is_evaluated = self._evaluated_step == self._state.progress.num_steps
         return is_evaluated and evaluations.num_since_best == 0
 
-    def resume(self, loader: Iterable[Any], on_step: Callable[..., object] | None) -> None:
+    def resume(
+        self,
+        loader: Iterable[Any],
+        on_step: Callable[..., object] | None,
+        contract: Contract,
+    ) -> None:
         """Resume from the folder's checkpoint, if there is one, and show the progress bar.
 
         Args:
             loader: The loader that is trained on.
             on_step: As in ``train_loop``; it may hold random generators, as ``evaluate`` may.
+            contract: The contract of the run, which the checkpoint must be of.
         """
         self._loader = loader
         if self._folder is not None:
-            self._resume_from(self._folder, loader)
+            self._resume_from(self._folder, loader, contract)
         self._state.holders |= {"evaluate": self._evaluate, "on_step": on_step}
         self._report.open()
 
-    def _resume_from(self, folder: RunFolder, loader: Iterable[Any]) -> None:
+    def _resume_from(self, folder: RunFolder, loader: Iterable[Any], contract: Contract) -> None:
         if reason := cannot_rewind(loader):
             say(f"{reason}: resuming inside an epoch is not bit-exact.")
-        notes, records = folder.resume()
+        notes, records = folder.resume(contract)
         if notes:
             self.evaluations.restore(notes["evaluations"], records)
             self._evaluated_step, self._is_pending = notes["evaluated_step"], notes["is_pending"]

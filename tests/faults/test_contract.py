@@ -68,7 +68,8 @@ def train(
 
 
 def notes(caplog):
-    return [r.getMessage() for r in caplog.records if "not bit-exact" in r.getMessage()]
+    found = [r.getMessage() for r in caplog.records if "not bit-exact" in r.getMessage()]
+    return [note.removesuffix("; the new value counts from now on.") for note in found]
 
 
 @pytest.mark.parametrize(
@@ -140,14 +141,16 @@ def test_f24_a_setting_that_the_checkpoint_overrides_is_logged(tmp_path, caplog)
     train(tmp_path, stop_after=3)
     with caplog.at_level("INFO", logger="manualloop"):
         train(tmp_path, lr=0.01)
-    assert "settings of the checkpoint, not lr: 0.05 -> 0.01" in caplog.text
+    assert "lr: 0.05 -> 0.01; the checkpoint's 0.05 counts." in caplog.text
 
 
-def test_f24_a_finished_run_logs_nothing_and_trains_nothing(tmp_path, caplog):
+def test_f24_a_finished_run_trains_nothing_and_another_one_is_refused(tmp_path, caplog):
     train(tmp_path)
     with caplog.at_level("INFO", logger="manualloop"):
-        assert train(tmp_path, batch_size=7) == []
+        assert train(tmp_path, num_workers=1) == []
     assert notes(caplog) == []
+    with pytest.raises(CheckpointError, match="- batch_size: 2 -> 7"):
+        train(tmp_path, batch_size=7)
 
 
 def tensors(*numbers):
@@ -160,7 +163,7 @@ def tensors(*numbers):
         ({}, {"rows": Rows(num_rows=13)}, "num_rows: 14 -> 13"),
         ({"rows": tensors(*range(14))}, {"rows": tensors(*range(13), 77)}, "rows: "),
         ({}, {"rows": tensors(*range(14))}, "data: Rows -> TensorDataset"),
-        ({}, {"optimizer": torch.optim.NAdam}, "optimizer: AdamW in the checkpoint, NAdam here"),
+        ({}, {"optimizer": torch.optim.NAdam}, "optimizer: AdamW -> NAdam"),
         ({}, {"width": 9}, "0.weight is float32 (8, 4) in the checkpoint, float32 (9, 4) here"),
         ({}, {"extras": {"ema": torch.nn.Linear(1, 1)}}, "extras.ema is in the run only"),
         ({"extras": {"a": torch.nn.Linear(1, 1)}}, {}, "extras.a is in the checkpoint only"),

@@ -278,13 +278,17 @@ def test_steps_made_again_after_the_last_checkpoint_are_in_the_history_once(tmp_
 
 
 def test_a_finished_run_does_not_evaluate_again(tmp_path):
-    first = Trained(built, tmp_path)
+    calls = []
 
-    def refuse():
-        raise AssertionError("called")
+    def evaluate():
+        calls.append("evaluation")
+        return {"f1": len(calls)}
 
-    again = Trained(built, tmp_path, evaluate=refuse)
+    first = Trained(built, tmp_path, evaluate=evaluate)
+    num_calls = len(calls)
+    again = Trained(built, tmp_path, evaluate=evaluate)
     assert again.ids == again.losses == []
+    assert len(calls) == num_calls > 0
     assert again.result.metrics == first.result.metrics
 
 
@@ -315,7 +319,7 @@ def test_the_number_of_workers_matters_only_to_what_depends_on_it(tmp_path, capl
                 lambda d=draws, n=number: built(Rows(d), num_workers=n % 2), folder / "cut"
             )
         assert second.ids == whole.ids[6:]
-        assert ("not bit-exact because num_workers" in caplog.text) == draws
+        assert ("not bit-exact, because num_workers" in caplog.text) == draws
         assert (second.end() == expected) == (not draws)
 
 

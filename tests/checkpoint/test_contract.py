@@ -1,0 +1,162 @@
+"""A run is described by all that its numbers depend on, and met by what differs."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from manualloop import (
+    CheckpointError,
+    SingleDevice,
+    Update,
+    apply_update,
+    train_loop,
+    train_steps,
+)
+from manualloop.checkpoint import contract
+
+BATCHES = [torch.arange(8.0).reshape(2, 4) / 8 + number for number in range(5)]
+
+
+def mean_square(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch).square().mean()
+
+
+def mean_size(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch).abs().mean()
+
+
+def own_step(state: Any, batches: Any, strategy: Any) -> Update:
+    return apply_update(state, batches, strategy, loss_fn=mean_square)
+
+
+def scores() -> dict[str, float]:
+    return {"f1": 1.0, "loss": 1.0}
+
+
+def other_scores() -> dict[str, float]:
+    return {"f1": 0.5, "loss": 1.0}
+
+
+def build(dropout: float = 0.1) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Dropout(dropout), nn.Linear(3, 1))
+
+
+def train(folder: Path, **options: Any) -> list[int]:
+    """Train in a folder, with some options instead of others; return the steps made."""
+    made: list[int] = []
+    model = options.pop("model", None) or build()
+    make_optimizer = options.pop("optimizer", partial(torch.optim.SGD, lr=0.1))
+    optimizer = make_optimizer(model.parameters())
+    schedule = options.pop("lr_scheduler", "linear")
+    then = options.pop("on_step", lambda step: None)
+
+    def on_step(step: Any) -> None:
+        then(step)
+        made.append(step.index)
+
+    defaults: dict[str, Any] = {
+        "train_dataloader": BATCHES,
+        "num_epochs": 2,
+        "loss_fn": mean_square,
+        "evaluate": scores,
+        "best_metric": "f1",
+        "patience": 5,
+        "strategy": SingleDevice("cpu"),
+        "checkpoint_dir": folder,
+        "progress_bar": False,
+        "on_step": on_step,
+    }
+    if "max_steps" in options:
+        defaults.pop("num_epochs")
+    if "step_fn" in options:
+        defaults.pop("loss_fn")
+    loop = partial(train_loop, model, **defaults | options)
+    loop(optimizer=optimizer, lr_scheduler=schedule(optimizer) if callable(schedule) else schedule)
+    return made
+
+
+# For every argument of train_loop a run that differs from train() in this argument alone. Whoever
+# adds an argument adds a line.
+OTHER: dict[str, dict[str, Any]] = {
+    "model": {"model": build(dropout=0.2)},
+    "train_dataloader": {"train_dataloader": [*BATCHES[:4], BATCHES[4] + 1e-6]},
+    "optimizer": {"optimizer": partial(torch.optim.SGD, lr=0.2)},
+    "lr_scheduler": {"lr_scheduler": "cosine"},
+    "num_epochs": {"num_epochs": 1},
+    "max_steps": {"max_steps": 10},
+    "max_time": {"max_time": "10 min"},
+    "num_warmup_steps": {"num_warmup_steps": 2},
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 2},
+    "max_grad_norm": {"max_grad_norm": 1.0},
+    "loss_fn": {"loss_fn": mean_size},
+    "step_fn": {"step_fn": own_step},
+    "on_nonfinite": {"on_nonfinite": "skip"},
+    "strategy": {"strategy": SingleDevice("cpu", mixed_precision="bf16")},
+    "extras": {"extras": {"ema": nn.Linear(1, 1)}},
+    "evaluate": {"evaluate": other_scores},
+    "evaluate_every": {"evaluate_every": 2},
+    "best_metric": {"best_metric": "-loss"},
+    "patience": {"patience": 1},
+    "checkpoint_dir": {},
+    "checkpoint_every": {"checkpoint_every": 3},
+    "keep_checkpoints": {"keep_checkpoints": 1},
+    "resume": {"resume": True},
+    "on_step": {"on_step": print},
+    "log_every": {"log_every": 1},
+    "progress_bar": {"progress_bar": True},
+    "preflight": {"preflight": False},
+}
+
+
+@pytest.mark.parametrize("name", inspect.signature(train_loop).parameters)
+def test_every_argument_is_described_or_is_known_to_have_no_effect(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(tmp_path) == list(range(1, 11))
+    caplog.set_level("INFO", logger="manualloop")
+    if name in contract._WITHOUT_EFFECT:
+        caplog.clear()
+        assert train(tmp_path, **OTHER[name]) == []
+        assert "is finished" in caplog.text
+        assert "->" not in caplog.text
+        return
+    before = sorted(path.name for path in tmp_path.iterdir())
+    torch.manual_seed(1)
+    with pytest.raises(CheckpointError) as error:
+        train(tmp_path, **OTHER[name])
+    assert "nothing was" in str(error.value).lower()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert train(tmp_path) == []
+
+
+def test_train_steps_has_no_argument_of_its_own() -> None:
+    own = inspect.signature(train_steps).parameters.keys() - {"state"}
+    assert own <= inspect.signature(train_loop).parameters.keys()
+
+
+def test_the_refusal_lists_what_differs_and_names_the_way_out(tmp_path: Path) -> None:
+    train(tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        train(
+            tmp_path,
+            optimizer=partial(torch.optim.SGD, lr=0.2, weight_decay=0.3),
+            max_grad_norm=1.0,
+            num_epochs=1,
+        )
+    lines = str(error.value).splitlines()
+    assert lines[1:-1] == [
+        "- max_grad_norm: None -> 1.0",
+        "- num_epochs: 2 -> 1",
+        "- lr: 0.1 -> 0.2",
+        "- weight_decay: 0 -> 0.3",
+    ]
+    assert "another checkpoint_dir" in lines[-1]
+    assert str(tmp_path) in lines[0]
