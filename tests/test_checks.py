@@ -727,7 +727,7 @@ def test_13_classes_under_a_regression_head_own_loader(fit, warnings_of):
 
 
 @pytest.mark.parametrize(
-    "mend",
+    "fix",
     [
         "num_labels=2",
         pytest.param("problem_type", marks=integers_for_values),
@@ -735,13 +735,13 @@ def test_13_classes_under_a_regression_head_own_loader(fit, warnings_of):
         pytest.param("values", marks=integers_for_values),
     ],
 )
-def test_13_is_not_warned_of_when_mended_or_meant(mend, warnings_of):
-    model = tiny_bert(2 if mend == "num_labels=2" else 1)
-    if mend == "problem_type":
+def test_13_is_not_warned_of_when_fixed_or_meant(fix, warnings_of):
+    model = tiny_bert(2 if fix == "num_labels=2" else 1)
+    if fix == "problem_type":
         exec('model.config.problem_type = "regression"', {"model": model})
-    labels = [30, 12, 55] if mend == "values" else [0, 1, 0]
+    labels = [30, 12, 55] if fix == "values" else [0, 1, 0]
     dataset = rows(text=["good", "bad", "fine"], labels=labels)
-    task = "regression" if mend == "task" else None
+    task = "regression" if fix == "task" else None
     by_train_loop(
         model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model, task=task)["train"]
     )

@@ -54,14 +54,15 @@ class Round(NamedTuple):
 
 
 class ShardedSampler:
-    """The entries of a sampler that are one rank's: the others' rows are never loaded.
+    """One rank's entries of a sampler; the rows of other ranks are never loaded.
 
     Args:
         sampler: Sampler of row numbers, or of batches of them.
-        deal: To whom.
+        shard: The rank, and the number of ranks.
 
     Attributes:
-        rounds: Batches, rows before, rows and spare of each entry that is not used yet.
+        rounds: Number of batches, rows before, number of rows and spare flag of each entry that
+            was drawn and is not used yet.
 
     >>> sampler = ShardedSampler([[0, 1], [2, 3], [4]], Shard(rank=1, world_size=2))
     >>> list(sampler), list(sampler.rounds)

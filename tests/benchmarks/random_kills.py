@@ -5,7 +5,7 @@
 The same small model (dropout on), 64 shuffled rows, 8 rows an update, 40 updates, a checkpoint
 after each, one kept, under manualloop, transformers' Trainer and accelerate, each as its
 documentation says. A process is sent SIGKILL at a random moment after a random one of its updates,
-but for the last; a kill that came too late, after the last save, is not counted but drawn again.
+except the last; a kill that came too late, after the last save, is not counted but drawn again.
 Then the same command is started again:
 
 inside a save      the kill came while the library wrote a checkpoint or removed the old one

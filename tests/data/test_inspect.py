@@ -123,7 +123,7 @@ def count_rows() -> Any:
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """A stream that goes on where it was."""
+    """A stream that continues at its position."""
 
     def __init__(self) -> None:
         self.position, self.rng = 0, random.Random(1)

@@ -1,4 +1,4 @@
-"""Loaders of every kind, for tests that stop a run and go on."""
+"""Loaders of every kind, for tests that stop a run and resume it."""
 
 import random
 
@@ -89,7 +89,7 @@ class SizedStatefulLoader(StatefulLoader):
 
 
 class Stream(IterableDataset):
-    """Gives row after row, dealt to the workers, and knows how many it has given."""
+    """Rows in order, sharded over the workers; it knows how many it has yielded."""
 
     def __init__(self, draws=False):
         self.rows = Rows(draws)
@@ -121,7 +121,7 @@ class StatelessStream(IterableDataset):
 
 
 class OwnSampler(Sampler):
-    """Shuffles with a generator of its own, which goes on from epoch to epoch."""
+    """Shuffles with a generator of its own, which continues from epoch to epoch."""
 
     def __init__(self, rng):
         self.rng = rng

@@ -1,4 +1,4 @@
-"""Stopped after any step, a run goes on to the same bits: with any loader, by way of the disk."""
+"""A run that is stopped after any step resumes from disk to the same bits, with any loader."""
 
 import random
 from contextlib import suppress

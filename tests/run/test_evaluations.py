@@ -38,7 +38,7 @@ def test_the_best_is_that_of_a_search_through_all(values, best_metric, cut):
         best = best_of(values[:number], sign)
         assert same(evaluations.best, {"f1": values[best]})
         assert evaluations.num_since_best == number - 1 - best
-        if number == cut:  # another process goes on
+        if number == cut:  # another process resumes
             notes, evaluations = evaluations.notes(), Evaluations(best_metric)
             evaluations.restore(notes, [])
     assert evaluations.number == len(values)

@@ -1,4 +1,4 @@
-"""A loss is taken apart in one way, wherever it comes from and whoever wants it."""
+"""A loss is taken apart in one way, wherever it comes from."""
 
 import pytest
 import torch
