@@ -72,6 +72,14 @@ def test_paths_and_sessions_exist(page):
         assert set(names.split()) <= sessions, names
 
 
+@in_a_checkout
+def test_modules_that_the_plan_names_exist():
+    modules = ["/" + str(path.relative_to(ROOT)) for path in ROOT.glob("[mt]*/**/*.py")]
+    named = re.findall(r"`([\w/]+\.py)`", PAGES["docs/architecture.md"])
+    assert len(named) > 20
+    assert [n for n in named if not any(module.endswith(f"/{n}") for module in modules)] == []
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """The hub's MRPC, BERT and its tokenizer, as small ones that need no network."""
