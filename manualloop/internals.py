@@ -266,9 +266,8 @@ def renumber_worker(info: Any, number: int, base_seed: int) -> None:
 def shut_down_workers(iterator: Any) -> None:
     """End the workers of a DataLoader's iterator, when Python ends.
 
-    Seen in torch 2.6 to 2.14: ``_shutdown_workers``. If it is gone, all daemonic processes get a
-    SIGTERM. Ours survive it, and obey the one that Python sends them next. What torch does when a
-    worker is killed is switched off before.
+    Seen in torch 2.6 to 2.14: ``_shutdown_workers``. Without it, daemonic processes get a SIGTERM
+    until they end: ours survive the first. Torch's reaction to a killed worker is switched off.
     """
     try:
         shut_down = iterator._shutdown_workers
@@ -276,8 +275,9 @@ def shut_down_workers(iterator: Any) -> None:
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for process in multiprocessing.active_children():
-            if process.daemon:
+            while process.daemon and process.is_alive():
                 process.terminate()
+                process.join(0.1)
     else:
         shut_down()
 
