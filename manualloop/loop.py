@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -26,6 +27,7 @@ from manualloop.run.stopping import Stopping
 from manualloop.state import TrainState
 from manualloop.steps import SETTINGS, contract_of, plan_run, start_steps
 from manualloop.strategy.base import Strategy
+from manualloop.strategy.calls import agree, in_call
 from manualloop.strategy.select import strategy_for
 from manualloop.times import Times, parse_seconds
 from manualloop.types import LossFn, OnNonfinite, Plan, Record, Step
@@ -189,7 +191,7 @@ def train_loop(
     TrainResult(20 steps, stopped_by='max_steps', weight=1)
     """
     arguments = dict(locals())
-    strategy = strategy_for(model, strategy)
+    strategy = in_call(strategy_for(model, strategy), "train_loop")
     settings = {name: arguments[name] for name in SETTINGS}
     ends: dict[str, Any] = {"num_epochs": num_epochs, "max_steps": max_steps}
     agreement, run_strategy = agree_at_updates(strategy)
@@ -205,6 +207,8 @@ def train_loop(
         check(check_folder, checkpoint_dir, resume, keep_checkpoints)
         optimizer = optimizer or check(prepare_optimizer, model)
         check(_check_schedule, lr_scheduler, optimizer, known.num_steps, num_warmup_steps)
+    given = {name: arguments[name] for name in _SAME_ON_RANKS} | ends | settings
+    agree(strategy, "train_loop", checkpoint_dir=checkpoint_dir and Path(checkpoint_dir), **given)
     schedule = _schedule(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
     stopping = Stopping(max_seconds, agreement)
     state = TrainState(model, optimizer, schedule, extras=extras or {})
@@ -244,6 +248,17 @@ def train_loop(
         history=report.history.records,
         stopped_by=run.stopped_by or ("max_steps" if plan.num_epochs is None else "num_epochs"),
     )
+
+
+_SAME_ON_RANKS = (
+    "evaluate",
+    "evaluate_every",
+    "best_metric",
+    "patience",
+    "checkpoint_every",
+    "resume",
+)
+"""Arguments that decide when the ranks of a run exchange something."""
 
 
 def _schedule(

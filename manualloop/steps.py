@@ -31,6 +31,7 @@ from manualloop.reading.reader import Reader
 from manualloop.reading.sources import Source, source_of, workers_matter
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, prepare
+from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.types import LossFn, OnNonfinite, Plan, Step, Update, Window
 from manualloop.update import StepFn, apply_update, group
@@ -218,6 +219,10 @@ def train_steps(
         world_size=strategy.world_size,
         **settings,
     )
+    progress = state.progress
+    at = {"steps made": progress.num_steps, "epochs made": progress.epoch}
+    ends = {"num_epochs": num_epochs, "max_steps": max_steps}
+    strategy = begin_call(strategy, "train_steps", **ends, **settings, **at)
     contract = contract_of(state, plan, strategy, arguments)
     return start_steps(
         state, train_dataloader, plan, contract, strategy, preflight=preflight, **settings

@@ -20,6 +20,7 @@ from manualloop.reading.reader import Given, Reader
 from manualloop.reading.sources import source_of
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
+from manualloop.strategy.calls import in_call
 from manualloop.strategy.select import strategy_in_place
 from manualloop.tasks.loss import Term, loss_terms
 from manualloop.tasks.task import count_window, num_rows
@@ -106,6 +107,7 @@ def accumulate_gradients(
     4
     """
     strategy = strategy_in_place(model) if strategy is None else strategy
+    strategy = in_call(strategy, "accumulate_gradients")
     counts, _ = count_window(model, batches)
     return _accumulate(model, batches, counts, loss_fn, strategy, model.parameters, Times())
 

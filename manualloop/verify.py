@@ -25,6 +25,7 @@ import manualloop.update as update
 from manualloop.errors import ConfigError, DataError
 from manualloop.models import evaluation_mode, model_name
 from manualloop.strategy.base import Strategy, prepare_model
+from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.loss import loss_terms
 from manualloop.tasks.task import num_rows, resolve_task
@@ -109,7 +110,7 @@ def check_accumulation(
     ... ).is_exact
     True
     """
-    strategy = strategy_for(model, strategy)
+    strategy = begin_call(strategy_for(model, strategy), "check_accumulation", loss_fn=loss_fn)
     model = prepare_model(strategy, model)
     if num_rows(batch) < 2:
         raise DataError("A batch of one row cannot be split. Pass a batch of several rows.")

@@ -28,6 +28,7 @@ from manualloop.checkpoint.tensors import num_bytes
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, on_main, prepare
+from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 
 
@@ -95,6 +96,7 @@ def save_checkpoint(
     if not is_count(keep):
         raise ConfigError(f"keep must be a whole number of at least 1, got {keep!r}.")
     strategy = strategy_for(state.model, strategy)
+    strategy = begin_call(strategy, "save_checkpoint", step=state.progress.num_steps)
     directory = local_folder(checkpoint_dir)
     with ExitStack() as stack:
 
@@ -200,6 +202,7 @@ def load_checkpoint(
         ConfigError: A ``train_steps`` is open on the state.
     """
     strategy = strategy_for(state.model, strategy)
+    strategy = begin_call(strategy, "load_checkpoint", which=str(which))
     directory = local_folder(checkpoint_dir)
     found = on_main(strategy, lambda: find(directory, which, verify=verify))
     return load_found(found, state, strategy)

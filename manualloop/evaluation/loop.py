@@ -29,6 +29,7 @@ from manualloop.reading.ranks import is_spare, unsharded
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy, prepare_model
+from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.loss import find_loss, model_terms, no_loss, own_terms
 from manualloop.tasks.task import IGNORE_INDEX, Task, num_rows, resolve_task
@@ -92,7 +93,13 @@ def evaluate_loop(
     ...               loss_fn=lambda model, batch: 0 * model(batch["x"]).mean())
     {'loss': 0.0}
     """
-    strategy = strategy_for(model, strategy)
+    strategy = begin_call(
+        strategy_for(model, strategy),
+        "evaluate_loop",
+        metric=metric,
+        postprocess=postprocess,
+        loss_fn=loss_fn,
+    )
     model = prepare_model(strategy, model)
     loader = eval_dataloader if strategy.world_size == 1 else unsharded(eval_dataloader)
     scorer = None if metric is None else as_metric(metric)
@@ -186,6 +193,7 @@ def predict_loop(
     array([1, 0])
     """
     strategy = strategy_for(model, strategy)
+    strategy = begin_call(strategy, "predict_loop", postprocess=postprocess)
     model = prepare_model(strategy, model)
     loader = dataloader if strategy.world_size == 1 else unsharded(dataloader)
     loader, longest_first = _longest_first_rows(loader, model, strategy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,9 +21,12 @@ from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
 from manualloop.optim import parameters_of
 from manualloop.strategy.base import STRATEGY_OF
+from manualloop.strategy.calls import StrategyOfCall, Tagged, values_of
 from manualloop.strategy.compiled import CompileOptions, compile_model
-from manualloop.strategy.launch import num_launched
-from manualloop.strategy.liveness import Connections, connect
+from manualloop.strategy.hosts import Hosts, connect_hosts
+from manualloop.strategy.launch import num_launched, refuse_training_alone
+from manualloop.strategy.liveness import release_at_end
+from manualloop.strategy.meeting import explaining_network
 from manualloop.strategy.transfer import move
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ class Accelerated:
                 f"{accelerator.num_processes}: each process would train alone. On a CPU write "
                 'Accelerator(cpu=True), or use prepare_strategy("auto").'
             )
+        if accelerator.num_processes == 1:
+            refuse_training_alone()
         self.accelerator, self.compile = accelerator, compile
         self.precision = str(accelerator.mixed_precision)
         self.device = accelerator.device
@@ -73,17 +77,10 @@ class Accelerated:
         self.world_size = accelerator.num_processes
         self._shards = accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
         self._prepared: list[tuple[nn.Module, nn.Module]] = []  # all of them, as accelerate does
-        self._on_host: Any = None
-        self._connections: Connections | None = None
+        self._hosts: Hosts | None = None  # none on a TPU
         if self.world_size > 1 and torch.distributed.is_initialized():
-            # Counts and objects are exchanged between hosts, so that nothing waits for the device.
-            # Unlike NCCL, gloo notices at once that a process is gone.
-            if self.device.type != "cpu":
-                limit = None if timeout is None else timedelta(seconds=timeout)
-                self._on_host = torch.distributed.new_group(backend="gloo", timeout=limit)
-            self._connections = connect(
-                self.rank, self.world_size, self.gather, self._release_groups
-            )
+            self._hosts = explaining_network(lambda: connect_hosts(timeout))
+            release_at_end(self._release_groups)
         accelerator.manualloop_strategy = self  # so that it lives as long: see STRATEGY_OF
 
     def __repr__(self) -> str:
@@ -101,9 +98,6 @@ class Accelerated:
             if isinstance(model, nn.parallel.DistributedDataParallel):
                 for name in ("reducer", "logger", "process_group"):
                     setattr(model, name, None)
-        if self._on_host is not None and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group(self._on_host)
-            self._on_host = None
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         if self._shards and self._held(model) is None:
@@ -167,44 +161,35 @@ class Accelerated:
         return context
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        with self._explaining():
+        try:
             total: Tensor = self.accelerator.reduce(values)
+        except RuntimeError as error:
+            self.explain(error)
+            raise
         return total
 
     def sum_counts(self, counts: Sequence[float]) -> list[float]:
         if self.world_size == 1:
             return list(counts)
-        values = torch.tensor(counts, dtype=torch.float64)
-        with self._explaining():
-            if self._connections is None:  # TPU
-                values = self.accelerator.reduce(values.to(self.device))
-            else:
-                torch.distributed.all_reduce(values, group=self._on_host)
-        return [int(total) if total.is_integer() else total for total in values.tolist()]
+        return StrategyOfCall(self, "strategy.sum_counts").sum_counts(counts)
 
     def gather(self, value: Any) -> list[Any]:
         if self.world_size == 1:
             return [value]
+        if isinstance(value, Tagged):
+            return self._gather(value)
+        return values_of(self._gather(Tagged("strategy.gather", "gather", value)))
+
+    def _gather(self, sent: Tagged) -> list[Any]:
+        if self._hosts is not None:
+            return self._hosts.gather(sent)
         values: list[Any] = [None] * self.world_size
-        with self._explaining():
-            torch.distributed.all_gather_object(values, value, group=self._on_host)
+        torch.distributed.all_gather_object(values, sent)
         return values
 
     def explain(self, error: BaseException) -> None:
-        if self._connections is None or isinstance(error, DistributedError):
-            return
-        if self._connections.failures() or _CONNECTION.search(f"{type(error).__name__} {error}"):
-            reason = self._connections.explain()
-            if reason is not None:
-                raise reason from error
-
-    @contextmanager
-    def _explaining(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            self.explain(error)
-            raise
+        if self._hosts is not None:
+            self._hosts.explain(error)
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
@@ -246,11 +231,6 @@ def _without_sync(model: Any) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-_CONNECTION = re.compile(
-    "gloo|nccl|Dist.*Error|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE
-)
-
-
 def start_accelerator(
     mixed_precision: str | None, timeout: float | None, compile: CompileOptions
 ) -> Accelerated:
@@ -264,11 +244,14 @@ def start_accelerator(
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    accelerator = Accelerator(
-        # Without this, on a machine that has only a CPU, each process would train alone.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=mixed_precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout or 600))],
+    limit = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout or 600))
+    accelerator = explaining_network(
+        # Without cpu=True, on a machine that has only a CPU, each process would train alone.
+        lambda: Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=mixed_precision,
+            kwargs_handlers=[limit],
+        )
     )
     asked = _num_processes_asked()
     if asked is not None and accelerator.num_processes < asked:

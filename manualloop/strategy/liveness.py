@@ -11,7 +11,6 @@ import atexit
 import json
 import os
 import re
-import secrets
 import socket
 import sys
 import threading
@@ -29,13 +28,16 @@ import torch
 from manualloop.errors import DistributedError
 from manualloop.internals import release_default_groups
 from manualloop.notices import say
+from manualloop.strategy.calls import OUTSIDE, must_be_called
+from manualloop.strategy.meeting import connect_ranks
 
 GRACE = 10.0
 """Seconds that a process has to end by itself once another rank is gone."""
 
 _REPORT = 1.0  # seconds to wait for a report that is on its way
 _ANSWER = 2.0  # seconds that a rank has to answer
-_CONNECT = 60.0  # seconds to wait for the other ranks at the start
+_CONNECT = 10.0  # seconds at most to connect to rank 0 at the start
+_LINE = 300_000  # bytes of a message: those of a report are a fraction of it
 _RELEASE = 0.2  # seconds for gloo's threads to release tensors at the end
 _NUM_CHARACTERS = 20_000  # characters of a traceback that are sent: its end
 
@@ -46,8 +48,8 @@ class Report(NamedTuple):
     Attributes:
         rank: Number of the rank.
         state: "failed" for an exception, "gone" for an end without a report, "silent" for no
-            answer, "ended" for the end of its program.
-        text: Traceback of the exception.
+            answer, "ended" for the end of its program, "waited" for one that waits no longer.
+        text: Traceback of the exception, or what was waited for.
     """
 
     rank: int
@@ -60,57 +62,24 @@ class Connections:
 
     Args:
         rank: Number of this rank.
-        world_size: Number of ranks.
-        share: Function that is called with a value on every rank, and returns the values of all
-            ranks in their order.
+        links: The connections, by the number of the other rank.
+
+    Attributes:
+        call: Name of the function in which this rank waits for the others; empty for none.
     """
 
-    def __init__(self, rank: int, world_size: int, share: Callable[[Any], list[Any]]) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, links: dict[int, socket.socket]) -> None:
+        self.rank, self.call = rank, ""
         self._reports: dict[int, Report] = {}
         self._changed = threading.Condition()
-        self._links: dict[int, socket.socket] = {}
+        self._links = links
         self._sending, self._checking = threading.Lock(), threading.Lock()
-        self._answered: set[int] = set()
+        self._answers: dict[int, str] = {}  # the calls of the ranks that have answered
         self._is_ending = False
         self._listeners: list[threading.Thread] = []
-        if rank == 0:
-            self._accept(world_size, share)
-        else:
-            self._connect(*share(None)[0])
-        if not all(share(len(self._links) == (world_size - 1 if rank == 0 else 1))) and rank == 0:
-            say("ranks cannot connect to rank 0: if one fails, the others report less about it.")
+        for peer, link in links.items():
+            self._listen(peer, link.makefile("rb"))
         os.register_at_fork(after_in_child=self._detach)
-
-    def _connect(self, host: str, port: int, token: str) -> None:
-        with suppress(OSError):
-            link = socket.create_connection((host, port), timeout=_CONNECT)
-            link.settimeout(None)
-            self._links[0] = link
-            self._send(0, {"rank": self.rank, "token": token})
-            self._listen(0, link.makefile("rb"))
-
-    def _accept(self, world_size: int, share: Callable[[Any], list[Any]]) -> None:
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        is_local = host in ("localhost", "127.0.0.1")
-        with (
-            suppress(TimeoutError),
-            socket.create_server(("127.0.0.1" if is_local else "", 0)) as server,
-        ):
-            server.settimeout(_CONNECT)
-            token = secrets.token_hex(16)
-            share((host, server.getsockname()[1], token))
-            while len(self._links) < world_size - 1:
-                link, _ = server.accept()
-                link.settimeout(_ANSWER)
-                lines = link.makefile("rb")
-                peer = _read_hello(lines, token)
-                if peer is None:
-                    link.close()
-                    continue
-                link.settimeout(None)
-                self._links[peer] = link
-                self._listen(peer, lines)
 
     def _listen(self, peer: int, lines: IO[bytes]) -> None:
         thread = threading.Thread(target=self._receive, args=(peer, lines), daemon=True)
@@ -119,28 +88,29 @@ class Connections:
 
     def _receive(self, peer: int, lines: IO[bytes]) -> None:
         """Read the messages of another rank until its connection is closed."""
-        with suppress(OSError, ValueError):
-            for line in lines:
+        with suppress(LookupError, OSError, RecursionError, TypeError, ValueError):
+            while line := lines.readline(_LINE):
                 message = json.loads(line)
                 if "report" in message:
                     self._learn(Report(*message["report"]))
                 elif message["type"] == "ping":
-                    self._send(peer, {"type": "answer"})
+                    self._send(peer, {"type": "answer", "calls": {self.rank: self.call}})
                 elif message["type"] == "ping all":
                     threading.Thread(target=self._ping_all, daemon=True).start()
                 else:
-                    self._note_answer(peer)
+                    self._note_answers(message["calls"])
         if not self._is_ending:
             self._learn(Report(peer, "gone"))
 
-    def _note_answer(self, peer: int) -> None:
+    def _note_answers(self, calls: dict[str, str]) -> None:
         with self._changed:
-            self._answered.add(peer)
+            self._answers |= {int(rank): call for rank, call in calls.items()}
             self._changed.notify_all()
 
     def _learn(self, report: Report) -> None:
         with self._changed:
-            if report.rank in self._reports or report.rank == self.rank:
+            before = self._reports.get(report.rank)
+            if report.rank == self.rank or (before is not None and before.state != "waited"):
                 return
             is_first = not self.failures()
             self._reports[report.rank] = report
@@ -165,47 +135,80 @@ class Connections:
         return bool(self._links)
 
     def failures(self) -> list[Report]:
-        """Return the reports of ranks that have not reached the end of their program."""
-        return [report for report in list(self._reports.values()) if report.state != "ended"]
+        """Return the reports of ranks that will not reach the end of their program."""
+        reports = list(self._reports.values())
+        return [report for report in reports if report.state not in ("ended", "waited")]
 
-    def explain(self) -> DistributedError | None:
-        """Return an error that names the rank that is gone; None if all ranks answer.
+    def _has_news(self) -> bool:
+        return any(report.state != "ended" for report in list(self._reports.values()))
 
-        Call it after a collective operation has failed.
+    def explain(self, *, waited: bool = False) -> DistributedError | None:
+        """Return an error that says why a collective operation has failed; None if nobody knows.
+
+        Args:
+            waited: Whether it has failed because the others did not come in time.
         """
-        if not self._wait(self.failures, _REPORT):
-            if self.rank == 0:
-                self._ping_all()
-            else:
-                self._answered.clear()
-                self._send(0, {"type": "ping all"})
-                if not self._wait(lambda: self.failures() or self._answered, _ANSWER + 0.5):
-                    self._learn(Report(0, "silent"))
-        known = self.failures() or list(self._reports.values())
+        call = self.call
+        if not self._wait(self._has_news, _REPORT):
+            self._ask_all()
+        known = self.failures() or sorted(self._reports.values(), key=lambda r: r.state == "ended")
         if not known:
-            return None
+            return self._explain_wait(call) if waited and call else None
         report = known[0]
         more = f" The traceback of rank {report.rank}:\n\n{report.text}" if report.text else ""
+        if report.state == "waited":
+            return DistributedError(f"Rank {report.rank} waits no longer. {report.text}")
+        missed = ""
+        if report.state == "ended" and call not in ("", "train_loop", "train_steps"):
+            missed = f" {must_be_called(call)}, and rank {self.rank} is in it. {OUTSIDE}"
         return DistributedError(
-            f"{_describe(report)}, and rank {self.rank} cannot continue without it. A run with a "
-            f"checkpoint_dir resumes from its last checkpoint when it is started again.{more}"
+            f"{_describe(report)}, and rank {self.rank} cannot continue without it.{missed} A run "
+            "with a checkpoint_dir resumes from its last checkpoint when it is started again."
+            f"{more}"
         )
+
+    def _explain_wait(self, call: str) -> DistributedError:
+        """Return an error that names the ranks that have not come to a function, and tell them."""
+        calls = {rank: there for rank, there in sorted(self._answers.items()) if there != call}
+        where = [
+            f"rank {rank} is {f'in {there}' if there else 'not in a function that takes all ranks'}"
+            for rank, there in calls.items()
+        ]
+        text = (
+            f"{must_be_called(call)}. Rank {self.rank} has waited in it for the others"
+            f"{': ' if where else ''}{', '.join(where)}. {OUTSIDE} If the others only take longer, "
+            'wait longer: prepare_strategy(timeout="2 h").'
+        )
+        for peer in self._links:
+            self._send(peer, {"report": Report(self.rank, "waited", text)})
+        return DistributedError(text)
 
     def _wait(self, condition: Callable[[], Any], seconds: float) -> bool:
         with self._changed:
             return bool(self._changed.wait_for(condition, timeout=seconds))
 
+    def _ask_all(self) -> None:
+        """Ask every rank where it is, and note which ones do not answer."""
+        if self.rank == 0:
+            self._ping_all()
+            return
+        self._answers.clear()
+        self._send(0, {"type": "ping all"})
+        if not self._wait(lambda: self.failures() or self._answers, _ANSWER + 0.5):
+            self._learn(Report(0, "silent"))
+
     def _ping_all(self) -> None:
-        """Ask every rank for an answer. Only rank 0 can."""
+        """Ask every rank for an answer, and tell all of them the answers. Only rank 0 can."""
         with self._checking:
-            self._answered.clear()
+            self._answers.clear()
             for peer in self._links:
                 self._send(peer, {"type": "ping"})
-            self._wait(lambda: len(self._answered) == len(self._links), _ANSWER)
-            for peer in self._links.keys() - self._answered:
+            self._wait(lambda: len(self._answers) == len(self._links), _ANSWER)
+            for peer in self._links.keys() - self._answers:
                 self._learn(Report(peer, "silent"))
+            calls = {0: self.call, **self._answers}
             for peer in self._links:
-                self._send(peer, {"type": "all pinged"})
+                self._send(peer, {"type": "all pinged", "calls": calls})
 
     def _send(self, peer: int, message: dict[str, Any]) -> None:
         with self._sending, suppress(OSError, KeyError):  # the thread that reads will notice
@@ -244,7 +247,7 @@ def connect(
     rank: int,
     world_size: int,
     share: Callable[[Any], list[Any]],
-    before_end: Callable[[], None],
+    timeout: float | None,
 ) -> Connections:
     """Return the connections of this process, which the first call makes. Call on every rank.
 
@@ -253,13 +256,15 @@ def connect(
         world_size: Number of ranks.
         share: Function that is called with a value on every rank, and returns the values of all
             ranks in their order.
-        before_end: Method that releases what holds a process group. It is called when the program
-            ends without an error, and is held weakly.
+        timeout: Seconds that ranks wait for each other; None for torch's default.
     """
     global _connections
-    _before_end.append(WeakMethod(before_end))
     if _connections is None:
-        _connections = Connections(rank, world_size, share)
+        seconds = _CONNECT if timeout is None else min(_CONNECT, timeout / 4)
+        links, problem = connect_ranks(rank, world_size, share, seconds)
+        if problem is not None and rank == 0:
+            say(problem)
+        _connections = Connections(rank, links)
         previous = sys.excepthook
 
         def report_and_print(
@@ -272,6 +277,15 @@ def connect(
         atexit.register(_close_at_end)
         Finalize(None, _close_at_end, exitpriority=0)  # processes of multiprocessing know no atexit
     return _connections
+
+
+def release_at_end(method: Callable[[], None]) -> None:
+    """Call a method, which is held weakly, when the program ends without an error.
+
+    Args:
+        method: Method that releases what holds a process group.
+    """
+    _before_end.append(WeakMethod(method))
 
 
 def _report(error: BaseException) -> None:
@@ -325,21 +339,14 @@ def _end_group() -> None:
         time.sleep(_RELEASE)  # without Python's lock, for which such a thread waits
 
 
-def _read_hello(lines: IO[bytes], token: str) -> int | None:
-    """Return the rank that has connected; None for a stranger."""
-    with suppress(OSError, ValueError):
-        hello = json.loads(lines.readline(1000))
-        if isinstance(hello, dict) and hello.get("token") == token:
-            return int(hello["rank"])
-    return None
-
-
 def _describe(report: Report) -> str:
     rank = f"rank {report.rank}"
     if report.state == "failed":
         return f"{rank} failed ({_exception_of(report.text)})"
     if report.state == "gone":
         return f"{rank} is gone (its process ended without a report: killed, or out of memory)"
+    if report.state == "waited":
+        return f"{rank} waits no longer"
     if report.state == "silent":
         return f"{rank} does not answer (its process is stopped, or its machine is gone)"
     return f"{rank} has ended before the others"

@@ -16,7 +16,7 @@ from manualloop.errors import ConfigError, DistributedError
 from manualloop.strategy.accelerated import Accelerated, start_accelerator
 from manualloop.strategy.base import MEMBERS, STRATEGY_OF, MixedPrecision, Strategy
 from manualloop.strategy.compiled import CompileOptions
-from manualloop.strategy.launch import is_launched, num_launched
+from manualloop.strategy.launch import is_launched, num_launched, refuse_training_alone
 from manualloop.strategy.single import SingleDevice
 from manualloop.times import parse_seconds
 
@@ -52,7 +52,8 @@ def prepare_strategy(
         ConfigError: The device is missing, or cannot compute in this precision; or a precision or
             ``compile`` is given together with an Accelerator or Strategy, which has its own; or an
             object lacks members of ``Strategy``.
-        DistributedError: A launcher started several processes, and ``spec`` is one device.
+        DistributedError: A launcher started several processes, and ``spec`` is one device; or a
+            scheduler started several tasks that do not know of each other, and it is ``"auto"``.
 
     >>> prepare_strategy("cpu", mixed_precision="bf16")
     SingleDevice(device='cpu', mixed_precision='bf16')
@@ -66,6 +67,7 @@ def prepare_strategy(
         if is_launched():
             precision = None if mixed_precision in ("no", "auto") else mixed_precision
             return start_accelerator(precision, seconds, compile)
+        refuse_training_alone()
         spec = str(best_accelerator() or "cpu")
     if not isinstance(spec, str | torch.device):
         if mixed_precision != "no":
@@ -100,6 +102,7 @@ def strategy_in_place(model: nn.Module) -> Strategy:
     """Return the strategy that prepared this model, else plain torch on the device it is on."""
     strategy = _strategy_that_prepared(model)
     if strategy is None and not is_launched():
+        refuse_training_alone()
         parameter = next(model.parameters(), None)
         return SingleDevice("cpu" if parameter is None else parameter.device)
     return strategy or prepare_strategy("auto")
