@@ -122,7 +122,8 @@ def check_batches(
         ModelError: The model has no head, or does not take these columns.
     """
     first = place_of(starts[0])
-    num_items, task = 0, None
+    num_items: float = 0
+    task = None
     for batch, start in zip(batches, starts, strict=True):
         place = place_of(start)
         _check_columns(model, batch, needs_labels)
@@ -131,7 +132,8 @@ def check_batches(
         task = resolve_task(model, batch, task)
         if isinstance(labels := batch.get("labels"), Tensor):
             _check_labels(model, batch, labels, task, place)
-        num_items += sum(task.count(batch))
+        counts = task.count(batch)
+        num_items += sum(counts) if counts else 1  # nothing tells how many
     if needs_labels and needs_items and num_items == 0:
         raise DataError(no_items_message(batches, first.batch))
 

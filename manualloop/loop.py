@@ -30,7 +30,7 @@ from manualloop.strategy.base import Strategy
 from manualloop.strategy.calls import agree, in_call
 from manualloop.strategy.select import strategy_for
 from manualloop.times import Times, parse_seconds
-from manualloop.types import LossFn, OnNonfinite, Plan, Record, Step
+from manualloop.types import LossFn, OnNonfinite, Plan, Record, Step, Terms
 from manualloop.update import StepFn
 
 
@@ -94,6 +94,7 @@ def train_loop(
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float | None = None,
     loss_fn: LossFn | None = None,
+    terms: Terms | None = None,
     step_fn: StepFn | None = None,
     on_nonfinite: OnNonfinite = "raise",
     strategy: Strategy | None = None,
@@ -148,6 +149,8 @@ def train_loop(
         gradient_accumulation_steps: Number of batches per update, which are weighted by items.
         max_grad_norm: Norm to which gradients are clipped; None does not clip.
         loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)``.
+        terms: ``terms(outputs, batch)`` returns ``[(mean, num_items), ...]``, for a loss that is a
+            sum of means, each over items of its own; instead of ``loss_fn``.
         step_fn: ``step_fn(state, batches, strategy) -> Update`` replaces the whole update.
         on_nonfinite: Reaction to a loss or gradient norm that is NaN or infinite: ``"raise"``,
             ``"skip"`` or ``"ignore"``; see ``train_steps``.

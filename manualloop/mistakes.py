@@ -211,6 +211,15 @@ def no_head_message(model: nn.Module) -> str:
     )
 
 
+def unclear_rows_message(batch: Any) -> str:
+    """Return the message about a batch whose rows nothing tells, in a run that weighs by rows."""
+    return (
+        f"Nothing tells how many rows a micro-batch has: a {type(batch).__name__}, in whose "
+        "tensors and lists axis 0 has different lengths, or one on another rank. Those before it "
+        "were weighed by rows. Let loss_fn return (mean_loss, num_items)."
+    )
+
+
 def misaligned_message(num_labels: int, num_tokens: int, where: str) -> str:
     """Return the message about a row whose labels are more or fewer than its tokens."""
     return (
@@ -226,3 +235,10 @@ LABEL_LIKE = (
     "gold_label", "similarity", "relevance", "toxic", "is_duplicate",
 )  # fmt: skip
 """Names under which a label column is looked for when a message suggests one, in lower case."""
+
+SKIPPED_MESSAGE = (
+    "No update of a whole epoch was applied, nor of the 200 before: the losses are not finite, or "
+    "the windows hold no label to learn from. Look at the data with inspect_batch(loader), or let "
+    'on_nonfinite="raise" name the rows.'
+)
+"""The message about a run that only skips updates."""

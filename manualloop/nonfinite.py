@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manualloop.batches import is_spare, split_batch
 from manualloop.errors import NonFiniteError
 from manualloop.models import evaluation_mode, is_sharded, unwrap_model
 from manualloop.notices import say
-from manualloop.reading.ranks import is_spare
 from manualloop.reading.sources import Source
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.transfer import LateTensor
 from manualloop.tasks.loss import loss_terms
 from manualloop.tasks.task import resolve_task
-from manualloop.types import LossFn, OnNonfinite, Update, Window
-from manualloop.update import split_batch
+from manualloop.types import LossFn, OnNonfinite, Terms, Update, Window
 
 _NUM_ROWS_NAMED = 3
 _LAG = 2  # updates after which the flag of an earlier one has long landed
@@ -39,6 +38,7 @@ class Watch:
         state: State of the run.
         source: Loader whose batches the run reads.
         loss_fn: As in ``train_steps``.
+        terms: As in ``train_steps``.
         strategy: Strategy that runs the model.
         on_nonfinite: As in ``train_steps``.
     """
@@ -48,10 +48,13 @@ class Watch:
         state: TrainState,
         source: Source,
         loss_fn: LossFn | None,
+        terms: Terms | None,
         strategy: Strategy,
         on_nonfinite: OnNonfinite,
     ) -> None:
-        self._explain = partial(_explain, source=source, loss_fn=loss_fn, strategy=strategy)
+        self._explain = partial(
+            _explain, source=source, loss_fn=loss_fn, terms=terms, strategy=strategy
+        )
         self._state, self._must_agree = state, strategy.world_size > 1
         self._raises = on_nonfinite == "raise"
         self._has_reported = False
@@ -108,6 +111,7 @@ def _explain(
     epoch: int,
     update: Update,
     loss_fn: LossFn | None,
+    terms: Terms | None,
     strategy: Strategy,
 ) -> NonFiniteError:
     """Find the rows of a window whose own loss is not finite, one forward pass each.
@@ -120,6 +124,7 @@ def _explain(
         epoch: Number of the epoch, counted from 0.
         update: Update that was not finite.
         loss_fn: As in ``train_steps``.
+        terms: As in ``train_steps``.
         strategy: Strategy that runs the model.
 
     Returns:
@@ -130,7 +135,7 @@ def _explain(
     own: list[str] = []
     for batch, start in zip(window.batches, window.starts, strict=True) if not wrong else ():
         place = source.place(start, epoch)
-        own += [place.row(number) for number in _bad_rows(model, batch, loss_fn, strategy)]
+        own += [place.row(number) for number in _bad_rows(model, batch, loss_fn, terms, strategy)]
     rows = [
         f"{row} on rank {rank}" if strategy.world_size > 1 else row
         for rank, of_rank in enumerate(strategy.gather(own))
@@ -161,7 +166,11 @@ def _is_finite(parameter: Tensor) -> bool:
 
 
 def _bad_rows(
-    model: nn.Module, batch: Any, loss_fn: LossFn | None, strategy: Strategy
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFn | None,
+    terms: Terms | None,
+    strategy: Strategy,
 ) -> list[int]:
     bad: list[int] = []
     if is_spare(batch) or is_sharded(model):  # a pass takes all ranks, which have different rows
@@ -173,10 +182,11 @@ def _bad_rows(
         for number, row in enumerate(split_batch(batch, 1)):
             task = resolve_task(model, row, task)
             counts = task.count(row)
-            if not any(counts):
+            if counts and not any(counts) and terms is None:
                 continue  # its mean is 0/0, and is left out of the window's
             with strategy.autocast():
-                terms = loss_terms(model, strategy.to_device(row), counts, loss_fn)
-            if not all(torch.isfinite(mean) for mean, num_items in terms if num_items):
+                found = loss_terms(model, strategy.to_device(row), counts, loss_fn, terms)
+            used = [mean for mean, num_items in found if num_items is None or num_items > 0]
+            if not all(map(torch.isfinite, used)):
                 bad.append(number)
     return bad

@@ -57,6 +57,8 @@ class TrainState:
         progress: Numbers of updates, epochs and rows.
         max_batch_rows: Most rows that the model takes at once, known since memory ran out; None
             means whole batches.
+        weighs_equally: Whether all micro-batches weigh the same, because nothing tells how many
+            rows they have; None means that no window of several was made yet.
         has_failed: 0-d flag on the device that is set once an update was not finite, since when all
             updates are skipped; None if the host knows at once.
         is_training: Whether a ``train_steps`` is open on the state.
@@ -88,6 +90,7 @@ class TrainState:
     extras: dict[str, Any] = field(default_factory=dict, kw_only=True)
     progress: Progress = field(default_factory=Progress, init=False)
     max_batch_rows: int | None = field(default=None, init=False, repr=False)
+    weighs_equally: bool | None = field(default=None, init=False, repr=False)
     has_failed: Tensor | None = field(default=None, init=False, repr=False)
     is_training: bool = field(default=False, init=False, repr=False)
     reader: Reader | None = field(default=None, init=False, repr=False)
@@ -112,6 +115,7 @@ class TrainState:
             "progress": asdict(self.progress),
             "position": self.place(),
             "max_batch_rows": self.max_batch_rows,
+            "weighs_equally": self.weighs_equally,
             "generators": generator_states(extras=self._own_generators()),
         }
 
@@ -124,7 +128,7 @@ class TrainState:
         """
         self.require_closed()
         parts = self.parts()
-        others = {"position", "max_batch_rows", "generators"}
+        others = {"position", "max_batch_rows", "weighs_equally", "generators"}
         differing = {*parts, "progress"} ^ (set(state_dict) - others)
         if differing:
             raise ConfigError(
@@ -136,6 +140,7 @@ class TrainState:
         self.progress = Progress(**state_dict["progress"])
         self.position, self.reader = state_dict.get("position"), None
         self.max_batch_rows = state_dict.get("max_batch_rows")
+        self.weighs_equally = state_dict.get("weighs_equally")
         self.has_failed = None
         restore_generators(state_dict.get("generators", {}), extras=self._own_generators())
 

@@ -20,6 +20,7 @@ from manualloop.checkpoint.contract import (
 )
 from manualloop.checks import check_batches, check_run, explain, require_loader
 from manualloop.errors import ConfigError, DataError
+from manualloop.mistakes import SKIPPED_MESSAGE
 from manualloop.nonfinite import Watch
 from manualloop.notices import say
 from manualloop.optim import own_schedule, require_schedule
@@ -33,7 +34,8 @@ from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, prepare
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
-from manualloop.types import LossFn, OnNonfinite, Plan, Step, Update, Window
+from manualloop.tasks.loss import BOTH_GIVEN
+from manualloop.types import LossFn, OnNonfinite, Plan, Step, Terms, Update, Window
 from manualloop.update import StepFn, apply_update, group
 
 
@@ -45,6 +47,7 @@ def plan_run(
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float | None = None,
     loss_fn: LossFn | None = None,
+    terms: Terms | None = None,
     step_fn: StepFn | None = None,
     on_nonfinite: OnNonfinite = "raise",
     world_size: int = 1,
@@ -58,6 +61,7 @@ def plan_run(
         gradient_accumulation_steps: Micro-batches an update.
         max_grad_norm: Norm to which gradients are clipped.
         loss_fn: Function of a loss, or None.
+        terms: Function of the terms of a loss, or None.
         step_fn: Function of a whole update, or None.
         on_nonfinite: Name of what is done about NaN and infinity.
         world_size: Number of ranks that share the batches.
@@ -96,15 +100,17 @@ def plan_run(
         f"{name} is a {type(function).__name__}. Pass a function: {name}=lambda {arguments}: ...."
         for name, function, arguments in (
             ("loss_fn", loss_fn, "model, batch"),
+            ("terms", terms, "outputs, batch"),
             ("step_fn", step_fn, "state, batches, strategy"),
         )
         if function is not None and not callable(function)
     ]
-    if step_fn is not None and (loss_fn is not None or max_grad_norm is not None):
+    if step_fn is not None and any(x is not None for x in (loss_fn, terms, max_grad_norm)):
         problems.append(
-            "step_fn replaces the whole update, so loss_fn and max_grad_norm would be ignored. "
-            "Use them inside step_fn: functools.partial(apply_update, max_grad_norm=1.0)."
+            "step_fn replaces the whole update, so loss_fn, terms and max_grad_norm would be "
+            "ignored. Use them inside step_fn: functools.partial(apply_update, max_grad_norm=1.0)."
         )
+    problems += [BOTH_GIVEN] if loss_fn is not None and terms is not None else []
     if on_nonfinite not in ("raise", "skip", "ignore"):
         problems.append(f'on_nonfinite={on_nonfinite!r} is none of "raise", "skip", "ignore".')
     if problems:
@@ -121,7 +127,8 @@ def plan_run(
     return Plan(num_epochs * (per_epoch or 0), num_epochs, per_epoch)
 
 
-SETTINGS = ("gradient_accumulation_steps", "max_grad_norm", "loss_fn", "step_fn", "on_nonfinite")
+SETTINGS = ("gradient_accumulation_steps", "max_grad_norm", "loss_fn", "terms")
+SETTINGS += ("step_fn", "on_nonfinite")
 """Names of the arguments that an update depends on."""
 
 
@@ -134,6 +141,7 @@ def train_steps(
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float | None = None,
     loss_fn: LossFn | None = None,
+    terms: Terms | None = None,
     step_fn: StepFn | None = None,
     on_nonfinite: OnNonfinite = "raise",
     strategy: Strategy | None = None,
@@ -173,8 +181,10 @@ def train_steps(
             hold fewer.
         max_grad_norm: Norm to which gradients are clipped; None does not clip.
         loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)``.
+        terms: ``terms(outputs, batch)`` returns ``[(mean, num_items), ...]``, for a loss that is a
+            sum of means, each over items of its own. The model is called as without it.
         step_fn: ``step_fn(state, batches, strategy) -> Update`` replaces the update, and with it
-            ``loss_fn`` and ``max_grad_norm``.
+            ``loss_fn``, ``terms`` and ``max_grad_norm``.
         on_nonfinite: Reaction to a loss, or a gradient norm that is computed, which is NaN or
             infinite. ``"raise"`` ends the run with the weights from before the update. On an
             accelerator with a fused optimizer the host learns of it some steps late; the weights
@@ -239,6 +249,7 @@ def start_steps(
     gradient_accumulation_steps: int,
     max_grad_norm: float | None,
     loss_fn: LossFn | None,
+    terms: Terms | None,
     step_fn: StepFn | None,
     on_nonfinite: OnNonfinite,
     preflight: bool,
@@ -249,11 +260,13 @@ def start_steps(
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
     source = source_of(train_dataloader)
     _agree_on_contract(state, source, plan, strategy, contract)
-    _take_generators(state, train_dataloader, loss_fn=loss_fn, step_fn=step_fn)
+    _take_generators(state, train_dataloader, loss_fn=loss_fn, terms=terms, step_fn=step_fn)
     own_loss = loss_fn is not None or step_fn is not None
+    of_loss: dict[str, Any] = {"loss_fn": loss_fn, "terms": terms}
     step_fn = step_fn or partial(
-        apply_update, loss_fn=loss_fn, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite
+        apply_update, **of_loss, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite
     )
+    check = partial(check_batches, needs_labels=terms is None)
     return _train_steps(
         state,
         source,
@@ -264,11 +277,11 @@ def start_steps(
             step_fn=step_fn,
             strategy=strategy,
             source=source,
-            explains=not own_loss,
+            explain=None if own_loss else partial(explain, needs_labels=terms is None),
         ),
         strategy,
-        Watch(state, source, loss_fn, strategy, on_nonfinite),
-        preflight=preflight and not own_loss,
+        Watch(state, source, loss_fn, terms, strategy, on_nonfinite),
+        check=check if preflight and not own_loss else None,
     )
 
 
@@ -339,7 +352,7 @@ def _train_steps(
     strategy: Strategy,
     watch: Watch,
     *,
-    preflight: bool,
+    check: Callable[..., None] | None,
 ) -> Generator[Step, None, None]:
     if not _goes_on(state, plan):
         return
@@ -352,9 +365,9 @@ def _train_steps(
             for window in group(reader.batches(epoch), window_size):
                 times.count_tokens(window.batches)
                 times.data += perf_counter() - begin
-                if preflight:
-                    check_batches(state.model, window.batches, source.place, window.starts)
-                    preflight = False
+                if check is not None:
+                    check(state.model, window.batches, source.place, window.starts)
+                    check = None
                 if not state.model.training:
                     state.model.train()  # only then: it would thaw layers that were set to eval
                 lr = state.optimizer.param_groups[0]["lr"]
@@ -391,7 +404,7 @@ def _train_steps(
                     "only once: pass a DataLoader or a list."
                 )
             if num_applied == 0 and num_skipped >= _TOO_MANY_SKIPPED and plan.num_epochs is None:
-                raise DataError(_SKIPPED_MESSAGE)
+                raise DataError(SKIPPED_MESSAGE)
         watch.settle(wait=True)
     except GeneratorExit:  # the loop was left: what is known of its last updates is still said
         watch.settle(wait=True)
@@ -417,7 +430,7 @@ def _update_from(
     step_fn: StepFn,
     strategy: Strategy,
     source: Source,
-    explains: bool,
+    explain: Callable[..., None] | None,
 ) -> Update:
     """Make the update of a window, and say what is wrong with its batches if it fails."""
     begin = perf_counter()
@@ -425,7 +438,7 @@ def _update_from(
         update = step_fn(state, window.batches, strategy)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         strategy.explain(error)
-        if explains:
+        if explain is not None:
             explain(error, state.model, window.batches, source.place, window.starts)
         raise
     state.times.update += perf_counter() - begin
@@ -453,6 +466,7 @@ def _reader_for(state: TrainState, source: Source, strategy: Strategy) -> Reader
                 f"other one {progress.num_samples} rows of epoch {progress.epoch} had been used."
             )
         progress.num_samples, reader = 0, Reader(source, None, strategy)
+        state.weighs_equally = None
     return reader
 
 
@@ -469,11 +483,6 @@ def _enter(state: TrainState, source: Source, strategy: Strategy) -> Reader:
 
 # Only max_steps could go on for ever. An fp16 loss scale falls below any float in fewer.
 _TOO_MANY_SKIPPED = 200
-_SKIPPED_MESSAGE = (
-    "No update of a whole epoch was applied, nor of the 200 before: the losses are not finite, or "
-    "the windows hold no label to learn from. Look at the data with inspect_batch(loader), or let "
-    'on_nonfinite="raise" name the rows.'
-)
 
 
 def _goes_on(state: TrainState, plan: Plan) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -16,6 +16,12 @@ LossFn: TypeAlias = "Callable[[nn.Module, Any], Tensor | tuple[Tensor, float | T
 """``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)``.
 
 With class weights the items are the sum of the rows' weights. A tensor of items is waited for.
+"""
+
+Terms: TypeAlias = "Callable[[Any, Any], Sequence[tuple[Tensor, float | Tensor]]]"
+"""``terms(outputs, batch)`` returns the loss as means, each with the number of items it is over.
+
+The loss is the sum of the means. A tensor of items is waited for.
 """
 
 

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, reduce
 from time import perf_counter
 from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from manualloop.errors import DataError, ModelError
+from manualloop.batches import num_rows, split_batch
 from manualloop.internals import heeds_found_inf, skip_where
 from manualloop.notices import say
 from manualloop.optim import parameters_of, zero_gradients
-from manualloop.reading.ranks import as_spare, is_spare
 from manualloop.reading.reader import Given, Reader
 from manualloop.reading.sources import source_of
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.calls import in_call
 from manualloop.strategy.select import strategy_in_place
-from manualloop.tasks.loss import Term, loss_terms
-from manualloop.tasks.task import count_window, num_rows
+from manualloop.tasks.loss import Term, check_loss, loss_terms, require_mean
+from manualloop.tasks.shares import (
+    Shares,
+    count_ahead,
+    items_alone,
+    items_of,
+    share_out,
+    tell_equal,
+)
+from manualloop.tasks.task import Counts, Task, count_window
 from manualloop.times import Times
-from manualloop.types import LossFn, OnNonfinite, Update, Window
+from manualloop.types import LossFn, OnNonfinite, Terms, Update, Window
 
 StepFn: TypeAlias = Callable[[TrainState, list[Any], Strategy], Update]
 """``step_fn(state, batches, strategy) -> Update`` replaces the whole update."""
@@ -77,15 +85,16 @@ def accumulate_gradients(
     batches: Sequence[Any],
     *,
     loss_fn: LossFn | None = None,
+    terms: Terms | None = None,
     strategy: Strategy | None = None,
 ) -> Update:
     """Add the gradient of the mean loss over all items of a window to the parameters' gradients.
 
     With ``n_j`` items in micro-batch j and ``N`` items in the window, on all ranks, this is the
-    gradient of ``sum(n_j / N * mean_loss_j)``. It equals the gradient of all rows in one batch,
-    however they are split. The loss of a single micro-batch on a single rank is not multiplied by
-    anything, so that the gradient has the bits of ``loss.backward()``. Call it on every rank;
-    otherwise the other ranks wait for ever.
+    gradient of ``sum(n_j / N * mean_loss_j)``, for each term of the loss. It equals the gradient of
+    all rows in one batch, however they are split. The loss of a single micro-batch on a single rank
+    is not multiplied by anything, so that the gradient has the bits of ``loss.backward()``. Call it
+    on every rank; otherwise the other ranks wait for ever.
 
     Args:
         model: Model on the strategy's device, with gradients that are zero or None.
@@ -93,6 +102,8 @@ def accumulate_gradients(
         loss_fn: ``loss_fn(model, batch)`` returns a mean loss, or ``(mean_loss, num_items)`` if it
             counts items of its own. None takes the loss that the model returns, over the items
             of ``count_items``.
+        terms: ``terms(outputs, batch)`` returns ``[(mean, num_items), ...]``, for a loss that is a
+            sum of means, each over items of its own; instead of ``loss_fn``.
         strategy: Device, precision and ranks; None takes the strategy that prepared the model, or
             plain torch on the model's device.
 
@@ -106,73 +117,96 @@ def accumulate_gradients(
     >>> accumulate_gradients(nn.Linear(1, 1), batches, loss_fn=loss_fn).num_items
     4
     """
+    check_loss(loss_fn, terms)
     strategy = strategy_in_place(model) if strategy is None else strategy
     strategy = in_call(strategy, "accumulate_gradients")
-    counts, _ = count_window(model, batches)
-    return _accumulate(model, batches, counts, loss_fn, strategy, model.parameters, Times())
+    counts, task = count_window(model, batches)
+    if len(batches) == strategy.world_size == 1:
+        return _accumulate_one(model, batches[0], counts[0], strategy, Times(), loss_fn, terms)
+    shares = share_out(batches, counts, task, strategy, loss_fn, terms)
+    update, is_equal = _accumulate(
+        model, batches, shares, strategy, model.parameters, Times(), loss_fn, terms
+    )
+    if is_equal and model not in _TOLD:
+        _TOLD.add(model)
+        tell_equal(batches[0])
+    return update
+
+
+_TOLD: WeakSet[nn.Module] = WeakSet()  # a loop written by hand calls this for every update
 
 
 def _accumulate(
     model: nn.Module,
     batches: Sequence[Any],
-    counts: Sequence[Sequence[float]],
-    loss_fn: LossFn | None,
+    shares: Shares,
     strategy: Strategy,
     parameters: Callable[[], Iterable[Tensor]],
     times: Times,
-) -> Update:
-    if len(batches) == strategy.world_size == 1:
-        return _accumulate_one(model, batches[0], counts[0], loss_fn, strategy, times)
-    spare = [strategy.world_size > 1 and is_spare(batch) for batch in batches]
-    planned = _plan(counts, spare, loss_fn, strategy)
+    loss_fn: LossFn | None,
+    terms: Terms | None,
+) -> tuple[Update, bool]:
+    """Accumulate the gradients of several micro-batches, or on several ranks.
+
+    Returns:
+        The update so far, and whether the micro-batches weighed the same because nothing tells
+        their items.
+    """
     weighted_losses: list[Tensor] = []
     num_items: float = 0
-    for number, (batch, count, is_none) in enumerate(zip(batches, counts, spare, strict=True), 1):
-        with strategy.hold_gradients(model, hold=number < len(batches)):
-            terms = _terms(model, batch, count, loss_fn, strategy, times)
-            if is_none:
-                terms = [(mean, 0) for mean, _ in terms]
-            weighted = _weighted_loss(terms, planned, strategy.world_size)
+    is_equal = False
+    for number, batch in enumerate(batches):
+        with strategy.hold_gradients(model, hold=number < len(batches) - 1):
+            found = _terms(model, batch, shares.counts[number], strategy, times, loss_fn, terms)
+            if not shares.is_plain:
+                is_equal = shares.are_equal(found)
+                if terms is not None and shares.is_guess and len(found) > 1:
+                    shares = count_ahead(shares, found, model, batches, terms, strategy)
+                found = items_of(shares, number, found, batch)
+            weighted = _weighted_loss(found, shares.totals, strategy.world_size)
             if weighted is None:
                 continue
             strategy.backward(weighted)
-        if items := sum(items for _, items in terms):
+        if items := sum(items for _, items in found):
             weighted_losses.append(weighted.detach())
             num_items += items
     if weighted_losses:
         loss = reduce(torch.add, weighted_losses)
     else:
-        loss = torch.zeros_like(terms[0][0].detach())
+        loss = torch.zeros_like(found[0][0].detach())
     total: float = num_items
     if strategy.world_size > 1:
         loss = strategy.sum_over_ranks(loss) / strategy.world_size
-        # Without a loss_fn, no rank has counted items other than the planned ones.
-        total = sum(planned) if loss_fn is None else strategy.sum_counts([num_items])[0]
+        guessed = shares.is_guess
+        total = strategy.sum_counts([num_items])[0] if guessed else sum(shares.totals)
     if total == 0:
-        return Update(loss, 0, applied=False)
-    if loss_fn is not None and total != planned[0]:
-        factor = planned[0] / total  # loss_fn counted items other than those of count_items
+        return Update(loss, 0, applied=False), is_equal
+    if shares.is_guess and total != shares.totals[0]:
+        factor = shares.totals[0] / total  # the items are other than those of count_items
         for parameter in parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         loss = loss * factor
-    return Update(loss, total)
+    return Update(loss, total), is_equal
 
 
 def _accumulate_one(
     model: nn.Module,
     batch: Any,
-    counts: Sequence[float],
-    loss_fn: LossFn | None,
+    counts: Counts,
     strategy: Strategy,
     times: Times,
+    loss_fn: LossFn | None,
+    terms: Terms | None,
 ) -> Update:
     """Take the mean of the only micro-batch for the window's, as the hand-written loop does."""
-    terms = _terms(model, batch, counts, loss_fn, strategy, times)
-    items = [num_items for _, num_items in terms]
-    loss = _weighted_loss(terms, items, 1)
+    found = _terms(model, batch, counts, strategy, times, loss_fn, terms)
+    if loss_fn is not None or terms is not None or not counts:
+        found = items_alone(found, batch, counts, loss_fn, terms)
+    items = [num_items for _, num_items in found]
+    loss = _weighted_loss(found, items, 1)
     if loss is None:
-        return Update(torch.zeros_like(terms[0][0].detach()), 0, applied=False)
+        return Update(torch.zeros_like(found[0][0].detach()), 0, applied=False)
     strategy.backward(loss)
     return Update(loss.detach(), sum(items))
 
@@ -181,15 +215,16 @@ def _terms(
     model: nn.Module,
     batch: Any,
     counts: Sequence[float],
-    loss_fn: LossFn | None,
     strategy: Strategy,
     times: Times,
+    loss_fn: LossFn | None,
+    terms: Terms | None,
 ) -> list[Term]:
     """Run a micro-batch through the model; return the terms of its loss."""
     inputs = _to_device(batch, strategy, times)
     with strategy.autocast():
-        terms = loss_terms(model, inputs, counts, loss_fn)
-    return [(_require_scalar(mean), num_items) for mean, num_items in terms]
+        found = loss_terms(model, inputs, counts, loss_fn, terms)
+    return [(require_mean(mean), num_items) for mean, num_items in found]
 
 
 def _to_device(batch: Any, strategy: Strategy, times: Times) -> Any:
@@ -201,90 +236,30 @@ def _to_device(batch: Any, strategy: Strategy, times: Times) -> Any:
     return inputs
 
 
-def _plan(
-    counts: Sequence[Sequence[float]],
-    spare: Sequence[bool],
-    loss_fn: LossFn | None,
-    strategy: Strategy,
-) -> list[float]:
-    """Return the number of items of each term in a window, on all ranks.
-
-    With ``loss_fn`` it is a guess: only ``loss_fn`` knows what it counts.
-    """
-    num_terms = 1 if loss_fn is not None else max(map(len, counts))
-    own: list[float] = [0] * num_terms
-    for count, is_none in zip(counts, spare, strict=True):
-        if len(count) < num_terms:
-            raise DataError(
-                "The micro-batches of a window differ: some have start and end positions, others "
-                "do not. Give all batches start_positions and end_positions; rows without an "
-                "answer get a position beyond the tokens."
-            )
-        for term in range(0 if is_none else num_terms):
-            own[term] += count[term]
-    planned = strategy.sum_counts(own)
-    # loss_fn may count items that the labels do not show.
-    return planned if loss_fn is None else [planned[0] or 1]
-
-
-def _require_scalar(loss: Any) -> Tensor:
-    if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
-        return loss if loss.ndim == 0 else loss.reshape(())
-    found = f"{type(loss).__name__}"
-    if isinstance(loss, Tensor):
-        found = f"Tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
-    raise ModelError(
-        f"The loss is a {found}. It must be one number that depends on trainable parameters: "
-        "return losses.mean() from loss_fn, not detached and not under no_grad."
-    )
-
-
 def _weighted_loss(
     terms: Sequence[tuple[Tensor, float]], totals: Sequence[float], world_size: int
 ) -> Tensor | None:
     """Return a micro-batch's share of the window's loss; None if it has no item.
 
     A mean over no item is left out: it is 0/0 and would turn every gradient into NaN. With several
-    ranks one such mean is kept, times 0, because the other ranks wait for this rank's gradients.
+    ranks such means are kept, times 0, because the other ranks wait for this rank's gradients.
     """
     shares = []
     for (mean, num_items), total in zip(terms, totals, strict=True):
         if num_items:
-            weight = num_items * world_size / (len(terms) * total)
+            weight = num_items * world_size / total
             shares.append(mean if weight == 1 else mean * weight)
-    if shares:
-        return reduce(torch.add, shares)
-    return terms[0][0] * 0 if world_size > 1 else None
-
-
-def split_batch(batch: Any, max_rows: int) -> list[Any]:
-    """Split a batch into batches of at most ``max_rows`` rows, which keep their padding.
-
-    Raises:
-        DataError: The batch is not a mapping of tensors with one entry per row.
-
-    >>> split_batch({"x": torch.tensor([1, 2, 3])}, 2)
-    [{'x': tensor([1, 2])}, {'x': tensor([3])}]
-    """
-    rows = num_rows(batch)
-    if rows <= max_rows:
-        return [batch]
-    columns = batch if isinstance(batch, Mapping) else {}
-    if not columns or any(not isinstance(c, Tensor) or len(c) != rows for c in columns.values()):
-        raise DataError(
-            f"A {type(batch).__name__} cannot be split into smaller batches: that takes a dict of "
-            f"tensors with one entry for each of its {rows} rows. Use a smaller batch_size and "
-            "more gradient_accumulation_steps."
-        )
-    parts = [
-        {name: c[start : start + max_rows] for name, c in columns.items()}
-        for start in range(0, rows, max_rows)
-    ]
-    return [as_spare(part) for part in parts] if is_spare(batch) else parts
+        elif world_size > 1:
+            shares.append((mean * 0).nan_to_num())
+    return reduce(torch.add, shares) if shares else None
 
 
 def _accumulate_in_memory(
-    state: TrainState, batches: Sequence[Any], strategy: Strategy, loss_fn: LossFn | None
+    state: TrainState,
+    batches: Sequence[Any],
+    strategy: Strategy,
+    loss_fn: LossFn | None,
+    terms: Terms | None,
 ) -> Update:
     """Accumulate gradients from zero; if memory runs out, retry with half as many rows at once.
 
@@ -301,15 +276,11 @@ def _accumulate_in_memory(
         if state.is_training:
             state.task = task
         try:
-            return _accumulate(
-                state.model,
-                parts,
-                counts,
-                loss_fn,
-                strategy,
-                partial(parameters_of, state.optimizer),
-                state.times,
-            )
+            if len(parts) == strategy.world_size == 1:
+                return _accumulate_one(
+                    state.model, parts[0], counts[0], strategy, state.times, loss_fn, terms
+                )
+            return _accumulate_shares(state, parts, counts, task, strategy, loss_fn, terms)
         except torch.OutOfMemoryError:
             largest = max(map(num_rows, parts))
             if largest == 1 or strategy.world_size > 1:
@@ -324,12 +295,39 @@ def _accumulate_in_memory(
             torch.cuda.empty_cache()
 
 
+def _accumulate_shares(
+    state: TrainState,
+    batches: Sequence[Any],
+    counts: Sequence[Counts],
+    task: Task | None,
+    strategy: Strategy,
+    loss_fn: LossFn | None,
+    terms: Terms | None,
+) -> Update:
+    """Accumulate the gradients of several micro-batches, weighed as in the rest of the run."""
+    known = state.weighs_equally if state.is_training else None
+    if known:
+        counts = [(1,)] * len(batches)
+    shares = share_out(batches, counts, task, strategy, loss_fn, terms, is_settled=known is False)
+    parameters = partial(parameters_of, state.optimizer)
+    update, is_equal = _accumulate(
+        state.model, batches, shares, strategy, parameters, state.times, loss_fn, terms
+    )
+    if known is None:
+        if is_equal:
+            tell_equal(batches[0])
+        if state.is_training:
+            state.weighs_equally = is_equal
+    return update
+
+
 def apply_update(
     state: TrainState,
     batches: Sequence[Any],
     strategy: Strategy,
     *,
     loss_fn: LossFn | None = None,
+    terms: Terms | None = None,
     max_grad_norm: float | None = None,
     on_nonfinite: OnNonfinite = "raise",
 ) -> Update:
@@ -338,7 +336,7 @@ def apply_update(
     It is the default ``step_fn``; copy it to change it. Gradients are zeroed at its beginning, so
     that they can be inspected until the next update.
     """
-    update = _accumulate_in_memory(state, batches, strategy, loss_fn)
+    update = _accumulate_in_memory(state, batches, strategy, loss_fn, terms)
     if not update.applied:
         return update
     begin = perf_counter()

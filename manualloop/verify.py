@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 import manualloop.steps as training
 import manualloop.update as update
+from manualloop.batches import num_rows, split_batch
 from manualloop.errors import ConfigError, DataError
 from manualloop.models import evaluation_mode, model_name
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.loss import loss_terms
-from manualloop.tasks.task import num_rows, resolve_task
-from manualloop.types import LossFn, Step, Update, Window
-from manualloop.update import accumulate_gradients, split_batch
+from manualloop.tasks.task import resolve_task
+from manualloop.types import LossFn, Step, Terms, Update, Window
+from manualloop.update import accumulate_gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ def check_accumulation(
     batch: Any,
     *,
     loss_fn: LossFn | None = None,
+    terms: Terms | None = None,
     strategy: Strategy | None = None,
 ) -> AccumulationReport:
     """Compare the gradient of a whole batch with that of its rows one by one.
@@ -97,6 +99,7 @@ def check_accumulation(
         model: The model to check.
         batch: A dict of tensors with at least two rows; rows of different lengths show most.
         loss_fn: As in ``train_steps``.
+        terms: As in ``train_steps``.
         strategy: Device, precision and ranks; None takes the strategy that prepared the model, or
             ``prepare_strategy("auto")``.
 
@@ -110,7 +113,9 @@ def check_accumulation(
     ... ).is_exact
     True
     """
-    strategy = begin_call(strategy_for(model, strategy), "check_accumulation", loss_fn=loss_fn)
+    strategy = begin_call(
+        strategy_for(model, strategy), "check_accumulation", loss_fn=loss_fn, terms=terms
+    )
     model = prepare_model(strategy, model)
     if num_rows(batch) < 2:
         raise DataError("A batch of one row cannot be split. Pass a batch of several rows.")
@@ -118,15 +123,15 @@ def check_accumulation(
     kept = [parameter.grad for parameter in model.parameters()]
 
     def mean_of_means(model: nn.Module, row: Any) -> tuple[Tensor, int]:
-        terms = loss_terms(model, row, resolve_task(model, row).count(row), loss_fn)
-        means, items = zip(*terms, strict=True)
-        return sum(means) / len(means), 1 if any(items) else 0
+        found = loss_terms(model, row, resolve_task(model, row).count(row), loss_fn, terms)
+        means = [mean for mean, items in found if items is None or items > 0]
+        return (sum(means), 1) if means else (0 * sum(mean for mean, _ in found), 0)
 
     try:
         with evaluation_mode(model, strategy.device, inference=False, loss_fn=loss_fn):
-            whole, exact = _gradient(model, [batch], loss_fn, strategy)
-            parts, split = _gradient(model, rows, loss_fn, strategy)
-            _, usual = _gradient(model, rows, mean_of_means, strategy)
+            whole, exact = _gradient(model, [batch], loss_fn, terms, strategy)
+            parts, split = _gradient(model, rows, loss_fn, terms, strategy)
+            _, usual = _gradient(model, rows, mean_of_means, None, strategy)
     finally:
         for parameter, gradient in zip(model.parameters(), kept, strict=True):
             parameter.grad = gradient
@@ -142,10 +147,14 @@ def check_accumulation(
 
 
 def _gradient(
-    model: nn.Module, batches: Sequence[Any], loss_fn: LossFn | None, strategy: Strategy
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: LossFn | None,
+    terms: Terms | None,
+    strategy: Strategy,
 ) -> tuple[Update, list[Tensor]]:
     model.zero_grad()
-    update = accumulate_gradients(model, batches, loss_fn=loss_fn, strategy=strategy)
+    update = accumulate_gradients(model, batches, loss_fn=loss_fn, terms=terms, strategy=strategy)
     return update, [p.grad for p in model.parameters() if p.grad is not None]
 
 

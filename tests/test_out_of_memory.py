@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from manualloop import DataError, TrainState, apply_update, prepare_strategy, train_steps
-from manualloop.update import split_batch
+from manualloop import TrainState, apply_update, prepare_strategy, train_steps
 
 NUM_ROWS = 32
 
@@ -95,10 +94,3 @@ def test_a_single_row_that_does_not_fit_is_the_users_error():
     with pytest.raises(torch.OutOfMemoryError, match="in forward"):
         apply_update(state, batches(), prepare_strategy("cpu"))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_what_cannot_be_split_says_so():
-    with pytest.raises(DataError, match="A tuple cannot be split"):
-        split_batch((torch.zeros(4), torch.zeros(4)), 2)
-    with pytest.raises(DataError, match="one entry for each of its 4 rows"):
-        split_batch({"x": torch.zeros(4, 2), "weight": torch.ones(3)}, 2)

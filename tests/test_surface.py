@@ -29,7 +29,7 @@ ROWS = [
     ["data"],
     ["tasks"],
     ["mistakes", "strategy", "state"],
-    ["arguments", "models", "optim", "times"],
+    ["arguments", "batches", "models", "optim", "times"],
     ["errors", "types", "notices", "progress", "randomness"],
     ["objects", "internals"],
 ]
@@ -94,16 +94,17 @@ PUBLIC_NAMES = [
 ]
 
 SIGNATURES = {
-    "accumulate_gradients": "model, batches, *, loss_fn=None, strategy=None",
+    "accumulate_gradients": "model, batches, *, loss_fn=None, terms=None, strategy=None",
     "apply_update": (
-        "state, batches, strategy, *, loss_fn=None, max_grad_norm=None, on_nonfinite='raise'"
+        "state, batches, strategy, *, loss_fn=None, terms=None, max_grad_norm=None, "
+        "on_nonfinite='raise'"
     ),
-    "check_accumulation": "model, batch, *, loss_fn=None, strategy=None",
+    "check_accumulation": "model, batch, *, loss_fn=None, terms=None, strategy=None",
     "compare_runs": "a, b",
     "count_items": "model, batch",
     "evaluate_loop": (
         "model, eval_dataloader, metric=None, *, strategy=None, postprocess=None, loss_fn=None, "
-        "progress_bar=False"
+        "terms=None, progress_bar=False"
     ),
     "inspect_batch": "loader, tokenizer=None",
     "launch": "function, args=(), *, num_processes=None, mixed_precision=None, use_port=None",
@@ -130,14 +131,16 @@ SIGNATURES = {
     "train_loop": (
         "model, train_dataloader, optimizer=None, lr_scheduler='linear', *, num_epochs=None, "
         "max_steps=None, max_time=None, num_warmup_steps=0, gradient_accumulation_steps=1, "
-        "max_grad_norm=None, loss_fn=None, step_fn=None, on_nonfinite='raise', strategy=None, "
+        "max_grad_norm=None, loss_fn=None, terms=None, step_fn=None, on_nonfinite='raise', "
+        "strategy=None, "
         "extras=None, evaluate=None, evaluate_every='epoch', best_metric=None, patience=None, "
         "checkpoint_dir=None, checkpoint_every='epoch', keep_checkpoints=2, resume='auto', "
         "on_step=None, log_every=50, progress_bar=True, preflight=True"
     ),
     "train_steps": (
         "state, train_dataloader, *, num_epochs=None, max_steps=None, "
-        "gradient_accumulation_steps=1, max_grad_norm=None, loss_fn=None, step_fn=None, "
+        "gradient_accumulation_steps=1, max_grad_norm=None, loss_fn=None, terms=None, "
+        "step_fn=None, "
         "on_nonfinite='raise', strategy=None, preflight=True"
     ),
     "verify_resume": "train_fn, *, at",

@@ -89,7 +89,11 @@ def take_state_apart(state: TrainState, strategy: Strategy, run: Mapping[str, An
         "progress": asdict(state.progress),
         "run": dict(run),
     }
-    own = {"position": state.place(), "max_batch_rows": state.max_batch_rows}
+    own: dict[str, Any] = {
+        "position": state.place(),
+        "max_batch_rows": state.max_batch_rows,
+        "weighs_equally": state.weighs_equally,
+    }
     # Last: what was asked above may still have drawn, as a sampler does at the end of its pass.
     own["rng"] = get_random_state()
     waiting = {path: saved for path, saved in (state.generators or {}).items() if saved is not None}
@@ -242,6 +246,7 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
     own = of_ranks[strategy.rank if is_known else 0]
     state.position, state.reader = own["position"], None
     state.max_batch_rows, state.has_failed = own["max_batch_rows"], None
+    state.weighs_equally = own.get("weighs_equally")  # 0.1.0 has none
     saved_generators = own.get("generators", {}) if is_known else {}
     state.holders = {}  # those of the run before: the next one may have others by these names
     problems = restore_generators(saved_generators, **state.all_holders())
@@ -254,7 +259,7 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
 
 _NO_PARTS = {
     *("optimizer_class", "progress", "position", "max_batch_rows", "ranks", "rng", "generators"),
-    "run",
+    *("weighs_equally", "run"),
 }
 
 

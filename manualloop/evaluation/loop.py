@@ -7,15 +7,17 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from manualloop.batches import is_spare, num_rows
 from manualloop.checks import explain, require_loader
 from manualloop.data.sampler import longest_first_view, num_batches, rows_before
 from manualloop.errors import DataError, ModelError
+from manualloop.evaluation.losses import Made, terms_of, whole_loss
 from manualloop.evaluation.predictions import (
     Predictions,
     dataset_rows,
@@ -25,15 +27,15 @@ from manualloop.evaluation.scorers import Gathered, Scorer, as_metric, counts_cl
 from manualloop.models import accepts, evaluation_mode, is_blind_to_padding, is_sharded
 from manualloop.notices import say
 from manualloop.progress import ProgressBar
-from manualloop.reading.ranks import is_spare, unsharded
+from manualloop.reading.ranks import unsharded
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
-from manualloop.tasks.loss import find_loss, model_terms, no_loss, own_terms
-from manualloop.tasks.task import IGNORE_INDEX, Task, num_rows, resolve_task
-from manualloop.types import Batch, LossFn
+from manualloop.tasks.loss import check_loss, no_loss
+from manualloop.tasks.task import IGNORE_INDEX, Task, resolve_task
+from manualloop.types import Batch, LossFn, Terms
 
 _T = TypeVar("_T")
 
@@ -49,6 +51,7 @@ def evaluate_loop(
     strategy: Strategy | None = None,
     postprocess: Postprocess | None = None,
     loss_fn: LossFn | None = None,
+    terms: Terms | None = None,
     progress_bar: bool = False,
 ) -> dict[str, float]:
     """Score a model on every row of a loader.
@@ -77,6 +80,8 @@ def evaluate_loop(
         postprocess: ``postprocess(outputs, batch)`` returns the predictions; None predicts by the
             task (argmax, above 0.5, the value).
         loss_fn: As in ``train_steps``. The outputs are those of its last forward pass.
+        terms: As in ``train_steps``; ``terms(outputs, batch)`` returns ``[(mean, num_items), ...]``
+            for a loss that is a sum of means.
         progress_bar: Whether to show a progress bar.
 
     Returns:
@@ -93,12 +98,14 @@ def evaluate_loop(
     ...               loss_fn=lambda model, batch: 0 * model(batch["x"]).mean())
     {'loss': 0.0}
     """
+    check_loss(loss_fn, terms)
     strategy = begin_call(
         strategy_for(model, strategy),
         "evaluate_loop",
         metric=metric,
         postprocess=postprocess,
         loss_fn=loss_fn,
+        terms=terms,
     )
     model = prepare_model(strategy, model)
     loader = eval_dataloader if strategy.world_size == 1 else unsharded(eval_dataloader)
@@ -111,35 +118,32 @@ def evaluate_loop(
     if scorer is not None and (strategy.world_size > 1 or rows is not None):
         taker = Gathered(scorer, strategy, rows)
     found = _each_batch(
-        _passes(model, loader, strategy, loss_fn, scorer is not None and postprocess is None),
+        _passes(
+            model, loader, strategy, loss_fn, terms, scorer is not None and postprocess is None
+        ),
         partial(_score, postprocess=postprocess, scorer=taker),
         "Evaluating" if progress_bar else None,
     )
     scores: dict[str, float] = {} if taker is None else taker.compute()
-    losses = [terms for terms in found if terms]
-    means = [_mean(term) for term in zip(*losses, strict=True) if any(n for _, n in term)]
-    if not means and taker is None:
+    loss = whole_loss([of_batch for of_batch in found if of_batch])
+    if loss is None and taker is None:
         raise DataError(
             f"Nothing to score: every label of the loader is {IGNORE_INDEX}. Check the masking of "
             "the labels, and that truncation leaves some."
         )
-    return {"loss": sum(means) / len(means), **scores} if means else scores
-
-
-def _mean(term: Sequence[tuple[float, float]]) -> float:
-    return sum(loss for loss, _ in term) / sum(num_items for _, num_items in term)
+    return scores if loss is None else {"loss": loss, **scores}
 
 
 def _score(
     passes: _Passes,
-    made: _Made,
+    made: Made,
     *,
     postprocess: Postprocess | None,
     scorer: Scorer | Gathered | None,
-) -> list[tuple[float, float]]:
-    """Give a batch to the metric; return the terms of its loss, each summed over its items.
+) -> list[tuple[float, float | None]]:
+    """Give a batch to the metric; return the terms of its loss.
 
-    A batch without labels has no term.
+    A batch without labels has no term. The items of one are None where nothing tells them.
     """
     if scorer is not None:
         predictions, references, kept = _for_metric(made, postprocess)
@@ -147,20 +151,11 @@ def _score(
             scorer.add_batch(predictions, references, kept)
         else:
             scorer.add_batch(predictions=predictions, references=references)
-    counts = made.task.count(made.batch)
-    if passes.loss_fn is not None:
-        terms = own_terms(made.loss, counts)
-    elif (loss := find_loss(made.outputs)) is None:
-        if scorer is None:
-            raise no_loss(passes.model, made.batch, made.outputs)
-        return []
-    else:
-        with passes.strategy.autocast():
-            terms = model_terms(loss, made.outputs, made.inputs, counts)
-    return [
-        (float(mean) * num_items if num_items else 0.0, num_items)  # a mean of none is 0/0
-        for mean, num_items in terms
-    ]
+    with passes.strategy.autocast():
+        found = terms_of(made, passes.loss_fn, passes.terms)
+    if found is None and scorer is None:
+        raise no_loss(passes.model, made.batch, made.outputs)
+    return found or []
 
 
 def predict_loop(
@@ -199,7 +194,7 @@ def predict_loop(
     loader, longest_first = _longest_first_rows(loader, model, strategy)
     numbers = dataset_rows(loader) if longest_first is None else longest_first
     parts = _each_batch(
-        _passes(model, loader, strategy, None, postprocess is None),
+        _passes(model, loader, strategy, None, None, postprocess is None),
         partial(_predict, postprocess=postprocess),
         "Predicting" if progress_bar else None,
     )
@@ -228,7 +223,7 @@ def _whole_column(
 
 
 def _predict(
-    passes: _Passes, made: _Made, *, postprocess: Postprocess | None
+    passes: _Passes, made: Made, *, postprocess: Postprocess | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return predictions, probabilities and labels of a batch; None for what it does not have."""
     batch, rules, probabilities = made.batch, made.task.rules, None
@@ -258,6 +253,7 @@ class _Passes:
         loader: The loader.
         strategy: The strategy.
         loss_fn: As in ``train_steps``; None where the model is called with the batch's columns.
+        terms: As in ``train_steps``.
         leaves_out: Columns that skip the model.
         predicts: Whether predictions are made by the rule of the task.
     """
@@ -266,26 +262,9 @@ class _Passes:
     loader: Iterable[Any]
     strategy: Strategy
     loss_fn: LossFn | None
+    terms: Terms | None
     leaves_out: frozenset[str]
     predicts: bool
-
-
-class _Made(NamedTuple):
-    """A batch and what the model computed from it.
-
-    Attributes:
-        batch: The batch as the loader gave it.
-        inputs: The batch on the model's device.
-        outputs: The outputs of the last forward pass; None if ``loss_fn`` made none.
-        loss: What ``loss_fn`` returned; None without one.
-        task: The task of the model and this batch.
-    """
-
-    batch: Any
-    inputs: Any
-    outputs: Any
-    loss: Any
-    task: Task
 
 
 def _passes(
@@ -293,6 +272,7 @@ def _passes(
     loader: Iterable[Any],
     strategy: Strategy,
     loss_fn: LossFn | None,
+    terms: Terms | None,
     predicts: bool,
 ) -> _Passes:
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -300,10 +280,10 @@ def _passes(
     # A model that does not compute its own loss gets no labels.
     takes_labels = loss_fn is not None or accepts(model, "labels")
     leaves_out = frozenset() if takes_labels else frozenset({"labels"})
-    return _Passes(model, loader, strategy, loss_fn, leaves_out, predicts)
+    return _Passes(model, loader, strategy, loss_fn, terms, leaves_out, predicts)
 
 
-def _each_batch(passes: _Passes, use: Callable[[_Passes, _Made], _T], bar: str | None) -> list[_T]:
+def _each_batch(passes: _Passes, use: Callable[[_Passes, Made], _T], bar: str | None) -> list[_T]:
     """Run every batch of a loader through the model, in evaluation mode.
 
     Args:
@@ -319,7 +299,12 @@ def _each_batch(passes: _Passes, use: Callable[[_Passes, _Made], _T], bar: str |
     task: Task | None = None
     with (
         evaluation_mode(
-            model, strategy.device, loader=passes.loader, loss_fn=passes.loss_fn, use=use
+            model,
+            strategy.device,
+            loader=passes.loader,
+            loss_fn=passes.loss_fn,
+            terms=passes.terms,
+            use=use,
         ),
         closing(_numbered(passes.loader, strategy, bar)) as batches,
     ):
@@ -338,7 +323,7 @@ def _use(
     batch: Any,
     number: int,
     task: Task | None,
-    use: Callable[[_Passes, _Made], _T],
+    use: Callable[[_Passes, Made], _T],
 ) -> tuple[Task, _T]:
     """Run a batch through the model, and return its task and what is kept of it.
 
@@ -355,7 +340,7 @@ def _use(
             f"{known.name}, and one model has one kind of prediction. Give all batches labels of "
             "one kind, or pass postprocess=lambda outputs, batch: outputs.logits.argmax(-1)."
         )
-    return task, use(passes, _Made(batch, inputs, outputs, loss, task))
+    return task, use(passes, Made(batch, inputs, outputs, loss, task))
 
 
 def _forward(passes: _Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
@@ -435,7 +420,7 @@ def _logits(outputs: Any) -> Tensor:
 
 
 def _for_metric(
-    made: _Made, postprocess: Postprocess | None
+    made: Made, postprocess: Postprocess | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the predictions and references of a batch that are not labelled -100, and a mask.
 

@@ -8,17 +8,16 @@ batch get the round's last one as a *spare*: they take part in the update, and n
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, DistributedSampler
 
+from manualloop.batches import num_rows
 from manualloop.data.sampler import num_batches
-from manualloop.errors import DataError
 from manualloop.internals import is_one_ranks_stream
 from manualloop.notices import say
-from manualloop.tasks.task import num_rows
 
 
 class Shard(NamedTuple):
@@ -164,33 +163,3 @@ def num_rounds(loader: Iterable[Any], world_size: int) -> int | None:
     """Return the number of batches that each rank gets in a pass; None for a stream."""
     length = num_batches(loader)
     return length if length is None or is_sharded(loader) else -(-length // world_size)
-
-
-class SpareDict(dict[str, Any]):
-    """A batch of columns whose rows count on another rank."""
-
-
-class SpareList(list[Any]):
-    """A batch of tensors whose rows count on another rank."""
-
-
-def as_spare(batch: Any) -> Any:
-    """Mark a batch whose rows count on another rank: it has no items, whatever its labels say.
-
-    Raises:
-        DataError: It is neither a mapping nor a list or tuple.
-    """
-    if isinstance(batch, Mapping):
-        return SpareDict(batch)
-    if isinstance(batch, list | tuple):
-        return SpareList(batch)
-    raise DataError(
-        f"The last batches of the epoch are fewer than the ranks, and a {type(batch).__name__} "
-        "cannot be marked as one that counts elsewhere. Let collate_fn return a dict or a list of "
-        "tensors."
-    )
-
-
-def is_spare(batch: Any) -> bool:
-    """Tell whether ``as_spare`` has made a batch."""
-    return isinstance(batch, SpareDict | SpareList)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 
+from manualloop.batches import as_spare, num_rows
 from manualloop.data.collate import explain_rows
 from manualloop.data.sampler import set_epoch
 from manualloop.errors import DataError
@@ -22,14 +23,12 @@ from manualloop.reading.position import Position, WorkerState, keeps_pending
 from manualloop.reading.ranks import (
     Round,
     Shard,
-    as_spare,
     is_sharded,
     rounds_of,
 )
 from manualloop.reading.sources import Source
 from manualloop.reading.workers import Carried, states_between_passes
 from manualloop.strategy.base import Strategy
-from manualloop.tasks.task import num_rows
 
 
 class Given(NamedTuple):

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
+from manualloop.batches import num_rows
 from manualloop.data.sampler import num_batches
 from manualloop.internals import has_shuffle_buffer
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
 from manualloop.reading.position import Position
 from manualloop.reading.ranks import Shard
-from manualloop.tasks.task import num_rows
 
 
 def read_again(

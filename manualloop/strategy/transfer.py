@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from manualloop.batches import rebuild
 
 
 def move_optimizer_state(optimizer: Optimizer) -> None:
@@ -29,27 +31,31 @@ def move_optimizer_state(optimizer: Optimizer) -> None:
 _SMALL = 64 * 1024  # bytes; to copy so few takes less time than to switch streams
 
 
-def move(value: Any, device: torch.device) -> Any:
-    """Copy the tensors in nested mappings, lists and tuples to a device, without blocking.
+def move(value: Any, device: torch.device, is_whole: bool = True) -> Any:
+    """Copy the tensors of a batch of any kind to a device, without blocking.
 
-    On cuda large tensors are copied on a stream of their own, while the device still computes.
+    They are found in nested mappings, lists, tuples, dataclasses, namespaces and other objects. An
+    object with a method ``to`` moves itself. On cuda large tensors are copied on a stream of their
+    own, while the device still computes.
+
+    Args:
+        value: A batch, or an entry of one.
+        device: Where to.
+        is_whole: Whether it is a whole batch.
     """
-    if device.type == "cuda" and isinstance(value, Tensor) and value.nbytes > _SMALL:
-        return _copy_beside(value, device)
     if isinstance(value, Tensor):
+        if device.type == "cuda" and value.nbytes > _SMALL:
+            return _copy_beside(value, device)
         return value.to(device, non_blocking=True)
     if hasattr(value, "to"):  # a BatchEncoding, a packed sequence, a batch class of the user
         try:
-            return value.to(device, non_blocking=True)
+            moved = value.to(device, non_blocking=True)
         except TypeError:  # most classes of users take the device alone
-            return value.to(device)
+            moved = value.to(device)
+        return value if moved is None else moved  # some move themselves in place
     if isinstance(value, Mapping):
-        return {name: move(item, device) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(move(item, device) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(move(item, device) for item in value)
-    return value
+        return {name: move(item, device, False) for name, item in value.items()}
+    return rebuild(value, partial(move, device=device, is_whole=False), is_whole)
 
 
 def _copy_beside(tensor: Tensor, device: torch.device) -> Tensor:

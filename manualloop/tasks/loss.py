@@ -1,26 +1,55 @@
 """The loss of a batch as means, each with the number of its items.
 
 Everything that adds up losses (an update, an evaluation, the search for a bad row, a proof) takes
-them apart here, whether the model returned the loss or a ``loss_fn`` did.
+them apart here, whether the model returned the loss, a ``loss_fn`` did, or ``terms``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Real
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-from manualloop.errors import DataError, ModelError
+from manualloop.errors import ConfigError, DataError, ModelError
 from manualloop.mistakes import no_head_message, no_labels_message, no_loss_message
-from manualloop.types import Batch, LossFn
+from manualloop.tasks.task import Counts
+from manualloop.types import Batch, LossFn, Terms
 
-Term: TypeAlias = "tuple[Tensor, float]"
-"""A mean, and the number of items it is over. A loss is the mean of its terms' means."""
+Term: TypeAlias = "tuple[Any, Any]"
+"""A mean, and the number of items it is over. A loss is the sum of its terms' means.
+
+The number may be a tensor that was not read yet, and is None if the function that made the loss
+counts nothing.
+"""
+
+
+BOTH_GIVEN = (
+    "Give loss_fn or terms, not both. terms(outputs, batch) takes apart what model(**batch) "
+    "returned; loss_fn(model, batch) calls the model itself, and may return (mean_loss, num_items)."
+)
+
+
+def check_loss(loss_fn: LossFn | None, terms: Terms | None) -> None:
+    """Refuse two answers to what the loss is.
+
+    Raises:
+        ConfigError: Both are given.
+    """
+    if loss_fn is not None and terms is not None:
+        raise ConfigError(BOTH_GIVEN)
 
 
 def loss_terms(
-    model: nn.Module, batch: Any, counts: Sequence[float], loss_fn: LossFn | None = None
+    model: nn.Module,
+    batch: Any,
+    counts: Sequence[float],
+    loss_fn: LossFn | None = None,
+    terms: Terms | None = None,
 ) -> list[Term]:
     """Run a batch through the model, and return the terms of its loss.
 
@@ -29,45 +58,75 @@ def loss_terms(
         batch: A batch on the model's device.
         counts: The items that ``Task.count`` found in the batch.
         loss_fn: As in ``train_steps``; None for the loss that the model returns.
+        terms: As in ``train_steps``.
 
     Raises:
-        ModelError: The model returned no loss; the message says why and what to do.
+        ModelError: The model returned no loss, or a function something that is none; the message
+            tells why and what to do.
         DataError: The batch has no labels.
     """
     if loss_fn is not None:
-        return own_terms(loss_fn(model, batch), counts)
+        return own_terms(loss_fn(model, batch))
     outputs = model(**batch)
+    if terms is not None:
+        return listed_terms(terms(outputs, batch))
     loss = find_loss(outputs)
     if loss is None:
         raise no_loss(model, batch, outputs)
     return model_terms(loss, outputs, batch, counts)
 
 
-def own_terms(result: Any, counts: Sequence[float]) -> list[Term]:
+def own_terms(result: Any) -> list[Term]:
     """Take apart what a ``loss_fn`` returned: a mean, or a mean and its items.
 
-    Items may be a fraction: with class weights they are the sum of the rows' weights.
-
     Raises:
-        ModelError: It returned None.
+        ModelError: It returned something else.
     """
-    loss, num_items = result if isinstance(result, tuple) else (result, counts[0])
+    if not isinstance(result, tuple):
+        loss, num_items = result, None
+    elif len(result) == 2:
+        loss, num_items = result
+        check_items(num_items, "loss_fn")
+    else:
+        raise ModelError(
+            f"loss_fn returned {len(result)} values ({', '.join(map(_name_of, result))}). Let it "
+            "end with return loss, or return loss, num_items."
+        )
     if loss is None:
         raise ModelError(
             "loss_fn returned None. Let it end with return loss, or return loss, num_items."
         )
-    return [(loss, num_items.item() if isinstance(num_items, Tensor) else num_items)]
+    if not isinstance(loss, Tensor):
+        _refuse_outputs(loss)
+    return [(loss, num_items)]
+
+
+def listed_terms(result: Any) -> list[Term]:
+    """Take apart what ``terms`` returned.
+
+    Raises:
+        ModelError: It is not a list of pairs of a mean and its items.
+    """
+    pairs = result if isinstance(result, list | tuple) else ()
+    if not pairs or not all(isinstance(term, list | tuple) and len(term) == 2 for term in pairs):
+        raise ModelError(
+            f"terms returned {_name_of(result)}. Let it return a list of pairs, each a mean and "
+            "the number of items it is over: return [(mean, num_items)]."
+        )
+    for _, num_items in result:
+        check_items(num_items, "terms")
+    return [(mean, num_items) for mean, num_items in result]
 
 
 def model_terms(loss: Any, outputs: Any, batch: Batch, counts: Sequence[float]) -> list[Term]:
     """Take apart the loss that a model returned with its outputs."""
-    if len(counts) == 1:
-        return [(loss, counts[0])]
+    if len(counts) < 2:
+        return [(loss, counts[0] if counts else None)]
     return list(zip(_position_losses(outputs, batch), counts, strict=True))
 
 
 def _position_losses(outputs: Any, batch: Batch) -> list[Tensor]:
-    """Return the two means of a question answering head: of start and of end positions.
+    """Return the halves of the loss of a question answering head: of start and of end positions.
 
     The formula is that of transformers' ``ForQuestionAnsweringLoss``: positions beyond the input
     are left out of the mean.
@@ -77,7 +136,7 @@ def _position_losses(outputs: Any, batch: Batch) -> list[Tensor]:
         logits = outputs[key] if isinstance(outputs, Mapping) else getattr(outputs, key)
         length = logits.shape[1]
         positions = batch[name].reshape(-1).clamp(0, length)
-        losses.append(nn.functional.cross_entropy(logits, positions, ignore_index=length))
+        losses.append(nn.functional.cross_entropy(logits, positions, ignore_index=length) * 0.5)
     return losses
 
 
@@ -93,3 +152,116 @@ def no_loss(model: nn.Module, batch: Batch, outputs: Any) -> ModelError | DataEr
     if "labels" not in batch and "start_positions" not in batch:
         return DataError(no_labels_message(batch))
     return ModelError(no_head_message(model))
+
+
+def require_mean(loss: Any, *, trains: bool = True) -> Tensor:
+    """Return a loss as a 0-d tensor.
+
+    Args:
+        loss: What should be a loss.
+        trains: Whether it must depend on trainable parameters.
+
+    Raises:
+        ModelError: It is no tensor of one number, or cannot be differentiated.
+    """
+    if isinstance(loss, Tensor) and (loss.requires_grad or not trains) and loss.numel() == 1:
+        return loss if loss.ndim == 0 else loss.reshape(())
+    if not trains and isinstance(loss, Real):
+        return torch.tensor(float(loss), dtype=torch.float64)
+    found = _name_of(loss)
+    if isinstance(loss, Tensor):
+        found += f", requires_grad={loss.requires_grad}"
+    raise ModelError(
+        f"The loss is {found}. It must be one number that depends on trainable parameters: return "
+        "losses.mean() from loss_fn, not detached and not under no_grad."
+    )
+
+
+def check_items(value: Any, name: str) -> None:
+    """Refuse what is no number of items, without reading a tensor.
+
+    Args:
+        value: Second element of what the user's function returned.
+        name: Name of the function.
+
+    Raises:
+        ModelError: It requires grad, has several elements, is negative, or is no number.
+    """
+    if isinstance(value, Tensor):
+        if not value.requires_grad and value.numel() == 1 and not value.is_complex():
+            return
+    elif isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf:
+        return
+    raise ModelError(_items_message(value, name))
+
+
+def read_items(value: Any, name: str = "loss_fn") -> float:
+    """Return a number of items as a number of Python. A tensor is waited for.
+
+    Items may be a fraction: with class weights they are the sum of the rows' weights.
+
+    Raises:
+        ModelError: It is negative, or not finite.
+    """
+    number: float = value.item() if isinstance(value, Tensor) else value
+    if not 0 <= number < math.inf:
+        raise ModelError(_items_message(number, name))
+    return number
+
+
+def _items_message(value: Any, name: str) -> str:
+    pair = "(loss, something)" if name == "loss_fn" else "[(mean, something), ...]"
+    fix = "Return the loss alone, or the items that it is a mean over: return loss, len(rows)."
+    if isinstance(value, Tensor) and value.requires_grad:
+        fix = "It requires grad: if it is another loss, return the sum of both."
+    elif isinstance(value, Tensor) and value.numel() != 1:
+        fix = "If it is logits, leave it out: return loss."
+    if name != "loss_fn":
+        fix = "Return [(mean, num_items)], with one number of items for each mean."
+    return f"{name} returned {pair}, and something is {_name_of(value)}, no number of items. {fix}"
+
+
+def _refuse_outputs(loss: Any) -> None:
+    """Refuse a model's outputs, or a dict of losses, in the place of a loss."""
+    if isinstance(loss, Mapping):
+        fix = 'return outputs["loss"]' if "loss" in loss else "return sum(losses.values())"
+    elif hasattr(loss, "loss"):
+        fix = "return outputs.loss"
+    else:
+        return  # refused by require_mean
+    raise ModelError(
+        f"loss_fn returned {_name_of(loss)}, not a loss. It must be one number that depends on "
+        f"trainable parameters: {fix}."
+    )
+
+
+def _name_of(value: Any) -> str:
+    """Return what a value is, in words."""
+    if isinstance(value, Tensor):
+        return f"a Tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with keys {', '.join(map(str, value))}"
+    if value is None or isinstance(value, Real):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def declared_items(function: Any) -> Callable[[Any], Counts] | None:
+    """Return the function that declares the items of a ``loss_fn`` or of ``terms``, if one does.
+
+    It is the attribute ``items`` of the function: ``items(batch)`` gets the batch as the loader
+    gave it, and returns the number of its items; for ``terms`` a list of numbers, one a term.
+    """
+    while (items := getattr(function, "items", None)) is None and isinstance(function, partial):
+        function = function.func
+    return partial(_count_declared, items) if callable(items) else None
+
+
+def _count_declared(items: Callable[[Any], Any], batch: Any) -> Counts:
+    declared = items(batch)
+    listed = declared if isinstance(declared, list | tuple) else (declared,)
+    for number in listed:
+        check_items(number, "items")
+    return tuple(read_items(number, "items") for number in listed)

@@ -13,7 +13,7 @@ An item is what the mean loss of a batch is a mean over. Adding up mean losses t
 | token_classification, masked_lm, seq2seq_lm | labels that are not -100 |
 | causal_lm | labels that are not -100, without each row's first: the model shifts them |
 | question_answering | positions inside the input, of starts and of ends: two means |
-| any, without labels | rows |
+| any, without labels | rows, if all tensors of the batch share axis 0 |
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from manualloop.batches import shared_rows
 from manualloop.errors import DataError
 from manualloop.models import config_of, own_config, unwrap_model
 from manualloop.types import Batch
 
-Counts: TypeAlias = tuple[int, ...]
-"""The items of a batch, for each of the means that its loss is the mean of.
+Counts: TypeAlias = tuple[float, ...]
+"""The items of a batch, for each of the means that its loss is the sum of.
 
-There is one, except for question answering, whose loss is the mean of two.
+There is one, except for question answering, whose loss has two. There is none if nothing tells.
 """
 
 IGNORE_INDEX = -100
@@ -84,27 +85,14 @@ def count_positions(batch: Batch) -> Counts:
 
 
 def count_rows(batch: Any) -> Counts:
-    """Count the rows of a batch without labels."""
-    return (num_rows(batch),)
+    """Count the rows of a batch without labels; nothing, where nothing tells how many there are."""
+    rows = shared_rows(batch)
+    return () if rows is None else (rows,)
 
 
-def num_rows(batch: Any) -> int:
-    """Count the rows of a batch: the length of its first tensor, or list of a dict's values.
-
-    Raises:
-        DataError: The batch holds neither.
-    """
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    for value in [values] if isinstance(values, Tensor) else values:
-        if isinstance(value, Tensor) and value.ndim:
-            return value.shape[0]  # len() of a tensor is slow
-    for value in values if isinstance(batch, Mapping) else ():
-        if isinstance(value, list | tuple):
-            return len(value)
-    raise DataError(
-        f"A batch of type {type(batch).__name__} holds no tensor, so its rows cannot be counted. "
-        "Let the loader's collate_fn return a dict of tensors, one row per example."
-    )
+def count_nothing(batch: Any) -> Counts:
+    """Return no count."""
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +155,12 @@ class Task:
         rules: How the task predicts.
         count: Function from a batch of this kind to the numbers of its items.
         model: The model it was resolved for.
-        kind: What of the batch decided: the labels' axes and dtype, or which columns it has.
+        kind: What of the batch decided: the labels' axes and dtype, which columns it has, or how
+            many tensors are listed.
         settings: The attributes of the model's config.
         problem_type: ``problem_type`` among the settings, which a model of transformers writes at
             its first forward pass.
+        objection: Message that the model's loss is no mean over what is counted; None if it is one.
     """
 
     name: str
@@ -180,6 +170,7 @@ class Task:
     kind: object
     settings: Mapping[str, Any]
     problem_type: object
+    objection: str | None = None
 
 
 def resolve_task(model: nn.Module, batch: Any, known: Task | None = None) -> Task:
@@ -201,6 +192,8 @@ def resolve_task(model: nn.Module, batch: Any, known: Task | None = None) -> Tas
     if isinstance(labels, Tensor):
         axes = labels.ndim
         kind = axes, labels.dtype, axes > 1 and labels.shape[-1] > 1
+    elif isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor | np.ndarray):
+        labels, kind = None, (_LISTED, len(batch))
     else:
         labels, kind = None, "start_positions" in columns
     if known is not None and known.model is not model:
@@ -215,8 +208,17 @@ def resolve_task(model: nn.Module, batch: Any, known: Task | None = None) -> Tas
     count = count_rows if labels is None else TASKS[name].count
     if kind is True and _has_position_loss(model):
         name, count = "question_answering", count_positions
+    elif known is not None and _is_listed(kind) and _is_listed(known.kind):
+        count = count_nothing  # columns do not change in number: these are rows, or it is not clear
     settings = getattr(config_of(model), "__dict__", {})
     return Task(name, TASKS[name], count, model, kind, settings, settings.get("problem_type"))
+
+
+_LISTED = "a list of tensors"
+
+
+def _is_listed(kind: object) -> bool:
+    return isinstance(kind, tuple) and kind[0] == _LISTED
 
 
 def count_window(
@@ -244,12 +246,21 @@ def count_items(model: nn.Module, batch: Batch) -> int:
         batch: A mapping from column name to tensor. Without a tensor of ``labels`` every row is
             an item.
 
+    Raises:
+        DataError: There are no labels, and nothing tells how many rows there are.
+
     >>> import torch
     >>> labels = torch.tensor([[5, 6, -100], [7, -100, -100]])
     >>> count_items(nn.Linear(1, 1), {"labels": labels})
     3
     """
-    return sum(resolve_task(model, batch).count(batch))
+    counts = resolve_task(model, batch).count(batch)
+    if not counts:
+        raise DataError(
+            f"Nothing tells how many rows a {type(batch).__name__} has, whose tensors and lists "
+            "have different lengths along axis 0. Give the batch a tensor of labels."
+        )
+    return int(sum(counts))
 
 
 # Heads whose question answering loss is another.

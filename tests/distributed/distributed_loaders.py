@@ -27,8 +27,8 @@ from manualloop import (
     train_loop,
     train_steps,
 )
+from manualloop.batches import is_spare
 from manualloop.data.sampler import ordered_loader
-from manualloop.reading.ranks import is_spare
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import source_of
 

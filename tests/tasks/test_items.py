@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from manualloop import DataError
-from manualloop.tasks.task import count_kept, count_positions, count_shifted_labels, num_rows
+from manualloop.tasks.task import count_kept, count_positions, count_shifted_labels
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (64,), (65,), (3, 5), (2, 3, 4), ()])
@@ -32,22 +31,3 @@ def test_starts_and_ends_are_counted_apart():
         "end_positions": torch.tensor([3, 1, 4]),
     }
     assert count_positions(batch) == (1, 2)
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
-        {"scale": torch.tensor(2.0), "x": torch.zeros(3, 2)},
-        {"texts": ["a", "b", "c"]},
-        (torch.zeros(3), torch.zeros(5)),
-        torch.zeros(3, 7),
-    ],
-    ids=["a number first", "texts", "tuple", "tensor"],
-)
-def test_rows_of_any_kind_of_batch(batch):
-    assert num_rows(batch) == 3
-
-
-def test_a_batch_without_rows_is_refused():
-    with pytest.raises(DataError, match="A batch of type dict holds no tensor"):
-        num_rows({"note": "text"})
