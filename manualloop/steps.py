@@ -20,7 +20,7 @@ from manualloop.checkpoint.contract import (
 )
 from manualloop.checks import check_batches, check_run, explain, require_loader
 from manualloop.errors import ConfigError, DataError
-from manualloop.mistakes import SKIPPED_MESSAGE
+from manualloop.mistakes import SKIPPED_MESSAGE, TOO_MANY_SKIPPED
 from manualloop.nonfinite import Watch
 from manualloop.notices import say
 from manualloop.optim import own_schedule, require_schedule
@@ -403,7 +403,7 @@ def _train_steps(
                     f"The training loader gave no batch in epoch {epoch}. A generator can be read "
                     "only once: pass a DataLoader or a list."
                 )
-            if num_applied == 0 and num_skipped >= _TOO_MANY_SKIPPED and plan.num_epochs is None:
+            if num_applied == 0 and num_skipped >= TOO_MANY_SKIPPED and plan.num_epochs is None:
                 raise DataError(SKIPPED_MESSAGE)
         watch.settle(wait=True)
     except GeneratorExit:  # the loop was left: what is known of its last updates is still said
@@ -479,10 +479,6 @@ def _enter(state: TrainState, source: Source, strategy: Strategy) -> Reader:
     state.reader, state.position = reader, None
     state.is_training, state.has_failed, state.task = True, None, None
     return reader
-
-
-# Only max_steps could go on for ever. An fp16 loss scale falls below any float in fewer.
-_TOO_MANY_SKIPPED = 200
 
 
 def _goes_on(state: TrainState, plan: Plan) -> bool:
