@@ -222,16 +222,10 @@ def train_steps(
     arguments = dict(locals())
     strategy = strategy_for(state.model, strategy)
     settings = {name: arguments[name] for name in SETTINGS}
-    plan = plan_run(
-        train_dataloader,
-        num_epochs=num_epochs,
-        max_steps=max_steps,
-        world_size=strategy.world_size,
-        **settings,
-    )
+    ends: dict[str, Any] = {"num_epochs": num_epochs, "max_steps": max_steps}
+    plan = plan_run(train_dataloader, world_size=strategy.world_size, **ends, **settings)
     progress = state.progress
     at = {"steps made": progress.num_steps, "epochs made": progress.epoch}
-    ends = {"num_epochs": num_epochs, "max_steps": max_steps}
     strategy = begin_call(strategy, "train_steps", **ends, **settings, **at)
     contract = contract_of(state, plan, strategy, arguments)
     return start_steps(
