@@ -127,8 +127,8 @@ def plan_run(
     return Plan(num_epochs * (per_epoch or 0), num_epochs, per_epoch)
 
 
-SETTINGS = ("gradient_accumulation_steps", "max_grad_norm", "loss_fn", "terms")
-SETTINGS += ("step_fn", "on_nonfinite")
+_OF_LOSS = ("loss_fn", "terms", "step_fn")
+SETTINGS = ("gradient_accumulation_steps", "max_grad_norm", *_OF_LOSS, "on_nonfinite")
 """Names of the arguments that an update depends on."""
 
 
