@@ -43,11 +43,12 @@ _HOME = {
     "compare_runs": "run.compare",
     "count_items": "tasks.task",
     "evaluate_loop": "evaluation.loop",
+    "find_checkpoint": "checkpoint.api",
     "inspect_batch": "data.inspect",
     "launch": "strategy.launch",
     "load_checkpoint": "checkpoint.api",
     "load_metric": "evaluation.metrics",
-    "predict_loop": "evaluation.loop",
+    "predict_loop": "evaluation.predict",
     "prepare_dataloaders": "data.prepare",
     "prepare_optimizer": "optim",
     "prepare_scheduler": "optim",
@@ -76,6 +77,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.checkpoint.api import CheckpointInfo as CheckpointInfo
+    from manualloop.checkpoint.api import find_checkpoint as find_checkpoint
     from manualloop.checkpoint.api import load_checkpoint as load_checkpoint
     from manualloop.checkpoint.api import save_checkpoint as save_checkpoint
     from manualloop.data.inspect import BatchReport as BatchReport
@@ -90,8 +92,8 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.errors import ModelError as ModelError
     from manualloop.errors import NonFiniteError as NonFiniteError
     from manualloop.evaluation.loop import evaluate_loop as evaluate_loop
-    from manualloop.evaluation.loop import predict_loop as predict_loop
     from manualloop.evaluation.metrics import load_metric as load_metric
+    from manualloop.evaluation.predict import predict_loop as predict_loop
     from manualloop.evaluation.predictions import Predictions as Predictions
     from manualloop.loop import TrainResult as TrainResult
     from manualloop.loop import train_loop as train_loop

@@ -165,10 +165,6 @@ def compiled_module(
 ) -> nn.Module | None:
     """Return the module that ``torch.compile`` wrapped; None if it wrapped none.
 
-    Args:
-        module: What may be the wrapper.
-        children: Its children, from ``children_of``.
-
     Seen in torch 2.6 to 2.14: the child ``_orig_mod``. If it has another name, the only child of
     an ``OptimizedModule`` is returned.
     """
@@ -184,16 +180,20 @@ def compile_once(module: nn.Module, settings: Mapping[str, Any]) -> None:
     Seen in torch 2.6 to 2.14: ``_compiled_call_impl``. If it is gone, a module that the user has
     compiled is compiled again, with these settings.
     """
-    try:
-        is_compiled = module._compiled_call_impl is not None
-    except AttributeError:
-        is_compiled = module in _COMPILED
-    if not is_compiled:
+    if not compiled_in_place(module):
         module.compile(**settings)
         _COMPILED.add(module)
 
 
 _COMPILED: WeakSet[nn.Module] = WeakSet()
+
+
+def compiled_in_place(module: nn.Module) -> bool:
+    """Tell whether a module was compiled in place; see ``compile_once``."""
+    try:
+        return module._compiled_call_impl is not None
+    except AttributeError:
+        return module in _COMPILED
 
 
 # torch: loaders

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +17,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from manualloop.arguments import all_at_once, is_count, is_positive
+from manualloop.checkpoint.manifest import metric_name
 from manualloop.errors import ConfigError
+from manualloop.evaluation.trial import try_evaluation
+from manualloop.notices import say
 from manualloop.optim import check_schedule, prepare_optimizer, prepare_scheduler
 from manualloop.run.agreement import agree_at_updates, counted
 from manualloop.run.cadence import Cadence, parse_cadence
+from manualloop.run.evaluations import require_metric
 from manualloop.run.folder import check_folder, open_run_folder
 from manualloop.run.report import Report
 from manualloop.run.run import Run
@@ -42,6 +47,10 @@ class TrainResult:
         state: Model, optimizer and schedule as the last update left them, and the progress.
         metrics: Metrics of the last evaluation; empty if there was none.
         best_metrics: Metrics of the best evaluation by ``best_metric``; empty without it.
+        best_step: Number of updates before the best evaluation; None without a ``best_metric``.
+        best_checkpoint: Folder of the best checkpoint, which ``from_pretrained`` takes; None
+            without a ``best_metric`` or a ``checkpoint_dir``.
+        last_checkpoint: Folder of the newest checkpoint; None without a ``checkpoint_dir``.
         history: Records of training and evaluation, oldest first. The history of a resumed run
             includes the records of earlier processes.
         stopped_by: Reason for the end of the run: "num_epochs", "max_steps", "patience",
@@ -53,6 +62,9 @@ class TrainResult:
     best_metrics: dict[str, float]
     history: list[Record]
     stopped_by: str
+    best_step: int | None = None
+    best_checkpoint: Path | None = None
+    last_checkpoint: Path | None = None
 
     @property
     def times(self) -> Times:
@@ -60,7 +72,8 @@ class TrainResult:
         return self.state.times
 
     def __repr__(self) -> str:
-        scores = "".join(f", {name}={value:.4g}" for name, value in self.metrics.items())
+        numbers = {n: value for n, value in self.metrics.items() if isinstance(value, Real)}
+        scores = "".join(f", {name}={value:.4g}" for name, value in numbers.items())
         steps = self.state.progress.num_steps
         return f"TrainResult({steps} steps, stopped_by={self.stopped_by!r}{scores})"
 
@@ -160,7 +173,10 @@ def train_loop(
         evaluate: Function without arguments that returns metrics by name.
         evaluate_every: Interval of evaluations: a number of updates (200), ``"epoch"``,
             ``"0.25 epoch"`` or ``"10 min"``. The end of the run always evaluates.
-        best_metric: Name of the metric to maximise, or with "-" before it to minimise.
+        best_metric: Name of the metric that decides which evaluation is the best one. Of losses
+            and errors (``loss``, ``..._loss``, ``perplexity``, ``mse``, ``mae``, ``rmse``, ``wer``,
+            ``cer``, ``..._error``) it is the lowest, of all others the highest; a sign before the
+            name decides otherwise: ``"-x"`` takes the lowest, ``"+x"`` the highest.
         patience: Number of evaluations without a better ``best_metric`` after which the run ends.
         checkpoint_dir: Folder of this run's checkpoints and of its ``history.jsonl``, which only
             one run at a time can use. It is created if it does not exist.
@@ -228,6 +244,9 @@ def train_loop(
             state, train_dataloader, plan, contract, run_strategy, preflight=preflight, **settings
         )
         stack.enter_context(closing(steps))
+        if has_more := state.progress.num_steps < plan.num_steps:
+            run.rehearse()
+            _try_evaluation(evaluate if preflight else None, best_metric)
         if folder is not None:
             stack.enter_context(stopping.watching_signals())
         run.catch_up()
@@ -235,6 +254,9 @@ def train_loop(
             report.add(step, closes=log_is_due(step) or step.index == 1 or step.is_last)
             if on_step is not None:
                 on_step(step)
+            if has_more:  # with the states that the first update has made
+                run.rehearse()
+                has_more = False
             if evaluation_is_due(step) or step.is_last:
                 run.evaluate()
             if save_is_due(step) or step.is_last or run.is_best:
@@ -244,12 +266,21 @@ def train_loop(
                 run.save()  # unless that was done just now
                 break
         run.finish()
+    return _result(state, run, report)
+
+
+def _result(state: TrainState, run: Run, report: Report) -> TrainResult:
+    planned_end = "max_steps" if report.plan.num_epochs is None else "num_epochs"
+    best_checkpoint, last_checkpoint = run.find_checkpoints()
     return TrainResult(
         state,
         metrics=run.metrics,
         best_metrics=run.best_metrics,
         history=report.history.records,
-        stopped_by=run.stopped_by or ("max_steps" if plan.num_epochs is None else "num_epochs"),
+        stopped_by=run.stopped_by or planned_end,
+        best_step=run.best_step,
+        best_checkpoint=best_checkpoint,
+        last_checkpoint=last_checkpoint,
     )
 
 
@@ -303,6 +334,24 @@ def _check_schedule(
         )
 
 
+def _try_evaluation(evaluate: object, best_metric: str | None) -> None:
+    """Try ``evaluate`` on one batch, if it can be looked into, and look for ``best_metric``.
+
+    Raises:
+        ConfigError: The metric is not among its results.
+    """
+    found = try_evaluation(evaluate)
+    if found is None or best_metric is None or (name := metric_name(best_metric)) in found.names:
+        return
+    if found.are_all:
+        require_metric(best_metric, dict.fromkeys(found.names, 0.0))
+    say(
+        f"best_metric={best_metric!r} is not among {', '.join(found.names) or 'no metrics'}, "
+        f"which one batch gave. If the other metrics do not return {name!r}, the run ends with a "
+        "checkpoint after the first evaluation."
+    )
+
+
 def _check_evaluation(
     evaluate: object, best_metric: object, patience: object, on_step: object
 ) -> None:
@@ -312,14 +361,14 @@ def _check_evaluation(
             f"evaluate is a {type(evaluate).__name__}, already computed. Pass a function: "
             "evaluate=lambda: evaluate_loop(model, loader)."
         )
-    if best_metric is not None and not isinstance(best_metric, str):
-        problems.append(f'best_metric={best_metric!r} is not a name, such as "f1" or "-loss".')
+    if best_metric is not None and not (isinstance(best_metric, str) and best_metric.strip("+-")):
+        problems.append(f'best_metric={best_metric!r} is not a name, such as "f1" or "loss".')
     if best_metric is not None and evaluate is None:
         problems.append(
             f"best_metric={best_metric!r} needs evaluate=lambda: evaluate_loop(model, ...)."
         )
     if patience is not None and best_metric is None:
-        problems.append(f'patience={patience!r} needs a best_metric, such as "f1" or "-loss".')
+        problems.append(f'patience={patience!r} needs a best_metric, such as "f1" or "loss".')
     if patience is not None and not is_count(patience):
         problems.append(f"patience must be a whole number of at least 1, got {patience!r}.")
     if on_step is not None and not callable(on_step):

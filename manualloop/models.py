@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from manualloop.internals import children_of, compiled_module, tied_patterns
+from manualloop.objects import remember
 from manualloop.randomness import random_states_kept
 
 
@@ -163,14 +164,62 @@ def max_length(model: nn.Module) -> int | None:
 _POSITION_EMBEDDINGS = ("position_embeddings", "wpe", "embed_positions")
 
 
+_NUM_SAMPLED = 16
+
+
+def sample_weights(model: nn.Module) -> torch.Tensor:
+    """Return some numbers of some trainable weights, as bits: other weights have others."""
+    weights = [
+        weight
+        for weight in model.parameters()
+        if weight.requires_grad and weight.is_floating_point() and weight.numel()
+    ]
+    numbers = [
+        weight.detach().reshape(-1)[:: -(-weight.numel() // _NUM_SAMPLED)].double().cpu()
+        for weight in weights[:: -(-len(weights) // _NUM_SAMPLED) or 1]
+    ]
+    return torch.cat(numbers).view(torch.int64) if numbers else torch.empty(0)
+
+
+def remember_configs(model: nn.Module) -> Callable[[], None]:
+    """Return a function that makes the model's configs again what they are now.
+
+    Models of transformers write into their config in a forward pass: ``problem_type``, which the
+    labels of one batch decide.
+    """
+    configs: dict[str, Any] = {}
+    for module in model.modules():
+        for name in ("config", "generation_config"):
+            config = vars(module).get(name)
+            if callable(getattr(config, "to_dict", None)):
+                configs[f"config{id(config)}"] = config
+    return remember(configs)
+
+
+def remember_modes(model: nn.Module) -> Callable[[], None]:
+    """Return a function that puts every submodule back into train or eval mode, as it is now."""
+    modes = [(module, module.training) for module in model.modules()]
+
+    def put_back() -> None:
+        for module, training in modes:
+            if module.training != training:
+                # Not the attribute alone: some models merge weights in train().
+                module.train(training)
+
+    return put_back
+
+
 @contextmanager
 def evaluation_mode(
     model: nn.Module, device: torch.device, *, inference: bool = True, **owners: Any
 ) -> Iterator[None]:
-    """Put a model into eval mode and inference mode, and restore every submodule's mode afterwards.
+    """Put a model into eval mode without gradients, and leave no trace of it afterwards.
 
-    Random states are restored too, including those of generators that objects hold, so that
-    evaluating in the middle of training does not change the training.
+    Every submodule's mode, the model's configs and all random states are put back, including those
+    of generators that objects hold, so that evaluating in the middle of training does not change
+    the training. Gradients are switched off by ``no_grad``: what a model keeps from a forward pass
+    in ``inference_mode``, such as a table that grows with the longest row, could not be trained
+    with.
 
     Args:
         model: The model.
@@ -178,17 +227,15 @@ def evaluation_mode(
         inference: Whether no gradients are needed.
         owners: Further objects that may hold random generators: the loader, a loss function.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    put_back = [remember_modes(model), remember_configs(model)]
     try:
         with (
             random_states_kept(devices=device.type != "cpu", model=model, **owners),
-            torch.inference_mode(inference),
+            torch.inference_mode(False),  # the caller's, too
+            torch.set_grad_enabled(not inference),
         ):
             model.eval()
             yield
     finally:
-        for module, training in modes:
-            if module.training != training:
-                module.train(
-                    training
-                )  # not the attribute alone: some models merge weights in train()
+        for call in put_back:
+            call()

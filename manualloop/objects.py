@@ -91,6 +91,34 @@ def walk(owners: Mapping[str, Any], *, skips_empty: bool = False) -> Iterator[tu
                 )
 
 
+def numbers_in(owners: Mapping[str, Any], *, beside: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers and tensors that some objects hold, by their paths.
+
+    Left out are entries of containers, which are records more often than a state, and what modules
+    and objects of libraries hold.
+
+    Args:
+        owners: The objects by their names, such as functions.
+        beside: Other objects by their names; what they hold is left out, too.
+
+    >>> def decayed(loss, *, rate=0.9): ...
+    >>> numbers_in({"loss_fn": decayed}, beside={})
+    {'loss_fn.__kwdefaults__.rate': 0.9}
+    """
+    shapes: dict[type, _Shape] = {}
+    found: dict[str, Any] = {}
+    for path, part in walk({**beside, **owners}, skips_empty=True):
+        kind = type(part.value)
+        if not any(_begins(path, name) for name in owners) or issubclass(kind, torch.nn.Module):
+            continue
+        if kind is not FunctionType and _shape_of(kind, shapes).is_of_library:
+            continue
+        for step, child in _steps(part.value, shapes):
+            if issubclass(type(child), int | float | torch.Tensor) and not step.startswith("["):
+                found[path + step] = child
+    return found
+
+
 def follow(path: str, owners: Mapping[str, Any]) -> Part:
     """Return what is at the end of a path; with the value None if only the last step is missing.
 

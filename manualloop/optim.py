@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -76,6 +77,7 @@ def require_trainable(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         ModelError: There is none.
     """
+    require_initialized(model)
     parameters = list(model.parameters())
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if not trainable:
@@ -84,6 +86,23 @@ def require_trainable(model: nn.Module) -> list[nn.Parameter]:
             "some: for parameter in model.classifier.parameters(): parameter.requires_grad_(True)."
         )
     return trainable
+
+
+def require_initialized(model: nn.Module) -> None:
+    """Refuse a model whose lazy modules do not know their shapes yet.
+
+    Raises:
+        ModelError: The message names one of their weights.
+    """
+    weights = (*model.named_parameters(), *model.named_buffers())
+    lazy = [name for name, weight in weights if isinstance(weight, UninitializedTensorMixin)]
+    if lazy:
+        raise ModelError(
+            f"{lazy[0]} of {type(model).__name__} is lazy: it has no shape before the first "
+            "forward pass, so an optimizer has nothing to hold and a checkpoint nothing to load "
+            "into. Run a batch through the model before the optimizer is built: "
+            "with torch.no_grad(): model(**batch)."
+        )
 
 
 def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -256,3 +275,33 @@ def zero_gradients(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
+
+
+def plain_lr(lr: Any) -> Any:
+    """Return a learning rate as a number; one on a device stays there, where nothing waits for it.
+
+    NaN of an optimizer without one, such as Adafactor's ``relative_step``.
+    """
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return lr.clone()  # a scheduler changes it in place
+    return math.nan if lr is None else float(lr)
+
+
+def put_into_training(optimizer: Any) -> None:
+    """Let schedule-free optimizers give the model the weights that are trained."""
+    for one in schedule_free(optimizer):
+        one.train()
+
+
+def schedule_free(optimizer: Any) -> list[Any]:
+    """Return those among one or several optimizers that have modes, as schedule-free ones do.
+
+    Their ``eval()`` gives the model the weights that are to be evaluated, ``train()`` those that
+    are trained.
+
+    >>> schedule_free(torch.optim.SGD(nn.Linear(1, 1).parameters()))
+    []
+    """
+    several = optimizer if isinstance(optimizer, list | tuple) else (optimizer,)
+    inner = map(unwrap_optimizer, several)
+    return [one for one in inner if all(callable(getattr(one, m, None)) for m in ("train", "eval"))]

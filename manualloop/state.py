@@ -76,6 +76,9 @@ class TrainState:
         task: Meaning of the model and its batches for the loop (``manualloop.tasks.task``) while a
             ``train_steps`` is open; not saved.
         is_resumed: Whether the contract comes from a checkpoint and has not been compared yet.
+        baseline: How the run has found its model; see ``manualloop.checkpoint.changes``.
+        tokenizer: Tokenizer or processor of the loader, which is saved beside the weights.
+        has_told: Whether what changes and is not saved was logged.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1)
@@ -100,6 +103,9 @@ class TrainState:
     contract: dict[str, Any] | None = field(default=None, init=False, repr=False)
     built: dict[str, Any] | None = field(default=None, init=False, repr=False)
     is_resumed: bool = field(default=False, init=False, repr=False)
+    baseline: Any = field(default=None, init=False, repr=False)
+    has_told: bool = field(default=False, init=False, repr=False)
+    tokenizer: Any = field(default=None, init=False, repr=False)
     times: Times = field(default_factory=Times, init=False, repr=False)
     task: Any = field(default=None, init=False, repr=False)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import partial
 from time import perf_counter
 from typing import Any
 
-from torch import Tensor
-
 from manualloop.arguments import is_count, is_positive
+from manualloop.checkpoint.changes import note_run
 from manualloop.checkpoint.contract import (
     Contract,
     carried_on,
@@ -21,9 +19,10 @@ from manualloop.checkpoint.contract import (
 from manualloop.checks import check_batches, check_run, explain, require_loader
 from manualloop.errors import ConfigError, DataError
 from manualloop.mistakes import SKIPPED_MESSAGE, TOO_MANY_SKIPPED
+from manualloop.models import remember_configs
 from manualloop.nonfinite import Watch
 from manualloop.notices import say
-from manualloop.optim import own_schedule, require_schedule
+from manualloop.optim import own_schedule, plain_lr, put_into_training, require_schedule
 from manualloop.randomness import find_generators, restore_generators, search
 from manualloop.reading.describe import all_facts, digest_of
 from manualloop.reading.position import read_position
@@ -252,9 +251,11 @@ def start_steps(
     state.lr_scheduler = own_schedule(state.lr_scheduler)
     require_schedule(state.lr_scheduler, state.optimizer)
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
+    put_into_training(state.optimizer)
     source = source_of(train_dataloader)
     _agree_on_contract(state, source, plan, strategy, contract)
     _take_generators(state, train_dataloader, loss_fn=loss_fn, terms=terms, step_fn=step_fn)
+    note_run(state, train_dataloader, loss_fn=loss_fn, terms=terms, step_fn=step_fn)
     own_loss = loss_fn is not None or step_fn is not None
     of_loss: dict[str, Any] = {"loss_fn": loss_fn, "terms": terms}
     step_fn = step_fn or partial(
@@ -351,6 +352,7 @@ def _train_steps(
     if not _goes_on(state, plan):
         return
     progress, reader, num_skipped = state.progress, _enter(state, source, strategy), 0
+    num_before, forget = progress.num_steps, remember_configs(state.model)
     times = state.times
     try:
         while _goes_on(state, plan):
@@ -365,7 +367,7 @@ def _train_steps(
                 if not state.model.training:
                     state.model.train()  # only then: it would thaw layers that were set to eval
                 lr = state.optimizer.param_groups[0]["lr"]
-                lr = lr if type(lr) is float else _plain_lr(lr)
+                lr = lr if type(lr) is float else plain_lr(lr)
                 update = update_from(state, window)
                 if update.is_finite is not True and update.is_finite is not None:
                     watch.look_at(update, window)
@@ -405,16 +407,8 @@ def _train_steps(
         raise
     finally:
         state.is_training, state.task = False, None
-
-
-def _plain_lr(lr: Any) -> Any:
-    """Return a learning rate as a number; one on a device stays there, where nothing waits for it.
-
-    NaN of an optimizer without one, such as Adafactor's ``relative_step``.
-    """
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        return lr.clone()  # a scheduler changes it in place
-    return math.nan if lr is None else float(lr)
+        if progress.num_steps == num_before:
+            forget()  # a batch that was refused decides nothing
 
 
 def _update_from(

@@ -106,6 +106,21 @@ class Step:
         return f"Step({self.index}/{self.num_steps}, epoch={self.epoch}, lr={self.lr:.3g}{end})"
 
 
+class Scores(dict[str, float]):
+    """Scores by name, which know of which weights they are.
+
+    Attributes:
+        model: Weak reference to the model that was scored; None if there is none.
+        sample: Some numbers of its weights at that time.
+    """
+
+    model: Callable[[], nn.Module | None] | None = None
+    sample: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # elsewhere there is no such model
+
+
 Record: TypeAlias = dict[str, Any]
 
 

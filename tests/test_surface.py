@@ -77,6 +77,7 @@ PUBLIC_NAMES = [
     "compare_runs",
     "count_items",
     "evaluate_loop",
+    "find_checkpoint",
     "inspect_batch",
     "launch",
     "load_checkpoint",
@@ -106,6 +107,7 @@ SIGNATURES = {
         "model, eval_dataloader, metric=None, *, strategy=None, postprocess=None, loss_fn=None, "
         "terms=None, progress_bar=False"
     ),
+    "find_checkpoint": "checkpoint_dir, which='last'",
     "inspect_batch": "loader, tokenizer=None",
     "launch": "function, args=(), *, num_processes=None, mixed_precision=None, use_port=None",
     "load_checkpoint": "checkpoint_dir, state, *, which='last', strategy=None, verify=True",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from manualloop.arguments import is_count
+from manualloop.checkpoint.changes import note_model, tell_unsaved
 from manualloop.checkpoint.contract import describe_state, log_kept
 from manualloop.checkpoint.folders import (
     explain_disk,
@@ -22,14 +26,23 @@ from manualloop.checkpoint.folders import (
 from manualloop.checkpoint.lock import hold_lock
 from manualloop.checkpoint.manifest import Found, explain, find, find_best, find_folders
 from manualloop.checkpoint.nested import as_json
-from manualloop.checkpoint.parts import write_shards
-from manualloop.checkpoint.snapshot import Saved, put_state_back, read_snapshot, take_state_apart
+from manualloop.checkpoint.parts import saved_part, write_shards
+from manualloop.checkpoint.snapshot import (
+    Saved,
+    load_weights,
+    put_state_back,
+    read_snapshot,
+    take_state_apart,
+)
 from manualloop.checkpoint.tensors import num_bytes
 from manualloop.errors import CheckpointError, ConfigError
+from manualloop.models import is_sharded, sample_weights, unwrap_model
+from manualloop.notices import say
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, on_main, prepare
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
+from manualloop.types import Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +86,12 @@ def save_checkpoint(
     Args:
         checkpoint_dir: Folder of one run, created if missing.
         state: The state of the run, between two updates.
-        metrics: Results of an evaluation of these weights.
+        metrics: Results of an evaluation of these weights. If ``evaluate_loop`` has scored other
+            weights, such as an average, ``model.safetensors`` holds those, and a resumed run
+            continues with those that were trained.
         keep: Number of newest checkpoints to keep; older ones are removed, except the best.
-        best_metric: A metric to maximise, or with "-" before it to minimise: the best checkpoint
-            is kept, and ``load_checkpoint(which="best")`` finds it.
+        best_metric: Name of the metric that decides, as in ``train_loop``: the best checkpoint is
+            kept, and ``load_checkpoint(which="best")`` finds it.
         strategy: The strategy of the run; None takes the one that prepared the model, or else
             ``prepare_strategy("auto")``.
 
@@ -107,7 +122,28 @@ def save_checkpoint(
                 sweep(directory)
 
         on_main(strategy, open_folder)
-        return write_checkpoint(directory, state, strategy, metrics, best_metric, {}, keep)
+        scored = _scored_weights(state, metrics)
+        return write_checkpoint(directory, state, strategy, metrics, best_metric, {}, keep, scored)
+
+
+def _scored_weights(
+    state: TrainState, metrics: Mapping[str, Any] | None
+) -> Callable[[], Mapping[str, Any]] | None:
+    """Return the weights that ``evaluate_loop`` has scored, if they are others than the model's."""
+    own = unwrap_model(state.model, adapters=False)
+    if not isinstance(metrics, Scores) or metrics.model is None or is_sharded(own):
+        return None
+    model = metrics.model()
+    model = None if model is None else unwrap_model(model, adapters=False)
+    if model is None or not torch.equal(sample_weights(model), metrics.sample):
+        say(
+            "the metrics are of other weights than those that the model has now: they are saved "
+            "with the latter. Save before the next update, and before optimizer.train()."
+        )
+        return None
+    if model is own or saved_part(model).state_dict().keys() != saved_part(own).state_dict().keys():
+        return None
+    return lambda: saved_part(model).state_dict()
 
 
 def write_checkpoint(
@@ -118,12 +154,14 @@ def write_checkpoint(
     best_metric: str | None,
     run: Mapping[str, Any],
     keep: int,
+    scored: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write a checkpoint and remove old ones. Collective.
 
-    The caller holds the lock of the folder. ``run`` is saved as it is.
+    The caller holds the lock of the folder. ``run`` is saved as it is. ``scored`` returns the
+    weights that the metrics are of, if they are others than those that are trained.
     """
-    snapshot = take_state_apart(state, strategy, run)
+    snapshot = take_state_apart(state, strategy, run, scored)
     content = {
         "metrics": as_json(dict(metrics or {})),
         "best_metric": best_metric,
@@ -151,7 +189,9 @@ def write_checkpoint(
             _rotate(directory, keep)
         return path
 
-    return on_main(strategy, write)
+    path = on_main(strategy, write)
+    tell_unsaved(state, snapshot.unsaved)
+    return path
 
 
 def _check_writable(directory: Path, state: TrainState) -> None:
@@ -172,13 +212,17 @@ def _check_writable(directory: Path, state: TrainState) -> None:
 
 def load_checkpoint(
     checkpoint_dir: str | os.PathLike[str],
-    state: TrainState,
+    state: TrainState | nn.Module,
     *,
     which: str | os.PathLike[str] = "last",
     strategy: Strategy | None = None,
     verify: bool = True,
 ) -> CheckpointInfo:
-    """Restore a state and the random states of this process from a checkpoint.
+    """Restore a state and the random states of this process, or only a model's weights.
+
+    ``load_checkpoint("runs/mrpc", model, which="best")`` loads the weights that have the metrics of
+    the checkpoint, and changes nothing else. Where an average or the weights of a schedule-free
+    optimizer were scored, those are not the ones that a resumed run continues with.
 
     Every file is compared with its sha256, and every name and shape with the state, before
     anything is changed. The next ``train_steps`` resumes with the next window, and logs what
@@ -187,7 +231,7 @@ def load_checkpoint(
 
     Args:
         checkpoint_dir: The folder that was given to ``save_checkpoint``.
-        state: A state that was built like the one that was saved.
+        state: A state that was built like the one that was saved, or a model.
         which: ``"last"`` for the newest checkpoint that is whole; damaged ones are skipped with a
             warning. ``"best"`` for the best by the ``best_metric`` they were saved with. Or a
             folder.
@@ -201,11 +245,34 @@ def load_checkpoint(
             message names the part. Nothing was loaded.
         ConfigError: A ``train_steps`` is open on the state.
     """
-    strategy = strategy_for(state.model, strategy)
+    strategy = strategy_for(state if isinstance(state, nn.Module) else state.model, strategy)
     strategy = begin_call(strategy, "load_checkpoint", which=str(which))
     directory = local_folder(checkpoint_dir)
     found = on_main(strategy, lambda: find(directory, which, verify=verify))
-    return load_found(found, state, strategy)
+    if not isinstance(state, nn.Module):
+        return load_found(found, state, strategy)
+    manifest: dict[str, Any] = found.manifest or {}
+    explain(found.path, load_weights, found.path, manifest["files"], state)
+    return CheckpointInfo(found.path, manifest["step"], dict(manifest["metrics"]))
+
+
+def find_checkpoint(
+    checkpoint_dir: str | os.PathLike[str], which: str | os.PathLike[str] = "last"
+) -> Path:
+    """Return the folder of a checkpoint, which ``from_pretrained`` takes.
+
+    ::
+
+        model = AutoModelForSequenceClassification.from_pretrained(find_checkpoint(folder, "best"))
+
+    Args:
+        checkpoint_dir: The folder that was given to ``train_loop`` or ``save_checkpoint``.
+        which: As in ``load_checkpoint``.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    return find(local_folder(checkpoint_dir), which, verify=True).path
 
 
 def load_found(found: Found, state: TrainState, strategy: Strategy) -> CheckpointInfo:
@@ -224,6 +291,7 @@ def read_found(found: Found, state: TrainState, strategy: Strategy) -> Saved:
     manifest: dict[str, Any] = found.manifest or {}
     describe_state(state)  # as the script has built it
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
+    note_model(state)
     return explain(found.path, read_snapshot, found.path, manifest["files"], state, strategy)
 
 

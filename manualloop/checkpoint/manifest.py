@@ -285,7 +285,7 @@ def find_best(entries: list[Found]) -> Found | None:
     scored = [
         (entry, score(metrics, best_metric))
         for entry, manifest in reversed(usable)  # oldest first: max takes the first of equals
-        if isinstance((metrics := manifest["metrics"]).get(_name(best_metric)), int | float)
+        if isinstance((metrics := manifest["metrics"]).get(metric_name(best_metric)), int | float)
     ]
     return max(scored, key=lambda one: one[1])[0] if scored else None
 
@@ -295,15 +295,36 @@ def score(metrics: Mapping[str, Any], best_metric: str) -> float:
 
     Args:
         metrics: Values by name.
-        best_metric: Name of the one that counts, with "-" before it if lower is better.
+        best_metric: Name of the one that counts; see ``is_lower_better``.
 
-    >>> score({"loss": 0.5}, "-loss"), score({"loss": float("nan")}, "-loss")
+    >>> score({"loss": 0.5}, "loss"), score({"loss": float("nan")}, "loss")
     (-0.5, -inf)
     """
-    value = metrics[_name(best_metric)]
-    value = -value if best_metric.startswith("-") else value
+    value = metrics[metric_name(best_metric)]
+    value = -value if is_lower_better(best_metric) else value
     return -math.inf if math.isnan(value) else value
 
 
-def _name(best_metric: str) -> str:
-    return best_metric.removeprefix("-")
+def metric_name(best_metric: str) -> str:
+    """Return the name in a ``best_metric``, which may begin with a sign."""
+    return best_metric[1:] if has_sign(best_metric) else best_metric
+
+
+def has_sign(best_metric: str) -> bool:
+    """Tell whether a ``best_metric`` begins with the sign that decides: "-" if lower is better."""
+    return best_metric.startswith(("-", "+"))
+
+
+def is_lower_better(best_metric: str) -> bool:
+    """Tell whether the lowest value is the best one: by the sign, else if it is a loss or an error.
+
+    >>> [is_lower_better(name) for name in ("f1", "-f1", "loss", "+loss", "mismatched_mse")]
+    [False, True, True, False, True]
+    """
+    if has_sign(best_metric):
+        return best_metric.startswith("-")
+    is_negated = best_metric.startswith("neg_")  # as scikit-learn names what it turns around
+    return _LOWER.fullmatch(best_metric.lower()) is not None and not is_negated
+
+
+_LOWER = re.compile(r"(.*[_/])?(loss|perplexity|error|error_rate|mse|mae|rmse|wer|cer)", re.DOTALL)

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from manualloop.checkpoint.changes import changes_of, restore_changes
 from manualloop.checkpoint.nested import parse_json, put_together, take_apart
 from manualloop.checkpoint.parts import (
     BASE,
     PREFIX,
     ShardedModel,
     ShardedOptimizer,
-    base_weights,
     is_shard,
     read_shards,
     saved_part,
 )
+from manualloop.checkpoint.pretrained import save_pretrained
 from manualloop.checkpoint.tensors import (
     Aliases,
     describe,
     find_aliases,
     load_tensors,
+    require_places,
     save_tensors,
 )
 from manualloop.errors import CheckpointError
@@ -43,6 +45,8 @@ from manualloop.strategy.base import Strategy
 
 _STATE = "state.json"
 _STEMS = ("model", "optimizer", "extras", "rng")
+_TRAINED = "trained"
+"""Stem of the trained weights, where those of the model are the scored ones."""
 _NUM_NAMED = 5
 
 
@@ -54,37 +58,51 @@ class Snapshot(NamedTuple):
         state: Everything else, as JSON.
         model: The model, whose config is saved beside its weights.
         shards: Tensors that are sharded over the ranks: see ``manualloop.checkpoint.parts``.
+        unsaved: What changes in the run and cannot be saved.
+        tokenizer: Tokenizer that is saved beside the weights; None for none.
     """
 
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
     model: nn.Module
     shards: dict[str, Tensor]
+    unsaved: list[str]
+    tokenizer: Any
 
     def write(self, folder: Path) -> Iterator[Path]:
         """Write the files and yield each one that is complete, including existing shards."""
         yield from sorted(folder.glob(f"{PREFIX}*"))
         for stem, tensors in self.tensors.items():
             yield from save_tensors(tensors, folder, stem)
-        yield from _save_configs(self.model, folder)
+        yield from save_pretrained(self.model, self.tokenizer, folder)
         path = folder / _STATE
         path.write_text(json.dumps(self.state, allow_nan=False))
         yield path
 
 
-def take_state_apart(state: TrainState, strategy: Strategy, run: Mapping[str, Any]) -> Snapshot:
+def take_state_apart(
+    state: TrainState,
+    strategy: Strategy,
+    run: Mapping[str, Any],
+    scored: Callable[[], Mapping[str, Any]] | None = None,
+) -> Snapshot:
     """Take a snapshot of a state, of each rank's random states and of ``run``.
 
-    Call on every rank.
+    Call on every rank. The weights that ``scored`` returns are saved as the model's, and those of
+    the state beside them where they differ.
     """
     model = unwrap_model(state.model, adapters=False)
-    values = {name: part.state_dict() for name, part in _parts(state, strategy).items()}
+    values = {name: _state_of(name, part) for name, part in _parts(state, strategy).items()}
     weights = values.pop("model")
     tensors: dict[str, dict[str, Tensor]] = {stem: {} for stem in _STEMS}
     tensors["model"] = {k: v.detach() for k, v in weights.items() if isinstance(v, Tensor)}
+    if scored is not None:
+        tensors["model"], tensors[_TRAINED] = _beside(scored(), tensors["model"])
     more = {key: value for key, value in weights.items() if key not in tensors["model"]}
+    changes, unsaved = changes_of(state)
     values |= {
         "model": more,
+        "changes": changes,
         "optimizer_class": type(unwrap_optimizer(state.optimizer)).__name__,
         "progress": asdict(state.progress),
         "run": dict(run),
@@ -111,10 +129,53 @@ def take_state_apart(state: TrainState, strategy: Strategy, run: Mapping[str, An
     apart["shards"] = sorted(shards)
     apart["aliases"] = {}
     for stem, group in tensors.items():
-        aliases = find_aliases(group, tied_names(model) if stem == "model" else ())
+        aliases = find_aliases(group, tied_names(model) if stem in ("model", _TRAINED) else ())
         apart["aliases"][stem] = aliases
         tensors[stem] = {name: value for name, value in group.items() if name not in aliases}
-    return Snapshot(tensors, apart, model, shards)
+    return Snapshot(tensors, apart, model, shards, unsaved, state.tokenizer)
+
+
+def rehearse(state: TrainState, strategy: Strategy, run: Mapping[str, Any]) -> None:
+    """Refuse a state that cannot be saved. Call on every rank.
+
+    Raises:
+        CheckpointError: The message names the part.
+    """
+    for tensors in take_state_apart(state, strategy, run).tensors.values():
+        require_places(tensors)
+
+
+def _state_of(name: str, part: Any) -> Any:
+    if not all(callable(getattr(part, m, None)) for m in ("state_dict", "load_state_dict")):
+        raise CheckpointError(
+            f"{name} is a {type(part).__name__}, which cannot be saved: it has no state_dict() and "
+            "load_state_dict(). Leave it out, or pass an object that has them, or a random "
+            "generator."
+        )
+    return part.state_dict()
+
+
+def _beside(
+    scored: Mapping[str, Any], trained: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the scored weights by the names of the trained ones, and the trained that differ."""
+    found = {name: value for name, value in scored.items() if isinstance(value, Tensor)}
+    if found.keys() != trained.keys():
+        return trained, {}
+    model = {name: found[name].detach() for name in trained}
+    return model, {
+        name: weight for name, weight in trained.items() if not _is_same(model[name], weight)
+    }
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    same_kind = one.dtype == other.dtype and one.shape == other.shape
+    # Bits: -0.0 is not 0.0, and NaN is itself.
+    return same_kind and torch.equal(_bits(one.to(other.device)), _bits(other))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _take_shards(tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -135,20 +196,6 @@ def _parts(state: TrainState, strategy: Strategy) -> dict[str, Any]:
     else:
         parts["model"] = saved_part(state.model)
     return parts | {"strategy": strategy}
-
-
-def _save_configs(model: nn.Module, folder: Path) -> Iterator[Path]:
-    """Write what ``from_pretrained`` needs beside the weights."""
-    if hasattr(model, "peft_config") or base_weights(model):
-        return  # the weights are not those of the class that the config names
-    for name in ("config", "generation_config"):
-        config: Any = getattr(model, name, None)
-        if hasattr(config, "save_pretrained"):
-            config = copy(config)
-            if name == "config":
-                config.architectures = [type(model).__name__]
-            config.save_pretrained(folder)
-    yield from folder.glob("*config.json")
 
 
 class Saved(NamedTuple):
@@ -181,7 +228,8 @@ def read_snapshot(
     """
     if _STATE not in files:
         raise CheckpointError(f"{folder.name} has no {_STATE}.")
-    tensors = {stem: load_tensors(folder, stem, files) for stem in _STEMS}
+    stems = [*_STEMS, _TRAINED] if any(name.startswith(_TRAINED) for name in files) else _STEMS
+    tensors = {stem: load_tensors(folder, stem, files) for stem in stems}
     try:
         saved = parse_json((folder / _STATE).read_bytes())
         aliases = saved.pop("aliases")
@@ -193,7 +241,7 @@ def read_snapshot(
             group |= {name: group[own] for name, own in aliases[stem].items()}
         nested = tensors["optimizer"] | tensors["extras"] | tensors["rng"]
         values = {name: put_together(value, nested) for name, value in saved.items()}
-        values["model"] |= tensors["model"]
+        values["model"] |= tensors["model"] | tensors.get(_TRAINED, {})
         values.setdefault("strategy", values.pop("scaler", {}))  # the name in older checkpoints
         return Saved(values, values.pop("run"), aliases["model"])
     except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
@@ -240,6 +288,7 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
                 f"{name} ({type(part).__name__}) does not take the state it was saved with: "
                 f"{error}. The state is half loaded: build it anew."
             ) from error
+    restore_changes(state.model, saved.values.get("changes", {}))
     state.progress = Progress(**saved.values["progress"])
     of_ranks = [saved.values, *saved.values.get("ranks", ())]
     is_known = strategy.rank < len(of_ranks)  # else there were fewer, and this one has no state
@@ -259,8 +308,63 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
 
 _NO_PARTS = {
     *("optimizer_class", "progress", "position", "max_batch_rows", "ranks", "rng", "generators"),
-    *("weighs_equally", "run"),
+    *("weighs_equally", "run", "changes"),
 }
+
+
+def load_weights(folder: Path, files: Mapping[str, Any], model: nn.Module) -> None:
+    """Load the weights of a snapshot into a model, and nothing else.
+
+    Raises:
+        CheckpointError: They do not fit. Nothing was loaded.
+    """
+    part = saved_part(model)
+    try:
+        saved = parse_json((folder / _STATE).read_bytes())
+        tensors, aliases = load_tensors(folder, "model", files), saved["aliases"]["model"]
+        values = put_together(saved["model"], {}) | tensors
+        values |= {name: tensors[own] for name, own in aliases.items()}
+        num_shards = len(saved.get("shards", ()))
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{_STATE} cannot be read: {error!r:.200}.") from error
+    if num_shards or is_sharded(model):
+        raise CheckpointError(
+            f"{num_shards} of its tensors are spread over ranks (FSDP): load it into a TrainState "
+            "with the model sharded as it was when it was saved"
+        )
+    if differences := _weight_differences(values, aliases, part, model):
+        raise CheckpointError(
+            "its weights do not fit this model, and nothing was loaded:\n- "
+            + "\n- ".join(differences[:_NUM_NAMED])
+        )
+    part.load_state_dict(values)
+
+
+def _weight_differences(
+    values: Mapping[str, Any], aliases: Aliases, part: Any, model: nn.Module
+) -> list[str]:
+    found = []
+    own_state = part.state_dict()
+    if own_state.get(BASE) != values.get(BASE):
+        found.append("model: its frozen weights are not those that it was trained with")
+    weights = {key: v for key, v in own_state.items() if isinstance(v, Tensor)}
+    ours = describe(weights)
+    theirs = describe({key: v for key, v in values.items() if isinstance(v, Tensor)})
+    found += [
+        f"model: {key} is {theirs.get(key, 'missing')} in the checkpoint, "
+        f"{ours.get(key, 'missing')} here"
+        for key in dict.fromkeys((*theirs, *ours))
+        if ours.get(key) != theirs.get(key)
+    ]
+    whole = {key: weight for key, weight in weights.items() if not is_shard(weight)}
+    own_aliases = find_aliases(whole, tied_names(model))
+    found += [
+        f"model: {key} is {'tied' if key in aliases else 'not tied'} to another weight in "
+        "the checkpoint, and here it is otherwise"
+        for key in sorted(set(own_aliases) ^ set(aliases))
+        if key in ours and key in theirs
+    ]
+    return found
 
 
 def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> list[str]:
@@ -275,26 +379,7 @@ def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> l
             f"{'a state, such as a loss scale,' if has_state else 'no state'} and the one of the "
             f"checkpoint has {'none' if has_state else 'one, such as the loss scale of fp16'}"
         )
-    own_state = parts["model"].state_dict()
-    if own_state.get(BASE) != values["model"].get(BASE):
-        found.append("model: its frozen weights are not those that it was trained with")
-    weights = {key: v for key, v in own_state.items() if isinstance(v, Tensor)}
-    ours = describe(weights)
-    theirs = describe({key: v for key, v in values["model"].items() if isinstance(v, Tensor)})
-    found += [
-        f"model: {key} is {theirs.get(key, 'missing')} in the checkpoint, "
-        f"{ours.get(key, 'missing')} here"
-        for key in dict.fromkeys((*theirs, *ours))
-        if ours.get(key) != theirs.get(key)
-    ]
-    whole = {key: weight for key, weight in weights.items() if not is_shard(weight)}
-    aliases = find_aliases(whole, tied_names(state.model))
-    found += [
-        f"model: {key} is {'tied' if key in saved.aliases else 'not tied'} to another weight in "
-        "the checkpoint, and here it is otherwise"
-        for key in sorted(set(aliases) ^ set(saved.aliases))
-        if key in ours and key in theirs
-    ]
+    found += _weight_differences(values["model"], saved.aliases, parts["model"], state.model)
     own_class = type(unwrap_optimizer(state.optimizer)).__name__
     if (saved_class := values["optimizer_class"]) != own_class:
         found.append(f"optimizer: {saved_class} in the checkpoint, {own_class} here")

@@ -68,14 +68,7 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> Iter
         CheckpointError: A tensor has no place in such a file: it is sparse, quantized, on "meta",
             of a class that wraps others.
     """
-    for name, tensor in tensors.items():
-        if not _has_place(tensor):
-            layout = "nested" if tensor.is_nested else tensor.layout
-            raise CheckpointError(
-                f"{name} cannot be saved: it is a {type(tensor).__name__}, {tensor.dtype}, "
-                f"{layout}, on {tensor.device}. Let state_dict() return dense tensors that hold "
-                "data."
-            )
+    require_places(tensors)
     parts = list(_split(tensors))
     if len(parts) == 1:
         path = folder / f"{stem}.safetensors"
@@ -92,6 +85,22 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> Iter
     path = folder / f"{stem}.safetensors.index.json"
     path.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     yield path
+
+
+def require_places(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that have no place in a file.
+
+    Raises:
+        CheckpointError: One is sparse, quantized, on "meta", or of a class that wraps others.
+    """
+    for name, tensor in tensors.items():
+        if not _has_place(tensor):
+            layout = "nested" if tensor.is_nested else tensor.layout
+            raise CheckpointError(
+                f"{name} cannot be saved: it is a {type(tensor).__name__}, {tensor.dtype}, "
+                f"{layout}, on {tensor.device}. Let state_dict() return dense tensors that hold "
+                "data."
+            )
 
 
 def _split(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -80,7 +80,7 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
     labels     (1,) int64
     row 0      [4, 5]  ->  1
     """
-    batch = _first_batch(loader)
+    batch = first_batch(loader)
     if not isinstance(batch, Mapping):
         got = "no batch" if batch is None else f"a {type(batch).__name__}"
         raise DataError(
@@ -98,8 +98,12 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
     )
 
 
-def _first_batch(loader: Any) -> Any:
-    """Read the first batch and leave the loader as it was; None if it gives none."""
+def first_batch(loader: Any) -> Any:
+    """Read the first batch and leave the loader as it was; None if it gives none.
+
+    Raises:
+        DataError: Its batches can be read only once.
+    """
     if hasattr(type(loader), "__next__"):
         raise DataError(_read_once_message("", loader))
     parts = [part.value for _, part in walk({"loader": loader})]

@@ -183,6 +183,8 @@ def prepare_dataloaders(
                 num_workers=num_workers,
                 pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             )
+    for loader in loaders.values():
+        vars(loader)["tokenizer"] = tokenizer  # a checkpoint has it beside the weights
     return loaders
 
 

@@ -1,30 +1,32 @@
-"""``evaluate_loop`` and ``predict_loop``: the scores and the predictions of a model."""
+"""``evaluate_loop``: the scores of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from math import isfinite, isnan
 from typing import Any, TypeAlias, TypeVar
+from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from manualloop.batches import is_spare, num_rows
+from manualloop.batches import is_spare
 from manualloop.checks import explain, require_loader
 from manualloop.data.sampler import longest_first_view, num_batches, rows_before
 from manualloop.errors import DataError, ModelError
 from manualloop.evaluation.losses import Made, terms_of, whole_loss
-from manualloop.evaluation.predictions import (
-    Predictions,
-    dataset_rows,
-    table_of,
-)
 from manualloop.evaluation.scorers import Gathered, Scorer, as_metric, counts_classes
-from manualloop.models import accepts, evaluation_mode, is_blind_to_padding, is_sharded
+from manualloop.models import (
+    accepts,
+    evaluation_mode,
+    is_blind_to_padding,
+    is_sharded,
+    sample_weights,
+)
 from manualloop.notices import say
 from manualloop.progress import ProgressBar
 from manualloop.reading.ranks import unsharded
@@ -35,7 +37,7 @@ from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.loss import check_loss, no_loss
 from manualloop.tasks.task import IGNORE_INDEX, Task, resolve_task
-from manualloop.types import Batch, LossFn, Terms
+from manualloop.types import Batch, LossFn, Scores, Terms
 
 _T = TypeVar("_T")
 
@@ -45,7 +47,7 @@ Postprocess: TypeAlias = Callable[[Any, Batch], Tensor]
 
 def evaluate_loop(
     model: nn.Module,
-    eval_dataloader: Iterable[Any],
+    eval_dataloader: Iterable[Any] | Mapping[str, Iterable[Any]],
     metric: Any = None,
     *,
     strategy: Strategy | None = None,
@@ -71,7 +73,8 @@ def evaluate_loop(
 
     Args:
         model: Model to score; moved to the strategy's device if no strategy has prepared it.
-        eval_dataloader: Loader of dicts that the model takes.
+        eval_dataloader: Loader of dicts that the model takes; or several by name, such as MNLI's
+            ``{"matched": a, "mismatched": b}``: the keys of their results begin with the names.
         metric: A name (``"accuracy"``, ``"glue/mrpc"``), an ``evaluate`` module, a torchmetrics
             metric, ``fn(predictions, references) -> dict``, or a sequence of these. None
             computes only the loss.
@@ -108,22 +111,65 @@ def evaluate_loop(
         terms=terms,
     )
     model = prepare_model(strategy, model)
-    loader = eval_dataloader if strategy.world_size == 1 else unsharded(eval_dataloader)
+    scores = Scores()
+    evaluate = partial(_evaluate, model, metric, strategy, postprocess, loss_fn, terms)
+    for prefix, loader in named_loaders(eval_dataloader).items():
+        found = evaluate(loader, progress_bar)
+        scores |= {prefix + name: value for name, value in found.items()}
+    if not is_sharded(model):
+        scores.model, scores.sample = ref(model), sample_weights(model)
+    return scores
+
+
+def named_loaders(loaders: Iterable[Any] | Mapping[str, Iterable[Any]]) -> dict[str, Iterable[Any]]:
+    """Return loaders by what the keys of their results begin with: "" for a single one.
+
+    Raises:
+        DataError: A mapping holds something else than loaders.
+    """
+    if not isinstance(loaders, Mapping):
+        require_loader(loaders)
+        return {"": loaders}
+    if not loaders:
+        raise DataError("There is no loader among those to evaluate: the mapping is empty.")
+    for loader in loaders.values():
+        if isinstance(loader, Tensor):
+            raise DataError(
+                f"Got a batch with {', '.join(map(str, loaders))}, where a loader of batches is "
+                "wanted. Pass a list of batches: evaluate_loop(model, [batch])."
+            )
+        require_loader(loader)
+    return {f"{name}_": loader for name, loader in loaders.items()}
+
+
+def _evaluate(
+    model: nn.Module,
+    metric: Any,
+    strategy: Strategy,
+    postprocess: Postprocess | None,
+    loss_fn: LossFn | None,
+    terms: Terms | None,
+    loader: Iterable[Any],
+    progress_bar: bool,
+) -> dict[str, float]:
+    loader = loader if strategy.world_size == 1 else unsharded(loader)
     scorer = None if metric is None else as_metric(metric)
     if loss_fn is None and (postprocess is None or scorer is None or counts_classes(scorer)):
-        loader, rows = _longest_first_rows(loader, model, strategy)
+        loader, rows = longest_first_rows(loader, model, strategy)
     else:
         rows = None  # loss_fn may compare a batch's rows, postprocess make several of one
     taker: Scorer | Gathered | None = scorer
     if scorer is not None and (strategy.world_size > 1 or rows is not None):
         taker = Gathered(scorer, strategy, rows)
-    found = _each_batch(
-        _passes(
+    nan_rows: list[int] = []
+    found = each_batch(
+        passes_of(
             model, loader, strategy, loss_fn, terms, scorer is not None and postprocess is None
         ),
-        partial(_score, postprocess=postprocess, scorer=taker),
+        partial(_score, postprocess=postprocess, scorer=taker, nan_rows=nan_rows),
         "Evaluating" if progress_bar else None,
     )
+    tell_nan(sum(nan_rows))
     scores: dict[str, float] = {} if taker is None else taker.compute()
     loss = whole_loss([of_batch for of_batch in found if of_batch])
     if loss is None and taker is None:
@@ -135,117 +181,38 @@ def evaluate_loop(
 
 
 def _score(
-    passes: _Passes,
+    passes: Passes,
     made: Made,
     *,
     postprocess: Postprocess | None,
     scorer: Scorer | Gathered | None,
+    nan_rows: list[int],
 ) -> list[tuple[float, float | None]]:
     """Give a batch to the metric; return the terms of its loss.
 
-    A batch without labels has no term. The items of one are None where nothing tells them.
+    A batch without labels has no term. The items of one are None where nothing tells them. The
+    number of rows whose logits are NaN is added to ``nan_rows``.
     """
-    if scorer is not None:
-        predictions, references, kept = _for_metric(made, postprocess)
-        if isinstance(scorer, Gathered):
-            scorer.add_batch(predictions, references, kept)
-        else:
-            scorer.add_batch(predictions=predictions, references=references)
     with passes.strategy.autocast():
         found = terms_of(made, passes.loss_fn, passes.terms)
     if found is None and scorer is None:
         raise no_loss(passes.model, made.batch, made.outputs)
+    if scorer is not None:
+        # A loss that the model computed is finite only if the logits that it scored are no NaN.
+        is_models = passes.loss_fn is None and passes.terms is None
+        is_sound = is_models and found and all(isfinite(loss) for loss, _ in found)
+        predictions, references, kept = _for_metric(
+            made, postprocess, None if is_sound else nan_rows
+        )
+        if isinstance(scorer, Gathered):
+            scorer.add_batch(predictions, references, kept)
+        else:
+            scorer.add_batch(predictions=predictions, references=references)
     return found or []
 
 
-def predict_loop(
-    model: nn.Module,
-    dataloader: Iterable[Any],
-    *,
-    strategy: Strategy | None = None,
-    postprocess: Postprocess | None = None,
-    progress_bar: bool = False,
-) -> Predictions:
-    """Predict every row of a loader, in the order of the dataset.
-
-    Args:
-        model: As for ``evaluate_loop``.
-        dataloader: Loader of dicts that the model takes, with or without labels. The order of a
-            prepared loader is known even if it shuffles.
-        strategy: As for ``evaluate_loop``.
-        postprocess: As for ``evaluate_loop``.
-        progress_bar: Whether to show a progress bar.
-
-    Raises:
-        DataError: The loader gives no batch, or shuffles in a way that cannot be undone.
-
-    >>> import torch
-    >>> class Half(nn.Module):
-    ...     def forward(self, x):
-    ...         return {"logits": x / 2}
-    >>> batches = [{"x": torch.tensor([[2.0, 4.0]])}, {"x": torch.tensor([[8.0, 6.0]])}]
-    >>> predict_loop(Half(), batches).predictions
-    array([1, 0])
-    """
-    strategy = strategy_for(model, strategy)
-    strategy = begin_call(strategy, "predict_loop", postprocess=postprocess)
-    model = prepare_model(strategy, model)
-    loader = dataloader if strategy.world_size == 1 else unsharded(dataloader)
-    loader, longest_first = _longest_first_rows(loader, model, strategy)
-    numbers = dataset_rows(loader) if longest_first is None else longest_first
-    parts = _each_batch(
-        _passes(model, loader, strategy, None, None, postprocess is None),
-        partial(_predict, postprocess=postprocess),
-        "Predicting" if progress_bar else None,
-    )
-    predictions, scores, labels = zip(*parts, strict=True)
-    rows = sum(map(len, predictions))
-    index = None if numbers is None else np.fromiter(islice(numbers, rows), np.int64)
-    order = np.arange(rows) if index is None else np.argsort(index, kind="stable")
-    return Predictions(
-        None if index is None else index[order],
-        table_of(predictions)[order],
-        _whole_column("scores", scores, order),
-        _whole_column("references", labels, order),
-    )
-
-
-def _whole_column(
-    name: str, parts: Sequence[Tensor | None], order: NDArray[np.int64]
-) -> NDArray[Any] | None:
-    """Return a column in the dataset's order; None unless all batches have it."""
-    present = [part for part in parts if part is not None]
-    if len(present) < len(parts):
-        if present:
-            say(f"the predictions have no {name}: some batches of the loader have no labels.")
-        return None
-    return table_of(present)[order]
-
-
-def _predict(
-    passes: _Passes, made: Made, *, postprocess: Postprocess | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return predictions, probabilities and labels of a batch; None for what it does not have."""
-    batch, rules, probabilities = made.batch, made.task.rules, None
-    if postprocess is not None:
-        predictions = postprocess(made.outputs, batch)
-    else:
-        logits = _logits(made.outputs)
-        predictions = rules.predict(logits)
-        if rules.probabilities is not None:
-            probabilities = rules.probabilities(logits.float()).cpu()
-    if len(predictions) != (rows := num_rows(batch)):
-        raise DataError(
-            f"{len(predictions)} predictions for a batch of {rows} rows. Let postprocess return "
-            "one for each row, such as outputs.logits.argmax(-1)."
-        )
-    labels = batch["labels"].to("cpu", copy=True) if "labels" in batch else None
-    # A view of them would keep all the outputs.
-    return predictions.to("cpu", copy=True), probabilities, labels
-
-
 @dataclass(frozen=True, slots=True)
-class _Passes:
+class Passes:
     """How an evaluation runs the batches of a loader through a model.
 
     Attributes:
@@ -267,23 +234,24 @@ class _Passes:
     predicts: bool
 
 
-def _passes(
+def passes_of(
     model: nn.Module,
     loader: Iterable[Any],
     strategy: Strategy,
     loss_fn: LossFn | None,
     terms: Terms | None,
     predicts: bool,
-) -> _Passes:
+) -> Passes:
+    """Prepare the passes of an evaluation."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     # A model that does not compute its own loss gets no labels.
     takes_labels = loss_fn is not None or accepts(model, "labels")
     leaves_out = frozenset() if takes_labels else frozenset({"labels"})
-    return _Passes(model, loader, strategy, loss_fn, terms, leaves_out, predicts)
+    return Passes(model, loader, strategy, loss_fn, terms, leaves_out, predicts)
 
 
-def _each_batch(passes: _Passes, use: Callable[[_Passes, Made], _T], bar: str | None) -> list[_T]:
+def each_batch(passes: Passes, use: Callable[[Passes, Made], _T], bar: str | None) -> list[_T]:
     """Run every batch of a loader through the model, in evaluation mode.
 
     Args:
@@ -319,11 +287,11 @@ def _each_batch(passes: _Passes, use: Callable[[_Passes, Made], _T], bar: str | 
 
 
 def _use(
-    passes: _Passes,
+    passes: Passes,
     batch: Any,
     number: int,
     task: Task | None,
-    use: Callable[[_Passes, Made], _T],
+    use: Callable[[Passes, Made], _T],
 ) -> tuple[Task, _T]:
     """Run a batch through the model, and return its task and what is kept of it.
 
@@ -343,7 +311,7 @@ def _use(
     return task, use(passes, Made(batch, inputs, outputs, loss, task))
 
 
-def _forward(passes: _Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
+def _forward(passes: Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
     """Return the inputs of a batch, its outputs, and what ``loss_fn`` returned."""
     model, strategy = passes.model, passes.strategy
     inputs = strategy.to_device(batch)
@@ -407,7 +375,12 @@ def _in_common_order(loader: Iterable[Any], strategy: Strategy) -> Generator[Any
         reader.settle()  # else it would keep every batch
 
 
-def _logits(outputs: Any) -> Tensor:
+def logits_of(outputs: Any) -> Tensor:
+    """Return the logits among a model's outputs.
+
+    Raises:
+        ModelError: There are none.
+    """
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
     if logits is None:
         logits = getattr(outputs, "logits", outputs)
@@ -419,13 +392,32 @@ def _logits(outputs: Any) -> Tensor:
     return logits
 
 
+def count_nan_rows(logits: Tensor, predictions: Tensor) -> int:
+    """Count the rows with a NaN among their logits."""
+    if predictions.shape == logits.shape[:-1] and not predictions.is_floating_point():
+        logits = logits.gather(-1, predictions.unsqueeze(-1))  # NaN is the largest of a row
+    if not isnan(float(logits.sum())):
+        return 0
+    return int(logits.isnan().reshape(len(logits), -1).any(1).sum())
+
+
+def tell_nan(num_rows: int) -> None:
+    """Log that some predictions mean nothing."""
+    if num_rows:
+        rows = "1 row" if num_rows == 1 else f"{num_rows} rows"
+        say(
+            f"the logits of {rows} are NaN: their predictions and scores mean nothing.",
+            from_every_rank=True,
+        )
+
+
 def _for_metric(
-    made: Made, postprocess: Postprocess | None
+    made: Made, postprocess: Postprocess | None, nan_rows: list[int] | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the predictions and references of a batch that are not labelled -100, and a mask.
 
     The mask is bool, has the shape of all predictions, and tells which of them are kept; None keeps
-    all.
+    all. The number of rows whose logits are NaN is added to ``nan_rows``, unless that is None.
     """
     batch, task = made.batch, made.task
     if not isinstance(batch, Mapping) or "labels" not in batch:
@@ -438,7 +430,10 @@ def _for_metric(
     if postprocess is not None:
         predictions = postprocess(made.outputs, batch)
     else:
-        predictions = task.rules.predict(_logits(made.outputs))
+        logits = logits_of(made.outputs)
+        predictions = task.rules.predict(logits)
+        if nan_rows is not None:
+            nan_rows.append(count_nan_rows(logits, predictions))
         if "shift_labels" in batch:
             labels = batch["shift_labels"]
         elif task.rules.shifts_labels:
@@ -454,7 +449,7 @@ def _for_metric(
     return predictions, labels, None
 
 
-def _longest_first_rows(
+def longest_first_rows(
     loader: Iterable[Any], model: nn.Module, strategy: Strategy
 ) -> tuple[Iterable[Any], NDArray[np.int64] | None]:
     """Return a loader that gives the longest rows first, and the dataset's rows in its order.

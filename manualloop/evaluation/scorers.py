@@ -57,8 +57,9 @@ def as_metric(metric: Any) -> Scorer:
             number or a mapping of numbers; or a list or tuple of these, whose results are merged.
 
     Returns:
-        The scorer. A single number is named after the function, or after the class in snake case;
-        nested results of ``evaluate`` and torchmetrics are flattened (``"PER_f1"``,
+        The scorer. A single number is named after the function ("metric" for a lambda), or after
+        the class in snake case; nested results of ``evaluate`` and torchmetrics are flattened
+        (``"PER_f1"``,
         ``"multiclass_accuracy_0"``). For a function all rows are kept in memory.
 
     Raises:
@@ -277,7 +278,8 @@ class _Function:
 
     def __init__(self, function: Callable[[Array, Array], Any]) -> None:
         named = getattr(function, "func", function)  # functools.partial has no name of its own
-        self.name = getattr(named, "__name__", type(named).__name__)
+        name = getattr(named, "__name__", type(named).__name__)
+        self.name = "metric" if name == "<lambda>" else name
         self._function = function
         self._batches: list[tuple[Array, Array]] = []
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
-from manualloop.checkpoint.manifest import score
+from manualloop.checkpoint.manifest import has_sign, is_lower_better, metric_name, score
 from manualloop.errors import ConfigError
+from manualloop.notices import say
 from manualloop.types import Record
 
 
@@ -20,9 +22,10 @@ class Evaluations:
         number: How many evaluations there were.
         last: Metrics of the last one; empty before the first.
         best: Metrics of the best one: the first of equals, and NaN is the worst.
+        best_step: Number of updates before the best one; None if it is not known.
         num_since_best: Evaluations after the best one.
 
-    >>> evaluations = Evaluations("-loss")
+    >>> evaluations = Evaluations("loss")
     >>> for loss in (0.7, 0.4, float("nan")):
     ...     evaluations.add({"loss": loss})
     >>> evaluations.best, evaluations.num_since_best
@@ -31,31 +34,45 @@ class Evaluations:
 
     def __init__(self, best_metric: str | None) -> None:
         self.best_metric = best_metric
+        self.is_lower_better = best_metric is not None and is_lower_better(best_metric)
         self.number = self.num_since_best = 0
         self.last: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
+        self.best_step: int | None = None
 
-    def add(self, metrics: Mapping[str, Any]) -> None:
+    def add(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Count an evaluation, and keep it if it is the best so far.
 
+        Args:
+            metrics: Its results.
+            step: Number of updates before it.
+
         Raises:
-            ConfigError: The metric that decides is not among its results.
+            ConfigError: The metric that decides is not among its results. It is the last evaluation
+                all the same.
         """
-        if self.best_metric is not None and self._name not in metrics:
-            raise ConfigError(
-                f"best_metric={self.best_metric!r}, and evaluate returned no {self._name!r}: "
-                f"{', '.join(metrics) or 'nothing'}. Name one of its results."
-            )
         self.number += 1
         self.last = dict(metrics)
+        if self.best_metric is not None:
+            require_metric(self.best_metric, self.last)
         if not self.best or self._is_better():
-            self.best, self.num_since_best = self.last, 0
+            self.best, self.best_step, self.num_since_best = self.last, step, 0
         else:
             self.num_since_best += 1
 
+    def tell_direction(self) -> None:
+        """Log which value is the best, unless a sign has decided it."""
+        if self.best_metric is not None and not has_sign(self.best_metric):
+            which, sign = ("lowest", "+") if self.is_lower_better else ("highest", "-")
+            say(
+                f"the best evaluation is the one with the {which} {self.best_metric} (otherwise "
+                f"write best_metric={sign + self.best_metric!r})."
+            )
+
     @property
-    def _name(self) -> str:
-        return (self.best_metric or "").removeprefix("-")
+    def has_best_metric(self) -> bool:
+        """Whether the last evaluation has the metric that decides."""
+        return self.best_metric is not None and metric_name(self.best_metric) in self.last
 
     def _is_better(self) -> bool:
         if self.best_metric is None:
@@ -74,17 +91,93 @@ class Evaluations:
             records: The history of the run. If the other process had another ``best_metric``, the
                 best evaluation is found in there.
         """
-        if isinstance(notes, Mapping) and notes["best_metric"] == self.best_metric:
+        if isinstance(notes, Mapping) and self._decides_as(notes):
             vars(self).update(notes)
             return
-        found = notes if isinstance(notes, list) else map(_metrics, filter(_is_evaluation, records))
-        for metrics in found:
-            if self.best_metric is None or self._name in metrics:
-                self.add(metrics)
+        found = [(_metrics(record), record["step"]) for record in filter(_is_evaluation, records)]
+        if isinstance(notes, list):
+            found = [(metrics, None) for metrics in notes]
+        for metrics, step in found:
+            if self.best_metric is None or metric_name(self.best_metric) in metrics:
+                self.add(metrics, step)
         if isinstance(notes, list):
             self.number, self.last = len(notes), notes[-1] if notes else {}
         else:
             self.number, self.last = notes["number"], notes["last"]
+
+    def _decides_as(self, notes: Mapping[str, Any]) -> bool:
+        before = notes["best_metric"]
+        # Before the direction was noted, it was the sign alone.
+        was_lower = notes.get("is_lower_better", (before or "").startswith("-"))
+        return bool(before == self.best_metric and was_lower == self.is_lower_better)
+
+
+def require_metric(best_metric: str, metrics: Mapping[str, Any]) -> None:
+    """Refuse metrics without the one that decides.
+
+    Raises:
+        ConfigError: It is not among them, or is no number.
+    """
+    name = metric_name(best_metric)
+    if name not in metrics:
+        raise ConfigError(
+            f"best_metric={best_metric!r}, and evaluate returned no {name!r}: "
+            f"{', '.join(metrics) or 'nothing'}. Name one of its results."
+        )
+    if not isinstance(metrics[name], Real):
+        raise ConfigError(
+            f"best_metric={best_metric!r}, and evaluate returned a {type(metrics[name]).__name__} "
+            f"by this name: {metrics[name]!r:.60}. Name a result that is a number."
+        )
+
+
+def read_metrics(returned: Any) -> dict[str, Any]:
+    """Return what ``evaluate`` returned as plain values by name; nested names are joined.
+
+    Raises:
+        ConfigError: It is no mapping, or holds something that is neither a number nor a text nor a
+            list of these.
+
+    >>> read_metrics({"matched": {"f1": 0.5}, 2: None})
+    {'matched_f1': 0.5, '2': None}
+    """
+    if not isinstance(returned, Mapping):
+        number = returned if isinstance(returned, int | float) else "accuracy"
+        raise ConfigError(
+            f"evaluate returned {_describe(returned)}, and a run keeps metrics by name. Let it end "
+            f'with a dict of numbers: return {{"accuracy": {number}}}.'
+        )
+    metrics: dict[str, Any] = {}
+    for key, value in returned.items():
+        found = {str(key): value}
+        if isinstance(value, Mapping):
+            found = read_metrics({f"{key}_{inner}": entry for inner, entry in value.items()})
+        if twice := found.keys() & metrics.keys():
+            raise ConfigError(
+                f"evaluate returned two metrics of the name {min(twice)!r}. Rename one of them."
+            )
+        metrics |= {name: _plain(name, entry) for name, entry in found.items()}
+    return metrics
+
+
+def _plain(name: str, value: Any) -> Any:
+    if hasattr(value, "tolist"):  # of NumPy or torch
+        value = value.tolist()
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(name, entry) for entry in value]
+    if isinstance(value, Real):
+        return float(value)
+    raise ConfigError(
+        f"evaluate returned {_describe(value)} as {name!r}, which no history can hold. Return a "
+        f'number: {{"{name}": float(...)}}, or leave it out.'
+    )
+
+
+def _describe(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__} ({value!r:.60})"
 
 
 def _is_evaluation(record: Record) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +16,11 @@ from manualloop.checkpoint.api import put_found, read_found, write_checkpoint
 from manualloop.checkpoint.contract import Contract, check_contract, check_finished
 from manualloop.checkpoint.folders import explain_disk, free_bytes, local_folder, sweep
 from manualloop.checkpoint.lock import hold_lock
-from manualloop.checkpoint.manifest import Found, find_folders, find_last
+from manualloop.checkpoint.manifest import Found, find_best, find_folders, find_last
 from manualloop.checkpoint.parts import saved_part
-from manualloop.checkpoint.snapshot import Saved
+from manualloop.checkpoint.snapshot import Saved, rehearse
 from manualloop.errors import CheckpointError, ConfigError
+from manualloop.models import is_sharded
 from manualloop.notices import logger, say
 from manualloop.run.history_file import HISTORY, HistoryFile, read_history
 from manualloop.state import TrainState
@@ -130,13 +131,40 @@ class RunFolder:
             self._history = HistoryFile(directory, self._state.progress.num_steps, len(records))
         return records
 
-    def save(self, notes: dict[str, Any], records: list[Record], metrics: dict[str, Any]) -> None:
+    def find_checkpoints(self) -> tuple[Path | None, Path | None]:
+        """Return the folders of the best and of the newest checkpoint. Call on every rank."""
+        return on_main(self._strategy, self._find_checkpoints)
+
+    def _find_checkpoints(self) -> tuple[Path | None, Path | None]:
+        entries = find_folders(self._directory)
+        best = find_best(entries)
+        last = next((entry.path for entry in entries if entry.manifest is not None), None)
+        return None if best is None else best.path, last
+
+    def rehearse(self, notes: dict[str, Any]) -> None:
+        """Do what a save does before it writes. Collective.
+
+        Raises:
+            CheckpointError: A part of the state cannot be saved; the message names it.
+        """
+        if not is_sharded(self._state.model):  # asking for its state would make it
+            rehearse(self._state, self._strategy, notes)
+
+    def save(
+        self,
+        notes: dict[str, Any],
+        records: list[Record],
+        metrics: dict[str, Any],
+        scored: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
         """Write records and a checkpoint, then remove old ones. Collective.
 
         Args:
             notes: Notes that ``resume`` will return.
             records: All records of the run, complete.
             metrics: Metrics of the present weights; empty if they were not evaluated.
+            scored: Function that returns the weights with these metrics, if they are others than
+                those that are trained.
         """
         on_main(self._strategy, lambda: self.write_records(records))
         write_checkpoint(
@@ -147,6 +175,7 @@ class RunFolder:
             self._best_metric,
             notes | {"num_records": len(records)},
             self._keep,
+            scored,
         )
 
     def write_records(self, records: list[Record]) -> None:

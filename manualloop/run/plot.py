@@ -41,7 +41,11 @@ def plot_history(history: Sequence[Record]) -> Any:
     axes = dict(zip(panels, figure.subplots(len(panels), sharex=True), strict=True))
 
     def curve(panel: str, records: Sequence[Record], name: str, label: str, marker: str) -> None:
-        points = [(record["step"], record[name]) for record in records if name in record]
+        points = [
+            (record["step"], record[name])
+            for record in records
+            if isinstance(record.get(name), int | float)  # an evaluation may return texts and lists
+        ]
         if points:
             axes[panel].plot(*zip(*points, strict=True), marker=marker, label=label)
 

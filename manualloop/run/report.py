@@ -184,7 +184,9 @@ class Report:
     def add_evaluation(self, num_steps: int, metrics: Mapping[str, float]) -> None:
         """Add an evaluation after ``num_steps`` steps."""
         self.history.add_evaluation(num_steps, self._epoch, metrics)
-        scores = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
+        scores = "  ".join(
+            f"{name} {_short(value)}" for name, value in metrics.items() if _is_short(value)
+        )
         self._bar.write(f"step {num_steps}  epoch {self._epoch:.2f}  {scores}")
 
     def close(self) -> None:
@@ -198,6 +200,10 @@ class Report:
         loss = self.history.last_loss
         shown = "" if loss is None else f"loss={loss:.4f}, "
         return f"{shown}lr={float(self._step.lr):.2e}"
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, float | int | str)
 
 
 def _short(value: Any) -> str:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import astuple
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from manualloop.checkpoint.contract import Contract
-from manualloop.errors import CheckpointError
+from manualloop.errors import CheckpointError, ConfigError
 from manualloop.notices import say
+from manualloop.optim import require_initialized
 from manualloop.randomness import remember_random_states
 from manualloop.reading.sources import source_of
 from manualloop.reading.streams import cannot_rewind
-from manualloop.run.evaluations import Evaluations
+from manualloop.run.evaluations import Evaluations, read_metrics
 from manualloop.run.folder import RunFolder
 from manualloop.run.report import Report
+from manualloop.run.scored import Scored, watching
 from manualloop.run.stopping import EvaluationStopped, Stopping
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
@@ -50,6 +53,8 @@ class Run:
         self._evaluated_step = 0
         self._is_pending = False  # an evaluation that was due and was not made
         self._saved: object = None
+        self._scored = Scored()
+        self._told: set[str] = set()
         self._loader: Iterable[Any] = ()
 
     @property
@@ -61,6 +66,11 @@ class Run:
     def best_metrics(self) -> dict[str, float]:
         """Metrics of the best evaluation; empty without a ``best_metric``."""
         return self.evaluations.best if self.evaluations.best_metric is not None else {}
+
+    @property
+    def best_step(self) -> int | None:
+        """Number of updates before the best evaluation; None without a ``best_metric``."""
+        return self.evaluations.best_step if self.evaluations.best_metric is not None else None
 
     @property
     def is_best(self) -> bool:
@@ -85,6 +95,8 @@ class Run:
             contract: The contract of the run, which the checkpoint must be of.
         """
         self._loader = loader
+        require_initialized(self._state.model)
+        self.evaluations.tell_direction()
         if self._folder is not None:
             self._resume_from(self._folder, loader, contract)
         self._state.holders |= {"evaluate": self._evaluate, "on_step": on_step}
@@ -116,27 +128,84 @@ class Run:
         self._is_pending = True
         put_back = remember_random_states(**self._state.all_holders())
         begin = perf_counter()
+        self._scored = Scored()
         try:
-            with self._stopping.evaluating():
-                metrics = self._evaluate()
+            with (
+                watching(self._state, **self._state.holders) as self._scored,
+                self._stopping.evaluating(),
+            ):
+                returned = self._evaluate()
             self._state.times.evaluation += perf_counter() - begin
         except EvaluationStopped:
             put_back()  # it may have struck while evaluate_loop did that
+            self._may_save_after_error()
             return
         except Exception:
             put_back()
-            if self._strategy.world_size > 1:
+            if not self._may_save_after_error() or self._strategy.world_size > 1:
                 raise  # a save takes all ranks, and the others may be anywhere
             if self._stopping.reason() in (None, "max_time"):
                 self.save()  # so that no update is lost; the next process evaluates first
                 raise
             return  # the signal has reached a worker of the loader first
-        metrics = self._strategy.gather(metrics)[0]  # or each rank might decide otherwise
+        self._tell_scored()
+        metrics = self._agree_on(returned)
         self._is_pending, self._evaluated_step = False, self._state.progress.num_steps
         self._report.add_evaluation(self._evaluated_step, metrics)
-        self.evaluations.add(metrics)
+        try:
+            self.evaluations.add(metrics, self._evaluated_step)
+        except ConfigError:
+            self.save()  # with the metrics, by which it is found once the name is right
+            raise
         if self._is_out_of_patience():
             self._report.end_interval()
+
+    def _tell_scored(self) -> None:
+        """Log once what a checkpoint does not have of the weights that were scored."""
+        scored, lines = self._scored, []
+        if scored.has_left_others:
+            lines.append("evaluate has changed the weights: the training continues with those.")
+        if scored.problem is not None:
+            lines.append(f"{scored.problem}: model.safetensors has the trained weights.")
+        if scored.unsaved is not None:
+            lines.append(
+                f"{scored.unsaved} is scored and not saved, so a resumed run begins with another: "
+                'pass it as extras={"average": average}.'
+            )
+        for line in lines:
+            if line not in self._told:
+                say(line)
+        self._told.update(lines)
+
+    def _may_save_after_error(self) -> bool:
+        """Tell whether the weights are those that are trained, after an evaluation was ended."""
+        if not self._scored.has_left_others:
+            return True
+        say(
+            "evaluate ended while it had other weights in the model, such as an average, so "
+            f"nothing was saved after step {self._state.progress.num_steps}. Let it put the "
+            "trained ones back in a finally: block."
+        )
+        self._saved = self._fingerprint()
+        return False
+
+    def _agree_on(self, returned: Any) -> dict[str, Any]:
+        """Return the metrics of rank 0, by which all ranks decide.
+
+        Raises:
+            ConfigError: They are none. The update was saved.
+        """
+        metrics: dict[str, Any] = {}
+        problem = None
+        try:
+            metrics = read_metrics(returned)
+        except ConfigError as error:
+            problem = str(error)
+        metrics, problem = self._strategy.gather((metrics, problem))[0]
+        if problem is not None:
+            self.save()  # the next process evaluates first
+            raise ConfigError(problem)
+        return metrics
 
     def reason_to_stop(self) -> str | None:
         """Return the reason to end the run after this step, or None."""
@@ -146,18 +215,21 @@ class Run:
         """Save the run, if it has a folder and has changed since it was last saved."""
         if self._folder is None or self._saved == self._fingerprint():
             return
-        notes = {
+        notes = self._notes() | {"report": self._report.notes()}
+        is_evaluated = self._evaluated_step == self._state.progress.num_steps
+        metrics = self.metrics if is_evaluated else {}
+        scored = self._scored.weights if is_evaluated else None
+        begin = perf_counter()
+        self._folder.save(notes, self._report.history.records, metrics, scored)
+        self._state.times.checkpoint += perf_counter() - begin
+        self._saved = self._fingerprint()
+
+    def _notes(self) -> dict[str, Any]:
+        return {
             "evaluations": self.evaluations.notes(),
             "evaluated_step": self._evaluated_step,
             "is_pending": self._is_pending,
-            "report": self._report.notes(),
         }
-        is_evaluated = self._evaluated_step == self._state.progress.num_steps
-        metrics = self.metrics if is_evaluated else {}
-        begin = perf_counter()
-        self._folder.save(notes, self._report.history.records, metrics)
-        self._state.times.checkpoint += perf_counter() - begin
-        self._saved = self._fingerprint()
 
     def finish(self) -> None:
         """Evaluate and save at the end of the run, unless the last step did."""
@@ -179,6 +251,18 @@ class Run:
         advice = self._state.times.advice(num_workers, may_group=may_group)
         if advice is not None:
             say(advice)
+
+    def rehearse(self) -> None:
+        """Take the run apart as a save does, so that what cannot be saved is refused now."""
+        if self._folder is not None:
+            self._folder.rehearse(self._notes())
+
+    def find_checkpoints(self) -> tuple[Path | None, Path | None]:
+        """Return the folders of the best and of the newest checkpoint."""
+        if self._folder is None:
+            return None, None
+        best, last = self._folder.find_checkpoints()
+        return best if self.evaluations.best_metric is not None else None, last
 
     def close(self) -> None:
         """Close the bar, and write the records since the last checkpoint."""

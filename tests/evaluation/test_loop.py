@@ -391,11 +391,11 @@ def test_gradients_are_left_alone() -> None:
         assert not parameter.is_inference()
 
 
-def test_it_runs_under_inference_mode() -> None:
+def test_it_runs_without_gradients_and_not_in_inference_mode() -> None:
     seen = []
 
     def postprocess(outputs: Any, batch: Any) -> Tensor:
-        seen.append(outputs["logits"].is_inference())
+        seen.append(not outputs["logits"].requires_grad and not outputs["logits"].is_inference())
         return outputs["logits"].argmax(-1)
 
     evaluate_loop(Counting(), xy(), "accuracy", postprocess=postprocess)

@@ -1,0 +1,217 @@
+"""What a run changes in a model, and what no ``state_dict`` has.
+
+Buffers that are not persistent, attributes of modules, ``requires_grad`` and the modes of
+submodules are noted when a run begins. A checkpoint holds those that differ from the notes, so that
+a script which sets them up otherwise, on purpose, is not overruled.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from hashlib import blake2b
+from itertools import islice
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from manualloop.checkpoint.nested import take_apart
+from manualloop.checkpoint.pretrained import find_tokenizer
+from manualloop.checkpoint.tensors import num_bytes, require_places
+from manualloop.errors import CheckpointError
+from manualloop.models import is_sharded, unwrap_model
+from manualloop.notices import say
+from manualloop.objects import numbers_in
+from manualloop.state import TrainState
+
+_OWN = {*vars(nn.Module()), "training"}
+"""Attributes that every module has."""
+
+_MOST_ENTRIES, _MOST_LEVELS = 1_000, 4
+_MOST_BYTES = 100_000_000
+
+
+class Baseline(NamedTuple):
+    """How a run has found its model and its functions.
+
+    Attributes:
+        model: Weak reference to the model, unwrapped.
+        marks: Mark of each thing by its kind and name, which differs once the thing is changed.
+        functions: Functions of the run by name, such as the loss function.
+        numbers: Mark of each number and tensor that they hold.
+    """
+
+    model: Any
+    marks: dict[tuple[str, str], Any]
+    functions: dict[str, Any]
+    numbers: dict[str, Any]
+
+
+def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
+    """Note how a run finds its model and its functions, and the tokenizer of its loader."""
+    note_model(state)
+    held = numbers_in(functions, beside=state.all_holders())
+    numbers = {path: _mark(value) for path, value in held.items()}
+    state.baseline = state.baseline._replace(functions=functions, numbers=numbers)
+    state.tokenizer = find_tokenizer(loader) or state.tokenizer
+
+
+def note_model(state: TrainState) -> None:
+    """Note how a run finds its model, unless that was noted before."""
+    model = unwrap_model(state.model, adapters=False)
+    baseline: Baseline | None = state.baseline
+    if baseline is None or baseline.model() is not model:
+        marks = {(kind, name): _mark(value) for kind, name, value in _parts(model)}
+        state.baseline = Baseline(ref(model), marks, {}, {})
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """Yield the kind, the name and the value of everything in a model that a run may change."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield "requires_grad", name, parameter.requires_grad
+    for name, module in model.named_modules():
+        # The loop puts a model that is in eval mode as a whole into training mode.
+        yield "training", name, module.training or not model.training
+    if is_sharded(model):
+        return  # a state_dict would take all ranks
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name not in saved:
+            yield "buffers", name, buffer
+    for name, module in model.named_modules():
+        for attribute, value in list(vars(module).items()):
+            if attribute not in _OWN and not callable(value):
+                yield "attributes", f"{name}:{attribute}", value
+
+
+def _mark(value: Any, level: int = 0) -> Any:
+    """Return what differs once a value is replaced, or changed in place as far as can be told.
+
+    Objects of other classes are marked by themselves: what they hold is not looked at.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return type(value), repr(value)  # NaN is itself
+    if isinstance(value, Tensor) and _can_be_read(value):
+        data = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
+        digest = blake2b(data.view(torch.uint8).numpy()).digest() if data.numel() else b""
+        return value.dtype, value.shape, digest
+    if isinstance(value, list | tuple | set | deque) and level < _MOST_LEVELS:
+        marks = [_mark(entry, level + 1) for entry in islice(value, _MOST_ENTRIES)]
+        return type(value), len(value), marks
+    if isinstance(value, dict) and level < _MOST_LEVELS:
+        entries = list(islice(value.items(), _MOST_ENTRIES))
+        return type(value), len(value), [(key, _mark(one, level + 1)) for key, one in entries]
+    return _Same(value)
+
+
+def _can_be_read(tensor: Tensor) -> bool:
+    if isinstance(tensor, nn.Parameter | UninitializedTensorMixin):
+        return False  # weights are in the state_dict
+    is_plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+    return is_plain and type(tensor) is Tensor and tensor.nbytes <= _MOST_BYTES
+
+
+class _Same:
+    """Is equal to another of the very same object, which it keeps."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def changes_of(state: TrainState) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return what the run has changed in its model, by kind and name, and what cannot be saved."""
+    baseline: Baseline | None = state.baseline
+    changes: dict[str, dict[str, Any]] = {}
+    unsaved: list[str] = []
+    model = unwrap_model(state.model, adapters=False)
+    if baseline is None or baseline.model() is not model:
+        return changes, unsaved
+    for kind, name, value in _parts(model):
+        if baseline.marks.get((kind, name)) == _mark(value) or _is_from_graph(value):
+            continue
+        if _can_be_saved(value):
+            changes.setdefault(kind, {})[name] = value
+        else:
+            unsaved.append(f"{name.replace(':', '.')} of the model")
+    if baseline.functions:
+        held = numbers_in(baseline.functions, beside=state.all_holders())
+        unsaved += [path for path, one in held.items() if baseline.numbers.get(path) != _mark(one)]
+    return changes, unsaved
+
+
+def _is_from_graph(value: Any) -> bool:
+    """Tell whether a value is an output of the last forward pass, which the next does not use."""
+    if isinstance(value, Tensor):
+        return value.grad_fn is not None
+    entries = value.values() if isinstance(value, dict) else value
+    return isinstance(value, list | tuple | dict) and any(map(_is_from_graph, entries))
+
+
+def _can_be_saved(value: Any) -> bool:
+    tensors: dict[str, Tensor] = {}
+    try:
+        take_apart(value, "", tensors)
+        require_places(tensors)
+    except CheckpointError:
+        return False
+    return num_bytes(tensors) <= _MOST_BYTES
+
+
+def tell_unsaved(state: TrainState, unsaved: list[str]) -> None:
+    """Log once what changes in the run and is in no checkpoint."""
+    if unsaved and not state.has_told:
+        shown = ", ".join(unsaved[:_NUM_NAMED])
+        more = f" and {len(unsaved) - _NUM_NAMED} more" if len(unsaved) > _NUM_NAMED else ""
+        say(
+            f"not in the checkpoint, though it changes during the run: {shown}{more}. A resumed "
+            "run begins with what the script sets. Keep it in a buffer of the model, or in extras "
+            "as an object with state_dict() and load_state_dict()."
+        )
+        state.has_told = True
+
+
+_NUM_NAMED = 3
+
+
+def restore_changes(model: nn.Module, changes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Change a model as ``changes_of`` says. What the model does not have is left out."""
+    model = unwrap_model(model, adapters=False)
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name, requires_grad in changes.get("requires_grad", {}).items():
+        if name in parameters:
+            parameters[name].requires_grad_(requires_grad)
+    for name, value in changes.get("buffers", {}).items():
+        path, _, own = name.rpartition(".")
+        if name in buffers:
+            setattr(modules[path], own, _like(buffers[name], value))
+    for name, value in changes.get("attributes", {}).items():
+        path, _, own = name.rpartition(":")
+        if path in modules and own not in _OWN and not hasattr(type(modules[path]), own):
+            vars(modules[path])[own] = _like(vars(modules[path]).get(own), value)
+    if modes := changes.get("training", {}):
+        if not model.training:
+            model.train()  # else the loop would, and thaw them
+        for name in modes.keys() & modules.keys():
+            modules[name].training = modes[name]
+
+
+def _like(held: Any, value: Any) -> Any:
+    """Return a value, in the place and on the device of the tensor that is held so far."""
+    if not isinstance(held, Tensor) or not isinstance(value, Tensor):
+        return value
+    if held.shape == value.shape and held.dtype == value.dtype:
+        with torch.no_grad():
+            return held.copy_(value)
+    return value.to(held.device)

@@ -1,0 +1,58 @@
+"""What ``from_pretrained`` needs beside the weights: the configs of a model, and the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from manualloop.checkpoint.parts import base_weights
+from manualloop.notices import say
+from manualloop.objects import walk
+
+_KINDS = {
+    "PreTrainedTokenizerBase",
+    "ProcessorMixin",
+    "ImageProcessingMixin",
+    "FeatureExtractionMixin",
+}
+
+
+def find_tokenizer(loader: Any) -> Any:
+    """Return the tokenizer or processor that a loader holds; None if there is none.
+
+    >>> find_tokenizer([1, 2]) is None
+    True
+    """
+    held = {name: getattr(loader, name, None) for name in ("tokenizer", "collate_fn", "dataset")}
+    for _, part in walk(held, skips_empty=True):
+        if not _KINDS.isdisjoint(kind.__name__ for kind in type(part.value).__mro__):
+            return part.value
+    return None
+
+
+def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path) -> Iterator[Path]:
+    """Write the files into a folder, and yield each."""
+    before = set(folder.iterdir())
+    for name in ("config", "generation_config"):
+        config: Any = getattr(model, name, None)
+        # The weights of an adapter are not those of the class that the config names.
+        if hasattr(config, "save_pretrained") and not _is_adapted(model):
+            config = copy(config)
+            if name == "config":
+                config.architectures = [type(model).__name__]
+            config.save_pretrained(folder)
+    if tokenizer is not None and hasattr(model, "config"):
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # any class may stand behind it, and the weights matter more
+            name = type(tokenizer).__name__
+            say(f"the {name} is not in the checkpoint: its save_pretrained raised {error!r:.100}.")
+    yield from sorted(path for path in folder.iterdir() if path not in before and path.is_file())
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") or bool(base_weights(model))

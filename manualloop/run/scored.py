@@ -1,0 +1,152 @@
+"""The weights that an evaluation scores, where they are not those that are trained.
+
+An average of the weights is evaluated in their place, a schedule-free optimizer has other weights
+for evaluation, and some averages are copied into the model for the time of an evaluation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manualloop.checkpoint.parts import saved_part
+from manualloop.internals import compiled_in_place
+from manualloop.models import is_sharded, sample_weights, unwrap_model
+from manualloop.objects import walk
+from manualloop.optim import schedule_free
+from manualloop.state import TrainState
+
+
+class Scored:
+    """What is known of the weights that an evaluation scores.
+
+    Attributes:
+        weights: Function that returns them by name; None if they are those that are trained, or
+            if it is not known which they are.
+        problem: Reason why they are not known; None if they are.
+        unsaved: Path of an average that was scored and is not among the ``extras``.
+        has_left_others: Whether the model has other weights than before, because a copy of the
+            average was not taken out of it again.
+    """
+
+    def __init__(self) -> None:
+        self.weights: Callable[[], Mapping[str, Any]] | None = None
+        self.problem: str | None = None
+        self.unsaved: str | None = None
+        self.has_left_others = False
+
+
+@contextmanager
+def watching(state: TrainState, **holders: Any) -> Iterator[Scored]:
+    """Find out which weights are scored in this block, and leave the trained ones as they were.
+
+    The first forward pass of the model, or of a module like it that is found in the extras or in
+    ``holders``, tells. A schedule-free optimizer is in evaluation mode meanwhile.
+    """
+    scored = Scored()
+    if is_sharded(state.model):
+        with _evaluating(state):
+            yield scored
+        return
+    model = unwrap_model(state.model, adapters=False)
+    before = sample_weights(model)
+    seen: dict[str, nn.Module] = {}
+    swapped: dict[str, Any] = {}
+
+    def note(path: str, module: nn.Module) -> None:
+        seen[path] = module
+        if module is model and not torch.equal(sample_weights(model), before):
+            swapped.update(_copy(saved_part(model).state_dict()))
+
+    averages = _modules_like(model, {"extras": state.extras, **holders})
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(_evaluating(state))
+            for path, module in {"model": model, **averages}.items():
+                stack.callback(_at_first_forward(module, note, path))
+            yield scored
+    finally:
+        scored.has_left_others = not torch.equal(sample_weights(model), before)
+    if len(seen) == 1:
+        ((path, module),) = seen.items()
+        if module is not model:
+            scored.weights = lambda: saved_part(module).state_dict()
+            scored.unsaved = None if path.startswith("extras") else path
+        elif swapped:
+            scored.weights = lambda: swapped
+    elif seen or any(path.startswith("extras") for path in averages):
+        known = ", ".join(seen) or "none of them by a forward pass of its own"
+        scored.problem = f"evaluate may score {', '.join(('model', *averages))}, and ran {known}"
+
+
+def _copy(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy weights to the host; those that share memory share it in the copy, too."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+    found: dict[str, Any] = {}
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            found[name] = weight
+            continue
+        place = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+        if place not in copies:
+            copies[place] = weight.detach().to("cpu", copy=True)
+        found[name] = copies[place]
+    return found
+
+
+def _modules_like(model: nn.Module, owners: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Return the modules with the weights' names and shapes of a model, by their paths."""
+    own = {id(module) for module in model.modules()}
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    found: dict[str, nn.Module] = {}
+    for path, part in walk({"": model, **owners}):
+        module: Any = part.value
+        if type(module) is not type(model) or id(module) in own:
+            continue
+        if {name: weight.shape for name, weight in module.named_parameters()} == shapes:
+            found[re.sub(r"\._modules\['(\w+)'\]", r".\1", path)] = module
+    return found
+
+
+def _at_first_forward(
+    module: nn.Module, note: Callable[[str, nn.Module], None], path: str
+) -> Callable[[], None]:
+    """Call ``note`` before the first forward pass; return a function that withdraws this.
+
+    Only at the first, so that the others take no longer. A compiled module is left alone.
+    """
+    if compiled_in_place(module):
+        return lambda: None
+
+    def hook(module: nn.Module, args: Any) -> None:
+        handle.remove()
+        note(path, module)
+
+    handle = module.register_forward_pre_hook(hook)
+    return handle.remove
+
+
+@contextmanager
+def _evaluating(state: TrainState) -> Iterator[None]:
+    """Put a schedule-free optimizer into evaluation mode; the trained weights come back exactly."""
+    optimizers = schedule_free(state.optimizer)
+    if not optimizers:
+        yield
+        return
+    weights = [weight for weight in state.model.parameters() if weight.requires_grad]
+    trained = [weight.detach().clone() for weight in weights]
+    for optimizer in optimizers:
+        optimizer.eval()
+    try:
+        yield
+    finally:
+        for optimizer in optimizers:
+            optimizer.train()
+        with torch.no_grad():
+            for weight, before in zip(weights, trained, strict=True):
+                weight.copy_(before)

@@ -1,0 +1,303 @@
+"""What a run changes in a model comes back with a checkpoint, or is logged at the first save."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from helpers import whole_and_resumed
+from torch import nn
+
+from manualloop import (
+    TrainState,
+    load_checkpoint,
+    save_checkpoint,
+    train_loop,
+    train_steps,
+)
+
+BATCHES = [{"x": torch.randn(4, 3, generator=torch.Generator().manual_seed(i))} for i in range(5)]
+
+
+def bits(model):
+    return [weight.detach().clone() for weight in model.state_dict().values()]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(bits(one), bits(other), strict=True))
+
+
+def train(folder, on_step, make, change=None, loss_fn=None, num_epochs=2):
+    torch.manual_seed(0)
+    model = make()
+
+    def on_each(step):
+        if change is not None:
+            change(model, step)
+        if on_step is not None:
+            on_step(step)
+
+    return train_loop(
+        model,
+        BATCHES,
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        num_epochs=num_epochs,
+        loss_fn=loss_fn or (lambda model, batch: model(batch["x"]).square().mean()),
+        on_step=on_each,
+        checkpoint_dir=folder,
+        checkpoint_every=1,
+        progress_bar=False,
+    )
+
+
+class Scaled(nn.Module):
+    """Its output depends on something that each forward pass changes, kept where ``kind`` says."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.kind, self.count = kind, 0
+        if kind in ("in place", "replaced", "data"):
+            self.register_buffer("passes", torch.zeros(()), persistent=False)
+        self.tensor, self.items, self.table = torch.zeros(1), [], {}
+        self.made_later: float
+
+    def forward(self, x):
+        if self.kind == "in place":
+            self.passes += 1
+            seen = self.passes
+        elif self.kind == "replaced":
+            self.passes = self.passes + 1
+            seen = self.passes
+        elif self.kind == "data":
+            self.passes.data.add_(1)
+            seen = self.passes
+        elif self.kind == "tensor":
+            self.tensor += 1
+            seen = self.tensor
+        elif self.kind == "list of tensors":
+            self.items = [*self.items, x.detach().abs().mean()][-3:]
+            seen = sum(self.items)
+        elif self.kind == "dict":
+            self.table["n"] = self.table.get("n", 0) + 1
+            seen = self.table["n"]
+        elif self.kind == "later":
+            self.made_later = getattr(self, "made_later", 0.0) + 0.1
+            seen = self.made_later
+        else:
+            self.count += 1
+            seen = self.count
+        return self.linear(x) / (1 + seen)
+
+
+KINDS = ["in place", "replaced", "data", "tensor", "list of tensors", "dict", "later", "number"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_inner", [False, True])
+def test_what_forward_passes_change_comes_back(kind, is_inner, tmp_path):
+    def make():
+        scaled = Scaled(kind)
+        return nn.Sequential(nn.Linear(3, 3), scaled) if is_inner else scaled
+
+    def run(folder, on_step):
+        return train(folder, on_step, make)
+
+    whole, resumed = whole_and_resumed(run, tmp_path, dies_after=7)
+    assert same(whole.state.model, resumed.state.model)
+
+
+def layers():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 1))
+    model[1].requires_grad_(False)
+    return model
+
+
+def thaw(model, step):
+    if step.index == 4:
+        model[1].requires_grad_(True)
+
+
+def freeze_statistics(model, step):
+    if step.index == 4:
+        model[0].eval()
+
+
+def raise_dropout(model, step):
+    model[2].p = 0.05 * step.index
+
+
+def freeze_again(model, step):
+    model[1].requires_grad_(step.index < 3)
+
+
+@pytest.mark.parametrize("change", [thaw, freeze_statistics, raise_dropout, freeze_again])
+def test_what_the_script_changes_on_the_way_comes_back(change, tmp_path):
+    def run(folder, on_step):
+        return train(folder, on_step, layers, change)
+
+    for dies_after in (2, 7):
+        folder = tmp_path / str(dies_after)
+        whole, resumed = whole_and_resumed(run, folder, dies_after=dies_after)
+        assert same(whole.state.model, resumed.state.model)
+
+
+def test_a_change_lasts_over_several_resumptions(tmp_path):
+    def stop_after(last):
+        def on_step(step):
+            if step.index == last + 1:
+                raise InterruptedError
+
+        return on_step
+
+    whole = train(tmp_path / "whole", lambda step: None, layers, thaw)
+    for last in (4, 5, 8):
+        with pytest.raises(InterruptedError):
+            train(tmp_path / "parts", stop_after(last), layers, thaw)
+    resumed = train(tmp_path / "parts", lambda step: None, layers, thaw)
+    assert same(whole.state.model, resumed.state.model)
+
+
+def test_a_script_that_was_changed_on_purpose_is_not_overruled(tmp_path):
+    def other():
+        model = layers()
+        model[3].bias.requires_grad_(False)
+        model[2].p = 0.25
+        return model
+
+    with pytest.raises(InterruptedError):
+        train(tmp_path, lambda step: interrupt(step, 7), layers, thaw)
+    before = {}
+    result = train(tmp_path, lambda step: None, other, lambda model, step: before)
+    model = result.state.model
+    assert not model[3].bias.requires_grad  # changed in the script
+    assert model[2].p == 0.25
+    assert model[1].weight.requires_grad  # changed by the run
+
+
+def interrupt(step, last):
+    if step.index == last:
+        raise InterruptedError
+
+
+def test_a_loop_of_ones_own_saves_them_too(tmp_path):
+    def state():
+        torch.manual_seed(0)
+        model = Scaled("in place")
+        return TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def steps(state):
+        loss_fn = lambda model, batch: model(batch["x"]).square().mean()  # noqa: E731
+        return train_steps(state, BATCHES, num_epochs=2, loss_fn=loss_fn)
+
+    whole = state()
+    for step in steps(whole):
+        if step.index == 3:
+            save_checkpoint(tmp_path, whole)
+    resumed = state()
+    load_checkpoint(tmp_path, resumed)
+    for _ in steps(resumed):
+        pass
+    assert same(whole.model, resumed.model)
+    assert resumed.model.passes == 10
+
+
+def test_a_bare_model_gets_weights_only(tmp_path):
+    train(tmp_path, lambda step: None, layers, thaw)
+    model = layers().eval()
+    load_checkpoint(tmp_path, model)
+    assert not model[1].weight.requires_grad
+    assert not model.training
+
+
+# What is not saved is logged ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def lines(caplog):
+    caplog.set_level(logging.INFO, logger="manualloop")
+    return lambda: [r.getMessage() for r in caplog.records if "not in the checkpoint" in r.message]
+
+
+class Queue:
+    """A state that is no plain data."""
+
+    def __init__(self):
+        self.length = 0
+
+
+class Queued(Scaled):
+    def forward(self, x):
+        self.queue = Queue()
+        return super().forward(x)
+
+
+def test_an_object_of_the_model_that_changes_is_named(tmp_path, lines):
+    train(tmp_path, lambda step: None, lambda: nn.Sequential(Queued("number")))
+    (line,) = lines()
+    assert "0.queue of the model" in line
+
+
+def counting_loss():
+    count = 0
+
+    def loss_fn(model, batch):
+        nonlocal count
+        count += 1
+        return model(batch["x"]).square().mean() / count
+
+    return loss_fn
+
+
+class Bank:
+    def __init__(self):
+        self.queue = torch.zeros(3)
+
+    def __call__(self, model, batch):
+        self.queue.mul_(0.9).add_(batch["x"].mean(0))
+        return (model(batch["x"]) - self.queue.sum()).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "name"), [(counting_loss(), "loss_fn.__closure__.count"), (Bank(), "loss_fn.queue")]
+)
+def test_what_a_loss_function_counts_is_named(loss_fn, name, tmp_path, lines):
+    train(tmp_path, lambda step: None, lambda: nn.Linear(3, 1), loss_fn=loss_fn)
+    (line,) = lines()
+    assert name in line
+
+
+class Noting:
+    """Keeps what no update depends on: records, and outputs with their graph."""
+
+    def __init__(self):
+        self.losses = []
+
+    def __call__(self, model, batch):
+        model.last = model(batch["x"])
+        self.losses.append(1.0)
+        return model.last.square().mean()
+
+
+def test_records_and_outputs_are_not_named(tmp_path, lines):
+    train(tmp_path, lambda step: None, lambda: nn.Linear(3, 1), loss_fn=Noting())
+    assert lines() == []
+    (last,) = sorted(tmp_path.glob("step-*"))[-1:]
+    assert json.loads((last / "state.json").read_text())["changes"] == {}
+
+
+def test_a_recurrent_layer_and_a_batch_norm_change_nothing(tmp_path, lines):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.rnn = nn.BatchNorm1d(3), nn.GRU(3, 1, batch_first=True)
+
+        def forward(self, x):
+            return self.rnn(self.norm(x)[:, None])[0]
+
+    train(tmp_path, lambda step: None, Recurrent)
+    assert lines() == []
+    (last,) = sorted(tmp_path.glob("step-*"))[-1:]
+    assert json.loads((last / "state.json").read_text())["changes"] == {}
