@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -88,6 +88,9 @@ def require_trainable(model: nn.Module) -> list[nn.Parameter]:
     return trainable
 
 
+_LAZY = (UninitializedParameter, UninitializedBuffer)
+
+
 def require_initialized(model: nn.Module) -> None:
     """Refuse a model whose lazy modules do not know their shapes yet.
 
@@ -95,7 +98,7 @@ def require_initialized(model: nn.Module) -> None:
         ModelError: The message names one of their weights.
     """
     weights = (*model.named_parameters(), *model.named_buffers())
-    lazy = [name for name, weight in weights if isinstance(weight, UninitializedTensorMixin)]
+    lazy = [name for name, weight in weights if isinstance(weight, _LAZY)]
     if lazy:
         raise ModelError(
             f"{lazy[0]} of {type(model).__name__} is lazy: it has no shape before the first "

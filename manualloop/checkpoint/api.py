@@ -36,7 +36,7 @@ from manualloop.checkpoint.snapshot import (
 )
 from manualloop.checkpoint.tensors import num_bytes
 from manualloop.errors import CheckpointError, ConfigError
-from manualloop.models import is_sharded, sample_weights, unwrap_model
+from manualloop.models import sample_weights, unwrap_model
 from manualloop.notices import say
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, on_main, prepare
@@ -131,7 +131,7 @@ def _scored_weights(
 ) -> Callable[[], Mapping[str, Any]] | None:
     """Return the weights that ``evaluate_loop`` has scored, if they are others than the model's."""
     own = unwrap_model(state.model, adapters=False)
-    if not isinstance(metrics, Scores) or metrics.model is None or is_sharded(own):
+    if not isinstance(metrics, Scores) or metrics.model is None or metrics.sample is None:
         return None
     model = metrics.model()
     model = None if model is None else unwrap_model(model, adapters=False)

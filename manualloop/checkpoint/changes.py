@@ -16,7 +16,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
 
 from manualloop.checkpoint.nested import take_apart
 from manualloop.checkpoint.pretrained import find_tokenizer
@@ -96,7 +95,7 @@ def _mark(value: Any, level: int = 0) -> Any:
         return type(value), repr(value)  # NaN is itself
     if isinstance(value, Tensor) and _can_be_read(value):
         data = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
-        digest = blake2b(data.view(torch.uint8).numpy()).digest() if data.numel() else b""
+        digest = blake2b(data.view(torch.uint8).numpy().tobytes()).digest() if data.numel() else b""
         return value.dtype, value.shape, digest
     if isinstance(value, list | tuple | set | deque) and level < _MOST_LEVELS:
         marks = [_mark(entry, level + 1) for entry in islice(value, _MOST_ENTRIES)]
@@ -108,8 +107,7 @@ def _mark(value: Any, level: int = 0) -> Any:
 
 
 def _can_be_read(tensor: Tensor) -> bool:
-    if isinstance(tensor, nn.Parameter | UninitializedTensorMixin):
-        return False  # weights are in the state_dict
+    # Weights are of another class, and are in the state_dict.
     is_plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
     return is_plain and type(tensor) is Tensor and tensor.nbytes <= _MOST_BYTES
 
@@ -199,7 +197,7 @@ def restore_changes(model: nn.Module, changes: Mapping[str, Mapping[str, Any]]) 
     for name, value in changes.get("attributes", {}).items():
         path, _, own = name.rpartition(":")
         if path in modules and own not in _OWN and not hasattr(type(modules[path]), own):
-            vars(modules[path])[own] = _like(vars(modules[path]).get(own), value)
+            modules[path].__dict__[own] = _like(vars(modules[path]).get(own), value)
     if modes := changes.get("training", {}):
         if not model.training:
             model.train()  # else the loop would, and thaw them

@@ -183,8 +183,15 @@ def prepare_dataloaders(
                 num_workers=num_workers,
                 pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             )
+    return _with_tokenizer(loaders, tokenizer)
+
+
+def _with_tokenizer(
+    loaders: dict[str, DataLoader[Any]], tokenizer: Any
+) -> dict[str, DataLoader[Any]]:
+    """Let loaders know the tokenizer, which a checkpoint has beside the weights."""
     for loader in loaders.values():
-        vars(loader)["tokenizer"] = tokenizer  # a checkpoint has it beside the weights
+        loader.__dict__["tokenizer"] = tokenizer
     return loaders
 
 
