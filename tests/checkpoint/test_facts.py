@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,103 +14,10 @@ from torch.optim import lr_scheduler as schedules
 
 from manualloop import prepare_scheduler
 from manualloop.checkpoint.facts import (
-    callable_facts,
     model_facts,
     optimizer_facts,
     schedule_facts,
 )
-
-SCALE = 2.0
-
-
-def plainly(model: Any, batch: Any) -> Any:
-    return model(batch)
-
-
-def with_a_constant(model: Any, batch: Any) -> Any:
-    return model(batch) * 0.5
-
-
-def of_alpha(alpha: float) -> Callable[..., Any]:
-    return lambda model, batch: alpha * model(batch)
-
-
-def with_default(model: Any, batch: Any, alpha: float = 1.0) -> Any:
-    return alpha * model(batch)
-
-
-def with_global(model: Any, batch: Any) -> Any:
-    return SCALE * model(batch)
-
-
-def through_helper(model: Any, batch: Any) -> Any:
-    return with_global(model, batch)
-
-
-def test_functions_differ_by_name_code_closure_defaults_and_arguments() -> None:
-    functions = [
-        plainly,
-        with_a_constant,
-        of_alpha(1.0),
-        of_alpha(2.0),
-        with_default,
-        partial(with_default, alpha=3.0),
-        partial(with_default, alpha=4.0),
-        partial(of_alpha(1.0), plainly),
-        nn.CrossEntropyLoss(),
-        nn.CrossEntropyLoss(label_smoothing=0.1),
-        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0])),
-        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0])),
-        nn.BCEWithLogitsLoss(),
-        print,
-        nn.Linear,
-    ]
-    assert len(set(map(callable_facts, functions))) == len(functions)
-    assert callable_facts(of_alpha(1.0)) == callable_facts(of_alpha(1.0))
-
-
-def test_a_global_and_what_a_helper_reads_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = [callable_facts(with_global), callable_facts(through_helper)]
-    monkeypatch.setitem(globals(), "SCALE", 3.0)
-    after = [callable_facts(with_global), callable_facts(through_helper)]
-    assert all(a != b for a, b in zip(before, after, strict=True))
-
-
-def test_a_counter_in_a_closure_does_not_count() -> None:
-    calls, seen = 0, []
-
-    def loss_fn(model: Any, batch: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        seen.append(batch)
-        return model(batch)
-
-    before = callable_facts(loss_fn)
-    loss_fn(abs, 3)
-    assert callable_facts(loss_fn) == before
-
-
-def test_functions_are_the_same_in_every_process(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from manualloop.checkpoint.facts import callable_facts\n"
-        "kinds = {'a', 'b', 'c'}\n"
-        "def loss_fn(model, batch):\n"
-        "    return model(batch) if batch in {'x', 'y', 'z'} else (lambda row: row * 2.5)(batch)\n"
-        "print(callable_facts(loss_fn))\n"
-    )
-    outputs = {
-        subprocess.run(
-            [sys.executable, str(script)],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(outputs) == 1
-    assert outputs.pop().startswith("loss_fn (code ")
 
 
 class Net(nn.Module):
