@@ -7,10 +7,9 @@ from pathlib import Path
 
 import datasets
 import pytest
-import torch
 import transformers
 from helpers import rows, tiny_bert, tiny_tokenizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 import manualloop
 
@@ -125,55 +124,3 @@ def test_the_script_on_hardware_runs(hub, tmp_path, monkeypatch):
     script = next(block.values[0] for block in BLOCKS if "def main" in block.values[0])
     exec(script, {"__name__": "__main__"})
     assert (tmp_path / "runs/mrpc/step-00000009").is_dir()
-
-
-def test_the_ways_to_change_a_run_work(tmp_path, monkeypatch, caplog):
-    monkeypatch.chdir(tmp_path)
-    page = [block.values[0] for block in BLOCKS if block.id.startswith("docs/resume.md")]
-    begin, extend, rate, average, anew, second = page
-    loaders = {name: BATCHES[name] for name in ("train", "second")}
-
-    def run(block):
-        caplog.clear()
-        names = {name: getattr(manualloop, name) for name in manualloop.__all__}
-        names |= {"AveragedModel": AveragedModel, "get_ema_multi_avg_fn": get_ema_multi_avg_fn}
-        names |= {"Path": Path, "torch": torch, "loaders": loaders, "build_model": tiny_bert}
-        rates = []
-        names["train_loop"] = lambda *args, **options: manualloop.train_loop(
-            *args, **options, on_step=lambda step: rates.append(step.lr), progress_bar=False
-        )
-        exec(block, names)
-        exec(block, names)  # a script that is started again
-        assert "->" not in caplog.text
-        return names, rates
-
-    _, rates = run(begin)
-    assert len(rates) == 3 * NUM_BATCHES
-    names, rates = run(average)
-    assert names["step"].index == 6 * NUM_BATCHES
-    saved = manualloop.load_checkpoint("runs/ema", names["state"])
-    assert saved.step == 6 * NUM_BATCHES
-    _, rates = run(rate)
-    assert rates[0] == 1e-5
-    assert len(rates) == 2 * NUM_BATCHES
-    names, rates = run(anew)
-    assert rates[0] == 0.01
-    assert len(rates) == 2 * NUM_BATCHES
-    names, rates = run(second)
-    assert rates[0] == 1e-5
-    assert len(rates) == 2  # batches of the second stage
-    caplog.clear()
-    with pytest.raises(AssertionError):
-        run(extend)  # num_epochs: 3 -> 5 is logged
-    assert "num_epochs: 3 -> 5" in caplog.text
-    assert Path(f"runs/first/step-{5 * NUM_BATCHES:08}").is_dir()
-
-
-NUM_BATCHES = 2
-BATCHES = {
-    name: [
-        {"input_ids": torch.tensor([[2, 5 + n, 3]] * 2), "labels": torch.tensor([n % 2, 1])}
-        for n in range(first, first + 2)
-    ]
-    for name, first in (("train", 0), ("second", 10))
-}
