@@ -36,6 +36,10 @@ def own_step(state: Any, batches: Any, strategy: Any) -> Update:
     return apply_update(state, batches, strategy, loss_fn=mean_square)
 
 
+def own_terms(outputs: Any, batch: Any) -> list[tuple[torch.Tensor, int]]:
+    return [(outputs.square().mean(), len(batch))]
+
+
 def scores() -> dict[str, float]:
     return {"f1": 1.0, "loss": 1.0}
 
@@ -76,7 +80,7 @@ def train(folder: Path, **options: Any) -> list[int]:
     }
     if "max_steps" in options:
         defaults.pop("num_epochs")
-    if "step_fn" in options:
+    if {"step_fn", "terms"} & options.keys():
         defaults.pop("loss_fn")
     loop = partial(train_loop, model, **defaults | options)
     loop(optimizer=optimizer, lr_scheduler=schedule(optimizer) if callable(schedule) else schedule)
@@ -98,6 +102,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "max_grad_norm": {"max_grad_norm": 1.0},
     "loss_fn": {"loss_fn": mean_size},
     "step_fn": {"step_fn": own_step},
+    "terms": {"terms": own_terms},
     "on_nonfinite": {"on_nonfinite": "skip"},
     "strategy": {"strategy": SingleDevice("cpu", mixed_precision="bf16")},
     "extras": {"extras": {"ema": nn.Linear(1, 1)}},
