@@ -8,13 +8,16 @@ restored and preserved only with the functions of this module.
 
 from __future__ import annotations
 
+import math
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from manualloop.objects import Part, follow, objects_of_set, put, walk
 
@@ -255,50 +258,135 @@ def _set(generator: Any, saved: Any) -> None:
         state = saved["state"]
         if saved["kind"] != _kind_of(generator):
             raise ValueError(f"it was a {saved['kind']}, and is a {_kind_of(generator)}")
+    if type(generator).__module__.partition(".")[0] in ("random", "numpy", "torch"):
+        _require_sound(state)  # else of a class of the user's, which has a state of its own
     if isinstance(generator, random.Random):
         generator.setstate(state)
     elif isinstance(generator, torch.Generator):
         generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
     else:
-        _require_place(state)
-        if isinstance(generator, np.random.Generator):
-            generator.bit_generator.state = state
-        elif isinstance(generator, np.random.RandomState):
-            generator.set_state(state)
-        else:
-            generator.state = state
+        generator.state = state
 
 
-def _require_place(state: Any) -> None:
-    """Refuse a place beyond the numbers that NumPy has in store: it would read there."""
-    if isinstance(state, tuple):  # the older form of RandomState
-        places = [("pos", state[2], state[1])]
+def _require_sound(state: Any) -> None:
+    """Refuse a state that its generator would take, to read beyond it or to draw no numbers."""
+    places: list[tuple[str, Any, int]] = []
+    spare = None  # a number that is kept for the next draw from the normal distribution
+    if isinstance(state, Tensor):
+        if state.dtype != torch.uint8 or state.ndim != 1:
+            raise ValueError(f"its saved state is a {state.dtype} {tuple(state.shape)}")
+        if state.numel() == _NUM_BYTES_OF_TORCH:
+            seed_left_next = state[8:24].numpy().tobytes()
+            left = int.from_bytes(seed_left_next[:4], sys.byteorder, signed=True)
+            place = int.from_bytes(seed_left_next[8:], sys.byteorder)
+            places = [("left", left - 1, 623), ("next", place, 625 - left)]
+    elif isinstance(state, tuple) and len(state) == 3:  # of Python
+        spare = state[2]
+    elif isinstance(state, tuple):  # the older form of RandomState
+        places, spare = [("pos", state[2], len(state[1]))], state[4] if state[4:] else None
     else:
         inner = state["state"]
-        places = [("pos", inner.get("pos"), inner.get("key"))]
-        places += [("buffer_pos", state.get("buffer_pos"), state.get("buffer"))]
-    for name, place, numbers in places:
-        if place is not None and not 0 <= place <= len(numbers):
+        found = [("pos", inner.get("pos"), inner.get("key"))]
+        found += [("buffer_pos", state.get("buffer_pos"), state.get("buffer"))]
+        places = [(name, place, len(of)) for name, place, of in found if place is not None]
+        spare = state.get("gauss")
+    for name, place, last in places:
+        if not 0 <= place <= last:
             raise ValueError(f"its saved state is damaged: {name} is {place}")
+    if spare is not None and not math.isfinite(spare):
+        raise ValueError(f"its saved state is damaged: its next normal number is {spare}")
+
+
+_NUM_BYTES_OF_TORCH = 5056  # of torch's generator for the CPU, a Mersenne twister
 
 
 def _make(saved: Mapping[str, Any]) -> Any:
     """Make a generator of the kind that was saved, in its state."""
-    kind, _, device = saved["kind"].partition(" ")
-    if kind == "torch._C.Generator":
-        generator: Any = torch.Generator(device)
-    elif kind == "random.Random":
-        generator = random.Random()
-    elif kind in ("numpy.random._generator.Generator", "numpy.random.mtrand.RandomState"):
-        name = saved["state"]["bit_generator"]
-        if name not in _BIT_GENERATORS:
-            raise ValueError(f"it was made from a {name}, which is not there yet")
-        make = np.random.Generator if kind.endswith(".Generator") else np.random.RandomState
-        generator = make(getattr(np.random, name)(0))
-    else:
-        raise ValueError(f"it was a {kind}, and is not there yet")
+    generator = _new(saved["kind"], saved["state"])
+    if generator is None:
+        raise ValueError(f"it was a {saved['kind']}, and is not there yet")
     _set(generator, saved)
     return generator
 
 
+def _new(kind: str, state: Any) -> Any:
+    """Make a generator of a kind; None if only the user's code can make one."""
+    name, _, device = kind.partition(" ")
+    if name == "torch._C.Generator":
+        return torch.Generator(device)
+    if name == "random.Random":
+        return random.Random()
+    if name in ("numpy.random._generator.Generator", "numpy.random.mtrand.RandomState"):
+        if (bits := state["bit_generator"]) not in _BIT_GENERATORS:
+            return None
+        make = np.random.Generator if name.endswith(".Generator") else np.random.RandomState
+        return make(getattr(np.random, bits)(0))
+    module, _, bits = name.rpartition(".")
+    is_numpys = module.startswith("numpy.random.") and bits in _BIT_GENERATORS
+    return getattr(np.random, bits)(0) if is_numpys else None
+
+
 _BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
+
+
+def check_random_state(state: Any) -> None:
+    """Refuse what ``set_random_state`` would not take. Nothing is changed.
+
+    Raises:
+        ValueError: The message names the generator and the reason.
+    """
+    if not isinstance(state, dict):
+        raise ValueError(f"it is a {type(state).__name__}")
+    of_numpy = np.random.get_state(legacy=False)["bit_generator"]
+    makers: dict[str, Callable[[], Any]] = {
+        "python": random.Random,
+        "numpy": lambda: np.random.RandomState(getattr(np.random, of_numpy)(0)),
+        "torch": torch.Generator,
+    }
+    for name, make in makers.items():
+        if name not in state:
+            raise ValueError(f"{name} is missing")
+        with _naming(name):
+            _set(make(), state[name])
+    for name in state.keys() & {"cuda", "xpu", "mps"}:
+        with _naming(name):
+            of_devices = state[name]
+            for of_device in [of_devices] if name == "mps" else of_devices:
+                _check_device_state(name, of_device)
+
+
+def check_generator_state(saved: Any) -> None:
+    """Refuse what is the state of no generator, as far as its kind is known. Nothing is changed.
+
+    Raises:
+        ValueError: The message has the reason.
+    """
+    with _naming("a generator"):
+        if not (isinstance(saved, dict) and "kind" in saved):  # from before the kind was saved
+            if isinstance(saved, Tensor | dict):
+                _require_sound(saved)
+        elif saved["kind"].startswith("torch._C.Generator ") and not saved["kind"].endswith("cpu"):
+            _check_device_state(saved["kind"].split()[1].partition(":")[0], saved["state"])
+        elif (generator := _new(saved["kind"], saved["state"])) is not None:
+            _set(generator, saved)
+
+
+def _check_device_state(device: str, state: Any) -> None:
+    if not isinstance(state, Tensor):
+        raise TypeError(f"it is a {type(state).__name__}")
+    _require_sound(state)
+    module = getattr(torch, device, None)
+    if module is not None and module.is_available():
+        torch.Generator(device).set_state(state)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except _PROBLEMS as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -292,7 +292,7 @@ def read_found(found: Found, state: TrainState, strategy: Strategy) -> Saved:
     describe_state(state)  # as the script has built it
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
     note_model(state)
-    return explain(found.path, read_snapshot, found.path, manifest["files"], state, strategy)
+    return explain(found.path, read_snapshot, found.path, manifest, state, strategy)
 
 
 def put_found(found: Found, saved: Saved, state: TrainState, strategy: Strategy) -> CheckpointInfo:

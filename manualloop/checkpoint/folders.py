@@ -6,20 +6,15 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from manualloop.checkpoint.manifest import (
-    FORMAT,
-    MANIFEST,
-    NAME,
-    find_folders,
-    manifest_bytes,
-    sha256,
-)
+from manualloop.checkpoint.files import sha256
+from manualloop.checkpoint.manifest import FORMAT, MANIFEST, NAME, find_folders, manifest_bytes
 from manualloop.errors import CheckpointError, ConfigError, ManualLoopError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\]")  # a drive of Windows has a single letter
@@ -115,12 +110,11 @@ def sweep(directory: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if (
-        path.is_symlink() or path.is_file()
-    ):  # a link to a folder: what it points to is not ours, and rmtree leaves the link
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:  # of a link: what it points to is not ours
+            path.unlink()
 
 
 def _free_name(directory: Path, step: int) -> Path:

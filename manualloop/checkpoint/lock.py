@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from manualloop.checkpoint.files import open_regular
 from manualloop.errors import CheckpointError
 from manualloop.notices import say
 
@@ -61,7 +62,7 @@ def hold_lock(directory: Path, *, again: bool = False) -> Iterator[None]:
 
 def _acquire(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _open(path)
         try:
             # Of the process, not of the open file: workers that it forks must not keep it.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,9 +92,29 @@ def _acquire(path: Path) -> int:
     return descriptor
 
 
+def _open(path: Path) -> int:
+    """Open the file of a lock, which must be no other file by another name.
+
+    Raises:
+        CheckpointError: It is a link, a pipe, ..., or has a name elsewhere, too.
+    """
+    try:
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
+        if os.fstat(descriptor).st_nlink > 1:
+            os.close(descriptor)
+            raise CheckpointError(f"{path.name} has another name elsewhere (a hard link)")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path.parent} cannot be locked: {error}, and nothing outside the folder is written "
+            f"to. If no run uses the folder, remove it: rm {path}"
+        ) from error
+    return descriptor
+
+
 def _read(descriptor: int) -> str:
     try:
         owner = json.loads(os.pread(descriptor, 1000, 0))
-        return f"process {owner['pid']} on {owner['host']}, since {owner['started']}"
-    except (ValueError, KeyError, TypeError):
+        text = f"process {owner['pid']} on {owner['host']}, since {owner['started']}"
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""
+    return text if text.isprintable() else ""  # it may command the terminal

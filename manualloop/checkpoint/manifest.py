@@ -11,13 +11,14 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from manualloop.checkpoint.files import MAX_JSON_BYTES, read_regular, require_regular, sha256
 from manualloop.checkpoint.nested import from_json, parse_json
+from manualloop.checkpoint.schema import MANIFEST as FIELDS
 from manualloop.errors import CheckpointError
 from manualloop.notices import logger
 
@@ -28,7 +29,6 @@ MANIFEST = "manifest.json"
 NAME = re.compile(r"step-([0-9]{8,})(?:-([0-9]+))?")
 """Names of checkpoints: the step and, if there are several of it, a number."""
 
-_MAX_BYTES = 100_000_000
 _MAX_DIRECTORIES = 8
 
 # A save decides by the manifests of all checkpoints. One that was read is not read again as long as
@@ -62,6 +62,7 @@ def find_folders(directory: Path) -> list[Found]:
                 continue
             number = int(name[2] or 0)
             try:
+                _require_own(path)
                 identity = _identity(os.lstat(path / MANIFEST))
                 manifest = known.get(identity)
                 if manifest is None:
@@ -79,6 +80,11 @@ def find_folders(directory: Path) -> list[Found]:
 def _identity(status: os.stat_result) -> _Identity:
     place = status.st_dev, status.st_ino, status.st_mode
     return *place, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _require_own(path: Path) -> None:
+    if path.is_symlink():
+        raise CheckpointError("it is a link, and nothing outside the folder is read")
 
 
 def _problem(error: OSError) -> str:
@@ -104,21 +110,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> tuple[_Identity, dict[str, Any]]:
-    # Opening a pipe would wait for its writer.
-    more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-
-    def open_(path: str, flags: int) -> int:
-        return os.open(path, flags | more)
-
-    with open(folder / MANIFEST, "rb", opener=open_) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("not a regular file")
-        data = file.read(_MAX_BYTES)
+    data, status = read_regular(folder / MANIFEST, MAX_JSON_BYTES)
     try:
         manifest = parse_json(data)
         is_whole = isinstance(manifest, dict) and manifest_bytes(manifest) == data
-        metrics = from_json(manifest["metrics"]) if is_whole and "metrics" in manifest else None
+        if is_whole and "metrics" in manifest:
+            manifest["metrics"] = from_json(manifest["metrics"])
     except (ValueError, RecursionError):
         is_whole = False
     if not is_whole:
@@ -128,12 +125,14 @@ def _read(folder: Path) -> tuple[_Identity, dict[str, Any]]:
             f"format {manifest.get('format')!r} is not {FORMAT}: another version of manualloop "
             "wrote it"
         )
-    if not _has_our_types(manifest):
-        raise CheckpointError(f"{MANIFEST} is not one of ours")
+    try:
+        FIELDS(manifest, f"{MANIFEST}:")
+    except CheckpointError as error:
+        raise CheckpointError(f"not one of ours: {error}") from error
     for name in manifest["files"]:
         if not _is_name(name):
             raise CheckpointError(f"the manifest names {name!r}, which is not a file of the folder")
-    return _identity(status), manifest | {"metrics": metrics}
+    return _identity(status), manifest
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:
@@ -149,55 +148,54 @@ def _is_name(name: str) -> bool:
     return is_base and name.isprintable() and name not in ("", ".", "..", MANIFEST)
 
 
-def _has_our_types(manifest: dict[str, Any]) -> bool:
-    step, files = manifest.get("step"), manifest.get("files")
-    return (
-        type(step) is int
-        and step >= 0
-        and isinstance(manifest.get("metrics"), dict)
-        and {"best_metric", "contract"} <= set(manifest)
-        and isinstance(manifest["best_metric"], str | None)
-        and isinstance(manifest["contract"], dict | None)
-        and isinstance(files, dict)
-        and all(isinstance(f, dict) and {"size", "sha256"} <= set(f) for f in files.values())
-    )
+def verify_folder(folder: Path, manifest: dict[str, Any], *, hashes: bool = True) -> None:
+    """Compare every file with the size in the manifest, and with its sha256.
 
-
-def verify_folder(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compare every file with size and sha256 in the manifest.
+    Args:
+        folder: The folder of a checkpoint.
+        manifest: The content of its manifest.
+        hashes: Whether the sha256 is compared, which reads every file.
 
     Raises:
-        CheckpointError: A file is missing, or not the one that was written.
+        CheckpointError: A file is missing, or not the one that was written; or there is more than
+            this machine has memory.
     """
-    for name, expected in manifest["files"].items():
-        try:
-            _verify_file(folder / name, expected)
-        except CheckpointError:
-            raise
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{name} is missing") from error
-        except OSError as error:  # a bad sector, say: an older checkpoint may be whole
-            raise CheckpointError(f"{name} cannot be read: {error}") from error
+    checks = [_verify_size, _verify_hash] if hashes else [_verify_size]
+    for check in checks:
+        for name, expected in manifest["files"].items():
+            try:
+                check(folder / name, expected)
+            except CheckpointError:
+                raise
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{name} is missing") from error
+            except OSError as error:  # a bad sector, say: an older checkpoint may be whole
+                raise CheckpointError(f"{name} cannot be read: {error}") from error
+        _require_memory(manifest["files"])
 
 
-def _verify_file(path: Path, expected: dict[str, Any]) -> None:
-    found = path.lstat()
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a link" if stat.S_ISLNK(found.st_mode) else "not a regular file"
-        raise CheckpointError(f"{path.name} is {kind}")
+def _verify_size(path: Path, expected: dict[str, Any]) -> None:
+    found = require_regular(path)
     if found.st_size != expected["size"]:
         raise CheckpointError(f"{path.name} has {found.st_size} bytes, not {expected['size']}")
+
+
+def _verify_hash(path: Path, expected: dict[str, Any]) -> None:
     if sha256(path) != expected["sha256"]:
         raise CheckpointError(f"{path.name} is damaged: its sha256 is another")
 
 
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _require_memory(files: Mapping[str, Any]) -> None:
+    """Refuse files that are larger than the memory of this machine, before they are read."""
+    size = sum(file["size"] for name, file in files.items() if not name.startswith("shard-"))
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return  # unknown on this system
+    if 0 < memory < size:
+        raise CheckpointError(
+            f"its files have {size / 1e9:.0f} GB, and this machine {memory / 1e9:.0f} GB of memory"
+        )
 
 
 def list_names(entries: Iterable[Found]) -> Iterator[str]:
@@ -225,17 +223,19 @@ def find(directory: Path, which: str | os.PathLike[str], *, verify: bool) -> Fou
                 'save_checkpoint(..., metrics=scores, best_metric="f1"), or load which="last".'
             )
     else:
-        path = Path(which) if Path(which).is_dir() else directory / which
+        path = Path(which)
+        if not path.is_dir():
+            path = directory / which
+            explain(path, _require_own, path)
         found = Found(path, explain(path, read_manifest, path))
-    if verify:
-        explain(found.path, verify_folder, found.path, found.manifest)
+    explain(found.path, verify_folder, found.path, found.manifest, hashes=verify)
     return found
 
 
-def explain(path: Path, function: Callable[..., _T], *args: Any) -> _T:
+def explain(path: Path, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     """Call a function, and name the checkpoint in what it raises."""
     try:
-        return function(*args)
+        return function(*args, **kwargs)
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
 
@@ -251,8 +251,7 @@ def find_last(directory: Path, *, verify: bool = True) -> Found | None:
         try:
             if entry.manifest is None:
                 raise CheckpointError(entry.problem)
-            if verify:
-                verify_folder(entry.path, entry.manifest)
+            verify_folder(entry.path, entry.manifest, hashes=verify)
         except CheckpointError as error:
             damaged.append(Found(entry.path, None, str(error)))
             continue

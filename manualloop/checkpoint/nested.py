@@ -13,7 +13,7 @@ import json
 import math
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -39,7 +39,9 @@ def take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     >>> tensors
     {'adam.mean': tensor([1., 1.])}
     """
-    if value is None or isinstance(value, bool | str) or type(value) is int:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if type(value) is int and abs(value) < _TOO_LARGE:
         return value
     if type(value) is float:
         return value if math.isfinite(value) else ["float", repr(value)]
@@ -84,11 +86,15 @@ def _take_mapping_apart(value: Mapping[Any, Any], path: str, tensors: dict[str, 
     return [_MAPPINGS[type(value)], *pairs]
 
 
-def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Return the nest that ``take_apart`` took apart.
 
+    Args:
+        value: The JSON.
+        tensors: Its tensors by name; those that are used are removed, because each has one place.
+
     Raises:
-        CheckpointError: It is not one of those, or a tensor is missing.
+        CheckpointError: It is not one of those, or a tensor is missing or used twice.
 
     >>> put_together({"betas": ["tuple", 0.9, 0.999]}, {})
     {'betas': (0.9, 0.999)}
@@ -99,16 +105,16 @@ def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return value
     try:
         return _put_list_together(value, tensors)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"The saved state cannot be read: {value!r:.80}.") from error
 
 
-def _put_list_together(value: list[Any], tensors: Mapping[str, Tensor]) -> Any:
+def _put_list_together(value: list[Any], tensors: dict[str, Tensor]) -> Any:
     tag, *parts = value
     if tag == "tensor":
-        return tensors[parts[0]]
+        return tensors.pop(parts[0])
     if tag == "array":
-        return tensors[parts[0]].numpy().view(_number_type(parts[1]))
+        return tensors.pop(parts[0]).numpy().view(_number_type(parts[1]))
     if tag == "scalar":
         return _number_type(parts[1]).type(put_together(parts[0], tensors))
     if tag == "float":
@@ -144,7 +150,7 @@ def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
 
 
 # RuntimeError: of torch.device. SyntaxError: of np.dtype.
-_UNREADABLE = (
+UNREADABLE = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -173,6 +179,8 @@ _DTYPES = {
     if isinstance(value, torch.dtype)
 }
 
+
+_TOO_LARGE = 2**1000  # larger whole numbers are no float; comparing them with one would fail
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _TAGS = ("float", "list", "str")
@@ -214,13 +222,25 @@ def from_json(value: Any) -> Any:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON, without what Python's parser takes beyond it: NaN and the infinities.
+    """Parse JSON, without what Python's parser takes beyond it: NaN, and numbers beyond a float.
 
     Raises:
         ValueError: It is not JSON.
     """
-    return json.loads(data, parse_constant=_refuse)
+    return json.loads(data, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
 
 
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} in JSON")
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name:.20} in JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        _refuse(text)
+    return value
+
+
+def _whole(text: str) -> int:
+    if abs(value := int(text)) >= _TOO_LARGE:
+        _refuse(text)
+    return value

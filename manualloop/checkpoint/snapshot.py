@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from manualloop.checkpoint.changes import changes_of, restore_changes
-from manualloop.checkpoint.nested import parse_json, put_together, take_apart
+from manualloop.checkpoint.files import MAX_JSON_BYTES, read_regular
+from manualloop.checkpoint.nested import UNREADABLE, parse_json, put_together, take_apart
 from manualloop.checkpoint.parts import (
     BASE,
     PREFIX,
@@ -23,6 +25,7 @@ from manualloop.checkpoint.parts import (
     saved_part,
 )
 from manualloop.checkpoint.pretrained import save_pretrained
+from manualloop.checkpoint.schema import by_name, check_like, check_state, fields, items, text
 from manualloop.checkpoint.tensors import (
     Aliases,
     describe,
@@ -31,6 +34,7 @@ from manualloop.checkpoint.tensors import (
     require_places,
     save_tensors,
 )
+from manualloop.checkpoint.together import load_together
 from manualloop.errors import CheckpointError
 from manualloop.internals import unwrap_optimizer
 from manualloop.models import is_sharded, tied_names, unwrap_model
@@ -47,6 +51,9 @@ _STATE = "state.json"
 _STEMS = ("model", "optimizer", "extras", "rng")
 _TRAINED = "trained"
 """Stem of the trained weights, where those of the model are the scored ones."""
+_CONTAINER = fields(
+    {"aliases": fields(dict.fromkeys(_STEMS, by_name(text)))}, {"shards": items(text)}
+)
 _NUM_NAMED = 5
 
 
@@ -213,28 +220,30 @@ class Saved(NamedTuple):
 
 
 def read_snapshot(
-    folder: Path, files: Mapping[str, Any], state: TrainState, strategy: Strategy
+    folder: Path, manifest: Mapping[str, Any], state: TrainState, strategy: Strategy
 ) -> Saved:
-    """Read the files of a snapshot.
+    """Read the files of a snapshot, and check everything in them that the library reads.
 
     Args:
         folder: Folder that holds the files.
-        files: The files that may be read, by name.
+        manifest: Content of its manifest, which names the files that may be read.
         state: The state, whose weights tell how tensors are sharded.
         strategy: The strategy of the run.
 
     Raises:
         CheckpointError: A file is missing, or was not written by a checkpoint.
     """
+    files = manifest["files"]
     if _STATE not in files:
         raise CheckpointError(f"{folder.name} has no {_STATE}.")
     stems = [*_STEMS, _TRAINED] if any(name.startswith(_TRAINED) for name in files) else _STEMS
     tensors = {stem: load_tensors(folder, stem, files) for stem in stems}
     try:
-        saved = parse_json((folder / _STATE).read_bytes())
+        saved = parse_json(read_regular(folder / _STATE, MAX_JSON_BYTES)[0])
+        _CONTAINER(saved, f"{_STATE}:")
         aliases = saved.pop("aliases")
         if (names := saved.pop("shards", ())) or is_sharded(state.model):
-            for name, tensor in _read_shards(folder, names, state, strategy).items():
+            for name, tensor in _read_shards(folder, files, names, state, strategy).items():
                 stem, _, own = name.partition("/")
                 tensors[stem][own] = tensor
         for stem, group in tensors.items():
@@ -243,13 +252,20 @@ def read_snapshot(
         values = {name: put_together(value, nested) for name, value in saved.items()}
         values["model"] |= tensors["model"] | tensors.get(_TRAINED, {})
         values.setdefault("strategy", values.pop("scaler", {}))  # the name in older checkpoints
+        check_state(values, manifest["step"], f"{_STATE}:")
         return Saved(values, values.pop("run"), aliases["model"])
-    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except (*UNREADABLE, OSError, MemoryError) as error:
         raise CheckpointError(f"{_STATE} cannot be read: {error!r:.200}.") from error
 
 
 def _read_shards(
-    folder: Path, names: Sequence[str], state: TrainState, strategy: Strategy
+    folder: Path,
+    files: Mapping[str, Any],
+    names: Sequence[str],
+    state: TrainState,
+    strategy: Strategy,
 ) -> dict[str, Tensor]:
     here: dict[str, Tensor] = {}
     if is_sharded(state.model):
@@ -262,6 +278,9 @@ def _read_shards(
             f"{len(names)} of its tensors were spread over ranks (FSDP), and {len(here)} of this "
             "run's are, or others: go on with the model sharded as it was when it was saved"
         )
+    unlisted = {path.name for path in folder.glob("*.safetensors")} - files.keys()
+    if unlisted:  # all of them would be read
+        raise CheckpointError(f"the manifest does not list {min(unlisted)}")
     return read_shards(folder, here)
 
 
@@ -269,7 +288,7 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
     """Load a snapshot into a state, and into this process's random generators.
 
     Raises:
-        CheckpointError: It does not fit. If a name or a shape differs, nothing was loaded.
+        CheckpointError: It does not fit. Nothing was loaded.
     """
     parts = _parts(state, strategy)
     if differences := _differences(saved, state, parts):
@@ -280,14 +299,8 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
             + (f"\n- and {more} more" if more > 0 else "")
             + "\nBuild model, optimizer, lr_scheduler, extras and strategy as for the saved run."
         )
-    for name, part in parts.items():
-        try:
-            part.load_state_dict(saved.values[name])
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{name} ({type(part).__name__}) does not take the state it was saved with: "
-                f"{error}. The state is half loaded: build it anew."
-            ) from error
+    _check_parts(saved, parts)
+    load_together(parts, saved.values)
     restore_changes(state.model, saved.values.get("changes", {}))
     state.progress = Progress(**saved.values["progress"])
     of_ranks = [saved.values, *saved.values.get("ranks", ())]
@@ -304,6 +317,29 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
     }
     if is_known:
         set_random_state(own["rng"])
+
+
+def _check_parts(saved: Saved, parts: Mapping[str, Any]) -> None:
+    """Refuse states whose values are not of the kinds that the parts have now."""
+    for name, part in parts.items():
+        state = saved.values[name]
+        if isinstance(part, LRScheduler):
+            _check_schedule(name, part, state)
+        elif name == "strategy":
+            check_like(state, part.state_dict(), name, strict=True)
+        elif name.startswith("extras.") and not isinstance(part, nn.Module):
+            check_like(state, part.state_dict(), name)
+
+
+def _check_schedule(name: str, part: LRScheduler, saved: Mapping[str, Any]) -> None:
+    own = part.state_dict()
+    for key in own.keys() - saved.keys():
+        if not key.startswith("_"):  # those come and go with the versions of torch
+            raise CheckpointError(f"{name}.{key} is missing in the checkpoint")
+    for key in saved.keys() - own.keys():
+        if hasattr(part, key):  # it would take the place of a method
+            raise CheckpointError(f"{name}.{key} is no state of a {type(part).__name__}")
+    check_like(saved, own, name, strict=True)
 
 
 _NO_PARTS = {

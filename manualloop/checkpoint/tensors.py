@@ -164,7 +164,7 @@ def load_tensors(folder: Path, stem: str, files: Collection[str]) -> dict[str, T
             # A copy: the file is mapped into memory, and would keep its disk space when deleted.
             with safe_open(folder / name, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError, RuntimeError) as error:
             raise CheckpointError(f"{folder / name} cannot be read: {error}.") from error
     return tensors
 

@@ -22,7 +22,7 @@ from manualloop.checkpoint.snapshot import Saved, rehearse
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.models import is_sharded
 from manualloop.notices import logger, say
-from manualloop.run.history_file import HISTORY, HistoryFile, read_history
+from manualloop.run.history_file import HISTORY, HistoryFile, read_history, require_history
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, on_main
 from manualloop.types import Record
@@ -53,6 +53,7 @@ class RunFolder:
         self._directory, self._state, self._strategy = directory, state, strategy
         self._resume, self._keep, self._best_metric = resume, keep, best_metric
         self._history: HistoryFile | None = None
+        self._num_lost = 0  # records that the checkpoint knows of, and that cannot be read
 
     def resume(self, contract: Contract) -> tuple[dict[str, Any], list[Record]]:
         """Load the newest checkpoint that is whole, if there is one and ``resume`` allows it.
@@ -81,7 +82,9 @@ class RunFolder:
                 say(f"resuming from {found.path}.")
             notes = put_found(found, saved, self._state, self._strategy).run
             self._state.is_resumed = not is_finished  # there is nothing to tell of a run to come
-        return notes, on_main(self._strategy, lambda: self._open_history(found, notes))
+        records = on_main(self._strategy, lambda: self._open_history(found, notes))
+        self._num_lost = notes.get("num_records", 0) - len(records)
+        return notes, records
 
     def _is_finished(self, found: Found, saved: Saved, contract: Contract) -> bool:
         """Tell whether a checkpoint leaves nothing to do; refuse one of another run.
@@ -101,6 +104,7 @@ class RunFolder:
 
     def _find(self) -> Found | None:
         directory = self._directory
+        require_history(directory)
         if self._resume is False and (find_folders(directory) or (directory / HISTORY).exists()):
             raise CheckpointError(
                 f"{directory} holds a run, and resume=False begins a new one. Give it another "
@@ -120,15 +124,14 @@ class RunFolder:
         records: list[Record] = []
         if found is not None:
             self._set_aside_damaged(found.path)
-            num_records = notes.get("num_records", 0)
-            records = read_history(directory)[:num_records]
-            if len(records) < num_records:
-                logger.warning(
-                    f"{directory / HISTORY} has {len(records)} of the {num_records} records that "
-                    "the checkpoint knows of: the history begins with those."
-                )
+            records = read_history(directory, notes.get("num_records", 0))
         with explain_disk(directory):
-            self._history = HistoryFile(directory, self._state.progress.num_steps, len(records))
+            self._history = HistoryFile(
+                directory,
+                self._state.progress.num_steps,
+                len(records),
+                notes.get("num_records", 0) - len(records),
+            )
         return records
 
     def find_checkpoints(self) -> tuple[Path | None, Path | None]:
@@ -173,7 +176,7 @@ class RunFolder:
             self._strategy,
             metrics,
             self._best_metric,
-            notes | {"num_records": len(records)},
+            notes | {"num_records": len(records) + self._num_lost},
             self._keep,
             scored,
         )

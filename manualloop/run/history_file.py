@@ -3,20 +3,33 @@
 Each process that resumes first writes a line with its first step and the number of records that its
 checkpoint knew of. Records that an earlier process wrote beyond those belong to updates that were
 lost with it, so readers leave them out. The last line of a process tells where its time went.
+
+Every line ends with its guard, the number of records before it and a checksum: ``"guard":
+"17-89abcdef"``. So a damaged line is noticed, and a line that is missing too. Lines of release
+0.1.0 have no guard; they are counted.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import re
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from manualloop.checkpoint.files import open_regular, require_regular
 from manualloop.checkpoint.nested import as_json, from_json, parse_json
+from manualloop.errors import CheckpointError
+from manualloop.notices import say
 
 HISTORY = "history.jsonl"
 _FROM, _KNOWN = "from_step", "num_records"
+_GUARDED = re.compile(rb'(\{.*), "guard": "([0-9]{1,15})-([0-9a-f]{8})"\}')
+_GUARD_LIKE = re.compile(r"[0-9]{1,15}-[0-9a-f]{8}")
+_MAX_BYTES, _MAX_LINE_BYTES = 1 << 32, 1 << 24
+_NUM_NAMED = 5
 
 
 class HistoryFile:
@@ -26,50 +39,182 @@ class HistoryFile:
         directory: Folder of the run's checkpoints.
         from_step: Step at which this process begins.
         num_records: Number of records of the run until then.
+        num_lost: Number of records before those that could not be read.
+
+    Attributes:
+        num_lost: The argument of this name.
     """
 
-    def __init__(self, directory: Path, from_step: int, num_records: int) -> None:
+    def __init__(
+        self, directory: Path, from_step: int, num_records: int, num_lost: int = 0
+    ) -> None:
         self._path = directory / HISTORY
-        self._num_written = num_records
-        if self._path.exists():
-            self._append([{_FROM: from_step, _KNOWN: num_records}])
+        self._num_written, self.num_lost = num_records, num_lost
+        if os.path.lexists(self._path):
+            first = num_records + num_lost
+            self._append([(first, {_FROM: from_step, _KNOWN: first})])
 
     def write(self, records: list[dict[str, Any]]) -> None:
         """Append those records of the list that are not there yet, and force them to disk."""
         new = records[self._num_written :]
         if new:
-            self._append(new)
+            self._append(enumerate(new, self._num_written + self.num_lost))
         self._num_written = len(records)
 
     def write_times(self, times: dict[str, float]) -> None:
         """Append where the time of this process went, which is not a record of the run."""
-        self._append([{"times": times}])
+        self._append([(self._num_written + self.num_lost, {"times": times})])
 
-    def _append(self, records: Iterable[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(as_json(record), allow_nan=False) + "\n" for record in records)
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        with open(descriptor, "r+b", buffering=0) as file:
+    def _append(self, records: Iterable[tuple[int, dict[str, Any]]]) -> None:
+        text = b"".join(_line(number, record) for number, record in records)
+        with open(_open_own(self._path), "r+b", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                text = "\n" + text  # after the half line of a process that was killed
-            file.write(text.encode())
-            os.fsync(descriptor)
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                text = b"\n" + text  # after the half line of a process that was killed
+            file.write(text)
+            os.fsync(file.fileno())
 
 
-def read_history(directory: Path) -> list[dict[str, Any]]:
-    """Return the records of a run, oldest first; none if its folder has no history file."""
-    records: list[dict[str, Any]] = []
+def _open_own(path: Path) -> int:
+    """Open a history file to append to it.
+
+    A second name that it has elsewhere, as in a backup by hard links, keeps the old content.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    descriptor = open_regular(path, flags)
+    if os.fstat(descriptor).st_nlink == 1:
+        return descriptor
+    own = path.with_name(f".{path.name}.tmp")
     try:
-        lines = (directory / HISTORY).read_bytes().splitlines()
+        with open(descriptor, "rb") as old, open(own, "xb") as new:
+            while chunk := old.read(1 << 20):
+                new.write(chunk)
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(own, path)
+    finally:
+        own.unlink(missing_ok=True)
+    return open_regular(path, flags)
+
+
+def _line(number: int, record: dict[str, Any]) -> bytes:
+    body = json.dumps(as_json(record), allow_nan=False).encode()
+    return body[:-1] + f', "guard": "{number}-{_checksum(number, body):08x}"}}\n'.encode()
+
+
+def _checksum(number: int, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(str(number).encode()))
+
+
+def read_history(directory: Path, num_records: int | None = None) -> list[dict[str, Any]]:
+    """Return the records of a run, oldest first; none if its folder has no history file.
+
+    A damaged line is reported and left out.
+
+    Args:
+        directory: Folder of the run's checkpoints.
+        num_records: Number of records that the checkpoint knows of; later ones are left out.
+
+    Raises:
+        CheckpointError: The file is a link, a pipe, ..., or too large for a history.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    unreadable: list[int] = []
+    number, top, is_guarded = 0, 0, False
+    for place, line in enumerate(_lines(directory), 1):
+        read = _read(line)
+        if read is None:
+            unreadable += [place] if len(unreadable) <= _NUM_NAMED else []
+            number += not is_guarded  # it may have been a record
+            continue
+        own, record = read
+        if own is not None:
+            number, is_guarded = own, True
+        if _FROM in record:
+            number = record[_KNOWN]
+        elif "step" not in record:
+            continue
+        if number < top:  # what is there from here on belongs to updates that were lost
+            found = {n: kept for n, kept in found.items() if n < number}
+        top = number
+        if "step" in record:
+            if num_records is None or number < num_records:
+                found[number] = record
+            number = top = number + 1
+    expected = max(found, default=-1) + 1 if num_records is None else num_records
+    if len(found) < expected:
+        _tell_missing(directory / HISTORY, expected - len(found), unreadable)
+    return [found[n] for n in sorted(found)]
+
+
+def _lines(directory: Path) -> Iterator[bytes]:
+    """Give the lines of a history file without their ends; a line that is too long is b""."""
+    require_history(directory)
+    try:
+        descriptor = open_regular(directory / HISTORY)
     except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            record = from_json(parse_json(line))
-        except (ValueError, RecursionError):
-            continue  # half a line: its writer was killed, and no checkpoint counts it
-        if isinstance(record, dict) and _FROM in record:
-            del records[record[_KNOWN] :]
-        elif isinstance(record, dict) and "step" in record:
-            records.append(record)
-    return records
+        return
+    with open(descriptor, "rb") as file:
+        while line := file.readline(_MAX_LINE_BYTES):
+            is_whole = len(line) < _MAX_LINE_BYTES or line.endswith(b"\n")
+            while len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
+                line = file.readline(_MAX_LINE_BYTES)
+            yield line.removesuffix(b"\n") if is_whole else b""
+
+
+def require_history(directory: Path) -> None:
+    """Refuse a history file that cannot be read, without opening it.
+
+    Raises:
+        CheckpointError: It is a link, a pipe, ..., or too large for a history.
+    """
+    path = directory / HISTORY
+    try:
+        if require_regular(path).st_size > _MAX_BYTES:
+            raise CheckpointError(f"{HISTORY} has more than {_MAX_BYTES >> 30} GiB")
+    except FileNotFoundError:
+        return
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} cannot be used: {error}. Remove it, and the run resumes without the records "
+            "in it; or use another checkpoint_dir."
+        ) from error
+
+
+def _read(line: bytes) -> tuple[int | None, dict[str, Any]] | None:
+    """Return the number and the content of a line; None if it is damaged."""
+    number = None
+    if guarded := _GUARDED.fullmatch(line):
+        line, number = guarded[1] + b"}", int(guarded[2])
+        if _checksum(number, line) != int(guarded[3], 16):
+            return None
+    try:
+        record = from_json(parse_json(line))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not _is_known(record):
+        return None
+    if number is None and _has_broken_guard(record):
+        return None
+    return number, record
+
+
+def _is_known(record: dict[str, Any]) -> bool:
+    counts = [record[name] for name in (_FROM, _KNOWN, "step") if name in record]
+    if any(type(count) is not int or count < 0 for count in counts):
+        return False
+    return _KNOWN in record if _FROM in record else "step" in record or "times" in record
+
+
+def _has_broken_guard(record: dict[str, Any]) -> bool:
+    last = next(reversed(record.values()), None)
+    is_guard = isinstance(last, str) and _GUARD_LIKE.fullmatch(last) is not None
+    return is_guard or "guard" in record
+
+
+def _tell_missing(path: Path, num_missing: int, unreadable: list[int]) -> None:
+    named = ", ".join(map(str, unreadable[:_NUM_NAMED]))
+    named += ", ..." if len(unreadable) > _NUM_NAMED else ""
+    why = f"damaged: line {named}" if named else "removed"
+    plural = "s are" if num_missing > 1 else " is"
+    say(f"{path}: {num_missing} record{plural} missing ({why}); the others are used.")

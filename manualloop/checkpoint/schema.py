@@ -1,0 +1,368 @@
+"""What a checkpoint may hold: types, ranges and shapes, checked before anything of it is used.
+
+A checkpoint may come from somebody else, and its checksums with it. So nothing in it is believed:
+``MANIFEST`` and ``STATE`` describe every field that the library itself reads, and a field that is
+missing or not as described is named by its path. What only the user's objects read, such as the
+state of a dataset, is theirs to check.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from manualloop.errors import CheckpointError
+from manualloop.randomness import check_generator_state, check_random_state
+
+Check: TypeAlias = Callable[[Any, str], None]
+"""``check(value, path)`` raises a ``CheckpointError`` that names a wrong value by its path."""
+
+_MOST = 2**62
+
+
+def _at(path: str, key: object) -> str:
+    return f"{path} {key}" if path.endswith(":") else f"{path}.{key}"
+
+
+def _refuse(value: Any, path: str, wanted: str) -> CheckpointError:
+    return CheckpointError(f"{path} is {value!r:.60}, not {wanted}")
+
+
+def whole(least: int = 0, most: int = _MOST) -> Check:
+    """Return a check for a whole number from ``least`` to ``most``.
+
+    >>> whole(1)(3, "batch_size")
+    >>> whole(1)(True, "batch_size")
+    Traceback (most recent call last):
+    manualloop.errors.CheckpointError: batch_size is True, not a whole number of at least 1
+    """
+
+    def check(value: Any, path: str) -> None:
+        if type(value) is not int or not least <= value <= most:
+            raise _refuse(value, path, f"a whole number of at least {least}")
+
+    return check
+
+
+def number(value: Any, path: str) -> None:
+    """Refuse what is not a number; NaN and the infinities are numbers."""
+    if type(value) not in (int, float):
+        raise _refuse(value, path, "a number")
+
+
+def flag(value: Any, path: str) -> None:
+    """Refuse what is neither True nor False."""
+    if type(value) is not bool:
+        raise _refuse(value, path, "true or false")
+
+
+def text(value: Any, path: str) -> None:
+    """Refuse what is not a text."""
+    if type(value) is not str:
+        raise _refuse(value, path, "a text")
+
+
+def anything(value: Any, path: str) -> None:
+    """Refuse nothing: only the user's objects read it."""
+
+
+def one_of(*values: str) -> Check:
+    """Return a check for one of some texts."""
+
+    def check(value: Any, path: str) -> None:
+        if type(value) is not str or value not in values:
+            raise _refuse(value, path, f"one of {', '.join(values)}")
+
+    return check
+
+
+def maybe(check: Check) -> Check:
+    """Return a check that also takes None."""
+    return lambda value, path: None if value is None else check(value, path)
+
+
+def items(check: Check) -> Check:
+    """Return a check for a list whose items pass another one."""
+
+    def check_items(value: Any, path: str) -> None:
+        if not isinstance(value, list | tuple):
+            raise _refuse(value, path, "a list")
+        for place, item in enumerate(value):
+            check(item, _at(path, place))
+
+    return check_items
+
+
+def by_name(check: Check) -> Check:
+    """Return a check for a dict whose keys are texts and whose values pass another check."""
+
+    def check_values(value: Any, path: str) -> None:
+        if not isinstance(value, dict) or not all(type(key) is str for key in value):
+            raise _refuse(value, path, "a dict")
+        for key, item in value.items():
+            check(item, _at(path, key))
+
+    return check_values
+
+
+def fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
+    """Return a check for a dict with certain keys. Others, of a later version, are let through.
+
+    >>> point = fields({"x": number}, {"name": text})
+    >>> point({"x": 0.5}, "point")
+    >>> point({"name": "A"}, "point")
+    Traceback (most recent call last):
+    manualloop.errors.CheckpointError: point.x is missing
+    """
+
+    def check(value: Any, path: str) -> None:
+        by_name(anything)(value, path)
+        for key, check_value in required.items():
+            if key not in value:
+                raise CheckpointError(f"{_at(path, key)} is missing")
+            check_value(value[key], _at(path, key))
+        for key, check_value in (optional or {}).items():
+            if key in value:
+                check_value(value[key], _at(path, key))
+
+    return check
+
+
+def _tried(function: Callable[[Any], None]) -> Check:
+    """Return a check from a function that raises a ``ValueError`` with the reason."""
+
+    def check(value: Any, path: str) -> None:
+        try:
+            function(value)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not a random state: {error}") from error
+
+    return check
+
+
+def _metric(value: Any, path: str) -> None:
+    if type(value) is int and abs(value) > 2**1000:  # beyond any float, and compared with some
+        raise _refuse(value, path, "a number")
+
+
+_CONTRACT = fields(dict.fromkeys(("same", "exact", "kept"), by_name(anything)))
+
+MANIFEST = fields(
+    {
+        "format": whole(1, 1),
+        "step": whole(),
+        "metrics": by_name(_metric),
+        "best_metric": maybe(text),
+        "contract": maybe(_CONTRACT),
+        "files": by_name(fields({"size": whole(), "sha256": text})),
+    }
+)
+"""``manifest.json``, once its numbers are read."""
+
+_RANDOM = _tried(check_random_state)
+_GENERATORS = by_name(_tried(check_generator_state))
+
+_WORKER = fields(
+    {},
+    {
+        "base_seed": whole(-(2**63), 2**64),
+        "random": _RANDOM,
+        "generators": _GENERATORS,
+        "dataset": anything,
+        "is_at_end": flag,
+    },
+)
+
+
+def _workers(value: Any, path: str) -> None:
+    by_name(_WORKER)(value, path)
+    for key in value:
+        if not (key.isascii() and key.isdigit() and len(key) < 9):
+            raise _refuse(key, path, "the number of a worker")
+
+
+_KNOWN_BATCHES = {"num_batches": whole(), "batch_size": maybe(whole(1))}
+_POSITION = fields(
+    {},
+    {
+        "kind": one_of("prepared", "dataloader", "stream", "stateful", "iterable"),
+        "data": text,
+        "num_samples": whole(),
+        "num_workers": whole(0, 10**6),
+        "seed": whole(-(2**63), 2**64),
+        "max_tokens": maybe(whole(1)),
+        "num_ranks": whole(1),
+        "random": _RANDOM,
+        "generators": _GENERATORS,
+        "reuses_workers": flag,
+        "row_generators": _GENERATORS,
+        "dataset": anything,
+        "workers": _workers,
+        "last_worker": maybe(whole(0, 10**6)),
+        "loader": anything,
+        "pending": items(anything),
+        "is_at_end": flag,
+        **_KNOWN_BATCHES,
+    },
+)
+
+
+def _position(value: Any, path: str) -> None:
+    _POSITION(value, path)
+    if "kind" in value:
+        fields(_KNOWN_BATCHES)(value, path)
+    if value.get("is_at_end") and "pending" not in value:
+        raise CheckpointError(f"{path}.pending is missing")
+    if value.get("last_worker") is not None:
+        whole(0, value.get("num_workers", 0) - 1)(value["last_worker"], f"{path}.last_worker")
+
+
+_OF_A_RANK = {
+    "position": maybe(_position),
+    "max_batch_rows": maybe(whole(1)),
+    "rng": _RANDOM,
+}
+_LATER_OF_A_RANK = {"generators": _GENERATORS}
+
+PROGRESS = fields(
+    dict.fromkeys(("num_steps", "num_skipped", "epoch", "num_samples"), whole()),
+)
+
+_EVALUATIONS = fields(
+    {
+        "best_metric": maybe(text),
+        "number": whole(),
+        "num_since_best": whole(),
+        "last": by_name(_metric),
+        "best": by_name(_metric),
+    }
+)
+_INTERVAL = fields({"num_steps": whole(), "num_items": number, "total": number})
+_LOSSES = fields({"losses": items(number), "num_items": items(number)})
+
+
+def _either(if_key: str, then: Check, otherwise: Check) -> Check:
+    def check(value: Any, path: str) -> None:
+        (then if isinstance(value, dict) and if_key in value else otherwise)(value, path)
+
+    return check
+
+
+def _evaluations(value: Any, path: str) -> None:
+    # Release 0.1.0 kept all of them.
+    (items(by_name(_metric)) if isinstance(value, list) else _EVALUATIONS)(value, path)
+
+
+_NOTES = fields(
+    {
+        "evaluations": _evaluations,
+        "evaluated_step": whole(),
+        "is_pending": flag,
+        "report": fields(
+            {"interval": _either("losses", _LOSSES, _INTERVAL), "epoch": number},
+        ),
+        "num_records": whole(),
+    }
+)
+
+
+def _run(value: Any, path: str) -> None:
+    """Check the notes of ``train_loop``; ``save_checkpoint`` leaves none."""
+    (_NOTES if value != {} else by_name(anything))(value, path)
+
+
+STATE = fields(
+    {
+        **_OF_A_RANK,
+        "progress": PROGRESS,
+        "optimizer_class": text,
+        "model": by_name(anything),
+        "optimizer": by_name(anything),
+        "strategy": by_name(anything),
+        "run": _run,
+    },
+    {
+        **_LATER_OF_A_RANK,
+        "ranks": items(fields(_OF_A_RANK, _LATER_OF_A_RANK)),
+    },
+)
+"""``state.json`` and its tensors, put together."""
+
+
+def check_state(values: Mapping[str, Any], step: int, path: str) -> None:
+    """Refuse a state that is not as described, or that contradicts itself or its manifest.
+
+    Args:
+        values: What ``state.json`` and its tensors were put together to.
+        step: Number of updates, as the manifest has it.
+        path: Name of the file, with a colon.
+
+    Raises:
+        CheckpointError: The message names the field.
+    """
+    STATE(values, path)
+    progress = values["progress"]
+    if progress["num_steps"] != step:
+        raise CheckpointError(
+            f"{path} progress.num_steps is {progress['num_steps']}, and the manifest says {step}"
+        )
+    for own in (values, *values.get("ranks", ())):
+        position = own["position"] or {}
+        num_samples = position.get("num_samples", progress["num_samples"])
+        if num_samples != progress["num_samples"]:
+            raise CheckpointError(
+                f"{path} position.num_samples is {num_samples}, and progress.num_samples "
+                f"{progress['num_samples']}"
+            )
+    if (notes := values["run"]) and notes["evaluated_step"] > step:
+        raise CheckpointError(
+            f"{path} run.evaluated_step is {notes['evaluated_step']}, and the step is {step}"
+        )
+
+
+def check_like(saved: Any, own: Any, path: str, *, strict: bool = False) -> None:
+    """Refuse a part's state whose values are of other kinds than those the part has now.
+
+    Only what both have is compared. Numbers, tensors and arrays are of one kind, and None of any.
+
+    Args:
+        saved: The state that was saved.
+        own: What the part's ``state_dict`` returns now.
+        path: Name of the part.
+        strict: Whether finite numbers must stay finite, and no number may turn into None.
+
+    Raises:
+        CheckpointError: The message names the value.
+    """
+    kind, own_kind = _kind(saved), _kind(own)
+    if own_kind == "none" or (kind == "none" and not strict):
+        return
+    if kind != own_kind:
+        raise _refuse(saved, path, f"a {own_kind}")
+    if strict and isinstance(saved, int | float) and isinstance(own, int | float):
+        if math.isfinite(own) and not (abs(saved) < _MOST and math.isfinite(saved)):
+            raise _refuse(saved, path, "a finite number")
+        if path.rpartition(".")[2] in _COUNTS and saved < 0:
+            raise _refuse(saved, path, "a number of at least 0")
+    if isinstance(saved, Mapping):
+        for key in saved.keys() & own.keys():
+            check_like(saved[key], own[key], _at(path, key), strict=strict)
+    elif isinstance(saved, list | tuple):
+        for place, (item, own_item) in enumerate(zip(saved, own, strict=False)):
+            check_like(item, own_item, _at(path, place), strict=strict)
+
+
+_COUNTS = ("last_epoch", "_step_count", "T_cur", "T_i", "total_steps", "scale", "growth_interval")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, str | bytes):
+        return "text"
+    if isinstance(value, Mapping):
+        return "dict"
+    if isinstance(value, list | tuple | set):
+        return "list"
+    return "number"

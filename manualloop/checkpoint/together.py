@@ -1,0 +1,62 @@
+"""Load the states of several parts: all of them, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from manualloop.checkpoint.parts import AdaptedModel, ShardedModel, ShardedOptimizer
+from manualloop.errors import CheckpointError
+from manualloop.internals import unwrap_optimizer
+
+
+def load_together(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """Load each part's state; if one does not take its own, put back those before it.
+
+    Args:
+        parts: Parts by name, with states that fit by their names and shapes.
+        states: What their ``state_dict`` had returned, by the same names.
+
+    Raises:
+        CheckpointError: A part refuses its state. The message tells which, and nothing was loaded.
+    """
+    put_back: list[Callable[[], None]] = []
+    for name in sorted(parts, key=lambda name: cannot_fail(parts[name])):
+        part = parts[name]
+        try:
+            put_back.append(_remember(part))
+            part.load_state_dict(states[name])
+        except Exception as error:
+            for undo in reversed(put_back):
+                undo()
+            raise CheckpointError(
+                f"{name} ({type(part).__name__}) does not take the state it was saved with: "
+                f"{type(error).__name__}: {error}. Nothing was loaded."
+            ) from error
+
+
+def cannot_fail(part: Any) -> bool:
+    """Tell whether a part takes every state whose names, shapes and dtypes are its own."""
+    if isinstance(part, AdaptedModel | ShardedModel | ShardedOptimizer):
+        return True
+    return (
+        isinstance(part, nn.Module)
+        and type(part).load_state_dict is nn.Module.load_state_dict
+        and all(isinstance(value, Tensor) for value in part.state_dict().values())
+    )
+
+
+def _remember(part: Any) -> Callable[[], None]:
+    """Return a function that puts a part back to what it is now."""
+    if cannot_fail(part):
+        return lambda: None  # of the weights there is no second copy
+    if isinstance(optimizer := unwrap_optimizer(part), Optimizer):
+        # Loading replaces these objects, and does not change what is in them.
+        kept, groups = dict(vars(optimizer)), [dict(group) for group in optimizer.param_groups]
+        return lambda: vars(optimizer).update(kept, param_groups=groups)
+    state = deepcopy(part.state_dict())
+    return lambda: part.load_state_dict(state)
