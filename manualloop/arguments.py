@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeGuard, TypeVar, cast
 
-from manualloop.errors import ManualLoopError
+import numpy as np
+
+from manualloop.errors import ConfigError, ManualLoopError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -81,3 +83,76 @@ def is_positive(value: Any) -> bool:
     [True, False, False]
     """
     return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
+
+
+def require_count(name: str, value: object, *, least: int = 1) -> None:
+    """Refuse what is no whole number of at least ``least``.
+
+    Raises:
+        ConfigError: The message names the argument.
+
+    >>> require_count("size", 0)
+    Traceback (most recent call last):
+    manualloop.errors.ConfigError: size must be a whole number of at least 1, got 0.
+    """
+    if not _is_whole(value) or int(value) < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r:.60}.")
+
+
+def require_seed(name: str, value: object) -> None:
+    """Refuse what seeds no generator: a whole number of 64 bits does.
+
+    Raises:
+        ConfigError: The message names the argument.
+    """
+    if not _is_whole(value) or not -(2**63) <= int(value) < 2**63:
+        raise ConfigError(f"{name} must be a whole number of 64 bits, got {value!r:.60}.")
+
+
+def _is_whole(value: object) -> TypeGuard[Integral]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def require_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False, of Python or of NumPy.
+
+    Raises:
+        ConfigError: The message names the argument.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ConfigError(f"{name} must be True or False, got {value!r:.60}.")
+
+
+def require_function(name: str, value: object, arguments: str) -> None:
+    """Refuse what cannot be called; None is let through.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        arguments: The arguments that it will be called with.
+
+    Raises:
+        ConfigError: The message names the argument.
+    """
+    if value is not None and not callable(value):
+        example = f"lambda {arguments}: ..." if arguments else "lambda: ..."
+        raise ConfigError(
+            f"{name} is a {type(value).__name__}. Pass a function: {name}={example}."
+        )
+
+
+def require_kind(name: str, value: object, kind: type | tuple[type, ...], hint: str) -> None:
+    """Refuse what is not of a class.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        kind: The class, or several.
+        hint: What to pass instead.
+
+    Raises:
+        ConfigError: The message names the argument.
+    """
+    if not isinstance(value, kind):
+        shown = f"{value!r:.60}" if isinstance(value, str | int | float) else "it"
+        raise ConfigError(f"{name} is a {type(value).__name__} ({shown}). Pass {hint}.")
