@@ -136,9 +136,7 @@ def require_function(name: str, value: object, arguments: str) -> None:
     """
     if value is not None and not callable(value):
         example = f"lambda {arguments}: ..." if arguments else "lambda: ..."
-        raise ConfigError(
-            f"{name} is a {type(value).__name__}. Pass a function: {name}={example}."
-        )
+        raise ConfigError(f"{name} is a {type(value).__name__}. Pass a function: {name}={example}.")
 
 
 def require_kind(name: str, value: object, kind: type | tuple[type, ...], hint: str) -> None:

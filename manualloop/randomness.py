@@ -293,6 +293,8 @@ def _require_sound(state: Any) -> None:
         found = [("pos", inner.get("pos"), inner.get("key"))]
         found += [("buffer_pos", state.get("buffer_pos"), state.get("buffer"))]
         places = [(name, place, len(of)) for name, place, of in found if place is not None]
+        if "key" in inner and state["bit_generator"] == "MT19937" and len(inner["key"]) != 624:
+            raise ValueError(f"its saved state is damaged: {len(inner['key'])} numbers")
         spare = state.get("gauss")
     for name, place, last in places:
         if not 0 <= place <= last:

@@ -126,9 +126,9 @@ def _read(folder: Path) -> tuple[_Identity, dict[str, Any]]:
             "wrote it"
         )
     try:
-        FIELDS(manifest, f"{MANIFEST}:")
+        FIELDS(manifest, "")
     except CheckpointError as error:
-        raise CheckpointError(f"not one of ours: {error}") from error
+        raise CheckpointError(f"{MANIFEST} is not one of ours: {error}") from error
     for name in manifest["files"]:
         if not _is_name(name):
             raise CheckpointError(f"the manifest names {name!r}, which is not a file of the folder")

@@ -114,7 +114,7 @@ def _put_list_together(value: list[Any], tensors: dict[str, Tensor]) -> Any:
     if tag == "tensor":
         return tensors.pop(parts[0])
     if tag == "array":
-        return tensors.pop(parts[0]).numpy().view(_number_type(parts[1]))
+        return _as_array(tensors.pop(parts[0]), _number_type(parts[1]))
     if tag == "scalar":
         return _number_type(parts[1]).type(put_together(parts[0], tensors))
     if tag == "float":
@@ -147,6 +147,13 @@ def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
     # A copy, which is contiguous and may be written to.
     copy = np.array(array, order="C")
     return torch.from_numpy(copy.view(f"i{copy.dtype.itemsize}"))
+
+
+def _as_array(tensor: Tensor, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    numbers: np.ndarray[Any, Any] = tensor.numpy()
+    if numbers.dtype != np.dtype(f"i{dtype.itemsize}"):
+        raise ValueError(f"{dtype} was not saved as {numbers.dtype}")
+    return numbers.view(dtype)
 
 
 # RuntimeError: of torch.device. SyntaxError: of np.dtype.

@@ -22,11 +22,11 @@ _MOST = 2**62
 
 
 def _at(path: str, key: object) -> str:
-    return f"{path} {key}" if path.endswith(":") else f"{path}.{key}"
+    return f"{path} {key}" if path.endswith(":") else f"{path}.{key}" if path else str(key)
 
 
 def _refuse(value: Any, path: str, wanted: str) -> CheckpointError:
-    return CheckpointError(f"{path} is {value!r:.60}, not {wanted}")
+    return CheckpointError(f"{path or 'it'} is {value!r:.60}, not {wanted}")
 
 
 def whole(least: int = 0, most: int = _MOST) -> Check:
@@ -49,6 +49,13 @@ def number(value: Any, path: str) -> None:
     """Refuse what is not a number; NaN and the infinities are numbers."""
     if type(value) not in (int, float):
         raise _refuse(value, path, "a number")
+
+
+def finite(value: Any, path: str) -> None:
+    """Refuse what is not a finite number of at least 0."""
+    number(value, path)
+    if not 0 <= value < _MOST:
+        raise _refuse(value, path, "a finite number of at least 0")
 
 
 def flag(value: Any, path: str) -> None:
@@ -146,7 +153,37 @@ def _metric(value: Any, path: str) -> None:
         raise _refuse(value, path, "a number")
 
 
-_CONTRACT = fields(dict.fromkeys(("same", "exact", "kept"), by_name(anything)))
+_MAX_DEPTH = 30
+
+
+def _facts(value: Any, path: str, depth: int = 0) -> None:
+    if depth > _MAX_DEPTH:
+        raise CheckpointError(f"{path} is nested too deeply")
+    by_name(anything)(value, path)
+    for key, part in value.items():
+        if isinstance(part, dict):
+            _facts(part, _at(path, key), depth + 1)
+
+
+_GROUPS = {"groups": items(_facts), "schedule": _facts}
+_ENDS = fields(
+    {},
+    dict.fromkeys(("num_epochs", "max_steps", "num_steps", "patience"), maybe(whole())),
+)
+_CONTRACT = fields(
+    {"same": _facts, "exact": _facts},
+    {"settings": _facts, "ends": _ENDS, "asked": fields({}, _GROUPS), **_GROUPS},
+)
+
+
+def _contract(value: Any, path: str) -> None:
+    _CONTRACT(value, path)
+    for key in value.keys() - _GROUPS:
+        _facts(value[key], _at(path, key))
+    for group, key in (("exact", "world_size"), ("settings", "gradient_accumulation_steps")):
+        if key in value.get(group, {}):
+            whole(1)(value[group][key], _at(_at(path, group), key))
+
 
 MANIFEST = fields(
     {
@@ -154,7 +191,7 @@ MANIFEST = fields(
         "step": whole(),
         "metrics": by_name(_metric),
         "best_metric": maybe(text),
-        "contract": maybe(_CONTRACT),
+        "contract": maybe(_contract),
         "files": by_name(fields({"size": whole(), "sha256": text})),
     }
 )
@@ -238,8 +275,8 @@ _EVALUATIONS = fields(
         "best": by_name(_metric),
     }
 )
-_INTERVAL = fields({"num_steps": whole(), "num_items": number, "total": number})
-_LOSSES = fields({"losses": items(number), "num_items": items(number)})
+_INTERVAL = fields({"num_steps": whole(), "num_items": finite, "total": number})
+_LOSSES = fields({"losses": items(number), "num_items": items(finite)})
 
 
 def _either(if_key: str, then: Check, otherwise: Check) -> Check:
@@ -260,7 +297,7 @@ _NOTES = fields(
         "evaluated_step": whole(),
         "is_pending": flag,
         "report": fields(
-            {"interval": _either("losses", _LOSSES, _INTERVAL), "epoch": number},
+            {"interval": _either("losses", _LOSSES, _INTERVAL), "epoch": finite},
         ),
         "num_records": whole(),
     }
@@ -330,12 +367,13 @@ def check_like(saved: Any, own: Any, path: str, *, strict: bool = False) -> None
         saved: The state that was saved.
         own: What the part's ``state_dict`` returns now.
         path: Name of the part.
-        strict: Whether finite numbers must stay finite, and no number may turn into None.
+        strict: Whether finite numbers must stay finite, and no number may turn into None or a
+            tensor.
 
     Raises:
         CheckpointError: The message names the value.
     """
-    kind, own_kind = _kind(saved), _kind(own)
+    kind, own_kind = _kind(saved, strict), _kind(own, strict)
     if own_kind == "none" or (kind == "none" and not strict):
         return
     if kind != own_kind:
@@ -356,7 +394,7 @@ def check_like(saved: Any, own: Any, path: str, *, strict: bool = False) -> None
 _COUNTS = ("last_epoch", "_step_count", "T_cur", "T_i", "total_steps", "scale", "growth_interval")
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Any, strict: bool) -> str:
     if value is None:
         return "none"
     if isinstance(value, str | bytes):
@@ -365,4 +403,4 @@ def _kind(value: Any) -> str:
         return "dict"
     if isinstance(value, list | tuple | set):
         return "list"
-    return "number"
+    return "number" if isinstance(value, int | float) or not strict else "tensor"

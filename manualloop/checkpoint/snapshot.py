@@ -323,12 +323,29 @@ def _check_parts(saved: Saved, parts: Mapping[str, Any]) -> None:
     """Refuse states whose values are not of the kinds that the parts have now."""
     for name, part in parts.items():
         state = saved.values[name]
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f"{name} is {state!r:.60} in the checkpoint, not a state")
         if isinstance(part, LRScheduler):
             _check_schedule(name, part, state)
         elif name == "strategy":
             check_like(state, part.state_dict(), name, strict=True)
-        elif name.startswith("extras.") and not isinstance(part, nn.Module):
+        elif isinstance(part, nn.Module) and name != "model":
+            _check_module(name, part.state_dict(), state)
+        elif name.startswith("extras."):
             check_like(state, part.state_dict(), name)
+
+
+def _check_module(name: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    ours, theirs = (
+        describe({key: value for key, value in state.items() if isinstance(value, Tensor)})
+        for state in (own, saved)
+    )
+    for key in dict.fromkeys((*own, *saved)):
+        if ours.get(key) != theirs.get(key) or (key in own) != (key in saved):
+            raise CheckpointError(
+                f"{name}.{key} is {theirs.get(key, 'missing or no tensor')} in the checkpoint, "
+                f"{ours.get(key, 'missing or no tensor')} here"
+            )
 
 
 def _check_schedule(name: str, part: LRScheduler, saved: Mapping[str, Any]) -> None:

@@ -4,9 +4,10 @@ Each process that resumes first writes a line with its first step and the number
 checkpoint knew of. Records that an earlier process wrote beyond those belong to updates that were
 lost with it, so readers leave them out. The last line of a process tells where its time went.
 
-Every line ends with its guard, the number of records before it and a checksum: ``"guard":
-"17-89abcdef"``. So a damaged line is noticed, and a line that is missing too. Lines of release
-0.1.0 have no guard; they are counted.
+Every line ends with its guard: where in the file its process began, the number of records before
+that, the number of records before the line, and a checksum: ``"guard": "812.4.17-89abcdef"``. So a
+damaged line is noticed, and a line that is missing too. Lines of release 0.1.0 have no guard; they
+are counted.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from manualloop.notices import say
 
 HISTORY = "history.jsonl"
 _FROM, _KNOWN = "from_step", "num_records"
-_GUARDED = re.compile(rb'(\{.*), "guard": "([0-9]{1,15})-([0-9a-f]{8})"\}')
-_GUARD_LIKE = re.compile(r"[0-9]{1,15}-[0-9a-f]{8}")
+_GUARD = r"([0-9]{1,15})\.([0-9]{1,15})\.([0-9]{1,15})-([0-9a-f]{8})"
+_GUARDED = re.compile(rf'(\{{.*), "guard": "{_GUARD}"\}}'.encode())
 _MAX_BYTES, _MAX_LINE_BYTES = 1 << 32, 1 << 24
 _NUM_NAMED = 5
 
@@ -40,33 +41,33 @@ class HistoryFile:
         from_step: Step at which this process begins.
         num_records: Number of records of the run until then.
         num_lost: Number of records before those that could not be read.
-
-    Attributes:
-        num_lost: The argument of this name.
     """
 
     def __init__(
         self, directory: Path, from_step: int, num_records: int, num_lost: int = 0
     ) -> None:
         self._path = directory / HISTORY
-        self._num_written, self.num_lost = num_records, num_lost
+        self._num_written, self._num_lost = num_records, num_lost
+        self._first, self._begin = num_records + num_lost, 0
         if os.path.lexists(self._path):
-            first = num_records + num_lost
-            self._append([(first, {_FROM: from_step, _KNOWN: first})])
+            self._begin = os.lstat(self._path).st_size
+            self._append([(self._first, {_FROM: from_step, _KNOWN: self._first})])
 
     def write(self, records: list[dict[str, Any]]) -> None:
         """Append those records of the list that are not there yet, and force them to disk."""
         new = records[self._num_written :]
         if new:
-            self._append(enumerate(new, self._num_written + self.num_lost))
+            self._append(enumerate(new, self._num_written + self._num_lost))
         self._num_written = len(records)
 
     def write_times(self, times: dict[str, float]) -> None:
         """Append where the time of this process went, which is not a record of the run."""
-        self._append([(self._num_written + self.num_lost, {"times": times})])
+        self._append([(self._num_written + self._num_lost, {"times": times})])
 
     def _append(self, records: Iterable[tuple[int, dict[str, Any]]]) -> None:
-        text = b"".join(_line(number, record) for number, record in records)
+        text = b"".join(
+            _line((self._begin, self._first, number), record) for number, record in records
+        )
         with open(_open_own(self._path), "r+b", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
@@ -97,13 +98,18 @@ def _open_own(path: Path) -> int:
     return open_regular(path, flags)
 
 
-def _line(number: int, record: dict[str, Any]) -> bytes:
+_Guard = tuple[int, int, int]
+"""Where the process of a line began, the records before that, and those before the line."""
+
+
+def _line(guard: _Guard, record: dict[str, Any]) -> bytes:
     body = json.dumps(as_json(record), allow_nan=False).encode()
-    return body[:-1] + f', "guard": "{number}-{_checksum(number, body):08x}"}}\n'.encode()
+    numbers = ".".join(map(str, guard))
+    return body[:-1] + f', "guard": "{numbers}-{_checksum(guard, body):08x}"}}\n'.encode()
 
 
-def _checksum(number: int, body: bytes) -> int:
-    return zlib.crc32(body, zlib.crc32(str(number).encode()))
+def _checksum(guard: _Guard, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(repr(guard).encode()))
 
 
 def read_history(directory: Path, num_records: int | None = None) -> list[dict[str, Any]]:
@@ -120,23 +126,22 @@ def read_history(directory: Path, num_records: int | None = None) -> list[dict[s
     """
     found: dict[int, dict[str, Any]] = {}
     unreadable: list[int] = []
-    number, top, is_guarded = 0, 0, False
+    number, top, process = 0, 0, -1
     for place, line in enumerate(_lines(directory), 1):
         read = _read(line)
         if read is None:
             unreadable += [place] if len(unreadable) <= _NUM_NAMED else []
-            number += not is_guarded  # it may have been a record
+            number += process < 0  # it may have been a record
             continue
-        own, record = read
-        if own is not None:
-            number, is_guarded = own, True
-        if _FROM in record:
-            number = record[_KNOWN]
-        elif "step" not in record:
-            continue
-        if number < top:  # what is there from here on belongs to updates that were lost
-            found = {n: kept for n, kept in found.items() if n < number}
-        top = number
+        guard, record = read
+        cut = record.get(_KNOWN, number)
+        if guard is not None:
+            cut = guard[1] if guard[0] != process else guard[2]
+            process, number = guard[0], guard[2]
+        elif _FROM in record:
+            number = cut
+        if cut < top:  # what is there from here on belongs to updates that were lost
+            found, top = {n: kept for n, kept in found.items() if n < cut}, cut
         if "step" in record:
             if num_records is None or number < num_records:
                 found[number] = record
@@ -181,12 +186,12 @@ def require_history(directory: Path) -> None:
         ) from error
 
 
-def _read(line: bytes) -> tuple[int | None, dict[str, Any]] | None:
-    """Return the number and the content of a line; None if it is damaged."""
-    number = None
+def _read(line: bytes) -> tuple[_Guard | None, dict[str, Any]] | None:
+    """Return the guard and the content of a line; None if it is damaged."""
+    guard = None
     if guarded := _GUARDED.fullmatch(line):
-        line, number = guarded[1] + b"}", int(guarded[2])
-        if _checksum(number, line) != int(guarded[3], 16):
+        line, guard = guarded[1] + b"}", (int(guarded[2]), int(guarded[3]), int(guarded[4]))
+        if _checksum(guard, line) != int(guarded[5], 16):
             return None
     try:
         record = from_json(parse_json(line))
@@ -194,9 +199,9 @@ def _read(line: bytes) -> tuple[int | None, dict[str, Any]] | None:
         return None
     if not isinstance(record, dict) or not _is_known(record):
         return None
-    if number is None and _has_broken_guard(record):
+    if guard is None and _has_broken_guard(record):
         return None
-    return number, record
+    return guard, record
 
 
 def _is_known(record: dict[str, Any]) -> bool:
@@ -208,7 +213,7 @@ def _is_known(record: dict[str, Any]) -> bool:
 
 def _has_broken_guard(record: dict[str, Any]) -> bool:
     last = next(reversed(record.values()), None)
-    is_guard = isinstance(last, str) and _GUARD_LIKE.fullmatch(last) is not None
+    is_guard = isinstance(last, str) and re.fullmatch(_GUARD, last) is not None
     return is_guard or "guard" in record
 
 
