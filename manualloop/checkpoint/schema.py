@@ -260,7 +260,7 @@ _OF_A_RANK = {
     "max_batch_rows": maybe(whole(1)),
     "rng": _RANDOM,
 }
-_LATER_OF_A_RANK = {"generators": _GENERATORS}
+_LATER_OF_A_RANK = {"generators": _GENERATORS, "weighs_equally": maybe(flag)}
 
 PROGRESS = fields(
     dict.fromkeys(("num_steps", "num_skipped", "epoch", "num_samples"), whole()),
@@ -309,6 +309,16 @@ def _run(value: Any, path: str) -> None:
     (_NOTES if value != {} else by_name(anything))(value, path)
 
 
+_CHANGES = fields(
+    {},
+    {
+        "requires_grad": by_name(flag),
+        "training": by_name(flag),
+        "buffers": by_name(anything),
+        "attributes": by_name(anything),
+    },
+)
+
 STATE = fields(
     {
         **_OF_A_RANK,
@@ -321,6 +331,7 @@ STATE = fields(
     },
     {
         **_LATER_OF_A_RANK,
+        "changes": _CHANGES,
         "ranks": items(fields(_OF_A_RANK, _LATER_OF_A_RANK)),
     },
 )

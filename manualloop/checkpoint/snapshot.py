@@ -25,7 +25,15 @@ from manualloop.checkpoint.parts import (
     saved_part,
 )
 from manualloop.checkpoint.pretrained import save_pretrained
-from manualloop.checkpoint.schema import by_name, check_like, check_state, fields, items, text
+from manualloop.checkpoint.schema import (
+    anything,
+    by_name,
+    check_like,
+    check_state,
+    fields,
+    items,
+    text,
+)
 from manualloop.checkpoint.tensors import (
     Aliases,
     describe,
@@ -51,9 +59,8 @@ _STATE = "state.json"
 _STEMS = ("model", "optimizer", "extras", "rng")
 _TRAINED = "trained"
 """Stem of the trained weights, where those of the model are the scored ones."""
-_CONTAINER = fields(
-    {"aliases": fields(dict.fromkeys(_STEMS, by_name(text)))}, {"shards": items(text)}
-)
+_ALIASES = fields(dict.fromkeys(_STEMS, by_name(text)), {_TRAINED: by_name(text)})
+_CONTAINER = fields({"aliases": _ALIASES, "model": by_name(anything)}, {"shards": items(text)})
 _NUM_NAMED = 5
 
 
@@ -373,12 +380,15 @@ def load_weights(folder: Path, files: Mapping[str, Any], model: nn.Module) -> No
     """
     part = saved_part(model)
     try:
-        saved = parse_json((folder / _STATE).read_bytes())
+        saved = parse_json(read_regular(folder / _STATE, MAX_JSON_BYTES)[0])
+        _CONTAINER(saved, f"{_STATE}:")
         tensors, aliases = load_tensors(folder, "model", files), saved["aliases"]["model"]
         values = put_together(saved["model"], {}) | tensors
         values |= {name: tensors[own] for name, own in aliases.items()}
         num_shards = len(saved.get("shards", ()))
-    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except (*UNREADABLE, OSError, MemoryError) as error:
         raise CheckpointError(f"{_STATE} cannot be read: {error!r:.200}.") from error
     if num_shards or is_sharded(model):
         raise CheckpointError(
@@ -390,7 +400,7 @@ def load_weights(folder: Path, files: Mapping[str, Any], model: nn.Module) -> No
             "its weights do not fit this model, and nothing was loaded:\n- "
             + "\n- ".join(differences[:_NUM_NAMED])
         )
-    part.load_state_dict(values)
+    load_together({"model": part}, {"model": values})
 
 
 def _weight_differences(
