@@ -74,14 +74,21 @@ def is_same_random_state(one: RandomState, other: RandomState) -> bool:
     return (
         one["python"] == other["python"]
         and torch.equal(one["torch"], other["torch"])
-        and _is_same(one["numpy"], other["numpy"])
+        and is_same_state(one["numpy"], other["numpy"])
     )
 
 
-def _is_same(one: Any, other: Any) -> bool:
+def is_same_state(one: Any, other: Any) -> bool:
+    """Tell whether two states of generators, or containers of such states, are equal."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
-    return np.array_equal(one, other)
+        return one.keys() == other.keys() and all(is_same_state(one[k], other[k]) for k in one)
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(is_same_state, one, other))
+    return bool(one == other)
 
 
 _KINDS = (

@@ -13,11 +13,11 @@ from manualloop.checkpoint.contract import Contract
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.notices import say
 from manualloop.optim import require_initialized
-from manualloop.randomness import remember_random_states
 from manualloop.reading.sources import source_of
 from manualloop.reading.streams import cannot_rewind
 from manualloop.run.evaluations import Evaluations, read_metrics
 from manualloop.run.folder import RunFolder
+from manualloop.run.interruption import BeforeEvaluation
 from manualloop.run.report import Report
 from manualloop.run.scored import Scored, watching
 from manualloop.run.stopping import EvaluationStopped, Stopping
@@ -52,6 +52,7 @@ class Run:
         self._strategy = strategy
         self._evaluated_step = 0
         self._is_pending = False  # an evaluation that was due and was not made
+        self._broken_off: BeforeEvaluation | None = None
         self._saved: object = None
         self._scored = Scored()
         self._told: set[str] = set()
@@ -126,7 +127,7 @@ class Run:
         if self._evaluate is None:
             return
         self._is_pending = True
-        put_back = remember_random_states(**self._state.all_holders())
+        before, is_stopped = BeforeEvaluation(self._state.all_holders()), False
         begin = perf_counter()
         self._scored = Scored()
         try:
@@ -137,17 +138,21 @@ class Run:
                 returned = self._evaluate()
             self._state.times.evaluation += perf_counter() - begin
         except EvaluationStopped:
-            put_back()  # it may have struck while evaluate_loop did that
-            self._may_save_after_error()
-            return
+            is_stopped = True  # restored below: the traceback may hold a loader and its threads
         except Exception:
-            put_back()
+            before.restore()
             if not self._may_save_after_error() or self._strategy.world_size > 1:
                 raise  # a save takes all ranks, and the others may be anywhere
             if self._stopping.reason() in (None, "max_time"):
                 self.save()  # so that no update is lost; the next process evaluates first
+                before.report_draws()
                 raise
-            return  # the signal has reached a worker of the loader first
+            is_stopped = True  # the signal has reached a worker of the loader first
+        if is_stopped:
+            before.restore()  # the signal may have come while evaluate_loop did that
+            self._may_save_after_error()
+            self._broken_off = before
+            return
         self._tell_scored()
         metrics = self._agree_on(returned)
         self._is_pending, self._evaluated_step = False, self._state.progress.num_steps
@@ -235,6 +240,8 @@ class Run:
         """Evaluate and save at the end of the run, unless the last step did."""
         num_steps = self._state.progress.num_steps
         if self.stopped_by not in (None, "patience") and self._folder is not None:
+            if self._broken_off is not None:
+                self._broken_off.report_draws()
             say(f"{self.stopped_by}: ended after step {num_steps}. The same command goes on there.")
             return
         self._report.end_interval()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.distributed import distributed_c10d
 
-from manualloop.strategy import liveness
+from manualloop.strategy import hosts, liveness
 
 FOREVER = 3600.0
 
@@ -35,4 +35,10 @@ def wait_until_stopped(pid):
     """Wait for a SIGSTOP of another process; from then on collective operations fail soon."""
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         time.sleep(0.01)
-    distributed_c10d._set_pg_timeout(timedelta(seconds=2))
+    fail_soon()
+
+
+def fail_soon():
+    """Let operations that wait for another rank fail within two seconds."""
+    for group in (None, hosts._hosts._group):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
