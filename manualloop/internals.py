@@ -434,6 +434,18 @@ def is_one_ranks_stream(dataset: Any) -> bool | None:
         return None
 
 
+def part_of_stream(dataset: Any) -> tuple[int, int] | None:
+    """Return which part of a stream of ``datasets`` this is, and of how many; None: nothing tells.
+
+    Seen in datasets 3.6 to 5.2: ``rank`` and ``world_size`` of ``_distributed``.
+    """
+    try:
+        split = dataset._distributed
+        return (int(split.rank), int(split.world_size)) if is_stream_of_datasets(dataset) else None
+    except (AttributeError, TypeError):
+        return None
+
+
 # transformers
 
 

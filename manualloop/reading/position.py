@@ -36,6 +36,7 @@ class Position(TypedDict, total=False):
         data: Digest of the data, by which the loader is recognized in another process.
         num_batches: Batches of the pass that were used.
         num_samples: Rows of the pass that were used, on all ranks.
+        num_parts: Parts into which the user has split the rows, one for each rank; 1: none.
         num_workers: Worker processes of the loader.
         batch_size: Rows per batch, if the loader has a fixed number.
         seed: Seed of the order of a prepared loader.
@@ -57,6 +58,7 @@ class Position(TypedDict, total=False):
     data: str
     num_batches: int
     num_samples: int
+    num_parts: int
     num_workers: int
     batch_size: int | None
     seed: int

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from manualloop.batches import num_rows
 from manualloop.data.sampler import num_batches
-from manualloop.internals import is_one_ranks_stream
+from manualloop.errors import DataError
+from manualloop.internals import is_one_ranks_stream, part_of_stream
 from manualloop.notices import say
 
 
@@ -124,6 +125,68 @@ def is_sharded(loader: Any) -> bool:
             "are left out: pass the whole stream."
         )
     return bool(is_split)
+
+
+def part_of(loader: Any) -> tuple[int, int] | None:
+    """Return which part of the rows a loader reads, and of how many; None: all, or nothing tells.
+
+    >>> part_of(DataLoader(range(4), sampler=DistributedSampler(range(4), 2, 1)))
+    (1, 2)
+    """
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    own = getattr(loader, "sampler", None)
+    for sampler in (own, batch_sampler, getattr(batch_sampler, "sampler", None)):
+        part = getattr(sampler, "rank", None), getattr(sampler, "num_replicas", None)
+        if isinstance(part[0], int) and isinstance(part[1], int):
+            return part  # type: ignore[return-value]
+    return part_of_stream(getattr(loader, "dataset", None))
+
+
+def num_parts(loader: Any, shard: Shard) -> int:
+    """Return into how many parts somebody else has split the rows of a loader, one for each rank.
+
+    Raises:
+        DataError: The part is that of another rank, or the ranks are not as many.
+    """
+    part = part_of(loader)
+    if part is None:
+        return shard.world_size if shard.world_size > 1 and is_sharded(loader) else 1
+    if part != shard:
+        found = f"part {part[0]} of {part[1]} of the rows"
+        if shard.world_size > 1:
+            raise DataError(
+                f"Rank {shard.rank} of {shard.world_size} reads {found}: other parts would be read "
+                "twice, or never. Split by the ranks that there are, "
+                "split_dataset_by_node(stream, strategy.rank, strategy.world_size), or give every "
+                "rank all rows: each is then used once."
+            )
+        if part[1] > 1:
+            say(f"one process reads {found}. To read all rows, do not split them by rank.")
+    return part[1]
+
+
+def require_same_parts(before: int | None, now: int) -> None:
+    """Refuse to resume inside an epoch whose rows were split into another number of parts.
+
+    Args:
+        before: Number of parts when the position was saved; None: an older version did not tell.
+        now: Number of parts.
+
+    Raises:
+        DataError: The numbers differ.
+    """
+    if before is None or before == now:
+        return
+    were, are = (
+        "read all rows together" if number == 1 else f"had a part of the rows each, of {number}"
+        for number in (before, now)
+    )
+    raise DataError(
+        f"The checkpoint was saved inside an epoch in which the ranks {were}, and now they {are}: "
+        "rows would be used twice, or never. Resume with the same number of ranks. A loader of all "
+        "rows on every rank, without split_dataset_by_node and DistributedSampler, resumes with "
+        "any number."
+    )
 
 
 def unsharded(loader: Any) -> Any:

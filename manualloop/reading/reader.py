@@ -24,6 +24,8 @@ from manualloop.reading.ranks import (
     Round,
     Shard,
     is_sharded,
+    num_parts,
+    require_same_parts,
     rounds_of,
 )
 from manualloop.reading.sources import Source
@@ -87,6 +89,9 @@ class Reader:
                 self._copies = strategy.world_size  # rows there are for one that is read here
             else:
                 self._shard = Shard(strategy.rank, strategy.world_size)
+        self._num_parts = num_parts(source.loader, _ranks_of(strategy))
+        if position and position.get("num_samples"):
+            require_same_parts(position.get("num_parts"), self._num_parts)
         self._loaded = position or None
         self.num_samples = position.get("num_samples", 0) if position else 0
         self._start: Position = {}
@@ -255,7 +260,7 @@ class Reader:
         if self._is_at_end:
             self._read_to_end()
         position = self.source.position(self._start, self._num_used)
-        position["num_samples"] = self.num_samples
+        position["num_samples"], position["num_parts"] = self.num_samples, self._num_parts
         position["data"] = digest_of(self._facts, self.source.loader)
         if getattr(self.source.loader, "num_workers", 0):
             position["workers"], position["last_worker"] = dict(self._workers), self._last_worker
@@ -276,10 +281,13 @@ class Reader:
         is_same = source.loader is self.source.loader
         if not is_same and not self._identity.matches(identify(source.loader, source.facts())):
             return None
-        ranks = [(s.rank, s.world_size) if s else (0, 1) for s in (strategy, self._strategy)]
-        if is_same and ranks[0] == ranks[1]:
+        if is_same and _ranks_of(strategy) == _ranks_of(self._strategy):
             return self
         return Reader(source, self.position(), strategy, self._count_rows)
+
+
+def _ranks_of(strategy: Strategy | None) -> Shard:
+    return Shard() if strategy is None else Shard(strategy.rank, strategy.world_size)
 
 
 def begin_in_common(source: Source, strategy: Strategy) -> None:
