@@ -20,7 +20,7 @@ from manualloop.internals import prepare_optimizer_once, prepared_models, watch_
 from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
 from manualloop.optim import parameters_of
-from manualloop.strategy.base import STRATEGY_OF
+from manualloop.strategy.base import STRATEGY_OF, whole_tensor
 from manualloop.strategy.calls import StrategyOfCall, Tagged, values_of
 from manualloop.strategy.compiled import CompileOptions, compile_model
 from manualloop.strategy.hosts import Hosts, connect_hosts
@@ -195,9 +195,7 @@ class Accelerated:
         self.accelerator.backward(loss)
 
     def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
-        norm: Any = self.accelerator.clip_grad_norm_(parameters_of(optimizer), max_norm)
-        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return whole
+        return whole_tensor(self.accelerator.clip_grad_norm_(parameters_of(optimizer), max_norm))
 
     @property
     def scales_losses(self) -> bool:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from manualloop.errors import ConfigError
 from manualloop.internals import step_optimizer, watch_scale
 from manualloop.optim import parameters_of
-from manualloop.strategy.base import STRATEGY_OF, MixedPrecision
+from manualloop.strategy.base import STRATEGY_OF, MixedPrecision, whole_tensor
 from manualloop.strategy.compiled import CompileOptions, compile_model
 from manualloop.strategy.transfer import move, move_optimizer_state
 
@@ -108,7 +108,7 @@ class SingleDevice:
     def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        return nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm)
+        return whole_tensor(nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm))
 
     @property
     def scales_losses(self) -> bool:

@@ -21,5 +21,5 @@ def test_every_row_is_read_once_and_every_resume_is_exact(name, outputs):
 
 
 def test_a_change_of_the_number_of_ranks_is_reported(outputs):
-    assert "not bit-exact because world_size: 2 -> 1." in outputs[0]
-    assert "not bit-exact because world_size: 1 -> 2." in outputs[0]
+    assert "not bit-exact, because world_size: 2 -> 1." in outputs[0]
+    assert "not bit-exact, because world_size: 1 -> 2." in outputs[0]

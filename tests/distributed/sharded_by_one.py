@@ -1,0 +1,81 @@
+"""Run on two ranks, or on one: a model spread by fully_shard changes the number of its ranks.
+
+sharded_by_one.py FOLDER UNTIL
+
+Trains from the newest checkpoint in FOLDER, if there is one, until a step, and saves.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from helpers import tiny_bert
+from sharded import make_loader
+from torch.distributed.fsdp import fully_shard
+
+from manualloop import (
+    TrainState,
+    evaluate_loop,
+    load_checkpoint,
+    predict_loop,
+    prepare_scheduler,
+    prepare_strategy,
+    save_checkpoint,
+    train_steps,
+)
+
+ACCUMULATED = 4  # batches of an update, over all ranks
+
+
+def make_state(spread):
+    torch.manual_seed(5)
+    model = tiny_bert(num_hidden_layers=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0)
+    if spread:
+        for layer in model.bert.encoder.layer:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = prepare_scheduler(optimizer, "linear", num_training_steps=8)
+    return TrainState(model, optimizer, schedule)
+
+
+def train(state, strategy, until=8, folder=None):
+    seen = []
+    for step in train_steps(
+        state,
+        make_loader(shuffle=True),
+        max_steps=8,
+        gradient_accumulation_steps=ACCUMULATED // strategy.world_size,
+        max_grad_norm=0.5,
+        strategy=strategy,
+    ):
+        seen.append([step.index, float(step.loss), float(step.grad_norm), step.lr])
+        if step.index == until:
+            if folder is not None:
+                save_checkpoint(folder, state, strategy=strategy)
+            break
+    return seen
+
+
+def scores_of(model):
+    scores = evaluate_loop(model, make_loader(shuffle=False), "accuracy")
+    return scores, predict_loop(model, make_loader(shuffle=False)).predictions.tolist()
+
+
+def main():
+    folder, until = Path(sys.argv[1]), int(sys.argv[2])
+    strategy = prepare_strategy()
+    state = make_state(spread=True)
+    if any(folder.glob("step-*")):
+        load_checkpoint(folder, state, strategy=strategy)
+    seen = train(state, strategy, until, folder)
+    scores, predictions = scores_of(state.model)
+    weights = {name: w.full_tensor().tolist() for name, w in state.model.state_dict().items()}
+    if strategy.is_main:
+        found = {"seen": seen, "scores": scores, "predictions": predictions, "weights": weights}
+        (folder / f"until-{until}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
