@@ -421,29 +421,16 @@ def has_shuffle_buffer(dataset: Any) -> bool:
     return False
 
 
-def is_one_ranks_stream(dataset: Any) -> bool | None:
-    """Tell whether a stream of ``datasets`` was split by rank; None: nothing tells.
+def part_of_stream(dataset: Any) -> tuple[int, int] | None:
+    """Return which part of a stream of ``datasets`` this is, and of how many; None: it is whole.
 
     Seen in datasets 3.6 to 5.2: ``_distributed``, set by ``split_dataset_by_node``.
+
+    Raises:
+        AttributeError: Nothing tells.
     """
-    if not is_stream_of_datasets(dataset):
-        return False
-    try:
-        return dataset._distributed is not None
-    except AttributeError:
-        return None
-
-
-def part_of_stream(dataset: Any) -> tuple[int, int] | None:
-    """Return which part of a stream of ``datasets`` this is, and of how many; None: nothing tells.
-
-    Seen in datasets 3.6 to 5.2: ``rank`` and ``world_size`` of ``_distributed``.
-    """
-    try:
-        split = dataset._distributed
-        return (int(split.rank), int(split.world_size)) if is_stream_of_datasets(dataset) else None
-    except (AttributeError, TypeError):
-        return None
+    split = dataset._distributed if is_stream_of_datasets(dataset) else None
+    return None if split is None else (split.rank, split.world_size)
 
 
 # transformers

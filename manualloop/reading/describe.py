@@ -16,8 +16,9 @@ from torch.utils.data import IterableDataset, SequentialSampler
 
 from manualloop.data.sampler import num_batches
 from manualloop.errors import DataError
-from manualloop.internals import is_one_ranks_stream, stored_table
+from manualloop.internals import stored_table
 from manualloop.randomness import find_generators
+from manualloop.reading.ranks import part_of
 from manualloop.strategy.base import Strategy
 from manualloop.types import LoaderFacts, Place
 
@@ -367,7 +368,7 @@ def row_numbers_of(loader: Any) -> Iterable[int] | None:
     sampler = getattr(loader if batch_sampler is None else batch_sampler, "sampler", batch_sampler)
     if isinstance(dataset, IterableDataset):
         num_workers = min(loader.num_workers, getattr(dataset, "num_shards", loader.num_workers))
-        return count() if num_workers <= 1 and not is_one_ranks_stream(dataset) else None
+        return count() if num_workers <= 1 and part_of(loader) is None else None
     return count() if sampler is None or isinstance(sampler, SequentialSampler) else None
 
 

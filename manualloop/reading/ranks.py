@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from manualloop.batches import num_rows
 from manualloop.data.sampler import num_batches
 from manualloop.errors import DataError
-from manualloop.internals import is_one_ranks_stream, part_of_stream
+from manualloop.internals import part_of_stream
 from manualloop.notices import say
 
 
@@ -118,13 +119,14 @@ def is_sharded(loader: Any) -> bool:
         return True  # torch's DistributedSampler, and those that look like it
     if type(loader).__module__.startswith("accelerate."):
         return True
-    is_split = is_one_ranks_stream(getattr(loader, "dataset", None))
-    if is_split is None:
+    try:
+        return part_of_stream(getattr(loader, "dataset", None)) is not None
+    except AttributeError:
         say(
             "nothing tells whether split_dataset_by_node has split this stream. If it has, rows "
             "are left out: pass the whole stream."
         )
-    return bool(is_split)
+        return False
 
 
 def part_of(loader: Any) -> tuple[int, int] | None:
@@ -139,7 +141,9 @@ def part_of(loader: Any) -> tuple[int, int] | None:
         part = getattr(sampler, "rank", None), getattr(sampler, "num_replicas", None)
         if isinstance(part[0], int) and isinstance(part[1], int):
             return part  # type: ignore[return-value]
-    return part_of_stream(getattr(loader, "dataset", None))
+    with suppress(AttributeError):
+        return part_of_stream(getattr(loader, "dataset", None))
+    return None
 
 
 def num_parts(loader: Any, shard: Shard) -> int:
