@@ -160,7 +160,7 @@ def _accumulate(
             found = _terms(model, batch, shares.counts[number], strategy, times, loss_fn, terms)
             if not shares.is_plain:
                 is_equal = shares.are_equal(found)
-                if terms is not None and shares.is_guess and len(found) > 1:
+                if number == 0 and terms is not None and shares.is_guess and len(found) > 1:
                     shares = count_ahead(shares, found, model, batches, terms, strategy)
                 found = items_of(shares, number, found, batch)
             weighted = _weighted_loss(found, shares.totals, strategy.world_size)

@@ -57,6 +57,8 @@ def terms_of(
     elif (loss := find_loss(made.outputs)) is None:
         return None
     else:
+        if made.task.objection:
+            counts = ()
         found = model_terms(loss, made.outputs, made.inputs, counts)
     default = counts[0] if counts else None
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -227,6 +228,20 @@ def _without_sync(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
+
+
+def mean_over_processes(number: float, device: torch.device) -> float:
+    """Average a number over the processes of accelerate, as losses of transformers do. Collective.
+
+    Where there is one process, or accelerate is not in use, it is the number itself.
+    """
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.is_initialized() or state.PartialState().num_processes == 1:
+        return number
+    from accelerate.utils import reduce
+
+    total: Any = reduce(torch.tensor([float(number)], device=device))
+    return float(total.item()) / int(state.PartialState().num_processes)
 
 
 def start_accelerator(

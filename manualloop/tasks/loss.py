@@ -217,7 +217,9 @@ def _items_message(value: Any, name: str) -> str:
     elif isinstance(value, Tensor) and value.numel() != 1:
         fix = "If it is logits, leave it out: return loss."
     if name != "loss_fn":
-        fix = "Return [(mean, num_items)], with one number of items for each mean."
+        has_grad = isinstance(value, Tensor) and value.requires_grad
+        fix = "It requires grad: if it is another loss, make it a term. " if has_grad else ""
+        fix += "Return [(mean, num_items)], with one number of items for each mean."
     return f"{name} returned {pair}, and something is {_name_of(value)}, no number of items. {fix}"
 
 

@@ -12,6 +12,8 @@ An item is what the mean loss of a batch is a mean over. Adding up mean losses t
 | multi_label_classification, regression | elements of ``labels``: rows x classes, rows x outputs |
 | token_classification, masked_lm, seq2seq_lm | labels that are not -100 |
 | causal_lm | labels that are not -100, without each row's first: the model shifts them |
+| semantic_segmentation | pixels that are not the config's ``semantic_loss_ignore_index`` |
+| ctc | rows |
 | question_answering | positions inside the input, of starts and of ends: two means |
 | any, without labels | rows, if all tensors of the batch share axis 0 |
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from manualloop.batches import shared_rows
 from manualloop.errors import DataError
 from manualloop.models import config_of, own_config, unwrap_model
+from manualloop.tasks.otherwise import ATTENDED, objection_to
 from manualloop.types import Batch
 
 Counts: TypeAlias = tuple[float, ...]
@@ -44,8 +47,8 @@ IGNORE_INDEX = -100
 _FEW = 64  # labels; a list of them takes 1 us
 
 
-def count_kept(labels: Tensor) -> int:
-    """Count the labels that are not -100.
+def count_kept(labels: Tensor, ignored: int = IGNORE_INDEX) -> int:
+    """Count the labels that are not ignored.
 
     On the CPU no ATen operation is called: few labels are counted as a list, more through NumPy,
     which costs 20 us where its code is not in the cache. For labels on an accelerator the host
@@ -53,9 +56,9 @@ def count_kept(labels: Tensor) -> int:
     """
     if labels.device.type == "cpu":
         if labels.ndim == 1 and labels.numel() <= _FEW:
-            return labels.numel() - labels.tolist().count(IGNORE_INDEX)
-        return int(np.count_nonzero(labels.numpy() != IGNORE_INDEX))
-    return int(torch.count_nonzero(labels != IGNORE_INDEX))
+            return labels.numel() - labels.tolist().count(ignored)
+        return int(np.count_nonzero(labels.numpy() != ignored))
+    return int(torch.count_nonzero(labels != ignored))
 
 
 def count_labels(batch: Batch) -> Counts:
@@ -82,6 +85,17 @@ def count_positions(batch: Batch) -> Counts:
         for name in ("start_positions", "end_positions")
     )
     return start, end
+
+
+def count_texts(batch: Batch) -> Counts:
+    """Count the rows: torch's CTC divides each by the length of its text before it averages."""
+    return (int(batch["labels"].shape[0]),)
+
+
+def count_attended(batch: Batch) -> Counts:
+    """Count the tokens that are attended to."""
+    mask = batch.get("attention_mask")
+    return count_elements(batch) if mask is None else (int((mask == 1).sum()),)
 
 
 def count_rows(batch: Any) -> Counts:
@@ -119,6 +133,10 @@ def _argmax(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
+def _class_map(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=1)
+
+
 def _above_half(logits: Tensor) -> Tensor:
     return (logits > 0).int()  # sigmoid(x) > 0.5
 
@@ -143,6 +161,8 @@ TASKS: dict[str, Rules] = {
     "seq2seq_lm": Rules(count_labels, _argmax),
     "causal_lm": Rules(count_shifted_labels, _argmax, shifts_labels=True),
     "question_answering": Rules(count_positions, _argmax),
+    "semantic_segmentation": Rules(count_labels, _class_map),
+    "ctc": Rules(count_texts, _argmax),
 }
 
 
@@ -210,8 +230,27 @@ def resolve_task(model: nn.Module, batch: Any, known: Task | None = None) -> Tas
         name, count = "question_answering", count_positions
     elif known is not None and _is_listed(kind) and _is_listed(known.kind):
         count = count_nothing  # columns do not change in number: these are rows, or it is not clear
+    elif labels is not None:
+        count = _special_count(model, name) or count
     settings = getattr(config_of(model), "__dict__", {})
-    return Task(name, TASKS[name], count, model, kind, settings, settings.get("problem_type"))
+    chosen, objection = settings.get("problem_type"), objection_to(model, batch)
+    return Task(name, TASKS[name], count, model, kind, settings, chosen, objection)
+
+
+def _special_count(model: nn.Module, name: str) -> Callable[[Batch], Counts] | None:
+    """Return how a model counts the items of labels, if not by the rule of its task."""
+    if name == "semantic_segmentation":
+        config = config_of(model)
+        if getattr(config, "num_labels", None) == 1:
+            return count_elements  # ignored pixels add 0 to the sum, and are counted
+        ignored = getattr(config, "loss_ignore_index", 255)  # UperNet
+        ignored = getattr(config, "semantic_loss_ignore_index", ignored)
+        return partial(_count_pixels, ignored=ignored)
+    return count_attended if type(unwrap_model(model)).__name__ in ATTENDED else None
+
+
+def _count_pixels(batch: Batch, ignored: int) -> Counts:
+    return (count_kept(batch["labels"], ignored),)
 
 
 _LISTED = "a list of tensors"
@@ -284,6 +323,8 @@ _TASK_OF_HEAD = {
     "ForMaskedLM": "masked_lm",
     "ForCausalLM": "causal_lm",
     "LMHeadModel": "causal_lm",
+    "ForSemanticSegmentation": "semantic_segmentation",
+    "ForCTC": "ctc",
 }
 
 
