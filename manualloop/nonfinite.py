@@ -19,6 +19,7 @@ from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.transfer import LateTensor
 from manualloop.tasks.loss import loss_terms
+from manualloop.tasks.otherwise import objection_to
 from manualloop.tasks.task import resolve_task
 from manualloop.types import LossFn, OnNonfinite, Terms, Update, Window
 
@@ -173,8 +174,9 @@ def _bad_rows(
     strategy: Strategy,
 ) -> list[int]:
     bad: list[int] = []
-    if is_spare(batch) or is_sharded(model):  # a pass takes all ranks, which have different rows
-        return bad
+    several = strategy.world_size > 1
+    if is_spare(batch) or is_sharded(model) or (several and objection_to(model, batch)):
+        return bad  # a pass takes all ranks, which have different rows
     model = unwrap_model(model, adapters=False)
     task = None
     # An error that one row alone causes in the model or loss_fn must not hide the one to be raised.

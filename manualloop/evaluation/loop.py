@@ -36,6 +36,7 @@ from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.loss import check_loss, no_loss
+from manualloop.tasks.otherwise import objection_to
 from manualloop.tasks.task import IGNORE_INDEX, Task, resolve_task
 from manualloop.types import Batch, LossFn, Scores, Terms
 
@@ -278,8 +279,11 @@ def each_batch(passes: Passes, use: Callable[[Passes, Made], _T], bar: str | Non
     ):
         for number, batch in batches:
             if strategy.world_size > 1 and is_spare(batch):
-                if is_sharded(model):  # whose forward pass takes all ranks
-                    _forward(passes, batch, number)
+                # Passes that take all ranks: losses of detection add up the boxes of all.
+                if is_sharded(model) or objection_to(model, batch):
+                    inputs, outputs, _ = _forward(passes, batch, number)
+                    if passes.terms is not None:
+                        passes.terms(outputs, inputs)
                 continue
             task, kept[number] = _use(passes, batch, number, task, use)
     found = {number: part for of_rank in strategy.gather(kept) for number, part in of_rank.items()}
