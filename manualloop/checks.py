@@ -7,6 +7,7 @@ When a later batch fails inside the model, ``explain`` looks at that batch in th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,11 @@ from manualloop.mistakes import (
     no_items_message,
     no_labels_message,
     scalar_floats_message,
+    targets_message,
     text_message,
 )
 from manualloop.models import (
+    config_of,
     forward_columns,
     max_length,
     model_name,
@@ -37,7 +40,7 @@ from manualloop.notices import logger
 from manualloop.optim import parameters_of, require_trainable
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
-from manualloop.tasks.task import Task, infer_task, resolve_task
+from manualloop.tasks.task import Task, infer_task, resolve_task, wrong_target
 from manualloop.types import Place
 
 
@@ -130,7 +133,10 @@ def check_batches(
         if isinstance(ids := batch.get("input_ids"), Tensor):
             _check_tokens(model, ids.cpu().numpy(), place)
         task = resolve_task(model, batch, task)
-        if isinstance(labels := batch.get("labels"), Tensor):
+        labels = batch.get("labels")
+        if config_of(model) is not None and task.name != "question_answering":
+            _check_type(labels, task, place)
+        if isinstance(labels, Tensor):
             _check_labels(model, batch, labels, task, place)
         counts = task.count(batch)
         num_items += sum(counts) if counts else 1  # nothing tells how many
@@ -210,6 +216,23 @@ def _check_tokens(model: nn.Module, ids: np.ndarray[Any, Any], place: Place) -> 
         )
 
 
+def _check_type(labels: Any, task: Task, place: Place) -> None:
+    """Refuse labels of a type that the losses of transformers do not take."""
+    example = labels[0] if isinstance(labels, list | tuple) and labels else labels
+    if isinstance(example, Real | np.ndarray | list):
+        raise DataError(
+            f"'labels' of {place.batch} is a {type(labels).__name__}, not a tensor. Make it one: "
+            '{**batch, "labels": torch.tensor(batch["labels"])}.'
+        )
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or task.rules.float_labels:
+        return
+    if labels.dtype != torch.int64:
+        raise DataError(
+            f"'labels' of {place.batch} are {str(labels.dtype).removeprefix('torch.')}, and the "
+            'loss takes int64. Convert them: {**batch, "labels": batch["labels"].long()}.'
+        )
+
+
 def _check_labels(
     model: nn.Module, batch: Mapping[str, Any], labels: Tensor, task: Task, place: Place
 ) -> None:
@@ -252,4 +275,9 @@ def _check_multi_label(labels: Tensor, classes: int, place: Place) -> None:
             f"Labels of shape {shape} in {place.batch} are multi-label, which takes floats, not "
             f"{str(labels.dtype).removeprefix('torch.')}. Use prepare_dataloaders, or "
             'dataset.cast_column("labels", datasets.Sequence(datasets.Value("float32"))).'
+        )
+    if (found := wrong_target(labels)) is not None:
+        raise DataError(
+            f"{targets_message(found[1], place.row(found[0]))}. Scale them to 0 to 1; for values "
+            'to predict set model.config.problem_type = "regression".'
         )

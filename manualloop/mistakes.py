@@ -106,6 +106,14 @@ def scalar_floats_message(
     return f"{message}; for one class a row make them integers: {line}."
 
 
+def targets_message(target: float, place: str) -> str:
+    """Return the first sentence about a multi-label target that is beyond 0 and 1."""
+    return (
+        f"Target {target:g} in {place}, but multi-label targets are 0 to 1 for each class, or -100 "
+        "to leave a class out"
+    )
+
+
 def integers_call(column: str) -> str:
     """Return the call that makes a column of whole numbers one of integers."""
     return f'cast_column("{column}", datasets.Value("int64"))'

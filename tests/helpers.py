@@ -167,7 +167,7 @@ def token_model() -> Any:
 
 
 _FIX = re.compile(
-    r"(for name in \[[^\]]*\]: dataset\[name\] = |dataset\[[^\]]+\] = )?dataset(\[[^\]]+\])?\.\w+\("
+    r"(for name[^:]* in [^:]*: dataset\[name\] = |dataset\[[^\]]+\] = )?dataset(\[[^\]]+\])?\.\w+\("
 )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from datasets import DatasetDict
-from helpers import VOCAB_SIZE, rows, tiny_bert, tiny_tokenizer
+from helpers import VOCAB_SIZE, fixes_in, rows, run_fix, tiny_bert, tiny_tokenizer
 from mistakes import (
     assert_fixed,
     assert_refused,
@@ -276,14 +277,14 @@ def _(fit, model, line):
 
 @mistake(
     "10 label -1 of a token",
-    *(DataError, "Label -1 in train batch 0 (row id 0)", "-100"),
+    *(DataError, "Label -1 in batch 0 (row id 0)", "-100"),
     line='dataset.map(lambda row: {"labels": [label if label >= 0 else -100 '
     'for label in row["labels"]]})',
     model=lambda: tiny_bert(kind=BertForTokenClassification),
 )
 def _(fit, model, line):
     dataset = value(line, dataset=rows(input_ids=[[4, 5, 6]], labels=[[0, -1, 1]]))
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
+    fit(model, own_loader(dataset))
 
 
 @mistake(
@@ -765,6 +766,57 @@ def test_the_num_labels_of_a_model_that_is_no_classifier_says_nothing(updates):
     batch = {"input_ids": torch.tensor([[4, 5, 6]]), "labels": torch.tensor([[-100, 9, -100]])}
     by_train_loop(model, [{**batch, "next_sentence_label": torch.tensor([0])}])
     assert len(updates) == 1
+
+
+IDS = torch.tensor([[2, 4, 3], [2, 5, 3]])
+
+
+def converted(labels, line):
+    batch = {"input_ids": IDS, "labels": labels}
+    return eval(line, {"torch": torch, "batch": batch}) if line else batch
+
+
+LIST = '{**batch, "labels": torch.tensor(batch["labels"])}'
+INTEGERS = '{**batch, "labels": batch["labels"].long()}'
+TYPES = {
+    "a list": ([0, 1], "is a list, not a tensor", LIST),
+    "a tuple": ((0, 1), "is a tuple, not a tensor", LIST),
+    "an array": (np.array([0, 1]), "is a ndarray, not a tensor", LIST),
+    **{
+        str(dtype): (torch.tensor([0, 1], dtype=dtype), f"are {str(dtype)[6:]}, and the", INTEGERS)
+        for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    },
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+@each_loop
+def test_labels_of_another_type_are_refused_with_the_line_that_converts_them(name, fit, updates):
+    labels, says, line = TYPES[name]
+    with pytest.raises(DataError, match=says) as refused:
+        fit(tiny_bert(), [converted(labels, None)])
+    assert line in str(refused.value)
+    assert not updates
+    fit(tiny_bert(), [converted(labels, line)])
+    assert updates
+
+
+def test_labels_of_another_type_in_a_later_batch_are_explained():
+    batches = [
+        converted(labels, None) for labels in (torch.tensor([0, 1]), TYPES["torch.int32"][0])
+    ]
+    with pytest.raises(DataError, match="are int32, and the loss takes int64"):
+        by_train_loop(tiny_bert(), batches)
+
+
+@pytest.mark.parametrize("labels", [[-1, 1], [-1, -1]])
+def test_a_batch_that_may_be_coded_by_minus_1_gets_both_lines(labels):
+    with pytest.raises(DataError, match="If it is a class, number the classes from 0: ") as refused:
+        by_train_loop(tiny_bert(), [converted(torch.tensor(labels), None)])
+    renumbered, dropped = fixes_in(refused.value)
+    dataset = rows(labels=[-1, 1, 1])
+    assert run_fix(renumbered, dataset)["labels"][:] == [0, 1, 1]
+    assert run_fix(dropped, dataset)["labels"][:] == [1, 1]
 
 
 def test_columns_of_a_shape_of_their_own_are_no_mistake(updates):

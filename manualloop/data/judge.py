@@ -12,7 +12,13 @@ from manualloop.data.labels import Found, Labels, class_message
 from manualloop.data.splits import Split, fix_all
 from manualloop.data.values import Values, distinct_in
 from manualloop.errors import DataError
-from manualloop.mistakes import as_map, filter_missing, integers_call, scalar_floats_message
+from manualloop.mistakes import (
+    as_map,
+    filter_missing,
+    integers_call,
+    scalar_floats_message,
+    targets_message,
+)
 from manualloop.tasks.task import IGNORE_INDEX
 
 
@@ -185,8 +191,7 @@ def _check_targets(split: Split, values: Values, everything: Labelled) -> None:
     row = int(np.argmax(is_wrong))
     number = values.least[row] if values.least[row] < 0 else values.most[row]
     raise DataError(
-        f"Target {number:g} in row {row} of {split.name}, but multi-label targets are 0 to 1 for "
-        f"each class, or {IGNORE_INDEX} to leave one out. "
+        f"{targets_message(number, f'row {row} of {split.name}')}. "
         f"{_advice_on_targets(everything.distinct(), everything)}"
     )
 

@@ -92,12 +92,22 @@ class Split(NamedTuple):
         return self._replace(rows=rows, first=first)
 
 
-def fix_all(splits: Sequence[Split], call: str) -> str:
-    """Return the line of code that changes several splits in the same way."""
+def fix_all(splits: Sequence[Split], call: str, names: str | None = None) -> str:
+    """Return the line of code that changes several splits in the same way.
+
+    Args:
+        splits: The splits.
+        call: The call of a method that changes one.
+        names: Code whose value the call uses as ``names``, and which is run before any split is
+            changed.
+    """
     if len(splits) == 1:
         return splits[0].fix(call)
-    keys = ", ".join(str(split.key) for split in splits)
-    return f"for name in [{keys}]: dataset[name] = dataset[name].{call}"
+    keys = f"[{', '.join(str(split.key) for split in splits)}]"
+    each = f"name in {keys}"
+    if names is not None:
+        each = f"name, names in zip({keys}, {len(splits)} * [{names}])"
+    return f"for {each}: dataset[name] = dataset[name].{call}"
 
 
 def open_splits(datasets: Any, check: Checks) -> dict[Any, Split]:

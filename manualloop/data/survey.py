@@ -344,9 +344,10 @@ def _refuse_texts(splits: Sequence[Split], found: Sequence[Values | None], colum
         inner = f'sorted({{name for row in {split.code} for name in row["{column}"]}})'
         fix = class_lists_call(column, listed or inner)
     elif any(split.is_stream for split in splits):
-        inner = f'sorted({{row["{column}"] for row in {split.code}}})'
-        number = f'names.index(row["{column}"])'
-        fix = f'map(lambda row, names={inner}: {{"{column}": {number}}})'
+        read = f'sorted({{row["{column}"] for row in {split.code}}})'
+        number = f'{{"{column}": names.index(row["{column}"])}}'
+        fix = f"map(lambda row, names={read if len(splits) == 1 else 'names'}: {number})"
+        raise DataError(f"{head} Turn them into class numbers: {fix_all(splits, fix, read)}.")
     elif len(splits) == 1:
         fix = f'class_encode_column("{column}")'
     else:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from manualloop.data.grouping import Ints
-from manualloop.data.splits import Split
+from manualloop.data.splits import TEXT_KINDS, Split
 from manualloop.internals import stored_table
 from manualloop.tasks.task import IGNORE_INDEX
 
@@ -26,21 +26,21 @@ class Values(NamedTuple):
 
     Attributes:
         is_missing: Rows without a value: None, NaN, or a list that holds one of these; bool.
+        is_nan: Those of them with NaN; bool.
         is_blank: Rows with an empty string, or a list that holds one; bool.
         least: Smallest number in each row, without -100; the largest possible one where there is
             none.
         most: Largest number in each row, without -100; the smallest possible where there is none.
         lengths: Number of values in each row.
-        forms: Forms of missing values that occur: "None", "NaN".
         texts: The strings that occur, without the empty one, sorted.
     """
 
     is_missing: NDArray[np.bool_]
+    is_nan: NDArray[np.bool_]
     is_blank: NDArray[np.bool_]
     least: NDArray[Any]
     most: NDArray[Any]
     lengths: Ints
-    forms: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
 
     @property
@@ -58,8 +58,13 @@ class Values(NamedTuple):
         is_empty = ~self.has_number & (self.is_missing | self.is_blank)
         if self.texts or not (is_minus | is_empty).all():
             return ()
-        blank = ('""',) if self.is_blank.any() else ()
-        return (*self.forms, *blank, *(("-1",) if is_minus.any() else ()))
+        found = {
+            "None": (self.is_missing & ~self.is_nan).any(),
+            "NaN": self.is_nan.any(),
+            '""': self.is_blank.any(),
+            "-1": is_minus.any(),
+        }
+        return tuple(form for form, occurs in found.items() if occurs)
 
 
 def values_of(split: Split, column: str) -> Values | None:
@@ -67,15 +72,17 @@ def values_of(split: Split, column: str) -> Values | None:
     if split.is_stream:
         return None
     whole, numbers = _stored(split, column)
+    if numbers is not None and split.kinds[column] in TEXT_KINDS:
+        whole, numbers = whole.take(pa.array(numbers)), None  # else the texts of others count too
     parts = [_describe(part) for part in _in_parts(whole)]
     kept: Any = slice(None) if numbers is None else numbers
     return Values(
         np.concatenate([part.is_missing for part in parts])[kept],
+        np.concatenate([part.is_nan for part in parts])[kept],
         np.concatenate([part.is_blank for part in parts])[kept],
         np.concatenate([part.least for part in parts])[kept],
         np.concatenate([part.most for part in parts])[kept],
         np.concatenate([part.lengths for part in parts])[kept],
-        tuple(sorted({form for part in parts for form in part.forms})),
         tuple(sorted({text for part in parts for text in part.texts})),
     )
 
@@ -99,7 +106,7 @@ def empty_in(split: Split, column: str) -> NDArray[np.bool_] | None:
         is_empty = _is_null(part)
         if pa.types.is_floating(part.type) and (floats := _numbers(part)) is not None:
             is_empty = is_empty | np.isnan(floats)
-        elif pa.types.is_string(part.type) or pa.types.is_large_string(part.type):
+        elif _is_text(part.type):
             is_blank = pc.equal(part, "").fill_null(False)
             is_empty = is_empty | is_blank.to_numpy(zero_copy_only=False)
         found.append(is_empty)
@@ -135,14 +142,12 @@ class _Leaves(NamedTuple):
         leaves: The values.
         rows: Number of the row that each is in, sorted.
         is_missing: Rows that are None, or hold None.
-        has_none: Whether there is such a row.
         lengths: Number of values in each row.
     """
 
     leaves: pa.Array
     rows: Ints
     is_missing: NDArray[np.bool_]
-    has_none: bool
     lengths: Ints
 
 
@@ -158,7 +163,7 @@ def _walk(array: pa.Array) -> _Leaves:
         rows = np.repeat(rows, pc.list_value_length(array).fill_null(0).to_numpy())
         array = array.flatten()
     lengths = np.bincount(rows, minlength=num_rows) if is_list else np.ones(num_rows, np.int64)
-    return _Leaves(array, rows, is_missing, bool(is_missing.any()), lengths)
+    return _Leaves(array, rows, is_missing, lengths)
 
 
 def _is_null(array: pa.Array) -> NDArray[np.bool_]:
@@ -168,21 +173,18 @@ def _is_null(array: pa.Array) -> NDArray[np.bool_]:
 
 def _describe(array: pa.Array) -> Values:
     num_rows = len(array)
-    array, rows, is_missing, has_none, lengths = _walk(array)
-    forms = {"None"} if has_none else set()
-    is_blank = np.zeros(num_rows, dtype=bool)
-    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+    array, rows, is_missing, lengths = _walk(array)
+    is_blank, is_nan = np.zeros(num_rows, dtype=bool), np.zeros(num_rows, dtype=bool)
+    if _is_text(array.type):
         is_blank[rows[pc.equal(array, "").fill_null(False).to_numpy(zero_copy_only=False)]] = True
-        texts = {text for text in pc.unique(array).to_pylist() if text}
-        return Values(is_missing, is_blank, *_no_bounds(num_rows), lengths, (*forms,), (*texts,))
+        texts = tuple(text for text in pc.unique(array).to_pylist() if text)
+        return Values(is_missing, is_nan, is_blank, *_no_bounds(num_rows), lengths, texts)
     if (numbers := _numbers(array)) is None:
-        return Values(is_missing, is_blank, *_no_bounds(num_rows), lengths, (*forms,))
-    is_nan, is_null = np.isnan(numbers), _is_null(array)
-    is_missing[rows[is_nan]] = True
-    forms |= {"NaN"} if is_nan.any() else set()
-    kept = ~is_nan & ~is_null & (numbers != IGNORE_INDEX)
+        return Values(is_missing, is_nan, is_blank, *_no_bounds(num_rows), lengths)
+    is_nan[rows[np.isnan(numbers)]] = True
+    kept = ~np.isnan(numbers) & ~_is_null(array) & (numbers != IGNORE_INDEX)
     least, most = _bounds(num_rows, rows[kept], numbers[kept])
-    return Values(is_missing, is_blank, least, most, lengths, (*forms,))
+    return Values(is_missing | is_nan, is_nan, is_blank, least, most, lengths)
 
 
 def _bounds(num_rows: int, rows: Ints, numbers: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -211,6 +213,10 @@ def _numbers(array: pa.Array) -> NDArray[Any] | None:
         return None
     numbers: NDArray[Any] = array.fill_null(0).to_numpy(zero_copy_only=False)
     return numbers.astype(np.float64 if numbers.dtype.kind == "f" else np.int64)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def is_list_type(kind: pa.DataType) -> bool:

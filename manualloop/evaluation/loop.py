@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from manualloop.batches import is_spare
 from manualloop.checks import explain, require_loader
+from manualloop.data.labels import hidden_labels, hidden_message
 from manualloop.data.sampler import longest_first_view, num_batches, rows_before
 from manualloop.errors import DataError, ModelError
 from manualloop.evaluation.losses import Made, terms_of, whole_loss
@@ -194,6 +195,8 @@ def _score(
     A batch without labels has no term. The items of one are None where nothing tells them. The
     number of rows whose logits are NaN is added to ``nan_rows``.
     """
+    if scorer is not None or passes.loss_fn is None:
+        _refuse_hidden(passes.loader, made.batch)
     with passes.strategy.autocast():
         found = terms_of(made, passes.loss_fn, passes.terms)
     if found is None and scorer is None:
@@ -210,6 +213,12 @@ def _score(
         else:
             scorer.add_batch(predictions=predictions, references=references)
     return found or []
+
+
+def _refuse_hidden(loader: Any, batch: Any) -> None:
+    """Refuse to score rows whose labels ``prepare_dataloaders`` found to be hidden."""
+    if not (isinstance(batch, Mapping) and "labels" in batch) and (forms := hidden_labels(loader)):
+        raise DataError(hidden_message(forms))
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,6 +453,12 @@ def _for_metric(
             predictions, labels = predictions[..., :-1], labels[..., 1:]
     predictions, labels = predictions.cpu(), labels.cpu()
     if task.name == "multi_label_classification":
+        if labels.is_floating_point() and bool((labels == IGNORE_INDEX).any()):
+            raise DataError(
+                f"Labels of {IGNORE_INDEX} leave classes of a row out of the loss, but the metric "
+                "compares whole rows. Leave the metric out: evaluate_loop(model, loader) computes "
+                "the loss, and predict_loop gives predictions and references."
+            )
         return predictions, labels.int(), None
     if predictions.numel() == labels.numel():
         labels = labels.reshape(predictions.shape)

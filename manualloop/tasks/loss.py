@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from manualloop.errors import ConfigError, DataError, ModelError
 from manualloop.mistakes import no_head_message, no_labels_message, no_loss_message
-from manualloop.tasks.task import Counts
+from manualloop.tasks.task import IGNORE_INDEX, Counts
 from manualloop.types import Batch, LossFn, Terms
 
 Term: TypeAlias = "tuple[Any, Any]"
@@ -121,8 +121,21 @@ def listed_terms(result: Any) -> list[Term]:
 def model_terms(loss: Any, outputs: Any, batch: Batch, counts: Sequence[float]) -> list[Term]:
     """Take apart the loss that a model returned with its outputs."""
     if len(counts) < 2:
+        labels: Any = batch.get("labels") if counts else None
+        if isinstance(labels, Tensor) and labels.is_floating_point() and counts[0] < labels.numel():
+            loss = _targets_loss(outputs, labels, counts[0])  # transformers' does not know -100
         return [(loss, counts[0] if counts else None)]
     return list(zip(_position_losses(outputs, batch), counts, strict=True))
+
+
+def _targets_loss(outputs: Any, labels: Tensor, num_items: float) -> Tensor:
+    """Return the binary cross-entropy of a multi-label head, a mean without the ignored targets."""
+    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+    kept = (labels != IGNORE_INDEX).to(labels.dtype)
+    summed = nn.functional.binary_cross_entropy_with_logits(
+        logits, labels * kept, weight=kept, reduction="sum"
+    )
+    return summed / num_items
 
 
 def _position_losses(outputs: Any, batch: Batch) -> list[Tensor]:

@@ -9,7 +9,8 @@ An item is what the mean loss of a batch is a mean over. Adding up mean losses t
 | task | items of a batch |
 |---|---|
 | single_label_classification, multiple_choice | rows whose label is not -100 |
-| multi_label_classification, regression | elements of ``labels``: rows x classes, rows x outputs |
+| multi_label_classification | elements of ``labels``, rows x classes, that are not -100 |
+| regression | elements of ``labels``, rows x outputs |
 | token_classification, masked_lm, seq2seq_lm | labels that are not -100 |
 | causal_lm | labels that are not -100, without each row's first: the model shifts them |
 | semantic_segmentation | pixels that are not the config's ``semantic_loss_ignore_index`` |
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from manualloop.batches import shared_rows
 from manualloop.errors import DataError
+from manualloop.mistakes import targets_message
 from manualloop.models import config_of, own_config, unwrap_model
 from manualloop.tasks.otherwise import ATTENDED, objection_to
 from manualloop.types import Batch
@@ -75,6 +77,31 @@ def count_shifted_labels(batch: Batch) -> Counts:
 def count_elements(batch: Batch) -> Counts:
     """Count the numbers in the labels."""
     return (int(batch["labels"].numel()),)
+
+
+def count_targets(batch: Batch) -> Counts:
+    """Count the multi-label targets that are not -100.
+
+    Raises:
+        DataError: A target is beyond 0 and 1, of which the loss would make a number all the same.
+    """
+    labels: Tensor = batch["labels"]
+    if not labels.numel() or not labels.is_floating_point():
+        return (labels.numel(),)
+    least, most = labels.aminmax()
+    if least >= 0 and most <= 1:
+        return (labels.numel(),)
+    if (found := wrong_target(labels)) is not None:
+        raise DataError(f"{targets_message(found[1], f'row {found[0]} of a batch')}.")
+    return (int(torch.count_nonzero(labels != IGNORE_INDEX)),)
+
+
+def wrong_target(labels: Tensor) -> tuple[int, float] | None:
+    """Return row and value of the first multi-label target that is neither 0 to 1 nor -100."""
+    is_wrong = ((labels < 0) | (labels > 1)) & (labels != IGNORE_INDEX)
+    if not is_wrong.any():
+        return None
+    return int(is_wrong.nonzero()[0, 0]), float(labels[is_wrong][0])
 
 
 def count_positions(batch: Batch) -> Counts:
@@ -232,6 +259,9 @@ def resolve_task(model: nn.Module, batch: Any, known: Task | None = None) -> Tas
         count = count_nothing  # columns do not change in number: these are rows, or it is not clear
     elif labels is not None:
         count = _special_count(model, name) or count
+    has_targets = labels is not None and labels.ndim > 1 and labels.shape[-1] > 1
+    if has_targets and name == "multi_label_classification" and _has_bce_loss(model):
+        count = count_targets
     settings = getattr(config_of(model), "__dict__", {})
     chosen, objection = settings.get("problem_type"), objection_to(model, batch)
     return Task(name, TASKS[name], count, model, kind, settings, chosen, objection)
@@ -332,6 +362,12 @@ def _has_position_loss(model: nn.Module) -> bool:
     """Tell whether the loss is the mean of those of start and of end positions."""
     name = type(unwrap_model(model)).__name__
     return name.endswith("ForQuestionAnswering") and name not in _BEAM_SEARCHING
+
+
+def _has_bce_loss(model: nn.Module) -> bool:
+    """Tell whether the loss of multi-label targets is known: transformers' binary cross-entropy."""
+    model = unwrap_model(model)
+    return type(model).__name__.endswith("Classification") and own_config(model) is not None
 
 
 @cache

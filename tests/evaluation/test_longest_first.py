@@ -205,7 +205,8 @@ def not_sorted(name):
         data["sentence"][3] = ""
         tokenizer = tiny_tokenizer()
         tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="$A")
-        return loader_of({"validation": Dataset.from_dict(data)}, tokenizer), {}
+        encoded = tokenizer(data.pop("sentence"))
+        return loader_of({"validation": Dataset.from_dict({**data, **encoded})}, tokenizer), {}
     if name == "what is no text":  # it may cost more than the text
         data = sentences()["validation"]
         data = data.add_column("box", [[0.5, 0.5]] * NUM_ROWS)
