@@ -399,3 +399,13 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except _PROBLEMS as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def seed_of(generator: Any) -> int | None:
+    """Return the seed that a user has given to a generator of torch; None: nobody knows.
+
+    Seeds that torch draws itself, different ones in each process, are nearly all larger.
+    """
+    initial_seed = getattr(generator, "initial_seed", None)
+    seed = initial_seed() if initial_seed is not None else None
+    return seed if seed is not None and seed < 1 << 32 else None

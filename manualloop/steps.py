@@ -16,6 +16,7 @@ from manualloop.checkpoint.contract import (
     describe_run,
     log_differences,
 )
+from manualloop.checkpoint.functions import values_read
 from manualloop.checks import check_batches, check_run, explain, require_loader
 from manualloop.errors import ConfigError, DataError
 from manualloop.mistakes import SKIPPED_MESSAGE, TOO_MANY_SKIPPED
@@ -24,7 +25,7 @@ from manualloop.nonfinite import Watch
 from manualloop.notices import say
 from manualloop.optim import own_schedule, plain_lr, put_into_training, require_schedule
 from manualloop.randomness import find_generators, restore_generators, search
-from manualloop.reading.describe import all_facts, digest_of
+from manualloop.reading.describe import all_facts, digest_of, digests_of_loaders
 from manualloop.reading.position import read_position
 from manualloop.reading.ranks import num_rounds
 from manualloop.reading.reader import Reader
@@ -286,6 +287,9 @@ def contract_of(
     """Check the state of a run, and describe the run by all arguments of the call."""
     check_run(state, strategy)
     facts = all_facts(source_of(arguments["train_dataloader"]))
+    if "evaluate" in arguments:
+        rows = digests_of_loaders(values_read(arguments["evaluate"]))
+        arguments = {**arguments, "evaluated rows": rows}
     return describe_run(state, facts, plan, strategy, arguments)
 
 

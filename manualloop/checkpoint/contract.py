@@ -21,6 +21,7 @@ from manualloop.checkpoint.facts import (
 from manualloop.errors import CheckpointError
 from manualloop.internals import unwrap_optimizer
 from manualloop.notices import say
+from manualloop.randomness import seed_of
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.types import LoaderFacts, Plan
@@ -40,7 +41,7 @@ _WITHOUT_EFFECT = {
     *("checkpoint_dir", "checkpoint_every", "keep_checkpoints", "resume", "max_time"),
     *("log_every", "on_step", "trackers", "progress_bar", "preflight"),
 }
-_OBSERVING = {"evaluate", "evaluate_every", "best_metric"}
+_OBSERVING = {"evaluate", "evaluated rows", "evaluate_every", "best_metric"}
 
 
 def describe_state(state: TrainState) -> Contract:
@@ -78,7 +79,8 @@ def describe_run(
     Returns:
         Groups of facts. A difference in "same" is refused. One in "settings" is logged, and the new
         value counts; one in "observed" is, too, but the updates stay the same. One in "groups" and
-        "schedule" is logged, and the value of the checkpoint counts. One in "exact" is logged: the
+        "schedule" is logged, and the value of the checkpoint counts, as do its random states
+        instead of other "seeds". One in "exact" is logged: the
         surroundings are others, and so are the last bits. One in "ends" makes the run longer or
         shorter.
     """
@@ -87,6 +89,7 @@ def describe_run(
     given = {name: plain(arguments[name]) for name in sorted(others)}
     in_loader = dict(loader.exact)
     num_workers = in_loader.pop("num_workers", 0)
+    seeds = {"torch": seed_of(torch.default_generator), **in_loader.pop("seeds", {})}
     collate_fn = getattr(arguments["train_dataloader"], "collate_fn", None)
     contract = {
         "same": {**loader.same, **built["same"]},
@@ -106,6 +109,7 @@ def describe_run(
         },
         "groups": built["groups"],
         "schedule": built["schedule"],
+        "seeds": {f"seed of {name}": seed for name, seed in seeds.items() if seed is not None},
         "exact": {
             "num_workers": num_workers,
             "world_size": strategy.world_size,
@@ -284,7 +288,7 @@ def check_finished(saved: Contract, now: Contract, folder: object, *, is_extende
         CheckpointError: It is another run.
     """
     asked = {**saved, **saved.get("asked", {})}
-    groups = {"same", "settings", "groups"}
+    groups = {"same", "settings", "groups", "seeds"}
     groups |= set() if is_extended else {"observed", "ends", "schedule"}
     found = [d for d in differences(asked, now) if d.group in groups]
     if not is_extended:
@@ -323,6 +327,8 @@ def log_differences(saved: Contract, now: Contract, *, workers_matter: bool) -> 
             say(f"not bit-exact, because {difference}.")
         elif group == "settings" or (name == "num_steps" and has_schedule):
             say(f"not bit-exact, because {difference}; the new value counts from now on.")
+        elif group == "seeds":
+            say(f"{difference}; the random states of the checkpoint count.")
         elif group == "observed" or (group == "ends" and name != "num_steps"):
             say(f"{difference}; the new value counts from now on.")
 
@@ -353,7 +359,7 @@ def carried_on(saved: Contract | None, now: Contract) -> Contract:
     """Return the contract of a run that resumes: what the checkpoint has overridden stays."""
     kept: Contract = {
         name: saved[name]
-        for name in ("groups", "schedule")
+        for name in ("groups", "schedule", "seeds")
         if saved and name in saved and saved[name] != now[name]
     }
     return {**now, **kept, "asked": {name: now[name] for name in kept}} if kept else now

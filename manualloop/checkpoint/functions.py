@@ -135,6 +135,31 @@ def _function_parts(function: FunctionType, seen: set[int], depth: int) -> Itera
     yield from _code_parts(code)
     for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         yield _text(value, seen, depth)
+    for name, value in _values_read(function):
+        if isinstance(value, FunctionType | partial) or "." not in name or _is_setting(value):
+            yield f"{name}={_text(value, seen, depth)}"
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, (*_SCALARS, tuple))
+
+
+def values_read(function: Any) -> Iterator[Any]:
+    """Give what a function reads besides its arguments: what it is given, its closure, its globals.
+
+    Of objects and dicts there, it gives the members that its code names, too.
+    """
+    if isinstance(function, partial):
+        yield from (*function.args, *function.keywords.values())
+        yield from values_read(function.func)
+    elif isinstance(function, MethodType):
+        yield from values_read(function.__func__)
+    elif isinstance(function, FunctionType) and not _is_installed(function.__module__):
+        yield from (value for _, value in _values_read(function))
+
+
+def _values_read(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    code = function.__code__
     stored = _names(code, "STORE_GLOBAL", "STORE_DEREF")
     found = {name: function.__globals__.get(name) for name in _names(code, "LOAD_GLOBAL")}
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
@@ -146,26 +171,20 @@ def _function_parts(function: FunctionType, seen: set[int], depth: int) -> Itera
     keys = {constant for constant in _constants(code) if isinstance(constant, str)}
     for name, value in sorted(found.items()):
         if name not in stored:  # else it counts something
-            yield f"{name}={_text(value, seen, depth)}"
-            yield from _members(name, value, used, keys, seen, depth)
+            yield name, value
+            yield from ((f"{name}.{key}", part) for key, part in _members(value, used, keys))
 
 
-def _members(
-    name: str, value: Any, used: set[str], keys: set[str], seen: set[int], depth: int
-) -> Iterator[str]:
-    """Give the members of an object, a module or a dict that some code names."""
+def _members(value: Any, used: set[str], keys: set[str]) -> list[tuple[str, Any]]:
+    """List the members of an object, a module or a dict that some code names."""
     if isinstance(value, Mapping):
-        members = {key: value[key] for key in sorted(keys) if key in value}
-    elif (isinstance(value, ModuleType) and _is_installed(value.__name__)) or isinstance(
-        value, FunctionType | type | nn.Module
-    ):
-        return
-    else:
-        own = getattr(value, "__dict__", {})
-        members = {key: own[key] for key in sorted(used) if key in own}
-    for key, member in members.items():
-        if isinstance(member, (*_SCALARS, tuple, FunctionType, partial)):
-            yield f"{name}.{key}={_text(member, seen, depth)}"
+        return [(key, value[key]) for key in sorted(keys) if key in value]
+    if isinstance(value, FunctionType | type | nn.Module):
+        return []
+    if isinstance(value, ModuleType) and _is_installed(value.__name__):
+        return []
+    own = getattr(value, "__dict__", {})
+    return [(key, own[key]) for key in sorted(used) if key in own]
 
 
 def _is_installed(module: str | None) -> bool:

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, SequentialSampler
 from manualloop.data.sampler import num_batches
 from manualloop.errors import DataError
 from manualloop.internals import stored_table
-from manualloop.randomness import find_generators
+from manualloop.randomness import find_generators, seed_of
 from manualloop.reading.ranks import part_of
 from manualloop.strategy.base import Strategy
 from manualloop.types import LoaderFacts, Place
@@ -94,19 +94,45 @@ def all_facts(source: Any) -> LoaderFacts:
     others in the same data, so that a difference is not refused.
     """
     facts: LoaderFacts = source.facts()
+    same, exact = dict(facts.same), dict(facts.exact)
     data: Any = getattr(source.loader, "dataset", source.loader)
     if isinstance(data, list | tuple) or _stored_rows(data) is not None:
-        return facts._replace(same={**facts.same, "all rows": rows_digest(data)})
-    try:
-        digest = _first_digests.get(data) or rows_digest(data)
-        _first_digests[data] = digest
-    except TypeError:  # it has no hash, or cannot be referred to weakly
-        digest = rows_digest(data)
-    return facts._replace(exact={**facts.exact, "contents of the dataset": digest})
+        same["all rows"] = rows_digest(data)
+    else:
+        exact["contents of the dataset"] = _first_digest(data)
+    if source.kind != "prepared":  # whose order is a function of its seed
+        samplers = (getattr(source.loader, name, None) for name in ("sampler", "batch_sampler"))
+        exact["contents of the sampler"] = ", ".join(
+            _first_digest([p for name, p in vars(s).items() if name not in _DATA], owner=s) or ""
+            for s in samplers
+            if hasattr(s, "__dict__")
+        )
+        generators = find_generators(loader=source.loader)
+        exact["seeds"] = {path: seed_of(generator) for path, generator in generators.items()}
+    return facts._replace(same=same, exact=exact)
 
 
-# By dataset: as it was when it was first used. Reading may fill caches in it.
+_DATA = ("data_source", "sampler", "dataset")
+
+
+# By object: as it was when it was first used. Reading may fill caches in it.
 _first_digests: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+
+
+def _first_digest(data: Any, owner: Any = None) -> str | None:
+    owner = data if owner is None else owner
+    try:
+        if owner not in _first_digests:
+            _first_digests[owner] = rows_digest(data)
+        return _first_digests[owner]
+    except TypeError:  # it has no hash, or cannot be referred to weakly
+        return rows_digest(data)
+
+
+def digests_of_loaders(values: Iterable[Any]) -> list[str | None]:
+    """Return digests of the rows of those values that are loaders, for a comparison."""
+    datasets = [value.dataset for value in values if hasattr(value, "dataset")]
+    return [_first_digest(dataset) for dataset in datasets]
 
 
 def rows_digest(data: Any, max_bytes: int = 1 << 28) -> str | None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import transformers
 from helpers import rows, tiny_bert, tiny_tokenizer
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import manualloop
 
@@ -124,3 +125,53 @@ def test_the_script_on_hardware_runs(hub, tmp_path, monkeypatch):
     script = next(block.values[0] for block in BLOCKS if "def main" in block.values[0])
     exec(script, {"__name__": "__main__"})
     assert (tmp_path / "runs/mrpc/step-00000009").is_dir()
+
+
+def test_the_ways_to_change_a_run_work(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    page = [block.values[0] for block in BLOCKS if block.id.startswith("docs/resume.md")]
+    begin, extend, rate, average, anew, second = page
+    loaders = {name: BATCHES[name] for name in ("train", "second")}
+
+    def run(block):
+        caplog.clear()
+        names = {name: getattr(manualloop, name) for name in manualloop.__all__}
+        names |= {"AveragedModel": AveragedModel, "get_ema_multi_avg_fn": get_ema_multi_avg_fn}
+        names |= {"Path": Path, "torch": torch, "loaders": loaders, "build_model": tiny_bert}
+        rates = []
+        names["train_loop"] = lambda *args, **options: manualloop.train_loop(
+            *args, **options, on_step=lambda step: rates.append(step.lr), progress_bar=False
+        )
+        exec(block, names)
+        exec(block, names)  # a script that is started again
+        lines = [message for message in caplog.messages if "->" in message]
+        return names, rates, lines
+
+    _, rates, lines = run(begin)
+    assert (len(rates), lines) == (3 * NUM_BATCHES, [])
+    names, _, lines = run(average)
+    assert names["step"].index == 6 * NUM_BATCHES
+    assert sorted({line.split(":")[0] for line in lines if "bit-exact" not in line}) == [
+        "num_epochs"
+    ]
+    assert manualloop.load_checkpoint("runs/ema", names["state"]).step == 6 * NUM_BATCHES
+    for block, rate_at_first, num_steps in (
+        (rate, 1e-5, 2 * NUM_BATCHES),
+        (anew, 0.01, 2 * NUM_BATCHES),
+        (second, 1e-5, NUM_BATCHES),
+    ):
+        _, rates, lines = run(block)
+        assert (rates[0], len(rates), lines) == (rate_at_first, num_steps, [])
+    _, rates, lines = run(extend)
+    assert len(rates) == 2 * NUM_BATCHES
+    assert any("num_epochs: 3 -> 5" in line for line in lines)
+
+
+NUM_BATCHES = 2
+BATCHES = {
+    name: [
+        {"input_ids": torch.tensor([[2, 5 + n, 3]] * 2), "labels": torch.tensor([n % 2, 1])}
+        for n in range(first, first + 2)
+    ]
+    for name, first in (("train", 0), ("second", 8))
+}
