@@ -6,6 +6,7 @@ When a later batch fails inside the model, ``explain`` looks at that batch in th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from manualloop.data.labels import BY_TOKEN, check_class_ids, warn_of_classes_as_values
-from manualloop.errors import DataError, ManualLoopError, ModelError
+from manualloop.errors import ConfigError, DataError, ManualLoopError, ModelError
+from manualloop.internals import unwrap_optimizer
 from manualloop.mistakes import (
     filter_missing,
     misaligned_message,
@@ -29,15 +32,18 @@ from manualloop.mistakes import (
 from manualloop.models import (
     config_of,
     forward_columns,
+    is_sharded,
     max_length,
     model_name,
     num_labels,
     problem_type,
     takes_any_column,
+    unwrap_model,
     vocab_size,
 )
-from manualloop.notices import logger
+from manualloop.notices import logger, say
 from manualloop.optim import parameters_of, require_trainable
+from manualloop.optimizers.together import class_of, each
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.tasks.task import Task, infer_task, resolve_task, wrong_target
@@ -63,12 +69,19 @@ def require_loader(loader: Any) -> None:
         )
 
 
-def check_run(state: TrainState, strategy: Strategy) -> None:
+def check_run(state: TrainState, strategy: Strategy, *, calls_step: bool = True) -> None:
     """Refuse a model that cannot be trained, or an optimizer of another model.
+
+    Args:
+        state: The state of the run.
+        strategy: The strategy of the run.
+        calls_step: Whether the loop itself makes the updates, rather than a ``step_fn``.
 
     Raises:
         ModelError: The model has no trainable parameter, or float16 weights under a loss scale, or
-            none of the optimizer's parameters.
+            the optimizer holds parameters that are not the model's.
+        ConfigError: The optimizer needs a closure, or one that is stepped in the loop body would
+            see gradients that are multiplied by a loss scale.
     """
     trainable = require_trainable(state.model)
     _check_precision(state.model, trainable, strategy)
@@ -79,6 +92,87 @@ def check_run(state: TrainState, strategy: Strategy) -> None:
             f"None of the optimizer's {len(updated)} parameters is a trainable parameter of this "
             f"{model_name(state.model)}. Build it from the model after loading it: "
             "prepare_optimizer(model)."
+        )
+    if calls_step:
+        for optimizer in each(state.optimizer):
+            _refuse_closure(optimizer)
+    if is_sharded(state.model) and not hasattr(state.model, "set_requires_gradient_sync"):
+        return  # the optimizer holds flat parameters of its own
+    _check_owners(state, updated, strategy)
+    others = _check_other_optimizers(state, strategy)
+    _report_left_alone(state.model, [*updated, *others])
+
+
+def _refuse_closure(optimizer: Any) -> None:
+    parameters = inspect.signature(type(unwrap_optimizer(optimizer)).step).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is _POSITIONAL][1:]
+    if needed:
+        name = class_of(optimizer)
+        raise ConfigError(
+            f"{name}.step() needs {', '.join(needed)}: it computes the loss several times an "
+            f"update. Use another optimizer, such as prepare_optimizer(model), or call {name} in a "
+            "step_fn of your own."
+        )
+
+
+_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+def _check_owners(state: TrainState, updated: Sequence[Tensor], strategy: Strategy) -> None:
+    """Refuse parameters of an optimizer that nobody else has, or that ranks would not share."""
+    known = {id(parameter) for parameter in state.parameter_names().values()}
+    foreign = [parameter for parameter in updated if id(parameter) not in known]
+    name = model_name(state.model)
+    if foreign:
+        raise ModelError(
+            f"The optimizer holds {len(foreign)} of its {len(updated)} parameters alone, the first "
+            f"of shape {tuple(foreign[0].shape)}: this {name} does not have them (any more). Build "
+            "the optimizer after the last change of the model: prepare_optimizer(model). If they "
+            'belong to a loss with weights, keep that in the state: extras={"loss": loss_fn}.'
+        )
+    if strategy.world_size == 1:
+        return
+    own = {id(parameter) for parameter in state.model.parameters()}
+    for key, extra in state.extras.items():
+        if isinstance(extra, nn.Module) and not isinstance(extra, DistributedDataParallel):
+            theirs = {id(parameter) for parameter in extra.parameters()} - own
+            if any(id(parameter) in theirs for parameter in updated):
+                raise ModelError(
+                    f"The optimizer updates parameters of extras[{key!r}], whose gradients would "
+                    "differ from rank to rank. Wrap it: "
+                    "torch.nn.parallel.DistributedDataParallel(module)."
+                )
+
+
+def _check_other_optimizers(state: TrainState, strategy: Strategy) -> list[Tensor]:
+    """Return the parameters of optimizers that the loop does not step itself."""
+    others: list[Tensor] = []
+    for key, extra in state.extras.items():
+        if not hasattr(extra, "param_groups"):
+            continue
+        if strategy.scales_losses:
+            raise ConfigError(
+                f"The {class_of(extra)} in extras[{key!r}] would update with gradients that are "
+                f'multiplied by the loss scale of mixed_precision="{strategy.precision}". Let the '
+                "loop step both: TrainState(model, [optimizer, other])."
+            )
+        others += parameters_of(extra)
+    return others
+
+
+def _report_left_alone(model: nn.Module, updated: Sequence[Tensor]) -> None:
+    in_optimizer = {id(parameter) for parameter in updated}
+    left = [
+        (name, parameter)
+        for name, parameter in unwrap_model(model, adapters=False).named_parameters()
+        if parameter.requires_grad and id(parameter) not in in_optimizer
+    ]
+    if left:
+        numbers = sum(parameter.numel() for _, parameter in left)
+        say(
+            f"no optimizer updates {len(left)} trainable parameters ({numbers} numbers), the first "
+            f"of them {left[0][0]}. Build it after the last change of the model, or freeze them: "
+            "parameter.requires_grad_(False)."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from manualloop.errors import ConfigError
 from manualloop.evaluation.trial import try_evaluation
 from manualloop.notices import say
 from manualloop.optim import check_schedule, prepare_optimizer, prepare_scheduler
+from manualloop.optimizers.together import as_optimizer, each, for_each
 from manualloop.run.agreement import agree_at_updates, counted
 from manualloop.run.cadence import Cadence, parse_cadence
 from manualloop.run.evaluations import require_metric
@@ -97,8 +98,8 @@ class TrainResult:
 def train_loop(
     model: nn.Module,
     train_dataloader: Iterable[Any],
-    optimizer: Optimizer | None = None,
-    lr_scheduler: str | LRScheduler | None = "linear",
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    lr_scheduler: str | LRScheduler | Sequence[str | LRScheduler | None] | None = "linear",
     *,
     num_epochs: int | None = None,
     max_steps: int | None = None,
@@ -150,9 +151,11 @@ def train_loop(
         train_dataloader: Loader of dicts that the model takes; with ``loss_fn`` any iterable of
             batches.
         optimizer: The optimizer; None uses ``prepare_optimizer(model)``, AdamW with a learning rate
-            of 5e-5 and no weight decay.
+            of 5e-5 and no weight decay. A list of several optimizers, each for parameters of its
+            own, is stepped as one.
         lr_scheduler: A name (see ``prepare_scheduler``), a scheduler that is stepped once per
-            update, or None for a constant rate. The default decays linearly to 0.
+            update, or None for a constant rate. The default decays linearly to 0. With several
+            optimizers a name holds for each of them, or a list has one entry for each.
         num_epochs: Number of passes over the data; 3 if ``max_steps`` is also None.
         max_steps: Number of updates, instead of ``num_epochs``.
         max_time: Time after which this process ends the run with a checkpoint, in seconds or as
@@ -224,11 +227,11 @@ def train_loop(
         max_seconds = check(parse_seconds, "max_time", max_time)
         check(_check_evaluation, evaluate, best_metric, patience, on_step)
         check(check_folder, checkpoint_dir, resume, keep_checkpoints)
-        optimizer = optimizer or check(prepare_optimizer, model)
-        check(_check_schedule, lr_scheduler, optimizer, known.num_steps, num_warmup_steps)
+        optimizer = check(_optimizer, model, optimizer)
+        check(_check_schedules, lr_scheduler, optimizer, known.num_steps, num_warmup_steps)
     given = {name: arguments[name] for name in _SAME_ON_RANKS} | ends | settings
     agree(strategy, "train_loop", checkpoint_dir=checkpoint_dir and Path(checkpoint_dir), **given)
-    schedule = _schedule(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
+    schedule = _schedules(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
     stopping = Stopping(max_seconds, agreement)
     state = TrainState(model, optimizer, schedule, extras=extras or {})
     contract = contract_of(state, plan, strategy, arguments)
@@ -295,6 +298,19 @@ _SAME_ON_RANKS = (
 """Arguments that decide when the ranks of a run exchange something."""
 
 
+def _optimizer(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None) -> Optimizer:
+    return prepare_optimizer(model) if optimizer is None else as_optimizer(optimizer)
+
+
+def _schedules(
+    lr_scheduler: Any, optimizer: Any, num_steps: int, num_warmup_steps: float
+) -> list[LRScheduler | None]:
+    return [
+        _schedule(one, own, num_steps, num_warmup_steps)
+        for one, own in zip(for_each(optimizer, lr_scheduler), each(optimizer), strict=True)
+    ]
+
+
 def _schedule(
     lr_scheduler: str | LRScheduler | None,
     optimizer: Optimizer,
@@ -308,17 +324,22 @@ def _schedule(
     )
 
 
+def _check_schedules(
+    lr_scheduler: Any, optimizer: Any, num_steps: int, num_warmup_steps: float
+) -> None:
+    if optimizer is None:  # there is none to be made of the model
+        _check_schedule(lr_scheduler, None, num_steps, num_warmup_steps)
+        return
+    for one, own in zip(for_each(optimizer, lr_scheduler), each(optimizer), strict=True):
+        _check_schedule(one, own, num_steps, num_warmup_steps)
+
+
 def _check_schedule(
     lr_scheduler: str | LRScheduler | None,
     optimizer: Optimizer | None,
     num_steps: int,
     num_warmup_steps: float,
 ) -> None:
-    if optimizer is not None and not hasattr(optimizer, "param_groups"):
-        raise ConfigError(
-            f"optimizer is a {type(optimizer).__name__}. Pass an optimizer of the model: "
-            "prepare_optimizer(model, lr=5e-5)."
-        )
     if num_warmup_steps != 0 and not is_positive(num_warmup_steps):
         raise ConfigError(
             f"num_warmup_steps={num_warmup_steps!r} is neither a number of updates (100) nor a "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,40 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manualloop.errors import ConfigError, ModelError
 from manualloop.internals import unwrap_optimizer
+from manualloop.models import model_name, own_config, unwrap_model
+from manualloop.optimizers.together import as_schedule, each, for_each
+
+
+@overload
+def prepare_optimizer(
+    model: nn.Module,
+    name: Literal["adamw"] = "adamw",
+    *,
+    lr: float = ...,
+    weight_decay: float = ...,
+    betas: tuple[float, float] = ...,
+    eps: float = ...,
+    fused: bool | Literal["auto"] = ...,
+    param_groups: Iterable[dict[str, Any]] | None = ...,
+) -> Optimizer: ...
+
+
+@overload
+def prepare_optimizer(
+    model: nn.Module,
+    name: Literal["muon+adamw"],
+    *,
+    lr: float = ...,
+    weight_decay: float = ...,
+    betas: tuple[float, float] = ...,
+    eps: float = ...,
+    fused: bool | Literal["auto"] = ...,
+) -> list[Optimizer]: ...
 
 
 def prepare_optimizer(
     model: nn.Module,
+    name: Literal["adamw", "muon+adamw"] = "adamw",
     *,
     lr: float = 5e-5,
     weight_decay: float = 0.0,
@@ -25,11 +55,16 @@ def prepare_optimizer(
     eps: float = 1e-8,
     fused: bool | Literal["auto"] = "auto",
     param_groups: Iterable[dict[str, Any]] | None = None,
-) -> Optimizer:
-    """Build AdamW over a model's trainable parameters.
+) -> Optimizer | list[Optimizer]:
+    """Build AdamW over a model's trainable parameters, or the pair of Muon and AdamW.
 
     Args:
         model: Its frozen parameters (``requires_grad=False``) are left out.
+        name: ``"adamw"``, or ``"muon+adamw"`` for two optimizers in a list: ``torch.optim.Muon``
+            for the matrices of hidden layers, AdamW for the rest. As Muon's authors advise, the
+            rest includes embeddings and the head: of a model of transformers everything outside
+            its base model, of another one the last matrix. Muon's updates are scaled to the size
+            of AdamW's (``match_rms_adamw``), so that one ``lr`` and ``weight_decay`` suit both.
         lr: Learning rate: the Trainer's default.
         weight_decay: 0.0 as in the Trainer; torch's own AdamW has 0.01. If it is not 0, biases
             and normalisation weights (parameters of fewer than 2 axes) are not decayed.
@@ -54,13 +89,82 @@ def prepare_optimizer(
             f"lr={lr}, weight_decay={weight_decay} and eps={eps} must be at least 0, and "
             f"betas={betas} in [0, 1). Write prepare_optimizer(model, lr=5e-5)."
         )
-    if param_groups is None:
-        param_groups = _decay_groups(require_trainable(model), weight_decay)
+    if name not in ("adamw", "muon+adamw"):
+        raise ConfigError(f'name={name!r} is neither "adamw" nor "muon+adamw".')
     kernel = (_has_fused_kernel(model) or None) if fused == "auto" else fused
+    trainable, matrices = require_trainable(model), []
+    if name == "muon+adamw":
+        matrices = _hidden_matrices(model, trainable, param_groups)
+        in_muon = {id(parameter) for parameter in matrices}
+        trainable = [parameter for parameter in trainable if id(parameter) not in in_muon]
+    if param_groups is None:
+        param_groups = _decay_groups(trainable, weight_decay)
     groups = [dict(group) for group in param_groups]  # torch writes the defaults into them
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=kernel
     )
+    if not matrices:
+        return adamw
+    muon: Any = torch.optim.Muon
+    return [
+        muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        adamw,
+    ]
+
+
+def _hidden_matrices(
+    model: nn.Module, trainable: list[nn.Parameter], param_groups: object
+) -> list[nn.Parameter]:
+    """List the matrices of hidden layers.
+
+    Raises:
+        ConfigError: There is none, torch has no Muon, or the groups are given.
+    """
+    if param_groups is not None:
+        raise ConfigError(
+            'name="muon+adamw" makes the groups itself. Leave param_groups out, or build the '
+            "optimizers yourself and pass both: [torch.optim.Muon(...), torch.optim.AdamW(...)]."
+        )
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"torch {torch.__version__} has no torch.optim.Muon, which came with 2.9. Use "
+            "prepare_optimizer(model)."
+        )
+    at_the_ends = _embeddings_and_head(model)
+    matrices = [p for p in trainable if _is_matrix(p) and id(p) not in at_the_ends]
+    if not matrices:
+        raise ConfigError(
+            f"{model_name(model)} has no trainable matrix in a hidden layer, and Muon updates no "
+            "others. Use prepare_optimizer(model)."
+        )
+    return matrices
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and min(parameter.shape) > 1 and parameter.is_floating_point()
+
+
+def _embeddings_and_head(model: nn.Module) -> set[int]:
+    """Return the identities of the parameters by which a model meets tokens and classes."""
+    inner = unwrap_model(model)
+    found = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for parameter in module.parameters(recurse=False)
+    }
+    if own_config(inner) is None:
+        matrices = [parameter for parameter in inner.parameters() if _is_matrix(parameter)]
+        return found | {id(parameter) for parameter in matrices[-1:]}
+    get_head: Any = getattr(inner, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    if isinstance(head, nn.Module):
+        found |= {id(parameter) for parameter in head.parameters()}
+    base = getattr(inner, str(getattr(inner, "base_model_prefix", "")), inner)
+    if isinstance(base, nn.Module):
+        in_base = {id(parameter) for parameter in base.parameters()}
+        found |= {id(p) for p in inner.parameters() if id(p) not in in_base}
+    return found
 
 
 def _has_fused_kernel(model: nn.Module) -> bool:
@@ -226,6 +330,22 @@ def own_schedule(lr_scheduler: Any) -> Any:
     """Take off accelerate's wrapper, which steps a schedule once for every process."""
     is_wrapped = type(lr_scheduler).__name__ == "AcceleratedScheduler"
     return lr_scheduler.scheduler if is_wrapped else lr_scheduler
+
+
+def require_schedules(lr_scheduler: Any, optimizer: Any) -> LRScheduler | None:
+    """Refuse schedules that do not fit; return them without accelerate's wrapper.
+
+    Args:
+        lr_scheduler: One schedule, or one for each of several optimizers.
+        optimizer: One or several.
+
+    Raises:
+        ConfigError: As in ``require_schedule``, or there are more of one than of the other.
+    """
+    schedules = [own_schedule(one) for one in for_each(optimizer, lr_scheduler)]
+    for schedule, own in zip(schedules, each(optimizer), strict=True):
+        require_schedule(schedule, own)
+    return as_schedule(schedules)
 
 
 def require_schedule(lr_scheduler: object, optimizer: Optimizer) -> None:

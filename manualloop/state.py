@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from manualloop.errors import ConfigError
+from manualloop.models import unwrap_model
+from manualloop.optimizers.states import OptimizerStates
+from manualloop.optimizers.together import as_optimizer, as_schedule, each
 from manualloop.randomness import generator_states, is_generator, restore_generators
 from manualloop.times import Times
 
@@ -47,9 +51,10 @@ class TrainState:
 
     Args:
         model: The model that is trained.
-        optimizer: Optimizer of parameters of this model.
+        optimizer: Optimizer of parameters of this model, or a list of several, each for parameters
+            of its own. The state holds a list as a tuple that can be used like one optimizer.
         lr_scheduler: Schedule that is stepped once after every applied update; None keeps the
-            learning rate constant.
+            learning rate constant. With several optimizers a list of one schedule, or None, each.
         extras: Other objects with ``state_dict`` and ``load_state_dict``, such as an average of the
             weights, and random generators of torch, NumPy and Python. They are saved, never called.
 
@@ -109,6 +114,21 @@ class TrainState:
     times: Times = field(default_factory=Times, init=False, repr=False)
     task: Any = field(default=None, init=False, repr=False)
 
+    if TYPE_CHECKING:  # the fields are never lists
+
+        def __init__(
+            self,
+            model: nn.Module,
+            optimizer: Optimizer | Sequence[Optimizer],
+            lr_scheduler: LRScheduler | Sequence[LRScheduler | None] | None = None,
+            *,
+            extras: dict[str, Any] = ...,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        self.optimizer = as_optimizer(self.optimizer)
+        self.lr_scheduler = as_schedule(self.lr_scheduler)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every part by name, as PyTorch's ``state_dict`` does.
 
@@ -141,6 +161,12 @@ class TrainState:
                 "The saved and the present training state have different parts: "
                 f"{', '.join(sorted(differing))}. Build the TrainState as it was when it was saved."
             )
+        if problems := _other_weights(self.model, state_dict) or differences(parts, state_dict):
+            raise ConfigError(
+                "The saved state does not fit this one, and nothing was loaded:\n"
+                + "\n".join(f"- {problem}" for problem in problems)
+                + "\nBuild the TrainState as it was when it was saved."
+            )
         for name, part in parts.items():
             part.load_state_dict(state_dict[name])
         self.progress = Progress(**state_dict["progress"])
@@ -168,12 +194,31 @@ class TrainState:
 
     def parts(self) -> dict[str, Any]:
         """Return the parts that have a ``state_dict``, by name."""
-        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        names = self.parameter_names()
+        optimizers = OptimizerStates("optimizer", each(self.optimizer), names)
+        parts: dict[str, Any] = {"model": self.model, "optimizer": optimizers}
         if self.lr_scheduler is not None:
             parts["lr_scheduler"] = self.lr_scheduler
         generators = self._own_generators()
-        others = {name: extra for name, extra in self.extras.items() if name not in generators}
-        return parts | {f"extras.{name}": extra for name, extra in others.items()}
+        for name, extra in self.extras.items():
+            if name not in generators:
+                label = f"extras.{name}"
+                is_optimizer = hasattr(extra, "param_groups")
+                parts[label] = OptimizerStates(label, [extra], names) if is_optimizer else extra
+        return parts
+
+    def parameter_names(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the model, and of modules among the extras, by all their names.
+
+        A parameter that is tied has several names; the first is its own.
+        """
+        model = unwrap_model(self.model, adapters=False)
+        names = dict(model.named_parameters(remove_duplicate=False))
+        for key, extra in self.extras.items():
+            if isinstance(extra, nn.Module):
+                own = extra.named_parameters(remove_duplicate=False)
+                names |= {f"extras.{key}.{name}": parameter for name, parameter in own}
+        return names
 
     def _own_generators(self) -> dict[str, Any]:
         return {name: extra for name, extra in self.extras.items() if is_generator(extra)}
@@ -182,3 +227,26 @@ class TrainState:
         """Return the objects that may hold random generators, by name."""
         names = ("model", "optimizer", "lr_scheduler", "extras")
         return {name: getattr(self, name) for name in names} | self.holders
+
+
+def differences(parts: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    """Return what the optimizers among some parts do not have in common with their saved states."""
+    return [
+        line
+        for name, part in parts.items()
+        if isinstance(part, OptimizerStates)
+        for line in part.differences(saved[name])
+    ]
+
+
+def _other_weights(model: nn.Module, saved: dict[str, Any]) -> list[str]:
+    def shapes(state: dict[str, Any]) -> dict[str, Any]:
+        return {name: tuple(v.shape) for name, v in state.items() if isinstance(v, Tensor)}
+
+    ours, theirs = shapes(model.state_dict()), shapes(saved["model"])
+    return [
+        f"model: {name} is {theirs.get(name, 'missing')} in the saved state, "
+        f"{ours.get(name, 'missing')} here"
+        for name in dict.fromkeys((*theirs, *ours))
+        if ours.get(name) != theirs.get(name)
+    ]

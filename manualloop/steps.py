@@ -23,7 +23,8 @@ from manualloop.mistakes import SKIPPED_MESSAGE, TOO_MANY_SKIPPED
 from manualloop.models import remember_configs
 from manualloop.nonfinite import Watch
 from manualloop.notices import say
-from manualloop.optim import own_schedule, plain_lr, put_into_training, require_schedule
+from manualloop.optim import plain_lr, put_into_training, require_schedules
+from manualloop.optimizers.together import as_optimizer
 from manualloop.randomness import find_generators, restore_generators, search
 from manualloop.reading.describe import all_facts, digest_of, digests_of_loaders
 from manualloop.reading.position import read_position
@@ -36,7 +37,7 @@ from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.loss import BOTH_GIVEN
 from manualloop.types import LossFn, OnNonfinite, Plan, Step, Terms, Update, Window
-from manualloop.update import StepFn, apply_update, group
+from manualloop.update import StepFn, apply_update, drop_gradients, group
 
 
 def plan_run(
@@ -249,8 +250,6 @@ def start_steps(
     preflight: bool,
 ) -> Generator[Step, None, None]:
     """Start ``train_steps`` with arguments that were checked, and with the plan they make."""
-    state.lr_scheduler = own_schedule(state.lr_scheduler)
-    require_schedule(state.lr_scheduler, state.optimizer)
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
     put_into_training(state.optimizer)
     source = source_of(train_dataloader)
@@ -285,7 +284,9 @@ def contract_of(
     state: TrainState, plan: Plan, strategy: Strategy, arguments: Mapping[str, Any]
 ) -> Contract:
     """Check the state of a run, and describe the run by all arguments of the call."""
-    check_run(state, strategy)
+    state.optimizer = as_optimizer(state.optimizer)  # somebody may have set a list
+    check_run(state, strategy, calls_step=arguments.get("step_fn") is None)
+    state.lr_scheduler = require_schedules(state.lr_scheduler, state.optimizer)
     facts = all_facts(source_of(arguments["train_dataloader"]))
     if "evaluate" in arguments:
         rows = digests_of_loaders(values_read(arguments["evaluate"]))
@@ -428,6 +429,8 @@ def _update_from(
     begin = perf_counter()
     try:
         update = step_fn(state, window.batches, strategy)
+        if not update.applied:
+            drop_gradients(state)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         strategy.explain(error)
         if explain is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial, reduce
 from time import perf_counter
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ from manualloop.batches import num_rows, split_batch
 from manualloop.internals import heeds_found_inf, skip_where
 from manualloop.notices import say
 from manualloop.optim import parameters_of, zero_gradients
+from manualloop.optimizers.together import each
 from manualloop.reading.reader import Given, Reader
 from manualloop.reading.sources import source_of
 from manualloop.state import TrainState
@@ -267,8 +269,8 @@ def _accumulate_in_memory(
     size that fits is kept in the state. With several ranks there is no retry: the other ranks would
     wait for the gradients of the attempt that failed.
     """
+    zero_gradients(state.optimizer)
     while True:
-        zero_gradients(state.optimizer)  # including what a failed attempt added
         parts = batches
         if (max_rows := state.max_batch_rows) is not None:
             parts = [part for batch in batches for part in split_batch(batch, max_rows)]
@@ -286,6 +288,7 @@ def _accumulate_in_memory(
             if largest == 1 or strategy.world_size > 1:
                 raise
         # Outside the handler: the error's traceback holds the activations.
+        drop_gradients(state)  # those that the failed attempt has added
         state.max_batch_rows = (largest + 1) // 2
         say(
             f"out of memory with {largest} rows: continuing with {state.max_batch_rows} at once. "
@@ -309,7 +312,7 @@ def _accumulate_shares(
     if known:
         counts = [(1,)] * len(batches)
     shares = share_out(batches, counts, task, strategy, loss_fn, terms, is_settled=known is False)
-    parameters = partial(parameters_of, state.optimizer)
+    parameters = partial(_all_parameters, state)
     update, is_equal = _accumulate(
         state.model, batches, shares, strategy, parameters, state.times, loss_fn, terms
     )
@@ -319,6 +322,24 @@ def _accumulate_shares(
         if state.is_training:
             state.weighs_equally = is_equal
     return update
+
+
+def _all_parameters(state: TrainState) -> list[Tensor]:
+    """List the parameters of the model and those of its optimizers, each once."""
+    parameters = [*parameters_of(state.optimizer), *state.model.parameters()]
+    return list({id(parameter): parameter for parameter in parameters}.values())
+
+
+def drop_gradients(state: TrainState) -> None:
+    """Set the gradients of all parameters to None, also of those that other optimizers update.
+
+    A window that was skipped, or whose memory ran out, leaves no gradient behind.
+    """
+    others = (extra for extra in state.extras.values() if hasattr(extra, "param_groups"))
+    for optimizer in (state.optimizer, *others):
+        zero_gradients(optimizer)
+    for parameter in state.model.parameters():
+        parameter.grad = None
 
 
 def apply_update(
@@ -338,6 +359,7 @@ def apply_update(
     """
     update = _accumulate_in_memory(state, batches, strategy, loss_fn, terms)
     if not update.applied:
+        drop_gradients(state)
         return update
     begin = perf_counter()
     watches, grad_norm = on_nonfinite != "ignore", None
@@ -347,20 +369,25 @@ def apply_update(
         is_finite = bool(_is_finite(update.loss))
         if not is_finite:
             update.applied = update.is_finite = False
+            drop_gradients(state)
             return update
     if max_grad_norm is not None:
         update.grad_norm = grad_norm = strategy.clip_gradients(state.optimizer, max_grad_norm)
     if watches and not strategy.scales_losses:
         is_finite = _is_finite(update.loss if grad_norm is None else update.loss + grad_norm)
     if isinstance(is_finite, Tensor) and (
-        on_nonfinite == "skip" or not heeds_found_inf(state.optimizer, strategy.device)
+        on_nonfinite == "skip"
+        or not all(heeds_found_inf(one, strategy.device) for one in each(state.optimizer))
+        or any(hasattr(extra, "param_groups") for extra in state.extras.values())
     ):
         is_finite = bool(is_finite)  # this waits
     if isinstance(is_finite, Tensor):
         update.applied = _apply_guarded(state, strategy, is_finite)
     else:
         update.applied = is_finite is not False and strategy.apply(state.optimizer)
-    if update.applied and state.lr_scheduler is not None:
+    if not update.applied:
+        drop_gradients(state)
+    elif state.lr_scheduler is not None:
         state.lr_scheduler.step()
     update.is_finite = is_finite
     state.times.optimizer += perf_counter() - begin
@@ -389,5 +416,7 @@ def _apply_guarded(state: TrainState, strategy: Strategy, is_finite: Tensor) -> 
     """
     has_failed = ~is_finite if state.has_failed is None else state.has_failed | ~is_finite
     state.has_failed = has_failed
-    with skip_where(state.optimizer, has_failed):
+    with ExitStack() as stack:
+        for optimizer in each(state.optimizer):
+            stack.enter_context(skip_where(optimizer, has_failed))
         return strategy.apply(state.optimizer)

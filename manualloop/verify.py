@@ -335,6 +335,9 @@ def _describe_end(result: Any) -> dict[str, str]:
     """
     state = result.state.state_dict()
     state = {name: part for name, part in state.items() if name not in ("position", "generators")}
+    for name, part in list(state.items()):
+        if isinstance(part, list):  # a state of each optimizer
+            state |= {f"{name} {number}": own for number, own in enumerate(part)}
     parts = {
         f"{name} {key}": value
         for name, part in state.items()

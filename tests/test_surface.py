@@ -29,7 +29,8 @@ ROWS = [
     ["data"],
     ["tasks"],
     ["mistakes", "strategy", "state"],
-    ["arguments", "batches", "models", "optim", "times"],
+    ["optim"],
+    ["arguments", "batches", "models", "optimizers", "times"],
     ["errors", "types", "notices", "progress", "randomness"],
     ["objects", "internals"],
 ]
@@ -120,8 +121,8 @@ SIGNATURES = {
         "collate_fn=None, preprocess=None, fill=None, seed=42, num_workers=0, pin_memory=None"
     ),
     "prepare_optimizer": (
-        "model, *, lr=5e-05, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-08, fused='auto', "
-        "param_groups=None"
+        "model, name='adamw', *, lr=5e-05, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-08, "
+        "fused='auto', param_groups=None"
     ),
     "prepare_scheduler": (
         "optimizer, name='linear', *, num_training_steps, num_warmup_steps=0, **kwargs"

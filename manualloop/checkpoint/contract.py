@@ -19,8 +19,8 @@ from manualloop.checkpoint.facts import (
     schedule_facts,
 )
 from manualloop.errors import CheckpointError
-from manualloop.internals import unwrap_optimizer
 from manualloop.notices import say
+from manualloop.optimizers.together import class_of
 from manualloop.randomness import seed_of
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
@@ -52,7 +52,7 @@ def describe_state(state: TrainState) -> Contract:
     if state.built is None:
         kind, schedule = schedule_facts(state.lr_scheduler)
         state.built = {
-            "same": {"optimizer": type(unwrap_optimizer(state.optimizer)).__name__},
+            "same": {"optimizer": class_of(state.optimizer)},
             "settings": {**model_facts(state.model), "lr_scheduler": kind},
             "groups": optimizer_facts(state.optimizer),
             "schedule": schedule,

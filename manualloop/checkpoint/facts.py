@@ -141,6 +141,10 @@ def schedule_facts(lr_scheduler: Any) -> tuple[str | None, Facts]:
     lr_scheduler = own_schedule(lr_scheduler)
     if lr_scheduler is None:
         return None, {}
+    if isinstance(lr_scheduler, tuple):  # of several optimizers
+        parts = [schedule_facts(one) for one in lr_scheduler]
+        of_all = {f"{i}.{name}": v for i, (_, own) in enumerate(parts) for name, v in own.items()}
+        return ", ".join(str(kind) for kind, _ in parts), of_all
     kind = type(lr_scheduler).__name__
     functions = getattr(lr_scheduler, "lr_lambdas", None)
     if isinstance(functions, list):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -110,24 +110,23 @@ class ShardedModel:
 
 
 class ShardedOptimizer:
-    """The state of a sharded model's optimizer, by the names of the weights."""
+    """The state of a sharded model's optimizers, by the names of the weights."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         self._model = model
-        self._optimizer = unwrap_optimizer(optimizer)
-        self.param_groups = optimizer.param_groups
+        self._optimizers = [unwrap_optimizer(optimizer) for optimizer in optimizers]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; entries that do not exist yet are zeros. Collective."""
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-        return dict(get_optimizer_state_dict(self._model, self._optimizer, options=_flat()))
+        return dict(get_optimizer_state_dict(self._model, self._optimizers, options=_flat()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned. Collective."""
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-        set_optimizer_state_dict(self._model, self._optimizer, state, options=_flat())
+        set_optimizer_state_dict(self._model, self._optimizers, state, options=_flat())
 
 
 def _flat() -> Any:

@@ -309,6 +309,11 @@ def _run(value: Any, path: str) -> None:
     (_NOTES if value != {} else by_name(anything))(value, path)
 
 
+def _optimizers(value: Any, path: str) -> None:
+    # Release 0.1.0 had one, and shards are kept together: their names differ.
+    (items(by_name(anything)) if isinstance(value, list) else by_name(anything))(value, path)
+
+
 _CHANGES = fields(
     {},
     {
@@ -325,7 +330,7 @@ STATE = fields(
         "progress": PROGRESS,
         "optimizer_class": text,
         "model": by_name(anything),
-        "optimizer": by_name(anything),
+        "optimizer": _optimizers,
         "strategy": by_name(anything),
         "run": _run,
     },

@@ -32,27 +32,32 @@ from manualloop.checkpoint.schema import (
     check_state,
     fields,
     items,
+    maybe,
     text,
+    whole,
 )
 from manualloop.checkpoint.tensors import (
     Aliases,
     describe,
     find_aliases,
+    find_strides,
     load_tensors,
     require_places,
     save_tensors,
+    with_stride,
 )
 from manualloop.checkpoint.together import load_together
 from manualloop.errors import CheckpointError
-from manualloop.internals import unwrap_optimizer
 from manualloop.models import is_sharded, tied_names, unwrap_model
+from manualloop.optimizers.states import OptimizerStates
+from manualloop.optimizers.together import Schedules, class_of, each
 from manualloop.randomness import (
     generator_states,
     get_random_state,
     restore_generators,
     set_random_state,
 )
-from manualloop.state import Progress, TrainState
+from manualloop.state import Progress, TrainState, differences
 from manualloop.strategy.base import Strategy
 
 _STATE = "state.json"
@@ -60,7 +65,10 @@ _STEMS = ("model", "optimizer", "extras", "rng")
 _TRAINED = "trained"
 """Stem of the trained weights, where those of the model are the scored ones."""
 _ALIASES = fields(dict.fromkeys(_STEMS, by_name(text)), {_TRAINED: by_name(text)})
-_CONTAINER = fields({"aliases": _ALIASES, "model": by_name(anything)}, {"shards": items(text)})
+_CONTAINER = fields(
+    {"aliases": _ALIASES, "model": by_name(anything)},
+    {"shards": items(text), "strides": by_name(by_name(items(whole())))},
+)
 _NUM_NAMED = 5
 
 
@@ -117,7 +125,7 @@ def take_state_apart(
     values |= {
         "model": more,
         "changes": changes,
-        "optimizer_class": type(unwrap_optimizer(state.optimizer)).__name__,
+        "optimizer_class": class_of(state.optimizer),
         "progress": asdict(state.progress),
         "run": dict(run),
     }
@@ -141,8 +149,10 @@ def take_state_apart(
     }
     shards = _take_shards(tensors)
     apart["shards"] = sorted(shards)
-    apart["aliases"] = {}
+    apart["aliases"], apart["strides"] = {}, {}
     for stem, group in tensors.items():
+        if stem not in ("model", _TRAINED):  # a model keeps the strides of its own weights
+            apart["strides"][stem] = find_strides(group)
         aliases = find_aliases(group, tied_names(model) if stem in ("model", _TRAINED) else ())
         apart["aliases"][stem] = aliases
         tensors[stem] = {name: value for name, value in group.items() if name not in aliases}
@@ -206,7 +216,7 @@ def _parts(state: TrainState, strategy: Strategy) -> dict[str, Any]:
     parts = state.parts()
     if is_sharded(state.model):
         parts["model"] = ShardedModel(state.model)
-        parts["optimizer"] = ShardedOptimizer(state.model, state.optimizer)
+        parts["optimizer"] = ShardedOptimizer(state.model, each(state.optimizer))
     else:
         parts["model"] = saved_part(state.model)
     return parts | {"strategy": strategy}
@@ -248,12 +258,14 @@ def read_snapshot(
     try:
         saved = parse_json(read_regular(folder / _STATE, MAX_JSON_BYTES)[0])
         _CONTAINER(saved, f"{_STATE}:")
-        aliases = saved.pop("aliases")
+        aliases, strides = saved.pop("aliases"), saved.pop("strides", {})
         if (names := saved.pop("shards", ())) or is_sharded(state.model):
             for name, tensor in _read_shards(folder, files, names, state, strategy).items():
                 stem, _, own = name.partition("/")
                 tensors[stem][own] = tensor
         for stem, group in tensors.items():
+            for name, stride in strides.get(stem, {}).items():
+                group[name] = with_stride(group[name], stride)
             group |= {name: group[own] for name, own in aliases[stem].items()}
         nested = tensors["optimizer"] | tensors["extras"] | tensors["rng"]
         values = {name: put_together(value, nested) for name, value in saved.items()}
@@ -330,10 +342,19 @@ def _check_parts(saved: Saved, parts: Mapping[str, Any]) -> None:
     """Refuse states whose values are not of the kinds that the parts have now."""
     for name, part in parts.items():
         state = saved.values[name]
+        if isinstance(part, OptimizerStates):
+            continue  # their differences were found above
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{name} is {state!r:.60} in the checkpoint, not a state")
         if isinstance(part, LRScheduler):
             _check_schedule(name, part, state)
+        elif isinstance(part, Schedules):
+            fields({"schedules": items(maybe(by_name(anything)))})(state, name)
+            if [own is None for own in part] != [one is None for one in state["schedules"]]:
+                raise CheckpointError(f"{name} is of other optimizers in the checkpoint")
+            for number, (own, one) in enumerate(zip(part, state["schedules"], strict=True)):
+                if own is not None:
+                    _check_schedule(f"{name}[{number}]", own, one)
         elif name == "strategy":
             check_like(state, part.state_dict(), name, strict=True)
         elif isinstance(part, nn.Module) and name != "model":
@@ -443,11 +464,8 @@ def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> l
             f"checkpoint has {'none' if has_state else 'one, such as the loss scale of fp16'}"
         )
     found += _weight_differences(values["model"], saved.aliases, parts["model"], state.model)
-    own_class = type(unwrap_optimizer(state.optimizer)).__name__
+    own_class = class_of(state.optimizer)
     if (saved_class := values["optimizer_class"]) != own_class:
         found.append(f"optimizer: {saved_class} in the checkpoint, {own_class} here")
-    groups = [len(group["params"]) for group in values["optimizer"].get("param_groups", ())]
-    own = [len(group["params"]) for group in state.optimizer.param_groups]
-    if groups != own and not is_sharded(state.model):  # those are listed by the weights' names
-        found.append(f"optimizer: groups of {groups} parameters in the checkpoint, of {own} here")
-    return found
+    # Their names are those of the weights, which come first.
+    return found or differences(dict(parts), values)

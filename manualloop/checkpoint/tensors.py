@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -43,6 +43,46 @@ def find_aliases(tensors: Mapping[str, Tensor], tied: Collection[str] = ()) -> A
         if own.setdefault(place, name) != name:
             aliases[name] = own[place]
     return aliases
+
+
+def find_strides(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return the strides of tensors that lie in memory in another order than that of their axes.
+
+    Files hold numbers in the order of the axes. Tensors with gaps between their numbers lose them.
+
+    >>> import torch
+    >>> find_strides({"weight": torch.zeros(2, 3).t(), "bias": torch.zeros(3)})
+    {'weight': [1, 3]}
+    """
+    return {
+        name: list(tensor.stride())
+        for name, tensor in tensors.items()
+        if _has_place(tensor)
+        and tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
+        and _is_dense(tensor.shape, tensor.stride())
+    }
+
+
+def with_stride(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """Return the same numbers in memory of other strides.
+
+    Raises:
+        ValueError: No tensor of this shape lies so, one number beside the other.
+    """
+    if len(stride) != tensor.ndim or not _is_dense(tensor.shape, stride):
+        raise ValueError(f"strides {stride!r:.40} of a tensor of shape {tuple(tensor.shape)}")
+    placed = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+    return placed.copy_(tensor)
+
+
+def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Tell whether strides are those of memory without gaps, in any order of the axes."""
+    expected = 1
+    for step, size in sorted((s, n) for s, n in zip(stride, shape, strict=True) if n > 1):
+        if step != expected:
+            return False
+        expected *= size
+    return all(type(step) is int and 0 <= step < 2**62 for step in stride)
 
 
 def _has_place(tensor: Tensor) -> bool:

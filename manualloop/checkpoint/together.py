@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from manualloop.checkpoint.parts import AdaptedModel, ShardedModel, ShardedOptimizer
 from manualloop.errors import CheckpointError
 from manualloop.internals import unwrap_optimizer
+from manualloop.optimizers.states import OptimizerStates
 
 
 def load_together(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:
@@ -29,7 +30,10 @@ def load_together(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:
         part = parts[name]
         try:
             put_back.append(_remember(part))
-            part.load_state_dict(states[name])
+            if isinstance(part, OptimizerStates):
+                part.load_state_dict(states[name], copies=False)  # they were read for it
+            else:
+                part.load_state_dict(states[name])
         except Exception as error:
             for undo in reversed(put_back):
                 undo()
@@ -54,6 +58,14 @@ def _remember(part: Any) -> Callable[[], None]:
     """Return a function that puts a part back to what it is now."""
     if cannot_fail(part):
         return lambda: None  # of the weights there is no second copy
+    if isinstance(part, OptimizerStates):
+        put_back = [_remember(optimizer) for optimizer in part.optimizers]
+
+        def undo_all() -> None:
+            for undo in put_back:
+                undo()
+
+        return undo_all
     if isinstance(optimizer := unwrap_optimizer(part), Optimizer):
         # Loading replaces these objects, and does not change what is in them.
         kept, groups = dict(vars(optimizer)), [dict(group) for group in optimizer.param_groups]

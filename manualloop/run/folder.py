@@ -312,8 +312,8 @@ def _estimate(state: TrainState) -> int:
     """Return about how many bytes a checkpoint takes, before the optimizer has its state."""
     values = saved_part(state.model).state_dict().values()
     weights = sum(value.nbytes for value in values if isinstance(value, Tensor))
-    trained = [p for group in state.optimizer.param_groups for p in group["params"]]
-    options = state.optimizer.defaults
-    num_moments = 2 if "betas" in options else int(bool(options.get("momentum")))
-    moments = num_moments * sum(p.nbytes for p in trained if isinstance(p, Tensor))
+    moments = 0
+    for group in state.optimizer.param_groups:
+        num_moments = 2 if "betas" in group else int(bool(group.get("momentum")))
+        moments += num_moments * sum(p.nbytes for p in group["params"] if isinstance(p, Tensor))
     return int(weights + moments)

@@ -21,6 +21,7 @@ from manualloop.internals import prepare_optimizer_once, prepared_models, watch_
 from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
 from manualloop.optim import parameters_of
+from manualloop.optimizers.together import Optimizers, as_optimizer, each
 from manualloop.strategy.base import STRATEGY_OF, whole_tensor
 from manualloop.strategy.calls import StrategyOfCall, Tagged, values_of
 from manualloop.strategy.compiled import CompileOptions, compile_model
@@ -104,10 +105,15 @@ class Accelerated:
         if self._shards and self._held(model) is None:
             compile_model(model, self.compile)
             # Sharding replaces the parameters, so that the optimizer needs the new ones.
-            prepared, optimizer = self.accelerator.prepare(model, optimizer)
+            prepared, *optimizers = self.accelerator.prepare(model, *each(optimizer))
             self._remember(model, prepared)
-            return prepared, optimizer
-        return self.prepare_model(model), prepare_optimizer_once(self.accelerator, optimizer)
+            return prepared, as_optimizer(optimizers)
+        model = self.prepare_model(model)
+        if not isinstance(optimizer, Optimizers):
+            return model, prepare_optimizer_once(self.accelerator, optimizer)
+        held = [prepare_optimizer_once(self.accelerator, one) for one in optimizer]
+        # The same object for the same optimizers: a loss scaler knows it by its identity.
+        return model, optimizer if list(optimizer) == held else as_optimizer(held)
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         prepared = self._held(model)
@@ -196,6 +202,11 @@ class Accelerated:
         self.accelerator.backward(loss)
 
     def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        scaler = self.accelerator.scaler
+        if scaler is not None and isinstance(optimizer, Optimizers):
+            # All at once: what overflows in one of them is noted for all.
+            scaler.unscale_(optimizer)
+            return nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm)
         return whole_tensor(self.accelerator.clip_grad_norm_(parameters_of(optimizer), max_norm))
 
     @property
@@ -209,7 +220,12 @@ class Accelerated:
             optimizer.step()
             return True
         was_made = watch_scale(self.accelerator.scaler)
-        optimizer.step()
+        if isinstance(optimizer, Optimizers):
+            # Each of accelerate's wrappers would update the scale, and then unscale once more.
+            self.accelerator.scaler.step(optimizer, is_unscaled=True)
+            self.accelerator.scaler.update()
+        else:
+            optimizer.step()
         return was_made()
 
     def state_dict(self) -> dict[str, Any]:

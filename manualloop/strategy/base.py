@@ -64,7 +64,11 @@ class Strategy(Protocol):
         ...
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """Put a model and its optimizer where they run; for prepared ones, return them as is."""
+        """Put a model and its optimizer where they run; for prepared ones, return them as is.
+
+        Several optimizers are given as one object here and below: a tuple of them that also has
+        ``param_groups``, ``step`` and ``zero_grad`` for all of them.
+        """
         ...
 
     def prepare_model(self, model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from manualloop.errors import ConfigError
 from manualloop.internals import step_optimizer, watch_scale
 from manualloop.optim import parameters_of
+from manualloop.optimizers.together import each
 from manualloop.strategy.base import STRATEGY_OF, MixedPrecision, whole_tensor
 from manualloop.strategy.compiled import CompileOptions, compile_model
 from manualloop.strategy.transfer import move, move_optimizer_state
@@ -67,8 +68,9 @@ class SingleDevice:
         parameters = parameters_of(optimizer)
         before = [parameter.device for parameter in parameters]
         model = self.prepare_model(model)
-        if optimizer.state and before != [parameter.device for parameter in parameters]:
-            move_optimizer_state(optimizer)
+        if before != [parameter.device for parameter in parameters]:
+            for one in each(optimizer):
+                move_optimizer_state(one)
         return model, optimizer
 
     def prepare_model(self, model: nn.Module) -> nn.Module:

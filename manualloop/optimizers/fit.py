@@ -1,0 +1,178 @@
+"""What a saved state and an optimizer do not have in common, found before anything is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from manualloop.optimizers.form import (
+    Names,
+    Saved,
+    by_name,
+    class_of,
+    inner_of,
+    names_of,
+    read_state,
+)
+
+
+def differences(optimizer: Any, names: Mapping[str, Tensor], saved: Any) -> list[str]:
+    """Return what an optimizer does not have in common with a saved state, a line each.
+
+    Args:
+        optimizer: The optimizer that is to get the state.
+        names: Parameters by all their names.
+        saved: The state.
+    """
+    try:
+        return list(_differences(optimizer, names, saved))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return [f"its saved state cannot be read: {error!r:.100}"]
+
+
+def _differences(optimizer: Any, names: Mapping[str, Tensor], saved: Any) -> Iterator[str]:
+    own, kind = names_of(optimizer, names), class_of(optimizer)
+    if isinstance(saved, Mapping) and "param_groups" in saved and "class" not in saved:
+        sizes = [len(group["params"]) for group in saved["param_groups"]]
+        if sizes != list(map(len, own)):
+            yield f"groups of {sizes} parameters in the checkpoint, of {list(map(len, own))} here"
+            return
+    read = read_state(saved, own, names)
+    if read.kind not in (None, kind):
+        yield f"{read.kind} in the checkpoint, {kind} here"
+        return
+    yield from _other_names(read, own)
+    parameters = by_name(optimizer, own)
+    for name, was in read.parameters.items():
+        here = parameters.get(name)
+        if here is not None and (was.shape, was.dtype) != (tuple(here.shape), here.dtype):
+            yield (
+                f"{name} is {was.dtype} {was.shape} in the checkpoint, {here.dtype} "
+                f"{tuple(here.shape)} here"
+            )
+    if read.in_own_form is None:
+        yield from _misfits(read, optimizer, parameters)
+
+
+def _other_names(read: Saved, own: Names) -> Iterator[str]:
+    theirs = read.names
+    in_checkpoint = {name: number for number, group in enumerate(theirs) for name in group}
+    here = {name: number for number, group in enumerate(own) for name in group}
+    for name in dict.fromkeys((*in_checkpoint, *here)):
+        if name not in here:
+            yield f"{name} is in the checkpoint only"
+        elif name not in in_checkpoint:
+            yield f"{name} is in the run only"
+        elif in_checkpoint[name] != here[name]:
+            yield (
+                f"{name} is in group {in_checkpoint[name]} in the checkpoint, in group "
+                f"{here[name]} here"
+            )
+    if len(theirs) != len(own):
+        yield f"{len(theirs)} groups in the checkpoint, {len(own)} here"
+    if read.in_own_form is not None and theirs != own:
+        yield "its parameters are in another order than in the checkpoint"
+
+
+# State of torch's own optimizers that has the shape of the parameter, in the versions 2.6 to 2.14.
+# A step without one of them fails; the second of each pair is there if the option is set.
+_MOMENTS: dict[str, tuple[str, ...]] = {
+    "ASGD": ("ax",),
+    "Adadelta": ("square_avg", "acc_delta"),
+    "Adagrad": ("sum",),
+    "Adam": ("exp_avg", "exp_avg_sq"),
+    "AdamW": ("exp_avg", "exp_avg_sq"),
+    "Adamax": ("exp_avg", "exp_inf"),
+    "Muon": ("momentum_buffer",),
+    "NAdam": ("exp_avg", "exp_avg_sq"),
+    "RAdam": ("exp_avg", "exp_avg_sq"),
+    "RMSprop": ("square_avg",),
+    "Rprop": ("prev", "step_size"),
+    "SGD": (),
+    "SparseAdam": ("exp_avg", "exp_avg_sq"),
+}
+_OF_OPTIONS = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
+_MORE_MOMENTS = ("momentum_buffer", *_OF_OPTIONS.values())
+_NUMBERS = ("step", "eta", "mu", "mu_product")
+_WITHOUT_STEP = ("Muon", "SGD")
+
+
+def _misfits(read: Saved, optimizer: Any, parameters: Mapping[str, Tensor]) -> Iterator[str]:
+    """Name the options and tensors that this optimizer cannot compute with.
+
+    What kernels of torch take is known; what other optimizers keep is not.
+    """
+    inner = inner_of(optimizer)
+    kind = _torch_kind(inner)
+    for number, (saved, group) in enumerate(zip(read.options, inner.param_groups, strict=False)):
+        for name in [name for name in saved if name in group]:
+            if not _is_like(saved[name], group[name], is_strict=kind is not None):
+                yield (
+                    f"{name} of group {number} is {saved[name]!r:.60} in the checkpoint, "
+                    f"{group[name]!r:.60} here"
+                )
+    if kind is None:
+        return
+    for number, group in enumerate(read.names):
+        options = read.options[number]
+        for name in group:
+            entry, parameter = read.entries.get(name, {}), parameters.get(name)
+            if parameter is not None and (problem := _misfit(entry, parameter, kind, options)):
+                yield f"the state of {name}: {problem}"
+
+
+def _misfit(entry: Any, parameter: Tensor, kind: str, options: Mapping[str, Any]) -> str | None:
+    if not isinstance(entry, Mapping):
+        return f"a {type(entry).__name__}"
+    if not entry:
+        return None
+    required = [
+        *_MOMENTS[kind],
+        *(name for option, name in _OF_OPTIONS.items() if options.get(option)),
+    ]
+    for name in dict.fromkeys((*required, *_MORE_MOMENTS)):
+        value = entry.get(name)
+        if value is None and name not in required:
+            continue
+        if not isinstance(value, Tensor):
+            return f"{name} is {value!r:.40}"
+        if value.shape != parameter.shape:
+            return f"{name} has the shape {tuple(value.shape)}, not {tuple(parameter.shape)}"
+        if value.is_complex() != parameter.is_complex() or not (
+            value.is_floating_point() or value.is_complex()
+        ):
+            return f"{name} is {value.dtype}, the parameter {parameter.dtype}"
+        if options.get("fused") and value.dtype != parameter.dtype:
+            return f"{name} is {value.dtype}, the parameter {parameter.dtype}, under a fused kernel"
+    for name in _NUMBERS:
+        value = entry.get(name, None if name == "step" and kind not in _WITHOUT_STEP else 0)
+        if not _is_number(value):
+            return f"{name} is {value!r:.40}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, int | float)
+
+
+def _is_like(saved: Any, own: Any, *, is_strict: bool) -> bool:
+    """Tell whether an option has a value of the kind that the optimizer has now."""
+    if saved is None or own is None:
+        return not (is_strict and saved is None and _is_number(own) and type(own) is not bool)
+    if isinstance(own, list | tuple):
+        return isinstance(saved, list | tuple) and len(saved) == len(own)
+    return _is_number(saved) if _is_number(own) else isinstance(saved, type(own))
+
+
+def _torch_kind(inner: Any) -> str | None:
+    """Return the class of torch whose ``step`` an optimizer has; None for one of another."""
+    kind = next((k for k in type(inner).__mro__ if k.__module__.startswith("torch.optim.")), None)
+    if kind is None or kind.__name__ not in _MOMENTS:
+        return None
+    own_step, step = type(inner).step, kind.step  # type: ignore[attr-defined]
+    return kind.__name__ if inspect.unwrap(own_step) is inspect.unwrap(step) else None
