@@ -209,6 +209,21 @@ def remember_modes(model: nn.Module) -> Callable[[], None]:
     return put_back
 
 
+def batch_statistics(model: nn.Module) -> str | None:
+    """Name the first layer that computes statistics over the batch; None if there is none.
+
+    These are layers of batch normalisation in training mode, and others that keep running means:
+    what they compute of a row depends on the rows beside it.
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if not module.training or not hasattr(module, "running_mean") or "Frozen" in kind:
+            continue
+        if module.running_mean is not None or "InstanceNorm" not in kind:
+            return f"{name or 'the model'} ({kind})"
+    return None
+
+
 @contextmanager
 def evaluation_mode(
     model: nn.Module, device: torch.device, *, inference: bool = True, **owners: Any
