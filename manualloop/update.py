@@ -33,7 +33,8 @@ from manualloop.tasks.shares import (
     share_out,
     tell_equal,
 )
-from manualloop.tasks.task import Counts, Task, count_window
+from manualloop.tasks.splitting import doubt_about_splitting, explain_memory
+from manualloop.tasks.task import Counts, Task, count_window, resolve_task
 from manualloop.times import Times
 from manualloop.types import LossFn, OnNonfinite, Terms, Update, Window
 
@@ -265,14 +266,16 @@ def _accumulate_in_memory(
 ) -> Update:
     """Accumulate gradients from zero; if memory runs out, retry with half as many rows at once.
 
-    The update is the same, because micro-batches are weighted by items however they are split. The
-    size that fits is kept in the state. With several ranks there is no retry: the other ranks would
-    wait for the gradients of the attempt that failed.
+    There is a retry only where the update is known to be the same: the loss is that of a head of
+    transformers, and no row depends on the rows beside it. The size that fits is kept in the state.
+    With several ranks there is no retry: the other ranks would wait for the gradients of the
+    attempt that failed.
     """
     zero_gradients(state.optimizer)
     while True:
         parts = batches
-        if (max_rows := state.max_batch_rows) is not None:
+        max_rows, of_loss = state.max_batch_rows, (loss_fn, terms)
+        if max_rows is not None and not _doubt(state, batches, state.task, *of_loss):
             parts = [part for batch in batches for part in split_batch(batch, max_rows)]
         counts, task = count_window(state.model, parts, state.task)
         if state.is_training:
@@ -283,19 +286,33 @@ def _accumulate_in_memory(
                     state.model, parts[0], counts[0], strategy, state.times, loss_fn, terms
                 )
             return _accumulate_shares(state, parts, counts, task, strategy, loss_fn, terms)
-        except torch.OutOfMemoryError:
-            largest = max(map(num_rows, parts))
-            if largest == 1 or strategy.world_size > 1:
+        except torch.OutOfMemoryError as error:
+            largest, doubt = max(map(num_rows, parts)), _doubt(state, parts, task, *of_loss)
+            if largest == 1:
+                raise
+            if doubt or strategy.world_size > 1:
+                explain_memory(error, parts, doubt)
                 raise
         # Outside the handler: the error's traceback holds the activations.
         drop_gradients(state)  # those that the failed attempt has added
         state.max_batch_rows = (largest + 1) // 2
         say(
             f"out of memory with {largest} rows: continuing with {state.max_batch_rows} at once. "
-            "The updates stay the same."
+            "The updates stay the same, up to rounding and the masks of dropout."
         )
         if strategy.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _doubt(
+    state: TrainState,
+    batches: Sequence[Any],
+    task: Task | None,
+    loss_fn: LossFn | None,
+    terms: Terms | None,
+) -> str | None:
+    task = task or resolve_task(state.model, batches[0])
+    return doubt_about_splitting(state.model, batches, task, loss_fn, terms)
 
 
 def _accumulate_shares(

@@ -1,11 +1,15 @@
 """Out of memory in a micro-batch: the same update, in smaller pieces, said once."""
 
 import copy
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
-from manualloop import TrainState, apply_update, prepare_strategy, train_steps
+from manualloop import TrainState, apply_update, prepare_strategy, train_loop, train_steps
 
 NUM_ROWS = 32
 
@@ -25,37 +29,39 @@ class Backward(torch.autograd.Function):
         return grad, None
 
 
-class Model(torch.nn.Module):
-    """Runs out of memory above so many rows, going forward or coming back."""
+def make_model(max_rows=10**9, where="forward", **config):
+    """Make a BERT that runs out of memory above so many rows, going forward or coming back."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    options = {"vocab_size": 20, "intermediate_size": 8, "num_labels": 4} | config
+    model = BertForSequenceClassification(BertConfig(**sizes, **dropout, **options)).double()
+    model.num_calls = 0
+    return limited(model, model.bert.embeddings, max_rows, where)
 
-    def __init__(self, max_rows=10**9, where="forward"):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = (torch.nn.Linear(4, 4, dtype=torch.float64) for _ in range(2))
-        self.max_rows, self.where, self.num_calls = max_rows, where, 0
 
-    def forward(self, x, labels):
-        self.num_calls += 1
-        if self.where == "forward" and len(x) > self.max_rows:
+def limited(model, layer, max_rows, where="forward"):
+    def come_back(module, args, output):
+        model.num_calls += 1
+        if where == "forward" and len(output) > max_rows:
             raise torch.OutOfMemoryError("fake: out of memory in forward")
-        hidden = self.first(x).tanh()
-        if self.where == "backward":
-            hidden = Backward.apply(hidden, self.max_rows)  # the second layer has its gradient then
-        logits = self.second(hidden)
-        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+        return Backward.apply(output, max_rows) if where == "backward" else output
+
+    layer.register_forward_hook(come_back)
+    return model
 
 
 def batches(sizes=(16, 9, 7)):
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(NUM_ROWS, 4, dtype=torch.float64, generator=generator)
+    ids = torch.randint(3, 20, (NUM_ROWS, 5), generator=generator)
     labels = torch.randint(4, (NUM_ROWS,), generator=generator)
     labels[::5] = -100
-    parts = zip(x.split(sizes), labels.split(sizes), strict=True)
-    return [{"x": x, "labels": labels} for x, labels in parts]
+    parts = zip(ids.split(sizes), labels.split(sizes), strict=True)
+    return [{"input_ids": ids, "labels": labels} for ids, labels in parts]
 
 
 def train(model, **options):
-    state = TrainState(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
     for _ in train_steps(state, batches(), num_epochs=3, **options):
         pass
     return state
@@ -66,9 +72,9 @@ def train(model, **options):
 @pytest.mark.parametrize("max_rows", [15, 8, 3, 1])
 def test_weights_equal_those_of_the_undisturbed_run(max_rows, where, accumulation, caplog):
     options = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 1.0}
-    undisturbed = train(Model(), **options)
+    undisturbed = train(make_model(), **options)
     with caplog.at_level("INFO", logger="manualloop"):
-        disturbed = train(Model(max_rows, where), **options)
+        disturbed = train(make_model(max_rows, where), **options)
     assert disturbed.progress == undisturbed.progress
     for ours, theirs in zip(
         disturbed.model.parameters(), undisturbed.model.parameters(), strict=True
@@ -80,7 +86,7 @@ def test_weights_equal_those_of_the_undisturbed_run(max_rows, where, accumulatio
 
 
 def test_the_smaller_size_is_kept():
-    model = Model(max_rows=4)
+    model = make_model(max_rows=4)
     state = train(model)
     num_halvings = 2  # 16 -> 8 -> 4 rows, in the first update only
     assert state.max_batch_rows == 4
@@ -88,9 +94,111 @@ def test_the_smaller_size_is_kept():
 
 
 def test_a_single_row_that_does_not_fit_is_the_users_error():
-    model = Model(max_rows=0)
+    model = make_model(max_rows=0)
     before = copy.deepcopy(model.state_dict())
     state = TrainState(model, torch.optim.AdamW(model.parameters(), lr=0.1))
     with pytest.raises(torch.OutOfMemoryError, match="in forward"):
         apply_update(state, batches(), prepare_strategy("cpu"))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Contrastive(nn.Module):
+    """Compares the rows of a batch inside of its forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 8, dtype=torch.float64)
+
+    def forward(self, x, labels):
+        points = F.normalize(self.linear(x))
+        return {"loss": F.cross_entropy(points @ points.T / 0.1, torch.arange(len(x)))}
+
+
+class OwnForSequenceClassification(BertForSequenceClassification):
+    """Has the name of a head, and another loss."""
+
+    def forward(self, labels=None, **columns):
+        outputs = super().forward(**columns)
+        points = F.normalize(outputs.logits)
+        outputs.loss = F.cross_entropy(points @ points.T, torch.arange(len(points)))
+        return outputs
+
+
+def own_class():
+    model = make_model()
+    model.__class__ = OwnForSequenceClassification
+    return model
+
+
+def own_loss():
+    model = make_model()
+    model.loss_function = lambda **columns: columns["pooled_logits"].square().sum()
+    return model
+
+
+def normed():
+    model = make_model()
+    model.dropout = nn.BatchNorm1d(8).double()
+    return model
+
+
+def info_nce(model, batch):
+    points = F.normalize(model(**batch).logits)
+    return F.cross_entropy(points @ points.T / 0.1, torch.arange(len(points)))
+
+
+X = {"x": torch.randn(16, 4, dtype=torch.float64), "labels": torch.arange(16) % 4}
+DOUBTFUL = {
+    "a loss_fn": (make_model, batches(), {"loss_fn": info_nce}, "whether loss_fn compares"),
+    "terms": (
+        make_model, batches(), {"terms": lambda outputs, batch: [(outputs.loss, 1)]},
+        "whether terms compares",
+    ),
+    "a model of the user's": (Contrastive, [X], {}, "whether the loss of Contrastive compares"),
+    "a subclass with a loss": (own_class, batches(), {}, "whether the loss of OwnForSequence"),
+    "a loss_function": (own_loss, batches(), {}, "whether the loss of BertForSequence"),
+    "batch normalisation": (normed, batches(), {}, r"dropout \(BatchNorm1d\) computes"),
+    "a column of another length": (
+        make_model, [part | {"position_ids": torch.arange(5)[None]} for part in batches()], {},
+        "not every column",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DOUBTFUL)
+def test_nothing_is_split_where_rows_may_be_compared(kind, caplog):
+    """The error comes, and tells what to try; a size that an older run has found is not used."""
+    make, parts, options, doubt = DOUBTFUL[kind]
+    model = make()
+    layer = model.linear if kind == "a model of the user's" else model.bert.embeddings
+    model.num_calls = 0
+    limited(model, layer, max_rows=15)
+    steps = []
+    with pytest.raises(torch.OutOfMemoryError, match="fake") as error:
+        train_loop(
+            model, parts, None, None, num_epochs=1, on_step=steps.append, progress_bar=False,
+            **options,
+        )  # fmt: skip
+    assert not steps
+    text = "".join(getattr(error.value, "__notes__", caplog.messages))
+    assert "Try batch_size=8 with gradient_accumulation_steps=2" in text
+    assert re.search(doubt, text), text
+    assert "another loss" in text
+
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    state.max_batch_rows = 4  # from a checkpoint of 0.1.0
+    model.num_calls = 0
+    apply_update(state, parts[-1:] if len(parts) > 1 else [{k: v[:7] for k, v in X.items()}],
+                 prepare_strategy("cpu"), **options)  # fmt: skip
+    assert model.num_calls == (1 if layer is getattr(model, "linear", None) else 2)  # its hooks
+
+
+def test_frozen_batch_normalisation_may_be_split():
+    model = normed()
+    limited(model, model.bert.pooler, max_rows=8)
+    model.dropout.eval()
+    state = TrainState(model.train(), torch.optim.SGD(model.parameters(), lr=0.1))
+    model.dropout.eval()
+    apply_update(state, batches(), prepare_strategy("cpu"))
+    assert state.max_batch_rows == 8
