@@ -144,7 +144,7 @@ def check_accumulation(
         raise DataError("A batch of one row cannot be split. Pass a batch of several rows.")
     statistics = batch_statistics(model)
     kept = [parameter.grad for parameter in model.parameters()]
-    own = {"loss_fn": loss_fn, "terms": terms}
+    own: dict[str, Any] = {"loss_fn": loss_fn, "terms": terms}
     try:
         with evaluation_mode(model, strategy.device, inference=False, **own):
             found = _measure(model, batch, rows, strategy, **own)
