@@ -56,7 +56,8 @@ def filter_missing(
     """Return the code that filters out rows without a value: None or, among floats, NaN."""
     value = f'row["{column}"]'
     if in_lists:
-        return f"{of}filter(lambda row: all(x is not None and x == x for x in {value}))"
+        inside = f"all(x is not None and x == x for x in {value})"
+        return f"{of}filter(lambda row: {value} is not None and {inside})"
     is_number = f" and {value} == {value}" if is_float else ""  # NaN does not equal itself
     return f"{of}filter(lambda row: {value} is not None{is_number})"
 

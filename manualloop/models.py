@@ -136,6 +136,15 @@ def accepts(model: nn.Module, column: str) -> bool:
     return column in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def predicts_without_labels(model: nn.Module) -> bool:
+    """Tell whether labels make no difference to a model's outputs, apart from the loss.
+
+    Those of an encoder-decoder are what its decoder reads, and other modules do not tell.
+    """
+    config = config_of(model)
+    return config is not None and not getattr(config, "is_encoder_decoder", False)
+
+
 def vocab_size(model: nn.Module) -> int | None:
     """Return the number of rows of the input embedding; None where there is none."""
     get_embeddings = getattr(unwrap_model(model), "get_input_embeddings", None)

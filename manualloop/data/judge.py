@@ -93,7 +93,7 @@ def check_missing(split: Split, values: Values, column: str) -> None:
     raise DataError(
         f"Row {row} of {split.name} has {found}. Rows without a value: {int(is_missing.sum())} of "
         f"{len(is_missing)}. "
-        f"{advice_on_missing(split, column, is_float=kind == 'float', in_lists=is_inside)}"
+        f"{advice_on_missing(split, column, is_float=kind == 'float', in_lists=kind == 'list')}"
     )
 
 

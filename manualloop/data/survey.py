@@ -143,12 +143,11 @@ def _check_text(split: Split, column: str, first: Split, tokenizer: Any) -> None
     is_missing = missing_in(split, column)
     if is_missing is not None and is_missing.any():
         row, number = int(np.argmax(is_missing)), int(is_missing.sum())
-        is_none = kinds[column] != "texts" or split.rows[row][column] is None
-        found = f"{column}=None" if is_none else f"None or NaN in {column}"
         fill = fill_argument([column], _code_for_blank(tokenizer))
-        advice = f"Keep them: {fill}."
-        if not is_none:
-            words = f'[word or "" for word in row["{column}"]]'
+        found, advice = f"{column}=None", f"Keep them: {fill}."
+        if kinds[column] == "texts":
+            words = f'[word or "" for word in row["{column}"] or []]'
+            found = f"None in {column}"
             advice = f"Keep them: {split.fix(as_map(column, words))}."
         elif split.is_train:
             line = split.fix(filter_missing(column, of=""))

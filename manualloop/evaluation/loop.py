@@ -195,10 +195,10 @@ def _score(
     A batch without labels has no term. The items of one are None where nothing tells them. The
     number of rows whose logits are NaN is added to ``nan_rows``.
     """
-    if scorer is not None or passes.loss_fn is None:
-        _refuse_hidden(passes.loader, made.batch)
     with passes.strategy.autocast():
         found = terms_of(made, passes.loss_fn, passes.terms)
+    if found is None or scorer is not None:
+        _refuse_hidden(passes.loader, made.batch)
     if found is None and scorer is None:
         raise no_loss(passes.model, made.batch, made.outputs)
     if scorer is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -25,6 +26,8 @@ from manualloop.evaluation.loop import (
 )
 from manualloop.evaluation.losses import Made
 from manualloop.evaluation.predictions import Predictions, dataset_rows, table_of
+from manualloop.mistakes import scalar_floats_message
+from manualloop.models import predicts_without_labels
 from manualloop.notices import say
 from manualloop.reading.ranks import unsharded
 from manualloop.strategy.base import Strategy, prepare_model
@@ -68,8 +71,11 @@ def predict_loop(
     loader, longest_first = longest_first_rows(loader, model, strategy)
     numbers = dataset_rows(loader) if longest_first is None else longest_first
     nan_rows: list[int] = []
+    passes = passes_of(model, loader, strategy, None, None, postprocess is None)
+    if postprocess is None and predicts_without_labels(model):
+        passes = replace(passes, leaves_out=passes.leaves_out | {"labels"})
     parts = each_batch(
-        passes_of(model, loader, strategy, None, None, postprocess is None),
+        passes,
         partial(_predict, postprocess=postprocess, nan_rows=nan_rows),
         "Predicting" if progress_bar else None,
     )
@@ -117,5 +123,9 @@ def _predict(
             "one for each row, such as outputs.logits.argmax(-1)."
         )
     labels = batch["labels"].to("cpu", copy=True) if "labels" in batch else None
+    is_multi_label = postprocess is None and made.task.name == "multi_label_classification"
+    if is_multi_label and labels is not None and labels.shape != predictions.shape:
+        found = f"of shape {tuple(labels.shape)}"
+        raise DataError(scalar_floats_message(found, "labels", predictions.shape[-1]))
     # A view of them would keep all the outputs.
     return predictions.to("cpu", copy=True), probabilities, labels

@@ -579,3 +579,41 @@ def test_text_of_another_kind_in_another_split_is_refused():
     assert "holds values of kind 'int'" in refused(splits)
     splits["dev"] = rows(text=[None], label=[1])
     assert "Row 0 of dev has text=None" in refused(splits)
+
+
+def test_predictions_need_no_labels_that_a_loss_would_take():
+    model, batch = tiny_bert(), {"input_ids": torch.tensor([[4, 5], [6, 7]])}
+    expected = predict_loop(model, [batch])
+    for label in (-1, 7, -100):
+        found = predict_loop(model, [{**batch, "labels": torch.full((2,), label)}])
+        assert found.references.tolist() == [label] * 2
+        assert np.array_equal(found.predictions, expected.predictions)
+        assert np.array_equal(found.scores, expected.scores)
+    with pytest.raises(DataError, match=r"Float labels of shape \(2,\) are read as multi-label"):
+        predict_loop(model, [{**batch, "labels": torch.tensor([5.5, 7.0])}])
+
+
+def test_missing_lists_are_filtered_out_by_the_line():
+    dataset = table(labels=[[0, 1], None, [1, None]])
+    message = refused(dataset, model=tiny_bert())
+    (line,) = fixes_in(message)
+    trains(run_fix(line, dataset), tiny_bert())
+    words = rows(words=[["a", None], None, ["b"]], label=[0, 1, 0])
+    message = refused(words, text_columns="words")
+    (line,) = fixes_in(message)
+    trains(run_fix(line, words), tiny_bert(), text_columns="words")
+
+
+def test_a_stream_that_knows_no_columns_hides_its_labels():
+    from datasets import IterableDataset
+
+    for label in (None, -1, float("nan"), ""):
+
+        def generate(label=label):
+            for text in TEXT:
+                yield {"text": text, "label": label}
+
+        loader = prepare_dataloaders(
+            {"test": IterableDataset.from_generator(generate)}, tiny_tokenizer(), model=tiny_bert()
+        )["test"]
+        assert "labels" not in next(iter(loader))
