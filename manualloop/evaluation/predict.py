@@ -124,7 +124,7 @@ def _predict(
         )
     labels = batch["labels"].to("cpu", copy=True) if "labels" in batch else None
     is_multi_label = postprocess is None and made.task.name == "multi_label_classification"
-    if is_multi_label and labels is not None and labels.shape != predictions.shape:
+    if is_multi_label and labels is not None and labels.ndim == 1:
         found = f"of shape {tuple(labels.shape)}"
         raise DataError(scalar_floats_message(found, "labels", predictions.shape[-1]))
     # A view of them would keep all the outputs.
