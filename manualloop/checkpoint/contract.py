@@ -290,9 +290,8 @@ def check_finished(saved: Contract, now: Contract, folder: object, *, is_extende
     asked = {**saved, **saved.get("asked", {})}
     groups = {"same", "settings", "groups", "seeds"}
     groups |= set() if is_extended else {"observed", "ends", "schedule"}
-    found = [d for d in differences(asked, now) if d.group in groups]
-    if not is_extended:
-        found = [d for d in found if d.name != "num_steps" or len(found) == 1]
+    # Of epochs the number of steps follows from what is compared, and from the number of ranks.
+    found = [d for d in differences(asked, now) if d.group in groups and d.name != "num_steps"]
     ranks = [
         contract["exact"]["world_size"] * contract["settings"]["gradient_accumulation_steps"]
         for contract in (saved, now)
