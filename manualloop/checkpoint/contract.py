@@ -41,6 +41,7 @@ _WITHOUT_EFFECT = {
     *("checkpoint_dir", "checkpoint_every", "keep_checkpoints", "resume", "max_time"),
     *("log_every", "on_step", "trackers", "progress_bar", "preflight"),
 }
+_OVERRIDDEN = ("groups", "schedule", "seeds")  # of these groups the checkpoint's values count
 _OBSERVING = {"evaluate", "evaluated rows", "evaluate_every", "best_metric"}
 
 
@@ -287,17 +288,17 @@ def check_finished(saved: Contract, now: Contract, folder: object, *, is_extende
     Raises:
         CheckpointError: It is another run.
     """
-    asked = {**saved, **saved.get("asked", {})}
+    asked = saved | {k: v for k, v in saved.get("asked", {}).items() if k in _OVERRIDDEN}
     groups = {"same", "settings", "groups", "seeds"}
     groups |= set() if is_extended else {"observed", "ends", "schedule"}
     # Of epochs the number of steps follows from what is compared, and from the number of ranks.
     found = [d for d in differences(asked, now) if d.group in groups and d.name != "num_steps"]
-    ranks = [
-        contract["exact"]["world_size"] * contract["settings"]["gradient_accumulation_steps"]
-        for contract in (saved, now)
-        if "gradient_accumulation_steps" in contract.get("settings", {})
+    sizes = [
+        (c["exact"].get("world_size") or 1) * (c["settings"]["gradient_accumulation_steps"] or 1)
+        for c in (saved, now)
+        if "gradient_accumulation_steps" in c.get("settings", {}) and "exact" in c
     ]
-    if len(ranks) == 2 and ranks[0] == ranks[1]:  # on other ranks the updates are the same
+    if len(sizes) == 2 and sizes[0] == sizes[1]:  # on other ranks the updates are the same
         found = [d for d in found if d.name != "gradient_accumulation_steps"]
     if found:
         raise CheckpointError(
@@ -358,7 +359,7 @@ def carried_on(saved: Contract | None, now: Contract) -> Contract:
     """Return the contract of a run that resumes: what the checkpoint has overridden stays."""
     kept: Contract = {
         name: saved[name]
-        for name in ("groups", "schedule", "seeds")
+        for name in _OVERRIDDEN
         if saved and name in saved and saved[name] != now[name]
     }
     return {**now, **kept, "asked": {name: now[name] for name in kept}} if kept else now

@@ -172,7 +172,13 @@ _ENDS = fields(
 )
 _CONTRACT = fields(
     {"same": _facts, "exact": _facts},
-    {"settings": _facts, "ends": _ENDS, "asked": fields({}, _GROUPS), **_GROUPS},
+    {
+        "settings": _facts,
+        "ends": _ENDS,
+        "seeds": _facts,
+        "asked": fields({}, {**_GROUPS, "seeds": _facts}),
+        **_GROUPS,
+    },
 )
 
 

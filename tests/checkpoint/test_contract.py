@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from manualloop import (
     train_steps,
 )
 from manualloop.checkpoint import contract
+from manualloop.checkpoint.manifest import manifest_bytes
 
 BATCHES = [torch.arange(8.0).reshape(2, 4) / 8 + number for number in range(5)]
 
@@ -165,3 +169,25 @@ def test_the_refusal_lists_what_differs_and_names_the_way_out(tmp_path: Path) ->
     ]
     assert "another checkpoint_dir" in lines[-1]
     assert str(tmp_path) in lines[0]
+
+
+GROUPS = ["same", "settings", "observed", "ends", "groups", "schedule", "seeds", "exact", "asked"]
+FORGED = [
+    None,
+    [[1]],
+    {"world_size": "2", "num_epochs": "3", "lr": {"x": 1}, "gradient_accumulation_steps": [2]},
+    [{"lr": {"x": 1}}],
+]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_forged_contract_ends_in_no_other_error(group: str, tmp_path: Path) -> None:
+    train(tmp_path / "run")
+    for number, forged in enumerate(FORGED):
+        folder = shutil.copytree(tmp_path / "run", tmp_path / str(number))
+        path = next(folder.glob("step-*10")) / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["contract"][group] = forged
+        path.write_bytes(manifest_bytes(manifest))
+        with contextlib.suppress(CheckpointError):
+            train(folder)
