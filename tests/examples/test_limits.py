@@ -1,0 +1,239 @@
+"""Each limit that docs/limits.md lists is told to the user, in the words of the page."""
+
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import rows, tiny_bert, tiny_tokenizer
+from resume_cases import Rows, StatelessStream, built
+from torch import nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
+
+from manualloop import (
+    TrainState,
+    evaluate_loop,
+    load_checkpoint,
+    predict_loop,
+    prepare_dataloaders,
+    save_checkpoint,
+    train_loop,
+    train_steps,
+)
+from manualloop.reading.ranks import unsharded
+
+PAGE = Path(__file__).parents[2] / "docs/limits.md"
+ENTRY = re.compile(r"^\| \*\*(.*?)\*\*.*?\| `(.*)` \|.*\|$", re.MULTILINE)
+LIMITS = dict(ENTRY.findall(PAGE.read_text() if PAGE.exists() else ""))
+
+
+def loss_fn(model: nn.Module, batch: Any) -> Any:
+    return model(batch["x"]).square().mean()
+
+
+def state_of(model: nn.Module | None = None) -> TrainState:
+    torch.manual_seed(0)
+    model = model or nn.Linear(4, 1)
+    return TrainState(model, SGD(model.parameters(), lr=0.1, momentum=0.9))
+
+
+def step_once(state: TrainState, loader: Any, index: int, **options: Any) -> None:
+    """Train up to the update of a number."""
+    for step in train_steps(state, loader, max_steps=9, **{"loss_fn": loss_fn, **options}):
+        if step.index == index:
+            break
+
+
+def resume(
+    folder: Path, first: Any, second: Any = None, model: Any = lambda: None, **options: Any
+) -> None:
+    """Train for two updates, save, and make a third one from the checkpoint with a new state."""
+    state = state_of(model())
+    step_once(state, first(), 2, **options)
+    save_checkpoint(folder, state)
+    state = state_of(model())
+    load_checkpoint(folder, state)
+    step_once(state, (second or first)(), 3, **options)
+
+
+class Drawing(Sampler[int]):
+    """Draws each row number when it is asked for."""
+
+    def __len__(self) -> int:
+        return 14
+
+    def __iter__(self) -> Any:
+        return iter(int(torch.randint(14, ())) for _ in range(14))
+
+
+class Prefetching(DataLoader[Any]):
+    """A loader that cannot be read in another way than its own."""
+
+    def __iter__(self) -> Any:
+        return super().__iter__()
+
+
+class Holding(nn.Linear):
+    """Holds an object that is another one after each call."""
+
+    def forward(self, x: Any) -> Any:
+        self.held = object()
+        return super().forward(x)
+
+
+def drawing_stream(folder: Path) -> None:
+    resume(folder, lambda: DataLoader(StatelessStream(draws=True), 2))
+
+
+def shuffle_buffer(folder: Path) -> None:
+    stream = rows(14, x=[[1.0] * 4] * 14).to_iterable_dataset().shuffle(seed=1, buffer_size=5)
+    train_loop(
+        nn.Linear(4, 1),
+        DataLoader(stream.with_format("torch"), 2),
+        max_steps=2,
+        loss_fn=loss_fn,
+        checkpoint_dir=folder,
+        progress_bar=False,
+    )
+
+
+def drawing_sampler(folder: Path) -> None:
+    resume(folder, lambda: built(sampler=Drawing(), shuffle=None))
+
+
+def any_order(folder: Path) -> None:
+    step_once(state_of(), Prefetching(Rows(), 2, num_workers=1, in_order=False), 1)
+
+
+def closure(rng: Any) -> Any:
+    return lambda model, batch: loss_fn(model, batch) + 0 * rng.random()
+
+
+def unsaved_generator(folder: Path) -> None:
+    step_once(state_of(), built(), 1, loss_fn=closure(random.SystemRandom()))
+
+
+def new_generator(folder: Path) -> None:
+    state = state_of()
+    step_once(state, built(), 2)
+    save_checkpoint(folder, state)
+    load_checkpoint(folder, state)
+    step_once(state, built(), 3, loss_fn=closure(random.Random(1)))
+
+
+def shared_generator(folder: Path) -> None:
+    rng = torch.Generator()
+
+    def noisy(model: nn.Module, batch: Any) -> Any:
+        return loss_fn(model, batch) + 0 * torch.rand((), generator=rng)
+
+    step_once(state_of(), built(generator=rng, num_workers=1), 1, loss_fn=noisy)
+
+
+def unsaved_attribute(folder: Path) -> None:
+    resume(folder, built, model=lambda: Holding(4, 1))
+
+
+def other_surroundings(folder: Path) -> None:
+    num_threads = torch.get_num_threads()
+    state = state_of()
+    try:
+        torch.set_num_threads(1)
+        step_once(state, built(), 2)
+        save_checkpoint(folder, state)
+        torch.set_num_threads(2)
+        load_checkpoint(folder, state)
+        step_once(state, built(), 3)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def other_memory(folder: Path) -> None:
+    def convolution() -> nn.Module:
+        return nn.Conv2d(3, 4, 3)
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        return model(batch).square().mean()
+
+    batches = [torch.ones(2, 3, 5, 5)] * 4
+    state = state_of(convolution().to(memory_format=torch.channels_last))
+    step_once(state, batches, 2, loss_fn=loss)
+    save_checkpoint(folder, state)
+    load_checkpoint(folder, state_of(convolution()))
+
+
+UNEVEN = [
+    {"x": torch.ones(2, 4), "more": torch.ones(3)},
+    {"x": torch.ones(1, 4), "more": torch.ones(2)},
+]
+
+
+def untold_items(folder: Path) -> None:
+    step_once(state_of(), UNEVEN, 1, gradient_accumulation_steps=2)
+
+
+def untold_evaluation(folder: Path) -> None:
+    evaluate_loop(nn.Linear(4, 1), UNEVEN, loss_fn=loss_fn, progress_bar=False)
+
+
+def nan_logits(folder: Path) -> None:
+    model = tiny_bert()
+    nn.init.constant_(model.classifier.bias, math.nan)
+    dataset = rows(text=["good", "bad"], label=[0, 1])
+    loader = prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"]
+    predict_loop(model, loader, progress_bar=False)
+
+
+def left_alone(folder: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    step_once(TrainState(model, SGD(model[1].parameters(), lr=0.1)), built(), 1)
+
+
+def sharded_loader(folder: Path) -> None:
+    dataset = Rows()
+    sampler = DistributedSampler(dataset, num_replicas=2, rank=0)
+    unsharded(DataLoader(dataset, 2, sampler=sampler, drop_last=True))
+
+
+def stream_without_numbers(folder: Path) -> None:
+    model = tiny_bert()
+    dataset = rows(8, text=["good"] * 8, label=[0] * 8)
+    stream = dataset.to_iterable_dataset(num_shards=2)
+    loader = prepare_dataloaders(stream, tiny_tokenizer(), model=model, num_workers=2)["train"]
+    predict_loop(model, loader, progress_bar=False)
+
+
+TOLD = {
+    "a stream that draws without a state": drawing_stream,
+    "a shuffle buffer": shuffle_buffer,
+    "a sampler that draws as it goes": drawing_sampler,
+    "batches as the workers finish them": any_order,
+    "a generator that cannot be saved": unsaved_generator,
+    "a generator that the checkpoint does not know": new_generator,
+    "a generator shared with a loader that reads ahead": shared_generator,
+    "an attribute that no checkpoint holds": unsaved_attribute,
+    "other surroundings": other_surroundings,
+    "weights in another memory order": other_memory,
+    "items that nothing tells": untold_items,
+    "an evaluation loss that nothing weighs": untold_evaluation,
+    "NaN logits": nan_logits,
+    "weights that no optimizer updates": left_alone,
+    "a loader that was sharded by somebody else": sharded_loader,
+    "a stream that several processes read": stream_without_numbers,
+}
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the installed wheel is tested without the checkout")
+def test_every_limit_of_the_page_has_a_test():
+    assert LIMITS.keys() == TOLD.keys()
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_is_told(name, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="manualloop"):
+        TOLD[name](tmp_path)
+    assert LIMITS[name] in caplog.text
