@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeGuard, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
+from torch import nn
 
 from manualloop.errors import ConfigError, ManualLoopError
 
@@ -85,72 +87,112 @@ def is_positive(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
 
 
-def require_count(name: str, value: object, *, least: int = 1) -> None:
-    """Refuse what is no whole number of at least ``least``.
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that cannot be meant, by what their names mean in every public function.
+
+    Names that are not known here are checked where they are used. None is let through where it is
+    the default of a function.
+
+    Args:
+        arguments: Values by the names of arguments.
 
     Raises:
-        ConfigError: The message names the argument.
+        ConfigError: A line for every problem.
 
-    >>> require_count("size", 0)
+    >>> check_arguments({"size": 0, "progress_bar": "no", "skip": 3})
     Traceback (most recent call last):
     manualloop.errors.ConfigError: size must be a whole number of at least 1, got 0.
+    progress_bar must be True or False, got 'no'.
     """
-    if not _is_whole(value) or int(value) < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r:.60}.")
+    problems = []
+    for name, value in arguments.items():
+        is_right, wanted = MEANINGS.get(name, _ANYTHING)
+        if not is_right(value) and not (value is None and name in _MAY_BE_NONE):
+            if isinstance(value, str | int | float | bytes | None):
+                got = f"got {value!r:.60}"
+            else:
+                got = f"got a {type(value).__name__}"
+            problems.append(f"{name} must be {wanted}, {got}.")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
-def require_seed(name: str, value: object) -> None:
-    """Refuse what seeds no generator: a whole number of 64 bits does.
-
-    Raises:
-        ConfigError: The message names the argument.
-    """
-    if not _is_whole(value) or not -(2**63) <= int(value) < 2**63:
-        raise ConfigError(f"{name} must be a whole number of 64 bits, got {value!r:.60}.")
+_Meaning = tuple[Callable[[Any], bool], str]
 
 
-def _is_whole(value: object) -> TypeGuard[Integral]:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_)
 
 
-def require_flag(name: str, value: object) -> None:
-    """Refuse what is neither True nor False, of Python or of NumPy.
-
-    Raises:
-        ConfigError: The message names the argument.
-    """
-    if not isinstance(value, bool | np.bool_):
-        raise ConfigError(f"{name} must be True or False, got {value!r:.60}.")
+def _is_whole(value: Any, least: int = 0, most: int = 2**63 - 1) -> bool:
+    is_number = isinstance(value, Integral) and not isinstance(value, bool)
+    return is_number and least <= int(value) <= most
 
 
-def require_function(name: str, value: object, arguments: str) -> None:
-    """Refuse what cannot be called; None is let through.
-
-    Args:
-        name: Name of the argument.
-        value: Its value.
-        arguments: The arguments that it will be called with.
-
-    Raises:
-        ConfigError: The message names the argument.
-    """
-    if value is not None and not callable(value):
-        example = f"lambda {arguments}: ..." if arguments else "lambda: ..."
-        raise ConfigError(f"{name} is a {type(value).__name__}. Pass a function: {name}={example}.")
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type)
 
 
-def require_kind(name: str, value: object, kind: type | tuple[type, ...], hint: str) -> None:
-    """Refuse what is not of a class.
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike)
 
-    Args:
-        name: Name of the argument.
-        value: Its value.
-        kind: The class, or several.
-        hint: What to pass instead.
 
-    Raises:
-        ConfigError: The message names the argument.
-    """
-    if not isinstance(value, kind):
-        shown = f"{value!r:.60}" if isinstance(value, str | int | float) else "it"
-        raise ConfigError(f"{name} is a {type(value).__name__} ({shown}). Pass {hint}.")
+def _is_batch(value: Any) -> bool:
+    is_plain = isinstance(value, str | bytes | int | float | None) or type(value) is object
+    return not is_plain and not callable(value)
+
+
+def _is_port(value: Any) -> bool:
+    is_text = isinstance(value, str) and value.isascii() and value.isdigit()
+    return _is_whole(int(value) if is_text else value, 0, 65535)
+
+
+def _has(*names: str) -> Callable[[Any], bool]:
+    return lambda value: all(hasattr(value, name) for name in names)
+
+
+def _is_by_name(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+_ANYTHING: _Meaning = (lambda value: True, "")
+_COUNT: _Meaning = (is_count, "a whole number of at least 1")
+_FLAG: _Meaning = (_is_flag, "True or False")
+_CALLED: _Meaning = (_is_function, "a function")
+_NAME: _Meaning = (lambda value: isinstance(value, str) and value != "", "a name")
+_LIST: _Meaning = (
+    lambda value: isinstance(value, Sequence) and not isinstance(value, str | bytes),
+    "a list",
+)
+
+MEANINGS: dict[str, _Meaning] = {
+    **dict.fromkeys(("at", "keep", "num_processes", "size"), _COUNT),
+    **dict.fromkeys(
+        ("drop_last", "group_by_length", "pin_memory", "preflight", "progress_bar", "verify"), _FLAG
+    ),
+    **dict.fromkeys(("evaluate", "on_step", "function", "train_fn"), _CALLED),
+    **dict.fromkeys(("collate_fn", "loss_fn", "postprocess", "preprocess", "terms"), _CALLED),
+    **dict.fromkeys(("best_metric", "config", "name"), _NAME),
+    **dict.fromkeys(("args", "batches"), _LIST),
+    **dict.fromkeys(("extras", "metrics"), (_is_by_name, "a dict whose keys are names")),
+    "batch": (_is_batch, "a batch, such as a dict of tensors"),
+    "model": (
+        lambda value: isinstance(value, nn.Module),
+        "a torch.nn.Module, such as AutoModelForSequenceClassification.from_pretrained(name)",
+    ),
+    "num_workers": (_is_whole, "a whole number of at least 0"),
+    "seed": (lambda value: _is_whole(value, -(2**63)), "a whole number of 64 bits"),
+    "skip": (_is_whole, "a whole number of at least 0"),
+    "state": (_has("model", "optimizer", "progress"), "a TrainState(model, optimizer)"),
+    "strategy": (_has("sum_counts", "to_device"), 'a strategy: prepare_strategy("auto")'),
+    "tokenizer": (_has("decode"), "a tokenizer: AutoTokenizer.from_pretrained(name)"),
+    "use_port": (_is_port, "the number of a port"),
+    "which": (_is_path, '"last", "best" or a folder'),
+}
+"""What arguments must be, and in which words that is told."""
+
+_MAY_BE_NONE = {
+    *("best_metric", "collate_fn", "config", "evaluate", "extras", "loss_fn", "metrics", "on_step"),
+    *("num_processes", "pin_memory", "postprocess", "preprocess", "strategy", "terms"),
+    *("tokenizer", "use_port"),
+}
