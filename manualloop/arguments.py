@@ -87,19 +87,20 @@ def is_positive(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> None:
+def check_arguments(*optional: str, **arguments: Any) -> None:
     """Refuse arguments that cannot be meant, by what their names mean in every public function.
 
     Names that are not known here are checked where they are used. None is let through where it is
     the default of a function.
 
     Args:
+        optional: Names of arguments that may be None in this function.
         arguments: Values by the names of arguments.
 
     Raises:
         ConfigError: A line for every problem.
 
-    >>> check_arguments({"size": 0, "progress_bar": "no", "skip": 3})
+    >>> check_arguments(size=0, progress_bar="no", skip=3)
     Traceback (most recent call last):
     manualloop.errors.ConfigError: size must be a whole number of at least 1, got 0.
     progress_bar must be True or False, got 'no'.
@@ -107,7 +108,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     problems = []
     for name, value in arguments.items():
         is_right, wanted = MEANINGS.get(name, _ANYTHING)
-        if not is_right(value) and not (value is None and name in _MAY_BE_NONE):
+        if not is_right(value) and not (value is None and name in (*_MAY_BE_NONE, *optional)):
             if isinstance(value, str | int | float | bytes | None):
                 got = f"got {value!r:.60}"
             else:
@@ -140,6 +141,15 @@ def _is_path(value: Any) -> bool:
 def _is_batch(value: Any) -> bool:
     is_plain = isinstance(value, str | bytes | int | float | None) or type(value) is object
     return not is_plain and not callable(value)
+
+
+def _is_reaction(value: Any) -> bool:
+    return isinstance(value, str) and value in ("raise", "skip", "ignore")
+
+
+def _are_names(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    return isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 
 def _is_port(value: Any) -> bool:
@@ -175,6 +185,19 @@ MEANINGS: dict[str, _Meaning] = {
     **dict.fromkeys(("best_metric", "config", "name"), _NAME),
     **dict.fromkeys(("args", "batches"), _LIST),
     **dict.fromkeys(("extras", "metrics"), (_is_by_name, "a dict whose keys are names")),
+    "launched_precision": (lambda value: value in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
+    "loader": (
+        lambda value: hasattr(value, "__iter__") and not isinstance(value, str | bytes),
+        'a loader of batches: prepare_dataloaders(dataset, tokenizer)["train"]',
+    ),
+    "compile": (
+        lambda value: _is_flag(value) or _is_by_name(value),
+        "True, False or options of torch.compile",
+    ),
+    "max_grad_norm": (is_positive, "above 0"),
+    "on_nonfinite": (_is_reaction, 'one of "raise", "skip", "ignore"'),
+    **dict.fromkeys(("label_column", "text_columns"), (_are_names, "a name or a list of names")),
+    "fill": (_is_by_name, "a dict whose keys are names"),
     "batch": (_is_batch, "a batch, such as a dict of tensors"),
     "model": (
         lambda value: isinstance(value, nn.Module),
@@ -194,5 +217,5 @@ MEANINGS: dict[str, _Meaning] = {
 _MAY_BE_NONE = {
     *("best_metric", "collate_fn", "config", "evaluate", "extras", "loss_fn", "metrics", "on_step"),
     *("num_processes", "pin_memory", "postprocess", "preprocess", "strategy", "terms"),
-    *("tokenizer", "use_port"),
+    *("max_grad_norm", "tokenizer", "use_port"),
 }

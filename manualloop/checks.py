@@ -62,7 +62,8 @@ def require_loader(loader: Any) -> None:
             f"Got a {type(loader).__name__} with splits {names}, where one loader is wanted. Pass "
             'one of prepare_dataloaders(...): loaders["train"].'
         )
-    if hasattr(loader, "features") or not hasattr(loader, "__iter__"):
+    is_text = isinstance(loader, str | bytes)
+    if is_text or hasattr(loader, "features") or not hasattr(loader, "__iter__"):
         raise DataError(
             f"Got a {type(loader).__name__}, where a loader of batches is wanted. Make one: "
             'prepare_dataloaders(dataset, tokenizer)["train"].'

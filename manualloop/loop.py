@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from manualloop.arguments import all_at_once, is_count, is_positive
+from manualloop.arguments import all_at_once, check_arguments, is_count, is_positive
 from manualloop.checkpoint.manifest import metric_name
 from manualloop.errors import ConfigError
 from manualloop.evaluation.trial import try_evaluation
@@ -213,6 +213,7 @@ def train_loop(
     TrainResult(20 steps, stopped_by='max_steps', weight=1)
     """
     arguments = dict(locals())
+    check_arguments(model=model)  # everything else is made for it
     strategy = in_call(strategy_for(model, strategy), "train_loop")
     settings = {name: arguments[name] for name in SETTINGS}
     ends: dict[str, Any] = {"num_epochs": num_epochs, "max_steps": max_steps}
@@ -227,6 +228,7 @@ def train_loop(
         max_seconds = check(parse_seconds, "max_time", max_time)
         check(_check_evaluation, evaluate, best_metric, patience, on_step)
         check(check_folder, checkpoint_dir, resume, keep_checkpoints)
+        check(check_arguments, extras=extras, progress_bar=progress_bar, preflight=preflight)
         optimizer = check(_optimizer, model, optimizer)
         check(_check_schedules, lr_scheduler, optimizer, known.num_steps, num_warmup_steps)
     given = {name: arguments[name] for name in _SAME_ON_RANKS} | ends | settings

@@ -7,7 +7,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-from manualloop.arguments import is_count, is_positive
+from manualloop.arguments import check_arguments, is_count, is_positive
 from manualloop.checkpoint.changes import note_run
 from manualloop.checkpoint.contract import (
     Contract,
@@ -221,6 +221,7 @@ def train_steps(
     Step(4/4, epoch=1, lr=0.1, ends_epoch)
     """
     arguments = dict(locals())
+    check_arguments(state=state, preflight=preflight)
     strategy = strategy_for(state.model, strategy)
     settings = {name: arguments[name] for name in SETTINGS}
     ends: dict[str, Any] = {"num_epochs": num_epochs, "max_steps": max_steps}

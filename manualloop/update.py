@@ -13,7 +13,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from manualloop.arguments import check_arguments
 from manualloop.batches import num_rows, split_batch
+from manualloop.checks import require_loader
 from manualloop.internals import heeds_found_inf, skip_where
 from manualloop.notices import say
 from manualloop.optim import parameters_of, zero_gradients
@@ -63,7 +65,12 @@ def windows(loader: Iterable[Any], size: int, *, skip: int = 0) -> Iterator[Wind
     >>> [(len(window.batches), window.num_samples) for window in windows(batches, 2)]
     [(2, 4), (1, 1)]
     """
-    reader = Reader(source_of(loader), {"num_samples": skip})
+    check_arguments(size=size, skip=skip)
+    require_loader(loader)
+    return _windows(Reader(source_of(loader), {"num_samples": int(skip)}), int(size))
+
+
+def _windows(reader: Reader, size: int) -> Iterator[Window]:
     for window in group(reader.batches(), size):
         yield window
         reader.settle()  # otherwise it would keep every batch
@@ -120,6 +127,7 @@ def accumulate_gradients(
     >>> accumulate_gradients(nn.Linear(1, 1), batches, loss_fn=loss_fn).num_items
     4
     """
+    check_arguments(model=model, batches=batches, loss_fn=loss_fn, terms=terms, strategy=strategy)
     check_loss(loss_fn, terms)
     strategy = strategy_in_place(model) if strategy is None else strategy
     strategy = in_call(strategy, "accumulate_gradients")
@@ -374,7 +382,15 @@ def apply_update(
     It is the default ``step_fn``; copy it to change it. Gradients are zeroed at its beginning, so
     that they can be inspected until the next update.
     """
-    update = _accumulate_in_memory(state, batches, strategy, loss_fn, terms)
+    clips_well = max_grad_norm is None or (type(max_grad_norm) is float and max_grad_norm > 0)
+    if not clips_well or on_nonfinite not in ("raise", "skip", "ignore"):
+        check_arguments(max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite)
+    try:
+        update = _accumulate_in_memory(state, batches, strategy, loss_fn, terms)
+    except (AttributeError, TypeError):  # here, because it costs nothing otherwise
+        own = strategy or "None"
+        check_arguments(state=state, batches=batches, strategy=own, loss_fn=loss_fn, terms=terms)
+        raise
     if not update.applied:
         drop_gradients(state)
         return update

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import manualloop.steps as training
 import manualloop.update as update
+from manualloop.arguments import check_arguments
 from manualloop.batches import rebuild, split_batch
 from manualloop.errors import ConfigError, DataError
 from manualloop.models import (
@@ -134,6 +135,7 @@ def check_accumulation(
     ... ).is_exact
     True
     """
+    check_arguments(model=model, batch=batch, loss_fn=loss_fn, terms=terms)
     strategy = begin_call(
         strategy_for(model, strategy), "check_accumulation", loss_fn=loss_fn, terms=terms
     )
@@ -339,8 +341,7 @@ def verify_resume(train_fn: Callable[..., Any], *, at: int) -> ResumeReport:
         if __name__ == "__main__":
             print(verify_resume(train, at=7))
     """
-    if at < 1:
-        raise ConfigError(f"at must be at least 1 step, got {at!r}.")
+    check_arguments(train_fn=train_fn, at=at)
     with TemporaryDirectory() as name:
         folder = Path(name)
         whole = _trace(train_fn, folder / "whole", None)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from manualloop.arguments import is_count
+from manualloop.arguments import check_arguments
 from manualloop.checkpoint.changes import note_model, tell_unsaved
 from manualloop.checkpoint.contract import describe_state, log_kept
 from manualloop.checkpoint.folders import (
@@ -35,7 +35,7 @@ from manualloop.checkpoint.snapshot import (
     take_state_apart,
 )
 from manualloop.checkpoint.tensors import num_bytes
-from manualloop.errors import CheckpointError, ConfigError
+from manualloop.errors import CheckpointError
 from manualloop.models import sample_weights, unwrap_model
 from manualloop.notices import say
 from manualloop.state import TrainState
@@ -108,8 +108,7 @@ def save_checkpoint(
     >>> saved.name, info.step
     ('step-00000000', 0)
     """
-    if not is_count(keep):
-        raise ConfigError(f"keep must be a whole number of at least 1, got {keep!r}.")
+    check_arguments(state=state, metrics=metrics, keep=keep, best_metric=best_metric)
     strategy = strategy_for(state.model, strategy)
     strategy = begin_call(strategy, "save_checkpoint", step=state.progress.num_steps)
     directory = local_folder(checkpoint_dir)
@@ -245,6 +244,9 @@ def load_checkpoint(
             message names the part. Nothing was loaded.
         ConfigError: A ``train_steps`` is open on the state.
     """
+    check_arguments(which=which, verify=verify)
+    if not isinstance(state, nn.Module):
+        check_arguments(state=state)
     strategy = strategy_for(state if isinstance(state, nn.Module) else state.model, strategy)
     strategy = begin_call(strategy, "load_checkpoint", which=str(which))
     directory = local_folder(checkpoint_dir)
@@ -272,6 +274,7 @@ def find_checkpoint(
     Raises:
         CheckpointError: There is none, or it is damaged.
     """
+    check_arguments(which=which)
     return find(local_folder(checkpoint_dir), which, verify=True).path
 
 

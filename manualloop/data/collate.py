@@ -157,7 +157,8 @@ def require_tokenizer(tokenizer: Any) -> None:
             f"tokenizer is a {type(tokenizer).__name__}, which is a model. Name the arguments: "
             "prepare_dataloaders(dataset, tokenizer, model=model)."
         )
-    if tokenizer is not None and not callable(tokenizer):
+    is_one = callable(tokenizer) and hasattr(tokenizer, "model_input_names")
+    if tokenizer is not None and not is_one:
         raise ConfigError(
             f"tokenizer is a {type(tokenizer).__name__}, which cannot be called on texts. Load "
             "one: transformers.AutoTokenizer.from_pretrained(name)."

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from manualloop.arguments import check_arguments
 from manualloop.errors import DataError
 from manualloop.objects import remember, walk
 from manualloop.randomness import random_states_kept
@@ -80,6 +81,7 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
     labels     (1,) int64
     row 0      [4, 5]  ->  1
     """
+    check_arguments(loader=loader, tokenizer=tokenizer)
     batch = first_batch(loader)
     if not isinstance(batch, Mapping):
         got = "no batch" if batch is None else f"a {type(batch).__name__}"

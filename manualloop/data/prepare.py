@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from manualloop.arguments import all_at_once, is_count
+from manualloop.arguments import all_at_once, check_arguments, is_count
 from manualloop.data.collate import padding_collate_fn, require_pad_token, require_tokenizer
 from manualloop.data.columns import (
     LABELS,
@@ -125,17 +125,10 @@ def prepare_dataloaders(
     >>> batch["input_ids"].tolist(), batch["labels"].tolist()
     ([[5, 6], [9, 4]], [0, 0])
     """
+    arguments = {name: value for name, value in locals().items() if name not in _OBJECTS}
     with all_at_once() as check:
-        check(
-            _check_arguments,
-            task,
-            drop_last,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            max_length=max_length,
-            max_tokens=max_tokens,
-            pad_to_multiple_of=pad_to_multiple_of,
-        )
+        check(_check_arguments, **arguments)
+        check(check_arguments, *_MAY_BE_NONE, **arguments)
         check(require_tokenizer, tokenizer)
         if collate_fn is None:
             check(require_pad_token, tokenizer)
@@ -237,15 +230,20 @@ def _lengths(
     return round_up(lengths, multiple)
 
 
-def _check_arguments(task: str | None, drop_last: bool, **counts: int | None) -> None:
+_OBJECTS = ("datasets", "tokenizer")
+_MAY_BE_NONE = ("model", "text_columns", "label_column", "fill")
+_COUNTS = ("batch_size", "eval_batch_size", "max_length", "max_tokens", "pad_to_multiple_of")
+
+
+def _check_arguments(task: str | None, drop_last: bool, **arguments: Any) -> None:
     problems = [
-        f"{name} must be a whole number of at least 1, got {count!r}."
-        for name, count in counts.items()
-        if count is not None and not is_count(count)
+        f"{name} must be a whole number of at least 1, got {arguments[name]!r}."
+        for name in _COUNTS
+        if not is_count(arguments[name]) and (arguments[name] is not None or name == "batch_size")
     ]
-    if task is not None and task not in TASKS:
+    if task is not None and (not isinstance(task, str) or task not in TASKS):
         problems.append(f"task={task!r} is unknown. Use one of: {', '.join(TASKS)}.")
-    if drop_last and counts["max_tokens"] is not None:
+    if drop_last and arguments["max_tokens"] is not None:
         problems.append(
             "drop_last=True drops a last batch with fewer rows than batch_size, but with "
             "max_tokens batches have no fixed number of rows. Remove one of the two arguments."

@@ -92,13 +92,13 @@ class OrderedBatchSampler:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
         self.num_rows = num_rows
-        self.batch_size = batch_size
+        self.batch_size = int(batch_size)  # perhaps of NumPy, which JSON has not
         self.shuffle = shuffle
-        self.seed = seed
+        self.seed = int(seed)
         self.drop_last = drop_last
         self.split = split
         self.lengths = lengths
-        self.max_tokens = max_tokens
+        self.max_tokens = None if max_tokens is None else int(max_tokens)
         self.longest_first = longest_first
         self.epoch, self.num_ranks = 0, 1
         # A DataLoader draws a seed for its workers at every pass. With this generator the draw is

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from manualloop.arguments import check_arguments
 from manualloop.batches import is_spare
 from manualloop.checks import explain, require_loader
 from manualloop.data.labels import hidden_labels, hidden_message
@@ -103,6 +104,14 @@ def evaluate_loop(
     ...               loss_fn=lambda model, batch: 0 * model(batch["x"]).mean())
     {'loss': 0.0}
     """
+    check_arguments(
+        model=model,
+        loader=eval_dataloader,
+        postprocess=postprocess,
+        loss_fn=loss_fn,
+        terms=terms,
+        progress_bar=progress_bar,
+    )
     check_loss(loss_fn, terms)
     strategy = begin_call(
         strategy_for(model, strategy),

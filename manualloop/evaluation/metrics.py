@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from manualloop.arguments import check_arguments
 from manualloop.errors import ConfigError, MetricError
 
 if TYPE_CHECKING:
@@ -360,6 +361,7 @@ def load_metric(name: str, config: str | None = None) -> Metric | EvaluationModu
     >>> load_metric("f1/macro").compute(predictions=[0, 1, 2, 2], references=[0, 1, 2, 2])
     {'f1_macro': 1.0}
     """
+    check_arguments(name=name, config=config)
     key = name if config is None else f"{name}/{config}"
     if key in _KEYS:
         return Metric(key)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from manualloop.arguments import check_arguments
 from manualloop.batches import num_rows
 from manualloop.errors import DataError
 from manualloop.evaluation.loop import (
@@ -64,6 +65,9 @@ def predict_loop(
     >>> predict_loop(Half(), batches).predictions
     array([1, 0])
     """
+    check_arguments(
+        model=model, loader=dataloader, postprocess=postprocess, progress_bar=progress_bar
+    )
     strategy = strategy_for(model, strategy)
     strategy = begin_call(strategy, "predict_loop", postprocess=postprocess)
     model = prepare_model(strategy, model)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from manualloop.arguments import check_arguments
 from manualloop.errors import ConfigError, DistributedError
 from manualloop.internals import was_accelerator_made
 
@@ -129,6 +130,13 @@ def launch(
     >>> launch(print, ["trained"], num_processes=1)
     trained
     """
+    check_arguments(
+        function=function,
+        args=args,
+        num_processes=num_processes,
+        use_port=use_port,
+        launched_precision=mixed_precision,
+    )
     has_devices = torch.accelerator.is_available()
     num_devices = torch.accelerator.device_count() if has_devices else 0
     num_processes = num_devices or 1 if num_processes is None else num_processes

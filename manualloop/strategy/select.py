@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from manualloop.arguments import check_arguments
 from manualloop.errors import ConfigError, DistributedError
 from manualloop.strategy.accelerated import Accelerated, start_accelerator
 from manualloop.strategy.base import MEMBERS, STRATEGY_OF, MixedPrecision, Strategy
@@ -62,6 +63,7 @@ def prepare_strategy(
         raise ConfigError(
             f'mixed_precision={mixed_precision!r} is none of "no", "bf16", "fp16", "auto".'
         )
+    check_arguments(compile=compile)
     seconds = parse_seconds("timeout", timeout)
     if spec == "auto":
         if is_launched():

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from manualloop.arguments import check_arguments
 from manualloop.batches import shared_rows
 from manualloop.errors import DataError
 from manualloop.mistakes import targets_message
@@ -323,6 +324,7 @@ def count_items(model: nn.Module, batch: Batch) -> int:
     >>> count_items(nn.Linear(1, 1), {"labels": labels})
     3
     """
+    check_arguments(model=model, batch=batch)
     counts = resolve_task(model, batch).count(batch)
     if not counts:
         raise DataError(
