@@ -14,7 +14,7 @@ from torch import nn
 
 from manualloop.arguments import check_arguments
 from manualloop.checkpoint.changes import note_model, tell_unsaved
-from manualloop.checkpoint.contract import describe_state, log_kept
+from manualloop.checkpoint.contract import check_state, log_kept
 from manualloop.checkpoint.folders import (
     explain_disk,
     local_folder,
@@ -292,7 +292,7 @@ def read_found(found: Found, state: TrainState, strategy: Strategy) -> Saved:
             "checkpoint_dir on a file system that they share."
         )
     manifest: dict[str, Any] = found.manifest or {}
-    describe_state(state)  # as the script has built it
+    check_state(manifest["contract"], state)  # which describes it as the script has built it
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
     note_model(state)
     return explain(found.path, read_snapshot, found.path, manifest, state, strategy)

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from manualloop.checkpoint.facts import (
     model_facts,
     optimizer_facts,
     plain,
+    schedule_class,
     schedule_facts,
 )
 from manualloop.errors import CheckpointError
@@ -35,7 +36,7 @@ _LIBRARIES = ("torch", "numpy", "transformers", "datasets", "accelerate", "safet
 # which nothing depends. Every other one is described by its value, also one that is added later.
 _DESCRIBED_BY_OBJECTS = {
     *("state", "model", "optimizer", "lr_scheduler", "extras", "train_dataloader", "strategy"),
-    *("num_epochs", "max_steps", "patience"),
+    *("num_epochs", "max_steps", "patience", "num_warmup_steps"),
 }
 _WITHOUT_EFFECT = {
     *("checkpoint_dir", "checkpoint_every", "keep_checkpoints", "resume", "max_time"),
@@ -53,7 +54,10 @@ def describe_state(state: TrainState) -> Contract:
     if state.built is None:
         kind, schedule = schedule_facts(state.lr_scheduler)
         state.built = {
-            "same": {"optimizer": class_of(state.optimizer)},
+            "same": {
+                "optimizer": class_of(state.optimizer),
+                "class of lr_scheduler": schedule_class(state.lr_scheduler),
+            },
             "settings": {**model_facts(state.model), "lr_scheduler": kind},
             "groups": optimizer_facts(state.optimizer),
             "schedule": schedule,
@@ -180,7 +184,7 @@ def differences(saved: Contract, now: Contract) -> list[Difference]:
 
 _VERSIONS = ("python", *_LIBRARIES)
 _NESTED = ("config", "adapters", "modules", "schedule")
-_OPTIONAL = ("all rows",)
+_OPTIONAL = ("all rows", "class of lr_scheduler")
 _CODE = re.compile(r" \(code [0-9a-f]+\)")
 
 
@@ -257,32 +261,48 @@ def contract_differences(a: Contract, b: Contract) -> list[str]:
     return [str(difference) for difference in differences(a, b)] if a and b else []
 
 
-def check_contract(saved: Contract, now: Contract) -> None:
-    """Refuse to resume a run on other data, or with another optimizer.
+def check_contract(saved: Contract, now: Contract, what: Iterable[str] | None = None) -> None:
+    """Refuse to resume a run on other data, or with an optimizer or a schedule of another class.
 
     Args:
         saved: The contract of the checkpoint.
         now: The contract of the run that resumes.
+        what: Names of the facts that are compared; None for all of them.
 
     Raises:
-        CheckpointError: They train on other data, or with another optimizer.
+        CheckpointError: Of these facts some differ; the message lists them.
     """
-    if found := [d for d in differences(saved, now) if d.group == "same"]:
+    found = [d for d in differences(saved, now) if d.group == "same"]
+    if found := [d for d in found if what is None or d.name in what]:
         raise CheckpointError(
             "The checkpoint is of another run, and nothing was trained:\n"
             + "\n".join(f"- {difference}" for difference in found)
-            + "\nResume with what it was begun with, or begin anew in another checkpoint_dir. To "
-            "begin with the weights alone: from_pretrained(checkpoint)."
+            + "\nResume with what it was begun with, or begin anew in another checkpoint_dir, with "
+            "the weights of the checkpoint if you like: see docs/resume.md."
         )
 
 
-def check_finished(saved: Contract, now: Contract, folder: object, *, is_extended: bool) -> None:
+def check_state(saved: Contract | None, state: TrainState) -> None:
+    """Refuse to load a checkpoint into a state with an optimizer or a schedule of another class.
+
+    Raises:
+        CheckpointError: As in ``check_contract``.
+    """
+    built = _as_read(describe_state(state))
+    if saved is not None:
+        check_contract(saved, built, what=built["same"])
+
+
+def check_finished(
+    saved: Contract, now: Contract, folder: object, *, was_finished: bool, is_extended: bool
+) -> None:
     """Refuse another run in the folder of one that is over: its result is not this one's.
 
     Args:
         saved: The contract of the checkpoint.
         now: The contract of the run at hand.
         folder: The folder, for the message.
+        was_finished: Whether it was over for the run that wrote it, too.
         is_extended: Whether there is something left to do, since the run at hand is longer.
 
     Raises:
@@ -301,13 +321,13 @@ def check_finished(saved: Contract, now: Contract, folder: object, *, is_extende
     if len(sizes) == 2 and sizes[0] == sizes[1]:  # on other ranks the updates are the same
         found = [d for d in found if d.name != "gradient_accumulation_steps"]
     if found:
+        state = "is finished" if was_finished else "was trained for longer than this one asks for"
         raise CheckpointError(
-            f"{folder} holds a run that is finished, and this is another run. Nothing was loaded "
-            "or trained. Finished run -> this run:\n"
+            f"{folder} holds a run that {state}, and this is another run. Nothing was loaded or "
+            "trained. Run in the folder -> this run:\n"
             + "\n".join(f"- {difference}" for difference in found)
-            + "\nGive this run another checkpoint_dir. The result of the finished run is returned "
-            "if its command is repeated unchanged; to train on from its weights, see "
-            "docs/resume.md."
+            + "\nGive this run another checkpoint_dir, or repeat the command of the run in the "
+            "folder. To train on from its weights, see docs/resume.md."
         )
 
 

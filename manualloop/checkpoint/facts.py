@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from manualloop.checkpoint.functions import describe_function
 from manualloop.internals import unwrap_optimizer
@@ -70,12 +71,16 @@ def model_facts(model: nn.Module) -> Facts:
     by_kind: dict[str, Counter[str]] = {}
     for _, kind, name, value in settings:
         by_kind.setdefault(f"{kind}.{name}", Counter())[value] += 1
-    facts["modules"] = {
-        name: ", ".join(f"{value} ({number} times)" for value, number in sorted(values.items())[:9])
-        for name, values in by_kind.items()
-    }
+    facts["modules"] = {name: _counted(values) for name, values in by_kind.items()}
     facts["places of modules"] = _digest(*map(repr, settings))
     return facts
+
+
+def _counted(values: Counter[str]) -> str:
+    """Return values with their numbers: "0.1", or "0.1 (37 times), 0.0 (2 times)"."""
+    if len(values) == 1:
+        return next(iter(values))
+    return ", ".join(f"{value} ({number} times)" for value, number in sorted(values.items())[:9])
 
 
 def _module_settings(model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
@@ -129,6 +134,18 @@ _OF_GROUPS = {
     *("params", "param_names", "initial_lr"),
     *("foreach", "fused", "capturable", "differentiable"),
 }
+
+
+def schedule_class(lr_scheduler: Any) -> str | None:
+    """Name the class whose state a schedule has; those given by name have a ``LambdaLR``'s."""
+    lr_scheduler = own_schedule(lr_scheduler)
+    if lr_scheduler is None:
+        return None
+    if isinstance(lr_scheduler, tuple):  # of several optimizers
+        return ", ".join(str(schedule_class(one)) for one in lr_scheduler)
+    is_planned = type(lr_scheduler) is not LambdaLR and hasattr(lr_scheduler, "settings")
+    name = type(lr_scheduler).__name__
+    return LambdaLR.__name__ if is_planned and isinstance(lr_scheduler, LambdaLR) else name
 
 
 def schedule_facts(lr_scheduler: Any) -> tuple[str | None, Facts]:

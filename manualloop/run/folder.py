@@ -97,8 +97,15 @@ class RunFolder:
         if before is None:
             return False
         is_finished = _is_over(contract["ends"], saved)
-        if is_finished or _is_over(before.get("ends", {}), saved):
-            check_finished(before, contract, self._directory, is_extended=not is_finished)
+        was_finished = _is_over(before.get("ends", {}), saved)
+        if is_finished or was_finished:
+            check_finished(
+                before,
+                contract,
+                self._directory,
+                was_finished=was_finished,
+                is_extended=not is_finished,
+            )
         check_contract(before, contract)
         return is_finished
 

@@ -87,15 +87,23 @@ def train(folder: Path, loader: Any, **options: Any) -> int:
     torch.manual_seed(options.pop("seed", 0))
     model = options.pop("model", None) or nn.Linear(4, 1)
     made: list[int] = []
-    train_loop(
-        model,
-        loader,
-        options.pop("optimizer", partial(torch.optim.SGD, lr=0.1))(model.parameters()),
-        **{"num_epochs": 2, "loss_fn": loss_fn, "strategy": SingleDevice("cpu")} | options,
-        checkpoint_dir=folder,
-        on_step=lambda step: made.append(step.index),
-        progress_bar=False,
-    )
+    stop = options.pop("stop", None)
+
+    def on_step(step: Any) -> None:
+        made.append(step.index)
+        if step.index == stop:
+            raise InterruptedError
+
+    with suppress(InterruptedError):
+        train_loop(
+            model,
+            loader,
+            options.pop("optimizer", partial(torch.optim.SGD, lr=0.1))(model.parameters()),
+            **{"num_epochs": 2, "loss_fn": loss_fn, "strategy": SingleDevice("cpu")} | options,
+            checkpoint_dir=folder,
+            on_step=on_step,
+            progress_bar=False,
+        )
     return len(made)
 
 
@@ -338,3 +346,71 @@ def test_a_rate_that_the_script_lowers_on_the_way_is_no_difference(
     run(4)
     assert run(None)[0] == pytest.approx(0.1 * 0.5**3)
     assert "->" not in caplog.text
+
+
+def test_a_schedule_of_another_class_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    def state(schedule: Any) -> TrainState:
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return TrainState(model, optimizer, schedule(optimizer))
+
+    first = state(partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5))
+    list(train_steps(first, list(X.split(2)), max_steps=2, loss_fn=loss_fn))
+    save_checkpoint(tmp_path, first)
+    for other in (
+        partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9),
+        partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1.0),
+    ):
+        second = state(other)
+        before = [weight.clone() for weight in second.model.parameters()]
+        with pytest.raises(CheckpointError, match="class of lr_scheduler: StepLR -> "):
+            load_checkpoint(tmp_path, second)
+        assert all(map(torch.equal, before, second.model.parameters()))
+        assert second.progress.num_steps == 0
+
+
+UNFINISHED = {
+    "weight_decay of group 0: 0.1 -> 0.2; the checkpoint's 0.1 counts": [
+        {"optimizer": lambda w, d=d: torch.optim.AdamW(groups(w, d), lr=0.1)} for d in (0.1, 0.2)
+    ],
+    "betas: [0.9, 0.999] -> [0.8, 0.999]; the checkpoint's [0.9, 0.999] counts": [
+        {"optimizer": lambda w, b=b: torch.optim.AdamW(w, lr=0.1, betas=(b, 0.999))}
+        for b in (0.9, 0.8)
+    ],
+    "lr_scheduler: linear -> cosine": [{"lr_scheduler": name} for name in ("linear", "cosine")],
+    "on_nonfinite: raise -> skip; the new value counts": [
+        {"on_nonfinite": name} for name in ("raise", "skip")
+    ],
+    "evaluate_every: epoch -> 3; the new value counts": [
+        {"evaluate": lambda: {"f1": 1.0}, "evaluate_every": every} for every in ("epoch", 3)
+    ],
+    "mixed_precision: no -> bf16; the new value counts": [
+        {"strategy": SingleDevice("cpu", mixed_precision=name)} for name in ("no", "bf16")
+    ],
+    "Dropout.p: 0.1 -> 0.3; the new value counts": [
+        {"model": nn.Sequential(nn.Linear(4, 1), nn.Dropout(p))} for p in (0.1, 0.3)
+    ],
+    "seed of torch: 1 -> 2; the random states of the checkpoint count": [
+        {"seed": seed} for seed in (1, 2)
+    ],
+}
+
+
+def groups(weights: Any, decay: float) -> list[dict[str, Any]]:
+    weight, bias = weights
+    return [{"params": [weight], "weight_decay": decay}, {"params": [bias]}]
+
+
+@pytest.mark.parametrize("line", UNFINISHED)
+def test_what_differs_from_an_unfinished_run_is_one_line(
+    line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = UNFINISHED[line]
+
+    train(tmp_path, list(X.split(2)), **first, checkpoint_every=1, stop=3)
+    caplog.clear()
+    caplog.set_level("INFO", logger="manualloop")
+    train(tmp_path, list(X.split(2)), **second, checkpoint_every=1, stop=6)
+    lines = [message for message in caplog.messages if "->" in message]
+    assert len(lines) == 1
+    assert line in lines[0]
