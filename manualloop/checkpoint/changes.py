@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from copy import copy
 from hashlib import blake2b
-from itertools import islice
 from typing import Any, NamedTuple
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,13 +24,13 @@ from manualloop.checkpoint.tensors import num_bytes, require_places
 from manualloop.errors import CheckpointError
 from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
-from manualloop.objects import numbers_in
+from manualloop.objects import is_of_library, numbers_in
 from manualloop.state import TrainState
 
 _OWN = {*vars(nn.Module()), "training"}
 """Attributes that every module has."""
 
-_MOST_ENTRIES, _MOST_LEVELS = 1_000, 4
+_MOST_ENTRIES, _MOST_LEVELS = 5_000, 4
 _MOST_BYTES = 100_000_000
 
 
@@ -56,6 +57,12 @@ def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
     numbers = {path: _mark(value) for path, value in held.items()}
     state.baseline = state.baseline._replace(functions=functions, numbers=numbers)
     state.tokenizer = find_tokenizer(loader) or state.tokenizer
+
+
+def forget_functions(state: TrainState) -> None:
+    """Let go of the functions of a run that has ended; they may refer to its result."""
+    if state.baseline is not None:
+        state.baseline = state.baseline._replace(functions={}, numbers={})
 
 
 def note_model(state: TrainState) -> None:
@@ -86,30 +93,52 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
                 yield "attributes", f"{name}:{attribute}", value
 
 
-def _mark(value: Any, level: int = 0) -> Any:
+def _mark(value: Any) -> Any:
     """Return what differs once a value is replaced, or changed in place as far as can be told.
 
-    Objects of other classes are marked by themselves: what they hold is not looked at.
+    Containers and objects of the script's own classes are looked into, up to so many entries; other
+    objects are marked by themselves.
     """
-    if value is None or isinstance(value, bool | int | float | str):
-        return type(value), repr(value)  # NaN is itself
-    if isinstance(value, Tensor) and _can_be_read(value):
-        data = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
-        digest = blake2b(data.view(torch.uint8).numpy().tobytes()).digest() if data.numel() else b""
-        return value.dtype, value.shape, digest
-    if isinstance(value, list | tuple | set | deque) and level < _MOST_LEVELS:
-        marks = [_mark(entry, level + 1) for entry in islice(value, _MOST_ENTRIES)]
-        return type(value), len(value), marks
-    if isinstance(value, dict) and level < _MOST_LEVELS:
-        entries = list(islice(value.items(), _MOST_ENTRIES))
-        return type(value), len(value), [(key, _mark(one, level + 1)) for key, one in entries]
-    return _Same(value)
+    budget = iter(range(_MOST_ENTRIES))
+
+    def mark(value: Any, level: int) -> Any:
+        if value is None or isinstance(value, bool | int | float | str):
+            return type(value), repr(value)  # NaN is itself
+        if isinstance(value, Tensor | np.ndarray):
+            return (_digest(value) if _can_be_read(value) else None) or _Same(value)
+        if level == _MOST_LEVELS:
+            return _Same(value)
+        if isinstance(value, list | tuple | set | deque):
+            marks = [mark(entry, level + 1) for entry, _ in zip(value, budget, strict=False)]
+            return type(value), len(value), marks
+        if isinstance(value, dict):
+            return _Same(type(value)), len(value), pairs(value, level)
+        names = getattr(value, "__dict__", None)
+        if isinstance(names, dict) and not is_of_library(type(value).__module__):
+            return _Same(value), pairs(names, level)
+        return _Same(value)
+
+    def pairs(values: dict[Any, Any], level: int) -> list[Any]:
+        some = list(zip(values.items(), budget, strict=False))
+        return [(key, mark(entry, level + 1)) for (key, entry), _ in some]
+
+    return mark(value, 0)
 
 
-def _can_be_read(tensor: Tensor) -> bool:
+def _digest(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, blake2b(value.tobytes()).digest()
+    data = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
+    content = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
+    return value.dtype, value.shape, blake2b(content).digest()
+
+
+def _can_be_read(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biufc" and value.nbytes <= _MOST_BYTES
     # Weights are of another class, and are in the state_dict.
-    is_plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
-    return is_plain and type(tensor) is Tensor and tensor.nbytes <= _MOST_BYTES
+    is_plain = value.layout is torch.strided and not value.is_quantized and not value.is_meta
+    return is_plain and type(value) is Tensor and value.nbytes <= _MOST_BYTES
 
 
 class _Same:
@@ -138,13 +167,21 @@ def changes_of(state: TrainState) -> tuple[dict[str, dict[str, Any]], list[str]]
         if baseline.marks.get((kind, name)) == _mark(value) or _is_from_graph(value):
             continue
         if _can_be_saved(value):
-            changes.setdefault(kind, {})[name] = value
+            on_device = kind == "attributes" and _is_on_device(value)
+            changes.setdefault("on device" if on_device else kind, {})[name] = value
         else:
             unsaved.append(f"{name.replace(':', '.')} of the model")
     if baseline.functions:
         held = numbers_in(baseline.functions, beside=state.all_holders())
         unsaved += [path for path, one in held.items() if baseline.numbers.get(path) != _mark(one)]
     return changes, unsaved
+
+
+def _is_on_device(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.device.type != "cpu"
+    entries = value.values() if isinstance(value, dict) else value
+    return isinstance(value, list | tuple | set | dict) and any(map(_is_on_device, entries))
 
 
 def _is_from_graph(value: Any) -> bool:
@@ -194,15 +231,38 @@ def restore_changes(model: nn.Module, changes: Mapping[str, Mapping[str, Any]]) 
         path, _, own = name.rpartition(".")
         if name in buffers:
             setattr(modules[path], own, _like(buffers[name], value))
-    for name, value in changes.get("attributes", {}).items():
+    attributes = {**changes.get("attributes", {}), **changes.get("on device", {})}
+    device = next((weight.device for weight in parameters.values()), None)
+    for name, value in attributes.items():
         path, _, own = name.rpartition(":")
-        if path in modules and own not in _OWN and not hasattr(type(modules[path]), own):
+        is_weight = f"{path}.{own}".removeprefix(".") in {**parameters, **buffers, **modules}
+        if path in modules and not is_weight and _is_data(type(modules[path]), own):
+            if name in changes.get("on device", {}):
+                value = _moved(value, device)
             modules[path].__dict__[own] = _like(vars(modules[path]).get(own), value)
     if modes := changes.get("training", {}):
         if not model.training:
             model.train()  # else the loop would, and thaw them
         for name in modes.keys() & modules.keys():
             modules[name].training = modes[name]
+
+
+def _is_data(kind: type, name: str) -> bool:
+    """Tell whether a class has neither code nor a descriptor by the name of an attribute."""
+    value = getattr(kind, name, None)
+    return name not in _OWN and not callable(value) and not hasattr(type(value), "__get__")
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        moved = copy(value)
+        moved.update((key, _moved(entry, device)) for key, entry in value.items())
+        return moved
+    if isinstance(value, list | tuple | set):
+        return type(value)(_moved(entry, device) for entry in value)
+    return value
 
 
 def _like(held: Any, value: Any) -> Any:

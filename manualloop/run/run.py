@@ -9,8 +9,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from manualloop.checkpoint.changes import forget_functions
 from manualloop.checkpoint.contract import Contract
 from manualloop.errors import CheckpointError, ConfigError
+from manualloop.models import remember_modes
 from manualloop.notices import say
 from manualloop.optim import require_initialized
 from manualloop.reading.sources import source_of
@@ -129,7 +131,8 @@ class Run:
         self._is_pending = True
         before, is_stopped = BeforeEvaluation(self._state.all_holders()), False
         begin = perf_counter()
-        self._scored = Scored()
+        self._scored, put_modes_back = Scored(), remember_modes(self._state.model)
+        was_training = self._state.model.training
         try:
             with (
                 watching(self._state, **self._state.holders) as self._scored,
@@ -153,6 +156,8 @@ class Run:
             self._may_save_after_error()
             self._broken_off = before
             return
+        if was_training and not self._state.model.training:
+            put_modes_back()  # the next update would thaw layers that were set to eval
         self._tell_scored()
         metrics = self._agree_on(returned)
         self._is_pending, self._evaluated_step = False, self._state.progress.num_steps
@@ -277,6 +282,7 @@ class Run:
         # They may refer to the result, and so to the loader's workers: those would then end in a
         # garbage collection, for which torch waits five seconds each.
         self._state.holders = {}
+        forget_functions(self._state)
         if self._folder is not None and self._strategy.is_main:
             with suppress(CheckpointError):  # another error may be on its way
                 self._folder.write_records(self._report.history.records)

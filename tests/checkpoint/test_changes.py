@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from helpers import whole_and_resumed
@@ -17,6 +18,7 @@ from manualloop import (
     train_loop,
     train_steps,
 )
+from manualloop.checkpoint.changes import restore_changes
 
 BATCHES = [{"x": torch.randn(4, 3, generator=torch.Generator().manual_seed(i))} for i in range(5)]
 
@@ -55,6 +57,8 @@ def train(folder, on_step, make, change=None, loss_fn=None, num_epochs=2):
 class Scaled(nn.Module):
     """Its output depends on something that each forward pass changes, kept where ``kind`` says."""
 
+    of_class = 0
+
     def __init__(self, kind):
         super().__init__()
         self.linear = nn.Linear(3, 1)
@@ -62,6 +66,7 @@ class Scaled(nn.Module):
         if kind in ("in place", "replaced", "data"):
             self.register_buffer("passes", torch.zeros(()), persistent=False)
         self.tensor, self.items, self.table = torch.zeros(1), [], {}
+        self.array, self.leaf = np.zeros(2), torch.zeros(1, requires_grad=True)
         self.made_later: float
 
     def forward(self, x):
@@ -83,6 +88,15 @@ class Scaled(nn.Module):
         elif self.kind == "dict":
             self.table["n"] = self.table.get("n", 0) + 1
             seen = self.table["n"]
+        elif self.kind == "array":
+            self.array += 1
+            seen = float(self.array[0])
+        elif self.kind == "class":
+            self.of_class += 1
+            seen = self.of_class
+        elif self.kind == "leaf":
+            self.leaf.data.add_(1)
+            seen = self.leaf.detach()
         elif self.kind == "later":
             self.made_later = getattr(self, "made_later", 0.0) + 0.1
             seen = self.made_later
@@ -92,7 +106,10 @@ class Scaled(nn.Module):
         return self.linear(x) / (1 + seen)
 
 
-KINDS = ["in place", "replaced", "data", "tensor", "list of tensors", "dict", "later", "number"]
+KINDS = [
+    *("in place", "replaced", "data", "tensor", "list of tensors", "dict", "later", "number"),
+    *("array", "class", "leaf"),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,6 +199,40 @@ def interrupt(step, last):
         raise InterruptedError
 
 
+def test_an_evaluation_by_hand_that_leaves_eval_mode_thaws_nothing(tmp_path):
+    torch.manual_seed(0)
+    model = layers()
+
+    def freeze(step):
+        model[0].eval()
+
+    def evaluate():
+        model.eval()
+        return {"score": 1.0}
+
+    train_loop(
+        model,
+        BATCHES,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        num_epochs=2,
+        loss_fn=lambda model, batch: model(batch["x"]).square().mean(),
+        evaluate=evaluate,
+        evaluate_every=2,
+        on_step=freeze,
+        progress_bar=False,
+    )
+    assert model[0].num_batches_tracked == 1
+    assert model.training
+
+
+def test_a_forged_attribute_replaces_no_code():
+    model = nn.Linear(1, 1)
+    changes = {"attributes": {":forward": 1, ":_modules": {}, ":weight": 3, ":tau": 0.5}}
+    restore_changes(model, changes | {"training": {"nowhere": False}})
+    assert model(torch.ones(1, 1)).shape == (1, 1)
+    assert model.tau == 0.5
+
+
 def test_a_loop_of_ones_own_saves_them_too(tmp_path):
     def state():
         torch.manual_seed(0)
@@ -238,6 +289,32 @@ def test_an_object_of_the_model_that_changes_is_named(tmp_path, lines):
     train(tmp_path, lambda step: None, lambda: nn.Sequential(Queued("number")))
     (line,) = lines()
     assert "0.queue of the model" in line
+
+
+class Schedule:
+    """A state of the script's own, which is changed from within."""
+
+    def __init__(self):
+        self.parts = {"temperature": [1.0]}
+
+    def step(self):
+        self.parts["temperature"][0] *= 0.9
+
+
+class Scheduled(Scaled):
+    def __init__(self):
+        super().__init__("number")
+        self.schedule = Schedule()
+
+    def forward(self, x):
+        self.schedule.step()
+        return super().forward(x) * self.schedule.parts["temperature"][0]
+
+
+def test_an_object_of_the_model_that_changes_inside_is_named(tmp_path, lines):
+    train(tmp_path, lambda step: None, Scheduled)
+    (line,) = lines()
+    assert "schedule of the model" in line
 
 
 def counting_loss():
