@@ -104,13 +104,15 @@ def hub(monkeypatch):
 
 def test_the_readme_runs(hub, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
-    ten_lines, resumable, _verify, loop, check = [block.values[0] for block in BLOCKS[:5]]
+    ten_lines, resumable, best, _verify, loop, check = [block.values[0] for block in BLOCKS[:6]]
     names = vars(manualloop) | {name: getattr(manualloop, name) for name in manualloop.__all__}
     exec(ten_lines, names)
     assert "using sentence1, sentence2 -> labels; dropped: idx" in caplog.text
     assert re.match(r"\{'loss': .*, 'accuracy': .*, 'f1': .*\}\n", capsys.readouterr().out)
     exec(resumable, names)
     assert (tmp_path / "runs/mrpc/step-00000006/config.json").exists()
+    exec(best, names)
+    assert names["model"].num_labels == 2
     names["ema"] = AveragedModel(names["model"])
     names["optimizer"] = manualloop.prepare_optimizer(names["model"])
     exec(loop, names)
