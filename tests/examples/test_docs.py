@@ -96,7 +96,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(pairs))
     for name, made in (
         ("AutoTokenizer", tiny_tokenizer),
-        ("AutoModelForSequenceClassification", lambda num_labels: tiny_bert(num_labels)),
+        ("AutoModelForSequenceClassification", tiny_bert),
     ):
         load = staticmethod(lambda name, made=made, **options: made(**options))
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", load)
