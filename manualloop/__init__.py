@@ -51,7 +51,7 @@ _HOME = {
     "predict_loop": "evaluation.predict",
     "prepare_dataloaders": "data.prepare",
     "prepare_optimizer": "optim",
-    "prepare_scheduler": "optim",
+    "prepare_scheduler": "schedules",
     "prepare_strategy": "strategy.select",
     "save_checkpoint": "checkpoint.api",
     "train_loop": "loop",
@@ -98,9 +98,9 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.loop import TrainResult as TrainResult
     from manualloop.loop import train_loop as train_loop
     from manualloop.optim import prepare_optimizer as prepare_optimizer
-    from manualloop.optim import prepare_scheduler as prepare_scheduler
     from manualloop.run.compare import RunComparison as RunComparison
     from manualloop.run.compare import compare_runs as compare_runs
+    from manualloop.schedules import prepare_scheduler as prepare_scheduler
     from manualloop.state import TrainState as TrainState
     from manualloop.steps import train_steps as train_steps
     from manualloop.strategy.accelerated import Accelerated as Accelerated

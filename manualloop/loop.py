@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,8 +21,9 @@ from manualloop.checkpoint.manifest import metric_name
 from manualloop.errors import ConfigError
 from manualloop.evaluation.trial import try_evaluation
 from manualloop.notices import say
-from manualloop.optim import check_schedule, prepare_optimizer, prepare_scheduler
+from manualloop.optim import prepare_optimizer
 from manualloop.optimizers.together import as_optimizer, each, for_each
+from manualloop.plan import plan_run
 from manualloop.run.agreement import agree_at_updates, counted
 from manualloop.run.cadence import Cadence, parse_cadence
 from manualloop.run.evaluations import require_metric
@@ -30,8 +31,9 @@ from manualloop.run.folder import check_folder, open_run_folder
 from manualloop.run.report import Report
 from manualloop.run.run import Run
 from manualloop.run.stopping import Stopping
-from manualloop.state import TrainState
-from manualloop.steps import SETTINGS, contract_of, plan_run, start_steps
+from manualloop.schedules import check_schedule, prepare_scheduler
+from manualloop.state import Pace, TrainState, goes_on
+from manualloop.steps import SETTINGS, contract_of, start_steps
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.calls import agree, in_call
 from manualloop.strategy.select import strategy_for
@@ -54,8 +56,8 @@ class TrainResult:
         last_checkpoint: Folder of the newest checkpoint; None without a ``checkpoint_dir``.
         history: Records of training and evaluation, oldest first. The history of a resumed run
             includes the records of earlier processes.
-        stopped_by: Reason for the end of the run: "num_epochs", "max_steps", "patience",
-            "max_time", or a signal: "SIGINT" (Ctrl-C), "SIGTERM", "SIGUSR1".
+        stopped_by: Reason for the end of the run: "num_epochs", "max_steps", "patience" or
+            "max_time". Of a run inside another one also a signal, such as "SIGTERM".
     """
 
     state: TrainState
@@ -137,11 +139,13 @@ def train_loop(
             evaluate()              if due, and after the last step
             save                    if due, if it is the best, and after the last step
             leave                   if patience or max_time is over, or at a signal
+        raise KeyboardInterrupt or SystemExit       if that was a signal
 
     With a ``checkpoint_dir`` a run can be killed at any moment. The same command resumes from the
-    newest checkpoint and ends with the same bits. SIGTERM, SIGUSR1 and Ctrl-C end the run after the
-    current update and a checkpoint; a second signal ends it at once. After a SIGTERM the script
-    exits with status 143 if it has nothing else to do.
+    newest checkpoint and ends with the same bits. Ctrl-C, SIGTERM and SIGUSR1 end the run after the
+    current update and a checkpoint: Ctrl-C then raises ``KeyboardInterrupt``, the others
+    ``SystemExit(128 + number)``, so that nothing behind ``train_loop`` takes the run for complete.
+    A second signal ends it at once. ``max_time`` and ``patience`` return a result.
 
     With several processes call it on each. Batches are distributed among them, rank 0 prints and
     writes, and they end together. ``evaluate`` is called on each, and the result of rank 0 counts.
@@ -201,9 +205,11 @@ def train_loop(
     Raises:
         CheckpointError: ``checkpoint_dir`` cannot be used, or belongs to another run.
         ConfigError: The arguments do not fit together.
-        DataError: The data cannot be trained on.
+        DataError: The data cannot be trained on, or no update of an epoch was applied.
+        KeyboardInterrupt: Ctrl-C, with a ``checkpoint_dir`` after the update was saved.
         ModelError: The model or the optimizer cannot be trained.
         NonFiniteError: The loss or gradient norm is NaN or infinite; the message names the rows.
+        SystemExit: SIGTERM or SIGUSR1 with a ``checkpoint_dir``, after the update was saved.
 
     >>> import torch
     >>> model = nn.Linear(1, 1)
@@ -222,9 +228,11 @@ def train_loop(
         plan = check(plan_run, train_dataloader, world_size=strategy.world_size, **ends, **settings)
         known = plan or Plan(sys.maxsize, None, 1)  # its error is raised below: any length will do
         parse = partial(parse_cadence, num_steps_per_epoch=known[2], agreement=agreement)
-        log_is_due = check(parse, "log_every", log_every)
-        evaluation_is_due = check(parse, "evaluate_every", evaluate_every)
-        save_is_due = check(parse, "checkpoint_every", checkpoint_every)
+        due = Due(
+            check(parse, "log_every", log_every),
+            check(parse, "evaluate_every", evaluate_every),
+            check(parse, "checkpoint_every", checkpoint_every),
+        )
         max_seconds = check(parse_seconds, "max_time", max_time)
         check(_check_evaluation, evaluate, best_metric, patience, on_step)
         check(check_folder, checkpoint_dir, resume, keep_checkpoints)
@@ -246,31 +254,26 @@ def train_loop(
         stack.callback(run.close)
         run.resume(train_dataloader, on_step, contract)
         steps = start_steps(
-            state, train_dataloader, plan, contract, run_strategy, preflight=preflight, **settings
+            state,
+            train_dataloader,
+            plan,
+            contract,
+            run_strategy,
+            preflight=preflight,
+            yields_skipped=True,
+            **settings,
         )
         stack.enter_context(closing(steps))
-        if has_more := state.progress.num_steps < plan.num_steps:
+        if goes_on(state.progress, plan):
             run.rehearse()
             _try_evaluation(evaluate if preflight else None, best_metric)
         if folder is not None:
             stack.enter_context(stopping.watching_signals())
         run.catch_up()
-        for step in counted(steps, run_strategy, step_fn) if run.stopped_by is None else ():
-            report.add(step, closes=log_is_due(step) or step.index == 1 or step.is_last)
-            if on_step is not None:
-                on_step(step)
-            if has_more:  # with the states that the first update has made
-                run.rehearse()
-                has_more = False
-            if evaluation_is_due(step) or step.is_last:
-                run.evaluate()
-            if save_is_due(step) or step.is_last or run.is_best:
-                run.save()
-            run.stopped_by = run.reason_to_stop()
-            if run.stopped_by is not None:
-                run.save()  # unless that was done just now
-                break
+        if run.stopped_by is None:
+            _follow(counted(steps, run_strategy, step_fn), state.pace, report, run, due, on_step)
         run.finish()
+    stopping.raise_signal(run.place)
     return _result(state, run, report)
 
 
@@ -311,6 +314,53 @@ def _schedules(
         _schedule(one, own, num_steps, num_warmup_steps)
         for one, own in zip(for_each(optimizer, lr_scheduler), each(optimizer), strict=True)
     ]
+
+
+class Due(NamedTuple):
+    """The cadences of a run, each a function of a step and the place behind it.
+
+    Attributes:
+        log: Tells whether a record of training is due.
+        evaluation: Tells whether an evaluation is due.
+        save: Tells whether a checkpoint is due.
+    """
+
+    log: Callable[[Step | None, Pace], bool]
+    evaluation: Callable[[Step | None, Pace], bool]
+    save: Callable[[Step | None, Pace], bool]
+
+
+def _follow(
+    steps: Iterable[Step | None],
+    pace: Pace,
+    report: Report,
+    run: Run,
+    due: Due,
+    on_step: Callable[[Step], object] | None,
+) -> None:
+    """Make the updates of a run, and what is due after each; None is one that was skipped."""
+    is_first = True
+    for step in steps:
+        is_last = step is not None and step.is_last
+        is_logged = due.log(step, pace)
+        if step is not None:
+            report.add(step, pace, closes=is_logged or step.index == 1 or is_last)
+            if on_step is not None:
+                on_step(step)
+            if is_first:  # with the states that the first update has made
+                run.rehearse()
+                is_first = False
+        elif is_logged:
+            report.end_interval()
+        is_evaluated = due.evaluation(step, pace) or is_last
+        if is_evaluated:
+            run.evaluate()
+        if due.save(step, pace) or is_last or (is_evaluated and run.is_best):
+            run.save()
+        run.stopped_by = run.reason_to_stop()
+        if run.stopped_by is not None:
+            run.save()  # unless that was done just now
+            break
 
 
 def _schedule(

@@ -244,12 +244,3 @@ LABEL_LIKE = (
     "gold_label", "similarity", "relevance", "toxic", "is_duplicate",
 )  # fmt: skip
 """Names under which a label column is looked for when a message suggests one, in lower case."""
-
-# Only max_steps could go on for ever. An fp16 loss scale falls below any float in fewer.
-TOO_MANY_SKIPPED = 200
-SKIPPED_MESSAGE = (
-    "No update of a whole epoch was applied, nor of the 200 before: the losses are not finite, or "
-    "the windows hold no label to learn from. Look at the data with inspect_batch(loader), or let "
-    'on_nonfinite="raise" name the rows.'
-)
-"""The message about a run that only skips updates."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from manualloop.tasks.loss import loss_terms
 from manualloop.tasks.otherwise import objection_to
 from manualloop.tasks.task import resolve_task
 from manualloop.types import LossFn, OnNonfinite, Terms, Update, Window
+from manualloop.update import finiteness
 
 _NUM_ROWS_NAMED = 3
 _LAG = 2  # updates after which the flag of an earlier one has long landed
@@ -42,6 +43,7 @@ class Watch:
         terms: As in ``train_steps``.
         strategy: Strategy that runs the model.
         on_nonfinite: As in ``train_steps``.
+        by_step_fn: Whether a ``step_fn`` of the user makes the updates.
     """
 
     def __init__(
@@ -52,14 +54,22 @@ class Watch:
         terms: Terms | None,
         strategy: Strategy,
         on_nonfinite: OnNonfinite,
+        *,
+        by_step_fn: bool = False,
     ) -> None:
         self._explain = partial(
             _explain, source=source, loss_fn=loss_fn, terms=terms, strategy=strategy
         )
+        self._explain_made = partial(_explain_made, source=source, strategy=strategy)
         self._state, self._must_agree = state, strategy.world_size > 1
         self._raises = on_nonfinite == "raise"
+        self._is_lone = by_step_fn and self._raises
         self._has_reported = False
         self._flags: list[tuple[LateTensor, Callable[[], NonFiniteError]]] = []
+
+    def watches(self, update: Update) -> bool:
+        """Tell whether to look at an update that the host does not know to be finite."""
+        return update.is_finite is not None or self._is_lone
 
     def look_at(self, update: Update, window: Window) -> None:
         """Act on an update that is not finite, or of which the host does not know it yet.
@@ -67,16 +77,20 @@ class Watch:
         Called before the position moves past its window.
         """
         progress = self._state.progress
+        is_made = update.is_finite is None  # by a step_fn that did not look at it
         error = partial(
-            self._explain,
+            self._explain_made if is_made else self._explain,
             self._state.model,
             window,
             step=progress.num_steps + 1,
             epoch=progress.epoch,
             update=update,
         )
-        if isinstance(update.is_finite, Tensor):
-            self._flags.append((LateTensor(update.is_finite), error))
+        is_finite = finiteness(update.loss) if is_made else update.is_finite
+        if is_finite is True:
+            return
+        if isinstance(is_finite, Tensor):
+            self._flags.append((LateTensor(is_finite), error))
             self.settle(wait=False)
         elif self._raises:
             raise error()
@@ -159,6 +173,54 @@ def _explain(
         f"{', '.join(found)} at step {step} (epoch {epoch}); {where}. The weights are those from "
         'before this step. Fix the rows, or skip such updates: on_nonfinite="skip".'
     )
+
+
+def _explain_made(
+    model: nn.Module,
+    window: Window,
+    *,
+    source: Source,
+    step: int,
+    epoch: int,
+    update: Update,
+    strategy: Strategy,
+) -> NonFiniteError:
+    """Describe an update of a ``step_fn`` whose loss is not finite: it has been made already.
+
+    Nothing is exchanged between ranks, since each may have a loss of its own.
+    """
+    rows: list[str] = []
+    for batch, start in zip(window.batches, window.starts, strict=True):
+        place = source.place(start, epoch)
+        bad = _rows_with_nan(batch)
+        if not bad and all(map(_is_finite, model.parameters())):
+            bad = _bad_rows(model, batch, None, None, strategy)
+        rows += [place.row(number) for number in bad]
+    first = source.place(window.starts[0], epoch).batch
+    where = f"nothing in {first} is NaN or infinite by itself"
+    if rows:
+        more = f" and {len(rows) - _NUM_ROWS_NAMED} more" if len(rows) > _NUM_ROWS_NAMED else ""
+        where = f"it comes from {', '.join(rows[:_NUM_ROWS_NAMED])}{more}"
+    on_rank = f" on rank {strategy.rank}" if strategy.world_size > 1 else ""
+    return NonFiniteError(
+        f"The loss that step_fn returned is {update.loss.item()} at step {step} (epoch {epoch})"
+        f"{on_rank}; {where}. step_fn has already made its update, so the weights may not be "
+        "finite any more: resume from the last checkpoint. Let step_fn look at the loss before "
+        'optimizer.step() and return Update(loss, 0, applied=False), or pass on_nonfinite="ignore".'
+    )
+
+
+def _rows_with_nan(batch: Any) -> list[int]:
+    """Return the rows of a batch in which a column holds NaN or infinity."""
+    columns = batch.values() if isinstance(batch, Mapping) else batch
+    columns = columns if isinstance(columns, Iterable) else ()
+    tensors = [batch] if isinstance(batch, Tensor) else columns
+    found: set[int] = set()
+    for column in tensors:
+        if isinstance(column, Tensor) and column.is_floating_point() and column.ndim:
+            wrong = ~torch.isfinite(column).reshape(len(column), -1).all(dim=1)
+            found |= set(wrong.nonzero().flatten().tolist())
+    return sorted(found)
 
 
 def _is_finite(parameter: Tensor) -> bool:

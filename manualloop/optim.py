@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manualloop.errors import ConfigError, ModelError
 from manualloop.internals import unwrap_optimizer
 from manualloop.models import model_name, own_config, unwrap_model
-from manualloop.optimizers.together import as_schedule, each, for_each
 
 
 @overload
@@ -221,164 +219,6 @@ def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[d
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-
-
-def prepare_scheduler(
-    optimizer: Optimizer,
-    name: str = "linear",
-    *,
-    num_training_steps: int,
-    num_warmup_steps: float = 0,
-    **kwargs: Any,
-) -> LRScheduler:
-    """Build a schedule of the learning rate, counted in updates.
-
-    Args:
-        optimizer: Its ``lr`` is the schedule's maximum.
-        name: One of transformers' ``SchedulerType``: ``"linear"`` (to 0, the Trainer's default),
-            ``"cosine"``, ``"constant"``, ``"constant_with_warmup"``, ``"polynomial"``, ...; not
-            those that follow a metric.
-        num_training_steps: Updates in the run, warm-up included.
-        num_warmup_steps: Updates of linear warm-up; a float below 1 is a share of
-            ``num_training_steps``, rounded up as in the Trainer.
-        **kwargs: Passed to the schedule, such as ``num_cycles`` for ``"cosine"``.
-
-    Raises:
-        ConfigError: The name is unknown or follows a metric, the schedule does not take the
-            arguments, or a number is out of its range.
-
-    >>> optimizer = prepare_optimizer(nn.Linear(2, 2), lr=1.0)
-    >>> lr_scheduler = prepare_scheduler(optimizer, num_training_steps=4)
-    >>> for _ in range(3):
-    ...     print(lr_scheduler.get_last_lr())
-    ...     optimizer.step()
-    ...     lr_scheduler.step()
-    [1.0]
-    [0.75]
-    [0.5]
-    """
-    from transformers import get_scheduler
-
-    num_warmup_steps = check_schedule(
-        optimizer, name, num_training_steps, num_warmup_steps, **kwargs
-    )
-    try:
-        scheduler: LRScheduler = get_scheduler(
-            name,
-            optimizer,
-            num_warmup_steps=num_warmup_steps,
-            num_training_steps=num_training_steps,
-            scheduler_specific_kwargs=kwargs,
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"lr_scheduler={name!r} does not take these arguments: {error}. Give "
-            f"prepare_scheduler what {name!r} wants as keywords."
-        ) from error
-    return scheduler
-
-
-def check_schedule(
-    optimizer: Optimizer,
-    name: str,
-    num_training_steps: int,
-    num_warmup_steps: float,
-    **kwargs: Any,
-) -> int:
-    """Check the arguments of ``prepare_scheduler``; return the number of warm-up updates.
-
-    Raises:
-        ConfigError: As in ``prepare_scheduler``.
-    """
-    from transformers.trainer_utils import SchedulerType
-
-    names = [str(kind.value) for kind in SchedulerType if kind.value not in _FOLLOW_A_METRIC]
-    if name in _FOLLOW_A_METRIC:
-        raise ConfigError(
-            f"lr_scheduler={name!r} follows a metric, and a schedule is stepped after every "
-            "update, without one. Step it in a loop over train_steps after each evaluation, or "
-            f"use one of: {', '.join(names)}."
-        )
-    if name not in names:
-        raise ConfigError(
-            f"lr_scheduler={name!r} is unknown. Use None (constant), a scheduler object, or one "
-            f"of: {', '.join(names)}."
-        )
-    if 0 < num_warmup_steps < 1:
-        num_warmup_steps = math.ceil(num_warmup_steps * num_training_steps)
-    is_whole = math.isfinite(num_warmup_steps) and num_warmup_steps == int(num_warmup_steps)
-    if num_training_steps < 1 or not is_whole or not 0 <= num_warmup_steps <= num_training_steps:
-        raise ConfigError(
-            f"A schedule of num_training_steps={num_training_steps} updates cannot have "
-            f"num_warmup_steps={num_warmup_steps}. Give a whole number, 0 <= num_warmup_steps <= "
-            "num_training_steps, or a share such as 0.1."
-        )
-    if name == "constant" and (num_warmup_steps or kwargs):
-        ignored = ", ".join((["num_warmup_steps"] if num_warmup_steps else []) + list(kwargs))
-        raise ConfigError(
-            f'lr_scheduler="constant" would ignore {ignored}. Use "constant_with_warmup".'
-        )
-    if any(group["lr"] is None for group in optimizer.param_groups):
-        raise ConfigError(
-            f"{type(optimizer).__name__} has lr=None and finds its own learning rates. Pass "
-            "lr_scheduler=None, or give it an lr."
-        )
-    return int(num_warmup_steps)
-
-
-def own_schedule(lr_scheduler: Any) -> Any:
-    """Take off accelerate's wrapper, which steps a schedule once for every process."""
-    is_wrapped = type(lr_scheduler).__name__ == "AcceleratedScheduler"
-    return lr_scheduler.scheduler if is_wrapped else lr_scheduler
-
-
-def require_schedules(lr_scheduler: Any, optimizer: Any) -> LRScheduler | None:
-    """Refuse schedules that do not fit; return them without accelerate's wrapper.
-
-    Args:
-        lr_scheduler: One schedule, or one for each of several optimizers.
-        optimizer: One or several.
-
-    Raises:
-        ConfigError: As in ``require_schedule``, or there are more of one than of the other.
-    """
-    schedules = [own_schedule(one) for one in for_each(optimizer, lr_scheduler)]
-    for schedule, own in zip(schedules, each(optimizer), strict=True):
-        require_schedule(schedule, own)
-    return as_schedule(schedules)
-
-
-def require_schedule(lr_scheduler: object, optimizer: Optimizer) -> None:
-    """Refuse a scheduler that cannot be stepped once an update, or that drives another optimizer.
-
-    Raises:
-        ConfigError: It is none, it follows a metric, or it belongs to another optimizer.
-    """
-    if lr_scheduler is None:
-        return
-    name = type(lr_scheduler).__name__
-    lr_scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate's wrapper
-    if isinstance(lr_scheduler, ReduceLROnPlateau):
-        raise ConfigError(
-            f"{name} follows a metric, and a schedule is stepped after every update, without one. "
-            "Pass lr_scheduler=None and step it yourself after each evaluation: "
-            'scheduler.step(scores["loss"]).'
-        )
-    if not hasattr(lr_scheduler, "step"):
-        raise ConfigError(
-            f"lr_scheduler is a {name}, which has no step(). Build one: "
-            'prepare_scheduler(optimizer, "linear", num_training_steps=...).'
-        )
-    driven = getattr(lr_scheduler, "optimizer", optimizer)
-    if unwrap_optimizer(driven) is not unwrap_optimizer(optimizer):
-        raise ConfigError(
-            f"The {name} drives another optimizer than the {type(optimizer).__name__} that is "
-            "given, so the learning rate would never move. Pass both: train_loop(model, loader, "
-            "optimizer, lr_scheduler)."
-        )
-
-
-_FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:

@@ -24,6 +24,9 @@ class ProgressBar:
         name: Name of the activity, such as "Training".
         unit: Name of what is counted, such as "step".
         shown: Whether anything is drawn.
+
+    Attributes:
+        total: Number of steps, which may change on the way.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class ProgressBar:
         """Draw the position, with facts such as "loss=0.61, lr=4.8e-05" beside it."""
         self._due = time.monotonic() + self._interval
         if self._bar is not None:
+            self._bar.total = self.total  # an epoch may turn out to be longer than the first
             self._bar.set_postfix_str(facts, refresh=False)
             self._bar.update(position - self._position)
         else:

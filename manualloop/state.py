@@ -15,7 +15,9 @@ from manualloop.models import unwrap_model
 from manualloop.optimizers.states import OptimizerStates
 from manualloop.optimizers.together import as_optimizer, as_schedule, each
 from manualloop.randomness import generator_states, is_generator, restore_generators
+from manualloop.schedules import follow_functions
 from manualloop.times import Times
+from manualloop.types import Plan
 
 
 @dataclass(slots=True)
@@ -33,6 +35,34 @@ class Progress:
     num_skipped: int = 0
     epoch: int = 0
     num_samples: int = 0
+
+
+@dataclass(slots=True)
+class Pace:
+    """The place in the epoch at hand, counted in updates, those that were skipped included.
+
+    Attributes:
+        epoch: Number of the epoch.
+        num_steps: Number of updates in the epoch; None for data without a length.
+        num_done: Number of them that lie behind the run.
+        is_over: Whether the epoch is over.
+    """
+
+    epoch: int = 0
+    num_steps: int | None = None
+    num_done: int = 0
+    is_over: bool = False
+
+    def begin(self, epoch: int, num_steps: int | None, num_done: int) -> None:
+        """Begin a pass over the data, perhaps inside an epoch."""
+        self.epoch, self.num_steps, self.num_done, self.is_over = epoch, num_steps, num_done, False
+
+
+def goes_on(progress: Progress, plan: Plan) -> bool:
+    """Tell whether a run has updates left to make."""
+    if plan.num_epochs is None:
+        return progress.num_steps < plan.num_steps
+    return progress.epoch < plan.num_epochs
 
 
 class Reader(Protocol):
@@ -80,6 +110,7 @@ class TrainState:
         times: Times of this process; not saved.
         task: Meaning of the model and its batches for the loop (``manualloop.tasks.task``) while a
             ``train_steps`` is open; not saved.
+        pace: Place in the epoch at hand; not saved.
         is_resumed: Whether the contract comes from a checkpoint and has not been compared yet.
         baseline: How the run has found its model; see ``manualloop.checkpoint.changes``.
         tokenizer: Tokenizer or processor of the loader, which is saved beside the weights.
@@ -113,6 +144,7 @@ class TrainState:
     tokenizer: Any = field(default=None, init=False, repr=False)
     times: Times = field(default_factory=Times, init=False, repr=False)
     task: Any = field(default=None, init=False, repr=False)
+    pace: Pace = field(default_factory=Pace, init=False, repr=False)
 
     if TYPE_CHECKING:  # the fields are never lists
 
@@ -169,6 +201,7 @@ class TrainState:
             )
         for name, part in parts.items():
             part.load_state_dict(state_dict[name])
+        follow_functions(self.lr_scheduler)
         self.progress = Progress(**state_dict["progress"])
         self.position, self.reader = state_dict.get("position"), None
         self.max_batch_rows = state_dict.get("max_batch_rows")

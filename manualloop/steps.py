@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
-from manualloop.arguments import check_arguments, is_count, is_positive
+from manualloop.arguments import check_arguments
 from manualloop.checkpoint.changes import note_run
 from manualloop.checkpoint.contract import (
     Contract,
@@ -17,116 +17,27 @@ from manualloop.checkpoint.contract import (
     log_differences,
 )
 from manualloop.checkpoint.functions import values_read
-from manualloop.checks import check_batches, check_run, explain, require_loader
+from manualloop.checks import check_batches, check_run, explain
 from manualloop.errors import ConfigError, DataError
-from manualloop.mistakes import SKIPPED_MESSAGE, TOO_MANY_SKIPPED
 from manualloop.models import remember_configs
 from manualloop.nonfinite import Watch
 from manualloop.notices import say
-from manualloop.optim import plain_lr, put_into_training, require_schedules
+from manualloop.optim import plain_lr, put_into_training
 from manualloop.optimizers.together import as_optimizer
+from manualloop.plan import Skips, begin_epoch, has_other_size, plan_run
 from manualloop.randomness import find_generators, restore_generators, search
 from manualloop.reading.describe import all_facts, digest_of, digests_of_loaders
 from manualloop.reading.position import read_position
-from manualloop.reading.ranks import num_rounds
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import Source, source_of, workers_matter
-from manualloop.state import TrainState
+from manualloop.schedules import require_schedules
+from manualloop.state import TrainState, goes_on
+from manualloop.step_fn import checked
 from manualloop.strategy.base import Strategy, prepare
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
-from manualloop.tasks.loss import BOTH_GIVEN
 from manualloop.types import LossFn, OnNonfinite, Plan, Step, Terms, Update, Window
 from manualloop.update import StepFn, apply_update, drop_gradients, group
-
-
-def plan_run(
-    train_dataloader: Any,
-    *,
-    num_epochs: int | None = None,
-    max_steps: int | None = None,
-    gradient_accumulation_steps: int = 1,
-    max_grad_norm: float | None = None,
-    loss_fn: LossFn | None = None,
-    terms: Terms | None = None,
-    step_fn: StepFn | None = None,
-    on_nonfinite: OnNonfinite = "raise",
-    world_size: int = 1,
-) -> Plan:
-    """Check the arguments of ``train_steps`` against each other and the data; plan the updates.
-
-    Args:
-        train_dataloader: Any iterable of batches, with or without a length.
-        num_epochs: Passes over the data; with ``max_steps`` also None: 3.
-        max_steps: Updates, over as many epochs as they take.
-        gradient_accumulation_steps: Micro-batches an update.
-        max_grad_norm: Norm to which gradients are clipped.
-        loss_fn: Function of a loss, or None.
-        terms: Function of the terms of a loss, or None.
-        step_fn: Function of a whole update, or None.
-        on_nonfinite: Name of what is done about NaN and infinity.
-        world_size: Number of ranks that share the batches.
-
-    Raises:
-        ConfigError: What does not fit together, every problem on a line of its own.
-        DataError: Not a loader, or one without batches.
-
-    >>> plan_run(range(5), num_epochs=2, gradient_accumulation_steps=4)
-    Plan(num_steps=4, num_epochs=2, num_steps_per_epoch=2)
-    """
-    require_loader(train_dataloader)
-    length = num_rounds(train_dataloader, world_size)
-    counts = {
-        "num_epochs": num_epochs,
-        "max_steps": max_steps,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-    }
-    problems = [
-        f"{name} must be a whole number of at least 1, got {count!r}."
-        for name, count in counts.items()
-        if count is not None and not is_count(count)
-    ]
-    if max_grad_norm is not None and not is_positive(max_grad_norm):
-        problems.append(
-            f"max_grad_norm must be above 0, got {max_grad_norm!r}; None does not clip."
-        )
-    if num_epochs is not None and max_steps is not None:
-        problems.append(
-            f"Give num_epochs={num_epochs!r} or max_steps={max_steps!r}, not both: each ends the "
-            "run."
-        )
-    if length is None and max_steps is None:
-        problems.append("A streaming dataset has no length: give max_steps=, the updates to make.")
-    problems += [
-        f"{name} is a {type(function).__name__}. Pass a function: {name}=lambda {arguments}: ...."
-        for name, function, arguments in (
-            ("loss_fn", loss_fn, "model, batch"),
-            ("terms", terms, "outputs, batch"),
-            ("step_fn", step_fn, "state, batches, strategy"),
-        )
-        if function is not None and not callable(function)
-    ]
-    if step_fn is not None and any(x is not None for x in (loss_fn, terms, max_grad_norm)):
-        problems.append(
-            "step_fn replaces the whole update, so loss_fn, terms and max_grad_norm would be "
-            "ignored. Use them inside step_fn: functools.partial(apply_update, max_grad_norm=1.0)."
-        )
-    problems += [BOTH_GIVEN] if loss_fn is not None and terms is not None else []
-    if on_nonfinite not in ("raise", "skip", "ignore"):
-        problems.append(f'on_nonfinite={on_nonfinite!r} is none of "raise", "skip", "ignore".')
-    if problems:
-        raise ConfigError("\n".join(problems))
-    if length == 0:
-        raise DataError(
-            "The training loader has 0 batches. Check the filter of the dataset, and batch_size "
-            "with drop_last."
-        )
-    per_epoch = None if length is None else -(-length // int(gradient_accumulation_steps))
-    if max_steps is not None:
-        return Plan(int(max_steps), None, per_epoch)
-    num_epochs = int(num_epochs or 3)
-    return Plan(num_epochs * (per_epoch or 0), num_epochs, per_epoch)
-
 
 _OF_LOSS = ("loss_fn", "terms", "step_fn")
 SETTINGS = ("gradient_accumulation_steps", "max_grad_norm", *_OF_LOSS, "on_nonfinite")
@@ -230,9 +141,10 @@ def train_steps(
     at = {"steps made": progress.num_steps, "epochs made": progress.epoch}
     strategy = begin_call(strategy, "train_steps", **ends, **settings, **at)
     contract = contract_of(state, plan, strategy, arguments)
-    return start_steps(
+    steps = start_steps(
         state, train_dataloader, plan, contract, strategy, preflight=preflight, **settings
     )
+    return cast("Generator[Step, None, None]", steps)
 
 
 def start_steps(
@@ -249,19 +161,30 @@ def start_steps(
     step_fn: StepFn | None,
     on_nonfinite: OnNonfinite,
     preflight: bool,
-) -> Generator[Step, None, None]:
-    """Start ``train_steps`` with arguments that were checked, and with the plan they make."""
+    yields_skipped: bool = False,
+) -> Generator[Step | None, None, None]:
+    """Start ``train_steps`` with arguments that were checked, and with the plan they make.
+
+    With ``yields_skipped`` it yields None for an update that was skipped, and where an epoch ends
+    without one.
+    """
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
     put_into_training(state.optimizer)
     source = source_of(train_dataloader)
+    is_resized = has_other_size(state.contract, contract)
     _agree_on_contract(state, source, plan, strategy, contract)
-    _take_generators(state, train_dataloader, loss_fn=loss_fn, terms=terms, step_fn=step_fn)
-    note_run(state, train_dataloader, loss_fn=loss_fn, terms=terms, step_fn=step_fn)
-    own_loss = loss_fn is not None or step_fn is not None
     of_loss: dict[str, Any] = {"loss_fn": loss_fn, "terms": terms}
-    step_fn = step_fn or partial(
-        apply_update, **of_loss, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite
-    )
+    by_step_fn = step_fn is not None
+    watch = Watch(state, source, loss_fn, terms, strategy, on_nonfinite, by_step_fn=by_step_fn)
+    _take_generators(state, train_dataloader, **of_loss, step_fn=step_fn)
+    note_run(state, train_dataloader, **of_loss, step_fn=step_fn)
+    own_loss = loss_fn is not None or step_fn is not None
+    if step_fn is not None:
+        step_fn = checked(step_fn)
+    else:
+        step_fn = partial(
+            apply_update, **of_loss, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite
+        )
     check = partial(check_batches, needs_labels=terms is None)
     return _train_steps(
         state,
@@ -276,8 +199,10 @@ def start_steps(
             explain=None if own_loss else partial(explain, needs_labels=terms is None),
         ),
         strategy,
-        Watch(state, source, loss_fn, terms, strategy, on_nonfinite),
+        watch,
         check=check if preflight and not own_loss else None,
+        is_resized=is_resized,
+        yields_skipped=yields_skipped,
     )
 
 
@@ -302,7 +227,7 @@ def _agree_on_contract(
     if state.is_resumed and state.contract is not None:
         saved = read_position(state.position, state.progress.num_samples)
         digest = digest_of(source.facts(), source.loader)
-        if not _goes_on(state, plan):
+        if not goes_on(state.progress, plan):
             # Nothing is left to do, perhaps because the checkpoint is of a later stage of the
             # script. The position stays that of its loader, which may be this one.
             if saved.get("data") == digest:
@@ -354,17 +279,21 @@ def _train_steps(
     watch: Watch,
     *,
     check: Callable[..., None] | None,
-) -> Generator[Step, None, None]:
-    if not _goes_on(state, plan):
+    is_resized: bool | None,
+    yields_skipped: bool,
+) -> Generator[Step | None, None, None]:
+    if not goes_on(state.progress, plan):
         return
-    progress, reader, num_skipped = state.progress, _enter(state, source, strategy), 0
-    num_before, forget = progress.num_steps, remember_configs(state.model)
-    times = state.times
+    progress, reader, times = state.progress, _enter(state, source, strategy), state.times
+    at_start, skips, forget = progress.num_steps, Skips(strategy), remember_configs(state.model)
     try:
-        while _goes_on(state, plan):
-            epoch, window, num_applied = progress.epoch, None, 0
-            begin = perf_counter()
-            for window in group(reader.batches(epoch), window_size):
+        while goes_on(progress, plan):
+            epoch, window, num_before = progress.epoch, None, progress.num_steps
+            is_whole, begin = not progress.num_samples, perf_counter()
+            batches = reader.batches(epoch)
+            num_planned = begin_epoch(state, plan, reader, window_size, strategy, is_resized)
+            is_resized = None
+            for window in group(batches, window_size):
                 times.count_tokens(window.batches)
                 times.data += perf_counter() - begin
                 if check is not None:
@@ -375,17 +304,15 @@ def _train_steps(
                 lr = state.optimizer.param_groups[0]["lr"]
                 lr = lr if type(lr) is float else plain_lr(lr)
                 update = update_from(state, window)
-                if update.is_finite is not True and update.is_finite is not None:
+                if update.is_finite is not True and watch.watches(update):
                     watch.look_at(update, window)
-                num_applied += update.applied
-                num_skipped = 0 if update.applied else num_skipped + 1
                 _advance(state, reader, window, applied=update.applied)
-                is_last = not _goes_on(state, plan)
+                is_last = not goes_on(progress, plan)
                 if update.applied:
                     yield Step(
                         index=progress.num_steps,
                         epoch=epoch,
-                        num_steps=plan.num_steps,
+                        num_steps=num_planned,
                         loss=update.loss,
                         lr=lr,
                         grad_norm=update.grad_norm,
@@ -394,26 +321,26 @@ def _train_steps(
                         ends_epoch=window.ends_epoch,
                         is_last=is_last,
                     )
+                else:
+                    skips.add(state, update)
+                    if yields_skipped:
+                        yield None
                 if is_last and not window.ends_epoch:
                     break
                 begin = perf_counter()
-            if window is None and progress.num_samples:
-                reader.settle(ends_epoch=True)  # in larger batches than before, nothing is left
-                _end_epoch(state)
-            elif window is None:
-                raise DataError(
-                    f"The training loader gave no batch in epoch {epoch}. A generator can be read "
-                    "only once: pass a DataLoader or a list."
-                )
-            if num_applied == 0 and num_skipped >= TOO_MANY_SKIPPED and plan.num_epochs is None:
-                raise DataError(SKIPPED_MESSAGE)
+            if window is None:
+                _end_empty_epoch(state, reader)
+                if yields_skipped:
+                    yield None
+            elif is_whole and progress.num_steps == num_before:
+                skips.require_applied(epoch)
         watch.settle(wait=True)
     except GeneratorExit:  # the loop was left: what is known of its last updates is still said
         watch.settle(wait=True)
         raise
     finally:
         state.is_training, state.task = False, None
-        if progress.num_steps == num_before:
+        if progress.num_steps == at_start:
             forget()  # a batch that was refused decides nothing
 
 
@@ -477,18 +404,14 @@ def _enter(state: TrainState, source: Source, strategy: Strategy) -> Reader:
     return reader
 
 
-def _goes_on(state: TrainState, plan: Plan) -> bool:
-    if plan.num_epochs is None:
-        return state.progress.num_steps < plan.num_steps
-    return state.progress.epoch < plan.num_epochs
-
-
 def _advance(state: TrainState, reader: Reader, window: Window, *, applied: bool) -> None:
     """Move the position past a window, before its step is seen by anyone."""
     progress = state.progress
     progress.num_samples += window.num_samples
     progress.num_steps += applied
     progress.num_skipped += not applied
+    state.pace.num_done += 1
+    state.pace.is_over = window.ends_epoch
     reader.settle(ends_epoch=window.ends_epoch)
     if window.ends_epoch:
         _end_epoch(state)
@@ -497,3 +420,19 @@ def _advance(state: TrainState, reader: Reader, window: Window, *, applied: bool
 def _end_epoch(state: TrainState) -> None:
     state.progress.epoch += 1
     state.progress.num_samples = 0
+
+
+def _end_empty_epoch(state: TrainState, reader: Reader) -> None:
+    """End an epoch of which nothing is left in larger batches than before.
+
+    Raises:
+        DataError: There was nothing from its start on.
+    """
+    if not state.progress.num_samples:
+        raise DataError(
+            f"The training loader gave no batch in epoch {state.progress.epoch}. A generator can "
+            "be read only once: pass a DataLoader or a list."
+        )
+    reader.settle(ends_epoch=True)
+    state.pace.is_over = True
+    _end_epoch(state)

@@ -399,7 +399,7 @@ def apply_update(
     is_finite: bool | Tensor | None = None
     if watches and strategy.scales_losses:
         # Checked before clipping, which informs the scaler. A norm that overflows is left to it.
-        is_finite = bool(_is_finite(update.loss))
+        is_finite = bool(finiteness(update.loss))
         if not is_finite:
             update.applied = update.is_finite = False
             drop_gradients(state)
@@ -407,7 +407,7 @@ def apply_update(
     if max_grad_norm is not None:
         update.grad_norm = grad_norm = strategy.clip_gradients(state.optimizer, max_grad_norm)
     if watches and not strategy.scales_losses:
-        is_finite = _is_finite(update.loss if grad_norm is None else update.loss + grad_norm)
+        is_finite = finiteness(update.loss if grad_norm is None else update.loss + grad_norm)
     if isinstance(is_finite, Tensor) and (
         on_nonfinite == "skip"
         or not all(heeds_found_inf(one, strategy.device) for one in each(state.optimizer))
@@ -427,7 +427,7 @@ def apply_update(
     return update
 
 
-def _is_finite(watched: Tensor) -> bool | Tensor:
+def finiteness(watched: Tensor) -> bool | Tensor:
     """Tell whether a number is finite: as a bool on the CPU, otherwise as a flag on the device."""
     if reads_at_once(watched):
         value: Any = watched.tolist()  # no .item(): it counts as a wait

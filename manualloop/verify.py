@@ -424,8 +424,10 @@ def _write_trace(train_fn: Callable[..., Any], directory: Path, at: int | None, 
             )
         trace: dict[str, Any] = {"steps": steps, "end": _describe_end(result)}
         trace["rest"] = _digest_rest(given)
-    except Exception:
+    except (Exception, SystemExit) as error:
         trace = {"error": traceback.format_exc()}
+        if at is not None and getattr(error, "code", None) == 128 + signal.SIGTERM:
+            trace = {"steps": steps}  # the update was saved; what the signal stands for came after
     path.write_text(json.dumps(trace))
 
 

@@ -1,4 +1,4 @@
-"""The optimizer and the schedule: what they are by default, and what they refuse."""
+"""The optimizer: what it is by default, and what it refuses."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import Adafactor
 
-from manualloop import ConfigError, ModelError, prepare_optimizer, prepare_scheduler
+from manualloop import ConfigError, ModelError, prepare_optimizer
 
 
 def make_model() -> nn.Module:
@@ -28,21 +25,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         (model(ids) ** 2).mean().backward()
         optimizer.step()
     return [parameter.detach() for parameter in model.parameters()]
-
-
-def lrs(name: str, num_steps: int = 10, lr: float = 2.0, **options: Any) -> list[float]:
-    """The learning rate of every update, and the one after the last."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
-    scheduler = prepare_scheduler(optimizer, name, num_training_steps=num_steps, **options)
-    trace = []
-    for _ in range(num_steps):
-        trace.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return [*trace, optimizer.param_groups[0]["lr"]]
-
-
-# The optimizer ------------------------------------------------------------------------------------
 
 
 def test_defaults_are_those_of_the_course_and_of_the_trainer() -> None:
@@ -159,112 +141,3 @@ def test_nothing_to_train() -> None:
         prepare_optimizer(model)
     with pytest.raises(ModelError, match="0 trainable parameters of 0"):
         prepare_optimizer(nn.ReLU())
-
-
-# The schedule -------------------------------------------------------------------------------------
-
-
-@settings(deadline=None)
-@given(num_steps=st.integers(1, 50), data=st.data())
-def test_linear_is_its_closed_form(num_steps: int, data: st.DataObject) -> None:
-    num_warmup = data.draw(st.integers(0, num_steps))
-    trace = lrs("linear", num_steps, num_warmup_steps=num_warmup)
-    expected = [
-        2.0 * t / num_warmup
-        if t < num_warmup
-        else 2.0 * (num_steps - t) / max(1, num_steps - num_warmup)
-        for t in range(num_steps)
-    ]
-    assert trace[:-1] == pytest.approx(expected)
-    assert trace[-1] == 0
-
-
-@pytest.mark.parametrize(
-    ("share", "num_steps", "num_warmup"), [(0.1, 10, 1), (0.25, 10, 3), (0.001, 10, 1), (0.5, 8, 4)]
-)
-def test_warm_up_as_a_share_is_rounded_up(share: float, num_steps: int, num_warmup: int) -> None:
-    trace = lrs("linear", num_steps, num_warmup_steps=share)
-    assert trace == lrs("linear", num_steps, num_warmup_steps=num_warmup)
-    assert trace[num_warmup] == max(trace) == 2.0
-
-
-def test_cosine() -> None:
-    trace = lrs("cosine", num_warmup_steps=2)
-    expected = [1 + math.cos(math.pi * (t - 2) / 8) for t in range(2, 11)]
-    assert trace == pytest.approx([0.0, 1.0, *expected])
-
-
-def test_keywords_reach_the_schedule() -> None:
-    whole = lrs("cosine", num_cycles=1.0)
-    assert whole == pytest.approx([1 + math.cos(2 * math.pi * t / 10) for t in range(11)])
-    lowest = lrs("cosine_with_min_lr", min_lr=0.5)
-    assert (lowest[0], lowest[-1]) == (2.0, pytest.approx(0.5))
-
-
-def test_constant() -> None:
-    assert lrs("constant") == [2.0] * 11
-    assert lrs("constant_with_warmup", num_warmup_steps=2) == [0.0, 1.0, *[2.0] * 9]
-
-
-def test_an_unknown_name() -> None:
-    with pytest.raises(ConfigError, match="lr_scheduler='lineal' is unknown") as caught:
-        lrs("lineal")
-    message = str(caught.value)
-    assert "linear, cosine" in message
-    assert "plateau" not in message  # nor is it offered what would be refused
-    assert "greedy" not in message
-
-
-@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
-def test_schedules_that_follow_a_metric_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{name}' follows a metric"):
-        lrs(name)
-
-
-def test_every_name_that_is_offered_can_be_stepped() -> None:
-    with pytest.raises(ConfigError) as caught:
-        lrs("?")
-    names = str(caught.value).rpartition(": ")[2].rstrip(".").split(", ")
-    wanted: dict[str, dict[str, Any]] = {
-        "cosine_with_min_lr": {"min_lr": 0.1},
-        "cosine_warmup_with_min_lr": {"min_lr": 0.1},
-    }
-    assert len(names) >= 8
-    for name in set(names) - {"warmup_stable_decay"}:  # its arguments differ between versions
-        trace = lrs(name, num_warmup_steps=0 if name == "constant" else 2, **wanted.get(name, {}))
-        assert max(trace) == pytest.approx(2.0)
-
-
-@pytest.mark.parametrize("num_warmup", [-1, 11, 2.5, math.nan, math.inf, -0.1])
-def test_a_warm_up_that_does_not_fit(num_warmup: float) -> None:
-    with pytest.raises(ConfigError, match=f"num_warmup_steps={num_warmup}"):
-        lrs("linear", num_warmup_steps=num_warmup)
-
-
-def test_an_optimizer_without_a_learning_rate() -> None:
-    optimizer = Adafactor([nn.Parameter(torch.ones(1))], lr=None)
-    with pytest.raises(ConfigError, match=r"Adafactor has lr=None .* lr_scheduler=None"):
-        prepare_scheduler(optimizer, num_training_steps=3)
-
-
-def test_no_steps() -> None:
-    with pytest.raises(ConfigError, match="num_training_steps=0"):
-        lrs("linear", 0)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "said"),
-    [
-        ("linear", {"num_cycles": 2}, "num_cycles"),
-        ("warmup_stable_decay", {}, "num_decay_steps"),
-        ("cosine_with_min_lr", {}, "min_lr"),
-        ("constant", {"num_warmup_steps": 3}, "would ignore num_warmup_steps"),
-        ("constant", {"power": 3}, "would ignore power"),
-    ],
-)
-def test_arguments_that_a_schedule_does_not_take(
-    name: str, options: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(ConfigError, match=said) as caught:
-        lrs(name, **options)
-    assert name in str(caught.value)

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from manualloop.checkpoint.functions import describe_function
 from manualloop.internals import unwrap_optimizer
 from manualloop.models import config_of, unwrap_model
-from manualloop.optim import own_schedule
+from manualloop.schedules import PlannedLR, own_schedule
 
 Facts = dict[str, Any]
 """Plain data by name: numbers, texts, and lists of them."""
@@ -164,7 +164,9 @@ def schedule_facts(lr_scheduler: Any) -> tuple[str | None, Facts]:
         return ", ".join(str(kind) for kind, _ in parts), of_all
     kind = type(lr_scheduler).__name__
     functions = getattr(lr_scheduler, "lr_lambdas", None)
-    if isinstance(functions, list):
+    if isinstance(lr_scheduler, PlannedLR):
+        kind = _planned_name(lr_scheduler.settings)
+    elif isinstance(functions, list):
         names = list(dict.fromkeys(map(_schedule_name, functions)))
         kind = ", ".join(names)
     state_dict = getattr(lr_scheduler, "state_dict", dict)
@@ -182,6 +184,8 @@ def _settings_of(state: Any) -> Facts:
             for number, part in enumerate(value):  # the parts of a SequentialLR
                 inner = _settings_of(part)
                 found |= {f"{name.strip('_')}.{number}.{key}": v for key, v in inner.items()}
+        elif name == "milestones" and isinstance(value, Mapping):  # a MultiStepLR's, counted
+            found[name] = sorted(int(at) for at, number in value.items() for _ in range(number))
         else:
             found[str(name)] = plain(value)
     return found
@@ -192,6 +196,15 @@ _OF_SCHEDULES = {
     *("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"),
     *("T_cur", "T_i", "base_lrs", "lr_lambdas", "verbose"),
 }
+
+
+def _planned_name(settings: Facts) -> str:
+    """Name a schedule that was given by name; its length is that of the run."""
+    given = {k: v for k, v in settings.items() if k not in ("name", "num_training_steps")}
+    if not given["num_warmup_steps"]:
+        del given["num_warmup_steps"]
+    inside = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    return f"{settings['name']}({inside})" if inside else str(settings["name"])
 
 
 def _schedule_name(function: Any) -> str:

@@ -57,6 +57,7 @@ from manualloop.randomness import (
     restore_generators,
     set_random_state,
 )
+from manualloop.schedules import follow_functions
 from manualloop.state import Progress, TrainState, differences
 from manualloop.strategy.base import Strategy
 
@@ -320,6 +321,7 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
         )
     _check_parts(saved, parts)
     load_together(parts, saved.values)
+    follow_functions(state.lr_scheduler)
     restore_changes(state.model, saved.values.get("changes", {}))
     state.progress = Progress(**saved.values["progress"])
     of_ranks = [saved.values, *saved.values.get("ranks", ())]

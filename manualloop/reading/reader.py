@@ -110,6 +110,11 @@ class Reader:
         self._is_open = self._is_read = self._is_at_end = self._has_more = False
         self._has_failed = False
 
+    @property
+    def num_rounds_left(self) -> int | None:
+        """Number of batches that the pass has left for this rank; None if nobody knows."""
+        return self._left
+
     def batches(self, epoch: int | None = None) -> Iterator[Given]:
         """Give the batches of this rank to the end of the pass. On several ranks every one must.
 

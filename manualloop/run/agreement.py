@@ -121,7 +121,9 @@ def agree_at_updates(strategy: Strategy) -> tuple[Agreement, Strategy]:
     return agreement, cast("Strategy", StrategyOfRun(strategy, agreement))
 
 
-def counted(steps: Iterable[Step], strategy: Strategy, step_fn: object) -> Iterable[Step]:
+def counted(
+    steps: Iterable[Step | None], strategy: Strategy, step_fn: object
+) -> Iterable[Step | None]:
     """Return the steps of a run, such that there is a count before each.
 
     A ``step_fn`` of the user may do without, so nothing is counted there, which carries the
@@ -132,7 +134,7 @@ def counted(steps: Iterable[Step], strategy: Strategy, step_fn: object) -> Itera
     return _count_before_each(iter(steps), strategy)
 
 
-def _count_before_each(steps: Iterator[Step], strategy: Strategy) -> Iterator[Step]:
+def _count_before_each(steps: Iterator[Step | None], strategy: Strategy) -> Iterator[Step | None]:
     while True:
         strategy.sum_counts([])
         try:

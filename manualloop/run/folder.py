@@ -38,6 +38,9 @@ class RunFolder:
         resume: As in ``train_loop``.
         keep: As in ``save_checkpoint``.
         best_metric: As in ``save_checkpoint``.
+
+    Attributes:
+        directory: The folder.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class RunFolder:
         keep: int,
         best_metric: str | None,
     ) -> None:
-        self._directory, self._state, self._strategy = directory, state, strategy
+        self.directory, self._state, self._strategy = directory, state, strategy
         self._resume, self._keep, self._best_metric = resume, keep, best_metric
         self._history: HistoryFile | None = None
         self._num_lost = 0  # records that the checkpoint knows of, and that cannot be read
@@ -75,7 +78,7 @@ class RunFolder:
             is_finished = on_main(self._strategy, lambda: self._is_finished(found, saved, contract))
             if is_finished:
                 say(
-                    f"the run in {self._directory} is finished: nothing is trained, and its "
+                    f"the run in {self.directory} is finished: nothing is trained, and its "
                     f"result is returned from {found.path.name}."
                 )
             else:
@@ -102,7 +105,7 @@ class RunFolder:
             check_finished(
                 before,
                 contract,
-                self._directory,
+                self.directory,
                 was_finished=was_finished,
                 is_extended=not is_finished,
             )
@@ -110,7 +113,7 @@ class RunFolder:
         return is_finished
 
     def _find(self) -> Found | None:
-        directory = self._directory
+        directory = self.directory
         require_history(directory)
         if self._resume is False and (find_folders(directory) or (directory / HISTORY).exists()):
             raise CheckpointError(
@@ -127,7 +130,7 @@ class RunFolder:
 
     def _open_history(self, found: Found | None, notes: dict[str, Any]) -> list[Record]:
         """Return the records of the run up to a checkpoint; later ones are written after them."""
-        directory = self._directory
+        directory = self.directory
         records: list[Record] = []
         if found is not None:
             self._set_aside_damaged(found.path)
@@ -146,7 +149,7 @@ class RunFolder:
         return on_main(self._strategy, self._find_checkpoints)
 
     def _find_checkpoints(self) -> tuple[Path | None, Path | None]:
-        entries = find_folders(self._directory)
+        entries = find_folders(self.directory)
         best = find_best(entries)
         last = next((entry.path for entry in entries if entry.manifest is not None), None)
         return None if best is None else best.path, last
@@ -178,7 +181,7 @@ class RunFolder:
         """
         on_main(self._strategy, lambda: self.write_records(records))
         write_checkpoint(
-            self._directory,
+            self.directory,
             self._state,
             self._strategy,
             metrics,
@@ -191,14 +194,14 @@ class RunFolder:
     def write_records(self, records: list[Record]) -> None:
         """Append new records to the history file."""
         if self._history is not None:
-            with explain_disk(self._directory):
+            with explain_disk(self.directory):
                 self._history.write(records)
 
     def write_times(self) -> None:
         """Append where the time of this process went."""
         times = self._state.times
         if self._history is not None and times.total:
-            with explain_disk(self._directory):
+            with explain_disk(self.directory):
                 self._history.write_times(times.as_dict())
 
     def check_space(self) -> None:
@@ -207,25 +210,25 @@ class RunFolder:
 
     def _check_space(self) -> None:
         size = _estimate(self._state)
-        free = free_bytes(self._directory)
+        free = free_bytes(self.directory)
         if free is None:
             return
         if free < size:
             raise CheckpointError(
-                f"{self._directory} has {free / 1e6:.0f} MB free, and a checkpoint of this run "
+                f"{self.directory} has {free / 1e6:.0f} MB free, and a checkpoint of this run "
                 f"takes about {size / 1e6:.0f} MB. Make room, or use another checkpoint_dir."
             )
-        there = sum(entry.manifest is not None for entry in find_folders(self._directory))
+        there = sum(entry.manifest is not None for entry in find_folders(self.directory))
         if free < size * (self._keep + 1 - there):
             logger.warning(
-                f"{self._directory} has {free / 1e6:.0f} MB free, and {self._keep} checkpoints "
+                f"{self.directory} has {free / 1e6:.0f} MB free, and {self._keep} checkpoints "
                 f"and the one that is being written take about {size * (self._keep + 1) / 1e6:.0f} "
                 "MB: the disk may fill up. Keep fewer: keep_checkpoints=1."
             )
 
     def _set_aside_damaged(self, last: Path) -> None:
         """Rename the folders that are newer than the checkpoint the run resumes from."""
-        for entry in find_folders(self._directory):
+        for entry in find_folders(self.directory):
             if entry.path == last:
                 break
             aside = f"damaged-{entry.path.name}-{secrets.token_hex(2)}"

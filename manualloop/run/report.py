@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manualloop.progress import ProgressBar
+from manualloop.state import Pace
 from manualloop.strategy.transfer import LateTensor
 from manualloop.types import Plan, Record, Step
 
@@ -165,11 +166,13 @@ class Report:
         self.history.collect(wait=True)
         return {"interval": self.history.open_interval(), "epoch": self._epoch}
 
-    def add(self, step: Step, *, closes: bool) -> None:
-        """Add a step; with ``closes``, make a record of the steps since the last record."""
+    def add(self, step: Step, pace: Pace, *, closes: bool) -> None:
+        """Add a step, after which the run is at ``pace``; with ``closes``, make a record."""
         self._step, self._position = step, step.index
-        per_epoch = self.plan.num_steps_per_epoch
-        self._epoch = step.index / per_epoch if per_epoch else float(step.epoch)
+        length = pace.num_steps
+        whole = float(step.epoch)
+        self._epoch = (pace.epoch * length + pace.num_done) / length if length else whole
+        self._bar.total = step.num_steps
         self.history.add(step)
         if closes:
             self.end_interval()

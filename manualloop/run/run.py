@@ -23,7 +23,7 @@ from manualloop.run.interruption import BeforeEvaluation
 from manualloop.run.report import Report
 from manualloop.run.scored import Scored, watching
 from manualloop.run.stopping import EvaluationStopped, Stopping
-from manualloop.state import TrainState
+from manualloop.state import TrainState, goes_on
 from manualloop.strategy.base import Strategy
 
 
@@ -114,7 +114,7 @@ class Run:
             self._evaluated_step, self._is_pending = notes["evaluated_step"], notes["is_pending"]
             self._report.restore(notes["report"], records, self._state.progress.num_steps)
             self._saved = self._fingerprint()
-        if self._state.progress.num_steps < self._report.plan.num_steps:
+        if goes_on(self._state.progress, self._report.plan):
             folder.check_space()
 
     def catch_up(self) -> None:
@@ -126,8 +126,8 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluate, unless a signal leaves no time for it; then the next process evaluates."""
-        if self._evaluate is None:
-            return
+        if self._evaluate is None or self._evaluated_step == self._state.progress.num_steps > 0:
+            return  # updates that were skipped leave the weights as they were evaluated
         self._is_pending = True
         before, is_stopped = BeforeEvaluation(self._state.all_holders()), False
         begin = perf_counter()
@@ -241,13 +241,21 @@ class Run:
             "is_pending": self._is_pending,
         }
 
+    @property
+    def place(self) -> str:
+        """Where the run has ended, and where the same command resumes it, in words."""
+        place = f"ended after step {self._state.progress.num_steps}"
+        if self._folder is None:
+            return f"{place}."
+        return f"{place}. The same command resumes there, from {self._folder.directory}."
+
     def finish(self) -> None:
         """Evaluate and save at the end of the run, unless the last step did."""
         num_steps = self._state.progress.num_steps
         if self.stopped_by not in (None, "patience") and self._folder is not None:
             if self._broken_off is not None:
                 self._broken_off.report_draws()
-            say(f"{self.stopped_by}: ended after step {num_steps}. The same command goes on there.")
+            say(f"{self.stopped_by}: {self.place}")
             return
         self._report.end_interval()
         if self._evaluate is not None and self._evaluated_step != num_steps:

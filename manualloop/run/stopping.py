@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -47,6 +45,7 @@ class Stopping:
         self._is_evaluating, self._since = False, 0.0
         self._previous: dict[int, Any] = {}
         self._received = 0  # the number of the signal; 0 for none
+        self._is_inner = False
 
     def reason(self) -> str | None:
         """Return what ends the run: the name of a signal, "max_time", or None for nothing."""
@@ -75,18 +74,35 @@ class Stopping:
             self._previous = {n: handler for n, handler in previous.items() if handler not in left}
             for number in self._previous:
                 signal.signal(number, self._handle)
+        owners = (getattr(handler, "__self__", None) for handler in self._previous.values())
+        self._is_inner = any(isinstance(owner, Stopping) for owner in owners)
         try:
             yield
         finally:
-            before = dict(self._previous)
+            outer: Any = self._previous.get(self._received)
             self._restore()
-            outer: Any = before.get(self._received)
             if isinstance(getattr(outer, "__self__", None), Stopping):
                 # This run is part of another one, in its evaluation for instance. The signal was
                 # meant for the process, so that the other run gets it as well.
                 outer(self._received, None)
-        if self.cause == "SIGTERM":
-            _exit_as_terminated()
+
+    def raise_signal(self, message: str) -> None:
+        """Raise what stands for the signal that has ended the run, if one has.
+
+        A run inside another one returns instead: the other one was told, and ends after its update.
+
+        Args:
+            message: Text of the exception, where it can have one.
+
+        Raises:
+            KeyboardInterrupt: SIGINT.
+            SystemExit: SIGTERM or SIGUSR1, with the status 128 + number.
+        """
+        if self.cause is None or self._is_inner:
+            return
+        if self.cause == "SIGINT":
+            raise KeyboardInterrupt(message)
+        raise SystemExit(128 + getattr(signal, self.cause))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -124,32 +140,3 @@ class Stopping:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
-
-
-class _Exit:
-    """Sets the exit status when Python deletes it, which happens last of all.
-
-    An ``atexit`` function that ended the process would keep those from running that were
-    registered before it.
-    """
-
-    def __init__(self, status: int) -> None:
-        self._status = status
-
-    def __del__(self, _exit: Any = os._exit) -> None:
-        _exit(self._status)
-
-
-_at_exit: list[_Exit] = []
-
-
-def _exit_as_terminated() -> None:
-    atexit.unregister(_set_status)
-    atexit.register(_set_status)
-
-
-def _set_status() -> None:
-    if not hasattr(
-        sys, "last_value"
-    ):  # otherwise an error ended the script, and has set the status
-        _at_exit.append(_Exit(128 + signal.SIGTERM))

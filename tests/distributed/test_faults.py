@@ -122,16 +122,26 @@ def test_f19_rank_0_is_killed_between_its_save_and_its_message(tmp_path, undistu
 
 
 @pytest.mark.parametrize(
-    ("fault", "codes"), [("SIGTERM", [143, 143]), ("SIGUSR1", [0, 0]), ("max_time", [0, 0])]
+    ("fault", "code"),
+    [("SIGTERM", 143), ("SIGUSR1", 128 + signal.SIGUSR1), ("max_time", 0)],
 )
-def test_one_rank_is_asked_to_end_and_all_do(fault, codes, tmp_path, undisturbed):
+def test_one_rank_is_asked_to_end_and_all_do(fault, code, tmp_path, undisturbed):
     found = Outcome(tmp_path / "run", fault, 1)
-    assert found.codes == codes, "\n".join(found.outputs)
-    ours, others = found.results()
-    assert ours["stopped_by"] == others["stopped_by"] == fault
-    assert ours["num_steps"] == others["num_steps"] < bench.NUM_STEPS // 2
-    assert max(bench.saved_steps(found.folder)) == ours["num_steps"]
+    assert found.codes == [code, code], "\n".join(found.outputs)
+    (last,) = {log_of(found.folder, rank)[-1]["step"] for rank in range(2)}
+    assert max(bench.saved_steps(found.folder)) == last < bench.NUM_STEPS // 2
+    if fault == "max_time":
+        assert [one["stopped_by"] for one in found.results()] == [fault, fault]
+    else:  # train_loop has raised on both
+        assert not list(tmp_path.glob("run.*.json"))
+        line = f"{fault}: ended after step {last}. The same command resumes there"
+        assert line in found.outputs[0]
     finish(found.folder, undisturbed)
+
+
+def log_of(folder, rank):
+    lines = folder.with_name(f"run.{rank}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 @pytest.mark.parametrize("victim", [0, 2])

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from manualloop import TrainState, apply_update, prepare_strategy, train_loop, train_steps
-from manualloop.run import stopping
 
 NUM_STEPS = 8
 
@@ -184,7 +183,6 @@ def check_collectives(strategy):
 
 def main():
     folder = Path(sys.argv[1])
-    stopping._exit_as_terminated = lambda: None
     strategy = prepare_strategy()
     before = set(vars(strategy))
     check_max_time(strategy, folder)

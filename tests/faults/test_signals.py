@@ -93,6 +93,12 @@ SCRIPT = textwrap.dedent(
         return {"total": total}
 
     atexit.register(lambda: print("atexit ran"))
+    if "own status" in sys.argv:
+        inner_step = on_step
+        def on_step(step):
+            inner_step(step)
+            if step.index == 4:
+                raise KeyError("after the signal")
     result = train_loop(
         model, loader, optimizer, loss_fn=loss_fn, num_epochs=2, gradient_accumulation_steps=3,
         evaluate=evaluate, evaluate_every=2, log_every=5, checkpoint_dir=folder,
@@ -104,8 +110,6 @@ SCRIPT = textwrap.dedent(
         "history": result.history,
         "drawn": torch.rand(3).tolist(),
     }))
-    if "raise" in sys.argv:
-        raise KeyError("after the loop")
     """
 )
 
@@ -154,12 +158,19 @@ def undisturbed(tmp_path_factory):
     return undisturbed
 
 
-def check(script, undisturbed, place, number, workers=0, status=0):
-    stopped = script.run(place, number, workers)
-    assert script.process.returncode == status, script.process.errors
-    assert stopped["stopped_by"] == number
-    assert stopped["num_steps"] == (6 if place == "save" else 4)
-    assert (script.folder / f"step-{stopped['num_steps']:08}").is_dir()
+def check(script, undisturbed, place, number, workers=0):
+    """The script is stopped: nothing behind train_loop runs. The same command completes it."""
+    assert script.run(place, number, workers) is None
+    errors, status = script.process.errors, 128 + getattr(signal, number)
+    if number == "SIGINT":  # Python ends itself by the signal, as after every Ctrl-C
+        assert script.process.returncode == -signal.SIGINT, errors
+        assert errors.rstrip().splitlines()[-1].startswith("KeyboardInterrupt: ended after step 4")
+    else:
+        assert script.process.returncode == status, errors
+    step = 6 if place == "save" else 4
+    assert (script.folder / f"step-{step:08}").is_dir()
+    assert f"{number}: ended after step {step}. The same command resumes there, from " in errors
+    assert str(script.folder) in errors
     assert not list(script.folder.glob(".*"))
     expected, steps = undisturbed(workers)
     finished = script.run("nothing", "SIGTERM", workers)
@@ -172,8 +183,10 @@ WHERE = ["forward", "backward", "optimizer", "on_step", "evaluation", "save"]
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_f09_sigterm_finishes_the_update_saves_and_exits_with_143(where, tmp_path, undisturbed):
-    check(Run(tmp_path), undisturbed, where, "SIGTERM", status=143)
+def test_f09_sigterm_finishes_the_update_saves_and_ends_the_script_with_143(
+    where, tmp_path, undisturbed
+):
+    check(Run(tmp_path), undisturbed, where, "SIGTERM")
 
 
 @pytest.mark.parametrize(
@@ -184,20 +197,20 @@ def test_f09_sigterm_finishes_the_update_saves_and_exits_with_143(where, tmp_pat
     ],
 )
 def test_f10_sigterm_to_the_whole_group_leaves_the_workers_alive(where, tmp_path, undisturbed):
-    check(Run(tmp_path), undisturbed, where, "SIGTERM", workers=2, status=143)
+    check(Run(tmp_path), undisturbed, where, "SIGTERM", workers=2)
 
 
 @pytest.mark.parametrize("number", ["SIGUSR1", "SIGINT"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_f10_after_other_signals_the_script_continues(number, workers, tmp_path, undisturbed):
+def test_f10_other_signals_end_the_script_as_well(number, workers, tmp_path, undisturbed):
     check(Run(tmp_path), undisturbed, "backward", number, workers)
 
 
-def test_f09_a_script_that_fails_after_a_sigterm_keeps_its_own_status(tmp_path):
+def test_f09_an_error_after_a_sigterm_keeps_its_own_status(tmp_path):
     script = Run(tmp_path)
-    script.run("forward", "SIGTERM", 0, "raise")
+    script.run("forward", "SIGTERM", 0, "own status")
     assert script.process.returncode == 1
-    assert "KeyError: 'after the loop'" in script.process.errors
+    assert "KeyError: 'after the signal'" in script.process.errors
 
 
 def members(session):
@@ -261,8 +274,8 @@ def test_f11_the_first_ctrl_c_stops_and_the_handlers_are_put_back(tmp_path, hand
         if step.index == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    result = train(tmp_path, on_step)
-    assert (result.stopped_by, result.state.progress.num_steps) == ("SIGINT", 3)
+    with pytest.raises(KeyboardInterrupt, match=r"ended after step 3\. The same command resumes"):
+        train(tmp_path, on_step)
     assert (tmp_path / "step-00000003").is_dir()
     assert handlers == []
 
@@ -298,7 +311,9 @@ def test_f11_the_second_signal_reaches_the_handler_from_before(tmp_path, handler
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert train(tmp_path, on_step).stopped_by == "SIGUSR1"
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, on_step)
+    assert stop.value.code == 128 + signal.SIGUSR1
     assert handlers == [signal.SIGTERM]
 
 

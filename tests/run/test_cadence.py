@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from manualloop import ConfigError, Step
 from manualloop.run.cadence import parse_cadence
+from manualloop.state import Pace
 
 
 def step(index: int, per_epoch: int = 10) -> Step:
@@ -30,9 +33,19 @@ def step(index: int, per_epoch: int = 10) -> Step:
     )
 
 
+def pace(index: int, per_epoch: int | None = 10, begins: int = 10) -> Pace:
+    """The place behind an update; without a length, epochs are over after ``begins`` updates."""
+    epoch, number = divmod(index - 1, per_epoch or begins)
+    return Pace(epoch, per_epoch, number + 1, number + 1 == (per_epoch or begins))
+
+
 def due(cadence: Any, num_steps: int, per_epoch: int = 10, known: bool = True) -> list[int]:
     is_due = parse_cadence("log_every", cadence, per_epoch if known else None)
-    return [index for index in range(1, num_steps + 1) if is_due(step(index, per_epoch))]
+    return [
+        index
+        for index in range(1, num_steps + 1)
+        if is_due(step(index, per_epoch), pace(index, per_epoch if known else None, per_epoch))
+    ]
 
 
 class Clock:
@@ -103,7 +116,8 @@ def test_a_step_is_due_whatever_came_before_it(
     cadence: Any, per_epoch: int, order: list[int]
 ) -> None:
     is_due = parse_cadence("evaluate_every", cadence, per_epoch)
-    assert {i for i in order if is_due(step(i, per_epoch))} == set(due(cadence, 80, per_epoch))
+    found = {i for i in order if is_due(step(i, per_epoch), pace(i, per_epoch))}
+    assert found == set(due(cadence, 80, per_epoch))
 
 
 @pytest.mark.parametrize(
@@ -114,24 +128,24 @@ def test_time(cadence: str, seconds: float, clock: Clock) -> None:
     is_due = parse_cadence("log_every", cadence, None)
     first = clock.now
     clock.now = first + seconds - 0.5
-    assert not is_due(step(1))
+    assert not is_due(step(1), pace(1))
     clock.now = first + seconds
-    assert is_due(step(2))
-    assert not is_due(step(3))  # counted anew
+    assert is_due(step(2), pace(2))
+    assert not is_due(step(3), pace(3))  # counted anew
     clock.now += seconds - 0.5
-    assert not is_due(step(4))
+    assert not is_due(step(4), pace(4))
     clock.now += 100 * seconds  # a long evaluation: due once, not a hundred times
-    assert is_due(step(5))
-    assert not is_due(step(6))
+    assert is_due(step(5), pace(5))
+    assert not is_due(step(6), pace(6))
 
 
 def test_two_cadences_do_not_share_a_clock(clock: Clock) -> None:
-    asked: list[Callable[[Step], bool]] = [
+    asked: list[Callable[[Step | None, Pace], bool]] = [
         parse_cadence("log_every", "10 s", None) for _ in range(2)
     ]
     clock.now += 10
-    assert asked[0](step(1))
-    assert asked[1](step(1))
+    assert asked[0](step(1), pace(1))
+    assert asked[1](step(1), pace(1))
 
 
 @pytest.mark.parametrize(
@@ -167,25 +181,36 @@ def test_parts_of_an_epoch_of_unknown_length(cadence: str) -> None:
         parse_cadence("evaluate_every", cadence, None)
 
 
-def test_an_epoch_whose_last_update_was_skipped_is_made_up_for() -> None:
-    """4 updates an epoch, the last of the second is skipped: steps 8.. belong to the third."""
-    is_due = parse_cadence("evaluate_every", "epoch", 4)
-    places = [
-        (0, 1),
-        (0, 2),
-        (0, 3),
-        (0, 4),
-        (1, 1),
-        (1, 2),
-        (1, 3),
-        (2, 1),
-        (2, 2),
-        (2, 3),
-        (2, 4),
+@pytest.mark.parametrize("cadence", ["epoch", "0.5 epoch", "2 epochs"])
+def test_what_is_due_at_an_update_that_was_skipped_is_due_there(cadence: str) -> None:
+    """A skipped update moves the place in the epoch, and no count of updates."""
+    is_due = parse_cadence("evaluate_every", cadence, 4)
+    steps = [step(index, 4) for index in range(1, 17)]
+    whole = [is_due(one, pace(place, 4)) for place, one in enumerate(steps, start=1)]
+    without = [is_due(None, pace(place, 4)) for place in range(1, 17)]
+    assert whole == without
+    by_updates = parse_cadence("evaluate_every", 3, 4)
+    assert not any(by_updates(None, pace(place, 4)) for place in range(1, 17))
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    amount=st.sampled_from(["0.25", "0.3", "0.5", "1", "1.5", "2"]),
+)
+def test_parts_of_epochs_of_different_lengths(lengths: list[int], amount: str) -> None:
+    """Due at the first update that is not before a multiple, in the epoch in which that is."""
+    is_due = parse_cadence("evaluate_every", f"{amount} epoch", lengths[0])
+    found = [
+        (epoch, number)
+        for epoch, length in enumerate(lengths)
+        for number in range(1, length + 1)
+        if is_due(None, Pace(epoch, length, number, number == length))
     ]
-    seen = []
-    for index, (epoch, number) in enumerate(places, start=1):
-        one = step(index, 4)
-        one.epoch, one.ends_epoch = epoch, number == 4
-        seen.append(is_due(one))
-    assert [index for index, is_it in enumerate(seen, start=1) if is_it] == [4, 8, 11]
+    period, multiple, expected = Fraction(amount), Fraction(amount), []
+    while multiple <= len(lengths):
+        epoch = math.ceil(multiple) - 1
+        number = math.ceil((multiple - epoch) * lengths[epoch])
+        expected.append((epoch, number))
+        multiple += period
+    assert found == sorted(set(expected))

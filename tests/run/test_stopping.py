@@ -22,9 +22,8 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
 
 @pytest.fixture(autouse=True)
-def _handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _handlers() -> Iterator[None]:
     """Handlers of the test's own, which must be in place again after every run."""
-    monkeypatch.setattr("manualloop.run.stopping._exit_as_terminated", lambda: None)
     before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
     yield
     found = [signal.getsignal(number) for number in SIGNALS]
@@ -33,10 +32,23 @@ def _handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert found == [signal.default_int_handler] * len(SIGNALS)
 
 
-def train(
-    model: nn.Module, folder: Path | None = None, seen: list[int] | None = None, **options: Any
-) -> TrainResult | None:
+def make() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Linear(4, 1)
+
+
+def train(*args: Any, **options: Any) -> TrainResult | None:
     """Train; None if the run ended by an exception that stands for its signal."""
+    try:
+        return run(*args, **options)
+    except (KeyboardInterrupt, SystemExit):
+        return None
+
+
+def run(
+    model: nn.Module, folder: Path | None = None, seen: list[int] | None = None, **options: Any
+) -> TrainResult:
     then = options.pop("on_step", lambda step: None)
 
     def on_step(step: Any) -> None:
@@ -44,20 +56,17 @@ def train(
             seen.append(step.index)
         then(step)
 
-    try:
-        return train_loop(
-            model,
-            [{"x": torch.ones(2, 4)}] * NUM_STEPS,
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            num_epochs=1,
-            loss_fn=lambda model, batch: model(batch["x"]).square().mean(),
-            checkpoint_dir=folder,
-            on_step=on_step,
-            progress_bar=False,
-            **options,
-        )
-    except (KeyboardInterrupt, SystemExit):
-        return None
+    return train_loop(
+        model,
+        [{"x": torch.ones(2, 4)}] * NUM_STEPS,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        num_epochs=1,
+        loss_fn=lambda model, batch: model(batch["x"]).square().mean(),
+        checkpoint_dir=folder,
+        on_step=on_step,
+        progress_bar=False,
+        **options,
+    )
 
 
 def strike(number: int, at: int) -> Callable[[Any], None]:
@@ -73,6 +82,76 @@ def test_the_same_call_again_resumes(number: int, tmp_path: Path) -> None:
     train(model, tmp_path, second, strategy=strategy)
     assert first == [1, 2, 3, 4, 5]
     assert second == [6, 7, 8, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_stands_for_the_signal_is_raised_once_the_update_is_saved(
+    number: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Linear(4, 1)
+    wanted: Any = KeyboardInterrupt if number == signal.SIGINT else SystemExit
+    with pytest.raises(wanted) as stop, caplog.at_level("INFO", logger="manualloop"):
+        run(model, tmp_path, on_step=strike(number, 5))
+    if wanted is SystemExit:
+        assert stop.value.code == 128 + number
+    else:
+        assert str(tmp_path) in str(stop.value)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000005"]
+    name = signal.Signals(number).name
+    line = f"{name}: ended after step 5. The same command resumes there, from {tmp_path}."
+    assert line in caplog.messages
+
+
+def test_a_cell_that_is_interrupted_and_run_again(tmp_path: Path) -> None:
+    """The second time the cell builds everything anew and resumes; the third time it is over."""
+    whole = run(make(), tmp_path / "whole")
+    ends = []
+    for at in (5, 9, 99):
+        model, seen = make(), list[int]()
+        try:
+            result = run(model, tmp_path / "cell", seen, on_step=strike(signal.SIGINT, at))
+        except KeyboardInterrupt:
+            ends.append(("interrupted", seen))
+        else:
+            ends.append((result.stopped_by, seen))
+    assert ends == [
+        ("interrupted", [1, 2, 3, 4, 5]),
+        ("interrupted", [6, 7, 8, 9]),
+        ("num_epochs", [10, 11, 12]),
+    ]
+    assert result.history == whole.history
+    assert torch.equal(result.state.model.weight, whole.state.model.weight)
+
+
+def test_a_signal_that_comes_after_the_last_step_is_not_lost(tmp_path: Path) -> None:
+    """It comes while the last evaluation is made, while the last checkpoint is written, ..."""
+
+    def evaluate() -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"score": 1.0}
+
+    with pytest.raises(SystemExit):
+        run(make(), tmp_path / "evaluation", evaluate=evaluate)
+    result = run(make(), tmp_path / "evaluation", evaluate=lambda: {"score": 2.0})
+    assert result.metrics == {"score": 2.0}
+
+    class Slow(nn.Linear):
+        is_over = False
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            if self.is_over:
+                self.is_over = False
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().state_dict(*args, **kwargs)
+
+    model = Slow(4, 1)
+
+    def on_step(step: Any) -> None:
+        model.is_over = step.is_last
+
+    with pytest.raises(SystemExit):
+        run(model, tmp_path / "save", checkpoint_every=1000, on_step=on_step)
+    assert (tmp_path / "save" / f"step-{NUM_STEPS:08}").is_dir()
 
 
 @pytest.mark.parametrize("shared", ["model", "strategy", "both", "neither"])

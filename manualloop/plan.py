@@ -1,0 +1,296 @@
+"""How long a run is: planned before it begins, and counted again at each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from manualloop.arguments import is_count, is_positive
+from manualloop.checks import require_loader
+from manualloop.errors import ConfigError, DataError
+from manualloop.notices import say
+from manualloop.reading.describe import batch_size_of
+from manualloop.reading.ranks import num_rounds
+from manualloop.reading.reader import Reader
+from manualloop.schedules import is_planned, move_schedule, require_length, schedules_of
+from manualloop.state import TrainState
+from manualloop.strategy.base import Strategy
+from manualloop.tasks.loss import BOTH_GIVEN
+from manualloop.types import LossFn, OnNonfinite, Plan, Terms, Update
+from manualloop.update import StepFn
+
+
+def plan_run(
+    train_dataloader: Any,
+    *,
+    num_epochs: int | None = None,
+    max_steps: int | None = None,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    loss_fn: LossFn | None = None,
+    terms: Terms | None = None,
+    step_fn: StepFn | None = None,
+    on_nonfinite: OnNonfinite = "raise",
+    world_size: int = 1,
+) -> Plan:
+    """Check the arguments of ``train_steps`` against each other and the data; plan the updates.
+
+    Args:
+        train_dataloader: Any iterable of batches, with or without a length.
+        num_epochs: Passes over the data; with ``max_steps`` also None: 3.
+        max_steps: Updates, over as many epochs as they take.
+        gradient_accumulation_steps: Micro-batches an update.
+        max_grad_norm: Norm to which gradients are clipped.
+        loss_fn: Function of a loss, or None.
+        terms: Function of the terms of a loss, or None.
+        step_fn: Function of a whole update, or None.
+        on_nonfinite: Name of what is done about NaN and infinity.
+        world_size: Number of ranks that share the batches.
+
+    Raises:
+        ConfigError: What does not fit together, every problem on a line of its own.
+        DataError: Not a loader, or one without batches.
+
+    >>> plan_run(range(5), num_epochs=2, gradient_accumulation_steps=4)
+    Plan(num_steps=4, num_epochs=2, num_steps_per_epoch=2)
+    """
+    require_loader(train_dataloader)
+    length = num_rounds(train_dataloader, world_size)
+    counts = {
+        "num_epochs": num_epochs,
+        "max_steps": max_steps,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+    }
+    problems = [
+        f"{name} must be a whole number of at least 1, got {count!r}."
+        for name, count in counts.items()
+        if count is not None and not is_count(count)
+    ]
+    if max_grad_norm is not None and not is_positive(max_grad_norm):
+        problems.append(
+            f"max_grad_norm must be above 0, got {max_grad_norm!r}; None does not clip."
+        )
+    if num_epochs is not None and max_steps is not None:
+        problems.append(
+            f"Give num_epochs={num_epochs!r} or max_steps={max_steps!r}, not both: each ends the "
+            "run."
+        )
+    if length is None and max_steps is None:
+        problems.append("A streaming dataset has no length: give max_steps=, the updates to make.")
+    problems += [
+        f"{name} is a {type(function).__name__}. Pass a function: {name}=lambda {arguments}: ...."
+        for name, function, arguments in (
+            ("loss_fn", loss_fn, "model, batch"),
+            ("terms", terms, "outputs, batch"),
+            ("step_fn", step_fn, "state, batches, strategy"),
+        )
+        if function is not None and not callable(function)
+    ]
+    if step_fn is not None and any(x is not None for x in (loss_fn, terms, max_grad_norm)):
+        problems.append(
+            "step_fn replaces the whole update, so loss_fn, terms and max_grad_norm would be "
+            "ignored. Use them inside step_fn: functools.partial(apply_update, max_grad_norm=1.0)."
+        )
+    problems += [BOTH_GIVEN] if loss_fn is not None and terms is not None else []
+    if step_fn is not None and on_nonfinite == "skip":
+        problems.append(
+            'on_nonfinite="skip" cannot skip what step_fn has made already. Skip inside step_fn: '
+            'functools.partial(apply_update, on_nonfinite="skip"), and pass on_nonfinite="ignore".'
+        )
+    if on_nonfinite not in ("raise", "skip", "ignore"):
+        problems.append(f'on_nonfinite={on_nonfinite!r} is none of "raise", "skip", "ignore".')
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if length == 0:
+        raise DataError(
+            "The training loader has 0 batches. Check the filter of the dataset, and batch_size "
+            "with drop_last."
+        )
+    per_epoch = None if length is None else -(-length // int(gradient_accumulation_steps))
+    if max_steps is not None:
+        return Plan(int(max_steps), None, per_epoch)
+    num_epochs = int(num_epochs or 3)
+    return Plan(num_epochs * (per_epoch or 0), num_epochs, per_epoch)
+
+
+def begin_epoch(
+    state: TrainState,
+    plan: Plan,
+    reader: Reader,
+    window_size: int,
+    strategy: Strategy,
+    is_resized: bool | None = None,
+) -> int:
+    """Count the updates of an epoch whose pass has begun, and those of the run.
+
+    The epoch at hand tells how many there are. Where it has as many as the first one, the count is
+    that of the plan.
+
+    Args:
+        state: State of the run, whose ``pace`` is set.
+        plan: Plan that was made before the first epoch.
+        reader: Reader whose pass has begun.
+        window_size: Number of batches per update.
+        strategy: Strategy whose ranks share the batches.
+        is_resized: Whether the updates before were of another size; None after the first epoch of
+            a call.
+
+    Returns:
+        The number of updates that the run will have made, skipped ones included.
+
+    Raises:
+        ConfigError: A schedule ends before the run.
+        DataError: A schedule was planned for epochs of another length.
+    """
+    progress, pace, window_size = state.progress, state.pace, int(window_size)
+    num_over = progress.num_steps + progress.num_skipped
+    num_left = num_steps = _windows_left(reader, window_size, strategy, progress.num_samples)
+    if progress.num_samples and num_left is not None:  # the pass begins inside of the epoch
+        rounds = num_rounds(reader.source.loader, strategy.world_size)
+        num_steps = max(num_left, -(-(rounds or 0) // window_size))
+    pace.begin(progress.epoch, num_steps, 0 if num_steps is None else num_steps - (num_left or 0))
+    if plan.num_epochs is None:
+        num_over, num_left = progress.num_steps, plan.num_steps - progress.num_steps
+    elif num_steps is None or num_left is None:
+        num_left = max(plan.num_steps - num_over, 1)
+    else:
+        if num_steps != plan.num_steps_per_epoch:
+            _require_no_plan(state, plan, num_steps)
+        num_left += (plan.num_epochs - progress.epoch - 1) * num_steps
+    if is_resized is not None:
+        _fit_schedules(state, plan, num_left, is_resized=is_resized)
+    return num_over + num_left
+
+
+def _windows_left(
+    reader: Reader, window_size: int, strategy: Strategy, num_samples: int
+) -> int | None:
+    left, loader, world_size = reader.num_rounds_left, reader.source.loader, strategy.world_size
+    if left is None:  # perhaps because the pass was begun in batches of another size
+        rounds, size = num_rounds(loader, world_size), batch_size_of(loader)
+        if rounds is None or size is None:
+            return None
+        left = max(rounds - num_samples // (size * world_size), 0)
+    return -(-left // window_size)
+
+
+def _require_no_plan(state: TrainState, plan: Plan, num_steps: int) -> None:
+    for schedule in schedules_of(state.lr_scheduler):
+        if is_planned(schedule, plan.num_steps):
+            raise DataError(
+                f"Epoch {state.progress.epoch} has {num_steps} updates, and the schedule "
+                f"{schedule.settings['name']!r} was planned for {plan.num_epochs} epochs of "
+                f"{plan.num_steps_per_epoch}, as the loader's len() was before the first. Give the "
+                "run a length that is known: max_steps=1000. Or pass a schedule that does not "
+                "depend on it: lr_scheduler=None, or prepare_scheduler(optimizer, "
+                "num_training_steps=...) with the updates of all epochs."
+            )
+
+
+def _fit_schedules(state: TrainState, plan: Plan, num_left: int, *, is_resized: bool) -> None:
+    """Let the schedules fit the updates that are left, or refuse those that cannot.
+
+    If updates have another size than those before, a schedule given by name goes to the place that
+    belongs to the share of the data that is done. It then ends with the run.
+
+    Args:
+        state: State of the run.
+        plan: Plan of the run, in updates of the present size.
+        num_left: Number of updates that are left.
+        is_resized: Whether the updates before were of another size.
+
+    Raises:
+        ConfigError: A schedule ends before the run.
+    """
+    schedules = schedules_of(state.lr_scheduler)
+    if is_resized:
+        moved = [s for s in schedules if plan.num_epochs and is_planned(s, plan.num_steps)]
+        for schedule in moved:
+            move_schedule(schedule, max(plan.num_steps - num_left, 0))
+        _tell_size(state, plan, num_left, moved)
+    for schedule in schedules:
+        require_length(schedule, num_left)
+
+
+def _tell_size(state: TrainState, plan: Plan, num_left: int, moved: list[Any]) -> None:
+    others = [type(s).__name__ for s in schedules_of(state.lr_scheduler) if s not in moved]
+    if plan.num_epochs is None:
+        what = f"max_steps={plan.num_steps} counts updates of either size"
+    else:
+        share = 1 - num_left / max(plan.num_steps, 1)
+        parts = ["epochs", "end", *(["learning rate"] if moved else [])]
+        what = f"{share:.0%} of the data is done, and {', '.join(parts)} follow that share"
+    if others:
+        what += f"; {', '.join(others)} counts updates, whatever their size"
+    say(
+        f"the updates have another size than the {state.progress.num_steps} before: {what}. To "
+        "keep them equal, keep batch_size x gradient_accumulation_steps x ranks."
+    )
+
+
+def has_other_size(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> bool:
+    """Tell by the contracts of two runs over the same data whether their updates differ in size."""
+    if before is None or before["same"] != now["same"]:
+        return False
+    lengths = [contract.get("ends", {}) for contract in (before, now)]
+    if all(ends.get("num_epochs") for ends in lengths):
+        per_epoch = [ends["num_steps"] / ends["num_epochs"] for ends in lengths]
+        if per_epoch[0] != per_epoch[1]:
+            return True
+    old, new = ({**contract.get("settings", {}), **contract["exact"]} for contract in (before, now))
+    return any(old[name] != new[name] for name in _SIZES if name in old and name in new)
+
+
+_SIZES = ("batch_size", "max_tokens", "drop_last", "gradient_accumulation_steps", "world_size")
+
+
+class Skips:
+    """Counts updates that were skipped, and ends a run that makes no other.
+
+    Args:
+        strategy: Strategy of the run; with a loss scale, a skipped update may lower that.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._scales_losses = strategy.scales_losses
+        self._num_steps = -1
+        self._num_in_row, self._is_scaling, self._has_items = 0, True, False
+
+    def add(self, state: TrainState, update: Update) -> None:
+        """Count a skipped update.
+
+        Raises:
+            DataError: There were many in a row, and the data has no length.
+        """
+        if state.progress.num_steps != self._num_steps:
+            self._num_in_row, self._is_scaling, self._has_items = 0, True, False
+        self._num_steps = state.progress.num_steps
+        self._num_in_row += 1
+        self._has_items |= bool(update.num_items)
+        self._is_scaling &= (
+            self._scales_losses and bool(update.num_items) and update.is_finite is not False
+        )
+        if self._num_in_row >= _TOO_MANY and state.pace.num_steps is None:
+            raise DataError(self._message(f"the last {self._num_in_row} updates"))
+
+    def require_applied(self, epoch: int) -> None:
+        """Refuse to continue after an epoch without an applied update.
+
+        Raises:
+            DataError: It was not for the search of a loss scale alone.
+        """
+        if not self._is_scaling or self._num_in_row >= _TOO_MANY_SCALES:
+            raise DataError(self._message(f"all updates of epoch {epoch}"))
+
+    def _message(self, which: str) -> str:
+        reason = "their windows hold no label to learn from"
+        if self._has_items:
+            reason = "their losses or gradients are not finite, or step_fn has not applied them"
+        return (
+            f"Nothing was learned: {which} were skipped, because {reason}. Look at the data with "
+            'inspect_batch(loader), or let on_nonfinite="raise" name the rows.'
+        )
+
+
+_TOO_MANY = 1000  # of data that never ends
+_TOO_MANY_SCALES = 200  # a loss scale falls below any float in fewer

@@ -1,0 +1,295 @@
+"""Schedules of the learning rate, counted in updates.
+
+A schedule that is given by name is a function of its place and of the length of the run. A
+checkpoint holds its place; the length is that of the run at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from manualloop.errors import ConfigError
+from manualloop.internals import unwrap_optimizer
+from manualloop.optimizers.together import as_schedule, each, for_each
+
+_FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")
+
+
+class PlannedLR(LambdaLR):
+    """A schedule that was given by name: torch's ``LambdaLR`` of one of transformers' functions.
+
+    A checkpoint holds its place. Its name and its numbers stay those that it was made with.
+
+    Args:
+        optimizer: Its ``lr`` is the schedule's maximum.
+        factor: Function from the place to the factor of the rate.
+        settings: Arguments that the function was made of, by their names: ``name``,
+            ``num_training_steps``, ``num_warmup_steps``, and others.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, factor: Callable[[int], float], settings: Mapping[str, Any]
+    ) -> None:
+        self.settings = dict(settings)
+        super().__init__(optimizer, factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of a ``LambdaLR``: the place, and not the settings."""
+        state = super().state_dict()
+        del state["settings"]
+        return state
+
+
+def prepare_scheduler(
+    optimizer: Optimizer,
+    name: str = "linear",
+    *,
+    num_training_steps: int,
+    num_warmup_steps: float = 0,
+    **kwargs: Any,
+) -> LRScheduler:
+    """Build a schedule of the learning rate, counted in updates.
+
+    Args:
+        optimizer: Its ``lr`` is the schedule's maximum.
+        name: One of transformers' ``SchedulerType``: ``"linear"`` (to 0, the Trainer's default),
+            ``"cosine"``, ``"constant"``, ``"constant_with_warmup"``, ``"polynomial"``, ...; not
+            those that follow a metric.
+        num_training_steps: Updates in the run, warm-up included.
+        num_warmup_steps: Updates of linear warm-up; a float below 1 is a share of
+            ``num_training_steps``, rounded up as in the Trainer.
+        **kwargs: Passed to the schedule, such as ``num_cycles`` for ``"cosine"``.
+
+    Returns:
+        A ``LambdaLR`` with the rates of transformers' schedule. If it is loaded from a checkpoint
+        of a run of another length, the next update has the rate of the new length.
+
+    Raises:
+        ConfigError: The name is unknown or follows a metric, the schedule does not take the
+            arguments, or a number is out of its range.
+
+    >>> import torch
+    >>> from manualloop import prepare_optimizer
+    >>> optimizer = prepare_optimizer(torch.nn.Linear(2, 2), lr=1.0)
+    >>> lr_scheduler = prepare_scheduler(optimizer, num_training_steps=4)
+    >>> for _ in range(3):
+    ...     print(lr_scheduler.get_last_lr())
+    ...     optimizer.step()
+    ...     lr_scheduler.step()
+    [1.0]
+    [0.75]
+    [0.5]
+    """
+    from transformers import get_scheduler
+
+    settings = {
+        "name": name,
+        "num_training_steps": num_training_steps,
+        "num_warmup_steps": num_warmup_steps,
+        **{key: value if _is_plain(value) else repr(value) for key, value in kwargs.items()},
+    }
+    num_warmup = check_schedule(optimizer, name, num_training_steps, num_warmup_steps, **kwargs)
+    try:
+        made: LRScheduler = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=num_warmup,
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"lr_scheduler={name!r} does not take these arguments: {error}. Give "
+            f"prepare_scheduler what {name!r} wants as keywords."
+        ) from error
+    if type(made) is not LambdaLR:
+        return made
+    return PlannedLR(optimizer, made.lr_lambdas[0], settings)
+
+
+def check_schedule(
+    optimizer: Optimizer,
+    name: str,
+    num_training_steps: int,
+    num_warmup_steps: float,
+    **kwargs: Any,
+) -> int:
+    """Check the arguments of ``prepare_scheduler``; return the number of warm-up updates.
+
+    Raises:
+        ConfigError: As in ``prepare_scheduler``.
+    """
+    from transformers.trainer_utils import SchedulerType
+
+    names = [str(kind.value) for kind in SchedulerType if kind.value not in _FOLLOW_A_METRIC]
+    if name in _FOLLOW_A_METRIC:
+        raise ConfigError(
+            f"lr_scheduler={name!r} follows a metric, and a schedule is stepped after every "
+            "update, without one. Step it in a loop over train_steps after each evaluation, or "
+            f"use one of: {', '.join(names)}."
+        )
+    if name not in names:
+        raise ConfigError(
+            f"lr_scheduler={name!r} is unknown. Use None (constant), a scheduler object, or one "
+            f"of: {', '.join(names)}."
+        )
+    if 0 < num_warmup_steps < 1:
+        num_warmup_steps = math.ceil(num_warmup_steps * num_training_steps)
+    is_whole = math.isfinite(num_warmup_steps) and num_warmup_steps == int(num_warmup_steps)
+    if num_training_steps < 1 or not is_whole or not 0 <= num_warmup_steps <= num_training_steps:
+        raise ConfigError(
+            f"A schedule of num_training_steps={num_training_steps} updates cannot have "
+            f"num_warmup_steps={num_warmup_steps}. Give a whole number, 0 <= num_warmup_steps <= "
+            "num_training_steps, or a share such as 0.1."
+        )
+    if name == "constant" and (num_warmup_steps or kwargs):
+        ignored = ", ".join((["num_warmup_steps"] if num_warmup_steps else []) + list(kwargs))
+        raise ConfigError(
+            f'lr_scheduler="constant" would ignore {ignored}. Use "constant_with_warmup".'
+        )
+    if any(group["lr"] is None for group in optimizer.param_groups):
+        raise ConfigError(
+            f"{type(optimizer).__name__} has lr=None and finds its own learning rates. Pass "
+            "lr_scheduler=None, or give it an lr."
+        )
+    return int(num_warmup_steps)
+
+
+def own_schedule(lr_scheduler: Any) -> Any:
+    """Take off accelerate's wrapper, which steps a schedule once for every process."""
+    is_wrapped = type(lr_scheduler).__name__ == "AcceleratedScheduler"
+    return lr_scheduler.scheduler if is_wrapped else lr_scheduler
+
+
+def require_schedules(lr_scheduler: Any, optimizer: Any) -> LRScheduler | None:
+    """Refuse schedules that do not fit; return them without accelerate's wrapper.
+
+    Args:
+        lr_scheduler: One schedule, or one for each of several optimizers.
+        optimizer: One or several.
+
+    Raises:
+        ConfigError: As in ``require_schedule``, or there are more of one than of the other.
+    """
+    schedules = [own_schedule(one) for one in for_each(optimizer, lr_scheduler)]
+    for schedule, own in zip(schedules, each(optimizer), strict=True):
+        require_schedule(schedule, own)
+    return as_schedule(schedules)
+
+
+def require_schedule(lr_scheduler: object, optimizer: Optimizer) -> None:
+    """Refuse a scheduler that cannot be stepped once an update, or that drives another optimizer.
+
+    Raises:
+        ConfigError: It is none, it follows a metric, or it belongs to another optimizer.
+    """
+    if lr_scheduler is None:
+        return
+    name = type(lr_scheduler).__name__
+    lr_scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate's wrapper
+    if isinstance(lr_scheduler, ReduceLROnPlateau):
+        raise ConfigError(
+            f"{name} follows a metric, and a schedule is stepped after every update, without one. "
+            "Pass lr_scheduler=None and step it yourself after each evaluation: "
+            'scheduler.step(scores["loss"]).'
+        )
+    if not hasattr(lr_scheduler, "step"):
+        raise ConfigError(
+            f"lr_scheduler is a {name}, which has no step(). Build one: "
+            'prepare_scheduler(optimizer, "linear", num_training_steps=...).'
+        )
+    driven = getattr(lr_scheduler, "optimizer", optimizer)
+    if unwrap_optimizer(driven) is not unwrap_optimizer(optimizer):
+        raise ConfigError(
+            f"The {name} drives another optimizer than the {type(optimizer).__name__} that is "
+            "given, so the learning rate would never move. Pass both: train_loop(model, loader, "
+            "optimizer, lr_scheduler)."
+        )
+
+
+def follow_functions(lr_scheduler: Any) -> None:
+    """Give the next update the rate of the schedules' functions, once a state was loaded.
+
+    The functions of a ``LambdaLR`` are not in its state. If those at hand are others, or have
+    another length, the state holds the last rate of those before.
+
+    Args:
+        lr_scheduler: A schedule, several, or None.
+    """
+    for schedule in map(own_schedule, schedules_of(lr_scheduler)):
+        if type(schedule) not in (LambdaLR, PlannedLR):
+            continue
+        functions = zip(schedule.lr_lambdas, schedule.base_lrs, strict=True)
+        now = [base * function(schedule.last_epoch) for function, base in functions]
+        if [*map(float, now)] != [*map(float, schedule.get_last_lr())]:
+            move_schedule(schedule, schedule.last_epoch)
+
+
+def move_schedule(schedule: LambdaLR, place: int) -> None:
+    """Let the next update have the rate of a place of the schedule."""
+    functions = list(schedule.lr_lambdas)
+    LambdaLR.__init__(schedule, schedule.optimizer, functions, place - 1)
+
+
+def schedules_of(lr_scheduler: Any) -> list[Any]:
+    """Return the schedules of a run, of which there may be none, one, or several."""
+    return [schedule for schedule in each(lr_scheduler) if schedule is not None]
+
+
+def is_planned(lr_scheduler: object, num_steps: int) -> bool:
+    """Tell whether a schedule was given by name for a run of so many updates."""
+    if not isinstance(lr_scheduler, PlannedLR):
+        return False
+    return bool(lr_scheduler.settings["num_training_steps"] == num_steps)
+
+
+def require_length(lr_scheduler: Any, num_left: int) -> None:
+    """Refuse a schedule that cannot be stepped as often as a run needs it.
+
+    Raises:
+        ConfigError: A ``OneCycleLR``, perhaps inside of another schedule, ends before the run.
+    """
+    if not isinstance(lr_scheduler, LRScheduler):
+        return
+    place = getattr(lr_scheduler, "last_epoch", 0)
+    for end, total in _ends(lr_scheduler.state_dict(), place, place + num_left):
+        if end <= total:
+            continue
+        if (num_done := end - num_left) <= 0:
+            raise ConfigError(
+                f"OneCycleLR has total_steps={total}, and the run has {end} updates. Build it for "
+                f"all of them: OneCycleLR(optimizer, max_lr, total_steps={end})."
+            )
+        raise ConfigError(
+            f"OneCycleLR has total_steps={total}, of which {num_done} are done, and the run has "
+            f"{num_left} more updates. It cannot be stepped beyond its end, and a checkpoint keeps "
+            "its total_steps. Train with these weights in another run and checkpoint_dir: "
+            f"OneCycleLR(optimizer, max_lr, total_steps={num_left}). A schedule given by name, "
+            'such as "cosine", can be extended.'
+        )
+
+
+def _ends(state: Mapping[str, Any], place: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the last place that a run needs of each ``OneCycleLR``, and the last that it has."""
+    if "_schedule_phases" in state:
+        yield end, state["total_steps"]
+    inner = state.get("_schedulers", ())
+    if "_milestones" not in state:
+        for one in inner:  # all of them are stepped
+            own = one.get("last_epoch", place)
+            yield from _ends(one, own, own + end - place)
+        return
+    begins = [0, *state["_milestones"]]
+    for one, begin, after in zip(inner, begins, [*begins[1:], end + 1], strict=True):
+        last = min(after - 1, end)
+        if last >= max(begin, place):
+            yield from _ends(one, max(place - begin, 0), last - begin)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, bool | int | float | str | None)
