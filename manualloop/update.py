@@ -19,7 +19,6 @@ from manualloop.checks import require_loader
 from manualloop.internals import heeds_found_inf, skip_where
 from manualloop.notices import say
 from manualloop.optim import parameters_of, zero_gradients
-from manualloop.optimizers.together import each
 from manualloop.reading.reader import Given, Reader
 from manualloop.reading.sources import source_of
 from manualloop.state import TrainState
@@ -360,11 +359,14 @@ def drop_gradients(state: TrainState) -> None:
 
     A window that was skipped, or whose memory ran out, leaves no gradient behind.
     """
-    others = (extra for extra in state.extras.values() if hasattr(extra, "param_groups"))
-    for optimizer in (state.optimizer, *others):
+    for optimizer in (state.optimizer, *filter(_is_optimizer, state.extras.values())):
         zero_gradients(optimizer)
     for parameter in state.model.parameters():
         parameter.grad = None
+
+
+def _is_optimizer(extra: Any) -> bool:
+    return hasattr(extra, "param_groups")
 
 
 def apply_update(
@@ -410,8 +412,12 @@ def apply_update(
         is_finite = finiteness(update.loss if grad_norm is None else update.loss + grad_norm)
     if isinstance(is_finite, Tensor) and (
         on_nonfinite == "skip"
-        or not all(heeds_found_inf(one, strategy.device) for one in each(state.optimizer))
-        or any(hasattr(extra, "param_groups") for extra in state.extras.values())
+        or (bool(state.extras) and any(map(_is_optimizer, state.extras.values())))
+        or not (
+            all(heeds_found_inf(one, strategy.device) for one in state.optimizer)
+            if isinstance(state.optimizer, tuple)
+            else heeds_found_inf(state.optimizer, strategy.device)
+        )
     ):
         is_finite = bool(is_finite)  # this waits
     if isinstance(is_finite, Tensor):
@@ -449,7 +455,10 @@ def _apply_guarded(state: TrainState, strategy: Strategy, is_finite: Tensor) -> 
     """
     has_failed = ~is_finite if state.has_failed is None else state.has_failed | ~is_finite
     state.has_failed = has_failed
+    if not isinstance(state.optimizer, tuple):
+        with skip_where(state.optimizer, has_failed):
+            return strategy.apply(state.optimizer)
     with ExitStack() as stack:
-        for optimizer in each(state.optimizer):
+        for optimizer in state.optimizer:
             stack.enter_context(skip_where(optimizer, has_failed))
         return strategy.apply(state.optimizer)
