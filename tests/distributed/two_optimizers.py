@@ -42,7 +42,9 @@ def build(order=1):
 
 
 def train(state, strategy, max_steps, **options):
-    loader = ordered_loader(ROWS, "train", 4 // strategy.world_size, shuffle=True, seed=3, drop_last=False)
+    loader = ordered_loader(
+        ROWS, "train", 4 // strategy.world_size, shuffle=True, seed=3, drop_last=False
+    )
     options = {"loss_fn": loss_fn, "strategy": strategy, **options}
     for _ in train_steps(state, loader, max_steps=max_steps, **options):
         pass

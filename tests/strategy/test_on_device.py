@@ -19,9 +19,11 @@ from manualloop import (
     TrainState,
     accumulate_gradients,
     evaluate_loop,
+    load_checkpoint,
     prepare_dataloaders,
     prepare_scheduler,
     prepare_strategy,
+    save_checkpoint,
     train_loop,
     train_steps,
 )
@@ -282,6 +284,104 @@ def test_a_bad_row_ends_a_run_that_saves_and_is_named(checkpoint_every, tmp_path
         )
     saved = sorted(path.name for path in tmp_path.glob("step-*"))
     assert saved[-1] == f"step-{5 if checkpoint_every == 1 else 4:08}"
+
+
+def two_optimizers(model, *, fused=True):
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    others = [weight for weight in model.parameters() if weight.ndim < 2]
+    first = torch.optim.SGD(matrices, lr=1e-3, momentum=0.9, fused=fused, foreach=False)
+    return [first, torch.optim.AdamW(others, lr=1e-3, fused=True)]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+def test_a_bad_row_reaches_neither_of_two_optimizers(fused, on_nonfinite):
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return model(**batch).loss * (math.nan if len(seen) == 6 else 1.0)
+
+    model = tiny_bert().to(DEVICE)
+    state = TrainState(model, two_optimizers(model, fused=fused))
+    options = {"max_steps": 8, "loss_fn": loss_fn, "strategy": DEVICE, "on_nonfinite": on_nonfinite}
+    if on_nonfinite == "raise":
+        with pytest.raises(NonFiniteError, match="step 6"):
+            for _ in train_steps(state, loaders()["train"], **options):
+                pass
+        assert all(map(torch.equal, state.model.parameters(), seen[5]))
+        return
+    for _ in train_steps(state, loaders()["train"], **options):
+        pass
+    assert state.progress.num_skipped == 1
+    assert all(map(torch.equal, seen[6], seen[5]))
+    assert all(bool(weight.isfinite().all()) for weight in state.model.parameters())
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.skipif("fp16" not in PRECISIONS, reason="needs a device that knows fp16")
+def test_one_loss_scale_holds_for_two_optimizers(max_grad_norm):
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(1)
+        return model(**batch).loss * (1e36 if len(calls) == 4 else 1.0)
+
+    model = tiny_bert().to(DEVICE)
+    state = TrainState(model, two_optimizers(model))
+    strategy = SingleDevice(DEVICE, mixed_precision="fp16")
+    before = []
+    for step in train_steps(
+        state,
+        loaders()["train"],
+        max_steps=5,
+        loss_fn=loss_fn,
+        strategy=strategy,
+        max_grad_norm=max_grad_norm,
+    ):
+        before.append(strategy.scaler.get_scale())
+        assert step.index == len(before)
+    assert state.progress.num_skipped == 1
+    assert before == [2.0**16] * 3 + [2.0**15] * 2  # it falls once
+
+
+@pytest.mark.parametrize("kind", ["fused AdamW", "AdamW", "NAdam", "SGD"])
+def test_the_state_of_an_optimizer_comes_back_where_it_was(kind, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2).to(DEVICE)
+        model.weight = torch.nn.Parameter(model.weight.detach().t().contiguous().t())
+        options = {"momentum": 0.9} if kind == "SGD" else {}
+        options |= {"fused": True} if kind == "fused AdamW" else {"foreach": False}
+        make = getattr(torch.optim, kind.split()[-1])
+        return TrainState(model, make(model.parameters(), lr=0.1, **options))
+
+    def train(state, max_steps):
+        def loss_fn(model, batch):
+            return model(batch["x"]).square().mean()
+
+        data = [{"x": torch.ones(2, 3)}] * 4
+        for _ in train_steps(
+            state, data, max_steps=max_steps, loss_fn=loss_fn, strategy=SingleDevice(DEVICE)
+        ):
+            pass
+        return state
+
+    def layout(state):
+        return [
+            {
+                name: (value.device.type, value.dtype, value.stride(), value.cpu().tolist())
+                for name, value in entry.items()
+                if isinstance(value, torch.Tensor)
+            }
+            for entry in state.optimizer.state.values()
+        ]
+
+    whole, half, resumed = train(build(), 4), train(build(), 2), build()
+    save_checkpoint(tmp_path, half, strategy=SingleDevice(DEVICE))
+    load_checkpoint(tmp_path, resumed, strategy=SingleDevice(DEVICE))
+    assert layout(resumed) == layout(half)
+    assert layout(train(resumed, 4)) == layout(whole)
 
 
 def test_an_evaluation_is_that_of_the_cpu():
