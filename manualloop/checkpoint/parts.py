@@ -127,6 +127,18 @@ class ShardedOptimizer:
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
         set_optimizer_state_dict(self._model, self._optimizers, state, options=_flat())
+        for name, parameter in unwrap_model(self._model, adapters=False).named_parameters():
+            for optimizer in self._optimizers:
+                _undo_casts(optimizer.state.get(parameter, {}), state, f"state.{name}")
+
+
+def _undo_casts(entry: dict[Any, Any], state: Mapping[str, Any], path: str) -> None:
+    """Put back what was only cast to the dtype of its parameter, as torch does on loading."""
+    for key, loaded in entry.items():
+        saved = state.get(f"{path}.{key}")
+        both = isinstance(saved, Tensor) and isinstance(loaded, Tensor)
+        if both and saved.dtype != loaded.dtype and saved.shape == loaded.shape:
+            entry[key] = saved.to(loaded.device)
 
 
 def _flat() -> Any:

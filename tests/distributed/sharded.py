@@ -67,6 +67,47 @@ def train(state, strategy, folder=None, at=None):
     return losses
 
 
+class Momentum(torch.optim.Optimizer):
+    """SGD whose momentum is float32, whatever the dtype of the weights is."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    state = self.state[weight]
+                    mean = state.get("mean", torch.zeros_like(weight, dtype=torch.float32))
+                    state["mean"] = mean * 0.9 + weight.grad.float()
+                    weight -= (group["lr"] * state["mean"]).to(weight.dtype)
+
+
+def two_optimizers(folder, strategy):
+    """Two of them resume to the bits of a run that was not stopped; state keeps its dtype."""
+
+    def build():
+        torch.manual_seed(5)
+        model = tiny_bert(num_hidden_layers=1, hidden_dropout_prob=0.1).bfloat16()
+        fully_shard(model)
+        matrices = [weight for weight in model.parameters() if weight.ndim == 2]
+        others = [weight for weight in model.parameters() if weight.ndim < 2]
+        optimizers = [Momentum(matrices), torch.optim.AdamW(others, lr=1e-2)]
+        schedule = prepare_scheduler(optimizers[0], "linear", num_training_steps=8)
+        return TrainState(model, optimizers, [schedule, None])
+
+    whole = build()
+    expected = train(whole, strategy, folder, at=3)
+    again = build()
+    load_checkpoint(folder, again, strategy=strategy)
+    means = [entry["mean"] for entry in again.optimizer[0].state.values()]
+    assert {mean.dtype for mean in means} == {torch.float32}
+    assert train(again, strategy) == expected[3:]
+    for name, value in weights(whole.model).items():
+        assert torch.equal(weights(again.model)[name], value), name
+
+
 def weights(model):
     return {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
@@ -112,6 +153,8 @@ def main():
     assert train(again, strategy) == ends[True][0][3:]
     for name, value in weights(ends[True][1].model).items():
         assert torch.equal(weights(again.model)[name], value), name
+
+    two_optimizers(folder.with_name("two"), strategy)
 
     plain = make_state(spread=False)
     before = weights(plain.model)

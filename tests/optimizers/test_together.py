@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from manualloop import (
+    Accelerated,
     CheckpointError,
     ConfigError,
     ModelError,
     NonFiniteError,
     SingleDevice,
     TrainState,
+    Update,
+    accumulate_gradients,
     load_checkpoint,
     prepare_optimizer,
     prepare_scheduler,
@@ -275,6 +278,86 @@ def test_one_loss_scale_holds_for_both(norm: float | None) -> None:
     assert num_skipped == state.progress.num_skipped == 1
     assert strategy.scaler.get_scale() == scaler.get_scale()
     assert torch.equal(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("norm", [None, 0.5])
+def test_accelerate_has_one_loss_scale_for_both(
+    norm: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its wrappers would update the scale, and unscale what is unscaled already."""
+    from accelerate import Accelerator
+
+    accelerator: Any = Accelerator(cpu=True)
+    # accelerate knows fp16 on accelerators only; torch's scaler knows the CPU, too.
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    single = SingleDevice("cpu", mixed_precision="fp16")
+    single.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    ends, scalers = [], (accelerator.scaler, single.scaler)
+    for strategy in (Accelerated(accelerator), single):
+        model = net().float()
+        first = torch.optim.AdamW(model[0].parameters(), lr=0.01)
+        state = TrainState(model, [first, torch.optim.SGD(model[2].parameters(), lr=0.01)])
+
+        def loss(model: Any, batch: Any) -> Tensor:
+            return (model(batch["x"].clamp(max=2)) * batch["x"].amax() ** 2).mean()
+
+        options = {"loss_fn": loss, "strategy": strategy, "max_grad_norm": norm}
+        for _ in train_steps(state, fp16_rows(3), num_epochs=1, **options):
+            pass
+        ends.append((weights(model), state.progress.num_skipped))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert [skipped for _, skipped in ends] == [1, 1]
+    assert [scaler.get_scale() for scaler in scalers] == [2.0**11] * 2
+
+
+def test_a_step_fn_gets_both() -> None:
+    def step_fn(state: TrainState, batches: Any, strategy: Any) -> Update:
+        first, second = state.optimizer  # type: ignore[misc]
+        update = accumulate_gradients(state.model, batches, loss_fn=loss_fn, strategy=strategy)
+        first.step()  # type: ignore[has-type]
+        second.step()  # type: ignore[has-type]
+        state.optimizer.zero_grad()
+        return update
+
+    model, other = net(), net()
+    expected = by_hand(other, pair(other), [None, None], None)
+    state = TrainState(model, pair(model))
+    for _ in train_steps(state, ROWS, num_epochs=1, step_fn=step_fn, strategy=CPU):
+        pass
+    assert torch.equal(weights(model), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_of_peft_and_their_head(tmp_path: Any) -> None:
+    """Low-rank matrices by Muon, the head by AdamW, on a frozen base; resumed to the same bits."""
+    from helpers import tiny_bert
+    from peft import LoraConfig, get_peft_model
+
+    def build() -> TrainState:
+        torch.manual_seed(0)
+        adapters = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+        model: Any = get_peft_model(tiny_bert(), adapters)
+        return TrainState(model, prepare_optimizer(model, "muon+adamw", lr=0.01))
+
+    ids = [torch.tensor([[2, 5 + row, 6, 3], [2, 7, 8 + row, 3]]) for row in range(4)]
+    rows = [{"input_ids": part, "labels": torch.tensor([0, 1])} for part in ids]
+
+    def run(state: TrainState, max_steps: int) -> TrainState:
+        for _ in train_steps(state, rows, max_steps=max_steps, strategy=CPU):
+            pass
+        return state
+
+    muon, adamw = build().optimizer  # type: ignore[misc]
+    assert len(muon.param_groups[0]["params"]) == 4  # type: ignore[has-type]
+    assert len(adamw.param_groups[0]["params"]) == 2  # type: ignore[has-type]
+    torch.manual_seed(1)
+    whole = run(build(), 6)
+    torch.manual_seed(1)
+    save_checkpoint(tmp_path, run(build(), 4), strategy=CPU)
+    load_checkpoint(tmp_path, resumed := build(), strategy=CPU)
+    assert torch.equal(weights(run(resumed, 6).model), weights(whole.model))
 
 
 def test_memory_that_runs_out_leaves_no_gradient_of_the_failed_attempt() -> None:
