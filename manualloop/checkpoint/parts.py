@@ -135,7 +135,7 @@ class ShardedOptimizer:
 def _undo_casts(entry: dict[Any, Any], state: Mapping[str, Any], path: str) -> None:
     """Put back what was only cast to the dtype of its parameter, as torch does on loading."""
     for key, loaded in entry.items():
-        saved = state.get(f"{path}.{key}")
+        saved: Any = state.get(f"{path}.{key}")
         both = isinstance(saved, Tensor) and isinstance(loaded, Tensor)
         if both and saved.dtype != loaded.dtype and saved.shape == loaded.shape:
             entry[key] = saved.to(loaded.device)
