@@ -169,7 +169,7 @@ def _accumulate(
         with strategy.hold_gradients(model, hold=number < len(batches) - 1):
             found = _terms(model, batch, shares.counts[number], strategy, times, loss_fn, terms)
             if not shares.is_plain:
-                is_equal = shares.are_equal(found)
+                is_equal = shares.num_unknown > 0 and shares.are_equal(found)
                 if number == 0 and terms is not None and shares.is_guess and len(found) > 1:
                     shares = count_ahead(shares, found, model, batches, terms, strategy)
                 found = items_of(shares, number, found, batch)

@@ -148,7 +148,7 @@ def items_of(
     if shares.spare[number]:
         return [(mean, 0) for mean, _ in found]
     counts = shares.counts[number]
-    if shares.is_settled and shares.are_equal(found):
+    if shares.num_unknown and shares.is_settled and shares.are_equal(found):
         raise DataError(unclear_rows_message(batch))
     if shares.is_guess:
         return own_items(found, counts)
