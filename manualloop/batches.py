@@ -200,6 +200,15 @@ def _part_of(entry: Any, rows: int, part: slice) -> Any:
     return rebuild(entry, partial(_part_of, rows=rows, part=part), is_whole=False)
 
 
+def is_plain(value: Any) -> bool:
+    """Tell whether a batch consists of tensors, arrays, numbers and texts, in dicts and lists."""
+    if type(value) is dict:
+        return all(is_plain(entry) for entry in value.values())
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    return isinstance(value, _ARRAYS + _SCALARS)
+
+
 class Spare:
     """The mark of a batch whose rows count on another rank."""
 

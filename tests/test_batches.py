@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
-from manualloop import DataError
+from manualloop import (
+    DataError,
+    TrainState,
+    load_checkpoint,
+    save_checkpoint,
+    train_loop,
+    train_steps,
+)
 from manualloop.batches import as_spare, is_spare, num_rows, rebuild, shared_rows, split_batch
 from manualloop.strategy.transfer import move
 
@@ -173,6 +180,69 @@ def test_a_spare_is_used_as_the_batch_is(kind):
         assert torch.equal(spare["x"], batch["x"])
     elif hasattr(batch, "x"):
         assert spare.x is batch.x
+
+
+class Numbers(torch.utils.data.IterableDataset):
+    """A stream that knows its position."""
+
+    def __init__(self):
+        self.number = 0
+
+    def __iter__(self):
+        while self.number < 23:
+            self.number += 1
+            yield float(self.number)
+        self.number = 0
+
+    def state_dict(self):
+        return {"number": self.number}
+
+    def load_state_dict(self, state):
+        self.number = state["number"]
+
+
+@pytest.mark.parametrize("as_objects", [True, False])
+def test_a_stream_of_objects_resumes_exactly(tmp_path, as_objects):
+    """No checkpoint holds the object that was read ahead: the stream is read again."""
+
+    def collate(rows):
+        x = torch.tensor(rows)[:, None] / 23
+        return SimpleNamespace(x=x) if as_objects else {"x": x}
+
+    def train(max_steps, folder):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        loader = torch.utils.data.DataLoader(Numbers(), batch_size=4, collate_fn=collate)
+        train_loop(
+            model, loader, torch.optim.SGD(model.parameters(), lr=0.1), None, max_steps=max_steps,
+            gradient_accumulation_steps=2, checkpoint_dir=folder, checkpoint_every=1,
+            loss_fn=lambda m, b: m(b.x if as_objects else b["x"]).square().mean(),
+            progress_bar=False, resume="auto",
+        )  # fmt: skip
+        return model.weight
+
+    whole = train(8, tmp_path / "whole")
+    state = TrainState(model := torch.nn.Linear(1, 1), torch.optim.SGD(model.parameters(), lr=0.1))
+    torch.manual_seed(0)
+    model.reset_parameters()
+    weights = []
+    for number in range(2):  # each in a new loader, as in a new process
+        loader = torch.utils.data.DataLoader(Numbers(), batch_size=4, collate_fn=collate)
+        steps = train_steps(
+            state, loader, max_steps=8, gradient_accumulation_steps=2,
+            loss_fn=lambda m, b: m(b.x if as_objects else b["x"]).square().mean(),
+        )  # fmt: skip
+        for step in steps:
+            save_checkpoint(tmp_path / "parts", state)
+            if step.index == 4 and not number:
+                break
+        steps.close()
+        state = TrainState(
+            model := torch.nn.Linear(1, 1), torch.optim.SGD(model.parameters(), lr=0.1)
+        )
+        load_checkpoint(tmp_path / "parts", state)
+        weights.append(model.weight)
+    assert torch.equal(weights[-1], whole)
 
 
 def test_what_has_no_subclass_is_refused_as_a_spare():

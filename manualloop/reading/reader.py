@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 
-from manualloop.batches import as_spare, num_rows
+from manualloop.batches import as_spare, is_plain, num_rows
 from manualloop.data.collate import explain_rows
 from manualloop.data.sampler import set_epoch
 from manualloop.errors import DataError
@@ -275,6 +275,10 @@ class Reader:
                 position["is_at_end"] = True  # and the dataset may be at its start again
             batches = map(_batch_of, items)
             position["pending"] = [dict(b) if isinstance(b, Mapping) else b for b in batches]
+            if position["kind"] == "stream" and not is_plain(position["pending"]):
+                # No checkpoint holds objects: what was used is read again, up to the position.
+                for name in ("pending", "dataset", "row_generators", "workers", "is_at_end"):
+                    position.pop(name, None)  # type: ignore[misc]
         return position
 
     def continues(self, source: Source, strategy: Strategy | None) -> Reader | None:

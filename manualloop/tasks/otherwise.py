@@ -57,6 +57,12 @@ def objection_to(model: nn.Module, batch: Any) -> str | None:
     columns = batch if isinstance(batch, Mapping) else {}
     kind = type(unwrap_model(model))
     owner = next((cls for cls in kind.__mro__ if "forward" in vars(cls)), kind)
+    if columns.get("return_loss") is True and owner.__module__.startswith("transformers."):
+        return (
+            f"The loss of {kind.__name__} compares each row with the others of its batch, so that "
+            "no split is the same update. To compare within micro-batches: "
+            "loss_fn=lambda model, batch: model(**batch).loss."
+        )
     for name in dict.fromkeys((kind.__name__, owner.__name__)):
         if found := _sum_of(name, config_of(model), columns):
             what, fix = found

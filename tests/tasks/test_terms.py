@@ -10,6 +10,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForPreTraining,
+    CLIPConfig,
+    CLIPModel,
     ElectraConfig,
     ElectraForPreTraining,
     HubertConfig,
@@ -413,6 +415,18 @@ def test_losses_that_are_no_mean_are_refused_with_the_line_that_runs(kind, caplo
     if kind == "sum of CTC":
         exec(others[0], namespace)
         accumulate_gradients(model, parts)
+
+
+def test_rows_that_are_compared_are_refused_with_the_line_that_runs():
+    text, vision = {**SMALL, "vocab_size": 20}, {**SMALL, "image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).double()
+    batch = {"input_ids": torch.randint(3, 20, (4, 5)), "pixel_values": torch.rand(4, 3, 16, 16)}
+    parts = [{**part, "return_loss": True} for part in split(batch, (2, 2))]
+    with pytest.raises(ModelError, match="CLIPModel compares each row with the others") as error:
+        accumulate_gradients(model, parts)
+    accumulate_gradients(model, parts[:1])
+    line = re.search(r"loss_fn=(.*)\.$", str(error.value))[1]
+    assert accumulate_gradients(model, parts, loss_fn=eval(line)).num_items == 4
 
 
 class Renamed(YolosForObjectDetection):
