@@ -263,23 +263,21 @@ def renumber_worker(info: Any, number: int, base_seed: int) -> None:
     np.random.seed(np.random.SeedSequence(words).generate_state(4))
 
 
-def shut_down_workers(iterator: Any) -> None:
-    """End the workers of a DataLoader's iterator, when Python ends.
+def shut_down_workers(iterator: Any, *, ends_python: bool = True) -> None:
+    """End the workers of a DataLoader's iterator.
 
-    Seen in torch 2.6 to 2.14: ``_shutdown_workers``. Without it, daemonic processes get a SIGTERM
-    until they end: ours survive the first. Torch's reaction to a killed worker is switched off.
+    Seen in torch 2.6 to 2.14: ``_shutdown_workers``. Without it, when Python ends, daemonic
+    processes get a SIGTERM until they end: ours survive the first. Torch's reaction to a killed worker is switched off.
     """
-    try:
-        shut_down = iterator._shutdown_workers
-    except AttributeError:
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+    elif ends_python:
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for process in multiprocessing.active_children():
             while process.daemon and process.is_alive():
                 process.terminate()
                 process.join(0.1)
-    else:
-        shut_down()
 
 
 # torch: process groups

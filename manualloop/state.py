@@ -72,6 +72,10 @@ class Reader(Protocol):
         """Return the position behind the last batch that an update has used, as plain data."""
         ...
 
+    def close(self) -> None:
+        """End the processes that read the batches."""
+        ...
+
 
 @dataclass(slots=True, eq=False)
 class TrainState:

@@ -335,6 +335,8 @@ def _train_steps(
             elif is_whole and progress.num_steps == num_before:
                 skips.require_applied(epoch)
         watch.settle(wait=True)
+        if not progress.num_samples:
+            reader.close()  # at the end of an epoch there is no place in it to be found again
     except GeneratorExit:  # the loop was left: what is known of its last updates is still said
         watch.settle(wait=True)
         raise

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
+from weakref import ref
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from manualloop.internals import copy_loader
+from manualloop.internals import copy_loader, shut_down_workers
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
 from manualloop.reading.position import Position
@@ -46,6 +47,7 @@ class LoaderCopy:
     def __init__(self, loader: Any, *, draws_no_seed: bool = False) -> None:
         self._loader, self._draws_no_seed = loader, draws_no_seed
         self._copy: Any = None
+        self._iterator: Callable[[], Any] = _do_nothing  # a weak reference to one with workers
 
     @property
     def keeps_workers(self) -> bool:
@@ -60,9 +62,21 @@ class LoaderCopy:
         sampler = getattr(self._copy, sampler_name(self._copy))
         return sampler if isinstance(sampler, ShardedSampler) else None
 
-    def release_workers(self) -> None:
-        """End the workers that are kept."""
-        self._copy = None
+    @property
+    def has_workers(self) -> bool:
+        """Whether there is an iterator with workers, which may have ended."""
+        return self._iterator() is not None
+
+    def end_workers(self) -> None:
+        """End the workers, those that are kept included.
+
+        Workers that are left to a garbage collection take five seconds each: it may take away the
+        queue first by which they are told to end.
+        """
+        iterator = self._iterator()
+        if iterator is not None:
+            shut_down_workers(iterator, ends_python=False)
+        self._copy, self._iterator = None, _do_nothing
 
     def iterate(
         self, position: Position, shard: Shard, changes: Mapping[str, Any] | None = None
@@ -79,6 +93,7 @@ class LoaderCopy:
             return iter(loader)  # accelerate's loaders, for example, wrap another
         if self.keeps_workers and not position:
             return iter(self._copy)
+        self.end_workers()
         changes = dict(changes or {})
         if shard.world_size > 1 and reads_by_sampler(loader):
             name = sampler_name(loader)
@@ -96,6 +111,7 @@ class LoaderCopy:
             return read_in_process(self._copy)
         iterator: Iterator[Any] = iter(self._copy)
         if loader.num_workers > 0:
+            self._iterator = ref(iterator)
             shut_down_at_exit(iterator)
         return iterator
 

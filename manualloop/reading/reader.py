@@ -281,6 +281,19 @@ class Reader:
                     position.pop(name, None)  # type: ignore[misc]
         return position
 
+    def close(self) -> None:
+        """End the workers of the loader. A later pass begins at the position, with new ones."""
+        copy = self.source.copy
+        if not copy.has_workers or not (
+            copy.keeps_workers or (self._is_open and not self._is_read)
+        ):
+            return
+        self._has_failed = True  # should the position not be known, it is asked for again
+        with suppress(Exception):  # of a sampler, perhaps: another error may be on its way
+            self._loaded = self.position()
+        self._close_pass()
+        copy.end_workers()
+
     def continues(self, source: Source, strategy: Strategy | None) -> Reader | None:
         """Return the reader that continues with a loader; None: the loader is another one.
 

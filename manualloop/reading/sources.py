@@ -262,7 +262,7 @@ class Stream:
             states = position.get("workers", {}).values()
             if loader.persistent_workers and any("random" in state for state in states):
                 say("not bit-exact, because this data draws random numbers in kept workers.")
-            self.copy.release_workers()
+            self.copy.end_workers()
             items = self.copy.iterate({}, shard)
             return read_again(loader, items, position, now, shard)
         length = num_batches(loader)

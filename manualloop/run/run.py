@@ -287,9 +287,10 @@ class Run:
     def close(self) -> None:
         """Close the bar, and write the records since the last checkpoint."""
         self._report.close()
-        # They may refer to the result, and so to the loader's workers: those would then end in a
-        # garbage collection, for which torch waits five seconds each.
-        self._state.holders = {}
+        if self._state.reader is not None:
+            self._state.reader.close()
+        for name in ("evaluate", "on_step"):  # of this run; they may hold its result in a cycle
+            self._state.holders.pop(name, None)
         forget_functions(self._state)
         if self._folder is not None and self._strategy.is_main:
             with suppress(CheckpointError):  # another error may be on its way

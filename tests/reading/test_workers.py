@@ -1,0 +1,149 @@
+"""Workers end with the run that they read for, and a later pass begins where they were."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from manualloop import TrainState, load_checkpoint, save_checkpoint, train_loop, train_steps
+
+
+class Noisy(Dataset[dict[str, Tensor]]):
+    """Rows with noise that the workers draw."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {"x": torch.full((2,), float(row)) + torch.rand(2)}
+
+
+def loader(**options: Any) -> DataLoader[Any]:
+    return DataLoader(
+        Noisy(), 2, shuffle=True, num_workers=2, multiprocessing_context="fork", **options
+    )
+
+
+def loss_fn(model: Any, batch: Any) -> Tensor:
+    loss: Tensor = model(batch["x"]).square().mean()
+    return loss
+
+
+def new_state() -> TrainState:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    return TrainState(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+
+
+def weights(state: TrainState) -> Tensor:
+    return torch.cat([weight.detach().reshape(-1).clone() for weight in state.model.parameters()])
+
+
+@pytest.mark.parametrize("is_persistent", [True, False])
+@pytest.mark.parametrize("end", [{"num_epochs": 2}, {"max_steps": 8}])
+def test_a_run_ends_its_workers_and_can_be_continued(is_persistent: bool, end: Any) -> None:
+    expected, data = new_state(), loader(persistent_workers=is_persistent)
+    for _ in train_steps(expected, data, num_epochs=3, loss_fn=loss_fn):
+        pass
+    state = new_state()
+    data = loader(persistent_workers=is_persistent)
+    optimizer: Any = state.optimizer
+    result = train_loop(
+        state.model, data, optimizer, None, loss_fn=loss_fn, progress_bar=False, **end
+    )
+    assert multiprocessing.active_children() == []  # though the result is there, and its loader
+    for _ in train_steps(result.state, data, num_epochs=3, loss_fn=loss_fn):
+        pass
+    assert torch.equal(weights(result.state), weights(expected))
+
+
+def test_a_run_that_fails_ends_its_workers() -> None:
+    def fail(step: Any) -> None:
+        raise ValueError("no more")
+
+    state = new_state()
+    optimizer: Any = state.optimizer
+    with pytest.raises(ValueError, match="no more") as raised:
+        train_loop(
+            state.model,
+            loader(persistent_workers=True),
+            optimizer,
+            loss_fn=loss_fn,
+            on_step=fail,
+            num_epochs=2,
+        )
+    assert multiprocessing.active_children() == []
+    assert raised.value.__traceback__ is not None  # holds every object of the run
+
+
+def test_a_loss_that_refers_to_the_state_keeps_no_workers() -> None:
+    state = new_state()
+
+    def with_state(model: Any, batch: Any) -> Tensor:
+        return loss_fn(model, batch) * (1 + state.progress.epoch * 0)
+
+    for _ in train_steps(state, loader(persistent_workers=True), num_epochs=1, loss_fn=with_state):
+        assert multiprocessing.active_children()
+    assert multiprocessing.active_children() == []
+
+
+def test_new_workers_continue_where_those_of_the_epochs_before_were() -> None:
+    state, data = new_state(), loader(persistent_workers=True)
+    for num_epochs in (1, 2, 3):
+        for _ in train_steps(state, data, num_epochs=num_epochs, loss_fn=loss_fn):
+            pass
+    whole = new_state()
+    for _ in train_steps(whole, loader(persistent_workers=True), num_epochs=3, loss_fn=loss_fn):
+        pass
+    assert torch.equal(weights(state), weights(whole))
+
+
+def test_a_loop_that_was_left_keeps_its_workers_for_the_next_step() -> None:
+    state, data = new_state(), loader(persistent_workers=True)
+    pids = set()
+    for _ in range(4):
+        for _ in train_steps(state, data, num_epochs=1, loss_fn=loss_fn):
+            pids |= {process.pid for process in multiprocessing.active_children()}
+            break
+    assert len(pids) == 2
+    assert state.reader is not None
+    state.reader.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_a_state_saved_after_the_run_has_the_generators_of_its_loss(tmp_path: Path) -> None:
+    def run(num_epochs: int) -> tuple[TrainState, torch.Generator, Any]:
+        generator = torch.Generator().manual_seed(1)
+
+        def noisy(model: Any, batch: Any) -> Tensor:
+            return loss_fn(model, batch) * torch.rand((), generator=generator)
+
+        state = new_state()
+        optimizer: Any = state.optimizer
+        batches = [{"x": torch.ones(2, 2)}] * 4
+        result = train_loop(
+            state.model,
+            batches,
+            optimizer,
+            None,
+            loss_fn=noisy,
+            num_epochs=num_epochs,
+            progress_bar=False,
+        )
+        return result.state, generator, (batches, noisy)
+
+    expected, _, _ = run(2)
+    half, _, _ = run(1)
+    save_checkpoint(tmp_path, half)
+    state = new_state()
+    _, _, (batches, noisy) = run(1)  # its generator is elsewhere by now
+    load_checkpoint(tmp_path, state)
+    for _ in train_steps(state, batches, num_epochs=2, loss_fn=noisy):
+        pass
+    assert torch.equal(weights(state), weights(expected))
