@@ -267,7 +267,8 @@ def shut_down_workers(iterator: Any, *, ends_python: bool = True) -> None:
     """End the workers of a DataLoader's iterator.
 
     Seen in torch 2.6 to 2.14: ``_shutdown_workers``. Without it, when Python ends, daemonic
-    processes get a SIGTERM until they end: ours survive the first. Torch's reaction to a killed worker is switched off.
+    processes get a SIGTERM until they end: ours survive the first. Torch's reaction to a killed
+    worker is switched off.
     """
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
