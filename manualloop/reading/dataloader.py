@@ -14,7 +14,7 @@ from manualloop.notices import say
 from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
 from manualloop.reading.position import Position
 from manualloop.reading.ranks import Shard, ShardedSampler
-from manualloop.reading.workers import CarryingCollate, WorkerStart, shut_down_at_exit
+from manualloop.reading.workers import ReportingCollate, WorkerStart, shut_down_at_exit
 
 
 def iterates_plainly(loader: Any) -> bool:
@@ -100,7 +100,7 @@ class LoaderCopy:
             changes[name] = ShardedSampler(changes.get(name) or getattr(loader, name), shard)
         full = loader.batch_size if isinstance(loader.dataset, IterableDataset) else None
         if full is not None or loader.num_workers > 0:
-            changes["collate_fn"] = CarryingCollate(loader.collate_fn, full)
+            changes["collate_fn"] = ReportingCollate(loader.collate_fn, full)
         if loader.num_workers > 0:
             changes["worker_init_fn"] = _worker_start(loader, position)
         # A batch that comes when its worker is done has no place that could be resumed from.

@@ -29,7 +29,7 @@ from manualloop.reading.ranks import (
     rounds_of,
 )
 from manualloop.reading.sources import Source
-from manualloop.reading.workers import Carried, states_between_passes
+from manualloop.reading.workers import WorkerBatch, states_between_passes
 from manualloop.strategy.base import Strategy
 
 
@@ -239,7 +239,7 @@ class Reader:
         for used in self._unused:
             self._num_used += used.num_batches
             for item in used.items:
-                if isinstance(item, Carried):
+                if isinstance(item, WorkerBatch):
                     self._last_worker = item.worker
                     if item.state is not None:
                         known = self._workers.get(str(item.worker), WorkerState())
@@ -271,7 +271,7 @@ class Reader:
             position["workers"], position["last_worker"] = dict(self._workers), self._last_worker
         if keeps_pending(position):
             items = [item for round in (*self._unused, *self._ahead) for item in round.items]
-            if items and isinstance(items[-1], Carried):
+            if items and isinstance(items[-1], WorkerBatch):
                 position["is_at_end"] = True  # and the dataset may be at its start again
             batches = map(_batch_of, items)
             position["pending"] = [dict(b) if isinstance(b, Mapping) else b for b in batches]
@@ -283,15 +283,13 @@ class Reader:
 
     def close(self) -> None:
         """End the workers of the loader. A later pass begins at the position, with new ones."""
-        copy = self.source.copy
-        if not copy.has_workers or not (
-            copy.keeps_workers or (self._is_open and not self._is_read)
-        ):
+        copy, is_reading = self.source.copy, self._is_open and not self._is_read
+        if not copy.has_workers or not (copy.keeps_workers or is_reading):
             return
-        self._has_failed = True  # should the position not be known, it is asked for again
         with suppress(Exception):  # of a sampler, perhaps: another error may be on its way
             self._loaded = self.position()
         self._close_pass()
+        self._has_failed = self._loaded is None  # then the position is asked for again
         copy.end_workers()
 
     def continues(self, source: Source, strategy: Strategy | None) -> Reader | None:
@@ -350,7 +348,7 @@ def _alone(item: Any) -> Round:
 
 
 def _batch_of(item: Any) -> Any:
-    return item.batch if isinstance(item, Carried) else item
+    return item.batch if isinstance(item, WorkerBatch) else item
 
 
 def _explain_stack(loader: Any) -> str | None:

@@ -52,7 +52,7 @@ class Pass(NamedTuple):
     """A pass that has begun.
 
     Attributes:
-        items: The batches from the position on, some of them ``Carried``.
+        items: The batches from the position on, some of them ``WorkerBatch``.
         left: Number of these batches; None if nobody knows.
         start: What a later pass needs to begin as this one did.
         num_used: Batches before the position, in batches of the loader's size.

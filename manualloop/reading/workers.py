@@ -1,8 +1,8 @@
-"""The processes of a DataLoader: what they carry home, and how new ones go on where old ones were.
+"""The worker processes of a DataLoader: their state, and new ones that continue with it.
 
 A worker draws random numbers of its own, and an iterable dataset has its position there. So each
-batch brings along what changed in its worker, and a new worker is given what the last batch of the
-old one brought.
+batch is sent together with what has changed in its worker, and a new worker is given the state that
+came with the last batch of the old one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from manualloop.reading.generators import RowGenerators
 from manualloop.reading.position import WorkerState
 
 
-class Carried:
-    """A batch from a worker, and what changed in there.
+class WorkerBatch:
+    """A batch from a worker, and the state of the worker after it.
 
     Attributes:
         batch: What ``collate_fn`` returned.
@@ -37,12 +37,12 @@ class Carried:
     def __init__(self, batch: Any, worker: int, state: WorkerState | None) -> None:
         self.batch, self.worker, self.state = batch, worker, state
 
-    def pin_memory(self) -> Carried:
+    def pin_memory(self) -> WorkerBatch:
         """Pin the batch: the DataLoader calls this where it pins what it gives."""
-        return Carried(pin_batch(self.batch), self.worker, self.state)
+        return WorkerBatch(pin_batch(self.batch), self.worker, self.state)
 
 
-class CarryingCollate:
+class ReportingCollate:
     """A ``collate_fn`` that adds the worker's state to what another one returns.
 
     Args:
@@ -59,7 +59,7 @@ class CarryingCollate:
         is_last = self._full is not None and len(rows) < self._full
         batch = self._collate_fn(rows)
         if (info := get_worker_info()) is None:
-            return Carried(batch, 0, {"is_at_end": True}) if is_last else batch
+            return WorkerBatch(batch, 0, {"is_at_end": True}) if is_last else batch
         # At its end a stream may already say that it is at its start again.
         state = WorkerState()
         if is_last:
@@ -78,7 +78,7 @@ class CarryingCollate:
         if not is_same_random_state(_known, now):
             state["random"] = now
             _known.update(now)
-        return Carried(batch, info.id, state or None)
+        return WorkerBatch(batch, info.id, state or None)
 
 
 def states_between_passes(loader: Any, states: dict[str, WorkerState]) -> dict[str, WorkerState]:
@@ -96,19 +96,19 @@ def states_between_passes(loader: Any, states: dict[str, WorkerState]) -> dict[s
 
 
 def is_stateful(part: Any) -> bool:
-    """Tell whether a dataset or loader can say where it is, and go there."""
+    """Tell whether a dataset or loader can save its position and load it."""
     return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
 
 
 class WorkerStart:
-    """A ``worker_init_fn`` that lets a worker go on where an earlier one was.
+    """A ``worker_init_fn`` that lets a worker continue where an earlier one was.
 
     Args:
         init_fn: The loader's own, called first.
         collate_fn: The loader's own.
         first: Number of the worker that is to give the next batch. Torch asks worker 0 first, so
             the workers are numbered from here.
-        states: What the workers have carried, by number.
+        states: States of the earlier workers, by number.
     """
 
     def __init__(
