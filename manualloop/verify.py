@@ -26,7 +26,7 @@ import manualloop.steps as training
 import manualloop.update as update
 from manualloop.arguments import check_arguments
 from manualloop.batches import rebuild, split_batch
-from manualloop.errors import ConfigError, DataError
+from manualloop.errors import ConfigError, DataError, DistributedError
 from manualloop.models import (
     batch_statistics,
     evaluation_mode,
@@ -36,6 +36,7 @@ from manualloop.models import (
 )
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import begin_call
+from manualloop.strategy.launch import num_launched
 from manualloop.strategy.select import strategy_for
 from manualloop.strategy.single import SingleDevice
 from manualloop.tasks.loss import check_loss
@@ -329,6 +330,7 @@ def verify_resume(train_fn: Callable[..., Any], *, at: int) -> ResumeReport:
 
     Raises:
         ConfigError: ``at`` is not inside the run, or ``train_fn`` does not pass its options on.
+        DistributedError: A launcher has started several processes.
         RuntimeError: A process failed; its traceback is in the message.
 
     ::
@@ -342,6 +344,12 @@ def verify_resume(train_fn: Callable[..., Any], *, at: int) -> ResumeReport:
             print(verify_resume(train, at=7))
     """
     check_arguments(train_fn=train_fn, at=at)
+    if num_launched() > 1:
+        raise DistributedError(
+            f"verify_resume was called in one of {num_launched()} processes that a launcher has "
+            "started, and the processes that it starts itself could not form a group in there. "
+            "Call it with plain `python`, in one process."
+        )
     with TemporaryDirectory() as name:
         folder = Path(name)
         whole = _trace(train_fn, folder / "whole", None)

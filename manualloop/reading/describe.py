@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, SequentialSampler
 
-from manualloop.data.sampler import num_batches
+from manualloop.data.sampler import OrderedBatchSampler, num_batches
 from manualloop.errors import DataError
 from manualloop.internals import stored_table
 from manualloop.randomness import find_generators, seed_of
@@ -376,8 +376,22 @@ def batch_size_of(loader: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def place_in(loader: Any, num_samples: int) -> Place:
-    """Name the batch of a user's loader that begins after so many rows."""
+def is_prepared(loader: Any) -> bool:
+    """Tell whether a loader is one of ``prepare_dataloaders``."""
+    return isinstance(getattr(loader, "batch_sampler", None), OrderedBatchSampler)
+
+
+def place_in(loader: Any, num_samples: int, epoch: int | None = None) -> Place:
+    """Name the batch of a loader that begins after so many rows; epoch None: of the present one.
+
+    Rows are named by their number in the dataset where it is known.
+    """
+    if is_prepared(loader):
+        sampler: OrderedBatchSampler = loader.batch_sampler
+        batch = f"{sampler.split} batch {sampler.batch_at(num_samples, epoch)}"
+        return Place(
+            batch, lambda row: f"{batch} (row id {sampler.rows(epoch)[num_samples + row]})"
+        )
     size = batch_size_of(loader)
     if size is None:
         return Place("a batch", lambda row: f"row {row} of a batch")
@@ -388,7 +402,10 @@ def place_in(loader: Any, num_samples: int) -> Place:
 
 
 def row_numbers_of(loader: Any) -> Iterable[int] | None:
-    """Return the dataset's numbers of the rows of a user's loader; None: nobody knows them."""
+    """Return the dataset's numbers of the rows of a loader, in order; None: nobody knows them."""
+    if is_prepared(loader):
+        rows: Iterable[int] = loader.batch_sampler.rows()
+        return rows
     batch_sampler, dataset = (
         getattr(loader, "batch_sampler", None),
         getattr(loader, "dataset", None),
@@ -401,7 +418,9 @@ def row_numbers_of(loader: Any) -> Iterable[int] | None:
 
 
 def facts_of(loader: Any) -> LoaderFacts:
-    """Describe data and settings of a user's loader."""
+    """Describe data, order and settings of a loader."""
+    if is_prepared(loader):
+        return _facts_of_prepared(loader)
     sampler, own = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
     return LoaderFacts(
         fingerprint(loader),
@@ -411,6 +430,25 @@ def facts_of(loader: Any) -> LoaderFacts:
             "drop_last": getattr(sampler, "drop_last", None),
             "seed": None,
             "shuffle": None if own is None else type(own).__name__,
+            "num_workers": getattr(loader, "num_workers", 0),
+        },
+    )
+
+
+def _facts_of_prepared(loader: Any) -> LoaderFacts:
+    sampler, same = loader.batch_sampler, fingerprint(loader)
+    if sampler.lengths is not None:
+        by_tokens = sampler.max_tokens is not None
+        same["order"] = "max_tokens" if by_tokens else "group_by_length"
+        same["row_lengths"] = hashlib.sha256(sampler.lengths.tobytes()).hexdigest()[:16]
+    return LoaderFacts(
+        same,
+        {
+            "max_tokens": sampler.max_tokens,
+            "batch_size": sampler.batch_size if sampler.max_tokens is None else None,
+            "drop_last": sampler.drop_last,
+            "seed": sampler.seed,
+            "shuffle": sampler.shuffle,
             "num_workers": getattr(loader, "num_workers", 0),
         },
     )

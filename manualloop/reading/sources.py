@@ -1,4 +1,4 @@
-"""The kinds of loaders, a class each: how a pass begins at a position, and what the position is.
+"""The kinds of loaders: how a pass begins at a position, and what the position is.
 
 Of a loader of ``prepare_dataloaders`` the position is a number of rows: the order is a function of
 seed and epoch. Of a ``DataLoader`` that the user built it is the random state in which the pass
@@ -9,12 +9,11 @@ its own returns. Any other iterable is read again from its start.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -31,12 +30,11 @@ from manualloop.reading.dataloader import (
 from manualloop.reading.describe import (
     batch_size_of,
     facts_of,
-    fingerprint,
+    is_prepared,
     place_in,
     row_numbers_of,
 )
 from manualloop.reading.generators import (
-    RowGenerators,
     order_states,
     restore_order,
     row_generators_of,
@@ -64,322 +62,180 @@ class Pass(NamedTuple):
     num_used: int = 0
 
 
-class Source(Protocol):
+class Source:
     """A loader whose passes can begin at a position.
 
-    Attributes:
-        kind: Name of the kind, as positions have it.
+    Args:
         loader: The user's loader.
-        copy: The copy of it that is read.
+        kind: Name of the kind of loader, as positions have it: "prepared" for one of
+            ``prepare_dataloaders``, "dataloader" for one of the user's over a dataset with row
+            numbers, "stream" over an ``IterableDataset``, "stateful" for one with a ``state_dict``
+            of its own, such as torchdata's, "iterable" for anything else.
+
+    Attributes:
+        copy: The copy of the loader that is read.
         generators: The generators that its rows draw from.
     """
 
-    kind: str
-    loader: Any
-    copy: LoaderCopy
-    generators: RowGenerators
+    def __init__(self, loader: Any, kind: str) -> None:
+        self.loader, self.kind = loader, kind
+        self.copy = LoaderCopy(loader, draws_no_seed=kind == "prepared")
+        self.generators = row_generators_of(loader)
 
     def open(self, position: Position, shard: Shard) -> Pass:
         """Begin a pass; an empty position, or one of another kind, is the start of a first pass."""
-        ...
+        if self.kind == "prepared":
+            return _open_prepared(self, position, shard)
+        return _open(self, position, shard, _RESUME[self.kind])
 
     def position(self, start: Position, num_used: int) -> Position:
         """Describe the position behind so many batches of a pass; an empty start: between two."""
-        ...
+        position = _position(self, num_used)
+        if self.kind == "prepared":
+            order = cast("Position", self.loader.batch_sampler.made._asdict())
+            return position | order | _rows_here(self)
+        position |= _start(self, start)
+        if self.kind == "stateful" and num_used:
+            return position | Position(loader=self.loader.state_dict())
+        if self.kind == "stream" and not num_used:
+            return position
+        return position | _rows_here(self)
 
     def place(self, num_samples: int, epoch: int | None = None) -> Place:
         """Name the batch that begins after so many rows; epoch None: of the one under way."""
-        ...
+        return place_in(self.loader, num_samples, epoch)
 
     def row_numbers(self) -> Iterable[int] | None:
         """Return the dataset's numbers of the rows of a pass, in order; None: nobody knows them."""
-        ...
+        return row_numbers_of(self.loader)
 
     def facts(self) -> LoaderFacts:
         """Describe data and settings for the contract of a checkpoint."""
-        ...
+        return facts_of(self.loader)
 
 
 def source_of(loader: Any) -> Source:
     """Find the kind of a loader."""
-    if isinstance(getattr(loader, "batch_sampler", None), OrderedBatchSampler):
-        return Prepared(loader)
+    if is_prepared(loader):
+        return Source(loader, "prepared")
     # Loaders of accelerate have the methods always, and a state only if they were told to.
     if is_stateful(loader) and getattr(loader, "use_stateful_dataloader", True):
-        return Stateful(loader)
+        return Source(loader, "stateful")
     # A subclass that iterates in a way of its own is an iterable like any other.
     if not iterates_plainly(loader):
-        return Plain(loader)
-    return Stream(loader) if isinstance(loader.dataset, IterableDataset) else Built(loader)
+        return Source(loader, "iterable")
+    is_stream = isinstance(loader.dataset, IterableDataset)
+    return Source(loader, "stream" if is_stream else "dataloader")
 
 
-class Prepared:
-    """A loader of ``prepare_dataloaders``: its order is a function of seed and epoch."""
-
-    kind = "prepared"
-
-    def __init__(self, loader: Any) -> None:
-        self.loader, self.copy = loader, LoaderCopy(loader, draws_no_seed=True)
-        self.generators = row_generators_of(loader)
-        self._sampler: OrderedBatchSampler = loader.batch_sampler
-
-    def open(self, position: Position, shard: Shard) -> Pass:
-        """Begin after ``num_samples`` rows, which are never loaded."""
-        sampler, skip = self._sampler, position.get("num_samples", 0)
-        position = _without_other_workers(position, self.loader)
-        sampler.num_ranks = shard.world_size
-        own = sampler.own
-        # Inside an epoch its order stays what it was made of; the next has today's settings.
-        made = Made(
-            position.get("seed", own.seed),
-            position.get("batch_size") or own.batch_size,
-            position.get("max_tokens", own.max_tokens),
-            position.get("num_ranks", own.num_ranks),
-        )
-        sampler.start_at(skip, made if skip else None)
-        left = sampler.num_left()
-        _restore_rows(self, position)
-        if shard.rank:  # workers draw other numbers on every rank
-            sampler.generator.manual_seed(sampler.seed + sampler.epoch + (shard.rank << 40))
-        items = self.copy.iterate(position, shard)
-        return Pass(items, left, {}, position.get("num_batches", 0))
-
-    def position(self, start: Position, num_used: int) -> Position:
-        """Describe the position by the settings of the order, beside the number of rows."""
-        settings = cast("Position", self._sampler.made._asdict())
-        return _position(self, num_used) | settings | _rows_here(self)
-
-    def place(self, num_samples: int, epoch: int | None = None) -> Place:
-        """Name the split, and rows by their number in the dataset."""
-        sampler = self._sampler
-        batch = f"{sampler.split} batch {sampler.batch_at(num_samples, epoch)}"
-        return Place(
-            batch, lambda row: f"{batch} (row id {sampler.rows(epoch)[num_samples + row]})"
-        )
-
-    def row_numbers(self) -> Iterable[int] | None:
-        """Return the rows in the order of the epoch under way."""
-        return self._sampler.rows()
-
-    def facts(self) -> LoaderFacts:
-        """Describe data, order and settings."""
-        sampler, same = self._sampler, fingerprint(self.loader)
-        if sampler.lengths is not None:
-            by_tokens = sampler.max_tokens is not None
-            same["order"] = "max_tokens" if by_tokens else "group_by_length"
-            same["row_lengths"] = hashlib.sha256(sampler.lengths.tobytes()).hexdigest()[:16]
-        return LoaderFacts(
-            same,
-            {
-                "max_tokens": sampler.max_tokens,
-                "batch_size": sampler.batch_size if sampler.max_tokens is None else None,
-                "drop_last": sampler.drop_last,
-                "seed": sampler.seed,
-                "shuffle": sampler.shuffle,
-                "num_workers": getattr(self.loader, "num_workers", 0),
-            },
-        )
+def _open_prepared(source: Source, position: Position, shard: Shard) -> Pass:
+    """Begin after ``num_samples`` rows, which are never loaded."""
+    sampler: OrderedBatchSampler = source.loader.batch_sampler
+    skip = position.get("num_samples", 0)
+    position = _without_other_workers(position, source.loader)
+    sampler.num_ranks = shard.world_size
+    own = sampler.own
+    # Inside an epoch its order stays what it was made of; the next has today's settings.
+    made = Made(
+        position.get("seed", own.seed),
+        position.get("batch_size") or own.batch_size,
+        position.get("max_tokens", own.max_tokens),
+        position.get("num_ranks", own.num_ranks),
+    )
+    sampler.start_at(skip, made if skip else None)
+    left = sampler.num_left()
+    _restore_rows(source, position)
+    if shard.rank:  # workers draw other numbers on every rank
+        sampler.generator.manual_seed(sampler.seed + sampler.epoch + (shard.rank << 40))
+    items = source.copy.iterate(position, shard)
+    return Pass(items, left, {}, position.get("num_batches", 0))
 
 
-class Built:
-    """A ``DataLoader`` of the user's over a dataset with row numbers."""
+def _resume_built(
+    source: Source, position: Position, start: Position, now: Any, shard: Shard
+) -> tuple[Iterator[Any], int | None]:
+    loader, num_used = source.loader, position["num_batches"]
+    if not num_used:  # else when the order has been drawn, from the same generator perhaps
+        _restore_rows(source, position)
+    left: int | None = len(loader) - num_used
+    num_indices = None
+    if num_used and _has_other_size(loader, position):
+        num_indices, left = num_used * (position["batch_size"] or 0), None
 
-    kind = "dataloader"
+    def rewind() -> None:
+        set_random_state(start["random"])
+        restore_order(loader, start["generators"])
 
-    def __init__(self, loader: Any) -> None:
-        self.loader, self.copy = loader, LoaderCopy(loader)
-        self.generators = row_generators_of(loader)
-
-    def open(self, position: Position, shard: Shard) -> Pass:
-        """Let the sampler draw the order of the pass again, and skip what was used of it."""
-        return _open(self, position, shard, self._resume)
-
-    def _resume(
-        self, position: Position, start: Position, now: Any, shard: Shard
-    ) -> tuple[Iterator[Any], int | None]:
-        loader, num_used = self.loader, position["num_batches"]
-        if not num_used:  # else when the order has been drawn, from the same generator perhaps
-            _restore_rows(self, position)
-        left: int | None = len(loader) - num_used
-        num_indices = None
-        if num_used and _has_other_size(loader, position):
-            num_indices, left = num_used * (position["batch_size"] or 0), None
-
-        def rewind() -> None:
-            set_random_state(start["random"])
-            restore_order(loader, start["generators"])
-
-        name = sampler_name(loader)
-        sampler = ResumedSampler(
-            getattr(loader, name),
-            num_used,
-            num_indices,
-            # Workers that were kept from the epoch before cost no draw; new ones do.
-            rewind if start["reuses_workers"] else None,
-            partial(_restore_all, self, position),
-            now,
-        )
-        return self.copy.iterate(position, shard, {name: sampler}), left
-
-    def position(self, start: Position, num_used: int) -> Position:
-        """Describe the position by the random states at the start of the pass."""
-        return _position(self, num_used) | _start(self, start) | _rows_here(self)
-
-    def place(self, num_samples: int, epoch: int | None = None) -> Place:
-        """Name the batch by its number, and rows by theirs where the sampler is sequential."""
-        return place_in(self.loader, num_samples)
-
-    def row_numbers(self) -> Iterable[int] | None:
-        """Return the rows where they come as they are stored."""
-        return row_numbers_of(self.loader)
-
-    def facts(self) -> LoaderFacts:
-        """Describe data and settings."""
-        return facts_of(self.loader)
+    name = sampler_name(loader)
+    sampler = ResumedSampler(
+        getattr(loader, name),
+        num_used,
+        num_indices,
+        # Workers that were kept from the epoch before cost no draw; new ones do.
+        rewind if start["reuses_workers"] else None,
+        partial(_restore_all, source, position),
+        now,
+    )
+    return source.copy.iterate(position, shard, {name: sampler}), left
 
 
-class Stream:
-    """A ``DataLoader`` of the user's over an ``IterableDataset``."""
-
-    kind = "stream"
-
-    def __init__(self, loader: Any) -> None:
-        self.loader, self.copy = loader, LoaderCopy(loader)
-        self.generators = row_generators_of(loader)
-
-    def open(self, position: Position, shard: Shard) -> Pass:
-        """Load the state of the dataset, or read again and drop what was used."""
-        return _open(self, position, shard, self._resume)
-
-    def _resume(
-        self, position: Position, start: Position, now: Any, shard: Shard
-    ) -> tuple[Iterator[Any], int | None]:
-        loader, num_used = self.loader, position["num_batches"]
-        if num_used and has_shuffle_buffer(loader.dataset):
-            say("not bit-exact, because what was in the stream's shuffle buffer is lost.")
-        is_known = is_stateful(loader.dataset) and ("workers" in position or "dataset" in position)
-        if num_used and not is_known:
-            states = position.get("workers", {}).values()
-            if loader.persistent_workers and any("random" in state for state in states):
-                say("not bit-exact, because this data draws random numbers in kept workers.")
-            self.copy.end_workers()
-            items = self.copy.iterate({}, shard)
-            return read_again(loader, items, position, now, shard)
-        length = num_batches(loader)
-        if position.get("is_at_end"):
-            set_random_state(now)
-            return iter(position["pending"]), None
-        _restore_rows(self, position)
-        items = self.copy.iterate(position, shard)
-        if num_used or start["reuses_workers"]:
-            set_random_state(now)
-        if loader.num_workers == 0 and is_stream_of_datasets(loader.dataset):
-            items = forget_start(items, loader.dataset)
-        items = chain(position.get("pending", ()), items)
-        return items, None if length is None else length - num_used
-
-    def position(self, start: Position, num_used: int) -> Position:
-        """Describe the position by the state of the dataset."""
-        rows = _rows_here(self) if num_used else Position()
-        return _position(self, num_used) | _start(self, start) | rows
-
-    def place(self, num_samples: int, epoch: int | None = None) -> Place:
-        """Name the batch by its number."""
-        return place_in(self.loader, num_samples)
-
-    def row_numbers(self) -> Iterable[int] | None:
-        """Return the rows where they come as they are stored."""
-        return row_numbers_of(self.loader)
-
-    def facts(self) -> LoaderFacts:
-        """Describe data and settings."""
-        return facts_of(self.loader)
-
-
-class Stateful:
-    """A loader with a ``state_dict`` of its own, such as torchdata's."""
-
-    kind = "stateful"
-
-    def __init__(self, loader: Any) -> None:
-        self.loader, self.copy = loader, LoaderCopy(loader)
-        self.generators = row_generators_of(loader)
-
-    def open(self, position: Position, shard: Shard) -> Pass:
-        """Load the state of the loader."""
-        return _open(self, position, shard, self._resume)
-
-    def _resume(
-        self, position: Position, start: Position, now: Any, shard: Shard
-    ) -> tuple[Iterator[Any], int | None]:
-        loader, length = self.loader, num_batches(self.loader)
-        if "loader" not in position:
-            set_random_state(now)
-            return iter(loader), length
-        loader.load_state_dict(position["loader"])
-        items = chain(position.get("pending", ()), iter(loader))
+def _resume_stream(
+    source: Source, position: Position, start: Position, now: Any, shard: Shard
+) -> tuple[Iterator[Any], int | None]:
+    loader, num_used = source.loader, position["num_batches"]
+    if num_used and has_shuffle_buffer(loader.dataset):
+        say("not bit-exact, because what was in the stream's shuffle buffer is lost.")
+    is_known = is_stateful(loader.dataset) and ("workers" in position or "dataset" in position)
+    if num_used and not is_known:
+        states = position.get("workers", {}).values()
+        if loader.persistent_workers and any("random" in state for state in states):
+            say("not bit-exact, because this data draws random numbers in kept workers.")
+        source.copy.end_workers()
+        items = source.copy.iterate({}, shard)
+        return read_again(loader, items, position, now, shard)
+    length = num_batches(loader)
+    if position.get("is_at_end"):
         set_random_state(now)
-        return items, None if length is None else length - position["num_batches"]
-
-    def position(self, start: Position, num_used: int) -> Position:
-        """Describe the position by the state of the loader."""
-        position = _position(self, num_used) | _start(self, start)
-        if num_used:
-            return position | Position(loader=self.loader.state_dict())
-        return position | _rows_here(self)
-
-    def place(self, num_samples: int, epoch: int | None = None) -> Place:
-        """Name the batch by its number, where batches have one size."""
-        return place_in(self.loader, num_samples)
-
-    def row_numbers(self) -> Iterable[int] | None:
-        """Return the rows where they come as they are stored."""
-        return row_numbers_of(self.loader)
-
-    def facts(self) -> LoaderFacts:
-        """Describe data and settings."""
-        return facts_of(self.loader)
+        return iter(position["pending"]), None
+    _restore_rows(source, position)
+    items = source.copy.iterate(position, shard)
+    if num_used or start["reuses_workers"]:
+        set_random_state(now)
+    if loader.num_workers == 0 and is_stream_of_datasets(loader.dataset):
+        items = forget_start(items, loader.dataset)
+    items = chain(position.get("pending", ()), items)
+    return items, None if length is None else length - num_used
 
 
-class Plain:
-    """Any other iterable of batches: a list, a generator, a loader with a way of its own."""
-
-    kind = "iterable"
-
-    def __init__(self, loader: Any) -> None:
-        self.loader, self.copy = loader, LoaderCopy(loader)
-        self.generators = row_generators_of(loader)
-
-    def open(self, position: Position, shard: Shard) -> Pass:
-        """Read again what was used, and drop it; of a list nothing has to be read."""
-        return _open(self, position, shard, self._resume)
-
-    def _resume(
-        self, position: Position, start: Position, now: Any, shard: Shard
-    ) -> tuple[Iterator[Any], int | None]:
-        return read_again(self.loader, iter(self.loader), position, now, shard)
-
-    def position(self, start: Position, num_used: int) -> Position:
-        """Describe the position by the number of batches."""
-        return _position(self, num_used) | _start(self, start) | _rows_here(self)
-
-    def place(self, num_samples: int, epoch: int | None = None) -> Place:
-        """Name the batch by its number, where batches have one size."""
-        return place_in(self.loader, num_samples)
-
-    def row_numbers(self) -> Iterable[int] | None:
-        """Return the rows where they come as they are stored."""
-        return row_numbers_of(self.loader)
-
-    def facts(self) -> LoaderFacts:
-        """Describe data and settings."""
-        return facts_of(self.loader)
+def _resume_stateful(
+    source: Source, position: Position, start: Position, now: Any, shard: Shard
+) -> tuple[Iterator[Any], int | None]:
+    loader, length = source.loader, num_batches(source.loader)
+    if "loader" not in position:
+        set_random_state(now)
+        return iter(loader), length
+    loader.load_state_dict(position["loader"])
+    items = chain(position.get("pending", ()), iter(loader))
+    set_random_state(now)
+    return items, None if length is None else length - position["num_batches"]
 
 
-class _Resume(Protocol):
-    def __call__(
-        self, position: Position, start: Position, now: Any, shard: Shard
-    ) -> tuple[Iterator[Any], int | None]: ...
+def _resume_iterable(
+    source: Source, position: Position, start: Position, now: Any, shard: Shard
+) -> tuple[Iterator[Any], int | None]:
+    return read_again(source.loader, iter(source.loader), position, now, shard)
+
+
+_Resume: TypeAlias = Callable[
+    [Source, Position, Position, Any, Shard], tuple[Iterator[Any], int | None]
+]
+_RESUME: dict[str, _Resume] = {
+    "dataloader": _resume_built,
+    "stream": _resume_stream,
+    "stateful": _resume_stateful,
+    "iterable": _resume_iterable,
+}
+"""How a pass is resumed, by the kind of loader."""
 
 
 def _open(source: Source, position: Position, shard: Shard, resume: _Resume) -> Pass:
@@ -402,7 +258,7 @@ def _open(source: Source, position: Position, shard: Shard, resume: _Resume) -> 
     now = get_random_state(devices=False)
     set_random_state(start["random"])
     restore_order(loader, start["generators"])
-    items, left = resume(position, start, now, shard)
+    items, left = resume(source, position, start, now, shard)
     num_used, other = position["num_batches"], batch_size_of(loader)
     if other is not None and _has_other_size(loader, position):
         # The rest of the batch in which the place is will be given as one, so this is its number.

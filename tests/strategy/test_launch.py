@@ -12,7 +12,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from manualloop import DistributedError, accumulate_gradients, launch, prepare_strategy
+from manualloop import (
+    DistributedError,
+    accumulate_gradients,
+    launch,
+    prepare_strategy,
+    verify_resume,
+)
 from manualloop.strategy.launch import refuse_training_alone
 
 PREFIXES = ("SLURM_", "OMPI_", "PMI", "MV2_", "MPI_")
@@ -92,6 +98,14 @@ def test_other_ways_to_train_alone_are_refused_too(monkeypatch: pytest.MonkeyPat
         prepare_strategy(Accelerator(cpu=True))
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+def test_what_starts_processes_itself_is_refused_inside_a_launcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DistributedError, match="verify_resume was called in one of 2 processes"):
+        verify_resume(print, at=1)
 
 
 def test_a_notebook_is_used_by_one_person(monkeypatch: pytest.MonkeyPatch) -> None:
