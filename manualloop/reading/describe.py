@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, SequentialSampler
 from manualloop.data.sampler import OrderedBatchSampler, num_batches
 from manualloop.errors import DataError
 from manualloop.internals import stored_table
+from manualloop.notices import say
 from manualloop.randomness import find_generators, seed_of
 from manualloop.reading.ranks import part_of
 from manualloop.strategy.base import Strategy
@@ -291,6 +292,22 @@ def require_same_data(loader: Any, facts: LoaderFacts, strategy: Strategy) -> No
 
 
 _PLAIN = (bool, int, float, complex, str, bytes)
+
+
+def report_different_batches(batches: Sequence[Any], strategy: Strategy) -> None:
+    """Report that ranks which each read the batches of all have read different ones.
+
+    A stream that asks for its rank and splits itself cannot be told by its attributes. Call on
+    every rank.
+    """
+    found = strategy.gather(data_digest(list(batches)))
+    if any(of_rank != found[0] for of_rank in found):
+        say(
+            "the ranks read different batches where each should read those of all, and uses its "
+            "own of them. If the stream splits its rows by rank itself, most of them are left out: "
+            "let it give all rows on every rank. If its rows only draw random numbers that differ "
+            "from rank to rank, none is lost."
+        )
 
 
 def _parts(

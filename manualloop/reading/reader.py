@@ -17,7 +17,12 @@ from manualloop.errors import DataError
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, set_random_state
 from manualloop.reading.dataloader import iterates_plainly, reads_by_sampler
-from manualloop.reading.describe import digest_of, identify, require_same_data
+from manualloop.reading.describe import (
+    digest_of,
+    identify,
+    report_different_batches,
+    require_same_data,
+)
 from manualloop.reading.generators import order_states, restore_order
 from manualloop.reading.position import Position, WorkerState, keeps_pending
 from manualloop.reading.ranks import (
@@ -98,7 +103,7 @@ class Reader:
         self._num_used = 0  # batches of this pass
         self._workers: dict[str, WorkerState] = {}
         self._last_worker: int | None = None
-        self._is_renumbered = self._is_checked = False
+        self._is_renumbered = self._is_checked = self._compares = False
         self._close_pass()
 
     def _close_pass(self) -> None:
@@ -149,6 +154,7 @@ class Reader:
         if self._shard.world_size > 1 and self._strategy:
             if not self._is_checked:
                 require_same_data(loader, self._facts, self._strategy)
+                self._compares = not reads_by_sampler(loader)  # else each reads its own alone
             if not position.get("num_batches"):
                 begin_in_common(self.source, self._strategy)
         self._is_checked = True
@@ -199,6 +205,10 @@ class Reader:
                 self._explain(error)
             raise
         self._is_read = fetched is None
+        if self._compares and self._strategy:
+            self._compares = False
+            batches = map(_batch_of, fetched.items) if fetched else ()
+            report_different_batches(list(batches), self._strategy)
         return fetched
 
     def _explain(self, error: Exception) -> None:

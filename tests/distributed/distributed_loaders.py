@@ -324,11 +324,31 @@ def check_wrong_length(folder, strategy):
         list(Reader(source_of(batches), strategy=strategy).batches())
 
 
+class SplitsItself(IterableDataset):
+    """A stream that asks for its rank: nothing tells so but its rows."""
+
+    def __init__(self, splits):
+        self.splits = splits
+
+    def __iter__(self):
+        start, step = (torch.distributed.get_rank(), 2) if self.splits else (0, 1)
+        return (Rows()[row] for row in range(start, NUM_ROWS, step))
+
+
+def check_splits_itself(folder, strategy):
+    """Rows are left out, and that is reported; the test of the output looks for the line."""
+    for splits in (False, True):
+        print(f"splits itself: {splits}", flush=True)
+        train(make_state(), DataLoader(SplitsItself(splits), BATCH_SIZE), strategy, max_steps=2)
+    print("splits itself: no more", flush=True)
+
+
 SCENARIOS = {
     **{name: partial(check, name) for name in LOADERS},
     "two ranks after one": check_more_ranks,
     "distributed by the user": check_distributed_by_others,
     "split by rank before": check_split_before,
+    "splits itself": check_splits_itself,
     "prepared by accelerate": check_ready_accelerator,
     "neighbours of one length": check_neighbours,
     "wrong length": check_wrong_length,

@@ -23,3 +23,9 @@ def test_every_row_is_read_once_and_every_resume_is_exact(name, outputs):
 def test_a_change_of_the_number_of_ranks_is_reported(outputs):
     assert "not bit-exact, because world_size: 2 -> 1." in outputs[0]
     assert "not bit-exact, because world_size: 1 -> 2." in outputs[0]
+
+
+def test_a_stream_that_splits_itself_is_reported(outputs):
+    before, whole, split, after = outputs[0].split("splits itself: ")[:4]
+    assert "the ranks read different batches" in split
+    assert not any("the ranks read different batches" in text for text in (before, whole, after))
