@@ -131,6 +131,7 @@ def launch(
     trained
     """
     check_arguments(
+        "launched_precision",
         function=function,
         args=args,
         num_processes=num_processes,
