@@ -341,9 +341,13 @@ def _train_steps(
         watch.settle(wait=True)
         raise
     finally:
-        state.is_training, state.task = False, None
-        if progress.num_steps == at_start:
-            forget()  # a batch that was refused decides nothing
+        _leave(state, forget if progress.num_steps == at_start else None)
+
+
+def _leave(state: TrainState, forget: Callable[[], object] | None) -> None:
+    state.is_training, state.task = False, None
+    if forget is not None:
+        forget()  # a batch that was refused decides nothing
 
 
 def _update_from(
