@@ -349,6 +349,13 @@ def _check_labels(
         _check_multi_label(labels, classes, place)
     elif task.name in ("single_label_classification", "token_classification"):
         check_class_ids(labels.cpu().numpy(), classes, place.row, in_lists=labels.ndim > 1)
+    elif task.name == "regression" and (labels.shape[-1] if labels.ndim > 1 else 1) != classes:
+        raise DataError(
+            f"Labels of shape {tuple(labels.shape)} in {place.batch}, but the model has "
+            f"num_labels={classes}: a regression has one number per output. Load the model with "
+            f"as many: from_pretrained(name, num_labels="
+            f"{labels.shape[-1] if labels.ndim > 1 else 1})."
+        )
     elif task.name == "regression" and not labels.is_floating_point() and not problem_type(model):
         warn_of_classes_as_values(labels.cpu().numpy(), f"the labels of {place.batch}")
 

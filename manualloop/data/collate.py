@@ -68,6 +68,12 @@ def explain_rows(rows: Sequence[Any]) -> str | None:
         if _is_text(values[0]):
             return text_message(column, values[0], is_tokenized="input_ids" in rows[0])
         lengths[column] = [_length(value) for value in values]
+    nested = next((c for c in rows[0] if any(_is_ragged(row.get(c)) for row in rows)), None)
+    if nested is not None:
+        return (
+            f"Column {nested!r} holds lists of lists of different lengths, which no tensor can "
+            "hold. Pad them with preprocess=, or pass a collate_fn that does."
+        )
     ragged = [column for column, found in lengths.items() if len(set(found)) > 1]
     if "labels" in ragged and (reason := _explain_alignment(rows)):
         return reason
@@ -85,6 +91,12 @@ def _is_text(value: Any) -> bool:
     while isinstance(value, list | tuple) and value:
         value = value[0]
     return isinstance(value, str)
+
+
+def _is_ragged(value: Any) -> bool:
+    """Tell whether lists inside a list have different lengths."""
+    lists = [item for item in value if isinstance(item, list)] if isinstance(value, list) else []
+    return len({*map(len, lists)}) > 1 or any(map(_is_ragged, lists))
 
 
 def _explain_alignment(rows: Sequence[Row]) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
+from manualloop.arguments import Checks
 from manualloop.data.labels import Found, Labels, class_message
 from manualloop.data.splits import Split, fix_all
 from manualloop.data.values import Values, distinct_in
@@ -23,17 +24,15 @@ from manualloop.tasks.task import IGNORE_INDEX
 
 
 class Labelled(NamedTuple):
-    """The splits with labels.
+    """The splits whose labels are judged together.
 
     Attributes:
-        reference: The split that the others are compared with.
-        splits: All of them.
+        splits: The splits, whose labels are of one kind.
         column: Their column of labels.
         labels: What is known of the labels.
         model: The model; None if it is unknown.
     """
 
-    reference: Split
     splits: list[Split]
     column: str
     labels: Labels
@@ -50,22 +49,43 @@ class Labelled(NamedTuple):
         return [number for number in kept if number != IGNORE_INDEX]
 
 
-def check_kind(split: Split, everything: Labelled) -> None:
-    """Refuse labels of another kind than those of the split that all are compared with."""
-    reference, column = everything.reference, everything.column
-    found, wanted = split.kinds[column], reference.kinds[column]
-    same = {"class": "int"}
-    if same.get(found, found) == same.get(wanted, wanted):
-        return
-    if {found, wanted} <= {"class", "int", "float"} and everything.labels.task == "regression":
-        return
-    words = {"class": "whole numbers", "int": "whole numbers", "float": "floats", "list": "lists"}
+def refuse_no_labels(split: Split, column: str) -> None:
+    """Refuse a column that holds neither numbers nor lists nor arrays of them.
+
+    Raises:
+        DataError: It holds dicts, dates or the like.
+    """
+    if split.kinds[column] == "other":
+        raise DataError(
+            f"Column {column!r} of {split.name} holds no labels, e.g. "
+            f"{split.first[column]!r:.60} (row 0). Name another one in label_column=, or make "
+            "numbers of it with preprocess=."
+        )
+
+
+def check_kind(split: Split, reference: Split, column: str, labels: Labels, check: Checks) -> bool:
+    """Tell whether a split's labels are of the kind of another's; if not, keep the error."""
+    found, wanted = _kind(split, column), _kind(reference, column)
+    if found == wanted or ({found, wanted} == {"int", "float"} and labels.task == "regression"):
+        return True
+    check(_refuse_kind, split, reference, column)
+    return False
+
+
+def _kind(split: Split, column: str) -> str:
+    kind = split.kinds[column]
+    return "int" if kind == "class" else kind
+
+
+def _refuse_kind(split: Split, reference: Split, column: str) -> None:
+    found, wanted = _kind(split, column), _kind(reference, column)
+    words = {"int": "whole numbers", "float": "floats", "list": "lists"}
     head = (
         f"The labels {column!r} of {split.name} are {words.get(found, found)}, e.g. "
         f"{split.first[column]!r:.60} (row 0), those of {reference.name} are "
         f"{words.get(wanted, wanted)}. "
     )
-    if found == "float" and wanted in ("class", "int") and _are_whole(split, column):
+    if (found, wanted) == ("float", "int") and _are_whole(split, column):
         raise DataError(f"{head}Make them integers: {split.fix(integers_call(column))}.")
     raise DataError(f"{head}Give all splits labels of one kind, or prepare them one by one.")
 
@@ -86,37 +106,32 @@ def check_missing(split: Split, values: Values, column: str) -> None:
     is_missing = values.is_missing | values.is_blank
     if not is_missing.any():
         return
-    row, kind = int(np.argmax(is_missing)), split.kinds[column]
+    row = int(np.argmax(is_missing))
     value = split.rows[row][column]
     is_inside = isinstance(value, list)
     found = f"None or NaN in {column}" if is_inside else f"{column}={value!r}"
     raise DataError(
         f"Row {row} of {split.name} has {found}. Rows without a value: {int(is_missing.sum())} of "
         f"{len(is_missing)}. "
-        f"{advice_on_missing(split, column, is_float=kind == 'float', in_lists=kind == 'list')}"
+        f"{advice_on_missing(split, column, is_blank=bool(values.is_blank.any()))}"
     )
 
 
-def advice_on_missing(
-    split: Split,
-    column: str,
-    *,
-    is_float: bool = False,
-    in_lists: bool = False,
-    is_blank: bool = False,
-) -> str:
+def advice_on_missing(split: Split, column: str, *, is_blank: bool) -> str:
     """Return the sentence on what to do with rows without a label.
 
     Args:
         split: The split.
         column: Its column of labels.
-        is_float: Whether NaN means that a label is missing.
-        in_lists: Whether values are missing inside lists.
         is_blank: Whether an empty string means that a label is missing.
     """
-    call = filter_missing(column, is_float=is_float, in_lists=in_lists, of="")
-    if is_blank and isinstance(split.first[column], str):
-        call = f'filter(lambda row: row["{column}"])'
+    kind = split.kinds[column]
+    call = filter_missing(
+        column, is_float=kind == "float", in_lists=kind in ("list", "texts"), of=""
+    )
+    if is_blank:
+        inside = "" if kind == "text" else f' and all(row["{column}"])'
+        call = f'filter(lambda row: row["{column}"]{inside})'
     line = split.fix(call)
     if split.is_train:
         return f"Filter them out: {line}."
@@ -141,7 +156,10 @@ def check_numbers(split: Split, values: Values, everything: Labelled) -> None:
         raise DataError(
             scalar_floats_message(found, column, labels.num_classes, are_whole=are_whole, line=line)
         )
-    if labels.task == "multi_label_classification" and kind == "list" and not labels.are_listed:
+    has_targets = labels.task == "multi_label_classification" and not labels.are_listed
+    if (has_targets and kind == "list") or labels.task == "regression":
+        _check_width(split, values, everything)
+    if has_targets and kind == "list":
         _check_targets(split, values, everything)
     has_classes = labels.task in ("single_label_classification", "token_classification")
     if labels.are_listed or (has_classes and kind in ("class", "int", "list")):
@@ -172,19 +190,23 @@ def _check_classes(split: Split, values: Values, everything: Labelled) -> None:
     )
 
 
+def _check_width(split: Split, values: Values, everything: Labelled) -> None:
+    """Refuse rows with more or fewer numbers than the model has outputs."""
+    classes = everything.labels.num_classes
+    is_other = (values.lengths != classes) & ~values.is_missing
+    if everything.model is None or not classes or not is_other.any():
+        return
+    row = int(np.argmax(is_other))
+    width = int(values.lengths[row])
+    raise DataError(
+        f"Row {row} of {split.name} has {width} labels, but the model has num_labels={classes}, "
+        "and the loss wants one number for each. Load the model with room for them: "
+        f"from_pretrained(name, num_labels={width})."
+    )
+
+
 def _check_targets(split: Split, values: Values, everything: Labelled) -> None:
-    """Refuse multi-label targets beyond 0 and 1, and rows of another width than the model's."""
-    classes, model = everything.labels.num_classes, everything.model
-    is_narrow = values.lengths != (classes or (values.lengths[0] if len(values.lengths) else 0))
-    is_narrow &= ~values.is_missing
-    if model is not None and classes and is_narrow.any():
-        row = int(np.argmax(is_narrow))
-        width = int(values.lengths[row])
-        raise DataError(
-            f"Row {row} of {split.name} has {width} labels, but the model has "
-            f"num_labels={classes}: multi-label labels have one number per class. Load the model "
-            f"with room for them: from_pretrained(name, num_labels={width})."
-        )
+    """Refuse multi-label targets beyond 0 and 1."""
     is_wrong = values.has_number & ((values.least < 0) | (values.most > 1))
     if not is_wrong.any():
         return

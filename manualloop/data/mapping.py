@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from manualloop.data.splits import Rows
+from manualloop.data.splits import Rows, fix_of
 from manualloop.errors import DataError
 from manualloop.mistakes import fill_argument, filter_missing, no_tokens_fix
 from manualloop.tasks.task import IGNORE_INDEX
@@ -55,12 +55,14 @@ class Encode:
         options: Arguments of the tokenizer.
         stream: Name of the stream whose rows are checked on the way; None for a dataset, whose rows
             were checked before.
+        key: Key of the stream among the splits, as code; None if there is no mapping.
     """
 
     tokenizer: Any
     texts: tuple[str, ...]
     options: Mapping[str, Any]
     stream: str | None = None
+    key: str | None = None
 
     def __call__(self, rows: Rows) -> Rows:
         """Return what the tokenizer makes of the texts.
@@ -71,11 +73,12 @@ class Encode:
         for name in self.texts if self.stream else ():
             if None in (cells := rows[name]):
                 fix = f"Fill it: {fill_argument([name], QUOTES)}, or filter such rows out: "
-                self._refuse(rows, cells.index(None), f"{name}=None", fix + filter_missing(name))
+                line = fix_of(self.key, filter_missing(name, of=""))
+                self._refuse(rows, cells.index(None), f"{name}=None", fix + line)
         encoded: Rows = self.tokenizer(*(rows[name] for name in self.texts), **self.options)
         if self.stream and (row := first_without_tokens(encoded)) is not None:
             cells = {name: rows[name][row] for name in self.texts}
-            line = f"dataset.{self.filter_call()}"
+            line = fix_of(self.key, self.filter_call())
             fix = no_tokens_fix(self.texts, cells, self.tokenizer, line)
             self._refuse(rows, row, "no tokens", fix.removesuffix("."))
         return encoded

@@ -347,7 +347,7 @@ def _prepare_split(
     if encode is not None:
         kinds = split.kinds
         split = split.select([name for name in kinds if name in texts or takes(name, kinds[name])])
-        run = replace(encode, stream=split.name) if split.is_stream else encode
+        run = replace(encode, stream=split.name, key=split.key) if split.is_stream else encode
         raw, split = split, split.map(run, remove=texts)
         _require_tokens(raw, split, encode)
     if labels.task in BY_TOKEN:

@@ -48,7 +48,7 @@ class Split(NamedTuple):
     @property
     def code(self) -> str:
         """The expression for the split in a line that a message prints."""
-        return "dataset" if self.key is None else f"dataset[{self.key}]"
+        return code_of(self.key)
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -68,8 +68,7 @@ class Split(NamedTuple):
 
     def fix(self, call: str) -> str:
         """Return the line of code that changes this split alone, by a call of its method."""
-        changed = f"{self.code}.{call}"
-        return changed if self.key is None else f"{self.code} = {changed}"
+        return fix_of(self.key, call)
 
     def select(self, names: Sequence[str]) -> Split:
         """Keep these columns."""
@@ -90,6 +89,17 @@ class Split(NamedTuple):
         first |= {name: values[0] for name, values in made.items()}
         rows = self.rows.map(function, batched=True, remove_columns=list(remove))
         return self._replace(rows=rows, first=first)
+
+
+def code_of(key: str | None) -> str:
+    """Return the expression for a split, by its key in a mapping; None: there is no mapping."""
+    return "dataset" if key is None else f"dataset[{key}]"
+
+
+def fix_of(key: str | None, call: str) -> str:
+    """Return the line of code that changes a split by a call of its method."""
+    changed = f"{code_of(key)}.{call}"
+    return changed if key is None else f"{code_of(key)} = {changed}"
 
 
 def fix_all(splits: Sequence[Split], call: str, names: str | None = None) -> str:

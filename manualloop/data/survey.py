@@ -17,6 +17,7 @@ from manualloop.data.judge import (
     check_kind,
     check_missing,
     check_numbers,
+    refuse_no_labels,
 )
 from manualloop.data.labels import (
     Labels,
@@ -192,13 +193,20 @@ def _survey_labels(
         labels = Labels(column, choices.task, None)
     if any(split.kinds[column] in TEXT_KINDS for split in visible.values()):
         if not choices.may_be_text:
+            for key, split in visible.items():
+                if (values := found[key]) is not None:
+                    check(check_missing, split, values, column)
             check(_refuse_texts, list(visible.values()), [found[key] for key in visible], column)
         return labels, hidden
-    everything = Labelled(reference, list(visible.values()), column, labels, choices.model)
-    for key, split in visible.items():
-        check(check_kind, split, everything)
+    alike = {k: s for k, s in visible.items() if check_kind(s, reference, column, labels, check)}
+    if choices.is_padded:
+        check(refuse_no_labels, reference, column)
+    everything = Labelled(list(alike.values()), column, labels, choices.model)
+    for key, split in alike.items():  # first, so that the lines run in the order of the message
         if (values := found[key]) is not None:
             check(check_missing, split, values, column)
+    for key, split in alike.items():
+        if (values := found[key]) is not None:
             check(check_numbers, split, values, everything)
     return labels, hidden
 
@@ -343,7 +351,7 @@ def _refuse_texts(splits: Sequence[Split], found: Sequence[Values | None], colum
         inner = f'sorted({{name for row in {split.code} for name in row["{column}"]}})'
         fix = class_lists_call(column, listed or inner)
     elif any(split.is_stream for split in splits):
-        read = f'sorted({{row["{column}"] for row in {split.code}}})'
+        read = f'sorted({{row["{column}"] for row in {split.code}}} - {{None, ""}})'
         number = f'{{"{column}": names.index(row["{column}"])}}'
         fix = f"map(lambda row, names={read if len(splits) == 1 else 'names'}: {number})"
         raise DataError(f"{head} Turn them into class numbers: {fix_all(splits, fix, read)}.")
@@ -367,5 +375,6 @@ def check_alignment(split: Split) -> None:
         return
     if (row := first_misaligned(split, "labels")) is not None:
         found = split.rows[row] if row else split.first
-        lengths = np.size(found["labels"]), len(found["input_ids"])
+        labels = found["labels"]
+        lengths = len(labels) if isinstance(labels, list) else 1, len(found["input_ids"])
         raise DataError(misaligned_message(*lengths, f"row {row} of {split.name}"))

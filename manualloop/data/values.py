@@ -120,7 +120,8 @@ def distinct_in(split: Split, column: str) -> NDArray[Any]:
     if numbers is not None:
         whole = whole.take(pa.array(numbers))
     found = [_numbers(_walk(part).leaves) for part in _in_parts(whole)]
-    return np.unique(np.concatenate([part[~np.isnan(part)] for part in found if part is not None]))
+    kept = [part[~np.isnan(part)] for part in found if part is not None]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *kept]))
 
 
 def _stored(split: Split, column: str) -> tuple[pa.ChunkedArray, Ints | None]:

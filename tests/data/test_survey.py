@@ -508,8 +508,9 @@ def test_one_name_in_a_list_is_that_column():
 
 def test_rows_of_another_width_than_the_model_are_refused_in_every_split():
     splits = {"train": table(label=[[0, 1], [1, 1]]), "dev": table(label=[[0.0, 1.0, 0.0]])}
-    assert "Row 0 of dev has 3 labels, but the model has num_labels=2" in refused(
-        splits, model=tiny_bert()
+    assert (
+        "Row 0 of dev has 3 labels, but the model has num_labels=2, and the loss wants"
+        in refused(splits, model=tiny_bert())
     )
 
 
@@ -617,3 +618,21 @@ def test_a_stream_that_knows_no_columns_hides_its_labels():
             {"test": IterableDataset.from_generator(generate)}, tiny_tokenizer(), model=tiny_bert()
         )["test"]
         assert "labels" not in next(iter(loader))
+
+
+def test_what_holds_no_labels_is_refused():
+    assert "Column 'label' of dev holds no labels, e.g. {'x': 1} (row 0)" in refused(
+        {"dev": table(label=[{"x": 1}, {"x": 2}])}
+    )
+
+
+@pytest.mark.parametrize(("label", "width"), [([[0.5, 1.0]] * 3, 2), ([0.5, 1.0, 2.0], 1)])
+def test_a_regression_has_one_number_per_output(label, width):
+    model = tiny_bert(3 - width, problem_type="regression")
+    message = refused({"dev": table(label=label)}, model=model)
+    assert f"Row 0 of dev has {width} labels, but the model has num_labels={3 - width}" in message
+    trains({"dev": table(label=label)}, tiny_bert(width, problem_type="regression"))
+    stream = table(label=label).to_iterable_dataset()
+    loader = prepare_dataloaders(stream, tiny_tokenizer(), model=model)["train"]
+    with pytest.raises(DataError, match="a regression has one number per output"):
+        train_loop(model, loader, max_steps=1, progress_bar=False)
