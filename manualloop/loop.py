@@ -273,7 +273,8 @@ def train_loop(
         if run.stopped_by is None:
             _follow(counted(steps, run_strategy, step_fn), state.pace, report, run, due, on_step)
         run.finish()
-    stopping.raise_signal(run.place)
+    if folder is not None:
+        stopping.raise_signal(run.place, strategy)
     return _result(state, run, report)
 
 

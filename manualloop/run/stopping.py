@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from manualloop.run.agreement import Agreement
+from manualloop.strategy.base import Strategy
 
 _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
@@ -86,18 +87,21 @@ class Stopping:
                 # meant for the process, so that the other run gets it as well.
                 outer(self._received, None)
 
-    def raise_signal(self, message: str) -> None:
-        """Raise what stands for the signal that has ended the run, if one has.
+    def raise_signal(self, message: str, strategy: Strategy) -> None:
+        """Raise what stands for the signal that has ended the run, if one has, on all ranks.
 
         A run inside another one returns instead: the other one was told, and ends after its update.
 
         Args:
             message: Text of the exception, where it can have one.
+            strategy: Strategy of the run: one rank alone may have got a signal after the last step.
 
         Raises:
             KeyboardInterrupt: SIGINT.
             SystemExit: SIGTERM or SIGUSR1, with the status 128 + number.
         """
+        if not self._agreement.is_alone:
+            self.cause = next(filter(None, strategy.gather(self.cause)), None)
         if self.cause is None or self._is_inner:
             return
         if self.cause == "SIGINT":

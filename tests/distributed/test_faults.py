@@ -128,7 +128,7 @@ def test_f19_rank_0_is_killed_between_its_save_and_its_message(tmp_path, undistu
 def test_one_rank_is_asked_to_end_and_all_do(fault, code, tmp_path, undisturbed):
     found = Outcome(tmp_path / "run", fault, 1)
     assert found.codes == [code, code], "\n".join(found.outputs)
-    (last,) = {log_of(found.folder, rank)[-1]["step"] for rank in range(2)}
+    last = log_of(found.folder, 0)[-1]["step"]  # the victim's on_step has no log
     assert max(bench.saved_steps(found.folder)) == last < bench.NUM_STEPS // 2
     if fault == "max_time":
         assert [one["stopped_by"] for one in found.results()] == [fault, fault]
