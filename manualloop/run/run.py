@@ -158,6 +158,7 @@ class Run:
             return
         if was_training and not self._state.model.training:
             put_modes_back()  # the next update would thaw layers that were set to eval
+        self._scored.read(returned, self._state.model)
         self._tell_scored()
         metrics = self._agree_on(returned)
         self._is_pending, self._evaluated_step = False, self._state.progress.num_steps

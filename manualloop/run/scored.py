@@ -20,6 +20,7 @@ from manualloop.models import is_sharded, sample_weights, unwrap_model
 from manualloop.objects import walk
 from manualloop.optim import schedule_free
 from manualloop.state import TrainState
+from manualloop.types import Scores
 
 
 class Scored:
@@ -39,6 +40,23 @@ class Scored:
         self.problem: str | None = None
         self.unsaved: str | None = None
         self.has_left_others = False
+        self._averages: dict[str, nn.Module] = {}
+
+    def take(self, path: str) -> None:
+        """Note that the scored weights are those of a module, by its path."""
+        module = self._averages[path]
+        self.weights, self.problem = (lambda: saved_part(module).state_dict()), None
+        self.unsaved = None if path.startswith("extras") else path
+
+    def read(self, returned: Any, model: nn.Module) -> None:
+        """Take what ``evaluate_loop`` has returned for the model that it scored."""
+        scored = returned.model() if isinstance(returned, Scores) and returned.model else None
+        scored = None if scored is None else unwrap_model(scored, adapters=False)
+        if scored is unwrap_model(model, adapters=False):
+            self.problem = None
+        for path, module in self._averages.items():
+            if scored is module:
+                self.take(path)
 
 
 @contextmanager
@@ -63,7 +81,7 @@ def watching(state: TrainState, **holders: Any) -> Iterator[Scored]:
         if module is model and not torch.equal(sample_weights(model), before):
             swapped.update(_copy(saved_part(model).state_dict()))
 
-    averages = _modules_like(model, {"extras": state.extras, **holders})
+    averages = scored._averages = _modules_like(model, {"extras": state.extras, **holders})
     try:
         with ExitStack() as stack:
             stack.enter_context(_evaluating(state))
@@ -75,8 +93,7 @@ def watching(state: TrainState, **holders: Any) -> Iterator[Scored]:
     if len(seen) == 1:
         ((path, module),) = seen.items()
         if module is not model:
-            scored.weights = lambda: saved_part(module).state_dict()
-            scored.unsaved = None if path.startswith("extras") else path
+            scored.take(path)
         elif swapped:
             scored.weights = lambda: swapped
     elif seen or any(path.startswith("extras") for path in averages):

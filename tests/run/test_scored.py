@@ -289,6 +289,35 @@ def test_scores_of_two_sets_of_weights_are_logged(tmp_path, lines):
     assert sum("model.safetensors has the trained weights" in line for line in lines()) == 1
 
 
+@pytest.mark.parametrize("returns_average", [True, False])
+def test_what_evaluate_loop_returned_tells_which_of_two_was_scored(
+    returns_average, tmp_path, lines
+):
+    model = tiny_bert()
+    average = AveragedModel(model)
+    seen = {}
+
+    def evaluate():
+        scores = [evaluate_loop(one, BATCHES) for one in (model, average.module)]
+        seen["model"], seen["average"] = bits(model), bits(average.module)
+        return scores[returns_average]
+
+    train_loop(
+        model,
+        BATCHES,
+        torch.optim.SGD(model.parameters(), lr=0.5),
+        num_epochs=1,
+        evaluate=evaluate,
+        extras={"average": average},
+        checkpoint_dir=tmp_path,
+        progress_bar=False,
+    )
+    bare = tiny_bert()
+    load_checkpoint(tmp_path, bare)
+    assert same(bits(bare), seen["average" if returns_average else "model"])
+    assert not [line for line in lines() if "trained weights" in line]
+
+
 def test_a_frozen_teacher_is_no_average(tmp_path, lines):
     model = nn.Linear(1, 1)
     teacher = copy.deepcopy(model)
