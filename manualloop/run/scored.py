@@ -33,6 +33,7 @@ class Scored:
         unsaved: Path of an average that was scored and is not among the ``extras``.
         has_left_others: Whether the model has other weights than before, because a copy of the
             average was not taken out of it again.
+        averages: Modules by their paths whose weights could be scored instead of the model's.
     """
 
     def __init__(self) -> None:
@@ -40,11 +41,11 @@ class Scored:
         self.problem: str | None = None
         self.unsaved: str | None = None
         self.has_left_others = False
-        self._averages: dict[str, nn.Module] = {}
+        self.averages: dict[str, nn.Module] = {}
 
     def take(self, path: str) -> None:
         """Note that the scored weights are those of a module, by its path."""
-        module = self._averages[path]
+        module = self.averages[path]
         self.weights, self.problem = (lambda: saved_part(module).state_dict()), None
         self.unsaved = None if path.startswith("extras") else path
 
@@ -54,7 +55,7 @@ class Scored:
         scored = None if scored is None else unwrap_model(scored, adapters=False)
         if scored is unwrap_model(model, adapters=False):
             self.problem = None
-        for path, module in self._averages.items():
+        for path, module in self.averages.items():
             if scored is module:
                 self.take(path)
 
@@ -81,7 +82,7 @@ def watching(state: TrainState, **holders: Any) -> Iterator[Scored]:
         if module is model and not torch.equal(sample_weights(model), before):
             swapped.update(_copy(saved_part(model).state_dict()))
 
-    averages = scored._averages = _modules_like(model, {"extras": state.extras, **holders})
+    averages = scored.averages = _modules_like(model, {"extras": state.extras, **holders})
     try:
         with ExitStack() as stack:
             stack.enter_context(_evaluating(state))
