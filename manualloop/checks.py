@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from manualloop.data.labels import BY_TOKEN, check_class_ids, warn_of_classes_as_values
+from manualloop.data.splits import fix_all, fix_of
 from manualloop.errors import ConfigError, DataError, ManualLoopError, ModelError
 from manualloop.internals import unwrap_optimizer
 from manualloop.mistakes import (
     filter_missing,
+    integers_call,
     misaligned_message,
     no_head_message,
     no_items_message,
@@ -337,10 +339,11 @@ def _check_labels(
         lengths = (labels.shape[-1] if labels.ndim > 1 else 1, ids.shape[-1])
         raise DataError(misaligned_message(*lengths, place.batch))
     if labels.is_floating_point() and bool((is_nan := labels.isnan()).any()):
-        row = int(is_nan.nonzero()[0, 0])
+        row, column = int(is_nan.nonzero()[0, 0]), place.origin.column
+        call = filter_missing(column, is_float=True, in_lists=labels.ndim > 1, of="")
         raise DataError(
             f"Label NaN in {place.row(row)}, which means it is missing. Filter such rows out: "
-            f"{filter_missing('labels', is_float=True, in_lists=labels.ndim > 1)}."
+            f"{fix_of(place.origin.key, call)}."
         )
     classes = num_labels(model)
     if classes is None:
@@ -348,7 +351,8 @@ def _check_labels(
     if task.name == "multi_label_classification":
         _check_multi_label(labels, classes, place)
     elif task.name in ("single_label_classification", "token_classification"):
-        check_class_ids(labels.cpu().numpy(), classes, place.row, in_lists=labels.ndim > 1)
+        numbers = labels.cpu().numpy()
+        check_class_ids(numbers, classes, place.row, place.origin, in_lists=labels.ndim > 1)
     elif task.name == "regression" and (labels.shape[-1] if labels.ndim > 1 else 1) != classes:
         raise DataError(
             f"Labels of shape {tuple(labels.shape)} in {place.batch}, but the model has "
@@ -364,7 +368,13 @@ def _check_multi_label(labels: Tensor, classes: int, place: Place) -> None:
     shape = tuple(labels.shape)
     if labels.ndim == 1:
         raise DataError(
-            scalar_floats_message(f"of shape {shape} in {place.batch}", "labels", classes)
+            scalar_floats_message(
+                f"of shape {shape} in {place.batch}",
+                place.origin.column,
+                classes,
+                are_whole=bool((labels == labels.round()).all()),
+                line=fix_all(place.origin.keys, integers_call(place.origin.column)),
+            )
         )
     if shape[1:] != (classes,):
         raise DataError(

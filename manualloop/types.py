@@ -141,16 +141,34 @@ class Plan(NamedTuple):
 OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]
 
 
+class Origin(NamedTuple):
+    """Where the labels of a loader come from.
+
+    Attributes:
+        column: Their column in the user's dataset.
+        key: Key of the split, as code; None if there is no mapping.
+        keys: Keys of all splits that have labels.
+        hidden: The forms in which they are hidden; None if they are not.
+    """
+
+    column: str = "labels"
+    key: str | None = None
+    keys: tuple[str | None, ...] = (None,)
+    hidden: str | None = None
+
+
 class Place(NamedTuple):
     """Where a batch and its rows come from, in words.
 
     Attributes:
         batch: Name of the batch, such as ``"train batch 7"``.
         row: Function from a row's number in the batch to the row's name.
+        origin: Where its labels come from.
     """
 
     batch: str
     row: Callable[[int], str]
+    origin: Origin = Origin()
 
 
 class LoaderFacts(NamedTuple):

@@ -40,7 +40,7 @@ class Labelled(NamedTuple):
 
     def fix(self, call: str) -> str:
         """Return the line that changes all of them."""
-        return fix_all(self.splits, call)
+        return fix_all([split.key for split in self.splits], call)
 
     def distinct(self) -> list[Any]:
         """Return the numbers that occur in all of them, sorted."""

@@ -7,6 +7,7 @@ rules before they are trained on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from manualloop.data.splits import Split
+from manualloop.data.splits import Split, fix_all, fix_of
 from manualloop.errors import DataError
 from manualloop.mistakes import as_map, renumber_call
 from manualloop.models import num_labels
 from manualloop.notices import logger
 from manualloop.tasks.task import IGNORE_INDEX, infer_task
+from manualloop.types import Origin
 
 BY_TOKEN = ("token_classification", "masked_lm", "causal_lm")
 """Tasks with a label for each token."""
@@ -70,10 +72,10 @@ def classes_of(split: Split, column: str, model: nn.Module | None) -> tuple[int 
     return number or (len(names) if names else None), bool(names)
 
 
-def hidden_labels(loader: Any) -> str | None:
-    """Return in what form a prepared loader's dataset hides its labels; None if it does not."""
-    found: str | None = getattr(getattr(loader, "dataset", None), "hidden_labels", None)
-    return found
+def origin_of(loader: Any) -> Origin:
+    """Return where the labels of a loader come from; those of a user's loader are "labels"."""
+    origin: Origin = getattr(getattr(loader, "dataset", None), "origin_of_labels", Origin())
+    return origin if isinstance(origin, Origin) else Origin()
 
 
 def hidden_message(forms: str) -> str:
@@ -89,7 +91,7 @@ def check_class_ids(
     labels: NDArray[np.integer],
     num_labels: int,
     where: Callable[[int], str],
-    column: str = "labels",
+    origin: Origin = Origin(),  # noqa: B008
     *,
     in_lists: bool = False,
 ) -> None:
@@ -99,7 +101,7 @@ def check_class_ids(
         labels: Class numbers of any shape, with the first axis over the places of ``where``.
         num_labels: Number of outputs of the model.
         where: Function that names a place by its index: "train batch 0 (row id 17)".
-        column: Name of the labels in the dataset.
+        origin: Where they are in the user's dataset.
         in_lists: Whether a row of the dataset has a list of labels.
 
     Raises:
@@ -117,7 +119,17 @@ from_pretrained(name, num_labels=3).
     wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= num_labels))
     first = tuple(np.argwhere(wrong)[0])
     found = Found(int(labels[first]), where(int(first[0])), np.unique(kept).tolist())
-    raise DataError(class_message(found, column, num_labels, in_lists=in_lists, are_all=False))
+    raise DataError(
+        class_message(
+            found,
+            origin.column,
+            num_labels,
+            in_lists=in_lists,
+            are_all=False,
+            fix=partial(fix_all, origin.keys),
+            fix_here=partial(fix_of, origin.key),
+        )
+    )
 
 
 class Found(NamedTuple):
@@ -143,8 +155,8 @@ def class_message(
     are_all: bool = True,
     are_named: bool = False,
     is_train: bool = True,
-    fix: Callable[[str], str] = "dataset.{}".format,
-    fix_here: Callable[[str], str] = "dataset.{}".format,
+    fix: Callable[[str], str],
+    fix_here: Callable[[str], str],
 ) -> str:
     """Return the message about a label that is no class, with the fix that fits its neighbours.
 

@@ -34,6 +34,7 @@ from manualloop.models import max_length as model_max_length
 from manualloop.models import model_name
 from manualloop.notices import say
 from manualloop.tasks.task import TASKS
+from manualloop.types import Origin
 
 if TYPE_CHECKING:
     from manualloop.data.survey import Survey
@@ -154,6 +155,7 @@ def prepare_dataloaders(
         collate_fn = padding_collate_fn(tokenizer, labels.task, pad_to_multiple_of)
         splits = {key: _in_tables(split, collate_fn) for key, split in splits.items()}
     loaders = {}
+    labelled = tuple(split.key for key, split in splits.items() if key not in found.hidden)
     with all_at_once() as check:
         for key, split in splits.items():
             lengths = check(
@@ -161,7 +163,9 @@ def prepare_dataloaders(
                 *(split, texts, labels.task),
                 *(pad_to_multiple_of or 1, max_tokens, group_by_length),
             )
-            split.rows.hidden_labels = found.hidden.get(key)
+            split.rows.origin_of_labels = Origin(
+                found.columns.label or "labels", split.key, labelled, found.hidden.get(key)
+            )
             loaders[key] = check(
                 ordered_loader,
                 split.rows,

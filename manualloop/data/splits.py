@@ -102,21 +102,21 @@ def fix_of(key: str | None, call: str) -> str:
     return changed if key is None else f"{code_of(key)} = {changed}"
 
 
-def fix_all(splits: Sequence[Split], call: str, names: str | None = None) -> str:
+def fix_all(keys: Sequence[str | None], call: str, names: str | None = None) -> str:
     """Return the line of code that changes several splits in the same way.
 
     Args:
-        splits: The splits.
+        keys: Keys of the splits, as code; a single None if there is no mapping.
         call: The call of a method that changes one.
         names: Code whose value the call uses as ``names``, and which is run before any split is
             changed.
     """
-    if len(splits) == 1:
-        return splits[0].fix(call)
-    keys = f"[{', '.join(str(split.key) for split in splits)}]"
-    each = f"name in {keys}"
+    if len(keys) == 1:
+        return fix_of(keys[0], call)
+    listed = f"[{', '.join(map(str, keys))}]"
+    each = f"name in {listed}"
     if names is not None:
-        each = f"name, names in zip({keys}, {len(splits)} * [{names}])"
+        each = f"name, names in zip({listed}, {len(keys)} * [{names}])"
     return f"for {each}: dataset[name] = dataset[name].{call}"
 
 

@@ -337,7 +337,7 @@ def first_misaligned(split: Split, column: str) -> int | None:
 def _refuse_texts(splits: Sequence[Split], found: Sequence[Values | None], column: str) -> None:
     """Refuse labels that are strings; the message numbers the strings of all splits alike."""
     texts = [split for split in splits if split.kinds[column] in TEXT_KINDS]
-    split = texts[0]
+    split, keys = texts[0], [split.key for split in splits]
     example = split.first[column]
     head = (
         f"{column!r} of {', '.join(s.name for s in texts)} holds strings, e.g. {example!r} (row 0)."
@@ -354,13 +354,13 @@ def _refuse_texts(splits: Sequence[Split], found: Sequence[Values | None], colum
         read = f'sorted({{row["{column}"] for row in {split.code}}} - {{None, ""}})'
         number = f'{{"{column}": names.index(row["{column}"])}}'
         fix = f"map(lambda row, names={read if len(splits) == 1 else 'names'}: {number})"
-        raise DataError(f"{head} Turn them into class numbers: {fix_all(splits, fix, read)}.")
+        raise DataError(f"{head} Turn them into class numbers: {fix_all(keys, fix, read)}.")
     elif len(splits) == 1:
         fix = f'class_encode_column("{column}")'
     else:
         listed = str(names) if len(names) <= 20 else f'sorted(set({split.code}["{column}"]))'
         fix = f'cast_column("{column}", datasets.ClassLabel(names={listed}))'
-    raise DataError(f"{head} Turn them into class numbers: {fix_all(splits, fix)}.")
+    raise DataError(f"{head} Turn them into class numbers: {fix_all(keys, fix)}.")
 
 
 def check_alignment(split: Split) -> None:

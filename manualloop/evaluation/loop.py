@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from manualloop.arguments import check_arguments
 from manualloop.batches import is_spare
 from manualloop.checks import explain, require_loader
-from manualloop.data.labels import hidden_labels, hidden_message
+from manualloop.data.labels import hidden_message, origin_of
 from manualloop.data.sampler import longest_first_view, num_batches, rows_before
 from manualloop.errors import DataError, ModelError
 from manualloop.evaluation.losses import Made, terms_of, whole_loss
@@ -226,7 +226,9 @@ def _score(
 
 def _refuse_hidden(loader: Any, batch: Any) -> None:
     """Refuse to score rows whose labels ``prepare_dataloaders`` found to be hidden."""
-    if not (isinstance(batch, Mapping) and "labels" in batch) and (forms := hidden_labels(loader)):
+    if not (isinstance(batch, Mapping) and "labels" in batch) and (
+        forms := origin_of(loader).hidden
+    ):
         raise DataError(hidden_message(forms))
 
 

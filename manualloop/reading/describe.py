@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, SequentialSampler
 
+from manualloop.data.labels import origin_of
 from manualloop.data.sampler import OrderedBatchSampler, num_batches
 from manualloop.errors import DataError
 from manualloop.internals import stored_table
@@ -407,15 +408,17 @@ def place_in(loader: Any, num_samples: int, epoch: int | None = None) -> Place:
         sampler: OrderedBatchSampler = loader.batch_sampler
         batch = f"{sampler.split} batch {sampler.batch_at(num_samples, epoch)}"
         return Place(
-            batch, lambda row: f"{batch} (row id {sampler.rows(epoch)[num_samples + row]})"
+            batch,
+            lambda row: f"{batch} (row id {sampler.rows(epoch)[num_samples + row]})",
+            origin_of(loader),
         )
-    size = batch_size_of(loader)
+    size, origin = batch_size_of(loader), origin_of(loader)
     if size is None:
-        return Place("a batch", lambda row: f"row {row} of a batch")
+        return Place("a batch", lambda row: f"row {row} of a batch", origin)
     batch = f"batch {num_samples // size}"
     if isinstance(getattr(loader, "sampler", None), SequentialSampler):
-        return Place(batch, lambda row: f"{batch} (row id {num_samples + row})")
-    return Place(batch, lambda row: f"row {row} of {batch}")
+        return Place(batch, lambda row: f"{batch} (row id {num_samples + row})", origin)
+    return Place(batch, lambda row: f"row {row} of {batch}", origin)
 
 
 def row_numbers_of(loader: Any) -> Iterable[int] | None:

@@ -636,3 +636,30 @@ def test_a_regression_has_one_number_per_output(label, width):
     loader = prepare_dataloaders(stream, tiny_tokenizer(), model=model)["train"]
     with pytest.raises(DataError, match="a regression has one number per output"):
         train_loop(model, loader, max_steps=1, progress_bar=False)
+
+
+STREAMED = {
+    "from 1": ([1, 2, 1, 2], 2, {"train": [0, 1, 0, 1]}),
+    "-1 and 1": ([-1, 1, 1, -1], 2, {"train": [0, 1, 1, 0]}),
+    "whole floats": ([0.0, 1.0], 2, {"train": [0, 1]}),
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize("is_mapping", [False, True])
+def test_the_line_for_a_stream_names_the_column_of_the_user(name, is_mapping):
+    labels, num_labels, expected = STREAMED[name]
+    stream = table(stars=labels).to_iterable_dataset()
+    hidden = table(stars=[-1, -1]).to_iterable_dataset()
+    data = {"train": stream, "dev": stream, "test": hidden} if is_mapping else stream
+    arguments = {"label_column": "stars", "batch_size": 4}
+    loaders = prepare_dataloaders(data, tiny_tokenizer(), model=tiny_bert(num_labels), **arguments)
+    with pytest.raises(DataError) as error:
+        train_loop(tiny_bert(num_labels), loaders["train"], max_steps=1, progress_bar=False)
+    fixed = run_fix(fixes_in(error.value)[0], data)
+    loaders = prepare_dataloaders(fixed, tiny_tokenizer(), model=tiny_bert(num_labels), **arguments)
+    assert labels_of(loaders["train"]) == expected["train"]
+    train_loop(tiny_bert(num_labels), loaders["train"], max_steps=1, progress_bar=False)
+    if is_mapping:
+        assert labels_of(loaders["dev"]) == expected["train"]
+        assert "labels" not in next(iter(loaders["test"]))
