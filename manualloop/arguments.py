@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from manualloop.errors import ConfigError, ManualLoopError
 
@@ -152,6 +152,21 @@ def _are_names(value: Any) -> bool:
     return isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _are_groups(value: Any) -> bool:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        return False
+    return not _is_list(value) or all(isinstance(group, dict) for group in value)
+
+
 def _is_port(value: Any) -> bool:
     is_text = isinstance(value, str) and value.isascii() and value.isdigit()
     return _is_whole(int(value) if is_text else value, 0, 65535)
@@ -170,10 +185,7 @@ _COUNT: _Meaning = (is_count, "a whole number of at least 1")
 _FLAG: _Meaning = (_is_flag, "True or False")
 _CALLED: _Meaning = (_is_function, "a function")
 _NAME: _Meaning = (lambda value: isinstance(value, str) and value != "", "a name")
-_LIST: _Meaning = (
-    lambda value: isinstance(value, Sequence) and not isinstance(value, str | bytes),
-    "a list",
-)
+_LIST: _Meaning = (_is_list, "a list")
 
 MEANINGS: dict[str, _Meaning] = {
     **dict.fromkeys(("at", "keep", "num_processes", "size"), _COUNT),
@@ -198,6 +210,12 @@ MEANINGS: dict[str, _Meaning] = {
     "on_nonfinite": (_is_reaction, 'one of "raise", "skip", "ignore"'),
     **dict.fromkeys(("label_column", "text_columns"), (_are_names, "a name or a list of names")),
     "fill": (_is_by_name, "a dict whose keys are names"),
+    **dict.fromkeys(("eps", "lr", "num_warmup_steps", "weight_decay"), (_is_number, "a number")),
+    "betas": (lambda value: _is_list(value) and all(map(_is_number, value)), "two numbers"),
+    "fused": (lambda value: value in ("auto", None) or _is_flag(value), 'True, False or "auto"'),
+    "num_training_steps": (lambda value: _is_whole(value, -(2**62)), "a whole number"),
+    "optimizer": (_has("param_groups"), "an optimizer: prepare_optimizer(model)"),
+    "param_groups": (_are_groups, 'a list of dicts, each with "params"'),
     "batch": (_is_batch, "a batch, such as a dict of tensors"),
     "model": (
         lambda value: isinstance(value, nn.Module),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
+from manualloop.arguments import check_arguments
 from manualloop.errors import ConfigError, ModelError
 from manualloop.internals import unwrap_optimizer
 from manualloop.models import model_name, own_config, unwrap_model
@@ -81,6 +82,16 @@ def prepare_optimizer(
     >>> [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
     [(0.01, 1), (0.0, 1)]
     """
+    check_arguments(
+        "param_groups",
+        model=model,
+        lr=lr,
+        weight_decay=weight_decay,
+        betas=betas,
+        eps=eps,
+        fused=fused,
+        param_groups=param_groups,
+    )
     numbers_fit = all(number >= 0 for number in (lr, weight_decay, eps))
     if not numbers_fit or not all(0 <= beta < 1 for beta in betas):
         raise ConfigError(

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from manualloop.optimizers.form import (
@@ -109,11 +110,14 @@ def _misfits(read: Saved, optimizer: Any, parameters: Mapping[str, Tensor]) -> I
     kind = _torch_kind(inner)
     for number, (saved, group) in enumerate(zip(read.options, inner.param_groups, strict=False)):
         for name in [name for name in saved if name in group]:
-            if not _is_like(saved[name], group[name], is_strict=kind is not None):
+            if not _is_like(name, saved[name], group[name], is_strict=kind is not None):
                 yield (
                     f"{name} of group {number} is {saved[name]!r:.60} in the checkpoint, "
                     f"{group[name]!r:.60} here"
                 )
+        on_cpu = any(parameter.device.type == "cpu" for parameter in group["params"])
+        if saved.get("capturable") and on_cpu and kind is not None:
+            yield f"group {number} is capturable in the checkpoint, which takes a GPU"
     if kind is None:
         return
     for number, group in enumerate(read.names):
@@ -141,32 +145,62 @@ def _misfit(entry: Any, parameter: Tensor, kind: str, options: Mapping[str, Any]
             return f"{name} is {value!r:.40}"
         if value.shape != parameter.shape:
             return f"{name} has the shape {tuple(value.shape)}, not {tuple(parameter.shape)}"
-        if value.is_complex() != parameter.is_complex() or not (
-            value.is_floating_point() or value.is_complex()
-        ):
+        # Some keep float32 moments of weights of fewer bits; the kernels take nothing smaller.
+        wider = () if parameter.is_complex() else (torch.float32, torch.float64)
+        if value.dtype not in (parameter.dtype, *wider):
             return f"{name} is {value.dtype}, the parameter {parameter.dtype}"
         if options.get("fused") and value.dtype != parameter.dtype:
             return f"{name} is {value.dtype}, the parameter {parameter.dtype}, under a fused kernel"
     for name in _NUMBERS:
         value = entry.get(name, None if name == "step" and kind not in _WITHOUT_STEP else 0)
-        if not _is_number(value):
+        if not _is_count(value):
             return f"{name} is {value!r:.40}"
     return None
 
 
+def _is_count(value: Any) -> bool:
+    """Tell whether a value is a step or another number that torch keeps of a parameter."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and value.dtype in _DTYPES_OF_COUNTS
+    return _is_number(value)
+
+
+_DTYPES_OF_COUNTS = (torch.float32, torch.float64, torch.int32, torch.int64)
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.numel() == 1
-    return isinstance(value, int | float)
+        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+    return type(value) in (int, float)
 
 
-def _is_like(saved: Any, own: Any, *, is_strict: bool) -> bool:
+def _is_like(name: str, saved: Any, own: Any, *, is_strict: bool) -> bool:
     """Tell whether an option has a value of the kind that the optimizer has now."""
     if saved is None or own is None:
-        return not (is_strict and saved is None and _is_number(own) and type(own) is not bool)
+        return not (is_strict and saved is None and _is_number(own))
     if isinstance(own, list | tuple):
-        return isinstance(saved, list | tuple) and len(saved) == len(own)
-    return _is_number(saved) if _is_number(own) else isinstance(saved, type(own))
+        return (
+            isinstance(saved, list | tuple)
+            and len(saved) == len(own)
+            and all(
+                _is_like(name, a, b, is_strict=is_strict) for a, b in zip(saved, own, strict=True)
+            )
+        )
+    if _is_number(own):
+        return _is_number(saved) and (not is_strict or _is_in_range(name, saved))
+    return isinstance(saved, type(own))
+
+
+def _is_in_range(name: str, saved: Any) -> bool:
+    if isinstance(saved, Tensor):
+        return True  # looking at it would wait for the device
+    if name == "betas":
+        return 0 <= saved < 1
+    least = 0 if name in ("lr", "eps", "weight_decay", "momentum") else -_MOST
+    return bool(least <= saved < _MOST)
+
+
+_MOST = 1e30
 
 
 def _torch_kind(inner: Any) -> str | None:
