@@ -17,6 +17,7 @@ from manualloop.checkpoint.changes import note_model, tell_unsaved
 from manualloop.checkpoint.contract import check_state, log_kept
 from manualloop.checkpoint.folders import (
     explain_disk,
+    explain_memory,
     local_folder,
     make_aside,
     remove_folder,
@@ -109,10 +110,11 @@ def save_checkpoint(
     ('step-00000000', 0)
     """
     check_arguments(state=state, metrics=metrics, keep=keep, best_metric=best_metric)
-    strategy = strategy_for(state.model, strategy)
-    strategy = begin_call(strategy, "save_checkpoint", step=state.progress.num_steps)
     directory = local_folder(checkpoint_dir)
     with ExitStack() as stack:
+        stack.enter_context(explain_memory(directory))
+        strategy = strategy_for(state.model, strategy)
+        strategy = begin_call(strategy, "save_checkpoint", step=state.progress.num_steps)
 
         def open_folder() -> None:
             with explain_disk(directory):
@@ -160,7 +162,8 @@ def write_checkpoint(
     The caller holds the lock of the folder. ``run`` is saved as it is. ``scored`` returns the
     weights that the metrics are of, if they are others than those that are trained.
     """
-    snapshot = take_state_apart(state, strategy, run, scored)
+    with explain_memory(directory):
+        snapshot = take_state_apart(state, strategy, run, scored)
     content = {
         "metrics": as_json(dict(metrics or {})),
         "best_metric": best_metric,

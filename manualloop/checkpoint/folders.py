@@ -7,11 +7,15 @@ import re
 import secrets
 import shutil
 import stat
+from _thread import start_new_thread
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
+
+import torch
 
 from manualloop.checkpoint.files import sha256
 from manualloop.checkpoint.manifest import FORMAT, MANIFEST, NAME, find_folders, manifest_bytes
@@ -68,12 +72,10 @@ def write_folder(
     Raises:
         OSError: From the disk. What was written is removed, older folders are untouched.
     """
-    aside = aside or make_aside(directory, step)
     final = _free_name(directory, step)
+    aside = aside or make_aside(directory, step)
     try:
-        with ThreadPoolExecutor(1) as pool:
-            sealing = {path.name: pool.submit(_seal, path) for path in write(aside)}
-            files = {name: sealed.result() for name, sealed in sealing.items()}
+        files = _seal_all(write(aside))
         manifest = {"format": FORMAT, "step": step, **content, "files": files}
         path = aside / MANIFEST
         path.write_bytes(manifest_bytes(manifest))
@@ -127,6 +129,43 @@ def _free_name(directory: Path, step: int) -> Path:
     return directory / (f"step-{step:08}-{max(taken) + 1}" if taken else f"step-{step:08}")
 
 
+def _seal_all(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Seal files in a thread of its own, while the next one is being written.
+
+    Where no thread can be had, or it ends for want of memory, this one does the work: nothing
+    waits for a thread that has not begun.
+    """
+    waiting: deque[Path] = deque()
+    sealed: dict[str, dict[str, Any]] = {}
+    names: list[str] = []
+    errors: list[BaseException] = []
+    is_busy = Lock()
+
+    def seal_waiting() -> None:
+        with is_busy:
+            try:
+                while waiting and not errors:
+                    path = waiting.popleft()
+                    sealed[path.name] = _seal(path)
+            except BaseException as error:
+                errors.append(error)
+
+    try:
+        for path in paths:
+            names.append(path.name)
+            waiting.append(path)
+            with suppress(RuntimeError):  # no more threads
+                start_new_thread(seal_waiting, ())
+        seal_waiting()
+    finally:
+        waiting.clear()
+        with is_busy:  # what is being sealed is still open
+            pass
+    if errors:
+        raise errors[0]
+    return {name: sealed[name] for name in names}
+
+
 def _seal(path: Path) -> dict[str, Any]:
     digest = sha256(path)
     _fsync(path)
@@ -156,16 +195,35 @@ def explain_disk(directory: Path, num_bytes: int | None = None) -> Iterator[None
         yield
     except ManualLoopError:
         raise
-    except OSError as error:
+    except Exception as error:  # of the disk, or for want of memory
         needed = "" if num_bytes is None else f" It takes {num_bytes / 1e6:.1f} MB."
         free = free_bytes(directory)
         space = "" if free is None else f" Free there: {free / 1e6:.1f} MB."
         entry = next((e for e in find_folders(directory) if e.manifest is not None), None)
         last = "There is none from before." if entry is None else f"The last is {entry.path}."
         raise CheckpointError(
-            f"No checkpoint could be written in {directory}: {error}.{needed}{space} {last} "
+            f"No checkpoint could be written in {directory}: {_shown(error)}.{needed}{space} "
+            f"{last} "
             "Free some space or make the folder writable, and start the run again: it resumes from "
             "there."
+        ) from error
+
+
+def _shown(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "memory ran out"
+    return str(error) if isinstance(error, OSError) else repr(error)
+
+
+@contextmanager
+def explain_memory(directory: Path) -> Iterator[None]:
+    """Turn an error for want of memory into one that tells that older checkpoints are whole."""
+    try:
+        yield
+    except (MemoryError, SystemError, torch.OutOfMemoryError) as error:
+        raise CheckpointError(
+            f"No checkpoint could be written in {directory}: memory ran out. Those from before are "
+            "as they were."
         ) from error
 
 

@@ -50,11 +50,12 @@ def hold_lock(directory: Path, *, again: bool = False) -> Iterator[None]:
         yield
         return
     descriptor = _acquire(directory / LOCK)
-    _held[key] = os.getpid()
     try:
+        _held[key] = os.getpid()
+        _sign(descriptor, directory)
         yield
     finally:
-        del _held[key]
+        _held.pop(key, None)
         with suppress(OSError):  # the folder may be gone, or read-only by now
             os.unlink(directory / LOCK)
         os.close(descriptor)
@@ -80,8 +81,13 @@ def _acquire(path: Path) -> int:
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                 break
         os.close(descriptor)  # its owner has removed it since it was opened
+    return descriptor
+
+
+def _sign(descriptor: int, directory: Path) -> None:
+    """Write into the file of a lock whose it is."""
     if owner := _read(descriptor):
-        say(f"taking over {path.parent} from a run that did not end by itself: {owner}.")
+        say(f"taking over {directory} from a run that did not end by itself: {owner}.")
     text = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -89,7 +95,6 @@ def _acquire(path: Path) -> int:
     }
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(text).encode(), 0)
-    return descriptor
 
 
 def _open(path: Path) -> int:

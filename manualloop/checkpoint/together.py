@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -59,16 +60,27 @@ def _remember(part: Any) -> Callable[[], None]:
     if cannot_fail(part):
         return lambda: None  # of the weights there is no second copy
     if isinstance(part, OptimizerStates):
-        put_back = [_remember(optimizer) for optimizer in part.optimizers]
+        return _remember_all([unwrap_optimizer(optimizer) for optimizer in part.optimizers])
+    state, attributes = deepcopy(part.state_dict()), getattr(part, "__dict__", {})
+    kept = dict(attributes)
 
-        def undo_all() -> None:
-            for undo in put_back:
-                undo()
+    def put_back() -> None:
+        with suppress(Exception):  # it may refuse every state
+            part.load_state_dict(state)
+        attributes.update(kept)
 
-        return undo_all
-    if isinstance(optimizer := unwrap_optimizer(part), Optimizer):
-        # Loading replaces these objects, and does not change what is in them.
-        kept, groups = dict(vars(optimizer)), [dict(group) for group in optimizer.param_groups]
-        return lambda: vars(optimizer).update(kept, param_groups=groups)
-    state = deepcopy(part.state_dict())
-    return lambda: part.load_state_dict(state)
+    return put_back
+
+
+def _remember_all(optimizers: list[Optimizer]) -> Callable[[], None]:
+    # Loading replaces these objects, and does not change what is in them.
+    kept = [
+        (optimizer, dict(vars(optimizer)), [dict(group) for group in optimizer.param_groups])
+        for optimizer in optimizers
+    ]
+
+    def put_back() -> None:
+        for optimizer, attributes, groups in kept:
+            vars(optimizer).update(attributes, param_groups=groups)
+
+    return put_back

@@ -42,6 +42,9 @@ def _differences(optimizer: Any, names: Mapping[str, Tensor], saved: Any) -> Ite
             yield f"groups of {sizes} parameters in the checkpoint, of {list(map(len, own))} here"
             return
     read = read_state(saved, own, names)
+    for part in ("others", "more"):
+        if not isinstance(getattr(read, part), Mapping):
+            raise TypeError(f"{part} is a {type(getattr(read, part)).__name__}")
     if read.kind not in (None, kind):
         yield f"{read.kind} in the checkpoint, {kind} here"
         return
@@ -162,7 +165,7 @@ def _is_count(value: Any) -> bool:
     """Tell whether a value is a step or another number that torch keeps of a parameter."""
     if isinstance(value, Tensor):
         return value.ndim == 0 and value.dtype in _DTYPES_OF_COUNTS
-    return _is_number(value)
+    return type(value) in (int, float) and 0 <= value < _MOST
 
 
 _DTYPES_OF_COUNTS = (torch.float32, torch.float64, torch.int32, torch.int64)

@@ -82,7 +82,7 @@ class OptimizerStates:
 
 def _as_list(saved: Any) -> list[Any]:
     # A dict is of release 0.1.0, or what torch's own optimizers return.
-    return [saved] if isinstance(saved, Mapping) else list(saved)
+    return list(saved) if isinstance(saved, list | tuple) else [saved]
 
 
 def _load(optimizer: Any, names: Mapping[str, Tensor], saved: Any, *, copies: bool) -> None:
