@@ -165,7 +165,7 @@ def _is_count(value: Any) -> bool:
     """Tell whether a value is a step or another number that torch keeps of a parameter."""
     if isinstance(value, Tensor):
         return value.ndim == 0 and value.dtype in _DTYPES_OF_COUNTS
-    return type(value) in (int, float) and 0 <= value < _MOST
+    return type(value) in (int, float) and bool(0 <= value < _MOST)
 
 
 _DTYPES_OF_COUNTS = (torch.float32, torch.float64, torch.int32, torch.int64)
