@@ -198,7 +198,7 @@ def _is_in_range(name: str, saved: Any) -> bool:
     if isinstance(saved, Tensor):
         return True  # looking at it would wait for the device
     if name == "betas":
-        return 0 <= saved < 1
+        return bool(0 <= saved < 1)
     least = 0 if name in ("lr", "eps", "weight_decay", "momentum") else -_MOST
     return bool(least <= saved < _MOST)
 
