@@ -1,4 +1,4 @@
-"""The exchange of values between the hosts of the ranks, for which nothing waits on a device."""
+"""The exchange of values between the hosts of the ranks, without waiting for a device."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _HEAD = struct.Struct(f"<40s16sq{_NUM_COUNTS}d")
 class Hosts:
     """The ranks as processes on hosts, which exchange values in a gloo group of their own.
 
-    Every exchange begins with heads of one size, which tell what each rank is about. So what a rank
-    sends for one purpose can meet what another one sends for something else, and both notice. No
-    gradient passes through this group, and could be taken for such a head. Unlike NCCL, gloo
-    notices at once that a process is gone.
+    Every exchange begins with heads of one size, which name the function that each rank is in. So
+    if a rank is in another function than the others, all of them notice. Gradients are reduced in
+    another group, where they cannot be taken for such a head. Unlike NCCL, gloo notices at once
+    that a process is gone.
 
     Args:
         timeout: Seconds that the ranks wait for each other; None for torch's default.

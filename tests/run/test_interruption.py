@@ -105,7 +105,7 @@ def test_threads_that_end_are_awaited(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("is_new", [True, False], ids=["begun inside", "kept from before"])
-def test_threads_that_go_on_drawing_are_reported(
+def test_threads_that_still_draw_are_reported(
     is_new: bool,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

@@ -188,7 +188,7 @@ def test_the_addresses_are_those_that_lead_from_machine_to_machine() -> None:
     assert "10.0.0.1" in ways[2]
 
 
-def test_ranks_that_cannot_connect_are_named_and_the_run_goes_on(
+def test_ranks_that_cannot_connect_are_named_and_the_run_continues(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machines = iter("ab")
