@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from manualloop.checkpoint.functions import describe_function
 from manualloop.internals import unwrap_optimizer
 from manualloop.models import config_of, unwrap_model
+from manualloop.objects import without_root
 from manualloop.schedules import PlannedLR, own_schedule
 
 Facts = dict[str, Any]
@@ -104,7 +105,11 @@ def _config_facts(config: Any) -> Facts:
     to_dict = getattr(config, "to_dict", None)
     if to_dict is None:
         return {}
-    return {key: plain(v) for key, v in to_dict().items() if key not in _NO_SETTINGS}
+    return {
+        key: plain(without_root(value))
+        for key, value in to_dict().items()
+        if key not in _NO_SETTINGS
+    }
 
 
 # Of a config: written by the library, or at the first batch.
@@ -143,9 +148,8 @@ def schedule_class(lr_scheduler: Any) -> str | None:
         return None
     if isinstance(lr_scheduler, tuple):  # of several optimizers
         return ", ".join(str(schedule_class(one)) for one in lr_scheduler)
-    is_planned = type(lr_scheduler) is not LambdaLR and hasattr(lr_scheduler, "settings")
-    name = type(lr_scheduler).__name__
-    return LambdaLR.__name__ if is_planned and isinstance(lr_scheduler, LambdaLR) else name
+    kind = LambdaLR if isinstance(lr_scheduler, PlannedLR) else type(lr_scheduler)
+    return kind.__name__
 
 
 def schedule_facts(lr_scheduler: Any) -> tuple[str | None, Facts]:

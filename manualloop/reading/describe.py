@@ -19,6 +19,7 @@ from manualloop.data.sampler import OrderedBatchSampler, num_batches
 from manualloop.errors import DataError
 from manualloop.internals import stored_table
 from manualloop.notices import say
+from manualloop.objects import without_root
 from manualloop.randomness import find_generators, seed_of
 from manualloop.reading.ranks import part_of
 from manualloop.strategy.base import Strategy
@@ -177,9 +178,13 @@ class _Room:
         self.num_bytes -= num_bytes
         return True
 
+    def num_keys(self) -> int:
+        """Return the number of keys of a dict that are digested."""
+        return max(_NUM_SAMPLED, self.num_objects)
+
     def rows(self, size: int) -> Iterable[int]:
         """Return the numbers of a list's rows that are digested: all, or some spread evenly."""
-        number = min(size, max(_NUM_SAMPLED, self.num_objects))
+        number = min(size, self.num_keys())
         self.num_objects -= number
         return (i * (size - 1) // max(number - 1, 1) for i in range(number))
 
@@ -316,7 +321,9 @@ def _parts(
 ) -> Iterator[bytes]:
     """Give the plain data in an object, piece by piece: all of it, if there is room for it."""
     if value is None or isinstance(value, _PLAIN):
-        yield repr(value)[:1000].encode() if room is None else repr(value).encode()
+        yield repr(value)[:1000].encode() if room is None else repr(without_root(value)).encode()
+    elif isinstance(value, np.ndarray) and value.dtype.kind == "O":
+        yield from _parts(value.reshape(-1).tolist(), depth + 1, seen, settings, room)
     elif isinstance(value, Tensor | np.ndarray):
         yield _of_array(value, room)
     elif id(value) in seen or depth > _DEPTH:
@@ -335,10 +342,10 @@ def _parts(
             yield from _parts(base.__getitem__(value, number), depth + 1, seen, settings, room)
     elif isinstance(value, Mapping):
         seen.add(id(value))
-        for key in list(value)[: _NUM_SAMPLED if room is None else room.num_objects]:
+        for key in list(value)[: _NUM_SAMPLED if room is None else room.num_keys()]:
             yield repr(key)[:1000].encode()
             yield from _parts(value[key], depth + 1, seen, settings, room)
-    elif type(value).__module__.startswith("pandas.") and hasattr(value, "to_numpy"):
+    elif type(value).__module__.partition(".")[0] == "pandas" and hasattr(value, "to_numpy"):
         yield _of_pandas(value)
     elif isinstance(value, logging.Logger):
         return
@@ -365,10 +372,10 @@ def _of_array(array: Any, room: _Room | None = None) -> bytes:
         if isinstance(array, Tensor):
             array = array.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return head.encode() + hashlib.sha256(np.ascontiguousarray(array).data).digest()
-    rows = array[torch.tensor(sampled(len(array)))] if array.ndim else array
+    rows = array[sampled(len(array))] if array.ndim else array
     if rows.ndim > 1:
         rows = rows.reshape(len(rows), -1)
-        rows = rows[:, torch.tensor(sampled(rows.shape[1]))]
+        rows = rows[:, sampled(rows.shape[1])]
     return f"{head} {rows.tolist()}".encode()
 
 
