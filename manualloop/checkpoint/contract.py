@@ -313,6 +313,8 @@ def check_finished(
     groups |= set() if is_extended else {"observed", "ends", "schedule"}
     # Of epochs the number of steps follows from what is compared, and from the number of ranks.
     found = [d for d in differences(asked, now) if d.group in groups and d.name != "num_steps"]
+    if is_extended:  # a schedule of the user's own is a function of the length
+        found = [d for d in found if d.name != "lr_scheduler" or _has_other_name(d)]
     sizes = [
         (c["exact"].get("world_size") or 1) * (c["settings"]["gradient_accumulation_steps"] or 1)
         for c in (saved, now)
@@ -329,6 +331,10 @@ def check_finished(
             + "\nGive this run another checkpoint_dir, or repeat the command of the run in the "
             "folder. To train on from its weights, see docs/resume.md."
         )
+
+
+def _has_other_name(difference: Difference) -> bool:
+    return _CODE.sub("", str(difference.old)) != _CODE.sub("", str(difference.new))
 
 
 def log_differences(saved: Contract, now: Contract, *, workers_matter: bool) -> None:

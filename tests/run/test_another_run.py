@@ -167,6 +167,38 @@ def test_a_dataset_that_is_used_again_is_the_same_though_it_has_filled_a_cache(
     assert train(tmp_path, loader) == 0
 
 
+def falling(total: int) -> Callable[[Any], Any]:
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: max(0.0, 1 - step / total)
+    )
+
+
+def test_an_extended_run_may_have_a_schedule_of_its_own_for_its_length(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = list(X.split(2))
+
+    def run(num_epochs: int, total: int) -> int:
+        weights = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(weights.parameters(), lr=0.1)
+        return train(
+            tmp_path,
+            batches,
+            model=weights,
+            optimizer=lambda parameters: optimizer,
+            lr_scheduler=falling(total)(optimizer),
+            num_epochs=num_epochs,
+        )
+
+    assert run(2, 10) == 10
+    caplog.set_level("INFO", logger="manualloop")
+    assert run(3, 15) == 5
+    assert "lr_scheduler: falling" in caplog.text
+    with pytest.raises(CheckpointError, match="lr_scheduler"):
+        run(3, 16)
+    assert run(3, 15) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
