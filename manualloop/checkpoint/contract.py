@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -261,36 +261,46 @@ def contract_differences(a: Contract, b: Contract) -> list[str]:
     return [str(difference) for difference in differences(a, b)] if a and b else []
 
 
-def check_contract(saved: Contract, now: Contract, what: Iterable[str] | None = None) -> None:
+def check_contract(saved: Contract, now: Contract) -> None:
     """Refuse to resume a run on other data, or with an optimizer or a schedule of another class.
 
     Args:
         saved: The contract of the checkpoint.
         now: The contract of the run that resumes.
-        what: Names of the facts that are compared; None for all of them.
 
     Raises:
-        CheckpointError: Of these facts some differ; the message lists them.
+        CheckpointError: They differ; the message lists how.
     """
-    found = [d for d in differences(saved, now) if d.group == "same"]
-    if found := [d for d in found if what is None or d.name in what]:
+    _refuse([d for d in differences(saved, now) if d.group == "same" and not _is_missing(d)])
+
+
+def check_state(saved: Contract | None, state: TrainState) -> None:
+    """Refuse to load the state of a schedule into one of another class.
+
+    Raises:
+        CheckpointError: As in ``check_contract``.
+    """
+    built = _as_read(describe_state(state))
+    found = [] if saved is None else differences(saved, built)
+    _refuse([d for d in found if d.name == _SCHEDULE_CLASS and not _is_missing(d)])
+
+
+_SCHEDULE_CLASS = "class of lr_scheduler"
+
+
+def _is_missing(difference: Difference) -> bool:
+    # That a schedule is missing is told when the parts of the state are compared.
+    return difference.name == _SCHEDULE_CLASS and None in (difference.old, difference.new)
+
+
+def _refuse(found: list[Difference]) -> None:
+    if found:
         raise CheckpointError(
             "The checkpoint is of another run, and nothing was trained:\n"
             + "\n".join(f"- {difference}" for difference in found)
             + "\nResume with what it was begun with, or begin anew in another checkpoint_dir, with "
             "the weights of the checkpoint if you like: see docs/resume.md."
         )
-
-
-def check_state(saved: Contract | None, state: TrainState) -> None:
-    """Refuse to load a checkpoint into a state with an optimizer or a schedule of another class.
-
-    Raises:
-        CheckpointError: As in ``check_contract``.
-    """
-    built = _as_read(describe_state(state))
-    if saved is not None:
-        check_contract(saved, built, what=built["same"])
 
 
 def check_finished(
