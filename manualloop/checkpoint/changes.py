@@ -225,11 +225,12 @@ def restore_changes(model: nn.Module, changes: Mapping[str, Mapping[str, Any]]) 
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for name, requires_grad in changes.get("requires_grad", {}).items():
-        if name in parameters:
-            parameters[name].requires_grad_(requires_grad)
+        weight = parameters.get(name)
+        if weight is not None and (weight.is_floating_point() or weight.is_complex()):
+            weight.requires_grad_(requires_grad)
     for name, value in changes.get("buffers", {}).items():
         path, _, own = name.rpartition(".")
-        if name in buffers:
+        if name in buffers and isinstance(value, Tensor):
             setattr(modules[path], own, _like(buffers[name], value))
     attributes = {**changes.get("attributes", {}), **changes.get("on device", {})}
     device = next((weight.device for weight in parameters.values()), None)

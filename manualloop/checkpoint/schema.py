@@ -279,7 +279,8 @@ _EVALUATIONS = fields(
         "num_since_best": whole(),
         "last": by_name(_metric),
         "best": by_name(_metric),
-    }
+    },
+    {"best_step": maybe(whole()), "is_lower_better": flag},
 )
 _INTERVAL = fields({"num_steps": whole(), "num_items": finite, "total": number})
 _LOSSES = fields({"losses": items(number), "num_items": items(finite)})
@@ -327,6 +328,7 @@ _CHANGES = fields(
         "training": by_name(flag),
         "buffers": by_name(anything),
         "attributes": by_name(anything),
+        "on device": by_name(anything),
     },
 )
 

@@ -92,7 +92,7 @@ class Evaluations:
                 best evaluation is found in there.
         """
         if isinstance(notes, Mapping) and self._decides_as(notes):
-            vars(self).update(notes)
+            vars(self).update((name, notes[name]) for name in vars(self) if name in notes)
             return
         found = [(_metrics(record), record["step"]) for record in filter(_is_evaluation, records)]
         if isinstance(notes, list):

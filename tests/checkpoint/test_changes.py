@@ -228,7 +228,11 @@ def test_an_evaluation_by_hand_that_leaves_eval_mode_thaws_nothing(tmp_path):
 def test_a_forged_attribute_replaces_no_code():
     model = nn.Linear(1, 1)
     changes = {"attributes": {":forward": 1, ":_modules": {}, ":weight": 3, ":tau": 0.5}}
-    restore_changes(model, changes | {"training": {"nowhere": False}})
+    changes |= {"training": {"nowhere": False}, "buffers": {"passes": 3, "elsewhere": 1}}
+    model.register_buffer("passes", torch.zeros(()), persistent=False)
+    model.register_parameter("counts", nn.Parameter(torch.ones(1, dtype=int), requires_grad=False))
+    restore_changes(model, changes | {"requires_grad": {"counts": True, "nothing": False}})
+    assert model.passes == 0
     assert model(torch.ones(1, 1)).shape == (1, 1)
     assert model.tau == 0.5
 
