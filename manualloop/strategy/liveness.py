@@ -149,7 +149,7 @@ class Connections:
             waited: Whether it has failed because the others did not come in time.
         """
         call = self.call
-        if not self._wait(self._has_news, _REPORT):
+        if not self._wait(self._has_news, _REPORT) and self._links:
             self._ask_all()
         known = self.failures() or sorted(self._reports.values(), key=lambda r: r.state == "ended")
         if not known:
