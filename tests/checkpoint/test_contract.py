@@ -91,8 +91,8 @@ def train(folder: Path, **options: Any) -> list[int]:
     return made
 
 
-# For every argument of train_loop a run that differs from train() in this argument alone. Whoever
-# adds an argument adds a line.
+# For every argument of train_loop a run that differs from train() in this argument alone. A new
+# argument needs a line here.
 OTHER: dict[str, dict[str, Any]] = {
     "model": {"model": build(dropout=0.2)},
     "train_dataloader": {"train_dataloader": [*BATCHES[:4], BATCHES[4] + 1e-6]},

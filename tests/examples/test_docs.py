@@ -165,7 +165,8 @@ def test_the_ways_to_change_a_run_work(tmp_path, monkeypatch, caplog):
         _, rates, lines = run(block)
         assert (rates[0], len(rates), lines) == (rate_at_first, num_steps, [])
     _, rates, lines = run(extend)
-    assert len(rates) == 2 * NUM_BATCHES
+    steps = range(3 * NUM_BATCHES, 5 * NUM_BATCHES)
+    assert rates == pytest.approx([5e-5 * (1 - step / (5 * NUM_BATCHES)) for step in steps])
     assert any("num_epochs: 3 -> 5" in line for line in lines)
 
 
