@@ -114,7 +114,8 @@ def train_steps(
 
     Raises:
         ConfigError: The arguments do not fit together.
-        DataError: The data cannot be trained on.
+        DataError: The data cannot be trained on, no update of an epoch was applied, or an epoch has
+            another length than the one by which its schedule was planned.
         ModelError: The model or the optimizer cannot be trained.
         NonFiniteError: The loss or the gradient norm is NaN or infinite; it names the rows.
         DistributedError: Another rank is gone; the message says which, and why if it could tell.

@@ -75,12 +75,12 @@ class Step:
     Attributes:
         index: Updates applied so far, this one included: counts from 1.
         epoch: The epoch it belongs to: counts from 0.
-        num_steps: Updates planned for the whole run.
+        num_steps: Updates that the whole run will have made, as far as the epoch at hand tells.
         loss: Mean loss over the window's items before the update; 0-d, on the device.
         lr: Learning rate of the first parameter group that this update used; NaN if it has none.
         grad_norm: Gradient norm before clipping, 0-d, or None unless ``max_grad_norm`` is set.
         num_items: Items in the window: rows, tokens or elements, by task.
-        ends_epoch: Whether this is the epoch's last update.
+        ends_epoch: Whether this is the epoch's last update. Where that was skipped, no step is.
         is_last: Whether the run ends with it.
         num_skipped: Updates left out so far in the run.
     """
