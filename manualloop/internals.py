@@ -327,7 +327,8 @@ def prepare_optimizer_once(accelerator: Any, optimizer: Optimizer) -> Optimizer:
     for held in known:
         if optimizer is held or optimizer is held.optimizer:
             return held  # type: ignore[no-any-return]
-    prepared: Optimizer = accelerator.prepare_optimizer(optimizer)
+    casts = bool(optimizer.state) and accelerator.device.type != "xla"  # where it would place it
+    prepared: Optimizer = accelerator.prepare_optimizer(optimizer, False if casts else None)
     if known is _PREPARED.get(accelerator):
         known.append(prepared)
     return prepared

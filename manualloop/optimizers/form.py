@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from manualloop.errors import CheckpointError
 from manualloop.internals import unwrap_optimizer
 
 Names = list[list[str]]
@@ -59,11 +60,23 @@ class Saved(NamedTuple):
 
 
 def take_state(optimizer: Any, names: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the state of an optimizer by the names of its parameters."""
+    """Return the state of an optimizer by the names of its parameters.
+
+    Raises:
+        CheckpointError: It keeps state of parameters that are in none of its groups.
+    """
+    parameters, held = list(_parameters(optimizer)), getattr(inner_of(optimizer), "state", {})
+    known = set(map(id, parameters))
+    stray = [key for key in held if isinstance(key, Tensor) and id(key) not in known]
+    if stray:
+        raise CheckpointError(
+            f"The {class_of(optimizer)} keeps state of {len(stray)} parameters that are in none of "
+            f"its groups, the first of shape {tuple(stray[0].shape)}. Remove it as well: "
+            "optimizer.state.pop(parameter)."
+        )
     state_dict = optimizer.state_dict()
     own = names_of(optimizer, names)
     flat = [name for group in own for name in group]
-    parameters = list(_parameters(optimizer))
     taken: dict[str, Any] = {
         "class": class_of(optimizer),
         "names": own,
@@ -82,7 +95,6 @@ def take_state(optimizer: Any, names: Mapping[str, Tensor]) -> dict[str, Any]:
             entries[name_of[key]] = entry
         else:
             others[key] = entry
-    held = getattr(inner_of(optimizer), "state", {})
     of_name = dict(zip(flat, parameters, strict=True))
     return taken | {
         "options": [_options(group) for group in packed],

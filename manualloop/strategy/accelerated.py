@@ -29,7 +29,7 @@ from manualloop.strategy.hosts import Hosts, connect_hosts
 from manualloop.strategy.launch import num_launched, refuse_training_alone
 from manualloop.strategy.liveness import release_at_end
 from manualloop.strategy.meeting import explaining_network
-from manualloop.strategy.transfer import move
+from manualloop.strategy.transfer import move, move_optimizer_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -108,12 +108,16 @@ class Accelerated:
             prepared, *optimizers = self.accelerator.prepare(model, *each(optimizer))
             self._remember(model, prepared)
             return prepared, as_optimizer(optimizers)
+        parameters = parameters_of(optimizer)
+        before = [parameter.device for parameter in parameters]
         model = self.prepare_model(model)
-        if not isinstance(optimizer, Optimizers):
-            return model, prepare_optimizer_once(self.accelerator, optimizer)
-        held = [prepare_optimizer_once(self.accelerator, one) for one in optimizer]
+        held = [prepare_optimizer_once(self.accelerator, one) for one in each(optimizer)]
+        if before != [parameter.device for parameter in parameters]:
+            for one in held:
+                move_optimizer_state(one)
         # The same object for the same optimizers: a loss scaler knows it by its identity.
-        return model, optimizer if list(optimizer) == held else as_optimizer(held)
+        is_prepared = isinstance(optimizer, Optimizers) and list(optimizer) == held
+        return model, optimizer if is_prepared else as_optimizer(held)
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         prepared = self._held(model)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from manualloop import (
+    Accelerated,
     CheckpointError,
     ConfigError,
     SingleDevice,
@@ -535,6 +536,40 @@ def test_a_state_dict_of_torch_itself_is_taken_by_numbers() -> None:
     smaller = groups([NAMES[:2], NAMES[2:]])()
     with pytest.raises(ConfigError, match=r"groups of \[4\] parameters .* of \[2, 2\] here"):
         smaller.load_state_dict(saved)
+
+
+def test_state_of_parameters_in_no_group_is_told(tmp_path: Any) -> None:
+    state = train(groups([NAMES])(), 2)
+    left = state.optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(CheckpointError, match=r"state of 1 parameters .* of shape \(6,\)"):
+        save_checkpoint(tmp_path, state, strategy=CPU)
+    state.optimizer.state.pop(left)
+    save_checkpoint(tmp_path, state, strategy=CPU)
+
+
+def test_accelerate_takes_over_an_optimizer_with_its_state_as_it_is() -> None:
+    from accelerate import Accelerator
+
+    model = net(torch.bfloat16)
+    state = train(TrainState(model, Mixed(model.parameters())), 2)
+    before = copy.deepcopy(by_name(state))
+    strategy = Accelerated(Accelerator(cpu=True))
+    for _ in train_steps(state, ROWS, max_steps=2, loss_fn=loss_fn, strategy=strategy):
+        pass
+    assert type(state.optimizer).__name__ == "AcceleratedOptimizer"
+    assert same(by_name(state), before)
+
+
+def test_named_parameters_in_another_order_keep_their_names(tmp_path: Any) -> None:
+    def build(order: int = 1) -> TrainState:
+        model = net()
+        return TrainState(model, torch.optim.AdamW([*model.named_parameters()][::order], lr=0.01))
+
+    save_checkpoint(tmp_path, half := train(build(), 4), strategy=CPU)
+    load_checkpoint(tmp_path, resumed := build(-1), strategy=CPU)
+    assert same(by_name(half), by_name(resumed))
+    (group,) = resumed.optimizer.param_groups
+    assert group["param_names"] == NAMES[::-1]
 
 
 def test_the_file_names_the_weights(tmp_path: Any) -> None:
