@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from manualloop.optimizers.form import (
+    KERNELS,
     Names,
     Saved,
     by_name,
     class_of,
     inner_of,
+    is_numbered,
     names_of,
     read_state,
 )
@@ -30,7 +32,7 @@ def differences(optimizer: Any, names: Mapping[str, Tensor], saved: Any) -> list
     """
     try:
         return list(_differences(optimizer, names, saved))
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return [f"its saved state cannot be read: {error!r:.100}"]
 
 
@@ -49,6 +51,9 @@ def _differences(optimizer: Any, names: Mapping[str, Tensor], saved: Any) -> Ite
         yield f"{read.kind} in the checkpoint, {kind} here"
         return
     yield from _other_names(read, own)
+    if (read.in_own_form is None) != is_numbered(optimizer.state_dict(), own):
+        yield "its saved state has another form"
+        return
     parameters = by_name(optimizer, own)
     for name, was in read.parameters.items():
         here = parameters.get(name)
@@ -82,7 +87,7 @@ def _other_names(read: Saved, own: Names) -> Iterator[str]:
 
 
 # State of torch's own optimizers that has the shape of the parameter, in the versions 2.6 to 2.14.
-# A step without one of them fails; the second of each pair is there if the option is set.
+# A step without one of them fails, or without one of those that come with an option.
 _MOMENTS: dict[str, tuple[str, ...]] = {
     "ASGD": ("ax",),
     "Adadelta": ("square_avg", "acc_delta"),
@@ -100,8 +105,12 @@ _MOMENTS: dict[str, tuple[str, ...]] = {
 }
 _OF_OPTIONS = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
 _MORE_MOMENTS = ("momentum_buffer", *_OF_OPTIONS.values())
-_NUMBERS = ("step", "eta", "mu", "mu_product")
-_WITHOUT_STEP = ("Muon", "SGD")
+_NUMBERS: dict[str, tuple[str, ...]] = {
+    "ASGD": ("step", "eta", "mu"),
+    "Muon": (),
+    "NAdam": ("step", "mu_product"),
+    "SGD": (),
+}
 
 
 def _misfits(read: Saved, optimizer: Any, parameters: Mapping[str, Tensor]) -> Iterator[str]:
@@ -112,20 +121,17 @@ def _misfits(read: Saved, optimizer: Any, parameters: Mapping[str, Tensor]) -> I
     inner = inner_of(optimizer)
     kind = _torch_kind(inner)
     for number, (saved, group) in enumerate(zip(read.options, inner.param_groups, strict=False)):
-        for name in [name for name in saved if name in group]:
+        for name in [name for name in saved if name in group and name not in KERNELS]:
             if not _is_like(name, saved[name], group[name], is_strict=kind is not None):
                 yield (
                     f"{name} of group {number} is {saved[name]!r:.60} in the checkpoint, "
                     f"{group[name]!r:.60} here"
                 )
-        on_cpu = any(parameter.device.type == "cpu" for parameter in group["params"])
-        if saved.get("capturable") and on_cpu and kind is not None:
-            yield f"group {number} is capturable in the checkpoint, which takes a GPU"
     if kind is None:
         return
-    for number, group in enumerate(read.names):
-        options = read.options[number]
-        for name in group:
+    for names, saved, group in zip(read.names, read.options, inner.param_groups, strict=False):
+        options = {**saved, **{name: group.get(name) for name in KERNELS}}
+        for name in names:
             entry, parameter = read.entries.get(name, {}), parameters.get(name)
             if parameter is not None and (problem := _misfit(entry, parameter, kind, options)):
                 yield f"the state of {name}: {problem}"
@@ -139,6 +145,7 @@ def _misfit(entry: Any, parameter: Tensor, kind: str, options: Mapping[str, Any]
     required = [
         *_MOMENTS[kind],
         *(name for option, name in _OF_OPTIONS.items() if options.get(option)),
+        *(["momentum_buffer"] if kind == "RMSprop" and options.get("momentum") else []),
     ]
     for name in dict.fromkeys((*required, *_MORE_MOMENTS)):
         value = entry.get(name)
@@ -154,9 +161,8 @@ def _misfit(entry: Any, parameter: Tensor, kind: str, options: Mapping[str, Any]
             return f"{name} is {value.dtype}, the parameter {parameter.dtype}"
         if options.get("fused") and value.dtype != parameter.dtype:
             return f"{name} is {value.dtype}, the parameter {parameter.dtype}, under a fused kernel"
-    for name in _NUMBERS:
-        value = entry.get(name, None if name == "step" and kind not in _WITHOUT_STEP else 0)
-        if not _is_count(value):
+    for name in _NUMBERS.get(kind, ("step",)):
+        if not _is_count(value := entry.get(name)):
             return f"{name} is {value!r:.40}"
     return None
 
@@ -174,13 +180,15 @@ _DTYPES_OF_COUNTS = (torch.float32, torch.float64, torch.int32, torch.int64)
 def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
-    return type(value) in (int, float)
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _is_like(name: str, saved: Any, own: Any, *, is_strict: bool) -> bool:
     """Tell whether an option has a value of the kind that the optimizer has now."""
-    if saved is None or own is None:
-        return not (is_strict and saved is None and _is_number(own))
+    if own is None:
+        return True
+    if saved is None:
+        return not is_strict or not (_is_number(own) or isinstance(own, list | tuple))
     if isinstance(own, list | tuple):
         return (
             isinstance(saved, list | tuple)

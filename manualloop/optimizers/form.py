@@ -11,6 +11,9 @@ from torch import Tensor
 from manualloop.errors import CheckpointError
 from manualloop.internals import unwrap_optimizer
 
+KERNELS = ("foreach", "fused", "capturable", "differentiable")
+"""Options that choose a kernel: they belong to the device and the script, not to the state."""
+
 Names = list[list[str]]
 """Names of the parameters of each group."""
 
@@ -85,7 +88,7 @@ def take_state(optimizer: Any, names: Mapping[str, Tensor]) -> dict[str, Any]:
             for name, p in zip(flat, parameters, strict=True)
         },
     }
-    if not _is_numbered(state_dict, own):
+    if not is_numbered(state_dict, own):
         return taken | {"own form": state_dict}
     packed = state_dict["param_groups"]
     name_of = dict(zip((i for group in packed for i in group["params"]), flat, strict=True))
@@ -127,7 +130,7 @@ def _is_on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
-def _is_numbered(state_dict: Any, names: Names) -> bool:
+def is_numbered(state_dict: Any, names: Names) -> bool:
     """Tell whether a ``state_dict`` has the form of torch: state and groups by numbers."""
     if not isinstance(state_dict, Mapping):
         return False
@@ -166,13 +169,16 @@ def read_state(saved: Any, own: Names, names: Mapping[str, Tensor]) -> Saved:
         return first[id(names[name])] if name in names else name
 
     named = [[rename(name) for name in group] for group in saved["names"]]
-    parameters = {rename(name): Parameter(*was) for name, was in saved["parameters"].items()}
+    parameters = {rename(name): _parameter(*was) for name, was in saved["parameters"].items()}
     if {name for group in named for name in group} != parameters.keys():
         raise ValueError("names without a parameter")
     if "own form" in saved:
         form = saved["own form"]
         return Saved(saved["class"], named, [], {}, {}, {}, parameters, False, {}, [], form)
     entries = {rename(name): entry for name, entry in saved["state"].items()}
+    kept = [saved[key] for key in ("others", "more", "on host")]
+    if not all(isinstance(part, Mapping) for part in [*kept, *saved["options"]]):
+        raise ValueError("no mapping")
     if len(saved["options"]) != len(named) or not parameters.keys() >= entries.keys():
         raise ValueError("state or options without a parameter")
     return Saved(
@@ -183,15 +189,22 @@ def read_state(saved: Any, own: Names, names: Mapping[str, Tensor]) -> Saved:
         saved["others"],
         saved["more"],
         parameters,
-        saved["is its own"],
-        {rename(name): keys for name, keys in saved["on host"].items()},
-        saved["on device"],
+        bool(saved["is its own"]),
+        {rename(name): list(keys) for name, keys in saved["on host"].items()},
+        list(saved["on device"]),
     )
+
+
+def _parameter(shape: Any, dtype: Any, stride: Any) -> Parameter:
+    whole = all(type(number) is int for number in (*shape, *stride))
+    if not whole or not isinstance(dtype, torch.dtype):
+        raise ValueError("no shape, dtype and strides")
+    return Parameter(tuple(shape), dtype, tuple(stride))
 
 
 def _read_numbered(saved: Mapping[str, Any], own: Names) -> Saved:
     """Read what torch's optimizers return, and what release 0.1.0 has saved."""
-    if not _is_numbered(saved, own):
+    if not is_numbered(saved, own):
         return Saved(None, own, [], {}, {}, {}, {}, False, {}, [], in_own_form=saved)
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     name_of = dict(zip(numbers, (name for group in own for name in group), strict=True))

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from manualloop.notices import say
 from manualloop.optimizers.fit import differences
 from manualloop.optimizers.form import (
+    KERNELS,
     Parameter,
     Saved,
     by_name,
@@ -56,6 +57,8 @@ class OptimizerStates:
 
     def differences(self, saved: Any) -> list[str]:
         """Return what a saved state does not have in common with these optimizers, a line each."""
+        if not isinstance(saved, Mapping | list | tuple):
+            return [f"{self._label}: a {type(saved).__name__} was saved, which is no state"]
         states = _as_list(saved)
         if len(states) != len(self.optimizers):
             here = ", ".join(class_of(optimizer) for optimizer in self.optimizers)
@@ -96,7 +99,8 @@ def _load(optimizer: Any, names: Mapping[str, Tensor], saved: Any, *, copies: bo
     memo: dict[int, Tensor] = {}
     entries, groups = {}, []
     for group, named, saved_options in zip(inner.param_groups, own, read.options, strict=True):
-        options = {**group, **saved_options}
+        of_script = {name: group[name] for name in KERNELS if name in group}
+        options = {**group, **saved_options, **of_script}
         counts_move = bool(options.get("fused") or options.get("capturable"))
         for name in [name for name in named if name in read.entries]:
             was, on_host = read.parameters.get(name), read.on_host.get(name, ())
@@ -121,6 +125,7 @@ def _load(optimizer: Any, names: Mapping[str, Tensor], saved: Any, *, copies: bo
         for name, entry in entries.items():
             _undo_casts(entry, inner.state.get(parameters[name]))
     _report_strides(read, parameters)
+    _report_kernels(read, inner)
 
 
 def _without_hidden(entry: Any) -> Any:
@@ -211,6 +216,18 @@ def _put_option(value: Any, own: Any) -> Any:
         return deepcopy(value)
     device = own.device if isinstance(own, Tensor) else value.device
     return value.detach().to(device, copy=True)
+
+
+def _report_kernels(read: Saved, inner: Any) -> None:
+    for saved, group in zip(read.options, inner.param_groups, strict=True):
+        for name in KERNELS:
+            was = saved.get(name)
+            if isinstance(was, bool) and name in group and was != bool(group[name]):
+                say(
+                    f"not bit-exact, because {name} of the {type(inner).__name__} was "
+                    f"{was} and is {group[name]}."
+                )
+                return
 
 
 def _report_strides(read: Saved, parameters: Mapping[str, Tensor]) -> None:

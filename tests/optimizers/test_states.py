@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -437,6 +438,57 @@ def test_what_a_kernel_cannot_take_is_refused(change: Any, line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         other.load_state_dict(forged(half, change))
     assert same(before, (weights(other), by_name(other)))
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    if isinstance(value, dict | list | tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(part, (*path, key))
+
+
+def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    copied[path[0]] = put(value[path[0]], path[1:], new)
+    return copied if isinstance(value, dict) else type(value)(copied)
+
+
+JUNK = [None, -1, 1.5, "x", [], {}, (), [1, 2], True, torch.zeros(3), torch.zeros(()), 10**30]
+
+
+@pytest.mark.parametrize("name", ["AdamW, fused", "RMSprop", "NAdam"])
+def test_a_forged_value_anywhere_is_refused_or_can_be_trained_with(name: str) -> None:
+    def build() -> TrainState:
+        model = nn.Linear(6, 2)
+        return TrainState(model, OPTIMIZERS[name](model.parameters()))
+
+    saved, num_refused = train(build(), 2).state_dict(), 0
+    for number, path in enumerate(places(saved["optimizer"])):
+        for turn in range(3):
+            new = JUNK[(number * 5 + turn * 7) % len(JUNK)]
+            state, before = build(), copy.deepcopy(saved["progress"])
+            try:
+                state.load_state_dict(saved | {"optimizer": put(saved["optimizer"], path, new)})
+            except ConfigError:
+                assert not state.optimizer.state
+                num_refused += 1
+                continue
+            assert saved["progress"] == before
+            train(state, 3)
+    assert num_refused > 40
+
+
+def test_the_kernel_is_chosen_by_the_script(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fused or capturable one may not exist on the device where the run is resumed."""
+    save_checkpoint(tmp_path, train(groups([NAMES], fused=True)(), 4), strategy=CPU)
+    load_checkpoint(tmp_path, resumed := groups([NAMES], fused=False)(), strategy=CPU)
+    assert resumed.optimizer.param_groups[0]["fused"] is False
+    assert "not bit-exact, because fused of the AdamW was True and is False" in caplog.text
+    train(resumed, 6)
 
 
 # Which parameters --------------------------------------------------------------------------------

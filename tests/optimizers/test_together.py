@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -203,13 +204,13 @@ def test_other_optimizers_are_refused(tmp_path: Any) -> None:
     model = net()
     for other in (build(-1), TrainState(model, torch.optim.AdamW(model.parameters()))):
         before = weights(other.model)
-        with pytest.raises(CheckpointError, match=r"optimizer: SGD \+ AdamW in the checkpoint"):
+        with pytest.raises(CheckpointError, match=r"optimizer: SGD \+ AdamW"):
             load_checkpoint(tmp_path, other, strategy=CPU)
         with pytest.raises(ConfigError, match="optimizer"):
             other.load_state_dict(state.state_dict())
         assert torch.equal(weights(other.model), before)
     schedules = [None, prepare_scheduler((o := build()).optimizer[1], num_training_steps=6)]
-    with pytest.raises(CheckpointError, match="lr_scheduler is in the run only"):
+    with pytest.raises(CheckpointError, match="lr_scheduler"):
         load_checkpoint(tmp_path, TrainState(o.model, o.optimizer, schedules), strategy=CPU)
 
 
@@ -362,30 +363,31 @@ def test_adapters_of_peft_and_their_head(tmp_path: Any) -> None:
 
 def test_memory_that_runs_out_leaves_no_gradient_of_the_failed_attempt() -> None:
     """Neither in the two optimizers of the state, nor in one that the loop body steps."""
+    from helpers import tiny_bert
+
+    ids = torch.tensor([[2, 5, 6, 3], [2, 7, 8, 3], [2, 9, 5, 3], [2, 4, 4, 3]])
+    rows = [{"input_ids": ids, "labels": torch.tensor([0, 1, 1, 0])}] * 3
 
     def run(limit: int) -> Tensor:
-        model = net()
-        third = nn.Linear(4, 4).double()
-        nn.init.eye_(third.weight)
-        nn.init.zeros_(third.bias)
-        model.insert(0, third)
-        others = torch.optim.SGD(third.parameters(), lr=0.1)
-        fails = [True]
+        model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double()
+        forward = model.forward
 
-        def loss(model: nn.Module, batch: Any) -> Tensor:
-            if len(batch["x"]) > limit:
-                if fails[0]:  # as if the gradient of half of the batch were there already
-                    (loss_fn(model, batch) * 7).backward()
+        @wraps(forward)
+        def forward_in_memory(**batch: Any) -> Any:
+            if len(batch["input_ids"]) > limit:
+                (forward(**batch).loss * 7).backward()  # a part of the gradients is there already
                 raise torch.OutOfMemoryError("too many rows")
-            return loss_fn(model, batch)
+            return forward(**batch)
 
-        state = TrainState(model, pair(model[1:]), extras={"others": others})
-        for _ in train_steps(state, ROWS, num_epochs=1, loss_fn=loss, strategy=CPU):
+        model.forward = forward_in_memory
+        others = torch.optim.SGD(model.classifier.parameters(), lr=0.1)
+        state = TrainState(model, pair(model.bert), extras={"others": others})
+        for _ in train_steps(state, rows, num_epochs=1, strategy=CPU):
             others.step()
             others.zero_grad()
         return weights(model)
 
-    assert torch.allclose(run(2), run(4), rtol=1e-12, atol=1e-14)
+    assert torch.allclose(run(2), run(4), rtol=1e-9, atol=1e-12)
 
 
 def test_an_optimizer_in_the_loop_body_gets_the_gradient_of_the_items_counted() -> None:
