@@ -32,6 +32,11 @@ hypothesis.settings.load_profile("manualloop")
 _SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "KINETO_", "TORCHINDUCTOR_", "TRITON_")
 
 
+def pytest_collection_finish() -> None:
+    """Fail if a module that was imported for its doctests has changed what all tests use."""
+    assert torch.get_default_dtype() == torch.float32
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of the real data sets and tokenizers."""

@@ -11,12 +11,11 @@ from transformers import YolosConfig, YolosForObjectDetection
 from manualloop import SingleDevice, TrainState, evaluate_loop, prepare_strategy, train_steps
 from manualloop.tasks.detection import detection_terms
 
-torch.set_default_dtype(torch.float64)
 draw = torch.Generator().manual_seed(1)
 
 
 def rand(*shape):
-    return torch.rand(shape, generator=draw)
+    return torch.rand(shape, generator=draw, dtype=torch.float64)
 
 
 @dataclass
@@ -77,7 +76,9 @@ def weighted(model, batch):
 
 def weights_of(num_rows):
     return SimpleNamespace(
-        x=rand(num_rows, 3), y=torch.arange(num_rows) % 3, weight=1 + torch.arange(3.0)
+        x=rand(num_rows, 3),
+        y=torch.arange(num_rows) % 3,
+        weight=1 + torch.arange(3, dtype=torch.float64),
     )
 
 
@@ -123,6 +124,7 @@ def train(name, strategy, window):
 
 
 def main():
+    torch.set_default_dtype(torch.float64)
     strategy = prepare_strategy()
     for name in CASES:
         for window in (1, 2):
