@@ -26,6 +26,7 @@ from manualloop.strategy.base import Strategy
 from manualloop.strategy.calls import in_call
 from manualloop.strategy.select import strategy_in_place
 from manualloop.tasks.loss import Term, check_loss, loss_terms, require_mean
+from manualloop.tasks.otherwise import balances_experts
 from manualloop.tasks.shares import (
     Shares,
     count_ahead,
@@ -345,6 +346,11 @@ def _accumulate_shares(
             tell_equal(batches[0])
         if state.is_training:
             state.weighs_equally = is_equal
+            if loss_fn is None and terms is None and balances_experts(state.model):
+                say(
+                    "the loss that balances the experts (output_router_logits) is that of each "
+                    "micro-batch: another split of the rows is a slightly different update."
+                )
     return update
 
 

@@ -45,6 +45,11 @@ ATTENDED = ("ElectraForPreTraining", "FunnelForPreTraining")
 _WITH_DETECTION_TERMS = ("Yolos", "Detr", "TableTransformer")
 
 
+def balances_experts(model: nn.Module) -> bool:
+    """Tell whether a model adds a loss over all tokens of a batch that balances its experts."""
+    return bool(getattr(config_of(model), "output_router_logits", False))
+
+
 def objection_to(model: nn.Module, batch: Any) -> str | None:
     """Return why a model's loss cannot be added up over micro-batches; None if it can be.
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from manualloop.batches import num_rows, shared_rows
-from manualloop.models import batch_statistics, config_of, model_name, unwrap_model
+from manualloop.models import batch_statistics, model_name, unwrap_model
 from manualloop.notices import say
+from manualloop.tasks.otherwise import balances_experts
 from manualloop.tasks.task import Task, count_rows
 from manualloop.types import LossFn, Terms
 
@@ -52,8 +53,7 @@ def _has_known_loss(model: nn.Module) -> bool:
     places = (owner.__module__, getattr(loss, "__module__", owner.__module__))
     if not all(str(place).startswith("transformers.") for place in places):
         return False
-    balances = getattr(config_of(model), "output_router_logits", False)  # experts, over all tokens
-    return owner.__name__.endswith(_HEADS) and not balances
+    return owner.__name__.endswith(_HEADS) and not balances_experts(model)
 
 
 def _has_rows_only(batch: Any) -> bool:

@@ -16,6 +16,8 @@ from transformers import (
     ElectraForPreTraining,
     HubertConfig,
     HubertForCTC,
+    MixtralConfig,
+    MixtralForCausalLM,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     ViTMAEConfig,
@@ -427,6 +429,20 @@ def test_rows_that_are_compared_are_refused_with_the_line_that_runs():
     accumulate_gradients(model, parts[:1])
     line = re.search(r"loss_fn=(.*)\.$", str(error.value))[1]
     assert accumulate_gradients(model, parts, loss_fn=eval(line)).num_items == 4
+
+
+@pytest.mark.parametrize("balances", [True, False])
+def test_a_loss_that_balances_experts_is_reported_once(balances, caplog):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    config = MixtralConfig(vocab_size=20, **sizes, **heads, output_router_logits=balances)
+    model, ids = MixtralForCausalLM(config).float(), torch.randint(3, 20, (2, 6))
+    batch = {"input_ids": ids, "labels": ids}
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with caplog.at_level("INFO", logger="manualloop"):
+        for _ in train_steps(state, [batch] * 4, num_epochs=1, gradient_accumulation_steps=2):
+            pass
+    assert sum("balances the experts" in line for line in caplog.messages) == balances
 
 
 class Renamed(YolosForObjectDetection):
