@@ -13,6 +13,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
+from manualloop.arguments import check_arguments
 from manualloop.errors import ConfigError
 from manualloop.internals import unwrap_optimizer
 from manualloop.optimizers.together import as_schedule, each, for_each
@@ -87,6 +88,12 @@ def prepare_scheduler(
     """
     from transformers import get_scheduler
 
+    check_arguments(
+        optimizer=optimizer,
+        name=name,
+        num_training_steps=num_training_steps,
+        num_warmup_steps=num_warmup_steps,
+    )
     settings = {
         "name": name,
         "num_training_steps": num_training_steps,

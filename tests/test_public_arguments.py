@@ -19,11 +19,9 @@ import manualloop
 from manualloop import ManualLoopError, SingleDevice, TrainState
 
 FUNCTIONS = [name for name in manualloop.__all__ if inspect.isfunction(getattr(manualloop, name))]
-LATER = {"prepare_optimizer", "prepare_scheduler"}
 ARGUMENTS = [
     (name, argument.name)
     for name in FUNCTIONS
-    if name not in LATER
     for argument in inspect.signature(getattr(manualloop, name)).parameters.values()
     if argument.kind is not argument.VAR_KEYWORD
 ]
@@ -83,6 +81,7 @@ MEANT = {
     "log_every": COUNT,
     "loss_fn": FUNCTION,
     "lr": NUMBER,
+    "lr_scheduler": NOTHING,
     "max_grad_norm": NUMBER,
     "max_length": COUNT,
     "max_steps": COUNT,
@@ -90,6 +89,7 @@ MEANT = {
     "max_tokens": COUNT,
     "metric": FUNCTION | {"list"},
     "metrics": NOTHING,
+    "load_metric.config": {"text"},
     "num_epochs": COUNT,
     "num_processes": COUNT,
     "num_training_steps": COUNT,

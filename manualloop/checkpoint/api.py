@@ -111,8 +111,7 @@ def save_checkpoint(
     """
     check_arguments(state=state, metrics=metrics, keep=keep, best_metric=best_metric)
     directory = local_folder(checkpoint_dir)
-    with ExitStack() as stack:
-        stack.enter_context(explain_memory(directory))
+    with explain_memory(directory), ExitStack() as stack:
         strategy = strategy_for(state.model, strategy)
         strategy = begin_call(strategy, "save_checkpoint", step=state.progress.num_steps)
 
@@ -175,8 +174,8 @@ def write_checkpoint(
     size += sum(shard.nbytes for shard in snapshot.shards.values())
 
     def begin() -> Path | None:
-        _check_writable(directory, state)
         with explain_disk(directory, size):
+            _check_writable(directory, state)
             return make_aside(directory, step) if snapshot.shards else None
 
     aside = on_main(strategy, begin)

@@ -199,7 +199,9 @@ def explain_disk(directory: Path, num_bytes: int | None = None) -> Iterator[None
         needed = "" if num_bytes is None else f" It takes {num_bytes / 1e6:.1f} MB."
         free = free_bytes(directory)
         space = "" if free is None else f" Free there: {free / 1e6:.1f} MB."
-        entry = next((e for e in find_folders(directory) if e.manifest is not None), None)
+        entry = None
+        with suppress(OSError):  # this disk may give nothing any more
+            entry = next((e for e in find_folders(directory) if e.manifest is not None), None)
         last = "There is none from before." if entry is None else f"The last is {entry.path}."
         raise CheckpointError(
             f"No checkpoint could be written in {directory}: {_shown(error)}.{needed}{space} "

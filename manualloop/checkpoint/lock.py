@@ -58,7 +58,8 @@ def hold_lock(directory: Path, *, again: bool = False) -> Iterator[None]:
         _held.pop(key, None)
         with suppress(OSError):  # the folder may be gone, or read-only by now
             os.unlink(directory / LOCK)
-        os.close(descriptor)
+        with suppress(OSError):  # it is closed all the same
+            os.close(descriptor)
 
 
 def _acquire(path: Path) -> int:

@@ -57,7 +57,7 @@ def find_folders(directory: Path) -> list[Found]:
     known, seen = _known.pop(key, {}), {}
     found = []
     with suppress(FileNotFoundError):
-        for name in map(NAME.fullmatch, os.listdir(directory)):
+        for name in map(NAME.fullmatch, _names_in(directory)):
             if name is None or not (path := directory / name[0]).is_dir():
                 continue
             number = int(name[2] or 0)
@@ -80,6 +80,15 @@ def find_folders(directory: Path) -> list[Found]:
 def _identity(status: os.stat_result) -> _Identity:
     place = status.st_dev, status.st_ino, status.st_mode
     return *place, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _names_in(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error}") from error
 
 
 def _require_own(path: Path) -> None:

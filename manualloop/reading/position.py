@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypedDict, cast
 
+from manualloop.errors import CheckpointError
 from manualloop.randomness import RandomState
 
 
@@ -94,3 +95,16 @@ def read_position(saved: Mapping[str, Any] | None, num_samples: int) -> Position
         # Once one key held either; which states are whose is told by their paths.
         position["row_generators"] = position["generators"]
     return position
+
+
+def require_inside(num_used: int, num_there: int, what: str = "rows") -> None:
+    """Refuse a position behind the end of the data.
+
+    Raises:
+        CheckpointError: There is less data than was used of it.
+    """
+    if num_used > num_there:
+        raise CheckpointError(
+            f"The position is behind {num_used} {what} of the epoch, and the data has {num_there}. "
+            "Resume with the data that the run was begun with."
+        )

@@ -39,7 +39,7 @@ from manualloop.reading.generators import (
     restore_order,
     row_generators_of,
 )
-from manualloop.reading.position import Position
+from manualloop.reading.position import Position, require_inside
 from manualloop.reading.ranks import Shard
 from manualloop.reading.streams import drop_rows, forget_start, read_again
 from manualloop.reading.workers import is_stateful
@@ -142,6 +142,7 @@ def _open_prepared(source: Source, position: Position, shard: Shard) -> Pass:
         position.get("max_tokens", own.max_tokens),
         position.get("num_ranks", own.num_ranks),
     )
+    require_inside(skip, sampler.num_rows)
     sampler.start_at(skip, made if skip else None)
     left = sampler.num_left()
     _restore_rows(source, position)
@@ -158,6 +159,8 @@ def _resume_built(
     if not num_used:  # else when the order has been drawn, from the same generator perhaps
         _restore_rows(source, position)
     left: int | None = len(loader) - num_used
+    if not _has_other_size(loader, position):
+        require_inside(num_used, len(loader), "batches")
     num_indices = None
     if num_used and _has_other_size(loader, position):
         num_indices, left = num_used * (position["batch_size"] or 0), None

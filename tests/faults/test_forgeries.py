@@ -390,3 +390,19 @@ def test_f26_every_tensor(stem, stride, original, copied):
         if outcome not in allowed:
             wrong.append(f"{change}: {outcome:.200}")
     report(counts, wrong)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_f26_a_position_behind_the_data(original, copied):
+    """Both numbers agree, and are in range; only the data tells."""
+    kind = (original / "kind").read_text()
+    folder = copied("by_hand")
+    checkpoint = newest(folder)
+    document = json.loads((checkpoint / "state.json").read_bytes())
+    for name in ("progress", "position"):
+        document[name]["num_samples"] = 1000
+    document["position"]["num_batches"] = 1000
+    (checkpoint / "state.json").write_text(json.dumps(document))
+    seal(checkpoint)
+    assert load_and_train(folder, kind) == "refused by train_steps"
+    assert resume(folder, kind) == "refused"

@@ -129,7 +129,7 @@ def test_f28_the_nth_call_of_the_system(error, stride, begun, tmp_path, monkeypa
             except CheckpointError:
                 outcome = "CheckpointError"
             except Exception as raised:
-                outcome = f"{type(raised).__name__}: {raised}"
+                outcome = f"{type(raised).__name__} of call {number}: {raised}"
         check(folder, outcome)
         shutil.rmtree(folder)
         outcomes.append(outcome)
