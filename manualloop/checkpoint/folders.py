@@ -222,11 +222,21 @@ def explain_memory(directory: Path) -> Iterator[None]:
     """Turn an error for want of memory into one that tells that older checkpoints are whole."""
     try:
         yield
-    except (MemoryError, SystemError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not _is_for_want_of_memory(error):
+            raise
         raise CheckpointError(
             f"No checkpoint could be written in {directory}: memory ran out. Those from before are "
             "as they were."
         ) from error
+
+
+def _is_for_want_of_memory(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, MemoryError | SystemError | torch.OutOfMemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def free_bytes(directory: Path) -> int | None:
