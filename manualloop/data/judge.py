@@ -130,7 +130,7 @@ def advice_on_missing(split: Split, column: str, *, is_blank: bool) -> str:
         column, is_float=kind == "float", in_lists=kind in ("list", "texts"), of=""
     )
     if is_blank:
-        inside = "" if kind == "text" else f' and all(row["{column}"])'
+        inside = f' and all(row["{column}"])' if kind == "texts" else ""
         call = f'filter(lambda row: row["{column}"]{inside})'
     line = split.fix(call)
     if split.is_train:

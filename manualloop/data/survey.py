@@ -255,10 +255,11 @@ def _peek(split: Split, column: str) -> tuple[str, ...]:
     shown = [number for number, label in enumerate(labels) if not is_hidden(label)]
     if not shown:
         return tuple(dict.fromkeys(map(_form_of, labels)))
+    is_text = any(isinstance(label, str) for label in labels)
     if _form_of(labels[0]) != "-1":
         raise DataError(
             f"Row 0 of {split.name} has {column}={labels[0]!r}, and row {shown[0]} has "
-            f"{labels[shown[0]]!r}. {advice_on_missing(split, column, is_blank=True)}"
+            f"{labels[shown[0]]!r}. {advice_on_missing(split, column, is_blank=is_text)}"
         )
     return ()
 

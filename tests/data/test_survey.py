@@ -663,3 +663,11 @@ def test_the_line_for_a_stream_names_the_column_of_the_user(name, is_mapping):
     if is_mapping:
         assert labels_of(loaders["dev"]) == expected["train"]
         assert "labels" not in next(iter(loaders["test"]))
+
+
+@pytest.mark.parametrize("values", [[None, 0.5, 1.0], [None, -1.0, 0.0], [float("nan"), 0.5]])
+def test_the_lines_for_a_stream_that_begins_without_a_label_run(values):
+    stream = {"dev": typed(Value("float32"), values).to_iterable_dataset()}
+    for line in fixes_in(refused(stream)):
+        loaders = trains(run_fix(line, dict(stream)), tiny_bert(1))
+    assert labels_of(loaders["dev"]) == values[1:]
