@@ -188,7 +188,7 @@ def _is_like(name: str, saved: Any, own: Any, *, is_strict: bool) -> bool:
     if own is None:
         return True
     if saved is None:
-        return not is_strict or not (_is_number(own) or isinstance(own, list | tuple))
+        return not is_strict or not (_is_number(own) or isinstance(own, bool | list | tuple))
     if isinstance(own, list | tuple):
         return (
             isinstance(saved, list | tuple)
