@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from manualloop.checkpoint.functions import describe_function
+from manualloop.checkpoint.functions import describe_function, is_clock, moved_by
 from manualloop.internals import unwrap_optimizer
 from manualloop.models import config_of, unwrap_model
 from manualloop.objects import without_root
@@ -86,12 +86,14 @@ def _counted(values: Counter[str]) -> str:
 
 def _module_settings(model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
     """Give path, class, name and value of the plain attributes of all modules."""
-    for path, module in model.named_modules():
+    modules = dict(model.named_modules())
+    moving = {kind: moved_by(kind, "forward") for kind in set(map(type, modules.values()))}
+    for path, module in modules.items():
         kind = type(module).__name__.removeprefix("FSDP")  # what fully_shard makes of a class
         for name, value in vars(module).items():
-            if name.startswith("_") or _MOVES.search(name):
+            if name.startswith("_") or _MOVES.search(name) or name in moving[type(module)]:
                 continue
-            if isinstance(value, _SCALARS) or (
+            if (isinstance(value, _SCALARS) and not is_clock(value)) or (
                 isinstance(value, tuple) and all(isinstance(part, _SCALARS) for part in value)
             ):
                 yield path, kind, name, repr(value)

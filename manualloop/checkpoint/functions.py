@@ -12,6 +12,7 @@ import dis
 import hashlib
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -45,7 +46,7 @@ def _describe(value: Any, seen: set[int], depth: int) -> str:
         inside += [f"{key}={_text(part, seen, depth)}" for key, part in named.items()]
         return f"{_describe(value.func, seen, depth)}({', '.join(inside)})"
     if isinstance(value, MethodType):
-        of = _describe_object(value.__self__, seen, depth)
+        of = _describe_object(value.__self__, seen, depth, value.__func__.__name__)
         return f"{_describe(value.__func__, seen, depth)} of {of}"
     if isinstance(value, FunctionType):
         if _is_installed(value.__module__):
@@ -57,10 +58,11 @@ def _describe(value: Any, seen: set[int], depth: int) -> str:
     return _describe_object(value, seen, depth)
 
 
-def _describe_object(value: Any, seen: set[int], depth: int) -> str:
+def _describe_object(value: Any, seen: set[int], depth: int, method: str | None = None) -> str:
     """Describe an object by its class, its code if the user wrote it, and its plain attributes.
 
-    Attributes that its methods assign to are left out: they count something.
+    Attributes that its methods assign to are left out: they count something. Of an object with a
+    method that is called, only what this method reads counts: the object may be a whole experiment.
     """
     kind = type(value)
     name = kind.__qualname__
@@ -69,35 +71,88 @@ def _describe_object(value: Any, seen: set[int], depth: int) -> str:
     seen.add(id(value))
     if isinstance(value, nn.Module) and next(value.parameters(), None) is not None:
         return name  # a model; the one that is trained is described as such
-    methods = [
-        method
-        for base in kind.__mro__
-        for method in vars(base).values()
-        if isinstance(method, FunctionType)
-    ]
+    methods = _methods_of(kind)
     moving = {
         name
-        for method in methods
-        if method.__name__ not in ("__init__", "__post_init__", "__setstate__")
-        for name in _names(method.__code__, "STORE_ATTR")
+        for key, function in methods
+        if key not in ("__init__", "__post_init__", "__setstate__")
+        for name in _names(function.__code__, "STORE_ATTR")
     }
     attributes = dict(getattr(value, "__dict__", {}))
     if isinstance(value, nn.Module):
         attributes |= dict(value.named_buffers()) | {"training": None}
+    code = [function for _, function in methods if not _is_installed(function.__module__)]
+    read = None
+    if method is not None:
+        code, read = _reached(methods, method)
     inside = [
         f"{key}={text}"
         for key, part in sorted(attributes.items())
-        if key not in moving and (text := _plain_text(part)) not in (None, "None")
+        if key not in moving and (read is None or key in read)
+        if (text := _attribute_text(part, seen, depth, method)) not in (None, "None")
     ]
     if not _is_installed(kind.__module__):
-        code = [m for m in methods if not _is_installed(m.__module__)]
         parts = [part for m in code for part in _function_parts(m, seen, depth + 1)]
         inside.append(f"code {_digest(iter(parts))}")
     return f"{name}({', '.join(inside)})"
 
 
+def _attribute_text(value: Any, seen: set[int], depth: int, method: str | None) -> str | None:
+    if method is not None and isinstance(value, partial | FunctionType | nn.Module):
+        return _text(value, seen, depth + 1)  # whose code that makes it is not compared
+    return None if is_clock(value) else _plain_text(value)
+
+
+def _methods_of(kind: type) -> list[tuple[str, FunctionType]]:
+    """List the methods of a class by their names, with those that they override."""
+    found = []
+    for base in kind.__mro__:
+        for name, member in vars(base).items():
+            inner = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            if isinstance(inner, FunctionType):
+                found.append((name, inner))
+    return found
+
+
+def _reached(
+    methods: list[tuple[str, FunctionType]], first: str
+) -> tuple[list[FunctionType], set[str] | None]:
+    """Return the user's methods that a method calls, and the names that they read; None: any."""
+    names, todo, code = {first}, [first], []
+    while todo:
+        name = todo.pop()
+        for key, function in methods:
+            if key != name:
+                continue
+            if not _is_installed(function.__module__):
+                code.append(function)
+            read = [function, *(v for v in values_read(function) if isinstance(v, FunctionType))]
+            for new in {n for f in read for n in _all_names(f.__code__)} - names:
+                names.add(new)
+                todo.append(new)
+    code.sort(key=lambda function: function.__qualname__)
+    return code, None if names & {"getattr", "vars", "__dict__"} else names
+
+
+def moved_by(kind: type, method: str) -> set[str]:
+    """Return the attributes that the user's code assigns to in a method: they count something."""
+    code, _ = _reached(_methods_of(kind), method)
+    return {name for function in code for name in _names(function.__code__, "STORE_ATTR")}
+
+
+def is_clock(value: Any) -> bool:
+    """Tell whether a number is the time at which something began, which is another in each run."""
+    clocks = zip((time.time, time.perf_counter), _IMPORTED_AT, strict=True)
+    return isinstance(value, float) and any(begin < value <= now() for now, begin in clocks)
+
+
+_IMPORTED_AT = (time.time() - 86_400, time.perf_counter())
+
+
 def _text(value: Any, seen: set[int], depth: int) -> str:
     """Describe a value that a function uses: plain data by itself, other objects by their class."""
+    if is_clock(value):
+        return "a time"
     if (text := _plain_text(value)) is not None:
         return text
     if depth <= _MAX_DEPTH and isinstance(value, partial | MethodType | FunctionType | nn.Module):

@@ -347,18 +347,25 @@ def _parts(
             yield from _parts(value[key], depth + 1, seen, settings, room)
     elif type(value).__module__.partition(".")[0] == "pandas" and hasattr(value, "to_numpy"):
         yield _of_pandas(value)
-    elif isinstance(value, logging.Logger):
+    elif isinstance(value, logging.Logger) or _is_file_system(value):
         return
     elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
         seen.add(id(value))
         yield type(value).__qualname__.encode()
         for name, part in vars(value).items():
+            if name.endswith("__hffs_cache"):  # of connections, by tokens of this process
+                continue
             if settings or not isinstance(part, _PLAIN):
                 yield name.encode()
                 yield from _parts(part, depth + 1, seen, settings, room)
 
 
 _DEPTH = 20
+
+
+def _is_file_system(value: Any) -> bool:
+    # Its token is another in each process.
+    return any(base.__module__.partition(".")[0] == "fsspec" for base in type(value).__mro__)
 
 
 def _of_array(array: Any, room: _Room | None = None) -> bytes:

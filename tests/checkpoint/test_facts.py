@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -37,6 +38,27 @@ def frozen(model: nn.Module) -> nn.Module:
 def last_frozen(model: nn.Module) -> nn.Module:
     list(model.parameters())[-1].requires_grad_(False)
     return model
+
+
+def test_the_time_at_which_a_model_was_built_does_not_count() -> None:
+    first, second = Net(), Net()
+    first.built_at, second.built_at = time.time(), time.perf_counter()
+    assert model_facts(first) == model_facts(second)
+
+
+def test_what_a_model_counts_does_not_count() -> None:
+    class Counting(Net):
+        num_calls = 0
+
+        def forward(self, x: Any) -> Any:
+            self.num_calls += 1
+            return super().forward(x)
+
+    model = Counting()
+    before = model_facts(model)
+    model(torch.ones(1, 2))
+    assert model.num_calls == 1
+    assert model_facts(model) == before
 
 
 def test_models_differ_by_class_config_settings_of_modules_and_frozen_parameters() -> None:

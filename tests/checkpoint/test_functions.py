@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -226,3 +227,52 @@ def test_functions_are_the_same_in_every_process(tmp_path: Path) -> None:
     }
     assert len(outputs) == 1
     assert outputs.pop().startswith("loss_fn (code ")
+
+
+class Experiment:
+    """What a practitioner's class holds: a loss among much that the loss does not read."""
+
+    def __init__(self, weight: float, smoothing: float = 0.0, run_name: str = "a") -> None:
+        self.weight, self.run_name, self.started = weight, run_name, time.time()
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+    def scaled(self, value: Any) -> Any:
+        return value * self.weight
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        return self.scaled(self.criterion(model(batch[0]), batch[1]))
+
+    def report(self) -> str:
+        return f"{self.run_name}: {time.time() - self.started}"
+
+
+def test_of_an_object_with_a_method_only_what_the_method_reads_counts() -> None:
+    before = describe_function(Experiment(0.5).loss)
+    assert describe_function(Experiment(0.5, run_name="b").loss) == before
+    assert describe_function(Experiment(0.6).loss) != before
+    assert describe_function(Experiment(0.5, smoothing=0.1).loss) != before
+
+
+def test_editing_a_method_counts_where_it_is_called() -> None:
+    class Edited(Experiment):
+        def report(self) -> str:
+            return "edited"
+
+    class Doubled(Experiment):
+        def scaled(self, value: Any) -> Any:
+            return value * self.weight * 2
+
+    for kind in (Edited, Doubled):
+        kind.__qualname__ = "Experiment"
+    before = describe_function(Experiment(0.5).loss)
+    assert describe_function(Edited(0.5).loss) == before
+    assert describe_function(Doubled(0.5).loss) != before
+
+
+@pytest.mark.parametrize("clock", [time.time, time.perf_counter])
+def test_the_time_at_which_something_began_does_not_count(clock: Callable[[], float]) -> None:
+    def timed(begin: float) -> Callable[..., Any]:
+        return lambda: clock() - begin
+
+    assert describe_function(timed(clock())) == describe_function(timed(clock()))
+    assert describe_function(timed(0.5)) != describe_function(timed(0.25))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,3 +153,24 @@ def test_what_cannot_be_read_twice_has_no_digest() -> None:
     assert rows_digest(given) is None
     assert list(given) == [1, 2]
     assert rows_digest(SimpleNamespace(x=np.array([object()]))) is not None
+
+
+def test_a_stream_of_hugging_face_has_one_digest_in_every_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from datasets import Dataset\n"
+        "from manualloop.reading.describe import rows_digest\n"
+        "stream = Dataset.from_dict({'x': [1, 2, 3, 4]}).to_iterable_dataset(num_shards=2)\n"
+        "print(rows_digest(stream.map(lambda row: {'x': row['x'] + 1}).with_format('torch')))\n"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, str(script)],
+            env={"PYTHONPATH": ":".join(sys.path), "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for _ in range(2)
+    }
+    assert len(outputs) == 1
