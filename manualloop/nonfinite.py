@@ -27,6 +27,12 @@ from manualloop.update import finiteness
 _NUM_ROWS_NAMED = 3
 _LAG = 2  # updates after which the flag of an earlier one has long landed
 _NUM_UNTOLD = 8  # updates that share one wait for the device; their batches are kept so long
+_OF_ROWS = 'Fix the rows, or skip such updates: on_nonfinite="skip".'
+_OF_WEIGHTS = (
+    "Begin with finite weights, or resume from a checkpoint that has them. If an update made them "
+    "so, its gradient was NaN or infinite where its loss was finite: max_grad_norm=1.0 looks at "
+    "the gradient, too."
+)
 
 
 class Watch:
@@ -171,8 +177,20 @@ def _explain(
         found.append(f"the gradient norm {update.grad_norm.item()}")
     return NonFiniteError(
         f"{', '.join(found)} at step {step} (epoch {epoch}); {where}. The weights are those from "
-        'before this step. Fix the rows, or skip such updates: on_nonfinite="skip".'
+        f"before this step.{_spoilt_buffers(model)} {_OF_WEIGHTS if wrong else _OF_ROWS}"
     )
+
+
+def _spoilt_buffers(model: nn.Module) -> str:
+    """Name the buffers that hold NaN, such as running means: the forward pass has written them."""
+    names = [
+        name
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point() and buffer.element_size() > 1 and _has_nan(buffer)
+    ]
+    if not names:
+        return ""
+    return f" The forward pass has left NaN in buffers: {', '.join(names[:_NUM_ROWS_NAMED])}."
 
 
 def _explain_made(
@@ -224,8 +242,16 @@ def _rows_with_nan(batch: Any) -> list[int]:
 
 
 def _is_finite(parameter: Tensor) -> bool:
-    own: Tensor = getattr(parameter, "to_local", lambda: parameter)()  # a shard has only a part
-    return bool(torch.isfinite(own).all())
+    return bool(torch.isfinite(_own_part(parameter)).all())
+
+
+def _has_nan(buffer: Tensor) -> bool:
+    return bool(torch.isnan(_own_part(buffer)).any())
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    own: Tensor = getattr(tensor, "to_local", lambda: tensor)()  # a shard has only a part
+    return own
 
 
 def _bad_rows(

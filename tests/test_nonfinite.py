@@ -172,6 +172,45 @@ def test_weights_that_are_nan_already_are_named():
         next(steps_of(state, loader_with(0.0)))
 
 
+def test_a_gradient_of_nan_with_a_finite_loss_is_seen_with_a_norm_and_explained_without_one():
+    torch.manual_seed(0)
+    rows = [{"x": torch.ones(4, 2)}, {"x": torch.zeros(4, 2)}, {"x": torch.ones(4, 2)}]
+
+    def loss_fn(model, batch):
+        return model(batch["x"]).abs().sqrt().mean()  # its slope at 0 is infinite
+
+    for norm, wrong_at in ((1.0, 2), (None, 3)):
+        model = torch.nn.Linear(2, 1, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options = {"num_epochs": 1, "loss_fn": loss_fn, "progress_bar": False}
+        with pytest.raises(NonFiniteError, match=f"at step {wrong_at} ") as error:
+            train_loop(model, rows, optimizer, None, max_grad_norm=norm, **options)
+        assert bool(torch.isfinite(model.weight).all()) == (norm is not None)
+        assert ("max_grad_norm=1.0 looks at the gradient" in str(error.value)) == (norm is None)
+        assert ("on_nonfinite=" in str(error.value)) == (norm is not None)
+
+
+@pytest.mark.parametrize("reaction", ["raise", "skip"])
+def test_running_means_that_a_bad_batch_has_spoilt_are_named(reaction, caplog):
+    caplog.set_level("INFO", logger="manualloop")
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
+    rows = [{"x": torch.randn(4, 2)}, {"x": torch.full((4, 2), math.nan)}]
+    text = ""
+    try:
+        train_loop(
+            model,
+            rows,
+            num_epochs=1,
+            loss_fn=lambda model, batch: model(batch["x"]).square().mean(),
+            on_nonfinite=reaction,
+            progress_bar=False,
+        )
+    except NonFiniteError as error:
+        text = str(error)
+    told = "has left NaN in buffers: 0.running_mean, 0.running_var."
+    assert told in (text if reaction == "raise" else caplog.text)
+
+
 def test_a_norm_that_overflows_is_watched_where_there_is_one():
     def loss_of_steep_gradient(model, batch):
         return (model(**batch)["logits"] * 1e30).square().mean().clamp(max=1.0) + sum(

@@ -180,6 +180,12 @@ def untold_evaluation(folder: Path) -> None:
     evaluate_loop(nn.Linear(4, 1), UNEVEN, loss_fn=loss_fn, progress_bar=False)
 
 
+def spoilt_means(folder: Path) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
+    batches = [{"x": torch.full((2, 4), math.nan)}, {"x": torch.randn(2, 4)}]
+    step_once(state_of(model), batches, 1, on_nonfinite="skip")
+
+
 def nan_logits(folder: Path) -> None:
     model = tiny_bert()
     nn.init.constant_(model.classifier.bias, math.nan)
@@ -220,6 +226,7 @@ TOLD = {
     "weights in another memory order": other_memory,
     "items that nothing tells": untold_items,
     "an evaluation loss that nothing weighs": untold_evaluation,
+    "running means after a batch of NaN": spoilt_means,
     "NaN logits": nan_logits,
     "weights that no optimizer updates": left_alone,
     "a loader that was sharded by somebody else": sharded_loader,
