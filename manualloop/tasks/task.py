@@ -406,8 +406,10 @@ def infer_task(model: nn.Module, labels: Tensor | None = None) -> str:
     if labels is None:
         return "single_label_classification"
     is_row = labels.ndim > 1 and labels.shape[-1] > 1  # more than one number for each
-    if name.endswith("Classification") and (is_row or labels.is_floating_point()):
+    is_classifier = name.endswith("Classification")
+    if is_classifier and (is_row or labels.is_floating_point()):
         return "multi_label_classification"
     if not labels.is_floating_point():
-        return "single_label_classification" if labels.ndim < 2 else "token_classification"
+        is_class = is_classifier or labels.ndim < 2
+        return "single_label_classification" if is_class else "token_classification"
     return "multi_label_classification" if is_row else "regression"

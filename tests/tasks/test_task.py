@@ -125,13 +125,14 @@ def test_another_model_and_another_problem_type_are_looked_at_anew():
     assert resolve_task(model, batch, known).name == "regression"
 
 
-def test_the_problem_type_that_a_model_writes_is_heeded():
+def test_labels_of_one_column_are_classes_to_a_classifier():
     """Of labels (rows, 1) the head makes a classification, which their shape alone does not say."""
     model = tiny_bert(3)
     batch = {"input_ids": torch.tensor([[4], [5]]), "labels": torch.tensor([[0], [2]])}
     known = resolve_task(model, batch)
-    assert known.name == "token_classification"
-    model(**batch)
+    assert known.name == "single_label_classification"
+    model(**batch)  # which writes the problem type into the config
+    assert model.config.problem_type == known.name
     assert resolve_task(model, batch, known).name == "single_label_classification"
     assert predict_loop(tiny_bert(3), [batch]).scores is not None
 
@@ -445,4 +446,4 @@ def test_labels_of_the_second_batch_of_a_bert_are_counted_anew():
     loader = DataLoader(rows, batch_size=2)
     again = [evaluate_loop(model, loader, "accuracy") for _ in range(2)]
     assert again[0] == again[1]
-    assert model.config.problem_type == "single_label_classification"
+    assert model.config.problem_type is None  # which the model had written at its first batch
