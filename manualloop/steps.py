@@ -285,8 +285,8 @@ def _train_steps(
 ) -> Generator[Step | None, None, None]:
     if not goes_on(state.progress, plan):
         return
-    progress, reader, times = state.progress, _enter(state, source, strategy), state.times
-    at_start, skips, forget = progress.num_steps, Skips(strategy), remember_configs(state.model)
+    progress, times, skips = state.progress, state.times, Skips(strategy)
+    reader, leave = _enter(state, source, strategy), _leaving(state)
     try:
         while goes_on(progress, plan):
             epoch, window, num_before = progress.epoch, None, progress.num_steps
@@ -342,13 +342,22 @@ def _train_steps(
         watch.settle(wait=True)
         raise
     finally:
-        _leave(state, forget if progress.num_steps == at_start else None)
+        leave()
 
 
-def _leave(state: TrainState, forget: Callable[[], object] | None) -> None:
-    state.is_training, state.task = False, None
-    if forget is not None:
-        forget()  # a batch that was refused decides nothing
+def _leaving(state: TrainState) -> Callable[[], None]:
+    """Return the function to call at the end.
+
+    A generator that is still open when Python ends finds no names of its module any more.
+    """
+    num_before, forget = state.progress.num_steps, remember_configs(state.model)
+
+    def leave() -> None:
+        state.is_training, state.task = False, None
+        if state.progress.num_steps == num_before:
+            forget()  # a batch that was refused decides nothing
+
+    return leave
 
 
 def _update_from(
