@@ -240,7 +240,7 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
 def zero_gradients(optimizer: Optimizer) -> None:
     """Set the gradients of an optimizer's parameters to None.
 
-    What ``Optimizer.zero_grad`` does, less its record for the profiler, which costs 6 us; an
+    What ``Optimizer.zero_grad`` does, without its record for the profiler, which costs 6 us; an
     optimizer that has a ``zero_grad`` of its own gets it called.
     """
     if type(optimizer).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(optimizer):

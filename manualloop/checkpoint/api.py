@@ -207,7 +207,7 @@ def _check_writable(directory: Path, state: TrainState) -> None:
     if state.has_failed is not None and bool(state.has_failed):
         raise CheckpointError(
             "The loss was not finite some updates ago, and the weights have not moved since: "
-            "nothing is saved. Go on, and the loop says within a few steps which rows it was."
+            "nothing is saved. Train on: within a few steps the loop names the rows."
         )
 
 

@@ -296,7 +296,7 @@ def _read_shards(
     if sorted(here) != list(names):
         raise CheckpointError(
             f"{len(names)} of its tensors were spread over ranks (FSDP), and {len(here)} of this "
-            "run's are, or others: go on with the model sharded as it was when it was saved"
+            "run's are, or others: resume with the model sharded as it was when it was saved"
         )
     unlisted = {path.name for path in folder.glob("*.safetensors")} - files.keys()
     if unlisted:  # all of them would be read

@@ -115,7 +115,7 @@ def test_nothing_outside_the_folder_is_written_to(trick, name, is_begun, tmp_pat
         folder.mkdir()
     trick(folder / name, precious)
     if (trick, name) == (hard_link, "history.jsonl"):
-        train(folder)  # goes on with a copy of its own
+        train(folder)  # continues with a copy of its own
         assert (folder / name).read_text().startswith("precious\n{")
     else:
         with pytest.raises(CheckpointError) as error:
