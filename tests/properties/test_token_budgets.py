@@ -1,5 +1,6 @@
 """Batches by a budget of tokens: every row once, as many batches in every epoch, resumable."""
 
+import signal
 from itertools import pairwise
 
 import numpy as np
@@ -22,6 +23,11 @@ from manualloop import (
 )
 from manualloop.data.grouping import budgeted_batches, cut
 from manualloop.data.sampler import OrderedBatchSampler
+
+def interrupt_at(last):
+    """Return an ``on_step`` that ends the run with a checkpoint, as Ctrl-C does."""
+    return lambda step: step.index == last and signal.raise_signal(signal.SIGINT)
+
 
 lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=400).map(np.array)
 budgets = st.integers(60, 500)
@@ -141,7 +147,7 @@ def test_a_run_is_that_of_a_plain_loop_over_the_same_batches():
 def test_another_budget_resumes_with_the_remaining_rows(before, after, tmp_path, caplog):
     seen = []
 
-    def run(max_tokens, max_steps):
+    def run(max_tokens, stop_after=None):
         loader = prepare_dataloaders(rows(40), tiny_tokenizer(), max_tokens=max_tokens)["train"]
         collate = loader.collate_fn
 
@@ -154,16 +160,17 @@ def test_another_budget_resumes_with_the_remaining_rows(before, after, tmp_path,
         return train_loop(
             tiny_bert(),
             loader,
-            num_epochs=1 if max_steps is None else None,
-            max_steps=max_steps,
+            num_epochs=1,
+            on_step=interrupt_at(stop_after),
             strategy=SingleDevice("cpu"),
             checkpoint_dir=tmp_path,
             progress_bar=False,
         )
 
-    run(before, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(before, stop_after=3)
     with caplog.at_level("INFO", logger="manualloop"):
-        run(after, None)
+        run(after)
     tokens = tiny_tokenizer()(list(rows(40)["sentence"]))["input_ids"]
     assert sorted(seen) == sorted(tokens)
     assert (f"max_tokens: {before} -> {after}" in caplog.text) == (before != after)
@@ -185,7 +192,7 @@ CHANGES = {
 def test_settings_changed_inside_an_epoch_lose_no_row_in_two_more_stops(name, tmp_path):
     seen = []
 
-    def run(options, max_steps):
+    def run(options, stop_after=None):
         data = Dataset.from_dict({**rows(40).to_dict(), "number": list(range(40))})
         tokenizer = tiny_tokenizer()
         tokenizer.model_input_names = [*tokenizer.model_input_names, "number"]
@@ -201,8 +208,8 @@ def test_settings_changed_inside_an_epoch_lose_no_row_in_two_more_stops(name, tm
             loader,
             None,
             None,
-            num_epochs=None if max_steps else 2,
-            max_steps=max_steps,
+            num_epochs=2,
+            on_step=interrupt_at(stop_after),
             loss_fn=loss_fn,
             strategy=SingleDevice("cpu"),
             checkpoint_dir=tmp_path,
@@ -210,10 +217,10 @@ def test_settings_changed_inside_an_epoch_lose_no_row_in_two_more_stops(name, tm
         )
 
     before, after = CHANGES[name]
-    run(before, 2)
-    run(after, 4)
-    run(after, 5)
-    run(after, None)
+    for options, stop_after in ((before, 2), (after, 4), (after, 5)):
+        with pytest.raises(KeyboardInterrupt):
+            run(options, stop_after)
+    run(after)
     assert sorted(seen[:40]) == list(range(40))
     assert sorted(seen[40:]) == list(range(40))
 

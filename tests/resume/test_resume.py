@@ -227,7 +227,7 @@ def test_with_another_batch_size_the_rows_of_the_epoch_are_still_used_once(
         second = Trained(other, tmp_path, num_epochs=1, gradient_accumulation_steps=2)
     used = [row for ids in first.ids[:4] + second.ids for row in ids]
     assert sorted(used) == list(range(NUM_ROWS))
-    assert f"not bit-exact because batch_size: 2 -> {batch_size}" in caplog.text
+    assert f"not bit-exact, because batch_size: 2 -> {batch_size}" in caplog.text
 
 
 @pytest.mark.parametrize("make", [prepared, built], ids=["prepared", "built"])

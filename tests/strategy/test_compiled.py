@@ -117,7 +117,7 @@ def test_a_checkpoint_goes_on_compiled_or_not_and_that_is_said(tmp_path, caplog)
     with caplog.at_level("INFO", logger="manualloop"):
         _, result = run(SingleDevice("cpu"), tmp_path, max_steps=6)
     assert result.state.progress.num_steps == 6
-    assert "not bit-exact because compile: True -> False" in caplog.text
+    assert "not bit-exact, because compile: True -> False" in caplog.text
 
 
 def test_blocks_are_found_where_they_repeat():
