@@ -21,7 +21,6 @@ from contextlib import suppress
 from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import IO, Any, NamedTuple
-from weakref import WeakMethod
 
 import torch
 
@@ -240,7 +239,7 @@ class Connections:
 
 
 _connections: Connections | None = None
-_before_end: list[WeakMethod[Callable[[], None]]] = []
+_before_end: list[Callable[[], None]] = []
 
 
 def connect(
@@ -280,12 +279,15 @@ def connect(
 
 
 def release_at_end(method: Callable[[], None]) -> None:
-    """Call a method, which is held weakly, when the program ends without an error.
+    """Call a method when the program ends without an error, and keep its object until then.
+
+    An object that a rank's garbage collection could take would be missed on that rank alone: it
+    would prepare a model again, which takes all ranks, and wait for ever.
 
     Args:
         method: Method that releases what holds a process group.
     """
-    _before_end.append(WeakMethod(method))
+    _before_end.append(method)
 
 
 def _report(error: BaseException) -> None:
@@ -329,10 +331,8 @@ def _end_group() -> None:
     active exception"): seen in one of a hundred launches on a busy machine. Ending the group joins
     its threads, unless something else holds it; then the time has to do.
     """
-    for method in _before_end:
-        release = method()
-        if release is not None:
-            release()
+    for release in _before_end:
+        release()
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         release_default_groups()
         torch.distributed.destroy_process_group()

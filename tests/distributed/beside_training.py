@@ -1,5 +1,6 @@
 """Evaluate beside training: the trial, the scored weights, what evaluate may return."""
 
+import gc
 import sys
 from functools import partial
 from pathlib import Path
@@ -86,6 +87,11 @@ def expect(kind, text, call):
 if __name__ == "__main__":
     folder, strategy = Path(sys.argv[1]), prepare_strategy("auto")
     assert strategy.world_size == 2
+    model = Line()
+    first = evaluate_loop(model, BATCHES, progress_bar=False)
+    if strategy.rank == 0:  # which rank collects its garbage when must not matter
+        gc.collect()
+    assert evaluate_loop(model, BATCHES, progress_bar=False) == first
     expect(
         ConfigError,
         "returned no 'accuracy': a_loss, a_accuracy, b_loss, b_accuracy",

@@ -24,6 +24,7 @@ from manualloop import (
 from manualloop.data.grouping import budgeted_batches, cut
 from manualloop.data.sampler import OrderedBatchSampler
 
+
 def interrupt_at(last):
     """Return an ``on_step`` that ends the run with a checkpoint, as Ctrl-C does."""
     return lambda step: step.index == last and signal.raise_signal(signal.SIGINT)
