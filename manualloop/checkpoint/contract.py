@@ -323,6 +323,9 @@ def check_finished(
     groups |= set() if is_extended else {"observed", "ends", "schedule"}
     # Of epochs the number of steps follows from what is compared, and from the number of ranks.
     found = [d for d in differences(asked, now) if d.group in groups and d.name != "num_steps"]
+    # What the run was made with, although another value was asked for at last, is no difference.
+    made_with = {d.name for d in differences(saved, now)}
+    found = [d for d in found if d.name in made_with or d.group not in _OVERRIDDEN]
     if is_extended:  # a schedule of the user's own is a function of the length
         found = [d for d in found if d.name != "lr_scheduler" or _has_other_name(d)]
     sizes = [

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from manualloop.checkpoint.functions import describe_function, is_clock, moved_by
+from manualloop.checkpoint.functions import describe_function, moved_by
 from manualloop.internals import unwrap_optimizer
 from manualloop.models import config_of, unwrap_model
-from manualloop.objects import without_root
+from manualloop.objects import is_clock, without_root
 from manualloop.schedules import PlannedLR, own_schedule
 
 Facts = dict[str, Any]

@@ -12,7 +12,6 @@ import dis
 import hashlib
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -20,6 +19,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+
+from manualloop.objects import is_clock
 
 _SCALARS = (bool, int, float, str, bytes, type(None))
 _MAX_DEPTH = 6
@@ -138,15 +139,6 @@ def moved_by(kind: type, method: str) -> set[str]:
     """Return the attributes that the user's code assigns to in a method: they count something."""
     code, _ = _reached(_methods_of(kind), method)
     return {name for function in code for name in _names(function.__code__, "STORE_ATTR")}
-
-
-def is_clock(value: Any) -> bool:
-    """Tell whether a number is the time at which something began, which is another in each run."""
-    clocks = zip((time.time, time.perf_counter), _IMPORTED_AT, strict=True)
-    return isinstance(value, float) and any(begin < value <= now() for now, begin in clocks)
-
-
-_IMPORTED_AT = (time.time() - 86_400, time.perf_counter())
 
 
 def _text(value: Any, seen: set[int], depth: int) -> str:

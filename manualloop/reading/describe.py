@@ -19,7 +19,7 @@ from manualloop.data.sampler import OrderedBatchSampler, num_batches
 from manualloop.errors import DataError
 from manualloop.internals import stored_table
 from manualloop.notices import say
-from manualloop.objects import without_root
+from manualloop.objects import is_clock, without_root
 from manualloop.randomness import find_generators, seed_of
 from manualloop.reading.ranks import part_of
 from manualloop.strategy.base import Strategy
@@ -353,7 +353,7 @@ def _parts(
         seen.add(id(value))
         yield type(value).__qualname__.encode()
         for name, part in vars(value).items():
-            if name.endswith("__hffs_cache"):  # of connections, by tokens of this process
+            if name.endswith("__hffs_cache") or is_clock(part):  # another one in each process
                 continue
             if settings or not isinstance(part, _PLAIN):
                 yield name.encode()

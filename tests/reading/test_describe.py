@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -174,3 +175,9 @@ def test_a_stream_of_hugging_face_has_one_digest_in_every_process(tmp_path: Path
         for _ in range(2)
     }
     assert len(outputs) == 1
+
+
+def test_the_time_at_which_a_dataset_was_opened_does_not_count() -> None:
+    first = SimpleNamespace(rows=[1, 2], opened=time.time())
+    second = SimpleNamespace(rows=[1, 2], opened=first.opened - 1)
+    assert rows_digest(first) == rows_digest(second)

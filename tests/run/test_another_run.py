@@ -272,6 +272,22 @@ def test_more_epochs_steps_or_patience_extend_a_run(tmp_path: Path) -> None:
     assert train(tmp_path / "patience", batches, **patient, patience=4) == 0
 
 
+def test_the_rate_that_a_run_was_made_with_is_no_difference_after_another_was_asked_for(
+    tmp_path: Path,
+) -> None:
+    batches = list(X.split(2))
+
+    def with_rate(lr: float, stop: int | None = None) -> int:
+        sgd = partial(torch.optim.SGD, lr=lr)
+        return train(tmp_path, batches, optimizer=sgd, stop=stop, checkpoint_every=1)
+
+    assert with_rate(0.1, stop=4) == 4
+    assert with_rate(0.01) > 0  # logged: the checkpoint's 0.1 counts
+    assert with_rate(0.01) == with_rate(0.1) == 0
+    with pytest.raises(CheckpointError, match=r"lr: 0\.01 -> 0\.2"):
+        with_rate(0.2)
+
+
 def test_surroundings_are_not_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train(tmp_path, DataLoader(TensorDataset(X), 2)) > 0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
