@@ -17,6 +17,7 @@ from weakref import ref
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from manualloop.checkpoint.nested import take_apart
 from manualloop.checkpoint.pretrained import find_tokenizer
@@ -25,6 +26,7 @@ from manualloop.errors import CheckpointError
 from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
 from manualloop.objects import is_of_library, numbers_in
+from manualloop.optimizers.together import each
 from manualloop.state import TrainState
 
 _OWN = {*vars(nn.Module()), "training"}
@@ -42,12 +44,14 @@ class Baseline(NamedTuple):
         marks: Mark of each thing by its kind and name, which differs once the thing is changed.
         functions: Functions of the run by name, such as the loss function.
         numbers: Mark of each number and tensor that they hold.
+        optimizers: Mark of each attribute of optimizers of the script's own classes.
     """
 
     model: Any
     marks: dict[tuple[str, str], Any]
     functions: dict[str, Any]
     numbers: dict[str, Any]
+    optimizers: dict[str, Any]
 
 
 def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
@@ -55,7 +59,8 @@ def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
     note_model(state)
     held = numbers_in(functions, beside=state.all_holders())
     numbers = {path: _mark(value) for path, value in held.items()}
-    state.baseline = state.baseline._replace(functions=functions, numbers=numbers)
+    kept = {path: _mark(value) for path, value in _kept_by_optimizers(state)}
+    state.baseline = state.baseline._replace(functions=functions, numbers=numbers, optimizers=kept)
     state.tokenizer = find_tokenizer(loader) or state.tokenizer
 
 
@@ -71,7 +76,7 @@ def note_model(state: TrainState) -> None:
     baseline: Baseline | None = state.baseline
     if baseline is None or baseline.model() is not model:
         marks = {(kind, name): _mark(value) for kind, name, value in _parts(model)}
-        state.baseline = Baseline(ref(model), marks, {}, {})
+        state.baseline = Baseline(ref(model), marks, {}, {}, {})
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
@@ -174,7 +179,26 @@ def changes_of(state: TrainState) -> tuple[dict[str, dict[str, Any]], list[str]]
     if baseline.functions:
         held = numbers_in(baseline.functions, beside=state.all_holders())
         unsaved += [path for path, one in held.items() if baseline.numbers.get(path) != _mark(one)]
+    if baseline.optimizers and not state.has_told:
+        kept = _kept_by_optimizers(state)
+        unsaved += [path for path, one in kept if baseline.optimizers.get(path) != _mark(one)]
     return changes, unsaved
+
+
+def _kept_by_optimizers(state: TrainState) -> Iterator[tuple[str, Any]]:
+    """Yield what optimizers of the script's own classes keep beside their ``state_dict``."""
+    optimizers = each(state.optimizer)
+    for number, optimizer in enumerate(optimizers):
+        kind = type(optimizer)
+        if is_of_library(kind.__module__) or kind.state_dict is not Optimizer.state_dict:
+            continue
+        path = "optimizer" if len(optimizers) == 1 else f"optimizer[{number}]"
+        for name, value in list(vars(optimizer).items()):
+            if not name.startswith("_") and name not in _SAVED and not callable(value):
+                yield f"{path}.{name}", value
+
+
+_SAVED = ("state", "param_groups", "defaults")
 
 
 def _is_on_device(value: Any) -> bool:

@@ -382,3 +382,38 @@ def test_a_recurrent_layer_and_a_batch_norm_change_nothing(tmp_path, lines):
     assert lines() == []
     (last,) = sorted(tmp_path.glob("step-*"))[-1:]
     assert json.loads((last / "state.json").read_text())["changes"] == {}
+
+
+class Lookahead(torch.optim.SGD):
+    """Keeps slow weights and a counter as attributes, which its ``state_dict`` leaves out."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.num_calls, self.every = 0, 3
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.num_calls += 1
+
+
+class Whole(Lookahead):
+    """The same, saved."""
+
+    def state_dict(self):
+        return super().state_dict() | {"num_calls": self.num_calls}
+
+
+@pytest.mark.parametrize(("kind", "is_told"), [(Lookahead, True), (Whole, False)])
+def test_what_an_optimizer_keeps_beside_its_state_is_told(kind, is_told, tmp_path, caplog):
+    model = torch.nn.Linear(2, 1)
+    state = TrainState(model, kind(model.parameters(), 0.1))
+    rows = [{"x": torch.ones(2, 2)}] * 4
+    with caplog.at_level("INFO", logger="manualloop"):
+        for step in train_steps(state, rows, loss_fn=lambda model, batch: model(batch["x"]).mean()):
+            if step.index == 2:
+                save_checkpoint(tmp_path, state)
+                break
+    told = "not in the checkpoint, though it changes during the run: optimizer.num_calls."
+    assert (told in caplog.text) == is_told
+    assert ("not in the checkpoint" in caplog.text) == is_told
