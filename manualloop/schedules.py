@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 from torch.optim import Optimizer
@@ -223,7 +224,8 @@ def follow_functions(lr_scheduler: Any) -> None:
     """Give the next update the rate of the schedules' functions, once a state was loaded.
 
     The functions of a ``LambdaLR`` are not in its state. If those at hand are others, or have
-    another length, the state holds the last rate of those before.
+    another length, the state holds the last rate of those before. Objects with attributes
+    are in the state, and are not called: a call may change them.
 
     Args:
         lr_scheduler: A schedule, several, or None.
@@ -231,10 +233,17 @@ def follow_functions(lr_scheduler: Any) -> None:
     for schedule in map(own_schedule, schedules_of(lr_scheduler)):
         if type(schedule) not in (LambdaLR, PlannedLR):
             continue
+        if any(map(_is_in_state, schedule.lr_lambdas)):
+            continue
         functions = zip(schedule.lr_lambdas, schedule.base_lrs, strict=True)
         now = [base * function(schedule.last_epoch) for function, base in functions]
         if [*map(float, now)] != [*map(float, schedule.get_last_lr())]:
             move_schedule(schedule, schedule.last_epoch)
+
+
+def _is_in_state(function: object) -> bool:
+    """Tell whether the state of a ``LambdaLR`` has the attributes of one of its functions."""
+    return not isinstance(function, FunctionType) and bool(getattr(function, "__dict__", None))
 
 
 def move_schedule(schedule: LambdaLR, place: int) -> None:

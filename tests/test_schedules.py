@@ -513,3 +513,33 @@ def test_a_rate_that_is_a_tensor(tmp_path: Path) -> None:
     rate = second.optimizer.param_groups[0]["lr"]
     assert isinstance(rate, torch.Tensor)
     assert [step.lr for step in steps(second, max_steps=12)] == pytest.approx([0.5, 0.45])
+
+
+class Decay:
+    """Falls with each call, whatever it is called with."""
+
+    def __init__(self) -> None:
+        self.rate = 1.0
+
+    def __call__(self, step: int) -> float:
+        self.rate *= 0.5
+        return self.rate
+
+
+def test_an_object_of_a_lambda_lr_is_loaded_and_not_called() -> None:
+    def state_of() -> TrainState:
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        schedule = torchs.LambdaLR(optimizer, Decay())
+        return TrainState(model, optimizer, schedule)
+
+    def step(state: TrainState) -> Any:
+        state.optimizer.step()
+        state.lr_scheduler.step()
+        return state.lr_scheduler.get_last_lr()
+
+    state, resumed = state_of(), state_of()
+    step(state)
+    resumed.load_state_dict(state.state_dict())
+    assert resumed.lr_scheduler.get_last_lr() == [0.25]
+    assert step(resumed) == step(state) == [0.125]
