@@ -86,6 +86,8 @@ def _describe_object(value: Any, seen: set[int], depth: int, method: str | None 
     read = None
     if method is not None:
         code, read = _reached(methods, method)
+    if any(_GROWING & set(_all_names(function.__code__)) for function in code):
+        attributes = {k: part for k, part in attributes.items() if not isinstance(part, list)}
     inside = [
         f"{key}={text}"
         for key, part in sorted(attributes.items())
@@ -98,9 +100,15 @@ def _describe_object(value: Any, seen: set[int], depth: int, method: str | None 
     return f"{name}({', '.join(inside)})"
 
 
+_GROWING = {"append", "extend", "insert"}
+
+
 def _attribute_text(value: Any, seen: set[int], depth: int, method: str | None) -> str | None:
+    # The code that makes the attributes is compared only where no method is named.
     if method is not None and isinstance(value, partial | FunctionType | nn.Module):
-        return _text(value, seen, depth + 1)  # whose code that makes it is not compared
+        return _text(value, seen, depth + 1)
+    if method is not None and isinstance(value, list) and len(value) <= _MAX_NUMBERS:
+        value = tuple(value)
     return None if is_clock(value) else _plain_text(value)
 
 
@@ -149,7 +157,14 @@ def _text(value: Any, seen: set[int], depth: int) -> str:
         return text
     if depth <= _MAX_DEPTH and isinstance(value, partial | MethodType | FunctionType | nn.Module):
         return _describe(value, seen, depth + 1)
+    if depth <= _MAX_DEPTH and callable(value) and _is_users(type(value)):
+        return _describe_object(value, seen, depth + 1, "__call__")
     return type(value).__qualname__
+
+
+def _is_users(kind: type) -> bool:
+    """Tell whether a class is one of the user's, and its objects are no classes."""
+    return not issubclass(kind, type) and not _is_installed(kind.__module__)
 
 
 def _plain_text(value: Any) -> str | None:

@@ -276,3 +276,24 @@ def test_the_time_at_which_something_began_does_not_count(clock: Callable[[], fl
 
     assert describe_function(timed(clock())) == describe_function(timed(clock()))
     assert describe_function(timed(0.5)) != describe_function(timed(0.25))
+
+
+class Weighted:
+    def __init__(self, weights: list[float]) -> None:
+        self.weights, self.seen = weights, 0
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        self.seen += 1
+        return model(batch) * self.weights[0]
+
+
+def test_lists_that_a_method_reads_and_objects_that_a_function_calls_count() -> None:
+    def calling(loss: Any) -> Callable[..., Any]:
+        return lambda model, batch: loss(model, batch)
+
+    first, same, other = Weighted([1.0]), Weighted([1.0]), Weighted([2.0])
+    same(abs, 3)
+    assert describe_function(calling(first)) == describe_function(calling(same))
+    assert describe_function(calling(first)) != describe_function(calling(other))
+    assert describe_function(first.__call__) == describe_function(same.__call__)
+    assert describe_function(first.__call__) != describe_function(other.__call__)
