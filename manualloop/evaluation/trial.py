@@ -69,7 +69,8 @@ def try_evaluation(evaluate: object) -> Found | None:
         if batch is None:
             return None
         bound.arguments |= {"eval_dataloader": [batch] * strategy.world_size, "progress_bar": False}
-        bound.arguments["metric"] = [*metrics, _Blind()]
+        if metrics or not are_all:  # else the loss alone is asked for, and needs no labels
+            bound.arguments["metric"] = metrics if are_all else [*metrics, _Blind()]
         forget = _remember(model, bound.arguments)
         try:
             found = evaluate_loop(*bound.args, **bound.kwargs)

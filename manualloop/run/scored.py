@@ -82,7 +82,7 @@ def watching(state: TrainState, **holders: Any) -> Iterator[Scored]:
         if module is model and not torch.equal(sample_weights(model), before):
             swapped.update(_copy(saved_part(model).state_dict()))
 
-    averages = scored.averages = _modules_like(model, {"extras": state.extras, **holders})
+    averages = scored.averages = _modules_like(model, {"extras": state.extras}, holders)
     try:
         with ExitStack() as stack:
             stack.enter_context(_evaluating(state))
@@ -117,17 +117,22 @@ def _copy(weights: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _modules_like(model: nn.Module, owners: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """Return the modules with the weights' names and shapes of a model, by their paths."""
-    own = {id(module) for module in model.modules()}
+def _modules_like(model: nn.Module, *owners: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Return the modules with the weights' names and shapes of a model, by their paths.
+
+    A module that several owners hold has its path in the first of them.
+    """
+    known = {id(module) for module in model.modules()}
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     found: dict[str, nn.Module] = {}
-    for path, part in walk({"": model, **owners}):
-        module: Any = part.value
-        if type(module) is not type(model) or id(module) in own:
-            continue
-        if {name: weight.shape for name, weight in module.named_parameters()} == shapes:
-            found[re.sub(r"\._modules\['(\w+)'\]", r".\1", path)] = module
+    for holders in owners:
+        for path, part in walk({"": model, **holders}):
+            module: Any = part.value
+            if type(module) is not type(model) or id(module) in known:
+                continue
+            if {name: weight.shape for name, weight in module.named_parameters()} == shapes:
+                known.add(id(module))
+                found[re.sub(r"\._modules\['(\w+)'\]", r".\1", path)] = module
     return found
 
 

@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -264,6 +265,22 @@ def simple_run(folder, evaluate, on_step=None, extras=None, model=None, **option
         progress_bar=False,
         **options,
     )
+
+
+def test_the_module_of_an_average_in_the_extras_is_saved_however_it_is_evaluated(tmp_path, lines):
+    model = nn.Linear(1, 1)
+    average = AveragedModel(model)
+    batches = [{"x": torch.ones(1, 1)}]
+    evaluate = partial(
+        evaluate_loop,
+        average.module,
+        batches,
+        loss_fn=lambda model, batch: model(batch["x"]).square().mean(),
+        progress_bar=False,
+    )
+    extras = {"average": average}
+    simple_run(tmp_path, evaluate, lambda step: average.update_parameters(model), extras, model)
+    assert [line for line in lines() if "is scored and not saved" in line] == []
 
 
 def test_an_average_that_is_scored_and_not_saved_is_logged_once(tmp_path, lines):
