@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,9 +196,9 @@ class Metric:
         self.reset()
 
     @property
-    def is_of_classes(self) -> bool:
-        """Whether rows are counted, so that their order does not matter and is not kept."""
-        return not self._continuous
+    def takes(self) -> Literal["classes", "values"]:
+        """What the metric scores: class numbers, or real numbers."""
+        return "values" if self._continuous else "classes"
 
     def reset(self) -> None:
         """Forget all rows."""

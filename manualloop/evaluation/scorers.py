@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -27,15 +28,35 @@ from manualloop.evaluation.metrics import (
 from manualloop.internals import computing_alone
 from manualloop.strategy.base import Strategy, on_main
 
+Takes: TypeAlias = Literal["classes", "values", "rows", "scores"]
+"""What a scorer gets, whatever the shapes of a batch are.
+
+``"classes"``: flat class numbers of all labels that are not ignored; multi-label ``(rows,
+classes)``. ``"values"``: real numbers in the same form. ``"rows"``: one entry a row, in the order
+of the dataset. ``"scores"``: probabilities ``(rows, classes)`` beside flat class numbers.
+"""
+
+
+class Rows(list[Any]):
+    """One entry a row, of any kind, which a function gets as a list and not as an array."""
+
 
 class Scorer(Protocol):
     """An object that takes rows batch by batch and scores all of them.
+
+    A scorer of ``"rows"`` may have an attribute ``takes_kept``. If it is true, ``add_batch`` gets a
+    third argument ``kept``: the columns that skipped the model, by name.
 
     Attributes:
         name: Name in messages.
     """
 
     name: str
+
+    @property
+    def takes(self) -> Takes:
+        """What it is given."""
+        ...
 
     def add_batch(self, *, predictions: Any, references: Any) -> None:
         """Add the rows of one batch: tensors, arrays or lists with one entry per row."""
@@ -158,7 +179,7 @@ class Gathered:
 
 def counts_classes(scorer: Scorer) -> bool:
     """Tell whether a scorer only counts classes, so that the order of the rows does not matter."""
-    return isinstance(scorer, Metric) and scorer.is_of_classes
+    return isinstance(scorer, Metric) and scorer.takes == "classes"
 
 
 def _in_order(
@@ -180,33 +201,59 @@ class _Checked:
 
     def __init__(self, scorers: list[Scorer]) -> None:
         self.name = " + ".join(scorer.name for scorer in scorers)
-        self._scorers = scorers
+        self.scorers = scorers
         self._num_rows = self._num_batches = 0
 
-    def add_batch(self, *, predictions: Any, references: Any) -> None:
+    @property
+    def takes(self) -> Takes:
+        return self.scorers[0].takes
+
+    @property
+    def takes_kept(self) -> bool:
+        return any(getattr(scorer, "takes_kept", False) for scorer in self.scorers)
+
+    def add_batch(self, *, predictions: Any, references: Any, **more: Any) -> None:
         num_rows = count_rows(self.name, predictions, references, self._num_batches)
-        for scorer in self._scorers if num_rows else ():
-            scorer.add_batch(predictions=predictions, references=references)
+        for scorer in self.scorers if num_rows else ():
+            scorer.add_batch(predictions=predictions, references=references, **more)
         self._num_rows += num_rows
         self._num_batches += 1
 
     def compute(self) -> dict[str, float]:
         require_rows(self.name, self._num_rows, self._num_batches)
         self._num_rows = self._num_batches = 0
-        merged: dict[str, float] = {}
-        for scorer in self._scorers:
-            scores = scorer.compute()
-            for key in merged.keys() & scores.keys():
-                raise MetricError(
-                    f"Key {key!r} comes from {scorer.name} and from an earlier metric. Leave one "
-                    f"out, or rename it: lambda p, r: {{'other_{key}': ...}}."
-                )
-            merged.update(scores)
-        return merged
+        return compute_all(self.scorers)
+
+
+def parts_of(scorer: Scorer) -> list[Scorer]:
+    """Return the scorers that one is made of, each of which takes something of its own."""
+    if isinstance(scorer, _Checked) and len(scorer.scorers) > 1:
+        return [part for one in scorer.scorers for part in parts_of(one)]
+    return [scorer]
+
+
+def compute_all(scorers: Iterable[Scorer]) -> dict[str, float]:
+    """Return the scores of several scorers as one mapping.
+
+    Raises:
+        MetricError: Two of them have the same key.
+    """
+    merged: dict[str, float] = {}
+    for scorer in scorers:
+        scores = scorer.compute()
+        for key in merged.keys() & scores.keys():
+            raise MetricError(
+                f"Key {key!r} comes from {scorer.name} and from an earlier metric. Leave one "
+                f"out, or rename it: lambda p, r: {{'other_{key}': ...}}."
+            )
+        merged.update(scores)
+    return merged
 
 
 class _Evaluate:
     """A module of ``evaluate``, or several under ``evaluate.combine``."""
+
+    takes: Takes = "classes"
 
     def __init__(self, module: Any) -> None:
         self.name = str(getattr(module, "name", type(module).__name__))
@@ -246,6 +293,8 @@ def _declares_integers(module: Any, role: str) -> bool:
 class _Torchmetrics:
     """A torchmetrics ``Metric`` or ``MetricCollection``."""
 
+    takes: Takes = "classes"
+
     def __init__(self, metric: Any) -> None:
         words = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
         self.name = re.sub(words, "_", type(metric).__name__).lower()
@@ -276,27 +325,53 @@ class _Torchmetrics:
 class _Function:
     """A function of all rows."""
 
+    takes: Takes = "rows"
+
     def __init__(self, function: Callable[[Array, Array], Any]) -> None:
         named = getattr(function, "func", function)  # functools.partial has no name of its own
         name = getattr(named, "__name__", type(named).__name__)
         self.name = "metric" if name == "<lambda>" else name
         self._function = function
-        self._batches: list[tuple[Array, Array]] = []
+        self._batches: list[tuple[Any, Any]] = []
+        self._kept: dict[str, list[Any]] = {}
+        self.takes_kept = _has_parameter(function, "kept")
 
-    def add_batch(self, *, predictions: Any, references: Any) -> None:
+    def add_batch(
+        self, *, predictions: Any, references: Any, kept: Mapping[str, Any] | None = None
+    ) -> None:
         # Copies, because a caller may reuse its buffer.
-        self._batches.append((np.array(to_array(predictions)), np.array(to_array(references))))
+        self._batches.append((_copy(predictions), _copy(references)))
+        for name, values in (kept or {}).items():
+            self._kept.setdefault(name, []).extend(values)
 
     def compute(self) -> dict[str, float]:
         batches, self._batches = self._batches, []
+        kept, self._kept = self._kept, {}
+        more = {"kept": kept} if self.takes_kept else {}
+        sides = [self._join(side) for side in zip(*batches, strict=True)]
+        return _to_floats(self.name, self._function(*sides, **more), flatten=False)
+
+    def _join(self, batches: Sequence[Any]) -> Any:
+        if isinstance(batches[0], Rows):
+            return list(chain.from_iterable(batches))
         try:
-            predictions, references = map(np.concatenate, zip(*batches, strict=True))
+            return np.concatenate(batches)
         except ValueError as error:
             raise MetricError(
                 f"{self.name} gets all rows at once, but batches differ in width ({error}). Pad "
                 "them to one width, or flatten them: predictions[references != -100]."
             ) from error
-        return _to_floats(self.name, self._function(predictions, references), flatten=False)
+
+
+def _copy(values: Any) -> Any:
+    return Rows(values) if isinstance(values, Rows) else np.array(to_array(values))
+
+
+def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a function that is not written in Python
+        return False
 
 
 def _to_floats(name: str, result: Any, *, flatten: bool) -> dict[str, float]:
