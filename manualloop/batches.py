@@ -24,6 +24,30 @@ _WITHOUT_FIELDS = (type, nn.Module, list, tuple, *_ARRAYS, *_SCALARS)
 _DEPTH = 8  # no batch is nested so deeply, and objects may refer to each other
 
 
+class Kept(list[Any]):
+    """A column that skips the model: an entry for each row, as the dataset gives it.
+
+    >>> Kept(["a", "b", "c"])[1:], model_inputs({"x": 1, "id": Kept(["a"])})
+    (Kept(['b', 'c']), {'x': 1})
+    """
+
+    __slots__ = ()
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        return Kept(found) if isinstance(place, slice) else found
+
+    def __repr__(self) -> str:
+        return f"Kept({super().__repr__()})"
+
+
+def model_inputs(batch: Any) -> Any:
+    """Return the columns that a model is called with: a batch without those that are kept."""
+    if isinstance(batch, Mapping) and Kept in map(type, batch.values()):
+        return {name: column for name, column in batch.items() if type(column) is not Kept}
+    return batch
+
+
 def fields_of(value: Any, *, is_whole: bool = True) -> Mapping[str, Any] | None:
     """Return the named entries of a batch, or of an entry of one; None if it has none.
 
@@ -204,7 +228,7 @@ def is_plain(value: Any) -> bool:
     """Tell whether a batch consists of tensors, arrays, numbers and texts, in dicts and lists."""
     if type(value) is dict:
         return all(is_plain(entry) for entry in value.values())
-    if type(value) in (list, tuple):
+    if type(value) in (list, tuple, Kept):
         return all(map(is_plain, value))
     return isinstance(value, _ARRAYS + _SCALARS)
 

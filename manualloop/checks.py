@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from manualloop.batches import model_inputs
 from manualloop.data.labels import BY_TOKEN, check_class_ids, warn_of_classes_as_values
 from manualloop.data.splits import fix_all, fix_of
 from manualloop.errors import ConfigError, DataError, ManualLoopError, ModelError
@@ -267,7 +268,7 @@ def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
             f"The loader gives a {type(batch).__name__}, and {name} is called as model(**batch). "
             "Let collate_fn return a dict, or pass loss_fn=lambda model, batch: ...."
         )
-    taken = forward_columns(model)
+    batch, taken = model_inputs(batch), forward_columns(model)
     for column, value in batch.items():
         example = value[0] if isinstance(value, list | tuple) and value else value
         if isinstance(example, str) and (column == "labels" or column not in taken):

@@ -19,6 +19,7 @@ from manualloop.checkpoint.facts import (
     schedule_class,
     schedule_facts,
 )
+from manualloop.data.kept import inner_collate
 from manualloop.errors import CheckpointError
 from manualloop.notices import say
 from manualloop.optimizers.together import class_of
@@ -95,7 +96,7 @@ def describe_run(
     in_loader = dict(loader.exact)
     num_workers = in_loader.pop("num_workers", 0)
     seeds = {"torch": seed_of(torch.default_generator), **in_loader.pop("seeds", {})}
-    collate_fn = getattr(arguments["train_dataloader"], "collate_fn", None)
+    collate_fn = inner_collate(getattr(arguments["train_dataloader"], "collate_fn", None))
     contract = {
         "same": {**loader.same, **built["same"]},
         "settings": {

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manualloop.batches import Kept
 from manualloop.errors import CheckpointError
 
 
@@ -166,7 +167,13 @@ UNREADABLE = (
     TypeError,
     ValueError,
 )
-_SEQUENCES: dict[Any, str] = {list: "list", tuple: "tuple", set: "set", torch.Size: "size"}
+_SEQUENCES: dict[Any, str] = {
+    list: "list",
+    tuple: "tuple",
+    set: "set",
+    torch.Size: "size",
+    Kept: "kept",  # in batches of a stream that were read ahead
+}
 _SEQUENCE_OF: dict[str, Any] = {name: kind for kind, name in _SEQUENCES.items()}
 # A defaultdict is saved as a dict: what it makes of missing keys is code.
 _MAPPINGS: dict[Any, str] = {

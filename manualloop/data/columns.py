@@ -193,8 +193,25 @@ def _find_texts(
     )
 
 
-def column_filter(tokenizer: Any, model: nn.Module | None, *, takes_all: bool) -> Takes:
-    """Return the test for columns that go into batches: those the model takes, and the labels."""
+def staying(takes: Takes, keep: Sequence[str]) -> Takes:
+    """Return the test for columns that reach a batch: those the model takes, and those kept."""
+    return lambda name, kind: name in keep or takes(name, kind)
+
+
+def column_filter(
+    tokenizer: Any, model: nn.Module | None, *, takes_all: bool, keep: Sequence[str] = ()
+) -> Takes:
+    """Return the test for columns that the model takes, and the labels.
+
+    Args:
+        tokenizer: As in ``prepare_dataloaders``.
+        model: As in ``prepare_dataloaders``.
+        takes_all: Whether a ``collate_fn`` of the user's takes all columns.
+        keep: Columns that skip the model.
+    """
+    if keep:
+        takes = column_filter(tokenizer, model, takes_all=takes_all)
+        return lambda name, kind: name not in keep and takes(name, kind)
     if takes_all:
         return lambda name, kind: True
     if model is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from manualloop.arguments import check_arguments
+from manualloop.batches import Kept
 from manualloop.errors import DataError
 from manualloop.objects import remember, walk
 from manualloop.randomness import random_states_kept
@@ -145,6 +146,8 @@ def _describe(value: Any) -> tuple[tuple[int, ...], str]:
         return tuple(value.shape), str(value.dtype).removeprefix("torch.")
     kind = type(value).__name__
     if isinstance(value, list | tuple) and value:
+        if isinstance(value, Kept):
+            return (len(value),), f"list of {type(value[0]).__name__}, kept"
         return (len(value),), f"{kind} of {type(value[0]).__name__}, no tensor"
     return (), f"{kind}, no tensor"
 

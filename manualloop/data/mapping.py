@@ -102,24 +102,55 @@ def first_without_tokens(encoded: Rows) -> int | None:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """Gives a column a second name.
+
+    Attributes:
+        column: Its name.
+        name: The second one.
+    """
+
+    column: str
+    name: str
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Return the column under its second name."""
+        return {self.name: rows[self.column]}
+
+
+@dataclass(frozen=True)
 class Preprocess:
     """Runs the user's function instead of the tokenizer.
 
     Attributes:
         function: The function, from a batch of rows to columns.
         kept: Columns that stay beside what it returns.
-        label: The column of labels, which goes if the function returns ``labels``.
+        label: The column of labels, which goes if the function returns ``labels``, unless it is
+            one of those to keep.
+        keep: Columns that skip the model.
     """
 
     function: Callable[[Rows], Rows]
     kept: tuple[str, ...]
     label: str | None
+    keep: tuple[str, ...] = ()
 
     def __call__(self, rows: Rows) -> Rows:
         """Return the columns that stay and those that the function made."""
         made = self.function(rows) or {}
         # A function that returns labels may also return more or fewer rows than it got.
-        left = [name for name in self.kept if name != self.label or "labels" not in made]
+        left = [
+            name
+            for name in self.kept
+            if name != self.label or "labels" not in made or name in self.keep
+        ]
+        stays = [name for name in left if name in self.keep and name not in made]
+        if stays and made and (rows_made := len(next(iter(made.values())))) != len(rows[stays[0]]):
+            raise DataError(
+                f"preprocess returned {rows_made} rows for {len(rows[stays[0]])}, so nothing tells "
+                f"the {stays[0]!r} of each, which keep= names. Let preprocess return a column "
+                f"{stays[0]!r} with one entry for each row that it makes."
+            )
         return {**{name: rows[name] for name in left}, **made}
 
 

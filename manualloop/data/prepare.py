@@ -17,11 +17,14 @@ from manualloop.data.columns import (
     Takes,
     column_filter,
     find_label,
+    staying,
 )
 from manualloop.data.grouping import Ints, round_up
+from manualloop.data.kept import KeepingCollate, check_kept, kept_columns
 from manualloop.data.labels import BY_TOKEN
 from manualloop.data.mapping import (
     AsZerosAndOnes,
+    Copy,
     Encode,
     Preprocess,
     RequireHidden,
@@ -58,6 +61,7 @@ def prepare_dataloaders(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     preprocess: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     fill: Mapping[str, Any] | None = None,
+    keep: str | Sequence[str] = (),
     seed: int = 42,
     num_workers: int = 0,
     pin_memory: bool | None = None,
@@ -104,6 +108,8 @@ def prepare_dataloaders(
             dataset, as from ``dataset.map`` with ``batched=True``, and may return ``labels``.
         fill: What an empty cell becomes, by column: ``{"text": ""}``. Empty are None, NaN and the
             empty string. A column of labels that is empty in all rows of a split stays as it is.
+        keep: Columns that skip the model, such as ``("id",)``. Batches hold them under their names,
+            as lists with the values of the dataset, beside the tensors.
         seed: Seed of the order.
         num_workers: Number of processes that read and pad.
         pin_memory: Whether to pin batches in memory; None pins them if there is a CUDA device.
@@ -129,15 +135,16 @@ def prepare_dataloaders(
     arguments = {name: value for name, value in locals().items() if name not in _OBJECTS}
     with all_at_once() as check:
         check(_check_arguments, **arguments)
-        check(check_arguments, *_MAY_BE_NONE, **arguments)
+        check(check_arguments, *_MAY_BE_NONE, **{**arguments, "keep": 1})  # of another meaning
         check(require_tokenizer, tokenizer)
         if collate_fn is None:
             check(require_pad_token, tokenizer)
-    takes = column_filter(tokenizer, model, takes_all=collate_fn is not None)
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    takes = column_filter(tokenizer, model, takes_all=collate_fn is not None, keep=keep)
     tokenizes = preprocess is None and tokenizer is not None
 
     splits, found = _look_at(
-        *(datasets, fill or {}, label_column, preprocess, takes),
+        *(datasets, fill or {}, label_column, preprocess, takes, keep),
         tokenizer=tokenizer,
         model=model,
         task=task,
@@ -149,7 +156,7 @@ def prepare_dataloaders(
     texts, labels = found.columns.texts, found.labels
     encode = _encoder(reference_of(splits), texts, tokenizer, max_length, model, tokenizes)
     used = () if label_column is None or isinstance(label_column, str) else tuple(label_column)
-    splits = _prepare_splits(splits, found, encode, takes, model, used)
+    splits = _prepare_splits(splits, found, encode, takes, keep, model, used)
 
     if collate_fn is None:
         collate_fn = padding_collate_fn(tokenizer, labels.task, pad_to_multiple_of)
@@ -158,9 +165,10 @@ def prepare_dataloaders(
     labelled = tuple(split.key for key, split in splits.items() if key not in found.hidden)
     with all_at_once() as check:
         for key, split in splits.items():
+            kept = kept_columns(split, keep, found.columns.label)
             lengths = check(
                 _lengths,
-                *(split, texts, labels.task),
+                *(split, texts, labels.task, keep),
                 *(pad_to_multiple_of or 1, max_tokens, group_by_length),
             )
             split.rows.origin_of_labels = Origin(
@@ -176,7 +184,7 @@ def prepare_dataloaders(
                 seed=seed,
                 lengths=lengths,
                 max_tokens=max_tokens,
-                collate_fn=collate_fn,
+                collate_fn=KeepingCollate(collate_fn, kept) if kept else collate_fn,
                 num_workers=num_workers,
                 pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             )
@@ -196,6 +204,7 @@ def _lengths(
     split: Split,
     texts: Sequence[str],
     task: str | None,
+    keep: Sequence[str],
     multiple: int,
     max_tokens: int | None,
     group_by_length: bool,
@@ -212,7 +221,8 @@ def _lengths(
     if hasattr(split.rows, "__len__"):
         from manualloop.data.tables import as_tables
 
-        lists = [name for name, kind in split.kinds.items() if kind == "list"]
+        kinds = split.kinds
+        lists = [name for name in kinds if kinds[name] == "list" and name not in keep]
         names = ["input_ids"] if "input_ids" in lists else lists[:1]
         if "labels" in lists and (task in BY_TOKEN or task == "seq2seq_lm"):
             names.append("labels")
@@ -239,12 +249,15 @@ _MAY_BE_NONE = ("model", "text_columns", "label_column", "fill")
 _COUNTS = ("batch_size", "eval_batch_size", "max_length", "max_tokens", "pad_to_multiple_of")
 
 
-def _check_arguments(task: str | None, drop_last: bool, **arguments: Any) -> None:
+def _check_arguments(task: str | None, drop_last: bool, keep: Any, **arguments: Any) -> None:
     problems = [
         f"{name} must be a whole number of at least 1, got {arguments[name]!r}."
         for name in _COUNTS
         if not is_count(arguments[name]) and (arguments[name] is not None or name == "batch_size")
     ]
+    names = (keep,) if isinstance(keep, str) else keep
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        problems.append(f"keep must be a name or a list of names, got {keep!r:.60}.")
     if task is not None and (not isinstance(task, str) or task not in TASKS):
         problems.append(f"task={task!r} is unknown. Use one of: {', '.join(TASKS)}.")
     if drop_last and arguments["max_tokens"] is not None:
@@ -262,6 +275,7 @@ def _look_at(
     label_column: str | Sequence[str] | None,
     preprocess: Callable[[Rows], Rows] | None,
     takes: Takes,
+    keep: tuple[str, ...],
     **choices: Any,
 ) -> tuple[dict[Any, Split], Survey]:
     """Open all splits, make the changes that the user asked for, and judge what they hold."""
@@ -275,19 +289,25 @@ def _look_at(
             splits = fill_cells(splits, fill, label_column, check)
             splits, label = one_label_column(splits, label_column, check)
             if preprocess is not None and check.ok:
-                splits = {k: _preprocess(s, preprocess, takes, label) for k, s in splits.items()}
+                given = preprocess, takes, keep, label
+                splits = {key: _preprocess(split, *given) for key, split in splits.items()}
                 label = "labels" if "labels" in reference_of(splits).kinds else label
-            found = survey(splits, Choices(label_column=label, **choices), check)
+            found = survey(splits, Choices(label_column=label, keep=keep, **choices), check)
+            check(check_kept, splits, keep, choices["tokenizer"], choices["model"], found.columns)
     return splits, found
 
 
 def _preprocess(
-    split: Split, function: Callable[[Rows], Rows], takes: Takes, label_column: str | None
+    split: Split,
+    function: Callable[[Rows], Rows],
+    takes: Takes,
+    keep: tuple[str, ...],
+    label_column: str | None,
 ) -> Split:
-    kinds = split.kinds
+    kinds, stays = split.kinds, staying(takes, keep)
     label = label_column or find_label(kinds)
-    kept = tuple(name for name, kind in kinds.items() if name == label or takes(name, kind))
-    run = Preprocess(function, kept, label)
+    kept = tuple(name for name, kind in kinds.items() if name == label or stays(name, kind))
+    run = Preprocess(function, kept, label, keep)
     rows = split.rows.map(run, batched=True, remove_columns=list(kinds))
     return open_split(split.name, rows, split.key)
 
@@ -315,6 +335,7 @@ def _prepare_splits(
     found: Survey,
     encode: Encode | None,
     takes: Takes,
+    keep: tuple[str, ...],
     model: nn.Module | None,
     used: Sequence[str],
 ) -> dict[Any, Split]:
@@ -325,14 +346,15 @@ def _prepare_splits(
         for key, split in splits.items():
             raw = [name for name in split.kinds if name not in used]
             hidden = found.hidden.get(key)
-            made = check(_prepare_split, split, found, encode, takes, model, hidden)
+            made = check(_prepare_split, split, found, encode, takes, keep, model, hidden)
             if made is not None:
                 prepared[key] = made
-                note = _note(raw, made, found, takes, model, hidden)
+                note = _note(raw, made, found, takes, keep, model, hidden)
                 notes.setdefault(note, []).append(split.name)
     for note, names in notes.items():
         say(f"{', '.join(names)}: {note}")
-    return {k: s.select([n for n in s.kinds if takes(n, s.kinds[n])]) for k, s in prepared.items()}
+    stays = staying(takes, keep)
+    return {k: s.select([n for n in s.kinds if stays(n, s.kinds[n])]) for k, s in prepared.items()}
 
 
 def _prepare_split(
@@ -340,6 +362,7 @@ def _prepare_split(
     found: Survey,
     encode: Encode | None,
     takes: Takes,
+    keep: tuple[str, ...],
     model: nn.Module | None,
     hidden: str | None,
 ) -> Split:
@@ -347,12 +370,12 @@ def _prepare_split(
     from manualloop.data.survey import check_alignment
 
     texts, labels = found.columns.texts, found.labels
-    split = _name_labels(split, found, hidden)
+    split = _name_labels(split, found, hidden, keep)
     if encode is not None:
-        kinds = split.kinds
-        split = split.select([name for name in kinds if name in texts or takes(name, kinds[name])])
+        kinds, stays = split.kinds, staying(takes, keep)
+        split = split.select([name for name in kinds if name in texts or stays(name, kinds[name])])
         run = replace(encode, stream=split.name, key=split.key) if split.is_stream else encode
-        raw, split = split, split.map(run, remove=texts)
+        raw, split = split, split.map(run, remove=[n for n in texts if n not in keep])
         _require_tokens(raw, split, encode)
     if labels.task in BY_TOKEN:
         check_alignment(split)
@@ -366,23 +389,29 @@ def _prepare_split(
     return split
 
 
-def _name_labels(split: Split, found: Survey, hidden: str | None) -> Split:
-    """Name the labels ``labels``; drop hidden ones, and columns that collators take for labels."""
+def _name_labels(split: Split, found: Survey, hidden: str | None, keep: tuple[str, ...]) -> Split:
+    """Name the labels ``labels``; drop hidden ones, and columns that collators take for labels.
+
+    A column of labels that is kept is not copied if its values are those of ``labels``.
+    """
     column, kinds = found.columns.label, split.kinds
     if column is None:
         return split
-    others = [name for name in kinds if name != column and name not in LABELS]
+    others = [n for n in kinds if n in keep or (n != column and n not in LABELS)]
     if hidden is not None and split.is_stream:
         without = split.fix(f'remove_columns("{column}")')
         run = RequireHidden(split.name, column, f"To predict all rows: {without}.")
-        split = split.select([*others, column]).map(run, remove=[column])
+        split = split.select([*others, *({column} - {*others})]).map(run)
     if column not in kinds or hidden is not None:
         return split.select(others)
+    others = [name for name in others if name != column]
     if column != "labels" or len(others) + 1 < len(kinds):
         split = split.select([*others, column])
     if column != "labels":
         split = split.rename(column, "labels")
     if found.labels.are_listed:
+        if column in keep:
+            split = split.map(Copy("labels", column))
         split = split.map(AsZerosAndOnes(found.labels.num_classes or 0))
     return split
 
@@ -410,6 +439,7 @@ def _note(
     split: Split,
     found: Survey,
     takes: Takes,
+    keep: tuple[str, ...],
     model: nn.Module | None,
     hidden: str | None,
 ) -> str:
@@ -418,7 +448,9 @@ def _note(
     kept = [name for name in kinds if takes(name, kinds[name])]
     inputs = [name for name in kept if name != "labels"]
     note = f"using {', '.join(texts or inputs)}{' -> labels' if 'labels' in kept else ''}"
-    if dropped := [name for name in (*raw, *kinds) if name not in (*kept, *texts, label)]:
+    if also := [name for name in keep if name in kinds or name == label]:
+        note += f"; keeping {', '.join(also)}"
+    if dropped := [name for name in (*raw, *kinds) if name not in (*kept, *texts, *also, label)]:
         note += f"; dropped: {', '.join(dict.fromkeys(dropped))}{_taker(model)}"
     if hidden is not None:
         note += f"; every {label} is {hidden}, so there are no labels"
@@ -434,6 +466,8 @@ def _taker(model: nn.Module | None) -> str:
 def _in_tables(split: Split, collate_fn: Callable[[Any], Any]) -> Split:
     """Make loaders fetch a split's rows as tables if their ``collate_fn`` takes tables."""
     if not hasattr(collate_fn, "padded_lengths") or split.is_stream:
+        return split
+    if "media" in split.kinds.values():  # which a table holds as bytes
         return split
     from manualloop.data.tables import as_tables
 

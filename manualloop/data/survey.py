@@ -55,6 +55,7 @@ class Choices(NamedTuple):
         tokenizes: Whether texts are tokenized.
         may_be_text: Whether labels of text are allowed: a ``collate_fn`` may make numbers of them.
         is_padded: Whether rows are padded and stacked as they are.
+        keep: Columns that skip the model.
     """
 
     tokenizer: Any
@@ -65,6 +66,7 @@ class Choices(NamedTuple):
     tokenizes: bool
     may_be_text: bool
     is_padded: bool
+    keep: tuple[str, ...] = ()
 
 
 class Survey(NamedTuple):
@@ -104,7 +106,7 @@ def survey(splits: Mapping[Any, Split], choices: Choices, check: Checks) -> Surv
         named = choices.label_column if choices.label_column in kinds else None
         columns = Columns((), named or find_label(kinds))
     elif choices.is_padded:
-        check(_refuse_leftovers, first, columns, tokenizer)
+        check(_refuse_leftovers, first, columns, tokenizer, choices.keep)
     for split in splits.values():
         for name in columns.texts:
             check(_check_text, split, name, first, tokenizer)
@@ -118,12 +120,13 @@ def _task_without_labels(choices: Choices) -> str | None:
     return choices.task or (None if choices.model is None else infer_task(choices.model))
 
 
-def _refuse_leftovers(split: Split, columns: Columns, tokenizer: Any) -> None:
+def _refuse_leftovers(split: Split, columns: Columns, tokenizer: Any, keep: Sequence[str]) -> None:
     """Refuse text without a tokenizer, and labels under a name that cannot be identified."""
     kinds = {name: kind for name, kind in split.kinds.items() if name != columns.label}
     if tokenizer is None:
-        is_ready = {"list", "media", "other"} & set(kinds.values())
-        found = [name for name, kind in kinds.items() if kind == "text" and not is_ready]
+        left = {name: kind for name, kind in kinds.items() if name not in keep}
+        is_ready = {"list", "media", "other"} & set(left.values())
+        found = [name for name, kind in left.items() if kind == "text" and not is_ready]
         if texts := columns.texts or found:
             raise DataError(text_message(texts[0], split.first[texts[0]], split=split.name))
     suspects = [n for n in kinds if is_label_like(n) and n not in columns.texts]

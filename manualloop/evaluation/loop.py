@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from manualloop.arguments import check_arguments
-from manualloop.batches import is_spare
+from manualloop.batches import is_spare, model_inputs
 from manualloop.checks import explain, require_loader
 from manualloop.data.labels import hidden_message, origin_of
 from manualloop.data.sampler import longest_first_view, num_batches, rows_before
@@ -37,7 +37,7 @@ from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
-from manualloop.tasks.loss import check_loss, no_loss
+from manualloop.tasks.loss import check_loss, explain_kept, no_loss
 from manualloop.tasks.otherwise import objection_to
 from manualloop.tasks.task import IGNORE_INDEX, Task, resolve_task
 from manualloop.types import Batch, LossFn, Scores, Terms
@@ -345,12 +345,15 @@ def _forward(passes: Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
             hook = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
             try:
                 loss: Any = passes.loss_fn(model, inputs)
+            except TypeError as error:
+                explain_kept(error, inputs)
+                raise
             finally:
                 hook.remove()
             return inputs, (seen[-1] if seen else None), loss
-        columns = inputs
+        columns = model_inputs(inputs)
         if passes.leaves_out:
-            columns = {name: c for name, c in inputs.items() if name not in passes.leaves_out}
+            columns = {name: c for name, c in columns.items() if name not in passes.leaves_out}
         try:
             outputs = model(**columns)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, SequentialSampler
 
+from manualloop.data.kept import trained_data
 from manualloop.data.labels import origin_of
 from manualloop.data.sampler import OrderedBatchSampler, num_batches
 from manualloop.errors import DataError
@@ -40,6 +41,7 @@ def fingerprint(loader: Iterable[Any]) -> dict[str, Any]:
     dataset: Any = getattr(loader, "dataset", None)
     if dataset is None:
         return {"data": type(loader).__name__, "num_batches": num_batches(loader)}
+    dataset = trained_data(loader)
     found: dict[str, Any] = {"data": type(dataset).__name__}
     if hasattr(dataset, "__len__"):
         found["num_rows"] = len(dataset)
@@ -98,7 +100,7 @@ def all_facts(source: Any) -> LoaderFacts:
     """
     facts: LoaderFacts = source.facts()
     same, exact = dict(facts.same), dict(facts.exact)
-    data: Any = getattr(source.loader, "dataset", source.loader)
+    data: Any = trained_data(source.loader)
     if isinstance(data, list | tuple) or _stored_rows(data) is not None:
         same["all rows"] = rows_digest(data)
     else:

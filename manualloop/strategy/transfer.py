@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manualloop.batches import rebuild
+from manualloop.batches import Kept, rebuild
 
 
 def move_optimizer_state(optimizer: Optimizer) -> None:
@@ -47,6 +47,8 @@ def move(value: Any, device: torch.device, is_whole: bool = True) -> Any:
         if device.type == "cuda" and value.nbytes > _SMALL:
             return _copy_beside(value, device)
         return value.to(device, non_blocking=True)
+    if type(value) is Kept:
+        return value
     if hasattr(value, "to"):  # a BatchEncoding, a packed sequence, a batch class of the user
         try:
             moved = value.to(device, non_blocking=True)

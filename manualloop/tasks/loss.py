@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from manualloop.batches import Kept, model_inputs
 from manualloop.errors import ConfigError, DataError, ModelError
 from manualloop.mistakes import no_head_message, no_labels_message, no_loss_message
 from manualloop.tasks.task import IGNORE_INDEX, Counts
@@ -66,14 +67,34 @@ def loss_terms(
         DataError: The batch has no labels.
     """
     if loss_fn is not None:
-        return own_terms(loss_fn(model, batch))
-    outputs = model(**batch)
+        try:
+            return own_terms(loss_fn(model, batch))
+        except TypeError as error:
+            explain_kept(error, batch)
+            raise
+    outputs = model(**model_inputs(batch))
     if terms is not None:
         return listed_terms(terms(outputs, batch))
     loss = find_loss(outputs)
     if loss is None:
         raise no_loss(model, batch, outputs)
     return model_terms(loss, outputs, batch, counts)
+
+
+def explain_kept(error: TypeError, batch: Any) -> None:
+    """Raise the mistake of a ``loss_fn`` that calls the model with a column that is kept.
+
+    Raises:
+        DataError: The error names such a column.
+    """
+    columns = batch if isinstance(batch, Mapping) else {}
+    kept = tuple(name for name, column in columns.items() if isinstance(column, Kept))
+    if named := [name for name in kept if repr(name) in str(error)]:
+        raise DataError(
+            f"loss_fn calls the model with the column {named[0]!r}, which keep= put into the batch "
+            "beside the model's. Leave such columns out: "
+            f"model(**{{name: column for name, column in batch.items() if name not in {kept}}})."
+        ) from error
 
 
 def own_terms(result: Any) -> list[Term]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manualloop.batches import num_rows, shared_rows
+from manualloop.batches import model_inputs, num_rows, shared_rows
 from manualloop.models import batch_statistics, model_name, unwrap_model
 from manualloop.notices import say
 from manualloop.tasks.otherwise import balances_experts
@@ -62,7 +62,8 @@ def _has_rows_only(batch: Any) -> bool:
     positions = batch.get("position_ids")
     if isinstance(positions, Tensor) and positions.ndim > 2:
         return False  # its first axis is that of time, height and width
-    return all(isinstance(column, Tensor) and column.ndim for column in batch.values())
+    columns = model_inputs(batch).values()
+    return all(isinstance(column, Tensor) and column.ndim for column in columns)
 
 
 def explain_memory(
