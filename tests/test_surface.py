@@ -38,12 +38,12 @@ ROWS = [
 # One door per dependency.
 DOORS = {
     "accelerate": {"strategy.accelerated", "strategy.launch", "internals"},
-    "datasets": {"data.tables", "internals"},
+    "datasets": {"data.tables", "evaluation.columns", "internals"},
     "transformers": {"data.collate", "schedules", "internals"},
     "evaluate": {"evaluation.metrics"},
     "tqdm": {"progress"},
     "sklearn": {"evaluation.metrics"},
-    "scipy": {"evaluation.metrics"},
+    "scipy": {"evaluation.metrics", "evaluation.weighted"},
     "torchmetrics": set(),
     "matplotlib": {"run.plot"},
     "safetensors": {"checkpoint.tensors"},

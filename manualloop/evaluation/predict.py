@@ -93,7 +93,14 @@ def predict_loop(
         table_of(predictions)[order],
         _whole_column("scores", scores, order),
         _whole_column("references", labels, order),
+        names=_names_of(model),
     )
+
+
+def _names_of(model: nn.Module) -> tuple[str, ...] | None:
+    id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
+    is_named = any(name != f"LABEL_{number}" for number, name in id2label.items())
+    return tuple(map(str, id2label.values())) if is_named else None
 
 
 def _whole_column(
