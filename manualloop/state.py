@@ -118,6 +118,7 @@ class TrainState:
         is_resumed: Whether the contract comes from a checkpoint and has not been compared yet.
         baseline: How the run has found its model; see ``manualloop.checkpoint.changes``.
         tokenizer: Tokenizer or processor of the loader, which is saved beside the weights.
+        class_names: Names of the classes, which are saved beside the weights.
         has_told: Whether what changes and is not saved was logged.
 
     >>> import torch
@@ -146,6 +147,7 @@ class TrainState:
     baseline: Any = field(default=None, init=False, repr=False)
     has_told: bool = field(default=False, init=False, repr=False)
     tokenizer: Any = field(default=None, init=False, repr=False)
+    class_names: tuple[str, ...] | None = field(default=None, init=False, repr=False)
     times: Times = field(default_factory=Times, init=False, repr=False)
     task: Any = field(default=None, init=False, repr=False)
     pace: Pace = field(default_factory=Pace, init=False, repr=False)

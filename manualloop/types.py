@@ -157,6 +157,22 @@ class Origin(NamedTuple):
     hidden: str | None = None
 
 
+class SplitNotes(NamedTuple):
+    """What ``prepare_dataloaders`` notes about a split beside its rows.
+
+    Attributes:
+        names: Name of each class, by its number in ``labels``; None if the data have no names.
+        num_cut: Number of texts that were cut off; None if nobody knows.
+        num_texts: Number of texts.
+        max_length: Number of tokens at which they are cut off; None if they are not.
+    """
+
+    names: tuple[str, ...] | None = None
+    num_cut: int | None = None
+    num_texts: int = 0
+    max_length: int | None = None
+
+
 class Place(NamedTuple):
     """Where a batch and its rows come from, in words.
 

@@ -28,6 +28,7 @@ from manualloop.notices import say
 from manualloop.objects import is_of_library, numbers_in
 from manualloop.optimizers.together import each
 from manualloop.state import TrainState
+from manualloop.tasks.names import class_names
 
 _OWN = {*vars(nn.Module()), "training"}
 """Attributes that every module has."""
@@ -55,7 +56,12 @@ class Baseline(NamedTuple):
 
 
 def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
-    """Note how a run finds its model and its functions, and the tokenizer of its loader."""
+    """Note how a run finds its model and its functions, and tokenizer and classes of its loader.
+
+    Raises:
+        DataError: A number means one class in the model and another one in the loader.
+    """
+    state.class_names = class_names(state.model, loader) or state.class_names
     note_model(state)
     held = numbers_in(functions, beside=state.all_holders())
     numbers = {path: _mark(value) for path, value in held.items()}

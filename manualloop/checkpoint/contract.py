@@ -169,6 +169,7 @@ def differences(saved: Contract, now: Contract) -> list[Difference]:
         old.pop("lr_scheduler", None)
     if not has_same_versions:
         new.pop("places of modules", None)
+    _drop_names(old, new)
     found = []
     for name in dict.fromkeys((*old, *new)):
         is_nested = name.partition(".")[0] in _NESTED
@@ -187,6 +188,18 @@ _VERSIONS = ("python", *_LIBRARIES)
 _NESTED = ("config", "adapters", "modules", "schedule")
 _OPTIONAL = ("all rows", "class of lr_scheduler")
 _CODE = re.compile(r" \(code [0-9a-f]+\)")
+
+
+def _drop_names(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Drop the names of the classes where only one of two runs has some: they change no number."""
+    start, num_named = "config.id2label.", 0
+    for facts in (old, new):
+        names = {n.removeprefix(start): v for n, (_, v) in facts.items() if n.startswith(start)}
+        num_named += any(value not in (n, f"LABEL_{n}") for n, value in names.items())
+    dropped = "config.label2id." if num_named == 2 else ("config.label2id.", start)
+    for facts in (old, new):
+        for name in [name for name in facts if name.startswith(dropped)]:
+            del facts[name]
 
 
 def _flat(contract: Contract) -> dict[str, tuple[str, Any]]:

@@ -1,7 +1,8 @@
-"""What ``from_pretrained`` needs beside the weights: the configs of a model, and the tokenizer."""
+"""What ``from_pretrained`` needs beside the weights: configs, the tokenizer, names of classes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from manualloop.checkpoint.parts import base_weights
 from manualloop.notices import say
 from manualloop.objects import walk
+from manualloop.tasks.names import Names, names_of, put_names
 
 _KINDS = {
     "PreTrainedTokenizerBase",
@@ -34,8 +36,17 @@ def find_tokenizer(loader: Any) -> Any:
     return None
 
 
-def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path) -> Iterator[Path]:
-    """Write the files into a folder, and yield each."""
+def save_pretrained(
+    model: nn.Module, tokenizer: Any, names: Names | None, folder: Path
+) -> Iterator[Path]:
+    """Write the files into a folder, and yield each.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer or processor; None for none.
+        names: The names of the classes; None for none.
+        folder: The folder.
+    """
     before = set(folder.iterdir())
     for name in ("config", "generation_config"):
         config: Any = getattr(model, name, None)
@@ -44,7 +55,11 @@ def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path) -> Iterator[
             config = copy(config)
             if name == "config":
                 config.architectures = [type(model).__name__]
+                if names is not None and names_of(model) is None:
+                    put_names(model, config, names)
             config.save_pretrained(folder)
+    if names is not None and not (folder / "config.json").exists():
+        (folder / "class_names.json").write_text(json.dumps(names, ensure_ascii=False))
     if tokenizer is not None and hasattr(model, "config"):
         try:
             tokenizer.save_pretrained(folder)

@@ -83,6 +83,7 @@ class Snapshot(NamedTuple):
         shards: Tensors that are sharded over the ranks: see ``manualloop.checkpoint.parts``.
         unsaved: What changes in the run and cannot be saved.
         tokenizer: Tokenizer that is saved beside the weights; None for none.
+        class_names: Names of the classes, which are saved beside the weights; None for none.
     """
 
     tensors: dict[str, dict[str, Tensor]]
@@ -91,13 +92,14 @@ class Snapshot(NamedTuple):
     shards: dict[str, Tensor]
     unsaved: list[str]
     tokenizer: Any
+    class_names: tuple[str, ...] | None
 
     def write(self, folder: Path) -> Iterator[Path]:
         """Write the files and yield each one that is complete, including existing shards."""
         yield from sorted(folder.glob(f"{PREFIX}*"))
         for stem, tensors in self.tensors.items():
             yield from save_tensors(tensors, folder, stem)
-        yield from save_pretrained(self.model, self.tokenizer, folder)
+        yield from save_pretrained(self.model, self.tokenizer, self.class_names, folder)
         path = folder / _STATE
         path.write_text(json.dumps(self.state, allow_nan=False))
         yield path
@@ -157,7 +159,7 @@ def take_state_apart(
         aliases = find_aliases(group, tied_names(model) if stem in ("model", _TRAINED) else ())
         apart["aliases"][stem] = aliases
         tensors[stem] = {name: value for name, value in group.items() if name not in aliases}
-    return Snapshot(tensors, apart, model, shards, unsaved, state.tokenizer)
+    return Snapshot(tensors, apart, model, shards, unsaved, state.tokenizer, state.class_names)
 
 
 def rehearse(state: TrainState, strategy: Strategy, run: Mapping[str, Any]) -> None:

@@ -36,6 +36,7 @@ class Labels(NamedTuple):
         num_classes: Number of classes; None if neither the model nor the column tells.
         are_listed: Whether the label of a row is a list of class numbers.
         are_named: Whether the classes have names, so that -1 stands for no label.
+        names: The names of the classes, by number; None if the data have none.
     """
 
     column: str | None
@@ -43,6 +44,7 @@ class Labels(NamedTuple):
     num_classes: int | None
     are_listed: bool = False
     are_named: bool = False
+    names: tuple[str, ...] | None = None
 
 
 def task_of(split: Split, column: str, model: nn.Module | None, *, by_token: bool) -> str | None:

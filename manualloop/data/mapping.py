@@ -155,6 +155,43 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
+class Number:
+    """Turns classes into numbers: strings, or the numbers that a split gives them.
+
+    Attributes:
+        column: Column of the labels.
+        numbers: Number of each class, by its string or the number it had.
+        split: Name of the split in messages.
+        classes: The sentence on which classes there are.
+    """
+
+    column: str
+    numbers: Mapping[Any, int]
+    split: str
+    classes: str
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Return the labels.
+
+        Raises:
+            DataError: A row of a stream has another class.
+        """
+        return {self.column: [self._number(label) for label in rows[self.column]]}
+
+    def _number(self, label: Any) -> Any:
+        if isinstance(label, list | tuple):
+            return [self._number(one) for one in label]
+        if label is None or (not isinstance(label, str) and label < 0):  # -100 and the like
+            return label
+        if label not in self.numbers:
+            raise DataError(
+                f"A row of {self.split} has {self.column}={label!r}, which is no class. "
+                f"{self.classes}"
+            )
+        return self.numbers[label]
+
+
+@dataclass(frozen=True)
 class AsZerosAndOnes:
     """Turns lists of class numbers into a row of 0 and 1 with an entry for each class.
 

@@ -36,8 +36,9 @@ from manualloop.mistakes import no_tokens_fix
 from manualloop.models import max_length as model_max_length
 from manualloop.models import model_name
 from manualloop.notices import say
+from manualloop.tasks.names import Naming, name_model
 from manualloop.tasks.task import TASKS
-from manualloop.types import Origin
+from manualloop.types import Origin, SplitNotes
 
 if TYPE_CHECKING:
     from manualloop.data.survey import Survey
@@ -143,7 +144,7 @@ def prepare_dataloaders(
     takes = column_filter(tokenizer, model, takes_all=collate_fn is not None, keep=keep)
     tokenizes = preprocess is None and tokenizer is not None
 
-    splits, found = _look_at(
+    splits, found, naming = _look_at(
         *(datasets, fill or {}, label_column, preprocess, takes, keep),
         tokenizer=tokenizer,
         model=model,
@@ -174,6 +175,7 @@ def prepare_dataloaders(
             split.rows.origin_of_labels = Origin(
                 found.columns.label or "labels", split.key, labelled, found.hidden.get(key)
             )
+            split.rows.split_notes = SplitNotes(naming.names)
             loaders[key] = check(
                 ordered_loader,
                 split.rows,
@@ -188,6 +190,7 @@ def prepare_dataloaders(
                 num_workers=num_workers,
                 pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             )
+    name_model(model, naming)
     return _with_tokenizer(loaders, tokenizer)
 
 
@@ -277,10 +280,11 @@ def _look_at(
     takes: Takes,
     keep: tuple[str, ...],
     **choices: Any,
-) -> tuple[dict[Any, Split], Survey]:
+) -> tuple[dict[Any, Split], Survey, Naming]:
     """Open all splits, make the changes that the user asked for, and judge what they hold."""
     # Here, because they load pyarrow, which importing the package must not.
     from manualloop.data.cells import fill_cells, one_label_column
+    from manualloop.data.classes import number_classes
     from manualloop.data.survey import Choices, survey
 
     with all_at_once() as check:
@@ -292,9 +296,14 @@ def _look_at(
                 given = preprocess, takes, keep, label
                 splits = {key: _preprocess(split, *given) for key, split in splits.items()}
                 label = "labels" if "labels" in reference_of(splits).kinds else label
-            found = survey(splits, Choices(label_column=label, keep=keep, **choices), check)
+            splits, naming = number_classes(
+                *(splits, label, choices["model"], choices["task"], check),
+                keeps_text=choices["may_be_text"],
+            )
+            chosen = Choices(label_column=label, keep=keep, names=naming.names, **choices)
+            found = survey(splits, chosen, check)
             check(check_kept, splits, keep, choices["tokenizer"], choices["model"], found.columns)
-    return splits, found
+    return splits, found, naming
 
 
 def _preprocess(

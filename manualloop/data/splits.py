@@ -80,14 +80,30 @@ class Split(NamedTuple):
         first = {new if name == old else name: value for name, value in self.first.items()}
         return self._replace(rows=self.rows.rename_column(old, new), first=first)
 
-    def map(self, function: Callable[[Rows], Rows], remove: Sequence[str] = ()) -> Split:
-        """Add the columns that a function computes from a batch of rows, and remove others."""
+    def map(
+        self,
+        function: Callable[[Rows], Rows],
+        remove: Sequence[str] = (),
+        classes: tuple[str, Sequence[str]] | None = None,
+    ) -> Split:
+        """Add the columns that a function computes from a batch of rows, and remove others.
+
+        Args:
+            function: The function.
+            remove: Names of the columns to remove.
+            classes: A column whose values become class numbers, and the names of the classes.
+        """
         # The first row comes first: the call may change the tokenizer, whose hash is part of the
         # key under which `map` caches its results.
         made = function({name: [value] for name, value in self.first.items()})
         first = {name: value for name, value in self.first.items() if name not in remove}
         first |= {name: values[0] for name, values in made.items()}
-        rows = self.rows.map(function, batched=True, remove_columns=list(remove))
+        options: dict[str, Any] = {"remove_columns": list(remove)}
+        if classes is not None:
+            from manualloop.data.tables import with_classes
+
+            options["features"] = with_classes(self.rows.features, *classes)
+        rows = self.rows.map(function, batched=True, **options)
         return self._replace(rows=rows, first=first)
 
 

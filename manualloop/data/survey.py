@@ -56,6 +56,7 @@ class Choices(NamedTuple):
         may_be_text: Whether labels of text are allowed: a ``collate_fn`` may make numbers of them.
         is_padded: Whether rows are padded and stacked as they are.
         keep: Columns that skip the model.
+        names: Names of the classes, by number; None if the data have none.
     """
 
     tokenizer: Any
@@ -67,6 +68,7 @@ class Choices(NamedTuple):
     may_be_text: bool
     is_padded: bool
     keep: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = None
 
 
 class Survey(NamedTuple):
@@ -113,7 +115,7 @@ def survey(splits: Mapping[Any, Split], choices: Choices, check: Checks) -> Surv
     if columns.label is None:
         return Survey(columns, Labels(None, _task_without_labels(choices), None), {})
     labels, hidden = _survey_labels(splits, columns.label, first, choices, check)
-    return Survey(columns, labels, hidden)
+    return Survey(columns, labels._replace(names=choices.names), hidden)
 
 
 def _task_without_labels(choices: Choices) -> str | None:
@@ -199,7 +201,8 @@ def _survey_labels(
             for key, split in visible.items():
                 if (values := found[key]) is not None:
                     check(check_missing, split, values, column)
-            check(_refuse_texts, list(visible.values()), [found[key] for key in visible], column)
+            if choices.names is None:  # else a string is no class, which was reported
+                check(_refuse_texts, list(visible.values()), [found[k] for k in visible], column)
         return labels, hidden
     alike = {k: s for k, s in visible.items() if check_kind(s, reference, column, labels, check)}
     if choices.is_padded:
@@ -281,6 +284,8 @@ def _describe(split: Split, column: str, values: Values | None, choices: Choices
     """
     model, kind = choices.model, split.kinds[column]
     num_classes, are_named = classes_of(split, column, model)
+    if choices.names is not None:  # also of a stream that does not know its columns
+        num_classes, are_named = num_classes or len(choices.names), True
     is_chosen = choices.task is not None or (model is not None and problem_type(model) is not None)
     by_token = "input_ids" in split.first and first_misaligned(split, column) is None
     task = choices.task or task_of(split, column, model, by_token=by_token)
@@ -290,7 +295,7 @@ def _describe(split: Split, column: str, values: Values | None, choices: Choices
     if task != "multi_label_classification" or kind != "list":
         return Labels(column, task, num_classes, are_named=are_named)
     if are_named:
-        return Labels(column, task, len(split.feature(column).names), True, are_named)
+        return Labels(column, task, num_classes, True, are_named)
     is_whole = "int" in str(getattr(split.feature(column), "dtype", ""))
     are_listed = is_whole and values is not None and _hold_class_numbers(values, num_classes)
     if are_listed and num_classes is None:

@@ -100,6 +100,23 @@ def as_tables(rows: datasets.Dataset) -> Dataset:
     return kept
 
 
+def with_classes(features: Any, column: str, names: Sequence[str]) -> Any:
+    """Return features whose column, or the lists in it, are classes with names; None of None."""
+    if features is None:
+        return None
+    changed = features.copy()
+    changed[column] = _in_lists(features[column], datasets.ClassLabel(names=list(names)))
+    return changed
+
+
+def _in_lists(feature: Any, kind: Any) -> Any:
+    # In datasets a list is a List, a LargeList, a Sequence(feature) (before 4.0) or [feature].
+    if isinstance(feature, list):
+        return [_in_lists(feature[0], kind)]
+    item = getattr(feature, "feature", None)
+    return kind if item is None else datasets.Sequence(_in_lists(item, kind))
+
+
 class Lists(NamedTuple):
     """A column of lists of numbers.
 

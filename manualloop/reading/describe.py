@@ -24,7 +24,7 @@ from manualloop.objects import is_clock, without_root
 from manualloop.randomness import find_generators, seed_of
 from manualloop.reading.ranks import part_of
 from manualloop.strategy.base import Strategy
-from manualloop.types import LoaderFacts, Place
+from manualloop.types import LoaderFacts, Place, SplitNotes
 
 _NUM_SAMPLED = 16
 
@@ -356,6 +356,8 @@ def _parts(
         yield type(value).__qualname__.encode()
         for name, part in vars(value).items():
             if name.endswith("__hffs_cache") or is_clock(part):  # another one in each process
+                continue
+            if isinstance(part, SplitNotes):
                 continue
             if settings or not isinstance(part, _PLAIN):
                 yield name.encode()

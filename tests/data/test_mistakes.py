@@ -46,16 +46,6 @@ def _(fit, model, line):
 
 
 @mistake(
-    "04 labels are strings, prepared",
-    *(DataError, "'label' of train holds strings", "'pos'", "row 0"),
-    line='dataset.class_encode_column("label")',
-)
-def _(fit, model, line):
-    dataset = rows(text=["good", "bad", "fine"], label=["pos", "neg", "pos"])
-    fit(model, prepare_dataloaders(value(line, dataset=dataset), tiny_tokenizer())["train"])
-
-
-@mistake(
     "05 a label is None, prepared",
     *(DataError, "Row 3 of train has label=None", "value: 1 of 6"),
     line='dataset.filter(lambda row: row["label"] is not None)',

@@ -132,18 +132,6 @@ FIXED: dict[str, tuple[Any, int, list[str], dict[str, list[Any]]]] = {
         ["Label 3 in row 0 of validation"],
         {"train": [0, 1], "validation": [2, 0]},
     ),
-    "strings in two splits": (
-        {"train": table(label=["pos", "neg"]), "dev": table(label=["pos", "pos"])},
-        2,
-        ["'label' of train, dev holds strings"],
-        {"train": [1, 0], "dev": [1, 1]},
-    ),
-    "strings, hidden in test": (
-        DatasetDict(train=table(label=["pos", "neg"]), test=table(label=["", ""])),
-        2,
-        ["'label' of train holds strings"],
-        {"train": [1, 0]},
-    ),
     "strings in a stream and its validation": (
         {
             "train": table(label=["pos", "neg"]).to_iterable_dataset(),
@@ -152,12 +140,6 @@ FIXED: dict[str, tuple[Any, int, list[str], dict[str, list[Any]]]] = {
         2,
         ["'label' of train, dev holds strings"],
         {"train": [1, 0], "dev": [0, 0]},
-    ),
-    "lists of strings": (
-        table(label=[["a", "b"], ["b"]]),
-        2,
-        ["'label' of train holds strings, e.g. ['a', 'b']"],
-        {"train": [[1, 1], [0, 1]]},
     ),
     "floats in validation": (
         {"train": table(label=[0, 1]), "validation": table(label=[1.0, 0.0])},
@@ -316,7 +298,7 @@ def test_hidden_labels_are_recognised_in_every_form(form, alone, is_stream, capl
     splits["test"] = hidden.to_iterable_dataset() if is_stream else hidden
     model = tiny_bert()
     loader = prepare_dataloaders(splits, tiny_tokenizer(), model=model)["test"]
-    assert "so there are no labels" in messages(caplog)[-1]
+    assert any("so there are no labels" in line for line in messages(caplog))
     table_ = predict_loop(model, loader)
     assert table_.references is None
     assert len(table_) == 2

@@ -1,0 +1,279 @@
+"""Numbers for the classes of all splits, so that a number means the same class everywhere.
+
+Strings become numbers, and a split that numbers its classes otherwise gets the numbers of the model
+or, if the model has no names, those of the training split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from manualloop.arguments import Checks
+from manualloop.data.columns import find_label
+from manualloop.data.mapping import Number, is_hidden
+from manualloop.data.splits import TEXT_KINDS, Split, fix_all, reference_of
+from manualloop.data.values import Values, distinct_in, values_of
+from manualloop.errors import DataError
+from manualloop.mistakes import as_map, class_lists_call
+from manualloop.models import model_name, num_labels
+from manualloop.tasks.names import (
+    Names,
+    Naming,
+    are_given,
+    are_numbered_alike,
+    are_numbers,
+    folded,
+    names_of,
+    show_names,
+)
+from manualloop.tasks.task import infer_task
+
+_TASKS = ("single_label_classification", "multi_label_classification", "token_classification")
+_MOST_UNIQUE = 20
+
+
+class _Labels(NamedTuple):
+    """Labels of several splits, with what decides their numbers.
+
+    Attributes:
+        column: Their column.
+        splits: The splits that have it and do not hide it, by key.
+        values: A description of their strings, by key; for splits that are no streams.
+        model: The model; None if it is unknown.
+        own: The names of the model that count; None for none.
+    """
+
+    column: str
+    splits: dict[Any, Split]
+    values: dict[Any, Values]
+    model: nn.Module | None
+    own: Names | None
+
+    def fix(self, call: str) -> str:
+        """Return the line that changes all of them."""
+        return fix_all([split.key for split in self.splits.values()], call)
+
+    def is_text(self, key: Any) -> bool:
+        """Tell whether the labels of a split are strings, or lists of them."""
+        return self.splits[key].kinds[self.column] in TEXT_KINDS
+
+    def is_list(self, key: Any) -> bool:
+        """Tell whether a row of a split has a list of labels."""
+        return self.splits[key].kinds[self.column] in ("list", "texts")
+
+    def names_in(self, key: Any) -> Names | None:
+        """Return the names that a split has in its features; None if it has none."""
+        names = getattr(self.splits[key].feature(self.column), "names", None)
+        return tuple(names) if names and not are_numbers(names) else None
+
+
+def number_classes(
+    splits: dict[Any, Split],
+    column: str | None,
+    model: nn.Module | None,
+    task: str | None,
+    check: Checks,
+    *,
+    keeps_text: bool = False,
+) -> tuple[dict[Any, Split], Naming]:
+    """Number the classes of all splits alike.
+
+    Args:
+        splits: The splits.
+        column: Their column of labels; None finds it.
+        model: The model, whose names count if it has some; None if it is unknown.
+        task: The task that the user named; None infers it.
+        check: Keeps the errors: a class that the model or the training split does not have.
+        keeps_text: Whether strings stay strings, because a ``collate_fn`` gets them.
+
+    Returns:
+        The splits with numbers for strings, and the names.
+    """
+    known = task or (None if model is None else infer_task(model))
+    column = column or find_label(reference_of(splits).kinds)
+    if column is None or known not in (None, *_TASKS):
+        return splits, Naming()
+    labels = _labels_of(splits, column, model, keeps_text=keeps_text)
+    if (names := _names_that_count(labels)) is None:
+        return splits, Naming()
+    check(_require_outputs, labels, names)
+    changed = {key: check(_numbered, labels, key, names) for key in labels.splits}
+    made = {key: split for key, split in changed.items() if split is not None}
+    numbered = tuple(s.name for key, s in made.items() if s is not labels.splits[key])
+    return {**splits, **made}, Naming(names, numbered)
+
+
+def _labels_of(
+    splits: dict[Any, Split], column: str, model: nn.Module | None, *, keeps_text: bool
+) -> _Labels:
+    visible, found = {}, {}
+    for key, split in splits.items():
+        if (kind := split.kinds.get(column)) is None:
+            continue
+        if kind in TEXT_KINDS and keeps_text:
+            continue
+        if kind in TEXT_KINDS:
+            values = values_of(split, column)
+            if is_hidden(split.first[column]) if values is None else values.hidden_as():
+                continue
+            if values is not None:
+                found[key] = values
+        visible[key] = split
+    own = names_of(model)
+    if own is not None and model is not None and are_given(model):
+        has_names = any(split.is_train for split in visible.values())
+        own = None if has_names else own  # of data that the model was not trained on
+    return _Labels(column, visible, found, model, own)
+
+
+def _names_that_count(labels: _Labels) -> Names | None:
+    """Return the names by which all splits are numbered; None leaves the labels as they are."""
+    named = [key for key in labels.splits if labels.is_text(key) or labels.names_in(key)]
+    if not named or labels.own is not None:
+        return labels.own if named else None
+    reference = reference_of(labels.splits)
+    key = next(key for key, split in labels.splits.items() if split is reference)
+    if not labels.is_text(key):
+        return labels.names_in(key)
+    values = labels.values.get(key)
+    if values is None or len(named) < len(labels.splits) or not _are_classes(values, labels.model):
+        return None  # a stream, or numbers elsewhere, whose names nobody knows, or texts
+    return tuple(sorted(values.texts, key=_in_order(values.texts)))
+
+
+def _require_outputs(labels: _Labels, names: Names) -> None:
+    """Refuse more strings than the model has outputs for.
+
+    Raises:
+        DataError: The message tells how to load it with more.
+    """
+    number = None if labels.model is None else num_labels(labels.model)
+    reference = reference_of(labels.splits)
+    is_text = reference.kinds[labels.column] in TEXT_KINDS
+    if number is not None and is_text and len(names) > number:
+        raise DataError(
+            f"{labels.column!r} of {reference.name} has {len(names)} classes: "
+            f"{show_names(names)}. The model has num_labels={number}. Load it with more: "
+            f"from_pretrained(name, num_labels={len(names)})."
+        )
+
+
+def _are_classes(values: Values, model: nn.Module | None) -> bool:
+    """Tell whether strings are classes, and no texts: most occur more than once."""
+    has_room = model is not None and num_labels(model) is not None
+    return has_room or len(values.texts) <= max(_MOST_UNIQUE, len(values.lengths) // 2)
+
+
+def _in_order(names: Iterable[str]) -> Any:
+    """Return the key by which names are sorted: numbers in their order, so that "10" is last."""
+    return int if all(name.isascii() and name.isdigit() for name in names) else str
+
+
+def _numbered(labels: _Labels, key: Any, names: Names) -> Split:
+    """Number the classes of a split by their names.
+
+    Raises:
+        DataError: A class is not among the names. In a stream that comes to light on the way.
+    """
+    split, here = labels.splits[key], labels.names_in(key)
+    values = labels.values.get(key)
+    if labels.is_text(key):
+        if values is not None and (values.is_missing | values.is_blank).any():
+            return split  # which is refused
+        numbers: dict[Any, int] = {name: number for number, name in enumerate(names)}
+        others = () if values is None else tuple(t for t in values.texts if t not in numbers)
+    elif here is None or (are_numbered_alike(here, names) and len(here) <= len(names)):
+        return split
+    else:
+        numbers = {n: names.index(name) for n, name in enumerate(here) if name in names}
+        found = range(len(here)) if split.is_stream else distinct_in(split, labels.column).tolist()
+        others = tuple(here[n] for n in found if 0 <= n < len(here) and n not in numbers)
+        if not others and all(number == new for number, new in numbers.items()):
+            return split
+        others = () if split.is_stream and numbers else others
+    if others:
+        raise DataError(_message_on_others(labels, key, names, others))
+    number = Number(labels.column, numbers, split.name, f"The classes are {show_names(names)}.")
+    return split.map(number, classes=(labels.column, names))
+
+
+def _message_on_others(labels: _Labels, key: Any, names: Names, others: Sequence[str]) -> str:
+    """Return the message about classes of a split that are not among the names."""
+    split, column = labels.splits[key], labels.column
+    head = f"{_first_with(labels, key, others)}, a class that"
+    if labels.own is not None and labels.model is not None:
+        found = labels.names_in(key) or labels.values[key].texts
+        return (
+            f"{head} {model_name(labels.model)} does not have: {show_names(names)} "
+            f"(config.id2label). {_advice_on_names(labels, key, found)}"
+        )
+    listed = [repr(name) for name in others]
+    if (here := labels.names_in(key)) is not None:
+        listed = [str(here.index(name)) for name in others]
+    some = f"{{{', '.join(listed)}}}"
+    value = f'row["{column}"]'
+    is_known = f"{value} not in {some}"
+    if labels.is_list(key):
+        is_known = f"{some}.isdisjoint({value})"
+    known = split.fix(f"filter(lambda row: {is_known})")
+    without = split.fix(f'remove_columns("{column}")')
+    reference = reference_of(labels.splits).name
+    return (
+        f"{head} {reference} does not have: {show_names(names)}. Correct it. To leave such rows "
+        f"out: {known}. To predict all rows: {without}."
+    )
+
+
+def _first_with(labels: _Labels, key: Any, others: Sequence[str]) -> str:
+    """Return the words on the first row with one of some classes."""
+    split, column = labels.splits[key], labels.column
+    if split.is_stream:
+        return f"{column!r} of {split.name} has {others[0]!r}"
+    here = labels.names_in(key)
+    names = {name if here is None else here.index(name): name for name in others}
+    for number, row in enumerate(split.select([column]).rows):
+        cells = row[column] if isinstance(row[column], list) else [row[column]]
+        if found := [names[cell] for cell in cells if cell in names]:
+            return f"Row {number} of {split.name} has {column}={found[0]!r}"
+    raise AssertionError(f"no row has one of {others}")
+
+
+def _advice_on_names(labels: _Labels, key: Any, found: Names) -> str:
+    """Return the lines that bring the names of data and model together."""
+    own, split = labels.own or (), labels.splits[key]
+    alike = {name: [o for o in own if folded(o) == folded(name)] for name in found}
+    if all(len(matches) == 1 for matches in alike.values()):
+        renamed = {name: matches[0] for name, matches in alike.items()}
+        line = split.fix(_rename_call(labels, key, renamed))
+        return f"Names differ in case or spaces. Name them as the model does: {line}."
+    advice = []
+    if labels.names_in(key) is not None and len(found) == len(own):
+        line = split.fix(_rename_call(labels, key, dict(zip(found, own, strict=True))))
+        advice.append(f"If they are the model's classes in this order, name them so: {line}.")
+    id2label = f"{dict(enumerate(found))}"
+    label2id = f"{ {name: number for number, name in enumerate(found)} }"
+    if len(found) == len(own):
+        line = f'model.config.update({{"id2label": {id2label}, "label2id": {label2id}}})'
+        advice.append(f"If the model is to learn these classes, name them before: {line}.")
+    else:
+        advice.append(
+            "If the model is to learn these classes, load it with them: from_pretrained(name, "
+            f"id2label={id2label}, label2id={label2id}, ignore_mismatched_sizes=True)."
+        )
+    return " ".join(advice)
+
+
+def _rename_call(labels: _Labels, key: Any, names: Mapping[str, str]) -> str:
+    """Return the call that gives the classes of a split other names."""
+    column = labels.column
+    if labels.names_in(key) is not None:
+        if labels.is_list(key):
+            return class_lists_call(column, str(list(names.values())))
+        return f'cast_column("{column}", datasets.ClassLabel(names={list(names.values())}))'
+    value = f'{dict(names)}[row["{column}"]]'
+    if labels.is_list(key):
+        value = f'[{dict(names)}[name] for name in row["{column}"]]'
+    return as_map(column, value)

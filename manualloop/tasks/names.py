@@ -1,0 +1,210 @@
+"""The names of the classes: which a model has, which the data have, and which of them count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from manualloop.errors import DataError
+from manualloop.models import (
+    config_of,
+    is_sharded,
+    model_name,
+    num_labels,
+    sample_weights,
+    unwrap_model,
+)
+from manualloop.notices import say
+from manualloop.tasks.task import infer_task
+from manualloop.types import SplitNotes
+
+Names = tuple[str, ...]
+"""The name of each class, by its number."""
+
+_WITHOUT_CLASSES = ("masked_lm", "causal_lm", "seq2seq_lm", "ctc", "multiple_choice", "regression")
+_NUM_SHOWN = 10
+
+
+def class_names(model: nn.Module, loader: Any) -> Names | None:
+    """Return the names of the classes that a model predicts, by number; None if they have none.
+
+    They are those of the model's config, unless these are LABEL_0, LABEL_1 and so on; else those of
+    the data that the loader was prepared from.
+
+    Args:
+        model: The model, wrapped or not.
+        loader: A loader of ``prepare_dataloaders`` or any other.
+
+    Raises:
+        DataError: Both have names, and a number means one class in the model and another one in the
+            loader.
+
+    >>> class_names(nn.Linear(2, 2), [{"labels": torch.tensor([0, 1])}]) is None
+    True
+    """
+    own, of_data = names_of(model), notes_of(loader).names
+    if own is None or of_data is None:
+        return of_data if own is None else own
+    if not are_numbered_alike(of_data, own):
+        raise DataError(
+            f"The loader numbers its classes {show_names(of_data)}, but {model_name(model)} has "
+            f"{show_names(own)} (config.id2label). Prepare the loader for this model, so that a "
+            "number means the same class in both: prepare_dataloaders(datasets, tokenizer, "
+            "model=model)."
+        )
+    return own
+
+
+def notes_of(loader: Any) -> SplitNotes:
+    """Return what was noted about a loader's split when it was prepared; nothing of others."""
+    notes = getattr(getattr(loader, "dataset", None), "split_notes", None)
+    return notes if isinstance(notes, SplitNotes) else SplitNotes()
+
+
+def names_of(model: nn.Module | None) -> Names | None:
+    """Return the names of a model's classes; None if it has none, or only LABEL_0, LABEL_1, ..."""
+    id2label = None if model is None else getattr(config_of(model), "id2label", None)
+    if model is None or not isinstance(id2label, Mapping) or not _has_classes(model):
+        return None
+    if not all(str(number).isdigit() for number in id2label):
+        return None
+    by_number = {int(number): str(name) for number, name in id2label.items()}
+    if sorted(by_number) != list(range(len(by_number))):
+        return None
+    names = tuple(by_number[number] for number in range(len(by_number)))
+    is_unclear = len(set(names)) < len(names)
+    return None if is_unclear or are_numbers(names) else names
+
+
+def _has_classes(model: nn.Module) -> bool:
+    # The config of any other head has an id2label as well, without a meaning.
+    is_answering = type(unwrap_model(model)).__name__.endswith("ForQuestionAnswering")
+    return not is_answering and infer_task(model) not in _WITHOUT_CLASSES
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """Tell whether names repeat the numbers of the classes, and tell no more than these.
+
+    >>> are_numbers(["LABEL_0", "LABEL_1"]), are_numbers(["0", "1"]), are_numbers(["1", "0"])
+    (True, True, False)
+    """
+    return all(name in (f"LABEL_{number}", str(number)) for number, name in enumerate(names))
+
+
+def are_numbered_alike(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Tell whether each number means the same class, as far as both have names for it.
+
+    Names that differ in case or in spaces alone are taken for the same only in the same place.
+
+    >>> are_numbered_alike(["neg", "pos"], ["NEG", "POS"])
+    True
+    >>> are_numbered_alike(["neg", "pos"], ["pos", "neg"])
+    False
+    """
+    return all(map(_is_alike, names, others))
+
+
+def _is_alike(name: str, other: str) -> bool:
+    return name == other or folded(name) == folded(other)
+
+
+def folded(name: str) -> str:
+    """Return a name without case, spaces, hyphens and underscores.
+
+    >>> folded("Not spam ") == folded("not_spam")
+    True
+    """
+    return "".join(part for part in name.casefold() if part not in " \t\n-_")
+
+
+def show_names(names: Sequence[str]) -> str:
+    """Return names with their numbers, for a line.
+
+    >>> show_names(["neg", "pos"])
+    '0 neg, 1 pos'
+    """
+    shown = [f"{number} {name}" for number, name in enumerate(names[:_NUM_SHOWN])]
+    more = [f"... ({len(names)} classes)"] if len(names) > _NUM_SHOWN else []
+    return ", ".join(shown + more)
+
+
+class Naming(NamedTuple):
+    """The classes of some splits.
+
+    Attributes:
+        names: Name of each class, by number; None if the data have no names.
+        numbered: Names of the splits whose labels became numbers, or other numbers.
+    """
+
+    names: Names | None = None
+    numbered: tuple[str, ...] = ()
+
+
+def name_model(model: nn.Module | None, naming: Naming) -> None:
+    """Name the classes in a model's config, and log what was done to labels and model."""
+    if naming.names is None:
+        return
+    done = []
+    if naming.numbered:
+        done.append(f"numbered so in {', '.join(naming.numbered)}")
+    if model is not None and _give_names(model, naming.names):
+        done.append(f"named so in the config of {model_name(model)}")
+    if done:
+        say(f"classes are {show_names(naming.names)}: {'; '.join(done)}")
+
+
+class _Given(NamedTuple):
+    """Names that a model was given by its data.
+
+    Attributes:
+        names: The names.
+        weights: Some numbers of its weights at that time; None if they could not be read.
+    """
+
+    names: Names
+    weights: Tensor | None
+
+
+_given: WeakKeyDictionary[nn.Module, _Given] = WeakKeyDictionary()
+
+
+def _give_names(model: nn.Module, names: Names) -> bool:
+    """Name the classes in a model's config; tell whether that was possible and had an effect."""
+    before = names_of(model)
+    if not put_names(model, config_of(model), names) or names_of(model) == before:
+        return False
+    _given[unwrap_model(model)] = _Given(names_of(model) or names, _sample(model))
+    return True
+
+
+def put_names(model: nn.Module, config: Any, names: Names) -> bool:
+    """Put the names of the classes into the config of a classifier; tell whether it is one.
+
+    A model with more outputs than there are names keeps LABEL_n for the others.
+    """
+    number = num_labels(model)
+    if number is None or number < 2 or not hasattr(config, "id2label") or not _has_classes(model):
+        return False
+    all_names = (*names, *(f"LABEL_{n}" for n in range(len(names), number)))[:number]
+    config.id2label = dict(enumerate(all_names))
+    config.label2id = {name: n for n, name in enumerate(all_names)}
+    return True
+
+
+def are_given(model: nn.Module) -> bool:
+    """Tell whether a model has its names from other data, and has not been trained since."""
+    given = _given.get(unwrap_model(model))
+    if given is None or given.weights is None or given.names != names_of(model):
+        return False
+    weights = _sample(model)
+    return weights is not None and torch.equal(weights, given.weights)
+
+
+def _sample(model: nn.Module) -> Tensor | None:
+    if is_sharded(model) or any(weight.is_meta for weight in model.parameters()):
+        return None
+    return sample_weights(model)
