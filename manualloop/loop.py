@@ -28,7 +28,7 @@ from manualloop.run.agreement import agree_at_updates, counted
 from manualloop.run.cadence import Cadence, parse_cadence
 from manualloop.run.evaluations import require_metric
 from manualloop.run.folder import check_folder, open_run_folder
-from manualloop.run.report import Report
+from manualloop.run.report import Report, ends_of_intervals
 from manualloop.run.run import Run
 from manualloop.run.stopping import Stopping
 from manualloop.schedules import check_schedule, prepare_scheduler
@@ -75,8 +75,9 @@ class TrainResult:
         return self.state.times
 
     def __repr__(self) -> str:
+        ends = {end for pair in ends_of_intervals(self.metrics).values() for end in pair}
         numbers = {n: value for n, value in self.metrics.items() if isinstance(value, Real)}
-        scores = "".join(f", {name}={value:.4g}" for name, value in numbers.items())
+        scores = "".join(f", {n}={value:.4g}" for n, value in numbers.items() if n not in ends)
         steps = self.state.progress.num_steps
         return f"TrainResult({steps} steps, stopped_by={self.stopped_by!r}{scores})"
 

@@ -326,8 +326,12 @@ def has_sign(best_metric: str) -> bool:
 def is_lower_better(best_metric: str) -> bool:
     """Tell whether the lowest value is the best one: by the sign, else if it is a loss or an error.
 
+    The ends of an interval, ``loss_low`` and ``loss_high``, are as the score itself.
+
     >>> [is_lower_better(name) for name in ("f1", "-f1", "loss", "+loss", "mismatched_mse")]
     [False, True, True, False, True]
+    >>> [is_lower_better(name) for name in ("accuracy_low", "loss_high")]
+    [False, True]
     """
     if has_sign(best_metric):
         return best_metric.startswith("-")
@@ -335,4 +339,6 @@ def is_lower_better(best_metric: str) -> bool:
     return _LOWER.fullmatch(best_metric.lower()) is not None and not is_negated
 
 
-_LOWER = re.compile(r"(.*[_/])?(loss|perplexity|error|error_rate|mse|mae|rmse|wer|cer)", re.DOTALL)
+_LOWER = re.compile(
+    r"(.*[_/])?(loss|perplexity|error|error_rate|mse|mae|rmse|wer|cer)(_low|_high)?", re.DOTALL
+)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
+from manualloop.run.report import ends_of_intervals
 from manualloop.types import Record
 
 
@@ -35,19 +36,24 @@ def plot_history(history: Sequence[Record]) -> Any:
     training = [record for record in history if "loss" in record]
     evaluations = [record for record in history if "loss" not in record]
     scores = sorted({name for record in evaluations for name in record if name[:5] == "eval_"})
-    scores = [name for name in scores if name != "eval_loss"]
+    intervals = ends_of_intervals(scores)
+    ends = {end for pair in intervals.values() for end in pair}
+    scores = [name for name in scores if name != "eval_loss" and name not in ends]
     panels = ["loss", *(["scores"] if scores else []), "learning rate"]
     figure = Curves(figsize=(6.4, 2.4 * len(panels)), layout="constrained")
     axes = dict(zip(panels, figure.subplots(len(panels), sharex=True), strict=True))
 
+    def numbers(records: Sequence[Record], *names: str) -> list[list[Any]]:
+        # An evaluation may return texts and lists.
+        rows = [[record.get(name) for name in ("step", *names)] for record in records]
+        return [row for row in rows if all(isinstance(value, int | float) for value in row)]
+
     def curve(panel: str, records: Sequence[Record], name: str, label: str, marker: str) -> None:
-        points = [
-            (record["step"], record[name])
-            for record in records
-            if isinstance(record.get(name), int | float)  # an evaluation may return texts and lists
-        ]
-        if points:
-            axes[panel].plot(*zip(*points, strict=True), marker=marker, label=label)
+        if not (points := numbers(records, name)):
+            return
+        (line,) = axes[panel].plot(*zip(*points, strict=True), marker=marker, label=label)
+        if name in intervals and (bands := numbers(records, *intervals[name])):
+            axes[panel].fill_between(*zip(*bands, strict=True), alpha=0.2, color=line.get_color())
 
     curve("loss", training, "loss", "training", "")
     curve("loss", evaluations, "eval_loss", "evaluation", "o")

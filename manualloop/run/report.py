@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -187,8 +187,12 @@ class Report:
     def add_evaluation(self, num_steps: int, metrics: Mapping[str, float]) -> None:
         """Add an evaluation after ``num_steps`` steps."""
         self.history.add_evaluation(num_steps, self._epoch, metrics)
+        found = ends_of_intervals(metrics)
+        ends = {end for pair in found.values() for end in pair}
         scores = "  ".join(
-            f"{name} {_short(value)}" for name, value in metrics.items() if _is_short(value)
+            f"{name} {_short(value)}" + _interval(metrics, found.get(name))
+            for name, value in metrics.items()
+            if _is_short(value) and name not in ends
         )
         self._bar.write(f"step {num_steps}  epoch {self._epoch:.2f}  {scores}")
 
@@ -203,6 +207,20 @@ class Report:
         loss = self.history.last_loss
         shown = "" if loss is None else f"loss={loss:.4f}, "
         return f"{shown}lr={float(self._step.lr):.2e}"
+
+
+def ends_of_intervals(names: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Return the names of the ends of each score's interval, by the name of the score.
+
+    >>> ends_of_intervals({"f1": 0.8, "f1_low": 0.7, "f1_high": 0.9, "loss": 0.4, "lr_low": 1})
+    {'f1': ('f1_low', 'f1_high')}
+    """
+    pairs = ((name, (f"{name}_low", f"{name}_high")) for name in names)
+    return {name: ends for name, ends in pairs if all(end in names for end in ends)}
+
+
+def _interval(metrics: Mapping[str, Any], ends: tuple[str, str] | None) -> str:
+    return "" if ends is None else f" ({' to '.join(_short(metrics[end]) for end in ends)})"
 
 
 def _is_short(value: Any) -> bool:

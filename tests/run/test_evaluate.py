@@ -54,10 +54,12 @@ def lines(caplog):
 LOWER = [
     *("loss", "eval_loss", "log_loss", "perplexity", "mse", "mae", "rmse", "wer", "cer"),
     *("matched_mse", "val/loss", "mean_squared_error", "word_error_rate", "LOSS", "-f1"),
+    *("loss_low", "loss_high", "matched_mse_low", "-f1_low"),
 ]
 HIGHER = [
     *("f1", "accuracy", "bleu", "+loss", "neg_mean_squared_error", "lossless", "r2", "terror"),
     *("matthews_correlation", "glossary", "powers", "neg_log_loss"),
+    *("accuracy_low", "f1_high", "+loss_low", "neg_mse_high", "loss_lower"),
 ]
 
 

@@ -21,6 +21,7 @@ from manualloop.run import report as history
 from manualloop.run.plot import plot_history
 from manualloop.run.report import History
 from manualloop.strategy.transfer import LateTensor
+from manualloop.types import Plan
 
 
 def step(
@@ -319,6 +320,30 @@ def test_curves_of_a_run() -> None:
     assert figure.axes[-1].get_xlabel() == "step (optimizer update)"
     texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert texts == ["training", "evaluation"]
+
+
+def test_intervals_are_bands_around_the_curves() -> None:
+    pytest.importorskip("matplotlib")
+    ends = {"eval_f1_low": 0.5, "eval_f1_high": 0.9, "eval_loss_low": 1.0, "eval_loss_high": 2.0}
+    records = [RECORDS[0], *({**record, **ends} for record in RECORDS if "eval_f1" in record)]
+    figure = plot_history(records)
+    assert curves(figure)["scores"] == curves(plot_history(RECORDS))["scores"]
+    bands = [len(axis.collections) for axis in figure.axes]
+    assert bands == [1, 1, 0]
+    assert figure.axes[1].collections[0].get_datalim(figure.axes[1].transData).y1 == 0.9
+    texts = {**ends, "eval_f1_low": "half"}
+    plot_history([*RECORDS, {**RECORDS[1], **texts}])  # a text is no end of a band
+
+
+def test_the_line_of_an_evaluation_has_its_intervals(capsys: pytest.CaptureFixture[str]) -> None:
+    report = history.Report(Plan(10, 1, None), shown=True)
+    report.open()
+    metrics = {"loss": 0.5, "f1": 0.8, "f1_low": 0.71234, "f1_high": 0.9, "count_low": 3}
+    report.add_evaluation(4, metrics)
+    report.close()
+    line = "step 4  epoch 0.00  loss 0.5000  f1 0.8000 (0.7123 to 0.9000)  count_low 3"
+    assert line in capsys.readouterr().err
+    assert report.history.records[-1]["eval_f1_low"] == 0.71234
 
 
 def test_curves_show_themselves_in_a_notebook() -> None:
