@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -106,19 +110,107 @@ class Step:
         return f"Step({self.index}/{self.num_steps}, epoch={self.epoch}, lr={self.lr:.3g}{end})"
 
 
-class Scores(dict[str, float]):
-    """Scores by name, which know of which weights they are.
+class Matrix(NamedTuple):
+    """A table of numbers with a name for each row and column, which prints aligned.
 
     Attributes:
+        values: The numbers, ``(rows, columns)``; counts are integers.
+        rows: Names of the rows.
+        columns: Names of the columns.
+        title: Meaning of rows and columns.
+
+    >>> print(Matrix(np.array([[12, 3], [0, 105]]), ("no", "yes"), ("no", "yes"), "true, predicted"))
+    true, predicted  no  yes
+    no               12    3
+    yes               0  105
+    """
+
+    values: NDArray[Any]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    title: str = ""
+
+    def __str__(self) -> str:
+        cells = [list(map(_cell, row)) for row in self.values.tolist()]
+        table = [[self.title, *self.columns]]
+        table += [[name, *row] for name, row in zip(self.rows, cells, strict=True)]
+        widths = [max(map(num_cells, column)) for column in zip(*table, strict=True)]
+        lines = []
+        for first, *others in table:
+            padded = [first + " " * (widths[0] - num_cells(first))]
+            for text, width in zip(others, widths[1:], strict=True):
+                padded.append(" " * (width - num_cells(text)) + text)
+            lines.append("  ".join(padded).rstrip())
+        return "\n".join(lines)
+
+
+def _cell(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def num_cells(text: str) -> int:
+    """Return the width of a text in a terminal: wide characters take two cells, accents none."""
+    return sum(
+        0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
+        for char in text
+    )
+
+
+class Scores(dict[str, float]):
+    """Scores by name; beside them is what is not one number.
+
+    Attributes:
+        matrices: Confusion matrices and scores by class, by the name of the metric.
+        texts: Texts among the results of metrics, by key.
+        names: Names of the classes; None where nobody knows them.
         model: Weak reference to the model that was scored; None if there is none.
         sample: Some numbers of its weights at that time.
     """
 
-    model: Callable[[], nn.Module | None] | None = None
-    sample: Tensor | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.matrices: dict[str, Matrix] = {}
+        self.texts: dict[str, str] = {}
+        self.names: tuple[str, ...] | None = None
+        self.model: Callable[[], nn.Module | None] | None = None
+        self.sample: Tensor | None = None
+
+    def add(self, scores: Mapping[str, float], prefix: str = "") -> None:
+        """Add the scores of a metric or of a loader, with what is beside them.
+
+        Args:
+            scores: Scores by name.
+            prefix: Beginning of their keys here.
+        """
+        self.update({prefix + name: value for name, value in scores.items()})
+        if isinstance(scores, Scores):
+            self.matrices |= {prefix + name: matrix for name, matrix in scores.matrices.items()}
+            self.texts |= {prefix + name: text for name, text in scores.texts.items()}
+            self.names = self.names or scores.names
+
+    def report(self) -> str:
+        """Return everything as text: the scores, then each matrix and text under its name."""
+        found: list[tuple[str, object]] = [*self.matrices.items(), *self.texts.items()]
+        width = max(map(num_cells, self), default=0)
+        lines = [name + " " * (width - num_cells(name)) + f"  {v:.4f}" for name, v in self.items()]
+        parts = ["\n".join(lines)] if lines else []
+        return "\n\n".join([*parts, *(f"{name}\n{str(part).rstrip()}" for name, part in found)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)  # elsewhere there is no such model
+        # Elsewhere there is no such model.
+        return _restored, (dict(self), self.matrices, self.texts, self.names)
+
+
+def _restored(
+    scores: dict[str, float],
+    matrices: dict[str, Matrix],
+    texts: dict[str, str],
+    names: tuple[str, ...] | None,
+) -> Scores:
+    """Make a copy of ``Scores``, of which no model is known."""
+    copied = Scores(scores)
+    copied.matrices, copied.texts, copied.names = matrices, texts, names
+    return copied
 
 
 Record: TypeAlias = dict[str, Any]

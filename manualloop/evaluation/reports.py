@@ -1,0 +1,166 @@
+"""What the counts of predicted and right classes tell about each class.
+
+scikit-learn computes precision, recall and F1. The mean IoU is that of the ``mean_iou`` script of
+https://github.com/huggingface/evaluate: Everingham et al., "The Pascal Visual Object Classes (VOC)
+Challenge", IJCV 2010.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manualloop.types import Matrix, Scores
+
+Array = NDArray[Any]
+
+
+class Counted(NamedTuple):
+    """Rows of classes to be scored.
+
+    Attributes:
+        predictions: Predictions, ``(rows,)`` or ``(rows, labels)``.
+        references: References of the same shape.
+        weights: Number of times each row occurred, ``(rows,)``; None for once.
+    """
+
+    predictions: Array
+    references: Array
+    weights: Array | None
+
+
+def confusion_matrix(
+    rows: Counted, names: Sequence[str] | None, *, normalize: str | None = None
+) -> Scores:
+    """Count the predicted classes of the rows of each right class.
+
+    Args:
+        rows: The rows.
+        names: Names of the classes by number; None takes the numbers that occur.
+        normalize: ``"true"`` for shares of each right class, ``"pred"`` of each predicted one,
+            ``"all"`` of all rows.
+
+    Returns:
+        No score; the matrix ``confusion_matrix`` beside them.
+    """
+    from sklearn import metrics
+
+    labels = _classes(rows, names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="A single label", category=UserWarning)
+        matrix = metrics.confusion_matrix(
+            rows.references,
+            rows.predictions,
+            labels=labels,
+            sample_weight=rows.weights,
+            normalize=normalize,
+        )
+    shown = tuple(_name(label, names) for label in labels)
+    scores = Scores()
+    scores.matrices["confusion_matrix"] = Matrix(matrix, shown, shown, "true, predicted")
+    return scores
+
+
+def classification_report(
+    rows: Counted, names: Sequence[str] | None, *, zero_division: float = 0.0
+) -> Scores:
+    """Return precision, recall, F1 and number of rows of each class, and their averages.
+
+    Keys and values are those of scikit-learn's ``classification_report``: ``cat_precision``,
+    ``cat_recall``, ``cat_f1-score``, ``cat_support``, ``accuracy``, ``macro avg_f1-score``, ... . A
+    class that does not occur has 0, and does not count in the averages.
+
+    Args:
+        rows: The rows, of one class or of several labels.
+        names: Names of the classes by number; None takes the numbers that occur.
+        zero_division: Score where there is nothing to divide by, 0 or 1.
+    """
+    from sklearn import metrics
+
+    is_multi_label = rows.references.ndim == 2
+    present = _classes(rows, None)
+    labels = present if is_multi_label else _classes(rows, names)
+
+    def score(average: str | None) -> list[Array]:
+        found = metrics.precision_recall_fscore_support(
+            rows.references,
+            rows.predictions,
+            labels=present,
+            average=average,
+            sample_weight=rows.weights,
+            zero_division=zero_division,
+        )
+        return list(found)
+
+    of_classes = np.zeros((len(labels), 4))
+    of_classes[np.isin(labels, present)] = np.column_stack(score(None))
+    table = {_name(label, names): row for label, row in zip(labels, of_classes, strict=True)}
+    averages = ["micro", "macro", "weighted", "samples"] if is_multi_label else ["macro", "weighted"]
+    for average in averages:
+        table[f"{average} avg"] = np.array([*score(average)[:3], of_classes[:, 3].sum()])
+    columns = ("precision", "recall", "f1-score", "support")
+    scores = Scores()
+    if not is_multi_label:
+        is_right = rows.references == rows.predictions
+        scores["accuracy"] = float(np.average(is_right, weights=rows.weights))
+    for row, values in table.items():
+        scores |= {f"{row}_{column}": v for column, v in zip(columns, values.tolist(), strict=True)}
+    shown = Matrix(np.stack([*table.values()]), tuple(table), columns, "")
+    scores.matrices["classification_report"] = shown
+    return scores
+
+
+def mean_iou(rows: Counted, names: Sequence[str] | None) -> Scores:
+    """Return the mean over classes of intersection over union.
+
+    Args:
+        rows: The pixels.
+        names: Names of the classes by number.
+
+    Returns:
+        ``mean_iou``; ``mean_accuracy``, the mean over classes of the share of their pixels that are
+        predicted right; and ``overall_accuracy``. A class that neither occurs nor is predicted does
+        not count. IoU and accuracy of each class are a matrix beside them.
+    """
+    labels = _classes(rows, names)
+    weights = np.ones(len(rows.references)) if rows.weights is None else rows.weights
+    is_right = rows.predictions == rows.references
+    both, predicted, right = (
+        np.bincount(np.searchsorted(labels, values), counts, len(labels))
+        for values, counts in (
+            (rows.references[is_right], weights[is_right]),
+            (rows.predictions, weights),
+            (rows.references, weights),
+        )
+    )
+    with np.errstate(invalid="ignore"):
+        iou, accuracy = both / (predicted + right - both), both / right
+        overall = both.sum() / right.sum()
+    scores = Scores(
+        mean_iou=_mean(iou), mean_accuracy=_mean(accuracy), overall_accuracy=float(overall)
+    )
+    shown = tuple(_name(label, names) for label in labels)
+    table = np.column_stack([iou, accuracy, right])
+    scores.matrices["mean_iou"] = Matrix(table, shown, ("iou", "accuracy", "pixels"), "")
+    return scores
+
+
+def _mean(values: Array) -> float:
+    found = values[~np.isnan(values)]
+    return float(found.mean()) if found.size else float("nan")
+
+
+def _classes(rows: Counted, names: Sequence[str] | None) -> Array:
+    """Return the numbers of the classes that are named or occur, sorted; of labels, all."""
+    if rows.references.ndim == 2:
+        return np.arange(rows.references.shape[1])
+    found = np.union1d(rows.predictions, rows.references)
+    return found if names is None else np.union1d(found, np.arange(len(names)))
+
+
+def _name(label: Any, names: Sequence[str] | None) -> str:
+    return str(label) if names is None or not 0 <= label < len(names) else names[int(label)]
