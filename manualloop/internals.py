@@ -465,6 +465,43 @@ def pads_as_base(tokenizer: Any) -> bool:
 # torchmetrics
 
 
+def options_of_module(module: Any) -> tuple[str, ...] | None:
+    """Return the names of the options that an ``evaluate`` module computes with.
+
+    Seen in evaluate 0.4.3 to 0.4.6: ``_compute``, which each module defines. If it is gone, or
+    takes options by any name, nobody knows them, and None is returned.
+    """
+    compute = getattr(module, "_compute", None)
+    if compute is None:
+        return None
+    try:
+        parameters = inspect.signature(compute).parameters
+    except (TypeError, ValueError):
+        return None
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return None
+    features = getattr(module, "features", None)
+    first = features[0] if isinstance(features, list) and features else features
+    columns = {"predictions", "references", *(first if isinstance(first, Mapping) else ())}
+    return tuple(name for name in parameters if name not in columns)
+
+
+def parts_of_scorer(scorer: Any) -> tuple[Callable[..., Any], int, dict[str, Any], str] | None:
+    """Return the function of a scikit-learn scorer, its sign, options and kind of input.
+
+    The kind is the name of the method of an estimator: ``"predict"``, ``"predict_proba"``, ... .
+
+    Seen in scikit-learn 1.5 to 1.9: ``_score_func``, ``_sign``, ``_kwargs`` and
+    ``_response_method``. If they are gone, None is returned, as for any other object.
+    """
+    names = ("_score_func", "_sign", "_kwargs", "_response_method")
+    if not all(hasattr(scorer, name) for name in names):
+        return None
+    function, sign, options, method = (getattr(scorer, name) for name in names)
+    method = method if isinstance(method, str) else next(iter(method), "predict")
+    return function, int(sign), dict(options), method
+
+
 @contextmanager
 def computing_alone(metrics: Iterable[Any]) -> Iterator[None]:
     """Keep metrics of torchmetrics from gathering the rows of other ranks.

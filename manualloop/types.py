@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -119,7 +118,9 @@ class Matrix(NamedTuple):
         columns: Names of the columns.
         title: Meaning of rows and columns.
 
-    >>> print(Matrix(np.array([[12, 3], [0, 105]]), ("no", "yes"), ("no", "yes"), "true, predicted"))
+    >>> import numpy as np
+    >>> names = ("no", "yes")
+    >>> print(Matrix(np.array([[12, 3], [0, 105]]), names, names, "true, predicted"))
     true, predicted  no  yes
     no               12    3
     yes               0  105

@@ -204,9 +204,7 @@ def _thresholded(
     ]
 
 
-def _best_threshold(
-    scores: Sequence[float], questions: Sequence[_Question]
-) -> tuple[float, float]:
+def _best_threshold(scores: Sequence[float], questions: Sequence[_Question]) -> tuple[float, float]:
     """Return the best score over all thresholds, in percent, and its threshold."""
     best = score = float(sum(not question.answers for question in questions))
     threshold = 0.0

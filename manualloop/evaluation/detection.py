@@ -58,7 +58,10 @@ def mean_average_precision(
     """
     check_detection(box_format=box_format, average=average, maxima=max_detection_thresholds)
     images = [
-        (_Boxes(prediction, "predictions", row, box_format), _Boxes(right, "references", row, box_format))
+        (
+            _Boxes(prediction, "predictions", row, box_format),
+            _Boxes(right, "references", row, box_format),
+        )
         for row, (prediction, right) in enumerate(zip(predictions, references, strict=True))
     ]
     # As torchmetrics makes them, in float32: some recalls lie on the other side of a threshold.
@@ -207,9 +210,7 @@ def _evaluate(
 def _as_coco(images: list[_Boxes], labels: list[int], by_class: bool) -> dict[str, Any]:
     annotations: list[dict[str, Any]] = []
     for number, image in enumerate(images):
-        rows = zip(
-            image.boxes, image.labels, image.scores, image.crowds, image.areas, strict=True
-        )
+        rows = zip(image.boxes, image.labels, image.scores, image.crowds, image.areas, strict=True)
         annotations += [
             {
                 "id": len(annotations) + place,  # COCOeval takes 0 for no match

@@ -1,7 +1,8 @@
 """The built-in metrics: offline, and exact however the rows are batched.
 
-``load_metric`` returns an object with the interface of an ``evaluate`` module. scikit-learn and
-SciPy compute the scores; this module only keeps the rows.
+``load_metric`` returns an object with the interface of an ``evaluate`` module. scikit-learn, SciPy
+and the libraries of the extra ``metrics`` compute the scores; ``Metric`` counts classes and keeps
+numbers, ``Collected`` keeps whole rows.
 
 Sources: the GLUE configurations, keys and formulae are those of the ``glue`` script of
 https://github.com/huggingface/evaluate; the tasks are Wang et al., "GLUE: A Multi-Task Benchmark
@@ -13,55 +14,79 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from manualloop.arguments import check_arguments
 from manualloop.errors import ConfigError, MetricError
+from manualloop.evaluation.collected import (
+    COLLECTED,
+    Collected,
+    Perplexity,
+    explaining,
+    require_options,
+)
+from manualloop.evaluation.inputs import (
+    Array,
+    count_rows,
+    require_kind,
+    require_rows,
+    show,
+    to_array,
+)
+from manualloop.evaluation.modules import Module, load_module
+from manualloop.evaluation.reports import (
+    Counted,
+    class_name,
+    classes_of,
+    classification_report,
+    confusion_matrix,
+)
+from manualloop.evaluation.results import to_scores
+from manualloop.evaluation.segmentation import IGNORED, mean_iou, pixels_of
+from manualloop.types import Scores
 
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
 
-Array = NDArray[Any]
 
-
-class _Rows(NamedTuple):
-    predictions: Array  # (num_rows,) or (num_rows, num_labels)
-    references: Array  # the same shape
-    weights: Array | None  # (num_rows,) how often each row occurred; None for once
-
-
-def _sklearn(function: str, rows: _Rows, **options: Any) -> float:
+def _sklearn(function: str, rows: Counted, **options: Any) -> Any:
     from sklearn import metrics
 
     score = getattr(metrics, function)
-    return float(score(rows.references, rows.predictions, sample_weight=rows.weights, **options))
+    return score(rows.references, rows.predictions, sample_weight=rows.weights, **options)
 
 
-def _matthews(rows: _Rows) -> float:
+def _matthews(rows: Counted) -> Any:
     with warnings.catch_warnings():
         # With a single label scikit-learn warns about the shape of an internal matrix.
         warnings.filterwarnings("ignore", message="A single label", category=UserWarning)
         return _sklearn("matthews_corrcoef", rows)
 
 
-def _averaged(name: str, average: str, rows: _Rows) -> float:
+def _averaged(name: str, default: str, rows: Counted, **options: Any) -> Any:
     """Return f1, precision or recall; 0 / 0 is 0.0, scikit-learn's default without its warning."""
-    if average == "binary":
+    names = options.pop("names", None)
+    options = {"average": default, "zero_division": 0, **options}
+    if default == "none":
+        labels = options.setdefault("labels", classes_of(rows, names))
+        scores = _sklearn(f"{name}_score", rows, **options | {"average": None})
+        keys = [f"{name}_{class_name(label, names)}" for label in labels]
+        return dict(zip(keys, scores.tolist(), strict=True))
+    if default == "binary":
         labels = np.union1d(rows.predictions, rows.references)
         if not np.isin(labels, (0, 1)).all():
             raise MetricError(
-                f"{name} scores the classes 0 and 1, but the rows hold the classes {_show(labels)}."
+                f"{name} scores the classes 0 and 1, but the rows hold the classes {show(labels)}."
                 f' For more classes choose an average: "{name}/macro" (or micro, weighted).'
             )
-    return _sklearn(f"{name}_score", rows, average=average, zero_division=0)
+    return _sklearn(f"{name}_score", rows, **options)
 
 
-def _correlation(function: str, rows: _Rows) -> float:
+def _correlation(function: str, rows: Counted) -> float:
     """Return pearson or spearman; nan if a side is constant or there is a single row."""
     from scipy import stats
 
@@ -76,16 +101,16 @@ def _correlation(function: str, rows: _Rows) -> float:
             return float("nan")
 
 
-def _error(function: str, rows: _Rows) -> float:
+def _error(function: str, rows: Counted, **options: Any) -> Any:
     """Return mse or mae; nan if a row is not finite, which scikit-learn refuses."""
     finite = np.isfinite(rows.predictions).all() and np.isfinite(rows.references).all()
-    return _sklearn(function, rows) if finite else float("nan")
+    return _sklearn(function, rows, **options) if finite else float("nan")
 
 
 _AVERAGED = ("f1", "precision", "recall")
-_AVERAGES = ("macro", "micro", "weighted", "samples")
+_AVERAGES = ("none", "macro", "micro", "weighted", "samples")
 _PAIRS = [(name, average) for name in _AVERAGED for average in _AVERAGES]
-_FORMULAS: dict[str, Callable[[_Rows], float]] = {  # by the key of the score
+_FORMULAS: dict[str, Callable[..., Any]] = {  # by the key of the score
     "accuracy": partial(_sklearn, "accuracy_score"),
     "matthews_correlation": _matthews,
     "pearson": partial(_correlation, "pearsonr"),
@@ -107,73 +132,26 @@ _KEYS: dict[str, tuple[str, ...]] = {  # of the scores, by the name of the metri
     **{f"glue/{task}": ("accuracy",) for task in _GLUE_ACCURACY},
     **{f"{name}/{average}": (f"{name}_{average}",) for name, average in _PAIRS},
 }
-_SEVERAL_LABELS = ("accuracy", "mse", "mae", *(f"{n}/{a}" for n, a in _PAIRS))
-
-
-def to_array(values: Any) -> Array:
-    """Convert a tensor of any device and dtype, an array or a list to a NumPy array."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        try:
-            return np.asarray(values.numpy())
-        except TypeError:  # bfloat16 and float8 have no NumPy dtype; float32 holds their values
-            return np.asarray(values.float().numpy())
-    try:
-        return np.asarray(values)
-    except ValueError as error:
-        raise MetricError(
-            f"A batch has rows of different lengths ({error}). Flatten it: "
-            "predictions = [label for row in predictions for label in row]."
-        ) from error
-
-
-def count_rows(name: str, predictions: Any, references: Any, batch: int) -> int:
-    """Return the number of rows in a batch, which must be the same on both sides."""
-    try:
-        num_rows, num_references = len(predictions), len(references)
-    except TypeError as error:
-        raise MetricError(
-            f"{name} got no rows in batch {batch} ({error}). Pass one entry per row: "
-            "add_batch(predictions=[1], references=[0])."
-        ) from error
-    if num_rows != num_references:
-        raise MetricError(
-            f"{name} got {num_rows} predictions but {num_references} references in batch {batch}. "
-            "Pass those of the same rows: references=batch['labels']."
-        )
-    return num_rows
-
-
-def require_rows(name: str, num_rows: int, num_batches: int) -> None:
-    """Raise an error if there is nothing to score."""
-    if num_rows == 0:
-        raise MetricError(
-            f"No rows to score: {name} got {num_batches} batches and no row. Check the evaluation "
-            "loader, and call add_batch(...) for each batch before compute()."
-        )
-
-
-def require_kind(name: str, role: str, values: Array, batch: int, kinds: str = "biu") -> None:
-    """Refuse values that would silently be scored wrongly: scores and floats taken for classes."""
-    if (kind := values.dtype.kind) in kinds:
-        return
-    got = f"{'str' if kind in 'US' else values.dtype.name} {_show(values)}"
-    fix = f"Convert them: {role} = [label2id[label] for label in {role}]"
-    if kind == "f" and values.ndim > 1:
-        got = f"float scores of shape {values.shape}"
-        fix = f"Take the argmax: {role} = logits.argmax(-1), or several labels: (logits > 0).int()"
-    elif kind == "f":
-        fix = f"Convert them: {role} = (scores > 0.5).astype(int)"
-    raise MetricError(
-        f"{name} expects {'numbers' if 'f' in kinds else 'integers'}, got {got} in the {role} of "
-        f"batch {batch}. {fix}."
-    )
-
-
-def _show(values: Array) -> str:
-    """Format at most three values, such as ``(0.9, 1.2)``; ``str`` keeps a float32 short."""
-    shown = [repr(str(v)) if isinstance(v, str) else str(v) for v in values.ravel()[:3]]
-    return f"({', '.join(shown)}{', ...' if values.size > 3 else ''})"
+_REPORTS: dict[str, Callable[..., Scores]] = {
+    "classification_report": classification_report,
+    "confusion_matrix": confusion_matrix,
+    "mean_iou": mean_iou,
+}
+_KEYS |= dict.fromkeys(_REPORTS, ())
+_SEVERAL_LABELS = (
+    *("accuracy", "classification_report", "mse", "mae"),
+    *(f"{name}/{average}" for name, average in _PAIRS),
+)
+_OF_AVERAGED = ("labels", "names", "pos_label", "zero_division")
+_OPTIONS: dict[str, tuple[str, ...]] = {  # by the name of the metric
+    "accuracy": ("normalize",),
+    **dict.fromkeys(_AVERAGED, _OF_AVERAGED),
+    **dict.fromkeys((f"{name}/{average}" for name, average in _PAIRS), _OF_AVERAGED),
+    **dict.fromkeys(("mse", "mae"), ("multioutput",)),
+    "classification_report": ("names", "zero_division"),
+    "confusion_matrix": ("names", "normalize"),
+    "mean_iou": ("ignore_index", "names"),
+}
 
 
 # Number of rows that wait until they are counted. Sorting 4096 rows takes 0.2 ms; sorting each
@@ -190,15 +168,33 @@ class Metric:
     all rows as float64, which takes 16 bytes for one prediction and one reference.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._continuous = _KEYS[name][0] in _CONTINUOUS
+    def __init__(self, name: str, options: Mapping[str, Any] | None = None) -> None:
+        self.name, self.options = name, dict(options or {})
+        self.names: Sequence[str] | None = None  # of the classes, where the options hold none
+        require_options(name, self.options, _OPTIONS.get(name, ()))
+        self._continuous = name not in _REPORTS and _KEYS[name][0] in _CONTINUOUS
         self.reset()
 
     @property
-    def takes(self) -> Literal["classes", "values"]:
-        """What the metric scores: class numbers, or real numbers."""
+    def takes(self) -> Literal["classes", "values", "rows"]:
+        """What the metric scores: class numbers, real numbers, or a class map a row."""
+        if self.name == "mean_iou":
+            return "rows"
         return "values" if self._continuous else "classes"
+
+    @property
+    def counts(self) -> bool:
+        """Whether rows are counted at once, so that their order does not matter."""
+        return not self._continuous
+
+    @property
+    def has_fixed_keys(self) -> bool:
+        """Whether its keys are the same for any rows."""
+        return self.name != "classification_report" and not self.name.endswith("/none")
+
+    def fresh(self) -> Metric:
+        """Return a metric of the same kind without rows."""
+        return Metric(self.name, self.options)
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -222,9 +218,14 @@ class Metric:
         """
         num_rows = count_rows(self.name, predictions, references, self._num_batches)
         if num_rows:
+            if self.name == "mean_iou":
+                ignored = self.options.get("ignore_index", IGNORED)
+                predictions, references = pixels_of(
+                    predictions, references, self._num_batches, np.atleast_1d(ignored).tolist()
+                )
             self._rows.append(self._to_rows(to_array(predictions), to_array(references)))
             self._num_rows += num_rows
-            self._num_waiting += num_rows
+            self._num_waiting += len(self._rows[-1])
             # Not before there are as many as distinct ones, so that the cost per row does not grow.
             if self._num_waiting >= max(_FOLD_AT, len(self._rows[0])):
                 self._fold()
@@ -263,7 +264,8 @@ class Metric:
     def _fold(self) -> None:
         """Join the rows into one array; for classes count the distinct rows, sorted."""
         rows = np.concatenate(self._rows)
-        if not self._continuous:
+        if not self._continuous and len(rows):
+            rows = _pairs_counted(rows) if rows.shape[1] == 3 else rows
             # np.unique(rows, axis=0) takes 8 times as long for classes.
             rows = rows[np.lexsort(rows[:, :-1].T)]
             is_new = np.append(True, (rows[1:, :-1] != rows[:-1, :-1]).any(axis=1))
@@ -278,7 +280,7 @@ class Metric:
             ConfigError: The names differ.
             MetricError: The rows have another number of labels.
         """
-        if self.name != other.name:
+        if (self.name, self.options) != (other.name, other.options):
             raise ConfigError(
                 f"Cannot merge the rows of {other.name!r} into {self.name!r}. Make both by the "
                 f"same name: load_metric({self.name!r})."
@@ -290,7 +292,7 @@ class Metric:
         self._num_rows += other._num_rows
         self._num_batches += other._num_batches
 
-    def compute(self, *, predictions: Any = None, references: Any = None) -> dict[str, float]:
+    def compute(self, *, predictions: Any = None, references: Any = None) -> Scores:
         """Score all rows added and those given as arguments, then forget them.
 
         Args:
@@ -315,8 +317,17 @@ class Metric:
         predictions, references = (side[:, 0] if width == 1 else side for side in sides)
         if not self._continuous:
             self._require_classes(predictions, references)
-        rows = _Rows(predictions, references, None if self._continuous else table[:, -1])
-        return {key: _FORMULAS[key](rows) for key in _KEYS[self.name]}
+        rows = Counted(predictions, references, None if self._continuous else table[:, -1])
+        options = {name: value for name, value in self.options.items() if name != "ignore_index"}
+        if "names" in _OPTIONS.get(self.name, ()) and options.get("names") is None:
+            options["names"] = self.names
+        with explaining(self.name):
+            if self.name in _REPORTS:
+                return _REPORTS[self.name](rows, **options)
+            scores = Scores()
+            for key in _KEYS[self.name]:
+                scores.add(to_scores(key, _FORMULAS[key](rows, **options)))
+            return scores
 
     def _require_classes(self, predictions: Array, references: Array) -> None:
         if (references == -100).any():
@@ -328,30 +339,59 @@ class Metric:
         if predictions.ndim == 2 and not np.isin(labels, (0, 1)).all():
             raise MetricError(
                 f"{self.name} takes rows of several labels as 0 and 1, but they hold "
-                f"{_show(labels)}. Score one class a row: predictions.ravel(), references.ravel()."
+                f"{show(labels)}. Score one class a row: predictions.ravel(), references.ravel()."
             )
 
 
-def load_metric(name: str, config: str | None = None) -> Metric | EvaluationModule:
+def _pairs_counted(rows: Array) -> Array:
+    """Count equal pairs of small class numbers, which takes a tenth of the time of sorting them."""
+    pairs = rows[:, :2]
+    width = int(pairs.max()) + 1
+    if pairs.min() < 0 or width * width > 4 * len(rows):
+        return rows
+    places = pairs[:, 0] * width + pairs[:, 1]
+    counts = np.bincount(places, rows[:, 2], width * width).astype(np.int64)
+    found = np.flatnonzero(counts)
+    return np.column_stack([found // width, found % width, counts[found]])
+
+
+def load_metric(
+    name: str, config: str | None = None, **options: Any
+) -> Metric | Collected | Perplexity | Module | EvaluationModule:
     """Load a metric by name, without network where it is built in.
 
-    Built in: accuracy, f1, precision, recall, matthews_correlation, pearson, spearman, mse, mae and
-    the configurations of GLUE. f1, precision and recall score class 1 of {0, 1}; with an average
-    they score more classes or labels, and the key says so: ``"f1/macro"`` (micro, weighted,
-    samples) gives ``{"f1_macro": ...}``. Keys and values are those of the hub's scripts, except
-    that continuous rows are not rounded to float32 first. Any other name is passed to
-    ``evaluate.load``.
+    Built in, by what they score (those marked * need ``pip install "manualloop[metrics]"``):
+
+    - classes: accuracy, f1, precision, recall, matthews_correlation, classification_report,
+      confusion_matrix, and the configurations of GLUE. f1, precision and recall score class 1 of
+      {0, 1}; with an average they score more classes or labels, and the key tells which:
+      ``"f1/macro"`` (micro, weighted, samples) gives ``{"f1_macro": ...}``, ``"f1/none"`` a key for
+      each class.
+    - numbers: pearson, spearman, mse, mae.
+    - probabilities: roc_auc, average_precision, log_loss.
+    - tags of tokens: seqeval*.
+    - texts: exact_match, squad, squad_v2, rouge*, bleu*, chrf*.
+    - class maps of images: mean_iou. Boxes: map*.
+    - the loss: perplexity.
+
+    Keys and values are those of the hub's scripts or of the libraries, except that continuous rows
+    are not rounded to float32 first. Any other name is passed to ``evaluate.load``.
 
     Args:
         name: Name of the metric, such as ``"accuracy"``, or ``"glue/mrpc"`` for
             ``("glue", "mrpc")``.
         config: Configuration or average.
+        options: Arguments of the function that computes the scores: ``average="macro"``,
+            ``use_stemmer=True``, ``mode="strict"``; ``names`` of the classes, if the model has
+            none. For a metric of the hub they are passed to its ``compute``.
 
     Returns:
-        A ``Metric``, or the module of ``evaluate.load(name, config)``, which has its methods.
+        A built-in metric, or the module of ``evaluate.load(name, config)``. All have
+        ``add_batch(predictions=, references=)`` and ``compute(predictions=, references=)``.
 
     Raises:
-        MetricError: The metric is not built in and cannot be loaded.
+        ConfigError: The metric does not take an option.
+        MetricError: The metric is not built in and cannot be loaded, or a library is missing.
 
     >>> metric = load_metric("glue", "mrpc")
     >>> metric.add_batch(predictions=[0, 1], references=[0, 1])
@@ -360,30 +400,43 @@ def load_metric(name: str, config: str | None = None) -> Metric | EvaluationModu
     {'accuracy': 0.75, 'f1': 0.8}
     >>> load_metric("f1/macro").compute(predictions=[0, 1, 2, 2], references=[0, 1, 2, 2])
     {'f1_macro': 1.0}
+    >>> metric = load_metric("f1", average=None, names=["no", "yes"])
+    >>> metric.compute(predictions=[0, 1], references=[0, 1])
+    {'f1_no': 1.0, 'f1_yes': 1.0}
     """
     check_arguments(name=name, config=config)
     key = name if config is None else f"{name}/{config}"
+    if key in _AVERAGED and "average" in options:
+        average = options.pop("average")
+        if average != "binary":
+            key = f"{key}/{'none' if average is None else average}"
     if key in _KEYS:
-        return Metric(key)
+        return Metric(key, options)
+    if key in COLLECTED:
+        return Collected(key, options)
+    if key == Perplexity.name:
+        require_options(key, options, ())
+        return Perplexity()
     # A typo, or a GLUE configuration that does not exist, must not wait for a network. The cutoff
     # lets the hub's "mape" and "mase" pass, which are 0.857 from "mae". A local script may have
     # any name.
-    is_typo = key.split("/")[0] == "glue" or difflib.get_close_matches(key, _KEYS, cutoff=0.86)
+    is_typo = key.split("/")[0] == "glue" or difflib.get_close_matches(key, _BUILT_IN, cutoff=0.86)
     if is_typo and not os.path.exists(name):
         raise _unknown(key, "offline or unknown")
-    import evaluate
-
     try:
-        return evaluate.load(name, config)
+        return load_module(name, config, options)
     except OSError as error:  # both not found and no connection
         raise _unknown(key, "offline or unknown") from error
     except Exception as error:  # a script of the hub may raise anything
         raise _unknown(key, f"{type(error).__name__}: {error}") from error
 
 
+_BUILT_IN = (*_KEYS, *COLLECTED, Perplexity.name)
+
+
 def _unknown(key: str, reason: str) -> MetricError:
-    names = ", ".join(name for name in _KEYS if not name.endswith(_AVERAGES))
-    similar = difflib.get_close_matches(key, _KEYS, n=1)
+    names = ", ".join(name for name in _BUILT_IN if not name.endswith(_AVERAGES))
+    similar = difflib.get_close_matches(key, _BUILT_IN, n=1)
     suggestion = f" Did you mean {similar[0]!r}?" if similar else ""
     return MetricError(
         f"Cannot fetch metric {key!r} ({reason}). Built in: {names}; {', '.join(_AVERAGED)} also "

@@ -1,9 +1,4 @@
-"""What the counts of predicted and right classes tell about each class.
-
-scikit-learn computes precision, recall and F1. The mean IoU is that of the ``mean_iou`` script of
-https://github.com/huggingface/evaluate: Everingham et al., "The Pascal Visual Object Classes (VOC)
-Challenge", IJCV 2010.
-"""
+"""Reports of each class from counts of predicted and right classes, by scikit-learn."""
 
 from __future__ import annotations
 
@@ -12,11 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from manualloop.evaluation.inputs import Array
 from manualloop.types import Matrix, Scores
-
-Array = NDArray[Any]
 
 
 class Counted(NamedTuple):
@@ -49,7 +42,7 @@ def confusion_matrix(
     """
     from sklearn import metrics
 
-    labels = _classes(rows, names)
+    labels = classes_of(rows, names)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="A single label", category=UserWarning)
         matrix = metrics.confusion_matrix(
@@ -59,7 +52,7 @@ def confusion_matrix(
             sample_weight=rows.weights,
             normalize=normalize,
         )
-    shown = tuple(_name(label, names) for label in labels)
+    shown = tuple(class_name(label, names) for label in labels)
     scores = Scores()
     scores.matrices["confusion_matrix"] = Matrix(matrix, shown, shown, "true, predicted")
     return scores
@@ -82,8 +75,8 @@ def classification_report(
     from sklearn import metrics
 
     is_multi_label = rows.references.ndim == 2
-    present = _classes(rows, None)
-    labels = present if is_multi_label else _classes(rows, names)
+    present = classes_of(rows, None)
+    labels = present if is_multi_label else classes_of(rows, names)
 
     def score(average: str | None) -> list[Array]:
         found = metrics.precision_recall_fscore_support(
@@ -98,8 +91,10 @@ def classification_report(
 
     of_classes = np.zeros((len(labels), 4))
     of_classes[np.isin(labels, present)] = np.column_stack(score(None))
-    table = {_name(label, names): row for label, row in zip(labels, of_classes, strict=True)}
-    averages = ["micro", "macro", "weighted", "samples"] if is_multi_label else ["macro", "weighted"]
+    table = {class_name(label, names): row for label, row in zip(labels, of_classes, strict=True)}
+    averages = (
+        ["micro", "macro", "weighted", "samples"] if is_multi_label else ["macro", "weighted"]
+    )
     for average in averages:
         table[f"{average} avg"] = np.array([*score(average)[:3], of_classes[:, 3].sum()])
     columns = ("precision", "recall", "f1-score", "support")
@@ -114,47 +109,7 @@ def classification_report(
     return scores
 
 
-def mean_iou(rows: Counted, names: Sequence[str] | None) -> Scores:
-    """Return the mean over classes of intersection over union.
-
-    Args:
-        rows: The pixels.
-        names: Names of the classes by number.
-
-    Returns:
-        ``mean_iou``; ``mean_accuracy``, the mean over classes of the share of their pixels that are
-        predicted right; and ``overall_accuracy``. A class that neither occurs nor is predicted does
-        not count. IoU and accuracy of each class are a matrix beside them.
-    """
-    labels = _classes(rows, names)
-    weights = np.ones(len(rows.references)) if rows.weights is None else rows.weights
-    is_right = rows.predictions == rows.references
-    both, predicted, right = (
-        np.bincount(np.searchsorted(labels, values), counts, len(labels))
-        for values, counts in (
-            (rows.references[is_right], weights[is_right]),
-            (rows.predictions, weights),
-            (rows.references, weights),
-        )
-    )
-    with np.errstate(invalid="ignore"):
-        iou, accuracy = both / (predicted + right - both), both / right
-        overall = both.sum() / right.sum()
-    scores = Scores(
-        mean_iou=_mean(iou), mean_accuracy=_mean(accuracy), overall_accuracy=float(overall)
-    )
-    shown = tuple(_name(label, names) for label in labels)
-    table = np.column_stack([iou, accuracy, right])
-    scores.matrices["mean_iou"] = Matrix(table, shown, ("iou", "accuracy", "pixels"), "")
-    return scores
-
-
-def _mean(values: Array) -> float:
-    found = values[~np.isnan(values)]
-    return float(found.mean()) if found.size else float("nan")
-
-
-def _classes(rows: Counted, names: Sequence[str] | None) -> Array:
+def classes_of(rows: Counted, names: Sequence[str] | None) -> Array:
     """Return the numbers of the classes that are named or occur, sorted; of labels, all."""
     if rows.references.ndim == 2:
         return np.arange(rows.references.shape[1])
@@ -162,5 +117,6 @@ def _classes(rows: Counted, names: Sequence[str] | None) -> Array:
     return found if names is None else np.union1d(found, np.arange(len(names)))
 
 
-def _name(label: Any, names: Sequence[str] | None) -> str:
+def class_name(label: Any, names: Sequence[str] | None) -> str:
+    """Return the name of a class, or its number where it has none."""
     return str(label) if names is None or not 0 <= label < len(names) else names[int(label)]

@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manualloop.errors import ConfigError, MetricError
-from manualloop.evaluation.metrics import (
+from manualloop.evaluation.inputs import (
     Array,
-    Metric,
     count_rows,
-    load_metric,
     require_kind,
     require_rows,
     to_array,
 )
+from manualloop.evaluation.metrics import Metric, load_metric
 from manualloop.internals import computing_alone
 from manualloop.strategy.base import Strategy, on_main
 

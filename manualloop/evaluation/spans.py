@@ -62,7 +62,9 @@ def seqeval(
         types = sorted(spans[0].unique_tags | spans[1].unique_tags)
     else:
         score = labeling.precision_recall_fscore_support
-        found = [span for side in (right, predicted) for span in labeling.get_entities(side, suffix)]
+        found = [
+            span for side in (right, predicted) for span in labeling.get_entities(side, suffix)
+        ]
         types = sorted({type_name for type_name, _, _ in found})
     scores: dict[str, float] = {}
     precision, recall, f1, _ = score(right, predicted, average="micro", **options)

@@ -151,8 +151,10 @@ def require_texts(
     right = [[row] if isinstance(row, str) else row for row in references]
     for row, (prediction, texts) in enumerate(zip(predictions, right, strict=True)):
         is_list = isinstance(texts, list | tuple) and len(texts) > 0
-        if not isinstance(prediction, str) or not is_list or not all(
-            isinstance(text, str) for text in texts
+        if (
+            not isinstance(prediction, str)
+            or not is_list
+            or not all(isinstance(text, str) for text in texts)
         ):
             raise MetricError(
                 f"{name} compares texts, and row {row} holds {prediction!r:.60} and the right "
