@@ -40,11 +40,15 @@ DOORS = {
     "accelerate": {"strategy.accelerated", "strategy.launch", "internals"},
     "datasets": {"data.tables", "evaluation.columns", "internals"},
     "transformers": {"data.collate", "schedules", "internals"},
-    "evaluate": {"evaluation.metrics"},
+    "evaluate": {"evaluation.modules"},
     "tqdm": {"progress"},
-    "sklearn": {"evaluation.metrics"},
+    "sklearn": {"evaluation.metrics", "evaluation.probabilities", "evaluation.reports"},
     "scipy": {"evaluation.metrics", "evaluation.weighted"},
     "torchmetrics": set(),
+    "seqeval": set(),  # it and the next three by evaluation.extras.load_extra
+    "sacrebleu": set(),
+    "rouge_score": set(),
+    "pycocotools": set(),
     "matplotlib": {"run.plot"},
     "safetensors": {"checkpoint.tensors"},
 }
@@ -112,7 +116,7 @@ SIGNATURES = {
     "inspect_batch": "loader, tokenizer=None",
     "launch": "function, args=(), *, num_processes=None, mixed_precision=None, use_port=None",
     "load_checkpoint": "checkpoint_dir, state, *, which='last', strategy=None, verify=True",
-    "load_metric": "name, config=None",
+    "load_metric": "name, config=None, **options",
     "predict_loop": "model, dataloader, *, strategy=None, postprocess=None, progress_bar=False",
     "prepare_dataloaders": (
         "datasets, tokenizer=None, *, model=None, task=None, text_columns=None, "

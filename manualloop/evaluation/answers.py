@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from manualloop.errors import MetricError
@@ -186,7 +186,7 @@ def _f1_or_none(prediction: str, answer: str) -> float:
     return _f1(prediction, answer) if predicted and right else float(predicted == right)
 
 
-def _best(score: Any, prediction: str, answers: Sequence[str]) -> float:
+def _best(score: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
     return max(score(prediction, answer) for answer in answers)
 
 

@@ -6,14 +6,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from manualloop.errors import ConfigError, ManualLoopError, MetricError
 from manualloop.evaluation.answers import exact_match, squad, squad_v2
 from manualloop.evaluation.detection import mean_average_precision
-from manualloop.evaluation.inputs import count_rows, require_rows, to_array
+from manualloop.evaluation.inputs import Takes, count_rows, require_rows, to_array
 from manualloop.evaluation.probabilities import average_precision, log_loss, roc_auc
 from manualloop.evaluation.results import to_scores
 from manualloop.evaluation.spans import seqeval
@@ -23,7 +23,7 @@ from manualloop.types import Scores
 
 class _Kind(NamedTuple):
     function: Callable[..., Mapping[str, float]]
-    takes: Literal["rows", "scores"] = "rows"
+    takes: Takes = "rows"
     example: tuple[list[Any], list[Any]] | None = None  # a row that tries the options
     has_fixed_keys: bool = True
 
@@ -68,7 +68,7 @@ class Collected:
             self._score(*self._kind.example)
 
     @property
-    def takes(self) -> Literal["rows", "scores"]:
+    def takes(self) -> Takes:
         """What the metric scores: one entry a row, or probabilities."""
         return self._kind.takes
 
@@ -142,7 +142,7 @@ class Perplexity:
     """The exponential of the loss, which is the mean over all items; made by ``load_metric``."""
 
     name = "perplexity"
-    takes: Literal["loss"] = "loss"
+    takes: Takes = "loss"
     has_fixed_keys = True
 
     def fresh(self) -> Perplexity:

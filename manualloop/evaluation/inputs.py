@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,20 @@ from numpy.typing import NDArray
 from manualloop.errors import MetricError
 
 Array = NDArray[Any]
+
+Takes: TypeAlias = Literal["classes", "values", "rows", "scores", "maps", "loss"]
+"""What a scorer gets, whatever the shapes of a batch are.
+
+``"classes"``: flat class numbers of all labels that are not ignored; multi-label ``(rows,
+classes)``. ``"values"``: real numbers in the same form. ``"rows"``: one entry a row, in the order
+of the dataset. ``"scores"``: probabilities ``(rows, classes)`` beside flat class numbers.
+``"maps"``: class maps, one a row, beside the labels of each row, ignored ones included. ``"loss"``:
+the mean loss alone.
+"""
+
+
+class Rows(list[Any]):
+    """One entry a row, of any kind, which a function gets as a list and not as an array."""
 
 
 def to_array(values: Any) -> Array:

@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from manualloop.evaluation.collected import (
 )
 from manualloop.evaluation.inputs import (
     Array,
+    Takes,
     count_rows,
     require_kind,
     require_rows,
@@ -176,10 +177,10 @@ class Metric:
         self.reset()
 
     @property
-    def takes(self) -> Literal["classes", "values", "rows"]:
+    def takes(self) -> Takes:
         """What the metric scores: class numbers, real numbers, or a class map a row."""
         if self.name == "mean_iou":
-            return "rows"
+            return "maps"
         return "values" if self._continuous else "classes"
 
     @property
@@ -343,6 +344,9 @@ class Metric:
             )
 
 
+BuiltIn: TypeAlias = Metric | Collected | Perplexity
+
+
 def _pairs_counted(rows: Array) -> Array:
     """Count equal pairs of small class numbers, which takes a tenth of the time of sorting them."""
     pairs = rows[:, :2]
@@ -357,7 +361,7 @@ def _pairs_counted(rows: Array) -> Array:
 
 def load_metric(
     name: str, config: str | None = None, **options: Any
-) -> Metric | Collected | Perplexity | Module | EvaluationModule:
+) -> BuiltIn | Module | EvaluationModule:
     """Load a metric by name, without network where it is built in.
 
     Built in, by what they score (those marked * need ``pip install "manualloop[metrics]"``):

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from manualloop.errors import ConfigError, ManualLoopError, MetricError
-from manualloop.evaluation.inputs import count_rows, require_kind, require_rows, to_array
+from manualloop.evaluation.inputs import Takes, count_rows, require_kind, require_rows, to_array
 from manualloop.evaluation.results import to_scores
 from manualloop.internals import options_of_module
 from manualloop.types import Scores
-
-Given = Literal["classes", "values", "rows", "scores"]
 
 
 def load_module(name: str, config: str | None, options: Mapping[str, Any]) -> Any:
@@ -54,7 +52,7 @@ class Module:
                 f"{', '.join(sorted(found))}. Pass them as a list: "
                 "[evaluate.load(...), evaluate.load(...)]."
             )
-        self.takes: Given = found.pop()
+        self.takes: Takes = found.pop()
         for member in self._members:
             # It has no reset: compute() is the only public way to drop the rows of an aborted
             # evaluation, and they may not be fit to be scored.
@@ -141,9 +139,9 @@ def module_of(metric: Any) -> Module | None:
     return None
 
 
-def given_to(module: Any) -> Given:
+def given_to(module: Any) -> Takes:
     """Return what a module scores, by the features that it declares."""
-    kinds: set[Given] = set()
+    kinds: set[Takes] = set()
     for of_format in _formats(module):
         name = _predicted(of_format)
         feature = of_format[name]
@@ -154,7 +152,7 @@ def given_to(module: Any) -> Given:
             kinds.add("rows")
         else:
             kinds.add("values" if _dtype(feature).startswith("float") else "classes")
-    order: tuple[Given, ...] = ("rows", "scores", "values", "classes")
+    order: tuple[Takes, ...] = ("rows", "scores", "values", "classes")
     return next((kind for kind in order if kind in kinds), "classes")
 
 

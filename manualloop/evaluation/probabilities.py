@@ -41,7 +41,7 @@ def roc_auc(
 
     found, right = _sides("roc_auc", scores, references)
     labels = _as_labels(right, found)
-    has_both = labels.any(axis=0) & ~labels.all(axis=0)
+    has_both = np.any(labels, axis=0) & ~np.all(labels, axis=0)
     if average is None:
         return _by_class("roc_auc", metrics.roc_auc_score, found, labels, has_both, names)
     options: dict[str, Any] = {"average": average, "max_fpr": max_fpr}
@@ -77,7 +77,7 @@ def average_precision(
 
     found, right = _sides("average_precision", scores, references)
     labels = _as_labels(right, found)
-    occurs = labels.any(axis=0)
+    occurs = np.any(labels, axis=0)
     score = metrics.average_precision_score
     if average is None:
         return _by_class("average_precision", score, found, labels, occurs, names)

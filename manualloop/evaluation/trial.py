@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from manualloop.data.inspect import first_batch
 from manualloop.errors import ConfigError, DataError
 from manualloop.evaluation.loop import evaluate_loop, named_loaders
-from manualloop.evaluation.metrics import Metric, load_metric
+from manualloop.evaluation.metrics import BuiltIn, load_metric
 from manualloop.objects import remember
 from manualloop.strategy.base import prepare_model
 from manualloop.strategy.select import strategy_for
@@ -77,14 +77,14 @@ def try_evaluation(evaluate: object) -> Found | None:
         finally:
             forget()
         names += [prefix + name for name in found]
-    return Found(names, are_all)
+    return Found(names, are_all and all(one.has_fixed_keys for one in metrics))
 
 
-def _own_metrics(metric: Any) -> tuple[list[Metric], bool]:
+def _own_metrics(metric: Any) -> tuple[list[BuiltIn], bool]:
     """Return new metrics for those that are built in, and whether all of them are."""
     parts = metric if isinstance(metric, list | tuple) else [] if metric is None else [metric]
     loaded = [load_metric(part) if isinstance(part, str) else part for part in parts]
-    own = [Metric(part.name) for part in loaded if isinstance(part, Metric)]
+    own = [part.fresh() for part in loaded if isinstance(part, BuiltIn)]
     return own, len(own) == len(parts)
 
 

@@ -204,10 +204,11 @@ def test_a_lone_number_is_named_by_the_function() -> None:
     ("result", "message"),
     [
         (None, r"bad gave NoneType for 'bad', not a number\..*return \{'bad': 0\.5\}"),
-        ("0.5", "bad gave str for 'bad'"),
-        ({"a": [1.0]}, "bad gave list for 'a'"),
-        ({"a": {"b": 1.0}}, "bad gave dict for 'a'"),
-        (np.zeros(2), "bad gave list for 'bad'"),
+        ("0.5", "bad returned a text.*output_dict=True"),
+        ({"a": [0.5] * 1001}, "bad gave list of 1001 entries for 'a'"),
+        (np.zeros((2, 2, 2)).tolist() * 1000, "bad gave list of 2000 entries for 'bad'"),
+        ({"a": {"b": None}}, "bad gave NoneType for 'a_b'"),
+        ({"a": {"b": 1.0}, "a_b": 2.0}, "bad gave two results of the name 'a_b'"),
         (1j, "bad gave complex for 'bad'"),
     ],
 )

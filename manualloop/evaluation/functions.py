@@ -1,0 +1,201 @@
+"""Functions of predictions and references: each is called as its parameters' names tell."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from manualloop.errors import ConfigError, MetricError
+from manualloop.evaluation.collected import explaining
+from manualloop.evaluation.inputs import Array, Rows, Takes, to_array
+from manualloop.evaluation.reports import class_name
+from manualloop.evaluation.results import to_scores
+from manualloop.internals import parts_of_scorer
+from manualloop.types import Scores
+
+_REFERENCES = {
+    *("references", "reference", "refs", "ref", "labels", "label", "targets", "target", "gold"),
+    *("golds", "truth", "truths", "ground_truth", "ground_truths", "actual", "expected"),
+    *("y_true", "labels_true", "true", "trues", "y_test"),
+}
+_PREDICTIONS = {
+    *("predictions", "prediction", "predicted", "preds", "pred", "outputs", "output", "y_hat"),
+    *("hypotheses", "hypothesis", "hyps", "y_pred", "labels_pred"),
+}
+_PROBABILITIES = {"y_score", "y_prob", "y_proba", "probas_pred"}
+_OF_PROBABILITIES = {"log_loss", "d2_log_loss_score"}  # scikit-learn's, whose y_pred are such
+_SYMMETRIC = {"cohen_kappa_score"}  # scikit-learn's, which does not tell its sides apart
+_OF_VALUES = ("_error", "_deviance", "r2_score", "pinball_loss", "variance_score", "tweedie_score")
+
+
+class _Call(NamedTuple):
+    """How a function is called."""
+
+    function: Callable[..., Any]
+    takes: Takes
+    sides: tuple[str, str] | None  # parameters for predictions and references; None by position
+    name: str
+    sign: int = 1
+    is_sklearns: bool = False
+
+
+class Function:
+    """A function of all rows, as a metric.
+
+    Args:
+        function: ``function(predictions, references)``, in the other order where the parameters'
+            names tell so; a function of scikit-learn, a ``partial`` of one, or what its
+            ``make_scorer`` returns. A parameter ``kept`` gets the columns that skipped the model.
+
+    Raises:
+        ConfigError: It does not take two arguments, or nothing tells which is which.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._call = _call_of(function)
+        self.name, self.takes = self._call.name, self._call.takes
+        self.names: Sequence[str] | None = None
+        self._batches: list[tuple[Any, Any]] = []
+        self._kept: dict[str, list[Any]] = {}
+        self.takes_kept = self.takes == "rows" and "kept" in _parameters(self._call.function)
+
+    def add_batch(
+        self, *, predictions: Any, references: Any, kept: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add the rows of one batch."""
+        # Copies, because a caller may reuse its buffer.
+        self._batches.append((_copy(predictions), _copy(references)))
+        for name, values in (kept or {}).items():
+            self._kept.setdefault(name, []).extend(values)
+
+    def compute(self) -> Scores:
+        """Return the scores of all rows, and forget the rows."""
+        batches, self._batches = self._batches, []
+        kept, self._kept = self._kept, {}
+        options: dict[str, Any] = {"kept": kept} if self.takes_kept else {}
+        predictions, references = (self._join(side) for side in zip(*batches, strict=True))
+        names = self.names
+        if self.takes == "scores":
+            predictions = self._probabilities(predictions, references, options)
+        elif self._call.is_sklearns and "labels" not in _bound(self._call.function):
+            # Only the classes that occur are rows of its matrix.
+            names = [class_name(label, names) for label in np.union1d(predictions, references)]
+        with explaining(self.name) if self._call.is_sklearns else nullcontext():
+            if self._call.sides is None:
+                result = self._call.function(predictions, references, **options)
+            else:
+                sides = dict(zip(self._call.sides, (predictions, references), strict=True))
+                result = self._call.function(**sides, **options)
+        return to_scores(self.name, result if self._call.sign > 0 else -result, names)
+
+    def _probabilities(self, scores: Array, references: Array, options: dict[str, Any]) -> Array:
+        """Return what a function of probabilities gets: of two classes that of the second."""
+        num_classes = scores.shape[1] if scores.ndim == 2 else 1
+        if references.ndim > 1 or num_classes == 1:
+            return scores
+        parameters = _parameters(self._call.function)
+        is_free = "labels" in parameters and "labels" not in _bound(self._call.function)
+        if self._call.is_sklearns and is_free and (num_classes > 2 or "y_pred" in parameters):
+            options["labels"] = np.arange(num_classes)  # some may not occur
+        return scores[:, 1] if num_classes == 2 else scores
+
+    def _join(self, batches: Sequence[Any]) -> Any:
+        if isinstance(batches[0], Rows):
+            return list(chain.from_iterable(batches))
+        try:
+            return np.concatenate(batches)
+        except ValueError as error:
+            raise MetricError(
+                f"{self.name} gets all rows at once, but batches differ in width ({error}). Pad "
+                "them to one width, or flatten them: predictions[references != -100]."
+            ) from error
+
+
+def _copy(values: Any) -> Any:
+    return Rows(values) if isinstance(values, Rows) else np.array(to_array(values))
+
+
+def _call_of(function: Callable[..., Any]) -> _Call:
+    """Tell how a function is called, by where it comes from and how its parameters are named."""
+    sign = 1
+    method = "predict"
+    if (parts := parts_of_scorer(function)) is not None:
+        inner, sign, options, method = parts
+        function = partial(inner, **options)
+    named = function.func if isinstance(function, partial) else function
+    name = getattr(named, "__name__", type(named).__name__)
+    name = "metric" if name == "<lambda>" else name if sign > 0 else f"neg_{name}"
+    parameters = list(_parameters(function))
+    is_sklearns = str(getattr(named, "__module__", "")).startswith("sklearn.")
+    if not parameters and not is_sklearns:
+        return _Call(function, "rows", None, name)
+    wanted, predicted, scored = (
+        next((parameter for parameter in parameters if parameter in group), None)
+        for group in (_REFERENCES, _PREDICTIONS, _PROBABILITIES)
+    )
+    if is_sklearns:
+        side = scored or predicted
+        if named.__name__ in _SYMMETRIC:
+            return _Call(function, "classes", None, name, sign, True)
+        if wanted is None or side is None:
+            raise ConfigError(
+                f"scikit-learn's {named.__name__} takes {', '.join(parameters[:2])}, which are no "
+                "predictions and references. Wrap it: lambda predictions, references: ..."
+            )
+        takes: Takes = "values" if name.endswith(_OF_VALUES) else "classes"
+        if scored or method != "predict" or named.__name__ in _OF_PROBABILITIES:
+            takes = "scores"
+        return _Call(function, takes, (side, wanted), name, sign, True)
+    return _Call(function, *_by_names(function, name, parameters[:2]), name, sign)
+
+
+def _by_names(
+    function: Callable[..., Any], name: str, first_two: list[str]
+) -> tuple[Takes, tuple[str, str] | None]:
+    """Tell what the user's own function takes, and by which parameters."""
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:
+        raise ConfigError(
+            f"{name} cannot be called with two arguments ({error}). Write it as "
+            f"def {name}(predictions, references)."
+        ) from error
+    roles = [
+        "references"
+        if parameter in _REFERENCES
+        else "scores"
+        if parameter in _PROBABILITIES
+        else "predictions"
+        if parameter in _PREDICTIONS
+        else None
+        for parameter in first_two
+    ]
+    takes: Takes = "scores" if "scores" in roles else "rows"
+    if len(roles) < 2 or (None not in roles and roles[0] == roles[1]):
+        return takes, None
+    if roles[0] == "references" and roles[1] is not None:
+        return takes, (first_two[1], first_two[0])
+    if roles[0] == "references" or (roles[0] is None and roles[1] not in (None, "references")):
+        raise ConfigError(
+            f"{name} takes {' and '.join(first_two)}, and a metric gets predictions first, then "
+            "references: the names tell that one of them would be taken for the other. Rename "
+            f"them: def {name}(predictions, references)."
+        )
+    return takes, None
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a function that is not written in Python
+        return {}
+
+
+def _bound(function: Callable[..., Any]) -> Mapping[str, Any]:
+    return function.keywords if isinstance(function, partial) else {}

@@ -1,0 +1,108 @@
+"""Metrics of torchmetrics: each is given what its kind takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from manualloop.errors import ConfigError
+from manualloop.evaluation.inputs import Takes
+from manualloop.evaluation.results import to_scores
+from manualloop.internals import computing_alone
+from manualloop.types import Scores
+
+# Ends of the names of classes whose subclasses score probabilities.
+_OF_SCORES = (
+    *("PrecisionRecallCurve", "ROC", "AUROC", "AveragePrecision", "CalibrationError", "HingeLoss"),
+    *("RankingLoss", "CoverageError", "LogAUC"),
+)
+_BY_DOMAIN: dict[str, Takes] = {
+    "classification": "classes",
+    "clustering": "classes",
+    "nominal": "classes",
+    "regression": "values",
+}
+
+
+class TorchMetric:
+    """A torchmetrics ``Metric`` or ``MetricCollection``, or an object with their methods.
+
+    Args:
+        metric: The metric; it is reset.
+
+    Raises:
+        ConfigError: The members of a collection take different things.
+    """
+
+    def __init__(self, metric: Any) -> None:
+        words = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+        self.name = re.sub(words, "_", type(metric).__name__).lower()
+        self.names: Sequence[str] | None = None
+        self._metric = metric
+        members = list(metric.values()) if hasattr(metric, "add_metrics") else [metric]
+        self.takes = self._taken_by(members)
+        self._is_binary = all(_kind(member).startswith("Binary") for member in members)
+        # A collection has no device of its own, its members have.
+        modules = list(metric.modules()) if hasattr(metric, "modules") else [metric]
+        self._device = next((one.device for one in modules if hasattr(one, "device")), None)
+        # It would gather rows from the other ranks, which are already on this rank only.
+        self._syncing = [one for one in modules if hasattr(one, "sync")]
+        metric.reset()
+
+    def _taken_by(self, members: Sequence[Any]) -> Takes:
+        found = {_takes(member) for member in members}
+        if found == {"classes", "scores"}:
+            return "scores"  # those of classes take probabilities too
+        if len(found) > 1:
+            raise ConfigError(
+                f"The metrics of the {self.name} take different things: "
+                f"{', '.join(sorted(found))}. Pass them as a list: [metric, metric]."
+            )
+        return found.pop() if found else "rows"
+
+    def add_batch(self, *, predictions: Any, references: Any) -> None:
+        """Add the rows of one batch, as tensors on the metric's own device."""
+        predicted, right = self._to_tensor(predictions), self._to_tensor(references)
+        is_pair = self.takes == "scores" and getattr(predicted, "ndim", 0) == 2
+        if is_pair and self._is_binary and predicted.shape[1] == 2:
+            predicted = predicted[:, 1]
+        self._metric.update(predicted, right)
+
+    def _to_tensor(self, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            return {name: self._to_tensor(entry) for name, entry in values.items()}
+        try:
+            return torch.as_tensor(values, device=self._device)
+        except (TypeError, ValueError, RuntimeError):  # texts are not converted, rows one by one
+            if isinstance(values, list) and not all(isinstance(row, str) for row in values):
+                return [self._to_tensor(row) for row in values]
+            return values
+
+    def compute(self) -> Scores:
+        """Return the scores of all rows, and forget the rows."""
+        with computing_alone(self._syncing):
+            result = self._metric.compute()
+        self._metric.reset()
+        return to_scores(self.name, result, self.names)
+
+
+def _takes(metric: Any) -> Takes:
+    """Return what a metric takes, by the part of torchmetrics that its class comes from."""
+    while hasattr(metric, "metric") and type(metric).__module__.startswith("torchmetrics.wrappers"):
+        metric = metric.metric
+    for base in type(metric).__mro__:
+        library, _, domain = base.__module__.partition(".")
+        if library == "torchmetrics" and domain != "metric":
+            takes = _BY_DOMAIN.get(domain.split(".")[0], "rows")
+            top_k = getattr(metric, "top_k", None)
+            is_of_scores = any(one.__name__.endswith(_OF_SCORES) for one in type(metric).__mro__)
+            wants_scores = is_of_scores or (isinstance(top_k, int) and top_k > 1)
+            return "scores" if takes == "classes" and wants_scores else takes
+    return "rows"
+
+
+def _kind(metric: Any) -> str:
+    return type(getattr(metric, "metric", metric)).__name__
