@@ -13,7 +13,7 @@ import multiprocessing
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
@@ -472,18 +472,12 @@ def options_of_module(module: Any) -> tuple[str, ...] | None:
     takes options by any name, nobody knows them, and None is returned.
     """
     compute = getattr(module, "_compute", None)
-    if compute is None:
-        return None
-    try:
-        parameters = inspect.signature(compute).parameters
-    except (TypeError, ValueError):
-        return None
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+    parameters = {} if compute is None else inspect.signature(compute).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()) or not parameters:
         return None
     features = getattr(module, "features", None)
-    first = features[0] if isinstance(features, list) and features else features
-    columns = {"predictions", "references", *(first if isinstance(first, Mapping) else ())}
-    return tuple(name for name in parameters if name not in columns)
+    columns = features[0] if isinstance(features, list) and features else features or ()
+    return tuple(name for name in parameters if name not in ("predictions", "references", *columns))
 
 
 def parts_of_scorer(scorer: Any) -> tuple[Callable[..., Any], int, dict[str, Any], str] | None:
@@ -500,37 +494,3 @@ def parts_of_scorer(scorer: Any) -> tuple[Callable[..., Any], int, dict[str, Any
     function, sign, options, method = (getattr(scorer, name) for name in names)
     method = method if isinstance(method, str) else next(iter(method), "predict")
     return function, int(sign), dict(options), method
-
-
-@contextmanager
-def computing_alone(metrics: Iterable[Any]) -> Iterator[None]:
-    """Keep metrics of torchmetrics from gathering the rows of other ranks.
-
-    Args:
-        metrics: The metrics, without the modules in them that are none.
-
-    Seen in torchmetrics 1.6 to 1.9: ``distributed_available_fn``. If it is gone, the metric gathers
-    by a function that returns its own rows alone.
-    """
-    changes: list[tuple[Any, str, Any]] = [
-        (metric, "distributed_available_fn", _is_alone)
-        if hasattr(metric, "distributed_available_fn")
-        else (metric, "dist_sync_fn", _gather_own)
-        for metric in metrics
-    ]
-    kept = [getattr(metric, name, None) for metric, name, _ in changes]
-    for metric, name, function in changes:
-        setattr(metric, name, function)
-    try:
-        yield
-    finally:
-        for (metric, name, _), function in zip(changes, kept, strict=True):
-            setattr(metric, name, function)
-
-
-def _is_alone() -> bool:
-    return False
-
-
-def _gather_own(state: Tensor, group: Any = None) -> list[Tensor]:
-    return [state]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from manualloop.errors import ConfigError
 from manualloop.evaluation.inputs import Takes
 from manualloop.evaluation.results import to_scores
-from manualloop.internals import computing_alone
 from manualloop.types import Scores
 
 # Ends of the names of classes whose subclasses score probabilities.
@@ -106,3 +107,37 @@ def _takes(metric: Any) -> Takes:
 
 def _kind(metric: Any) -> str:
     return type(getattr(metric, "metric", metric)).__name__
+
+
+@contextmanager
+def computing_alone(metrics: Iterable[Any]) -> Iterator[None]:
+    """Keep metrics of torchmetrics from gathering the rows of other ranks.
+
+    Args:
+        metrics: The metrics, without the modules in them that are none.
+
+    Seen in torchmetrics 1.6 to 1.9: ``distributed_available_fn``. If it is gone, the metric gathers
+    by a function that returns its own rows alone.
+    """
+    changes: list[tuple[Any, str, Any]] = [
+        (metric, "distributed_available_fn", _is_alone)
+        if hasattr(metric, "distributed_available_fn")
+        else (metric, "dist_sync_fn", _gather_own)
+        for metric in metrics
+    ]
+    kept = [getattr(metric, name, None) for metric, name, _ in changes]
+    for metric, name, function in changes:
+        setattr(metric, name, function)
+    try:
+        yield
+    finally:
+        for (metric, name, _), function in zip(changes, kept, strict=True):
+            setattr(metric, name, function)
+
+
+def _is_alone() -> bool:
+    return False
+
+
+def _gather_own(state: Tensor, group: Any = None) -> list[Tensor]:
+    return [state]
