@@ -193,7 +193,9 @@ MEANINGS: dict[str, _Meaning] = {
         ("drop_last", "group_by_length", "pin_memory", "preflight", "progress_bar", "verify"), _FLAG
     ),
     **dict.fromkeys(("evaluate", "on_step", "function", "train_fn"), _CALLED),
-    **dict.fromkeys(("collate_fn", "loss_fn", "postprocess", "preprocess", "terms"), _CALLED),
+    **dict.fromkeys(
+        ("collate_fn", "decode", "loss_fn", "postprocess", "preprocess", "terms"), _CALLED
+    ),
     **dict.fromkeys(("best_metric", "config", "name"), _NAME),
     **dict.fromkeys(("args", "batches"), _LIST),
     **dict.fromkeys(("extras", "metrics"), (_is_by_name, "a dict whose keys are names")),
@@ -233,7 +235,17 @@ MEANINGS: dict[str, _Meaning] = {
 """What arguments must be, and in which words that is told."""
 
 _MAY_BE_NONE = {
-    *("best_metric", "collate_fn", "config", "evaluate", "extras", "loss_fn", "metrics", "on_step"),
+    *(
+        "best_metric",
+        "collate_fn",
+        "config",
+        "decode",
+        "evaluate",
+        "extras",
+        "loss_fn",
+        "metrics",
+        "on_step",
+    ),
     *("num_processes", "pin_memory", "postprocess", "preprocess", "strategy", "terms"),
     *("max_grad_norm", "tokenizer", "use_port"),
 }

@@ -109,15 +109,17 @@ SIGNATURES = {
     "compare_runs": "a, b",
     "count_items": "model, batch",
     "evaluate_loop": (
-        "model, eval_dataloader, metric=None, *, strategy=None, postprocess=None, loss_fn=None, "
-        "terms=None, progress_bar=False"
+        "model, eval_dataloader, metric=None, *, strategy=None, postprocess=None, "
+        "decode=None, loss_fn=None, terms=None, progress_bar=False"
     ),
     "find_checkpoint": "checkpoint_dir, which='last'",
     "inspect_batch": "loader, tokenizer=None",
     "launch": "function, args=(), *, num_processes=None, mixed_precision=None, use_port=None",
     "load_checkpoint": "checkpoint_dir, state, *, which='last', strategy=None, verify=True",
     "load_metric": "name, config=None, **options",
-    "predict_loop": "model, dataloader, *, strategy=None, postprocess=None, progress_bar=False",
+    "predict_loop": (
+        "model, dataloader, *, strategy=None, postprocess=None, decode=None, progress_bar=False"
+    ),
     "prepare_dataloaders": (
         "datasets, tokenizer=None, *, model=None, task=None, text_columns=None, "
         "label_column=None, max_length=None, batch_size=8, eval_batch_size=None, "

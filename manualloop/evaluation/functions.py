@@ -63,7 +63,7 @@ class Function:
         self.names: Sequence[str] | None = None
         self._batches: list[tuple[Any, Any]] = []
         self._kept: dict[str, list[Any]] = {}
-        self.takes_kept = self.takes == "rows" and "kept" in _parameters(self._call.function)
+        self.takes_kept = self.takes == "rows" and accepts_kept(self._call.function)
 
     def add_batch(
         self, *, predictions: Any, references: Any, kept: Mapping[str, Any] | None = None
@@ -115,6 +115,11 @@ class Function:
                 f"{self.name} gets all rows at once, but batches differ in width ({error}). Pad "
                 "them to one width, or flatten them: predictions[references != -100]."
             ) from error
+
+
+def accepts_kept(function: Callable[..., Any]) -> bool:
+    """Tell whether a function has a parameter for the columns that skip the model."""
+    return "kept" in _parameters(function)
 
 
 def _copy(values: Any) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from math import isfinite, isnan, nan
 from typing import Any, NamedTuple
 
 from manualloop.errors import ModelError
@@ -25,6 +28,7 @@ class Made(NamedTuple):
     """A batch and what the model computed from it.
 
     Attributes:
+        number: Number of the batch.
         batch: The batch as the loader gave it.
         inputs: The batch on the model's device.
         outputs: The outputs of the last forward pass; None if ``loss_fn`` made none.
@@ -32,6 +36,7 @@ class Made(NamedTuple):
         task: The task of the model and this batch.
     """
 
+    number: int
     batch: Any
     inputs: Any
     outputs: Any
@@ -39,54 +44,86 @@ class Made(NamedTuple):
     task: Task
 
 
-def terms_of(
-    made: Made, loss_fn: LossFn | None, terms: Terms | None
-) -> list[tuple[float, float | None]] | None:
-    """Return the terms of a batch's loss; None if the model returned no loss.
+class Losses:
+    """The terms of the losses of batches, 20 bytes for each.
 
-    The items of a term are None where nothing tells them. Called under the strategy's autocast.
+    Attributes:
+        means: The means of all batches, one after the other.
+        items: The items that each is over; NaN where nothing tells them.
+        widths: Number of terms of each batch.
     """
-    counts = made.task.count(made.batch)
-    found: list[Term]
-    if loss_fn is not None:
-        found = own_terms(made.loss)
-        if (declared := declared_items(loss_fn)) is not None:
-            counts = declared(made.batch)
-    elif terms is not None:
-        found = listed_terms(terms(made.outputs, made.inputs))
-    elif (loss := find_loss(made.outputs)) is None:
-        return None
-    else:
-        if made.task.objection:
-            counts = ()
-        found = model_terms(loss, made.outputs, made.inputs, counts)
+
+    def __init__(self) -> None:
+        self.means, self.items, self.widths = array("d"), array("d"), array("i")
+
+    def add(self, made: Made, loss_fn: LossFn | None, terms: Terms | None) -> bool | None:
+        """Add the terms of a batch. Called under the strategy's autocast.
+
+        Returns:
+            Whether the loss is finite; None if the model returned none.
+        """
+        found = _terms_of(made, loss_fn, terms)
+        self.widths.append(len(found) if found else 0)
+        if found is None:
+            return None
+        is_finite = True
+        for mean, num_items in found:
+            value = float(require_mean(mean, trains=False))
+            is_finite = is_finite and isfinite(value)
+            self.means.append(value)
+            self.items.append(nan if num_items is None else read_items(num_items))
+        return is_finite
+
+    def __iter__(self) -> Iterator[list[tuple[float, float]]]:
+        """Yield the terms of each batch."""
+        terms = zip(self.means, self.items, strict=True)
+        for width in self.widths:
+            yield [next(terms) for _ in range(width)]
+
+
+def _terms_of(made: Made, loss_fn: LossFn | None, terms: Terms | None) -> list[Term] | None:
+    """Return the terms of a batch's loss; None if the model returned no loss."""
+    if loss_fn is None and terms is None:
+        loss = find_loss(made.outputs)
+        if loss is None:
+            return None
+        counts = () if made.task.objection else made.task.count(made.batch)
+        return model_terms(loss, made.outputs, made.inputs, counts)
+    declared = declared_items(loss_fn) if loss_fn is not None else None
+    counts = (declared or made.task.count)(made.batch)
     default = counts[0] if counts else None
-    return [
-        (float(require_mean(mean, trains=False)), default if n is None else read_items(n))
-        for mean, n in found
-    ]
+    found = (
+        listed_terms(terms(made.outputs, made.inputs))
+        if terms is not None
+        else own_terms(made.loss)
+    )
+    return [(mean, default if num_items is None else num_items) for mean, num_items in found]
 
 
-def whole_loss(losses: Sequence[Sequence[tuple[float, float | None]]]) -> float | None:
+def whole_loss(of_ranks: Sequence[Losses]) -> float | None:
     """Return the loss over all batches from the terms of each; None if there is no item.
 
     If nothing tells the items of a batch, all batches weigh the same, and a message tells that.
+
+    Args:
+        of_ranks: The losses of each rank: batch k is on rank k % world_size.
     """
+    losses = [of_batch for turn in zip_longest(*of_ranks) for of_batch in turn if of_batch]
     if len({*map(len, losses)}) > 1:
         raise ModelError(
             "The loss has other numbers of terms for some batches of the loader. Let terms return "
             "the same terms for each; one without items in a batch gets 0 of them."
         )
-    if any(items is None for of_batch in losses for _, items in of_batch):
+    if any(isnan(num_items) for of_batch in losses for _, num_items in of_batch):
         if len(losses) > 1:
             say(
                 "the loss is the mean of the batches' means: nothing tells how many rows they "
                 "have. Let loss_fn return (mean_loss, num_items), or pass terms=."
             )
-        losses = [[(mean, 1) for mean, _ in of_batch] for of_batch in losses]
+        losses = [[(mean, 1.0) for mean, _ in of_batch] for of_batch in losses]
     means = [
-        sum(mean * items for mean, items in term if items) / total
+        sum(mean * num_items for mean, num_items in term if num_items) / total
         for term in zip(*losses, strict=True)
-        if (total := sum(items or 0 for _, items in term))
+        if (total := sum(num_items for _, num_items in term))
     ]
     return sum(means) if means else None

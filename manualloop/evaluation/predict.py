@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
-from itertools import islice
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from manualloop.arguments import check_arguments
-from manualloop.batches import num_rows
-from manualloop.errors import DataError
-from manualloop.evaluation.loop import (
-    Passes,
-    Postprocess,
-    count_nan_rows,
-    each_batch,
-    logits_of,
-    longest_first_rows,
-    passes_of,
-    tell_nan,
-)
-from manualloop.evaluation.losses import Made
-from manualloop.evaluation.predictions import Predictions, dataset_rows, table_of
-from manualloop.mistakes import scalar_floats_message
+from manualloop.evaluation.loop import longest_first
+from manualloop.evaluation.passes import passes_of
+from manualloop.evaluation.predictions import Predictions, dataset_rows
+from manualloop.evaluation.rows import Ask, Decode, Postprocess, check_predictions
+from manualloop.evaluation.table import read_table
 from manualloop.models import predicts_without_labels
 from manualloop.notices import say
 from manualloop.reading.ranks import unsharded
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
+from manualloop.tasks.names import class_names
 
 
 def predict_loop(
@@ -42,6 +29,7 @@ def predict_loop(
     *,
     strategy: Strategy | None = None,
     postprocess: Postprocess | None = None,
+    decode: Decode | None = None,
     progress_bar: bool = False,
 ) -> Predictions:
     """Predict every row of a loader, in the order of the dataset.
@@ -52,6 +40,7 @@ def predict_loop(
             prepared loader is known even if it shuffles.
         strategy: As for ``evaluate_loop``.
         postprocess: As for ``evaluate_loop``.
+        decode: As for ``evaluate_loop``. ``Predictions.predictions`` is then a list.
         progress_bar: Whether to show a progress bar.
 
     Raises:
@@ -66,77 +55,38 @@ def predict_loop(
     array([1, 0])
     """
     check_arguments(
-        model=model, loader=dataloader, postprocess=postprocess, progress_bar=progress_bar
+        model=model,
+        loader=dataloader,
+        postprocess=postprocess,
+        decode=decode,
+        progress_bar=progress_bar,
     )
+    check_predictions(postprocess, decode)
     strategy = strategy_for(model, strategy)
-    strategy = begin_call(strategy, "predict_loop", postprocess=postprocess)
+    strategy = begin_call(strategy, "predict_loop", postprocess=postprocess, decode=decode)
     model = prepare_model(strategy, model)
+    names = class_names(model, dataloader)
     loader = dataloader if strategy.world_size == 1 else unsharded(dataloader)
-    loader, longest_first = longest_first_rows(loader, model, strategy)
-    numbers = dataset_rows(loader) if longest_first is None else longest_first
-    nan_rows: list[int] = []
-    passes = passes_of(model, loader, strategy, None, None, postprocess is None)
-    if postprocess is None and predicts_without_labels(model):
+    loader, numbers = longest_first(loader, model, strategy)
+    by_rule = postprocess is None and decode is None
+    passes = passes_of(model, loader, strategy, predicts=by_rule)
+    if by_rule and predicts_without_labels(model):
         passes = replace(passes, leaves_out=passes.leaves_out | {"labels"})
-    parts = each_batch(
+    table, _ = read_table(
         passes,
-        partial(_predict, postprocess=postprocess, nan_rows=nan_rows),
+        Ask(postprocess, decode, references=False, scores=None, kept=True, aligned=False),
         "Predicting" if progress_bar else None,
+        numbers=dataset_rows(loader) if numbers is None else numbers,
+        wants_loss=False,
     )
-    tell_nan(sum(nan_rows))
-    predictions, scores, labels = zip(*parts, strict=True)
-    rows = sum(map(len, predictions))
-    index = None if numbers is None else np.fromiter(islice(numbers, rows), np.int64)
-    order = np.arange(rows) if index is None else np.argsort(index, kind="stable")
+    assert table is not None
+    for name in table.missing:
+        say(f"the predictions have no {name}: some batches of the loader have no labels.")
     return Predictions(
-        None if index is None else index[order],
-        table_of(predictions)[order],
-        _whole_column("scores", scores, order),
-        _whole_column("references", labels, order),
-        names=_names_of(model),
+        table.index,
+        table.column("predictions"),
+        table.column("scores"),
+        table.column("references"),
+        {name: column.rows(table.order) for name, column in table.kept.items()},
+        names,
     )
-
-
-def _names_of(model: nn.Module) -> tuple[str, ...] | None:
-    id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
-    is_named = any(name != f"LABEL_{number}" for number, name in id2label.items())
-    return tuple(map(str, id2label.values())) if is_named else None
-
-
-def _whole_column(
-    name: str, parts: Sequence[Tensor | None], order: NDArray[np.int64]
-) -> NDArray[Any] | None:
-    """Return a column in the dataset's order; None unless all batches have it."""
-    present = [part for part in parts if part is not None]
-    if len(present) < len(parts):
-        if present:
-            say(f"the predictions have no {name}: some batches of the loader have no labels.")
-        return None
-    return table_of(present)[order]
-
-
-def _predict(
-    passes: Passes, made: Made, *, postprocess: Postprocess | None, nan_rows: list[int]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return predictions, probabilities and labels of a batch; None for what it does not have."""
-    batch, rules, probabilities = made.batch, made.task.rules, None
-    if postprocess is not None:
-        predictions = postprocess(made.outputs, batch)
-    else:
-        logits = logits_of(made.outputs)
-        predictions = rules.predict(logits)
-        nan_rows.append(count_nan_rows(logits, predictions))
-        if rules.probabilities is not None:
-            probabilities = rules.probabilities(logits.float()).cpu()
-    if len(predictions) != (rows := num_rows(batch)):
-        raise DataError(
-            f"{len(predictions)} predictions for a batch of {rows} rows. Let postprocess return "
-            "one for each row, such as outputs.logits.argmax(-1)."
-        )
-    labels = batch["labels"].to("cpu", copy=True) if "labels" in batch else None
-    is_multi_label = postprocess is None and made.task.name == "multi_label_classification"
-    if is_multi_label and labels is not None and labels.ndim == 1:
-        found = f"of shape {tuple(labels.shape)}"
-        raise DataError(scalar_floats_message(found, "labels", predictions.shape[-1]))
-    # A view of them would keep all the outputs.
-    return predictions.to("cpu", copy=True), probabilities, labels

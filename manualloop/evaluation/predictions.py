@@ -9,9 +9,8 @@ from numbers import Integral
 from typing import Any, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from manualloop.errors import DataError
@@ -26,7 +25,6 @@ from manualloop.evaluation.columns import (
 )
 from manualloop.notices import say
 from manualloop.reading.sources import source_of
-from manualloop.tasks.task import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -162,20 +160,6 @@ def _take(values: Any, places: NDArray[np.int64]) -> Any:
     if values is None or isinstance(values, np.ndarray | Tensor):
         return values if values is None else values[places]
     return [values[place] for place in places.tolist()]
-
-
-def table_of(parts: Sequence[Tensor]) -> NDArray[Any]:
-    """Put the rows of all batches into one array; narrower rows are padded with -100."""
-    widest = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)][1:]
-    padded = []
-    for part in parts:
-        missing = [size - own for size, own in zip(widest, part.shape[1:], strict=True)]
-        if any(missing):
-            ends = [end for size in reversed(missing) for end in (0, size)]
-            part = nn.functional.pad(part, ends, value=IGNORE_INDEX)
-        padded.append(part.float() if part.dtype == torch.bfloat16 else part)  # NumPy has none
-    table: NDArray[Any] = torch.cat(padded).numpy()
-    return table
 
 
 def dataset_rows(loader: Iterable[Any]) -> Iterable[int] | None:

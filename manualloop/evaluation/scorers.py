@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
 from typing import Any, Protocol
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.collected import Collected, Perplexity
@@ -18,7 +12,6 @@ from manualloop.evaluation.inputs import Takes, count_rows, require_rows
 from manualloop.evaluation.metrics import Metric, load_metric
 from manualloop.evaluation.modules import Module, module_of
 from manualloop.evaluation.torch_metrics import TorchMetric
-from manualloop.strategy.base import Strategy, on_main
 from manualloop.types import Scores
 
 
@@ -104,85 +97,6 @@ def as_metric(metric: Any, names: Sequence[str] | None = None) -> Scorer:
     return _Checked([scorer])
 
 
-class Gathered:
-    """A scorer that sees the rows of all ranks as if one process had read them in dataset order.
-
-    Where a metric only counts classes, each rank counts its own rows and the counts are added up;
-    any other metric gets the rows themselves, on rank 0.
-
-    Args:
-        scorer: Scorer of all rows.
-        strategy: Strategy whose ranks take part.
-        rows: The dataset's row numbers in the order in which rows are added, int64; None if they
-            are added in the dataset's order.
-    """
-
-    def __init__(
-        self, scorer: Scorer, strategy: Strategy, rows: NDArray[np.int64] | None = None
-    ) -> None:
-        self._scorer, self._strategy, self._rows = scorer, strategy, rows
-        self._counts = counts_classes(scorer)
-        self._batches: list[tuple[Any, Any, Any]] = []
-
-    def add_batch(self, predictions: Any, references: Any, kept: Tensor | None) -> None:
-        """Add the rows of a batch of this rank.
-
-        Args:
-            predictions: Predictions of the batch.
-            references: References of the batch, the same number.
-            kept: Which of the rows' predictions these are, bool ``(rows, ...)``; None for all.
-        """
-        if self._counts:
-            self._scorer.add_batch(predictions=predictions, references=references)
-        else:
-            # A copy: the labels of a worker's batch keep its file open.
-            if kept is None and isinstance(references, Tensor):
-                references = references.clone()
-            self._batches.append((predictions, references, kept))
-
-    def compute(self) -> Scores:
-        """Return the scores of all rows, the same on every rank. Call it on every rank."""
-        own = self._scorer if self._counts else self._batches
-        self._batches = []
-        found = self._strategy.gather(own)
-        if self._counts and isinstance(self._scorer, Metric) and not self._strategy.is_main:
-            self._scorer.reset()
-        return on_main(self._strategy, lambda: self._compute(found))
-
-    def _compute(self, found: list[Any]) -> Scores:
-        if isinstance(self._scorer, Metric) and self._counts:
-            for other in found[1:]:
-                self._scorer.merge(other)
-            return self._scorer.compute()
-        # Batch k is on rank k % world_size, so one from each rank in turn is the loader's order.
-        rounds = zip_longest(*found)
-        batches = [batch for of_ranks in rounds for batch in of_ranks if batch is not None]
-        if self._rows is not None:
-            batches = [_in_order(batches, self._rows)]
-        for predictions, references, _ in batches:
-            self._scorer.add_batch(predictions=predictions, references=references)
-        return self._scorer.compute()
-
-
-def counts_classes(scorer: Scorer) -> bool:
-    """Tell whether a scorer only counts classes, so that the order of the rows does not matter."""
-    return isinstance(scorer, Metric) and scorer.takes == "classes"
-
-
-def _in_order(
-    batches: list[tuple[Tensor, Tensor, Tensor | None]], rows: NDArray[np.int64]
-) -> tuple[Tensor, Tensor, None]:
-    """Return the predictions and references of all batches in the order of their rows."""
-    numbers = [
-        len(predictions) * [1] if kept is None else kept.reshape(len(kept), -1).sum(1).tolist()
-        for predictions, _, kept in batches
-    ]
-    order = np.argsort(np.repeat(rows, np.concatenate(numbers)), kind="stable")
-    predictions = torch.cat([predictions for predictions, _, _ in batches])[order]
-    references = torch.cat([references for _, references, _ in batches])[order]
-    return predictions, references, None
-
-
 class _Checked:
     """Scorers that get the same rows, checked to be as many on both sides and at least one."""
 
@@ -222,15 +136,22 @@ def parts_of(scorer: Scorer) -> list[Scorer]:
     return [scorer]
 
 
-def compute_all(scorers: Iterable[Scorer]) -> Scores:
+def compute_all(scorers: Iterable[Scorer], loss: float | None = None) -> Scores:
     """Return the scores of several scorers as one mapping.
+
+    Args:
+        scorers: The scorers.
+        loss: The mean loss, for those that take it.
 
     Raises:
         MetricError: Two of them have the same key.
     """
     merged = Scores()
     for scorer in scorers:
-        scores = scorer.compute()
+        if isinstance(scorer, Perplexity):
+            scores = scorer.compute(loss=loss)
+        else:
+            scores = scorer.compute()
         twice = merged.keys() & scores.keys() or merged.matrices.keys() & scores.matrices.keys()
         for key in twice:
             raise MetricError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from manualloop.data.inspect import first_batch
 from manualloop.errors import ConfigError, DataError
+from manualloop.evaluation.functions import accepts_kept
 from manualloop.evaluation.loop import evaluate_loop, named_loaders
 from manualloop.evaluation.metrics import BuiltIn, load_metric
 from manualloop.objects import remember
@@ -61,6 +62,7 @@ def try_evaluation(evaluate: object) -> Found | None:
             "model. Write partial(evaluate_loop, model, loader, metric)."
         )
     metrics, are_all = _own_metrics(bound.arguments.get("metric"))
+    others = _stand_in(bound.arguments.get("metric"))
     strategy = strategy_for(model, bound.arguments.get("strategy"))
     prepare_model(strategy, model)  # first: what is put back below must not be on another device
     names: list[str] = []
@@ -70,7 +72,7 @@ def try_evaluation(evaluate: object) -> Found | None:
             return None
         bound.arguments |= {"eval_dataloader": [batch] * strategy.world_size, "progress_bar": False}
         if metrics or not are_all:  # else the loss alone is asked for, and needs no labels
-            bound.arguments["metric"] = metrics if are_all else [*metrics, _Blind()]
+            bound.arguments["metric"] = metrics if are_all else [*metrics, others]
         forget = _remember(model, bound.arguments)
         try:
             found = evaluate_loop(*bound.args, **bound.kwargs)
@@ -100,22 +102,17 @@ def _batch_of(loader: Iterable[Any]) -> Any:
     return batch
 
 
-class _Blind:
-    """Stands for metrics that are not called, so that the model need not return a loss."""
-
-    name = "other metrics"
-    takes = "classes"
-
-    def add_batch(self, *, predictions: Any, references: Any) -> None:
-        pass
-
-    def compute(self) -> dict[str, float]:
-        return {}
+def _stand_in(metric: Any) -> Callable[..., Any]:
+    """Return a function that stands for metrics that are not called, and gets what they get."""
+    parts = metric if isinstance(metric, list | tuple) else [metric]
+    if any(callable(part) and accepts_kept(part) for part in parts):
+        return lambda predictions, references, kept: {}
+    return lambda predictions, references: {}
 
 
 def _remember(model: nn.Module, arguments: Mapping[str, Any]) -> Any:
     """Return a function that undoes what a forward pass and the functions called may leave."""
-    functions = {name: arguments.get(name) for name in ("loss_fn", "postprocess")}
+    functions = {name: arguments.get(name) for name in ("decode", "loss_fn", "postprocess")}
     put_back = remember({"model": model, **functions})
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
 

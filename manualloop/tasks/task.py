@@ -148,6 +148,7 @@ class Rules:
             without one.
         shifts_labels: Whether a position predicts the label after it.
         float_labels: Whether the loss wants floating point labels.
+        is_aligned: Whether each label has a prediction in its place.
     """
 
     count: Callable[[Batch], Counts]
@@ -155,13 +156,17 @@ class Rules:
     probabilities: Callable[[Tensor], Tensor] | None = None
     shifts_labels: bool = False
     float_labels: bool = False
+    is_aligned: bool = True
 
 
-def _argmax(logits: Tensor) -> Tensor:
+def best_class(logits: Tensor) -> Tensor:
+    """Return the number of the largest logit."""
     return logits.argmax(dim=-1)
 
 
 def _class_map(logits: Tensor) -> Tensor:
+    if logits.shape[1] == 1:  # trained with a binary cross-entropy
+        return (logits[:, 0] > 0).long()
     return logits.argmax(dim=1)
 
 
@@ -178,19 +183,19 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 TASKS: dict[str, Rules] = {
-    "single_label_classification": Rules(count_labels, _argmax, _softmax),
+    "single_label_classification": Rules(count_labels, best_class, _softmax),
     "multi_label_classification": Rules(
         count_elements, _above_half, Tensor.sigmoid, float_labels=True
     ),
     "regression": Rules(count_elements, _as_value, float_labels=True),
-    "token_classification": Rules(count_labels, _argmax),
-    "multiple_choice": Rules(count_labels, _argmax),
-    "masked_lm": Rules(count_labels, _argmax),
-    "seq2seq_lm": Rules(count_labels, _argmax),
-    "causal_lm": Rules(count_shifted_labels, _argmax, shifts_labels=True),
-    "question_answering": Rules(count_positions, _argmax),
+    "token_classification": Rules(count_labels, best_class),
+    "multiple_choice": Rules(count_labels, best_class),
+    "masked_lm": Rules(count_labels, best_class),
+    "seq2seq_lm": Rules(count_labels, best_class),
+    "causal_lm": Rules(count_shifted_labels, best_class, shifts_labels=True),
+    "question_answering": Rules(count_positions, best_class),
     "semantic_segmentation": Rules(count_labels, _class_map),
-    "ctc": Rules(count_texts, _argmax),
+    "ctc": Rules(count_texts, best_class, is_aligned=False),
 }
 
 
@@ -209,6 +214,9 @@ class Task:
         problem_type: ``problem_type`` among the settings, which a model of transformers writes at
             its first forward pass.
         objection: Message that the model's loss is no mean over what is counted; None if it is one.
+        ignored: The label that counts neither in the loss nor in a metric.
+        by_values: Whether the labels are taken for multi-label targets only because those of the
+            first batch are all 0 and 1.
     """
 
     name: str
@@ -219,6 +227,8 @@ class Task:
     settings: Mapping[str, Any]
     problem_type: object
     objection: str | None = None
+    ignored: int = IGNORE_INDEX
+    by_values: bool = False
 
 
 def resolve_task(model: nn.Module, batch: Any, known: Task | None = None) -> Task:
@@ -265,7 +275,11 @@ def resolve_task(model: nn.Module, batch: Any, known: Task | None = None) -> Tas
         count = count_targets
     settings = getattr(config_of(model), "__dict__", {})
     chosen, objection = settings.get("problem_type"), objection_to(model, batch)
-    return Task(name, TASKS[name], count, model, kind, settings, chosen, objection)
+    ignored = _ignored_pixel(model) if name == "semantic_segmentation" else IGNORE_INDEX
+    by_values = name == "multi_label_classification" and not _names_its_task(model)
+    return Task(
+        name, TASKS[name], count, model, kind, settings, chosen, objection, ignored, by_values
+    )
 
 
 def _special_count(model: nn.Module, name: str) -> Callable[[Batch], Counts] | None:
@@ -274,10 +288,14 @@ def _special_count(model: nn.Module, name: str) -> Callable[[Batch], Counts] | N
         config = config_of(model)
         if getattr(config, "num_labels", None) == 1:
             return count_elements  # ignored pixels add 0 to the sum, and are counted
-        ignored = getattr(config, "loss_ignore_index", 255)  # UperNet
-        ignored = getattr(config, "semantic_loss_ignore_index", ignored)
-        return partial(_count_pixels, ignored=ignored)
+        return partial(_count_pixels, ignored=_ignored_pixel(model))
     return count_attended if type(unwrap_model(model)).__name__ in ATTENDED else None
+
+
+def _ignored_pixel(model: nn.Module) -> int:
+    config: Any = config_of(model)
+    ignored = getattr(config, "loss_ignore_index", 255)  # UperNet
+    return int(getattr(config, "semantic_loss_ignore_index", ignored))
 
 
 def _count_pixels(batch: Batch, ignored: int) -> Counts:
@@ -395,21 +413,32 @@ def infer_task(model: nn.Module, labels: Tensor | None = None) -> str:
     config = own_config(model)
     if name.endswith("ForConditionalGeneration"):
         return "seq2seq_lm" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
-    if name.endswith("Classification"):
-        # The rule of transformers' ForSequenceClassificationLoss, which the model writes into
-        # its config at the first forward pass.
-        chosen = getattr(config, "problem_type", None)
-        if isinstance(chosen, str) and chosen in TASKS:
-            return chosen
-        if getattr(config, "num_labels", None) == 1:
-            return "regression"
+    # The rule of transformers' ForSequenceClassificationLoss, which the model writes into its
+    # config at the first forward pass.
+    chosen = getattr(config, "problem_type", None)
+    if isinstance(chosen, str) and chosen in TASKS:
+        return chosen
+    is_classifier = name.endswith("Classification")
+    if is_classifier and getattr(config, "num_labels", None) == 1:
+        return "regression"
     if labels is None:
         return "single_label_classification"
     is_row = labels.ndim > 1 and labels.shape[-1] > 1  # more than one number for each
-    is_classifier = name.endswith("Classification")
     if is_classifier and (is_row or labels.is_floating_point()):
         return "multi_label_classification"
     if not labels.is_floating_point():
         is_class = is_classifier or labels.ndim < 2
         return "single_label_classification" if is_class else "token_classification"
-    return "multi_label_classification" if is_row else "regression"
+    return "multi_label_classification" if is_row and are_targets(labels) else "regression"
+
+
+def are_targets(labels: Tensor) -> bool:
+    """Tell whether all labels are 0, 1 or ignored, as those of several classes a row."""
+    return bool(((labels == 0) | (labels == 1) | (labels == IGNORE_INDEX)).all())
+
+
+def _names_its_task(model: nn.Module) -> bool:
+    """Tell whether the class or the config of a model names its task, whatever the labels are."""
+    model = unwrap_model(model)
+    chosen = getattr(own_config(model), "problem_type", None)
+    return chosen in TASKS or type(model).__name__.endswith("Classification")

@@ -419,7 +419,7 @@ def test_a_mixed_loader_is_scored_by_the_items_of_each_batch():
 
 
 def test_predictions_of_two_kinds_are_refused():
-    with pytest.raises(DataError, match="batch 1 are those of a multi_label_classification"):
+    with pytest.raises(DataError, match="batch 1 are those of a regression"):
         predict_loop(Line(), MIXED)
     own = predict_loop(
         Line(), MIXED[:1] + MIXED[2:3], postprocess=lambda outputs, batch: outputs["logits"][:, 0]

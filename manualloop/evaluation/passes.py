@@ -1,0 +1,190 @@
+"""Batches through a model in evaluation mode, on every rank, without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from manualloop.batches import is_spare, model_inputs
+from manualloop.checks import explain, require_loader
+from manualloop.data.sampler import num_batches, rows_before
+from manualloop.errors import DataError
+from manualloop.evaluation.losses import Made
+from manualloop.models import accepts, evaluation_mode, is_sharded
+from manualloop.progress import ProgressBar
+from manualloop.reading.reader import Reader
+from manualloop.reading.sources import source_of
+from manualloop.strategy.base import Strategy
+from manualloop.tasks.loss import explain_kept
+from manualloop.tasks.otherwise import objection_to
+from manualloop.tasks.task import Task, are_targets, resolve_task
+from manualloop.types import LossFn, Terms
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How an evaluation runs the batches of a loader through a model.
+
+    Attributes:
+        model: The model, without a wrapper that would communicate with the other ranks.
+        loader: The loader.
+        strategy: The strategy.
+        loss_fn: As in ``train_steps``; None where the model is called with the batch's columns.
+        terms: As in ``train_steps``.
+        leaves_out: Columns that skip the model.
+        predicts: Whether predictions are made by the rule of the task.
+    """
+
+    model: nn.Module
+    loader: Iterable[Any]
+    strategy: Strategy
+    loss_fn: LossFn | None
+    terms: Terms | None
+    leaves_out: frozenset[str]
+    predicts: bool
+
+
+def passes_of(
+    model: nn.Module,
+    loader: Iterable[Any],
+    strategy: Strategy,
+    loss_fn: LossFn | None = None,
+    terms: Terms | None = None,
+    *,
+    predicts: bool,
+) -> Passes:
+    """Prepare the passes of an evaluation."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    # A model that does not compute its own loss gets no labels.
+    takes_labels = loss_fn is not None or accepts(model, "labels")
+    leaves_out = frozenset() if takes_labels else frozenset({"labels"})
+    return Passes(model, loader, strategy, loss_fn, terms, leaves_out, predicts)
+
+
+def each_batch(passes: Passes, use: Callable[[Made], None], bar: str | None, **owners: Any) -> None:
+    """Run every batch of this rank through the model, in evaluation mode.
+
+    Args:
+        passes: The loader, the model and how to run it.
+        use: Function of the results of a batch.
+        bar: Title of a progress bar; None shows none.
+        owners: Objects that may hold random generators, beside those of the passes.
+    """
+    model, strategy = passes.model, passes.strategy
+    owners |= {"loader": passes.loader, "loss_fn": passes.loss_fn, "terms": passes.terms}
+    task: Task | None = None
+    with (
+        evaluation_mode(model, strategy.device, **owners),
+        closing(_numbered(passes.loader, strategy, bar)) as batches,
+    ):
+        for number, batch in batches:
+            if strategy.world_size > 1 and is_spare(batch):
+                # Passes that take all ranks: losses of detection add up the boxes of all.
+                if is_sharded(model) or objection_to(model, batch):
+                    inputs, outputs, _ = _forward(passes, batch, number)
+                    if passes.terms is not None:
+                        passes.terms(outputs, inputs)
+            else:
+                task = _use(passes, batch, number, task, use)
+
+
+def _use(
+    passes: Passes, batch: Any, number: int, known: Task | None, use: Callable[[Made], None]
+) -> Task:
+    """Run a batch through the model and use the results; return its task.
+
+    It is a function so that the outputs are freed before the next batch needs the memory.
+    """
+    inputs, outputs, loss = _forward(passes, batch, number)
+    task = resolve_task(passes.model, batch, known)  # the model has its problem_type now
+    if passes.predicts and known is not None:
+        _require_one_kind(known, task, batch, number)
+    use(Made(number, batch, inputs, outputs, loss, task))
+    return task
+
+
+def _require_one_kind(known: Task, task: Task, batch: Any, number: int) -> None:
+    """Refuse labels by which rows would be predicted otherwise than those before them."""
+    name = task.name
+    if task.by_values and "labels" in batch and not are_targets(batch["labels"]):
+        name = "regression"
+    elif known is task or known.rules.predict is task.rules.predict:
+        return
+    fix = "outputs.logits" if name == "regression" else "outputs.logits.argmax(-1)"
+    raise DataError(
+        f"The labels of batch {number} are those of a {name}, the labels before it of a "
+        f"{known.name}, and one model has one kind of prediction. Give all batches labels of "
+        f"one kind, or pass postprocess=lambda outputs, batch: {fix}."
+    )
+
+
+def _forward(passes: Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
+    """Return the inputs of a batch, its outputs, and what ``loss_fn`` returned."""
+    model, strategy = passes.model, passes.strategy
+    inputs = strategy.to_device(batch)
+    with strategy.autocast():
+        if passes.loss_fn is not None:
+            seen: list[Any] = []
+            hook = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
+            try:
+                loss: Any = passes.loss_fn(model, inputs)
+            except TypeError as error:
+                explain_kept(error, inputs)
+                raise
+            finally:
+                hook.remove()
+            return inputs, (seen[-1] if seen else None), loss
+        columns = model_inputs(inputs)
+        if passes.leaves_out:
+            columns = {name: c for name, c in columns.items() if name not in passes.leaves_out}
+        try:
+            outputs = model(**columns)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            strategy.explain(error)
+            start = rows_before(passes.loader, number)
+            explain(
+                error, model, [batch], source_of(passes.loader).place, [start], needs_labels=False
+            )
+            raise
+    return inputs, outputs, None
+
+
+def _numbered(
+    loader: Iterable[Any], strategy: Strategy, bar: str | None
+) -> Generator[tuple[int, Any], None, None]:
+    """Yield the number and the batch of each batch of this rank, with a progress bar.
+
+    Raises:
+        DataError: There is no batch.
+    """
+    require_loader(loader)
+    shown = bar is not None and strategy.is_main
+    progress = ProgressBar(num_batches(loader), name=bar or "", unit="batch", shown=shown)
+    number = 0
+    try:
+        comes_in_order = strategy.world_size == 1 and getattr(loader, "in_order", True)
+        for batch in loader if comes_in_order else _in_common_order(loader, strategy):
+            yield number + strategy.rank, batch
+            number += strategy.world_size
+            if progress.is_due():
+                progress.show(number)
+    finally:
+        progress.close(number)
+    if number == 0:
+        raise DataError(
+            "No rows to evaluate: the loader gave 0 batches. Check the filter of the dataset, and "
+            "that the loader is not a generator that has already been read."
+        )
+
+
+def _in_common_order(loader: Iterable[Any], strategy: Strategy) -> Generator[Any, None, None]:
+    """Yield the batches of this rank in the order in which one process reads them all."""
+    reader = Reader(source_of(loader), strategy=strategy, count_rows=lambda batch: 0)
+    for given in reader.batches():
+        yield given.batch
+        reader.settle()  # else it would keep every batch

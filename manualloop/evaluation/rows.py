@@ -1,0 +1,354 @@
+"""What is kept of each row of a batch: its prediction, its reference, its probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import isnan
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from manualloop.batches import Kept, num_rows
+from manualloop.errors import ConfigError, DataError, MetricError, ModelError
+from manualloop.evaluation.inputs import to_array
+from manualloop.evaluation.losses import Made
+from manualloop.mistakes import scalar_floats_message
+from manualloop.notices import say
+from manualloop.tasks.task import Task, best_class
+from manualloop.types import Batch
+
+Postprocess: TypeAlias = Callable[[Any, Batch], Tensor]
+"""``postprocess(outputs, batch)`` returns predictions: one a row, or in the shape of the labels."""
+
+Decode: TypeAlias = "Callable[[Any, Batch], list[Any] | tuple[list[Any], list[Any]]]"
+"""``decode(outputs, batch)`` returns one object of Python for each row.
+
+With two lists, the first holds the predictions and the second the references.
+"""
+
+Values: TypeAlias = "NDArray[Any] | list[Any]"
+"""A column of a batch: an array whose first axis is the rows, or a list of objects."""
+
+
+class Ask(NamedTuple):
+    """What is asked of each row.
+
+    Attributes:
+        postprocess: Function that makes the predictions; None for the rule of the task.
+        decode: Function that makes an object of each row; None for none.
+        references: Whether rows without a label are refused.
+        scores: Whether probabilities are asked for: True, False, or None for where there are some.
+        kept: Whether the columns that skip the model are asked for.
+        aligned: Whether labels stand beside the predictions they belong to, as for a metric: those
+            of a causal language model are shifted.
+    """
+
+    postprocess: Postprocess | None = None
+    decode: Decode | None = None
+    references: bool = True
+    scores: bool | None = False
+    kept: bool = False
+    aligned: bool = True
+
+
+def check_predictions(postprocess: Postprocess | None, decode: Decode | None) -> None:
+    """Refuse two answers to what the predictions are.
+
+    Raises:
+        ConfigError: Both are given.
+    """
+    if postprocess is not None and decode is not None:
+        raise ConfigError(
+            "Give postprocess or decode, not both. postprocess(outputs, batch) returns a tensor of "
+            "predictions; decode(outputs, batch) returns a list with one object for each row."
+        )
+
+
+class Entries(NamedTuple):
+    """What is kept of the rows of a batch.
+
+    Attributes:
+        num_rows: Number of rows.
+        predictions: Predictions, or decoded objects.
+        references: Labels, or decoded objects; None if there are none.
+        scores: Probabilities; None if there are none.
+        kept: Columns that skip the model, by name.
+        num_nan: Number of rows with logits that are NaN.
+        misfit: Description of predictions that do not stand beside the labels one by one; None if
+            they do.
+    """
+
+    num_rows: int
+    predictions: Values
+    references: Values | None
+    scores: NDArray[np.float32] | None
+    kept: dict[str, list[Any]]
+    num_nan: int
+    misfit: str | None
+
+
+def entries_of(made: Made, ask: Ask, *, is_sound: bool) -> Entries:
+    """Return what is kept of the rows of a batch.
+
+    Args:
+        made: The batch and its outputs.
+        ask: What is asked of each row.
+        is_sound: Whether it is known that no logits are NaN.
+
+    Raises:
+        DataError: The batch has no labels, or a function did not return one entry a row.
+        ModelError: There is nothing to predict from.
+    """
+    batch, task, postprocess, decode = made.batch, made.task, ask.postprocess, ask.decode
+    labels = _labels_of(batch)
+    rows = num_rows(batch) if labels is None else len(labels)
+    logits = None
+    if ask.scores or (postprocess is None and decode is None):
+        logits = logits_of(made.outputs)
+        _require_classes(task, logits, made.outputs)
+    scores = _probabilities(made, ask, logits, rows)
+    num_nan, misfit = 0, None
+    predictions: Values
+    references: Values | None = None
+    if decode is not None:
+        predictions, references = _decoded(decode(made.outputs, batch), rows)
+        num_nan = 0 if is_sound or scores is None else int(np.isnan(scores).any(1).sum())
+        if references is None and labels is not None:
+            references = _values(_one_axis(task, labels))
+    else:
+        predicted = _processed(postprocess(made.outputs, batch)) if postprocess else None
+        if predicted is None:
+            assert logits is not None
+            predicted = task.rules.predict(logits)
+            num_nan = 0 if is_sound else count_nan_rows(logits, predicted)
+        if not predicted.ndim or predicted.shape[0] != rows:
+            raise DataError(
+                f"{predicted.shape[0] if predicted.ndim else 'No'} predictions for a batch of "
+                f"{rows} rows. Let postprocess return one for each row, such as "
+                "outputs.logits.argmax(-1)."
+            )
+        if labels is not None:
+            if postprocess is None:
+                _require_rows_of_targets(task, predicted, labels)
+            if ask.aligned:
+                predicted, labels, misfit = _aligned(made, postprocess, predicted, labels)
+            references = _values(labels)
+        # An argmax is new; anything else may be a view that would keep all the outputs.
+        is_new = postprocess is None and task.rules.predict is best_class
+        predictions = to_array(predicted) if is_new else to_array(predicted).copy()
+    if references is None and ask.references:
+        raise _no_labels(batch)
+    kept = _kept_columns(batch, rows) if ask.kept else {}
+    return Entries(rows, predictions, references, scores, kept, num_nan, misfit)
+
+
+def _kept_columns(batch: Any, rows: int) -> dict[str, list[Any]]:
+    columns = batch.items() if isinstance(batch, Mapping) else ()
+    kept = {name: list(column) for name, column in columns if isinstance(column, Kept)}
+    return {name: column for name, column in kept.items() if len(column) == rows}
+
+
+def _labels_of(batch: Any) -> Tensor | list[Any] | None:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, np.ndarray):
+        labels = torch.from_numpy(labels)
+    is_column = (isinstance(labels, Tensor) and labels.ndim > 0) or isinstance(labels, list)
+    return labels if is_column else None
+
+
+def _no_labels(batch: Any) -> DataError:
+    found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+    return DataError(
+        f"The metric needs labels: the batch has only {found}. For rows without labels use "
+        'predict_loop; if they have another name, let collate_fn return {"labels": ...}, or let '
+        "decode return two lists: predictions and references."
+    )
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Return the logits among a model's outputs.
+
+    Raises:
+        ModelError: There are none.
+    """
+    logits = _find_logits(outputs)
+    if logits is None:
+        raise ModelError(
+            f"The model's {type(outputs).__name__} has no logits to predict from. Pass "
+            "postprocess=lambda outputs, batch: outputs[0].argmax(-1)."
+        )
+    return logits
+
+
+def _find_logits(outputs: Any) -> Tensor | None:
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    if logits is None:
+        logits = getattr(outputs, "logits", outputs)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def _require_classes(task: Task, logits: Tensor, outputs: Any) -> None:
+    """Refuse an argmax that would be 0 for every row, or that would run over the rows.
+
+    Raises:
+        ModelError: There is only one logit for each label.
+    """
+    if task.rules.predict is not best_class or (logits.ndim > 1 and logits.shape[-1] > 1):
+        return
+    name = "outputs"
+    if outputs is not logits:
+        name = 'outputs["logits"]' if type(outputs) is dict else "outputs.logits"
+    raise ModelError(
+        f"The logits of shape {tuple(logits.shape)} have one number for each label, of which the "
+        "argmax is always class 0. To choose one of two classes by its sign: "
+        f"postprocess=lambda outputs, batch: ({name} > 0).long()"
+        f"{'.squeeze(-1)' if logits.ndim > 1 else ''}. For a regression make the labels floats: "
+        '{**batch, "labels": batch["labels"].float()}.'
+    )
+
+
+def _probabilities(
+    made: Made, ask: Ask, logits: Tensor | None, rows: int
+) -> NDArray[np.float32] | None:
+    """Return the probabilities of a batch, if they are asked for."""
+    rule = made.task.rules.probabilities
+    if ask.scores is False or (ask.scores is None and (rule is None or ask.postprocess)):
+        return None
+    if ask.scores is None and logits is None:
+        logits = _find_logits(made.outputs)
+    if rule is None:
+        raise MetricError(
+            f"The metric scores probabilities of classes, and a {made.task.name} has none here. "
+            "Leave it out, or pass a function of the predictions: decode=lambda outputs, batch: "
+            "outputs.logits.softmax(-1).tolist()."
+        )
+    if logits is None or logits.ndim != 2 or logits.shape[0] != rows or logits.shape[1] < 2:
+        if ask.scores is None and ask.decode is not None:
+            return None
+        if logits is None or ask.scores:
+            found = "no" if logits is None else f"of shape {tuple(logits.shape)}"
+            raise MetricError(
+                f"The metric scores probabilities of classes, and the logits are {found}, not "
+                f"({rows}, classes). Leave it out, or return them from the model."
+            )
+    probabilities: NDArray[np.float32] = rule(logits.float()).cpu().numpy()
+    return probabilities
+
+
+def _decoded(result: Any, rows: int) -> tuple[list[Any], list[Any] | None]:
+    """Return the predictions that ``decode`` made, and the references if it made some.
+
+    Raises:
+        DataError: They are not lists with one object a row.
+    """
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    for values in result if is_pair else (result,):
+        found = f"a {type(values).__name__}"
+        if isinstance(values, Tensor | np.ndarray):
+            found = f"a {type(values).__name__} of shape {tuple(values.shape)}"
+        elif isinstance(values, list):
+            if len(values) == rows:
+                continue
+            found = f"{len(values)} objects"
+        raise DataError(
+            f"decode returned {found} for a batch of {rows} rows. Let it return a list with one "
+            "object for each row, such as outputs.logits.argmax(-1).tolist() or "
+            "tokenizer.batch_decode(ids), or two such lists: predictions and references."
+        )
+    predictions, references = result if is_pair else (result, None)
+    return _own(predictions), None if references is None else _own(references)
+
+
+def _own(value: Any) -> Any:
+    """Return a copy of decoded objects that keeps no tensor of the model's alive."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if type(value) is dict:
+        return {name: _own(entry) for name, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_own, value))
+    return value
+
+
+def _processed(predictions: Any) -> Tensor:
+    """Return what ``postprocess`` returned as a tensor.
+
+    Raises:
+        DataError: It is neither a tensor nor an array.
+    """
+    if isinstance(predictions, np.ndarray):
+        return torch.from_numpy(predictions)
+    if isinstance(predictions, Tensor):
+        return predictions
+    raise DataError(
+        f"postprocess returned a {type(predictions).__name__}, not a tensor. To return an object "
+        "of Python for each row, pass the function as decode=."
+    )
+
+
+def _aligned(
+    made: Made, postprocess: Postprocess | None, predicted: Tensor, labels: Tensor | list[Any]
+) -> tuple[Tensor, Tensor | list[Any], str | None]:
+    """Put predictions and labels beside each other; tell what does not fit."""
+    rules, batch = made.task.rules, made.batch
+    if postprocess is None and "shift_labels" in batch:
+        labels = batch["shift_labels"]
+    if isinstance(labels, list):
+        return predicted, labels, "the labels are a list"
+    if postprocess is None:
+        if "shift_labels" not in batch and rules.shifts_labels:
+            predicted, labels = predicted[..., :-1], labels[..., 1:]
+        if not rules.is_aligned:
+            return predicted, labels, f"the labels of a {made.task.name} have no place each"
+    if labels.ndim == predicted.ndim + 1 and labels.shape[-1] == 1:
+        labels = labels.squeeze(-1)
+    elif predicted.ndim == labels.ndim + 1 and predicted.shape[-1] == 1:
+        predicted = predicted.squeeze(-1)
+    if predicted.shape == labels.shape:
+        return predicted, labels, None
+    shapes = f"{tuple(predicted.shape)}, and those of the labels {tuple(labels.shape)}"
+    return predicted, labels, f"the shape of the predictions is {shapes}"
+
+
+def _one_axis(task: Task, labels: Tensor | list[Any]) -> Tensor | list[Any]:
+    """Return labels ``(rows, 1)`` of one for each row as ``(rows,)``."""
+    is_single = task.name in ("single_label_classification", "regression")
+    if is_single and isinstance(labels, Tensor) and labels.shape[1:] == (1,):
+        return labels.squeeze(-1)
+    return labels
+
+
+def _values(labels: Tensor | list[Any]) -> Values:
+    """Return a copy of labels: those of a worker's batch keep its file open."""
+    return _own(labels) if isinstance(labels, list) else to_array(labels).copy()
+
+
+def _require_rows_of_targets(task: Task, predicted: Tensor, labels: Tensor | list[Any]) -> None:
+    """Refuse one float a row where the model predicts several classes."""
+    if task.name != "multi_label_classification" or isinstance(labels, list):
+        return
+    if labels.ndim == 1 and predicted.ndim > 1 and predicted.shape[-1] > 1:
+        found = f"of shape {tuple(labels.shape)}"
+        raise DataError(scalar_floats_message(found, "labels", predicted.shape[-1]))
+
+
+def count_nan_rows(logits: Tensor, predictions: Tensor) -> int:
+    """Count the rows with a NaN among their logits."""
+    if predictions.shape == logits.shape[:-1] and not predictions.is_floating_point():
+        logits = logits.gather(-1, predictions.unsqueeze(-1))  # NaN is the largest of a row
+    if not isnan(float(logits.sum())):
+        return 0
+    return int(logits.isnan().reshape(len(logits), -1).any(1).sum())
+
+
+def tell_nan(num_rows: int) -> None:
+    """Log that some predictions mean nothing."""
+    if num_rows:
+        rows = "1 row" if num_rows == 1 else f"{num_rows} rows"
+        say(
+            f"the logits of {rows} are NaN: their predictions and scores mean nothing.",
+            from_every_rank=True,
+        )

@@ -1,0 +1,263 @@
+"""What a metric gets of a table: it depends on what the metric takes, never on shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manualloop.errors import DataError, MetricError
+from manualloop.evaluation.inputs import Rows
+from manualloop.evaluation.metrics import Metric
+from manualloop.evaluation.rows import Ask, Decode, Postprocess
+from manualloop.evaluation.scorers import Scorer, compute_all
+from manualloop.evaluation.table import Column, Order, Table
+from manualloop.strategy.base import Strategy
+from manualloop.tasks.task import IGNORE_INDEX
+from manualloop.types import Scores
+
+Array = NDArray[Any]
+
+
+def ask_for(
+    scorers: Sequence[Scorer], postprocess: Postprocess | None, decode: Decode | None
+) -> Ask | None:
+    """Return what metrics ask of each row; None if they ask nothing."""
+    takes_kept = [getattr(scorer, "takes_kept", False) for scorer in scorers]
+    return (
+        Ask(
+            postprocess,
+            decode,
+            references=not all(takes_kept),
+            scores=any(scorer.takes == "scores" for scorer in scorers),
+            kept=any(takes_kept),
+        )
+        if scorers
+        else None
+    )
+
+
+def counts(scorer: Scorer) -> bool:
+    """Tell whether a metric only counts: it keeps no rows, and takes them in any order."""
+    return isinstance(scorer, Metric) and scorer.counts
+
+
+def tally(scorers: Sequence[Scorer], table: Table) -> None:
+    """Let metrics count the rows of a table."""
+    for scorer in scorers:
+        give(table, scorer)
+
+
+def merge_counts(scorers: Sequence[Scorer], strategy: Strategy) -> None:
+    """Add up on rank 0 what metrics of all ranks have counted. Collective."""
+    for of_rank in strategy.gather(list(scorers))[1:]:
+        for scorer, other in zip(scorers, of_rank, strict=True):
+            if strategy.is_main and isinstance(scorer, Metric):
+                scorer.merge(other)
+
+
+def score(table: Table | None, scorers: Sequence[Scorer], loss: float | None) -> Scores:
+    """Return what metrics make of a table and the loss.
+
+    Args:
+        table: The rows; None if the metrics have counted them already.
+        scorers: The metrics.
+        loss: The mean loss; None if there is none.
+    """
+    if table is not None:
+        tally([scorer for scorer in scorers if scorer.takes != "loss"], table)
+    return compute_all(scorers, loss)
+
+
+def give(table: Table, scorer: Scorer) -> None:
+    """Give the rows of a table to a scorer, in the form it takes.
+
+    Raises:
+        DataError: The rows have no labels, or classes of them are left out.
+        MetricError: They are not what the metric scores.
+    """
+    if scorer.takes == "rows":
+        predictions, references, kept = _by_row(table)
+        more = {"kept": kept} if getattr(scorer, "takes_kept", False) else {}
+        scorer.add_batch(predictions=predictions, references=references, **more)
+        return
+    if scorer.takes == "maps":
+        predictions, references = _maps(table)
+    elif scorer.takes == "scores":
+        predictions, references = _scores(table, scorer)
+    elif table.ask.decode is not None:
+        predictions, references = _numbers(table, scorer)
+    else:
+        predictions, references = _flat(table, scorer)
+    scorer.add_batch(predictions=predictions, references=references)
+
+
+class _Labels(NamedTuple):
+    """The references of a table.
+
+    Attributes:
+        column: Their column.
+        whole: All of them as one array in the dataset's order, where there is one label a row, or
+            one number for each of several classes; None for labels by token and for objects.
+        kept: Which rows are not ignored, where there is one label a row; None for all.
+        by_token: Whether each row has a label for each token, some of which may be ignored.
+    """
+
+    column: Column
+    whole: Array | None
+    kept: Array | None
+    by_token: bool
+
+
+def _labels_of(table: Table) -> _Labels:
+    column = table.columns.get("references")
+    if column is None:
+        raise DataError(
+            "The metric needs labels, and some batches have none. Leave their rows out, or use "
+            "predict_loop."
+        )
+    whole = column.array(table.order)
+    has_matrix = table.task in ("multi_label_classification", "regression")
+    is_int = all(isinstance(part, np.ndarray) and part.dtype.kind in "biu" for part in column.parts)
+    by_token = is_int and not has_matrix and max(np.ndim(part) for part in column.parts) > 1
+    if whole is None or by_token:
+        return _Labels(column, None, None, by_token)
+    if table.task == "multi_label_classification":
+        whole = _as_classes(whole)
+    kept = None
+    if whole.ndim == 1 and is_int and (is_ignored := whole == table.ignored).any():
+        kept = ~is_ignored
+    return _Labels(column, whole, kept, by_token)
+
+
+def _as_classes(labels: Array) -> Array:
+    """Return multi-label targets as integers, if all of them are 0 or 1."""
+    if (labels == IGNORE_INDEX).any():
+        raise DataError(
+            f"Labels of {IGNORE_INDEX} leave classes of a row out of the loss, but the metric "
+            "compares whole rows. Leave the metric out: evaluate_loop(model, loader) computes "
+            "the loss, and predict_loop gives predictions and references."
+        )
+    return labels.astype(np.int32) if ((labels == 0) | (labels == 1)).all() else labels
+
+
+def _maps(table: Table) -> tuple[Rows, Rows]:
+    """Return predictions and labels row by row, ignored labels included."""
+    sides = (table.columns["predictions"], _labels_of(table).column)
+    predictions, references = (Rows(side.rows(table.order)) for side in sides)
+    return predictions, references
+
+
+def _flat(table: Table, scorer: Scorer) -> tuple[Array, Array]:
+    """Return predictions and labels one beside the other, without those that are ignored."""
+    labels, column = _labels_of(table), table.columns["predictions"]
+    if table.misfit is not None:
+        number, reason = table.misfit
+        raise MetricError(
+            f"{scorer.name} scores a prediction for each label, and in batch {number} {reason}. "
+            'Let postprocess return predictions in the shape of batch["labels"], or pass the '
+            "metric as a function of predictions and references, which gets them row by row."
+        )
+    if labels.by_token:
+        if table.order is None:
+            found, wanted = column.flat(), labels.column.flat()
+        else:
+            found, wanted = (_flat_rows(side, table.order) for side in (column, labels.column))
+        assert found is not None
+        assert wanted is not None
+        kept = wanted != table.ignored
+        return found[kept], wanted[kept]
+    found, wanted = column.array(table.order), labels.whole
+    if found is None or wanted is None:
+        raise MetricError(
+            f"{scorer.name} scores the same number of values in each row, and the rows differ. "
+            "Pass a function of predictions and references, which gets them row by row."
+        )
+    if wanted.shape[1:] == (1,) == found.shape[1:]:
+        found, wanted = found[:, 0], wanted[:, 0]
+    return (found, wanted) if labels.kept is None else (found[labels.kept], wanted[labels.kept])
+
+
+def _flat_rows(column: Column, order: Order) -> Array:
+    flat: Array = np.concatenate([np.ravel(row) for row in column.rows(order)])
+    return flat
+
+
+def _numbers(table: Table, scorer: Scorer) -> tuple[Array, Array]:
+    """Return decoded objects that are one number a row, and their references."""
+    labels = _labels_of(table)
+    found = _as_numbers(table.columns["predictions"].rows(table.order), scorer, "predictions")
+    wanted = labels.whole
+    if wanted is None:
+        if labels.by_token:
+            raise MetricError(
+                f"{scorer.name} scores one number a row, and the labels are several. Let decode "
+                "return two lists: predictions and references."
+            )
+        wanted = _as_numbers(labels.column.rows(table.order), scorer, "references")
+    return (found, wanted) if labels.kept is None else (found[labels.kept], wanted[labels.kept])
+
+
+def _as_numbers(values: list[Any], scorer: Scorer, role: str) -> Array:
+    kind, noun = (Integral, "class") if scorer.takes == "classes" else (Real, "number")
+    for row, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise MetricError(
+                f"{scorer.name} scores one {noun} a row, and decode made a {type(value).__name__} "
+                f"of row {row} of the {role}: {value!r:.60}. Score objects with a metric of "
+                f"{role} such as a function, or leave decode out for {scorer.name}."
+            )
+    return np.array(values)
+
+
+def _scores(table: Table, scorer: Scorer) -> tuple[Array, Array]:
+    """Return the probabilities of each row, and its label."""
+    labels, column = _labels_of(table), table.columns.get("scores")
+    found = None if column is None else column.array(table.order)
+    wanted = labels.whole
+    if wanted is None and not labels.by_token:
+        wanted = _as_numbers(labels.column.rows(table.order), scorer, "references")
+    if found is None or wanted is None:
+        raise MetricError(
+            f"{scorer.name} scores probabilities of classes, and the rows have none, or not one "
+            "label each."
+        )
+    return (found, wanted) if labels.kept is None else (found[labels.kept], wanted[labels.kept])
+
+
+def _by_row(table: Table) -> tuple[Any, Any, dict[str, list[Any]]]:
+    """Return predictions, references and kept columns with one entry a row."""
+    column, order = table.columns["predictions"], table.order
+    kept = {name: values.rows(order) for name, values in table.kept.items()}
+    if "references" not in table.columns and "references" not in table.missing:
+        nothing = Rows([None] * table.num_rows)
+        return _entries(column, order, is_list=True), nothing, kept
+    labels, is_decoded = _labels_of(table), table.ask.decode is not None
+    found = _entries(column, order, is_list=is_decoded or labels.by_token)
+    wanted: Any
+    if labels.by_token:
+        wanted = Rows(np.ravel(row) for row in labels.column.rows(order))
+        is_labelled = [row != table.ignored for row in wanted]
+        if table.misfit is None and table.ask.postprocess is None and not is_decoded:
+            pairs = zip(found, is_labelled, strict=True)
+            found = Rows(np.ravel(row)[is_one] for row, is_one in pairs)
+        wanted = Rows(row[is_one] for row, is_one in zip(wanted, is_labelled, strict=True))
+        return found, wanted, kept
+    wanted = Rows(labels.column.rows(order)) if labels.whole is None else labels.whole
+    if labels.kept is not None:
+        rows = np.flatnonzero(labels.kept)
+        kept = {name: [values[row] for row in rows] for name, values in kept.items()}
+        wanted = wanted[rows]
+        found = found[rows] if isinstance(found, np.ndarray) else Rows(found[row] for row in rows)
+    if is_decoded and isinstance(wanted, np.ndarray):
+        wanted = Rows(wanted.tolist() if wanted.ndim == 1 else wanted)
+    return found, wanted, kept
+
+
+def _entries(column: Column, order: Order, *, is_list: bool) -> Array | Rows:
+    """Return one entry a row: as an array, unless a list is wanted or shapes differ."""
+    whole = None if is_list else column.array(order)
+    return Rows(column.rows(order)) if whole is None else whole
