@@ -65,6 +65,7 @@ MEANT = {
     "collate_fn": FUNCTION,
     "compile": FLAG,
     "config": {"text"},
+    "decode": FUNCTION,
     "drop_last": FLAG,
     "eps": NUMBER,
     "eval_batch_size": COUNT,
