@@ -148,10 +148,7 @@ def compute_all(scorers: Iterable[Scorer], loss: float | None = None) -> Scores:
     """
     merged = Scores()
     for scorer in scorers:
-        if isinstance(scorer, Perplexity):
-            scores = scorer.compute(loss=loss)
-        else:
-            scores = scorer.compute()
+        scores = scorer.compute(loss=loss) if isinstance(scorer, Perplexity) else scorer.compute()
         twice = merged.keys() & scores.keys() or merged.matrices.keys() & scores.matrices.keys()
         for key in twice:
             raise MetricError(
