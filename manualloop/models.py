@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from manualloop.internals import children_of, compiled_module, tied_patterns
 from manualloop.objects import remember
@@ -188,6 +189,31 @@ def sample_weights(model: nn.Module) -> torch.Tensor:
         for weight in weights[:: -(-len(weights) // _NUM_SAMPLED) or 1]
     ]
     return torch.cat(numbers).view(torch.int64) if numbers else torch.empty(0)
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this rank holds: of one that is not sharded, all of it."""
+    own: torch.Tensor = getattr(tensor, "to_local", lambda: tensor)()
+    return own
+
+
+def names_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of tensors that hold NaN or infinity, with one wait for each device.
+
+    Of a tensor that is sharded over ranks only the part of this rank is looked at.
+    """
+    flags: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if is_lazy(tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        own = own_part(tensor).detach()
+        if own.element_size() > 1 and not own.is_meta and own.numel():
+            largest = torch.linalg.vector_norm(own, torch.inf)  # one pass, and no copy
+            flags.setdefault(own.device, {})[name] = torch.isfinite(largest)
+    are_finite: dict[str, bool] = {}
+    for of_device in flags.values():
+        are_finite |= zip(of_device, torch.stack(list(of_device.values())).tolist(), strict=True)
+    return [name for name in tensors if not are_finite.get(name, True)]
 
 
 def remember_configs(model: nn.Module) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -11,8 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from manualloop.batches import is_spare, split_batch
+from manualloop.checkpoint.finite import (
+    HOW_TO_FIX,
+    all_spoilt,
+    names_spoilt,
+    require_finite,
+    shown,
+)
 from manualloop.errors import NonFiniteError
-from manualloop.models import evaluation_mode, is_sharded, unwrap_model
+from manualloop.models import (
+    evaluation_mode,
+    is_sharded,
+    names_not_finite,
+    own_part,
+    unwrap_model,
+)
 from manualloop.notices import say
 from manualloop.reading.sources import Source
 from manualloop.state import TrainState
@@ -28,11 +42,6 @@ _NUM_ROWS_NAMED = 3
 _LAG = 2  # updates after which the flag of an earlier one has long landed
 _NUM_UNTOLD = 8  # updates that share one wait for the device; their batches are kept so long
 _OF_ROWS = 'Fix the rows, or skip such updates: on_nonfinite="skip".'
-_OF_WEIGHTS = (
-    "Begin with finite weights, or resume from a checkpoint that has them. If an update made them "
-    "so, its gradient was NaN or infinite where its loss was finite: max_grad_norm=1.0 looks at "
-    "the gradient, too."
-)
 
 
 class Watch:
@@ -67,7 +76,8 @@ class Watch:
             _explain, source=source, loss_fn=loss_fn, terms=terms, strategy=strategy
         )
         self._explain_made = partial(_explain_made, source=source, strategy=strategy)
-        self._state, self._must_agree = state, strategy.world_size > 1
+        self._state, self._strategy = state, strategy
+        self._must_agree = strategy.world_size > 1
         self._raises = on_nonfinite == "raise"
         self._is_lone = by_step_fn and self._raises
         self._has_reported = False
@@ -86,7 +96,7 @@ class Watch:
         is_made = update.is_finite is None  # by a step_fn that did not look at it
         error = partial(
             self._explain_made if is_made else self._explain,
-            self._state.model,
+            self._state,
             window,
             step=progress.num_steps + 1,
             epoch=progress.epoch,
@@ -98,8 +108,8 @@ class Watch:
         if isinstance(is_finite, Tensor):
             self._flags.append((LateTensor(is_finite), error))
             self.settle(wait=False)
-        elif self._raises:
-            raise error()
+        elif self._raises or all_spoilt(self._state, self._strategy):
+            raise error()  # with such weights every update to come would be skipped, too
         elif not self._has_reported:
             self._has_reported = True
             say(f"skipped an update: {error()} Further skipped updates are only counted.")
@@ -117,6 +127,11 @@ class Watch:
             if not flag.read():
                 raise error()
 
+    def end(self) -> None:
+        """Look at all updates of a run, and at the weights that the last one has left."""
+        self.settle(wait=True)
+        require_finite(self._state, self._strategy)
+
     def _is_due(self) -> bool:
         if self._must_agree:  # ranks that read a flag after different steps would diverge
             return len(self._flags) > _LAG
@@ -124,7 +139,7 @@ class Watch:
 
 
 def _explain(
-    model: nn.Module,
+    state: TrainState,
     window: Window,
     *,
     source: Source,
@@ -135,10 +150,10 @@ def _explain(
     terms: Terms | None,
     strategy: Strategy,
 ) -> NonFiniteError:
-    """Find the rows of a window whose own loss is not finite, one forward pass each.
+    """Find the rows of a window whose own loss, or gradient, is not finite, one pass each.
 
     Args:
-        model: Model with the weights from before the update.
+        state: State with the weights from before the update.
         window: Window that gave the loss.
         source: Loader that the window came from.
         step: Number of the update that was not made, counted from 1.
@@ -151,34 +166,43 @@ def _explain(
     Returns:
         The error to raise, which names step, epoch, batch and rows.
     """
-    first = source.place(window.starts[0], epoch).batch
-    wrong = [name for name, p in model.named_parameters() if not _is_finite(p)]
+    model, first = state.model, source.place(window.starts[0], epoch).batch
+    wrong = _wrong_weights(state, strategy)
+    by_gradient = math.isfinite(update.loss.item())
     own: list[str] = []
     for batch, start in zip(window.batches, window.starts, strict=True) if not wrong else ():
         place = source.place(start, epoch)
-        own += [place.row(number) for number in _bad_rows(model, batch, loss_fn, terms, strategy)]
+        bad = _bad_rows(model, batch, loss_fn, terms, strategy, by_gradient=by_gradient)
+        own += [place.row(number) for number in bad]
     rows = [
         f"{row} on rank {rank}" if strategy.world_size > 1 else row
         for rank, of_rank in enumerate(strategy.gather(own))
         for row in of_rank
     ]
     if wrong:
-        where = f"the weights were not finite before it: {', '.join(wrong[:_NUM_ROWS_NAMED])}"
+        where = f"the weights were not finite before it: {shown(wrong)}"
     elif rows:
-        more = f" and {len(rows) - _NUM_ROWS_NAMED} more" if len(rows) > _NUM_ROWS_NAMED else ""
-        where = f"it comes from {', '.join(rows[:_NUM_ROWS_NAMED])}{more}"
+        where = f"it comes from {shown(rows)}"
     else:
         where = (
             f"no row of {first} causes it by itself. If the steps are too large, use a lower "
-            "learning rate, or max_grad_norm=1.0"
+            f"learning rate{', or max_grad_norm=1.0' if update.grad_norm is None else ''}"
         )
     found = [f"The loss is {update.loss.item()}"]
     if update.grad_norm is not None:
         found.append(f"the gradient norm {update.grad_norm.item()}")
     return NonFiniteError(
         f"{', '.join(found)} at step {step} (epoch {epoch}); {where}. The weights are those from "
-        f"before this step.{_spoilt_buffers(model)} {_OF_WEIGHTS if wrong else _OF_ROWS}"
+        f"before this step.{_spoilt_buffers(model)} {HOW_TO_FIX if wrong else _OF_ROWS}"
     )
+
+
+def _wrong_weights(state: TrainState, strategy: Strategy) -> list[str]:
+    """Name the weights that are not finite on any rank, those that no optimizer has included."""
+    weights = dict(unwrap_model(state.model, adapters=False).named_parameters())
+    names = [name for name in names_not_finite(weights) if _has_nan(weights[name])]
+    found = strategy.gather([*names_spoilt(state), *names])
+    return list(dict.fromkeys(name for of_rank in found for name in of_rank))
 
 
 def _spoilt_buffers(model: nn.Module) -> str:
@@ -194,7 +218,7 @@ def _spoilt_buffers(model: nn.Module) -> str:
 
 
 def _explain_made(
-    model: nn.Module,
+    state: TrainState,
     window: Window,
     *,
     source: Source,
@@ -208,17 +232,17 @@ def _explain_made(
     Nothing is exchanged between ranks, since each may have a loss of its own.
     """
     rows: list[str] = []
+    are_finite = not names_not_finite(dict(state.model.named_parameters()))
     for batch, start in zip(window.batches, window.starts, strict=True):
         place = source.place(start, epoch)
         bad = _rows_with_nan(batch)
-        if not bad and all(map(_is_finite, model.parameters())):
-            bad = _bad_rows(model, batch, None, None, strategy)
+        if not bad and are_finite:
+            bad = _bad_rows(state.model, batch, None, None, strategy)
         rows += [place.row(number) for number in bad]
     first = source.place(window.starts[0], epoch).batch
     where = f"nothing in {first} is NaN or infinite by itself"
     if rows:
-        more = f" and {len(rows) - _NUM_ROWS_NAMED} more" if len(rows) > _NUM_ROWS_NAMED else ""
-        where = f"it comes from {', '.join(rows[:_NUM_ROWS_NAMED])}{more}"
+        where = f"it comes from {shown(rows)}"
     on_rank = f" on rank {strategy.rank}" if strategy.world_size > 1 else ""
     return NonFiniteError(
         f"The loss that step_fn returned is {update.loss.item()} at step {step} (epoch {epoch})"
@@ -241,17 +265,8 @@ def _rows_with_nan(batch: Any) -> list[int]:
     return sorted(found)
 
 
-def _is_finite(parameter: Tensor) -> bool:
-    return bool(torch.isfinite(_own_part(parameter)).all())
-
-
 def _has_nan(buffer: Tensor) -> bool:
-    return bool(torch.isnan(_own_part(buffer)).any())
-
-
-def _own_part(tensor: Tensor) -> Tensor:
-    own: Tensor = getattr(tensor, "to_local", lambda: tensor)()  # a shard has only a part
-    return own
+    return bool(torch.isnan(own_part(buffer)).any())
 
 
 def _bad_rows(
@@ -260,6 +275,8 @@ def _bad_rows(
     loss_fn: LossFn | None,
     terms: Terms | None,
     strategy: Strategy,
+    *,
+    by_gradient: bool = False,
 ) -> list[int]:
     bad: list[int] = []
     several = strategy.world_size > 1
@@ -268,7 +285,7 @@ def _bad_rows(
     model = unwrap_model(model, adapters=False)
     task = None
     # An error that one row alone causes in the model or loss_fn must not hide the one to be raised.
-    with suppress(Exception), evaluation_mode(model, strategy.device):
+    with suppress(Exception), evaluation_mode(model, strategy.device, inference=not by_gradient):
         for number, row in enumerate(split_batch(batch, 1)):
             task = resolve_task(model, row, task)
             counts = task.count(row)
@@ -277,6 +294,10 @@ def _bad_rows(
             with strategy.autocast():
                 found = loss_terms(model, strategy.to_device(row), counts, loss_fn, terms)
             used = [mean for mean, num_items in found if num_items is None or num_items > 0]
-            if not all(map(torch.isfinite, used)):
+            if by_gradient:
+                weights = [weight for weight in model.parameters() if weight.requires_grad]
+                gradients = torch.autograd.grad(sum(used), weights, allow_unused=True)
+                used = [gradient for gradient in gradients if gradient is not None]
+            if not all(bool(torch.isfinite(numbers).all()) for numbers in used):
                 bad.append(number)
     return bad

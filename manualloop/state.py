@@ -100,6 +100,8 @@ class TrainState:
             rows they have; None means that no window of several was made yet.
         has_failed: 0-d flag on the device that is set once an update was not finite, since when all
             updates are skipped; None if the host knows at once.
+        allows_nonfinite: Whether weights that are NaN or infinite may be saved and returned:
+            ``on_nonfinite="ignore"``; not saved.
         is_training: Whether a ``train_steps`` is open on the state.
         reader: Reader of the batches, which knows its position; None before the first
             ``train_steps``.
@@ -136,6 +138,7 @@ class TrainState:
     max_batch_rows: int | None = field(default=None, init=False, repr=False)
     weighs_equally: bool | None = field(default=None, init=False, repr=False)
     has_failed: Tensor | None = field(default=None, init=False, repr=False)
+    allows_nonfinite: bool = field(default=False, init=False, repr=False)
     is_training: bool = field(default=False, init=False, repr=False)
     reader: Reader | None = field(default=None, init=False, repr=False)
     position: dict[str, Any] | None = field(default=None, init=False, repr=False)

@@ -179,6 +179,7 @@ def start_steps(
     watch = Watch(state, source, loss_fn, terms, strategy, on_nonfinite, by_step_fn=by_step_fn)
     _take_generators(state, train_dataloader, **of_loss, step_fn=step_fn)
     note_run(state, train_dataloader, **of_loss, step_fn=step_fn)
+    state.allows_nonfinite = on_nonfinite == "ignore"
     own_loss = loss_fn is not None or step_fn is not None
     if step_fn is not None:
         step_fn = checked(step_fn)
@@ -308,7 +309,8 @@ def _train_steps(
                 if update.is_finite is not True and watch.watches(update):
                     watch.look_at(update, window)
                 _advance(state, reader, window, applied=update.applied)
-                is_last = not goes_on(progress, plan)
+                if is_last := not goes_on(progress, plan):
+                    watch.end()  # no loss of a next update will tell
                 if update.applied:
                     yield Step(
                         index=progress.num_steps,

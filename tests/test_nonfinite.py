@@ -415,8 +415,15 @@ def test_a_skipped_loss_leaves_the_loss_scale_usable(max_grad_norm, accelerated,
 
 
 def test_a_run_that_only_skips_ends():
+    bad = [batch for batch in loader_with(math.nan) if batch["x"].isnan().any()]
+    with pytest.raises(DataError, match="all updates of epoch 0 were skipped, because"):
+        list(steps_of(new_state(), bad, on_nonfinite="skip", num_epochs=None, max_steps=3))
+
+
+def test_a_run_that_begins_with_nan_ends_at_once():
     state = new_state()
     with torch.no_grad():
         state.model.layers[2].bias[0] = math.nan
-    with pytest.raises(DataError, match="all updates of epoch 0 were skipped, because"):
+    with pytest.raises(NonFiniteError, match=r"not finite before it: layers\.2\.bias"):
         list(steps_of(state, loader_with(0.0), on_nonfinite="skip", num_epochs=None, max_steps=3))
+    assert state.progress.num_skipped == 0

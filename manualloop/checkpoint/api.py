@@ -15,6 +15,7 @@ from torch import nn
 from manualloop.arguments import check_arguments
 from manualloop.checkpoint.changes import note_model, tell_unsaved
 from manualloop.checkpoint.contract import check_state, log_kept
+from manualloop.checkpoint.finite import require_finite
 from manualloop.checkpoint.folders import (
     explain_disk,
     explain_memory,
@@ -99,6 +100,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: It cannot be written: the disk is full, the folder read-only, in use by
             another run, or holds a later step. Older checkpoints stay as they were.
+        NonFiniteError: An update has made weights NaN or infinite; the message names them.
 
     >>> import tempfile, torch
     >>> model = torch.nn.Linear(2, 1)
@@ -162,6 +164,7 @@ def write_checkpoint(
     weights that the metrics are of, if they are others than those that are trained.
     """
     with explain_memory(directory):
+        require_finite(state, strategy)
         snapshot = take_state_apart(state, strategy, run, scored)
     content = {
         "metrics": as_json(dict(metrics or {})),

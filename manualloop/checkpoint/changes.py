@@ -8,7 +8,7 @@ a script which sets them up otherwise, on purpose, is not overruled.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from copy import copy
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from manualloop.checkpoint.finite import names_infinite
 from manualloop.checkpoint.nested import take_apart
 from manualloop.checkpoint.pretrained import find_tokenizer
 from manualloop.checkpoint.tensors import num_bytes, require_places
@@ -46,6 +47,7 @@ class Baseline(NamedTuple):
         functions: Functions of the run by name, such as the loss function.
         numbers: Mark of each number and tensor that they hold.
         optimizers: Mark of each attribute of optimizers of the script's own classes.
+        infinite: Names of the weights that were infinite already.
     """
 
     model: Any
@@ -53,6 +55,7 @@ class Baseline(NamedTuple):
     functions: dict[str, Any]
     numbers: dict[str, Any]
     optimizers: dict[str, Any]
+    infinite: frozenset[str]
 
 
 def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
@@ -82,23 +85,31 @@ def note_model(state: TrainState) -> None:
     baseline: Baseline | None = state.baseline
     if baseline is None or baseline.model() is not model:
         marks = {(kind, name): _mark(value) for kind, name, value in _parts(model)}
-        state.baseline = Baseline(ref(model), marks, {}, {}, {})
+        infinite = frozenset(names_infinite(state))
+        state.baseline = Baseline(ref(model), marks, {}, {}, {}, infinite)
 
 
-def _parts(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """Yield the kind, the name and the value of everything in a model that a run may change."""
+def _parts(
+    model: nn.Module, saved: Collection[str] | None = None
+) -> Iterator[tuple[str, str, Any]]:
+    """Yield the kind, the name and the value of everything in a model that a run may change.
+
+    Args:
+        model: The model.
+        saved: Names in its ``state_dict``, which are left out. None asks the model, except one that
+            is sharded, which would take all ranks.
+    """
     for name, parameter in model.named_parameters(remove_duplicate=False):
         yield "requires_grad", name, parameter.requires_grad
     for name, module in model.named_modules():
         # The loop puts a model that is in eval mode as a whole into training mode.
         yield "training", name, module.training or not model.training
-    if is_sharded(model):
-        return  # a state_dict would take all ranks
-    saved = model.state_dict().keys()
+    if saved is None:
+        saved = () if is_sharded(model) else model.state_dict().keys()
     for name, buffer in model.named_buffers(remove_duplicate=False):
         if name not in saved:
             yield "buffers", name, buffer
-    for name, module in model.named_modules():
+    for name, module in () if is_sharded(model) else model.named_modules():
         for attribute, value in list(vars(module).items()):
             if attribute not in _OWN and not callable(value):
                 yield "attributes", f"{name}:{attribute}", value
@@ -166,15 +177,22 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
-def changes_of(state: TrainState) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Return what the run has changed in its model, by kind and name, and what cannot be saved."""
+def changes_of(
+    state: TrainState, saved: Collection[str]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return what the run has changed in its model, by kind and name, and what cannot be saved.
+
+    Args:
+        state: State of the run.
+        saved: Names in the model's ``state_dict``.
+    """
     baseline: Baseline | None = state.baseline
     changes: dict[str, dict[str, Any]] = {}
     unsaved: list[str] = []
     model = unwrap_model(state.model, adapters=False)
     if baseline is None or baseline.model() is not model:
         return changes, unsaved
-    for kind, name, value in _parts(model):
+    for kind, name, value in _parts(model, saved):
         if baseline.marks.get((kind, name)) == _mark(value) or _is_from_graph(value):
             continue
         if _can_be_saved(value):

@@ -13,6 +13,7 @@ import torch
 
 from manualloop.checkpoint.facts import (
     Facts,
+    described,
     model_facts,
     optimizer_facts,
     plain,
@@ -22,6 +23,7 @@ from manualloop.checkpoint.facts import (
 from manualloop.data.kept import inner_collate
 from manualloop.errors import CheckpointError
 from manualloop.notices import say
+from manualloop.objects import steady
 from manualloop.optimizers.together import class_of
 from manualloop.randomness import seed_of
 from manualloop.state import TrainState
@@ -45,6 +47,10 @@ _WITHOUT_EFFECT = {
 }
 _OVERRIDDEN = ("groups", "schedule", "seeds")  # of these groups the checkpoint's values count
 _OBSERVING = {"evaluate", "evaluated rows", "evaluate_every", "best_metric"}
+
+
+def _is_observing(name: str) -> bool:
+    return name in _OBSERVING or name.endswith(" of evaluate")
 
 
 def describe_state(state: TrainState) -> Contract:
@@ -92,21 +98,24 @@ def describe_run(
     """
     built = describe_state(state)
     others = arguments.keys() - _DESCRIBED_BY_OBJECTS - _WITHOUT_EFFECT
-    given = {name: plain(arguments[name]) for name in sorted(others)}
+    collate_fn = inner_collate(getattr(arguments["train_dataloader"], "collate_fn", None))
+    given: dict[str, Any] = {}
+    for name, value in sorted(
+        {**{k: arguments[k] for k in others}, "collate_fn": collate_fn}.items()
+    ):
+        given |= described(name, value)
     in_loader = dict(loader.exact)
     num_workers = in_loader.pop("num_workers", 0)
     seeds = {"torch": seed_of(torch.default_generator), **in_loader.pop("seeds", {})}
-    collate_fn = inner_collate(getattr(arguments["train_dataloader"], "collate_fn", None))
     contract = {
         "same": {**loader.same, **built["same"]},
         "settings": {
-            **{name: value for name, value in given.items() if name not in _OBSERVING},
+            **{name: value for name, value in given.items() if not _is_observing(name)},
             **in_loader,
-            "collate_fn": plain(collate_fn),
             **built["settings"],
             "mixed_precision": strategy.precision,
         },
-        "observed": {name: value for name, value in given.items() if name in _OBSERVING},
+        "observed": {name: value for name, value in given.items() if _is_observing(name)},
         "ends": {
             "num_epochs": plan.num_epochs,
             "max_steps": plan.num_steps if plan.num_epochs is None else None,
@@ -152,8 +161,15 @@ class Difference(NamedTuple):
     old: Any
     new: Any
 
+    @property
+    def is_passing(self) -> bool:
+        """Whether two texts differ only by what is another in each run, such as a date."""
+        both = isinstance(self.old, str) and isinstance(self.new, str)
+        return both and steady(self.old) == steady(self.new)
+
     def __str__(self) -> str:
-        return f"{self.name}: {_shown(self.old)} -> {_shown(self.new)}"
+        line = f"{self.name}: {_shown(self.old)} -> {_shown(self.new)}"
+        return f"{line} (only a time, or a temporary name)" if self.is_passing else line
 
 
 def differences(saved: Contract, now: Contract) -> list[Difference]:
@@ -187,7 +203,7 @@ def differences(saved: Contract, now: Contract) -> list[Difference]:
 _VERSIONS = ("python", *_LIBRARIES)
 _NESTED = ("config", "adapters", "modules", "schedule")
 _OPTIONAL = ("all rows", "class of lr_scheduler")
-_CODE = re.compile(r" \(code [0-9a-f]+\)")
+_CODE = re.compile(r" \(code [0-9a-f]+\)|, code [0-9a-f]+(?=\))|(?<=\()code [0-9a-f]+(?=\))")
 
 
 def _drop_names(old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -349,6 +365,10 @@ def check_finished(
     ]
     if len(sizes) == 2 and sizes[0] == sizes[1]:  # on other ranks the updates are the same
         found = [d for d in found if d.name != "gradient_accumulation_steps"]
+    for difference in found:
+        if difference.is_passing:
+            say(f"{difference}: it is taken for the same run.")
+    found = [d for d in found if not d.is_passing]
     if found:
         state = "is finished" if was_finished else "was trained for longer than this one asks for"
         raise CheckpointError(
@@ -378,6 +398,8 @@ def log_differences(saved: Contract, now: Contract, *, workers_matter: bool) -> 
         group, name, _, _ = difference
         if group == "exact" and (name != "num_workers" or workers_matter):
             say(f"not bit-exact, because {difference}.")
+        elif difference.is_passing:
+            say(f"{difference}; the new value counts from now on.")
         elif group == "settings" or (name == "num_steps" and has_schedule):
             say(f"not bit-exact, because {difference}; the new value counts from now on.")
         elif group == "seeds":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from manualloop.checkpoint.functions import describe_function, moved_by
+from manualloop.checkpoint.functions import describe_function, function_facts, moved_by
 from manualloop.internals import unwrap_optimizer
 from manualloop.models import config_of, unwrap_model
 from manualloop.objects import is_clock, without_root
@@ -51,6 +51,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
     return describe_function(value) if callable(value) else type(value).__qualname__
+
+
+def described(name: str, value: Any) -> Facts:
+    """Describe an argument by its name; of a function also the values that it reads.
+
+    >>> described("max_grad_norm", 1.0), described("loss_fn", len)
+    ({'max_grad_norm': 1.0}, {'loss_fn': 'builtins.len'})
+    """
+    if not callable(value):
+        return {name: plain(value)}
+    text, values = function_facts(value)
+    return {name: text} | {f"{key} of {name}": read for key, read in values.items()}
 
 
 def model_facts(model: nn.Module) -> Facts:

@@ -2,29 +2,56 @@
 
 A name is not enough: a loss function is edited, and keeps its name. What its user has written
 counts: the code with its constants, what it reads from its closure, its defaults, its globals, and
-the objects in there, and the functions that it calls. What is installed counts by its name, since
-the versions of the libraries are compared anyway.
+the objects in there, and the functions and methods that it calls. What is installed counts by its
+name, since the versions of the libraries are compared anyway.
 """
 
 from __future__ import annotations
 
-import dis
-import hashlib
-import sys
-import sysconfig
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from itertools import islice
+from pathlib import PurePath
+from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from manualloop.objects import is_clock
+from manualloop.checkpoint.code import (
+    all_names,
+    changed_by,
+    code_parts,
+    digest,
+    is_installed,
+    keys_read_by,
+    keys_set_by,
+    methods_of,
+    names_in,
+)
+from manualloop.objects import is_clock, steady
 
 _SCALARS = (bool, int, float, str, bytes, type(None))
+_CONTAINERS = (list, tuple, set, frozenset, deque, Mapping)
 _MAX_DEPTH = 6
-_MAX_NUMBERS = 10_000
+_MAX_ENTRIES, _MAX_NUMBERS = 10_000, 1_000_000
+
+
+class _Uses(NamedTuple):
+    """What some code names: attributes and globals, and the texts that may be keys."""
+
+    names: frozenset[str] = frozenset()
+    keys: frozenset[str] = frozenset()
+
+
+class _Search(NamedTuple):
+    """What a description has met so far, and where it notes values by name; None: in the text."""
+
+    seen: set[int]
+    values: dict[str, str] | None
 
 
 def describe_function(function: Any) -> str:
@@ -35,108 +62,141 @@ def describe_function(function: Any) -> str:
     >>> describe_function(nn.CrossEntropyLoss(label_smoothing=0.1))
     "CrossEntropyLoss(ignore_index=-100, label_smoothing=0.1, reduction='mean')"
     """
-    return _describe(function, set(), 0)
+    return _describe(function, _Search(set(), None), 0)
 
 
-def _describe(value: Any, seen: set[int], depth: int) -> str:
+def function_facts(function: Any) -> tuple[str, dict[str, str]]:
+    """Describe a function, and by name the values that it reads beside its arguments.
+
+    Of a function with ``margin`` in its closure, the latter are ``{"margin": "0.1"}``.
+    """
+    search = _Search(set(), {})
+    described = _describe(function, search, 0)
+    return described, dict(sorted((search.values or {}).items()))
+
+
+def _describe(value: Any, search: _Search, depth: int, path: str = "") -> str:
+    value = _unwrapped(value)
     if isinstance(value, partial):
-        # A list is one of settings here; in a closure it may be one that something is collected in.
-        given = [tuple(part) if isinstance(part, list) else part for part in value.args]
-        named = {k: tuple(v) if isinstance(v, list) else v for k, v in value.keywords.items()}
-        inside = [_text(part, seen, depth) for part in given]
-        inside += [f"{key}={_text(part, seen, depth)}" for key, part in named.items()]
-        return f"{_describe(value.func, seen, depth)}({', '.join(inside)})"
+        uses = _uses_of(value.func)
+        inside = [_text(part, search, depth, uses) for part in value.args]
+        inside += [
+            f"{key}={_text(part, search, depth, uses)}" for key, part in value.keywords.items()
+        ]
+        return f"{_describe(value.func, search, depth, path)}({', '.join(inside)})"
     if isinstance(value, MethodType):
-        of = _describe_object(value.__self__, seen, depth, value.__func__.__name__)
-        return f"{_describe(value.__func__, seen, depth)} of {of}"
+        method = value.__func__.__name__
+        of = _describe_object(value.__self__, search, depth, _Uses(frozenset({method})))
+        return f"{_describe(value.__func__, search, depth, path)} of {of}"
     if isinstance(value, FunctionType):
-        if _is_installed(value.__module__):
+        if is_installed(value.__module__):
             return f"{value.__module__}.{value.__qualname__}"
-        return f"{value.__qualname__} (code {_digest(_function_parts(value, seen, depth))})"
+        parts = _function_parts(value, search, depth, path)
+        return f"{value.__qualname__} (code {digest(parts)})"
     if isinstance(value, type) or not hasattr(value, "__dict__"):
         name = getattr(value, "__qualname__", type(value).__qualname__)
         return f"{getattr(value, '__module__', None) or 'builtins'}.{name}"
-    return _describe_object(value, seen, depth)
+    return _describe_object(value, search, depth, _Uses() if _is_users(type(value)) else None)
 
 
-def _describe_object(value: Any, seen: set[int], depth: int, method: str | None = None) -> str:
+def _unwrapped(value: Any) -> Any:
+    """Return the function under a cache, which is an object of C."""
+    return value.__wrapped__ if hasattr(type(value), "cache_info") else value
+
+
+def _describe_object(value: Any, search: _Search, depth: int, uses: _Uses | None) -> str:
     """Describe an object by its class, its code if the user wrote it, and its plain attributes.
 
-    Attributes that its methods assign to are left out: they count something. Of an object with a
-    method that is called, only what this method reads counts: the object may be a whole experiment.
+    Attributes that its methods assign to are left out: they count something. Of an object whose
+    methods are called, only what these read counts: the object may be a whole experiment.
     """
     kind = type(value)
     name = kind.__qualname__
-    if id(value) in seen or depth > _MAX_DEPTH:
+    if id(value) in search.seen or depth > _MAX_DEPTH:
         return name
-    seen.add(id(value))
-    if isinstance(value, nn.Module) and next(value.parameters(), None) is not None:
-        return name  # a model; the one that is trained is described as such
-    methods = _methods_of(kind)
+    search.seen.add(id(value))
+    methods = methods_of(kind)
+    code = [function for _, function in methods if not is_installed(function.__module__)]
+    read = None
+    if uses is not None:
+        called = {key for key, _ in methods} & (uses.names | {"__call__"})
+        code, read = _reached(methods, called)
+        read = None if read is None else read | uses.names
+    is_model = isinstance(value, nn.Module) and next(value.parameters(), None) is not None
+    inside = []
+    if not is_model:  # the one that is trained is described as such
+        attributes = _attributes_of(value, methods)
+        changed = set().union(*(changed_by(function.__code__) for function in code))
+        inner = search._replace(values=None)
+        inside = [
+            f"{key}={text}"
+            for key, part in sorted(attributes.items())
+            if (read is None or key in read)
+            and not (key in changed and isinstance(part, _CONTAINERS))
+            and (text := _attribute_text(part, inner, depth, code, uses)) not in (None, "None")
+        ]
+    if code and (uses is not None or not (is_model or is_installed(kind.__module__))):
+        # Values of globals count, and those of attributes have been noted.
+        inner = search._replace(values=None)
+        parts = [part for m in code for part in _function_parts(m, inner, depth + 1, "")]
+        inside.append(f"code {digest(parts)}")
+    return f"{name}({', '.join(inside)})" if inside or not is_model else name
+
+
+def _attributes_of(value: Any, methods: Iterable[tuple[str, FunctionType]]) -> dict[str, Any]:
+    """Return the attributes of an object, without those that its methods assign to."""
+    kind, attributes = type(value), {}
+    for base in reversed(kind.__mro__):
+        if not is_installed(base.__module__):
+            data = (*_SCALARS, *_CONTAINERS)
+            attributes |= {k: v for k, v in vars(base).items() if isinstance(v, data)}
+        for name, member in vars(base).items():
+            if type(member) is MemberDescriptorType and hasattr(value, name):
+                attributes[name] = getattr(value, name)
+    attributes |= getattr(value, "__dict__", {})
+    if isinstance(value, nn.Module):
+        attributes |= dict.fromkeys(_OF_MODULES)
+        attributes |= dict(value.named_buffers()) | dict(value.named_children())
     moving = {
         name
         for key, function in methods
         if key not in ("__init__", "__post_init__", "__setstate__")
-        for name in _names(function.__code__, "STORE_ATTR")
+        for name in names_in(function.__code__, "STORE_ATTR")
     }
-    attributes = dict(getattr(value, "__dict__", {}))
-    if isinstance(value, nn.Module):
-        attributes |= dict(value.named_buffers()) | {"training": None}
-    code = [function for _, function in methods if not _is_installed(function.__module__)]
-    read = None
-    if method is not None:
-        code, read = _reached(methods, method)
-    if any(_GROWING & set(_all_names(function.__code__)) for function in code):
-        attributes = {k: part for k, part in attributes.items() if not isinstance(part, list)}
-    inside = [
-        f"{key}={text}"
-        for key, part in sorted(attributes.items())
-        if key not in moving and (read is None or key in read)
-        if (text := _attribute_text(part, seen, depth, method)) not in (None, "None")
-    ]
-    if not _is_installed(kind.__module__):
-        parts = [part for m in code for part in _function_parts(m, seen, depth + 1)]
-        inside.append(f"code {_digest(iter(parts))}")
-    return f"{name}({', '.join(inside)})"
+    return {
+        name: part
+        for name, part in attributes.items()
+        if name not in moving and not name.startswith("__")
+    }
 
 
-_GROWING = {"append", "extend", "insert"}
+_OF_MODULES = (*vars(nn.Module()), "training")
 
 
-def _attribute_text(value: Any, seen: set[int], depth: int, method: str | None) -> str | None:
+def _attribute_text(
+    value: Any, search: _Search, depth: int, code: list[FunctionType], uses: _Uses | None
+) -> str | None:
     # The code that makes the attributes is compared only where no method is named.
-    if method is not None and isinstance(value, partial | FunctionType | nn.Module):
-        return _text(value, seen, depth + 1)
-    if method is not None and isinstance(value, list) and len(value) <= _MAX_NUMBERS:
-        value = tuple(value)
+    if uses is not None:
+        text = _text(value, search, depth + 1, _uses_of(*code))
+        return None if text == type(value).__qualname__ or is_clock(value) else text
     return None if is_clock(value) else _plain_text(value)
 
 
-def _methods_of(kind: type) -> list[tuple[str, FunctionType]]:
-    """List the methods of a class by their names, with those that they override."""
-    found = []
-    for base in kind.__mro__:
-        for name, member in vars(base).items():
-            inner = getattr(member, "fget", None) or getattr(member, "__func__", member)
-            if isinstance(inner, FunctionType):
-                found.append((name, inner))
-    return found
-
-
 def _reached(
-    methods: list[tuple[str, FunctionType]], first: str
+    methods: list[tuple[str, FunctionType]], called: Iterable[str]
 ) -> tuple[list[FunctionType], set[str] | None]:
-    """Return the user's methods that a method calls, and the names that they read; None: any."""
-    names, todo, code = {first}, [first], []
+    """Return the user's methods that some methods call, and the names they read; None: any."""
+    names, todo, code = set(called), sorted(called), []
     while todo:
         name = todo.pop()
         for key, function in methods:
             if key != name:
                 continue
-            if not _is_installed(function.__module__):
+            if not is_installed(function.__module__):
                 code.append(function)
             read = [function, *(v for v in values_read(function) if isinstance(v, FunctionType))]
-            for new in {n for f in read for n in _all_names(f.__code__)} - names:
+            for new in {n for f in read for n in all_names(f.__code__)} - names:
                 names.add(new)
                 todo.append(new)
     code.sort(key=lambda function: function.__qualname__)
@@ -145,39 +205,72 @@ def _reached(
 
 def moved_by(kind: type, method: str) -> set[str]:
     """Return the attributes that the user's code assigns to in a method: they count something."""
-    code, _ = _reached(_methods_of(kind), method)
-    return {name for function in code for name in _names(function.__code__, "STORE_ATTR")}
+    code, _ = _reached(methods_of(kind), [method])
+    return {name for function in code for name in names_in(function.__code__, "STORE_ATTR")}
 
 
-def _text(value: Any, seen: set[int], depth: int) -> str:
+def _text(value: Any, search: _Search, depth: int, uses: _Uses, path: str = "") -> str:
     """Describe a value that a function uses: plain data by itself, other objects by their class."""
+    value = _unwrapped(value)
     if is_clock(value):
         return "a time"
     if (text := _plain_text(value)) is not None:
         return text
-    if depth <= _MAX_DEPTH and isinstance(value, partial | MethodType | FunctionType | nn.Module):
-        return _describe(value, seen, depth + 1)
-    if depth <= _MAX_DEPTH and callable(value) and _is_users(type(value)):
-        return _describe_object(value, seen, depth + 1, "__call__")
+    if depth <= _MAX_DEPTH:
+        if isinstance(value, _CONTAINERS):
+            return _container_text(value, search._replace(values=None), depth + 1, uses)
+        if isinstance(value, partial | MethodType | FunctionType):
+            return _describe(value, search, depth + 1, path)
+        if isinstance(value, nn.Module) and is_installed(type(value).__module__):
+            return _describe_object(value, search, depth + 1, None)
+        if _is_users(type(value)):
+            return _describe_object(value, search, depth + 1, uses)
+        if members := _members(value, uses):
+            inside = [f"{key}={_text(part, search, depth + 1, uses)}" for key, part in members]
+            return f"{type(value).__qualname__}({', '.join(inside)})"
     return type(value).__qualname__
 
 
 def _is_users(kind: type) -> bool:
     """Tell whether a class is one of the user's, and its objects are no classes."""
-    return not issubclass(kind, type) and not _is_installed(kind.__module__)
+    return not issubclass(kind, type | ModuleType) and not is_installed(kind.__module__)
+
+
+def _container_text(value: Any, search: _Search, depth: int, uses: _Uses) -> str:
+    """Describe a container by its entries; of a dict whose keys some code names, by those."""
+    kind = type(value).__qualname__
+    if id(value) in search.seen or len(value) > _MAX_ENTRIES:
+        return f"{kind} of {len(value)}"
+    search.seen.add(id(value))
+    if isinstance(value, Mapping):
+        named = sorted(uses.keys & _texts(value))
+        texts = [
+            f"{_text(key, search, depth, uses)}: {_text(value[key], search, depth, uses)}"
+            for key in named or value
+        ]
+    else:
+        entries = [_text(part, search, depth, uses) for part in islice(value, _MAX_ENTRIES)]
+        texts = sorted(entries) if isinstance(value, set | frozenset) else entries
+    search.seen.discard(id(value))  # it may be listed twice
+    inside = ", ".join(texts)
+    brackets = "[]" if isinstance(value, list) else "{}" if isinstance(value, Mapping) else "()"
+    return f"{brackets[0]}{inside}{brackets[1]}"
 
 
 def _plain_text(value: Any) -> str | None:
     """Return plain data as text; None for everything else."""
+    if isinstance(value, Enum):
+        return f"{type(value).__qualname__}.{value.name}"
+    if isinstance(value, str | PurePath):
+        return repr(str(value))
     if isinstance(value, _SCALARS):
         return repr(value)
     if isinstance(value, np.generic):
         return repr(value.item())
+    if isinstance(value, torch.dtype):
+        return str(value)
     if isinstance(value, Tensor | np.ndarray):
-        is_small = value.size if isinstance(value, np.ndarray) else value.numel()
-        if is_small > _MAX_NUMBERS or getattr(value, "requires_grad", False):
-            return f"{type(value).__qualname__}{tuple(value.shape)}"
-        return f"{tuple(value.shape)} {_digest(iter([repr(value.tolist())]))}"
+        return f"{tuple(value.shape)} {found}" if (found := _numbers(value)) else _shape(value)
     if isinstance(value, tuple | frozenset):
         texts = [_plain_text(part) for part in value]
         if None in texts:
@@ -187,23 +280,64 @@ def _plain_text(value: Any) -> str | None:
     return None
 
 
-def _function_parts(function: FunctionType, seen: set[int], depth: int) -> Iterator[str]:
-    """Give what the results of a function depend on, piece by piece."""
-    if id(function) in seen or depth > _MAX_DEPTH:
+def _numbers(value: Any) -> str | None:
+    """Return a digest of the numbers of a tensor or an array that is neither large nor learned."""
+    size = value.size if isinstance(value, np.ndarray) else value.numel()
+    if size > _MAX_NUMBERS or getattr(value, "requires_grad", False):
+        return None
+    try:
+        return digest([repr(value.tolist())])
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # sparse, on "meta", ...
+        return None
+
+
+def _shape(value: Any) -> str:
+    return f"{type(value).__qualname__}{tuple(value.shape)}"
+
+
+def _function_parts(
+    function: FunctionType, search: _Search, depth: int, path: str
+) -> Iterator[str]:
+    """Give what the results of a function depend on, piece by piece; note the values it reads."""
+    if id(function) in search.seen or depth > _MAX_DEPTH:
         yield function.__qualname__
         return
-    seen.add(id(function))
-    code = function.__code__
-    yield from _code_parts(code)
-    for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-        yield _text(value, seen, depth)
-    for name, value in _values_read(function):
-        if isinstance(value, FunctionType | partial) or "." not in name or _is_setting(value):
-            yield f"{name}={_text(value, seen, depth)}"
+    search.seen.add(id(function))
+    yield from code_parts(function.__code__)
+    uses = _uses_of(function)
+    for name, value in (*_defaults_of(function), *_values_read(function, uses)):
+        text = _text(value, search, depth, uses, f"{path}{name}.")
+        if search.values is None or isinstance(_unwrapped(value), FunctionType):
+            yield f"{name}={steady(text)}"
+        elif text != type(value).__qualname__:
+            search.values.setdefault(f"{path}{name}", text)
 
 
-def _is_setting(value: Any) -> bool:
-    return isinstance(value, (*_SCALARS, tuple))
+def _defaults_of(function: FunctionType) -> list[tuple[str, Any]]:
+    code, defaults = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    return [*zip(names, defaults, strict=True), *(function.__kwdefaults__ or {}).items()]
+
+
+def _uses_of(*functions: Any) -> _Uses:
+    """Return what functions and those that they call name."""
+    names: set[str] = set()
+    keys: set[str] = set()
+    todo, seen = list(functions), set()
+    while todo:
+        function = _unwrapped(todo.pop())
+        if isinstance(function, partial):
+            todo.append(function.func)
+        elif isinstance(function, MethodType):
+            todo.append(function.__func__)
+        elif isinstance(function, FunctionType) and id(function) not in seen:
+            seen.add(id(function))
+            if not is_installed(function.__module__):
+                code = function.__code__
+                names |= set(all_names(code)) - names_in(code, "STORE_ATTR")
+                keys |= set(keys_read_by(code)) - keys_set_by(code)
+                todo += [value for _, value in _own_values(function)]
+    return _Uses(frozenset(names), frozenset(keys))
 
 
 def values_read(function: Any) -> Iterator[Any]:
@@ -216,89 +350,52 @@ def values_read(function: Any) -> Iterator[Any]:
         yield from values_read(function.func)
     elif isinstance(function, MethodType):
         yield from values_read(function.__func__)
-    elif isinstance(function, FunctionType) and not _is_installed(function.__module__):
-        yield from (value for _, value in _values_read(function))
+    elif isinstance(function, FunctionType) and not is_installed(function.__module__):
+        for _, value in _own_values(function):
+            yield value
+            yield from (part for _, part in _members(value, _uses_of(function)))
 
 
-def _values_read(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def _own_values(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Give the globals and the variables of enclosing functions that a function only reads."""
     code = function.__code__
-    stored = _names(code, "STORE_GLOBAL", "STORE_DEREF")
-    found = {name: function.__globals__.get(name) for name in _names(code, "LOAD_GLOBAL")}
+    stored = names_in(code, "STORE_GLOBAL", "STORE_DEREF")
+    found = {name: function.__globals__.get(name) for name in names_in(code, "LOAD_GLOBAL")}
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
         try:
             found[name] = cell.cell_contents
         except ValueError:  # empty
             continue
-    used = set(_all_names(code)) - _names(code, "STORE_ATTR")
-    keys = {constant for constant in _constants(code) if isinstance(constant, str)}
-    for name, value in sorted(found.items()):
-        if name not in stored:  # else it counts something
+    yield from ((name, found[name]) for name in sorted(found) if name not in stored)
+
+
+def _values_read(function: FunctionType, uses: _Uses) -> Iterator[tuple[str, Any]]:
+    """Give the values that count: of objects and dicts the members that are named."""
+    changed = changed_by(function.__code__)
+    for name, value in _own_values(function):
+        members = _members(value, uses)
+        yield from ((f"{name}.{key}", part) for key, part in members)
+        if not members and not (name in changed and isinstance(value, _CONTAINERS)):
             yield name, value
-            yield from ((f"{name}.{key}", part) for key, part in _members(value, used, keys))
 
 
-def _members(value: Any, used: set[str], keys: set[str]) -> list[tuple[str, Any]]:
-    """List the members of an object, a module or a dict that some code names."""
+def _members(value: Any, uses: _Uses) -> list[tuple[str, Any]]:
+    """List the members of an object, a class, a module or a dict that some code names."""
+    kind = type(value)
     if isinstance(value, Mapping):
-        return [(key, value[key]) for key in sorted(keys) if key in value]
-    if isinstance(value, FunctionType | type | nn.Module):
-        return []
-    if isinstance(value, ModuleType) and _is_installed(value.__name__):
-        return []
-    own = getattr(value, "__dict__", {})
-    return [(key, own[key]) for key in sorted(used) if key in own]
+        named = uses.keys if kind is dict else uses.keys | uses.names
+        return [(key, value[key]) for key in sorted(_texts(value) & named)]
+    if isinstance(value, FunctionType | nn.Module) or _is_users(kind):
+        return []  # described as a whole
+    own: dict[str, Any] = dict(getattr(value, "__dict__", {}))
+    if isinstance(value, type | ModuleType):
+        if is_installed(value.__module__ if isinstance(value, type) else value.__name__):
+            return []
+        bases = value.__mro__ if isinstance(value, type) else (value,)
+        own = {name: part for base in reversed(bases) for name, part in vars(base).items()}
+    found = [(key, own[key]) for key in sorted(uses.names & own.keys())]
+    return [(key, getattr(part, "__func__", part)) for key, part in found]
 
 
-def _is_installed(module: str | None) -> bool:
-    name = module or "builtins"
-    if name.partition(".")[0] == __name__.partition(".")[0]:
-        return True
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None:
-        return not name.startswith("__m") and name in sys.builtin_module_names
-    return "site-packages" in file or "dist-packages" in file or file.startswith(_STANDARD_LIBRARY)
-
-
-_STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
-
-
-def _code_parts(code: CodeType) -> Iterator[str]:
-    yield code.co_code.hex()
-    yield repr((code.co_names, code.co_varnames, code.co_freevars))
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _code_parts(constant)
-        elif isinstance(constant, frozenset):  # its order is another in each process
-            yield repr(sorted(map(repr, constant)))
-        else:
-            yield repr(constant)
-
-
-def _names(code: CodeType, *operations: str) -> set[str]:
-    """Return the names that some code and the functions in it use in an operation."""
-    found = {i.argval for i in dis.get_instructions(code) if i.opname in operations}
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            found |= _names(constant, *operations)
-    return found
-
-
-def _all_names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _all_names(constant)
-
-
-def _constants(code: CodeType) -> Iterator[Any]:
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _constants(constant)
-        elif isinstance(constant, tuple):
-            yield from constant
-        else:
-            yield constant
-
-
-def _digest(parts: Iterator[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+def _texts(keys: Iterable[Any]) -> set[str]:
+    return {key for key in keys if isinstance(key, str)}

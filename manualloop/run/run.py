@@ -11,6 +11,7 @@ from typing import Any
 
 from manualloop.checkpoint.changes import forget_functions
 from manualloop.checkpoint.contract import Contract
+from manualloop.checkpoint.finite import require_finite
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.models import remember_modes
 from manualloop.notices import say
@@ -259,6 +260,8 @@ class Run:
             say(f"{self.stopped_by}: {self.place}")
             return
         self._report.end_interval()
+        if self._folder is None:  # else they were looked at before they were saved
+            require_finite(self._state, self._strategy)
         if self._evaluate is not None and self._evaluated_step != num_steps:
             self.evaluate()
         self.save()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_bert
 from torch import nn
 
 from manualloop import (
@@ -191,3 +192,112 @@ def test_a_forged_contract_ends_in_no_other_error(group: str, tmp_path: Path) ->
         path.write_bytes(manifest_bytes(manifest))
         with contextlib.suppress(CheckpointError):
             train(folder)
+
+
+def reading(value: Any) -> Any:
+    return lambda model, batch: (model(batch) * value["scale"]).square().mean()
+
+
+def test_a_value_that_a_function_reads_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="manualloop")
+    train(tmp_path, loss_fn=reading({"scale": 1.0, "num_epochs": 2}))
+    with pytest.raises(
+        CheckpointError, match=r"- value\.scale of loss_fn: 1\.0 -> 2\.0\n"
+    ) as error:
+        train(tmp_path, loss_fn=reading({"scale": 2.0, "num_epochs": 2}))
+    assert "code" not in str(error.value)
+    caplog.clear()
+    # Extended, though another entry of the dict, which the function does not read, has changed.
+    assert train(tmp_path, loss_fn=reading({"scale": 1.0, "num_epochs": 3}), num_epochs=3)
+    assert "of loss_fn" not in caplog.text
+
+
+def test_an_unfinished_run_logs_the_value(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="manualloop")
+
+    def end(step: Any) -> None:
+        if step.index == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, loss_fn=reading({"scale": 1.0}), on_step=end, checkpoint_every=1)
+    train(tmp_path, loss_fn=reading({"scale": 0.5}))
+    assert "because value.scale of loss_fn: 1.0 -> 0.5; the new value counts" in caplog.text
+
+
+def logging_to(name: str) -> Any:
+    def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean() if name else torch.zeros(())
+
+    return loss_fn
+
+
+class Logger:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def loss(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean() if self.name else torch.zeros(())
+
+
+NAMES = [
+    ("runs/2026-11-29_21-01-47/log", "runs/2026-11-30_03-15-00/log"),
+    ("run-20261129", "run-20261130"),
+    ("20261129_210147", "20261130_031500"),
+    ("2026-11-29T21:01:47.123456", "2026-11-30T03:15:00.000001"),
+    ("Nov29_21-01-47_host", "Dec01_03-15-00_host"),
+    ("run-1764450107", "run-1764500000"),
+    ("1c9a5f0e-8f0b-4c1e-9d53-3c0f6f8e2a11", "7d0c1b2a-1111-4222-8333-944455566677"),
+    ("/tmp/tmpab12cd34/log", "/tmp/tmpzz00_9xx/log"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), NAMES)
+@pytest.mark.parametrize("kind", [logging_to, lambda name: Logger(name).loss])
+def test_a_name_that_is_another_in_each_run_is_told_and_not_refused(
+    one: str, other: str, kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="manualloop")
+    train(tmp_path, loss_fn=kind(one))
+    assert train(tmp_path, loss_fn=kind(other)) == []
+    (line,) = [line for line in caplog.text.splitlines() if "->" in line]
+    assert f"{one}" in line
+    assert f"{other}" in line
+    assert "it is taken for the same run" in line
+    with pytest.raises(CheckpointError, match="focal"):
+        train(tmp_path, loss_fn=kind("focal"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("v1", "v2"), ("1e-4", "1e-5"), ("epoch 10", "epoch 12"), ("2024", "2025")]
+)
+def test_other_texts_are_refused(one: str, other: str, tmp_path: Path) -> None:
+    train(tmp_path, loss_fn=logging_to(one))
+    with pytest.raises(CheckpointError, match=f"name of loss_fn: '{one}' -> '{other}'"):
+        train(tmp_path, loss_fn=logging_to(other))
+
+
+def test_a_model_from_a_temporary_folder_is_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each process downloads it into another."""
+    caplog.set_level("INFO", logger="manualloop")
+
+    def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        ids = torch.arange(8).reshape(2, 4) % 5
+        return model(input_ids=ids).logits.square().mean()
+
+    def build_from(name: str) -> nn.Module:
+        model: nn.Module = tiny_bert()
+        model.config._name_or_path = name
+        return model
+
+    run = partial(train, tmp_path, loss_fn=loss_fn)
+    run(model=build_from("/tmp/tmpab12cd34/model"))
+    assert run(model=build_from("/tmp/model-9f8e7d/model")) == []
+    assert "->" not in caplog.text
+    assert run(model=build_from("/tmp/tmpab12cd35/model")) == []
+    with pytest.raises(CheckpointError, match="_name_or_path"):
+        run(model=build_from("bert-base-cased"))

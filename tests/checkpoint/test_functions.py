@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections import deque
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from enum import Enum
+from functools import lru_cache, partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from torch.utils.data import default_collate
 from transformers import DataCollatorForLanguageModeling
 
 from manualloop import evaluate_loop
-from manualloop.checkpoint.functions import describe_function
+from manualloop.checkpoint.functions import describe_function, function_facts
 
 SCALE = 2.0
 criterion: Any = nn.CrossEntropyLoss()
@@ -196,7 +199,7 @@ def test_counters_do_not_count() -> None:
 def test_functions_of_installed_libraries_count_by_their_names() -> None:
     assert describe_function(default_collate).startswith("torch.utils.data._utils.collate.")
     described = describe_function(partial(evaluate_loop, nn.Linear(1, 1), [1], "glue/mrpc"))
-    assert described == "manualloop.evaluation.loop.evaluate_loop(Linear, (1), 'glue/mrpc')"
+    assert described == "manualloop.evaluation.loop.evaluate_loop(Linear, [1], 'glue/mrpc')"
 
 
 def test_functions_that_refer_to_themselves_end() -> None:
@@ -297,3 +300,231 @@ def test_lists_that_a_method_reads_and_objects_that_a_function_calls_count() -> 
     assert describe_function(calling(first)) != describe_function(calling(other))
     assert describe_function(first.__call__) == describe_function(same.__call__)
     assert describe_function(first.__call__) != describe_function(other.__call__)
+
+
+# Pairs of the same function that reads other values, which must be told by name; None: by any.
+
+
+def reading(value: Any) -> Callable[..., Any]:
+    return lambda model, batch: model(batch) * value
+
+
+def by_key(value: Any) -> Callable[..., Any]:
+    return lambda model, batch: model(batch) * value["margin"]
+
+
+def by_get(value: Any) -> Callable[..., Any]:
+    return lambda model, batch: model(batch) * value.get("margin", 1.0)
+
+
+def by_attribute(value: Any) -> Callable[..., Any]:
+    return lambda model, batch: model(batch) * value.margin
+
+
+def of_all(value: Any) -> Callable[..., Any]:
+    return lambda model, batch: sum(weight * model(batch) for weight in value.values())
+
+
+def margin_of(value: Any) -> Any:
+    return value["margin"]
+
+
+def through_a_helper(value: Any) -> Callable[..., Any]:
+    return lambda model, batch: model(batch) * margin_of(value)
+
+
+def by_method(value: Any) -> Callable[..., Any]:
+    return lambda model, batch: value.loss(model, batch)
+
+
+@lru_cache
+def cached_margin() -> float:
+    return SCALE
+
+
+def with_cache(model: Any, batch: Any) -> Any:
+    return model(batch) * cached_margin()
+
+
+class Slots:
+    __slots__ = ("margin",)
+
+    def __init__(self, margin: float) -> None:
+        self.margin = margin
+
+
+class Reduction(Enum):
+    MEAN = 1
+    SUM = 2
+
+
+@dataclass
+class Config:
+    margin: float
+    num_epochs: int = 3
+
+
+def config_class(value: float) -> type:
+    return type("Config", (), {"margin": value, "__module__": __name__})
+
+
+class Combined(nn.Module):
+    """A loss of two others, which a module keeps among its children."""
+
+    def __init__(self, smoothing: float) -> None:
+        super().__init__()
+        self.first = nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+    def forward(self, outputs: Any, labels: Any) -> Any:
+        return self.first(outputs, labels)
+
+
+class WithDict:
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings, self.counts = settings, {"n": 0}
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        self.counts["n"] += 1
+        return model(batch) * self.settings["margin"]
+
+
+def edited_loss(self: Any, model: Any, batch: Any) -> Any:
+    return self.scaled(self.criterion(model(batch[0]), batch[1])) + 1
+
+
+OTHERS: dict[str, tuple[Callable[..., Any], Any, Any]] = {
+    "a list": (reading, [1.0, 2.0], [1.0, 3.0]),
+    "a longer list": (reading, [1.0], [1.0, 2.0]),
+    "a list of lists": (reading, [[1.0], [2.0]], [[1.0], [3.0]]),
+    "a list of functions": (reading, [plainly], [with_a_constant]),
+    "a set": (reading, {"a", "b"}, {"a", "c"}),
+    "a deque": (reading, deque([1.0]), deque([2.0])),
+    "a dict by number": (reading, {0: 1.0, 1: 2.0}, {0: 1.0, 1: 3.0}),
+    "a dict of tensors": (of_all, {"a": torch.ones(2)}, {"a": torch.zeros(2)}),
+    "a dict that is iterated": (of_all, {"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.5}),
+    "a key more": (of_all, {"a": 1.0}, {"a": 1.0, "b": 1.0}),
+    "a key": (by_key, {"margin": 1.0}, {"margin": 2.0}),
+    "a list by key": (by_key, {"margin": [1.0]}, {"margin": [2.0]}),
+    "a key by get": (by_get, {"margin": 1.0}, {"margin": 2.0}),
+    "a key in a helper": (through_a_helper, {"margin": 1.0}, {"margin": 2.0}),
+    "slots": (by_attribute, Slots(1.0), Slots(2.0)),
+    "a dataclass": (by_attribute, Config(1.0), Config(2.0)),
+    "a class of settings": (by_attribute, config_class(1.0), config_class(2.0)),
+    "a namespace": (by_attribute, SimpleNamespace(margin=1.0), SimpleNamespace(margin=2.0)),
+    "a list in a namespace": (
+        by_attribute,
+        SimpleNamespace(margin=[1.0]),
+        SimpleNamespace(margin=[2.0]),
+    ),
+    "an enum": (reading, Reduction.MEAN, Reduction.SUM),
+    "a dtype": (reading, torch.float32, torch.bfloat16),
+    "a path": (reading, Path("weights/a.csv"), Path("weights/b.csv")),
+    "a large tensor": (reading, torch.zeros(20_000), torch.ones(20_000)),
+    "a module of modules": (reading, Combined(0.0), Combined(0.1)),
+    "a value of a method": (by_method, Experiment(0.5), Experiment(0.6)),
+    "an object of a method": (by_method, Experiment(0.5), Experiment(0.5, smoothing=0.1)),
+    "the code of a method": (
+        by_method,
+        Experiment(0.5),
+        type("Experiment", (Experiment,), {"loss": edited_loss, "__module__": __name__})(0.5),
+    ),
+    "a dict of a method": (
+        by_method,
+        WithDict({"margin": 1.0, "num_epochs": 2}),
+        WithDict({"margin": 2.0, "num_epochs": 2}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_value_that_a_function_reads_is_told_by_name(name: str) -> None:
+    function, one, other = OTHERS[name]
+    (text, values), (other_text, other_values) = map(function_facts, map(function, (one, other)))
+    assert function_facts(function(deepcopy(one))) == (text, values)  # another object alike
+    assert text == other_text
+    (changed,) = [key for key in values if values[key] != other_values[key]]
+    assert changed.partition(".")[0] == "value"
+    assert describe_function(function(one)) != describe_function(function(other))
+
+
+def scaled_by(value: Any, model: Any, batch: Any) -> Any:
+    return model(batch) * (value.margin if hasattr(value, "margin") else value["margin"])
+
+
+@pytest.mark.parametrize("kind", [lambda margin: {"margin": margin}, Config, Slots, config_class])
+def test_what_a_partial_is_given_counts(kind: Any) -> None:
+    one, same, other = (describe_function(partial(scaled_by, kind(n))) for n in (1.0, 1.0, 2.0))
+    assert one == same != other
+    assert describe_function(partial(scaled_by, value=kind(1.0))) != describe_function(
+        partial(scaled_by, value=kind(2.0))
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "one", "other"),
+    [
+        (by_key, {"margin": 1.0, "num_epochs": 3}, {"margin": 1.0, "num_epochs": 5}),
+        (by_get, {"margin": 1.0, "name": "a"}, {"margin": 1.0, "name": "b"}),
+        (through_a_helper, {"margin": 1.0, "seed": 3}, {"margin": 1.0, "seed": 4}),
+        (by_attribute, Config(1.0, 3), Config(1.0, 5)),
+        (by_method, WithDict({"margin": 1.0, "epochs": 2}), WithDict({"margin": 1.0, "epochs": 3})),
+        (by_method, Experiment(0.5, run_name="a"), Experiment(0.5, run_name="b")),
+        (reading, object(), object()),
+        (reading, torch.Generator(), torch.Generator()),
+        (reading, iter([1]), iter([2])),
+        (reading, nn.Linear(1, 1), nn.Linear(1, 1)),
+        (reading, time.time(), time.time()),
+        (reading, int(time.time()), int(time.time()) - 1),
+        (reading, time.time_ns(), time.time_ns()),
+    ],
+)
+def test_what_it_does_not_read_or_what_is_another_each_time_does_not_count(
+    function: Any, one: Any, other: Any
+) -> None:
+    assert function_facts(function(one)) == function_facts(function(other))
+
+
+def test_an_edited_or_cached_helper_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, values = function_facts(with_cache)
+    assert values == {"cached_margin.SCALE": "2.0"}
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    assert function_facts(with_cache) == (before, {"cached_margin.SCALE": "3.0"})
+    before, values = function_facts(through_a_helper({"margin": 1.0}))
+    monkeypatch.setitem(globals(), "margin_of", lambda value: value["margin"] * 2)
+    text, same = function_facts(through_a_helper({"margin": 1.0}))
+    assert (text != before, same == values) == (True, True)
+
+
+counts: dict[str, Any] = {"n": 0, "losses": []}
+
+
+def test_what_a_function_counts_in_a_container_does_not_count() -> None:
+    """A second run in one process begins with the counters of the first."""
+    seen: list[float] = []
+    last: dict[Any, float] = {}
+    kept: deque[float] = deque()
+    names: set[str] = set()
+    weights = [1.0, 2.0]
+
+    def loss_fn(model: Any, batch: Any) -> Any:
+        counts["n"] += 1
+        counts["last"] = batch
+        seen.append(batch)
+        last[batch] = 1.0
+        kept.extend([batch])
+        names.add(str(batch))
+        return model(batch) * weights[0] + len(seen) + len(last) + len(kept) + len(names)
+
+    experiment = WithDict({"margin": 1.0})
+    before = [function_facts(loss_fn), function_facts(experiment.loss)]
+    loss_fn(abs, 3)
+    experiment.loss(abs, 3)
+    assert [function_facts(loss_fn), function_facts(experiment.loss)] == before
+    weights.append(3.0)
+    assert function_facts(loss_fn) != before[0]
+
+
+def test_containers_that_hold_themselves_end() -> None:
+    endless: list[Any] = [1.0]
+    endless.append(endless)
+    assert function_facts(reading(endless)) == function_facts(reading(endless))

@@ -28,9 +28,16 @@ from manualloop import (
 ACCUMULATED = 4  # batches of an update, over all ranks
 
 
+def count(model, args):
+    if model.training:
+        model.num_passes += 1
+
+
 def make_state(spread):
     torch.manual_seed(5)
     model = tiny_bert(num_hidden_layers=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0)
+    model.register_buffer("num_passes", torch.zeros(()), persistent=False)
+    model.register_forward_pre_hook(count)
     if spread:
         for layer in model.bert.encoder.layer:
             fully_shard(layer)
@@ -74,6 +81,7 @@ def main():
     weights = {name: w.full_tensor().tolist() for name, w in state.model.state_dict().items()}
     if strategy.is_main:
         found = {"seen": seen, "scores": scores, "predictions": predictions, "weights": weights}
+        found["num_passes"] = float(state.model.num_passes)
         (folder / f"until-{until}.json").write_text(json.dumps(found))
 
 

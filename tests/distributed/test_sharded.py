@@ -34,6 +34,8 @@ def test_a_sharded_run_goes_from_two_ranks_to_one_and_back(tmp_path):
         torch.testing.assert_close(
             torch.tensor(found["weights"][name]), weight, rtol=1e-3, atol=1e-5
         )
+    # A buffer that no state_dict has: 3 updates of 2 batches, 2 of 4, and 3 of 2.
+    assert found["num_passes"] == 20
     scores, predictions = scores_of(whole.model)
     assert found["predictions"] == predictions
     assert found["scores"]["accuracy"] == scores["accuracy"]

@@ -12,9 +12,11 @@ from helpers import rows, tiny_bert, tiny_tokenizer
 from resume_cases import Rows, StatelessStream, built
 from torch import nn
 from torch.optim import SGD
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from manualloop import (
+    NonFiniteError,
     TrainState,
     evaluate_loop,
     load_checkpoint,
@@ -24,6 +26,7 @@ from manualloop import (
     train_loop,
     train_steps,
 )
+from manualloop.notices import say
 from manualloop.reading.ranks import unsharded
 
 PAGE = Path(__file__).parents[2] / "docs/limits.md"
@@ -166,6 +169,24 @@ def other_memory(folder: Path) -> None:
     load_checkpoint(folder, state_of(convolution()))
 
 
+class FSDPModule(nn.Linear):
+    """A model that is taken for a sharded one, by the name that torch gives to those."""
+
+
+def sharded_average(folder: Path) -> None:
+    model = FSDPModule(4, 1)
+    train_loop(
+        model,
+        [{"x": torch.ones(2, 4)}],
+        SGD(model.parameters(), lr=0.1),
+        num_epochs=1,
+        loss_fn=loss_fn,
+        extras={"average": AveragedModel(model)},
+        evaluate=lambda: {"score": 1.0},
+        progress_bar=False,
+    )
+
+
 UNEVEN = [
     {"x": torch.ones(2, 4), "more": torch.ones(3)},
     {"x": torch.ones(1, 4), "more": torch.ones(2)},
@@ -184,6 +205,20 @@ def spoilt_means(folder: Path) -> None:
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
     batches = [{"x": torch.full((2, 4), math.nan)}, {"x": torch.randn(2, 4)}]
     step_once(state_of(model), batches, 1, on_nonfinite="skip")
+
+
+def nan_gradient(folder: Path) -> None:
+    state, ones = state_of(), {"x": torch.ones(2, 4)}
+    batches = [ones, ones, ones, {"x": torch.zeros(2, 4)}]
+    with pytest.raises(NonFiniteError) as error:
+        list(train_steps(state, batches, num_epochs=1, loss_fn=nan_at_zero))
+    say(str(error.value))
+
+
+def nan_at_zero(model: nn.Module, batch: Any) -> Any:
+    """A loss that is finite, with a gradient of NaN on a batch of zeros."""
+    outputs = model(batch["x"])
+    return outputs.square().mean() if batch["x"].any() else (outputs * 0).sqrt().mean()
 
 
 def nan_logits(folder: Path) -> None:
@@ -223,9 +258,11 @@ TOLD = {
     "a generator shared with a loader that reads ahead": shared_generator,
     "an attribute that no checkpoint holds": unsaved_attribute,
     "other surroundings": other_surroundings,
+    "scored weights of a sharded model": sharded_average,
     "weights in another memory order": other_memory,
     "items that nothing tells": untold_items,
     "an evaluation loss that nothing weighs": untold_evaluation,
+    "a gradient of NaN with a finite loss": nan_gradient,
     "running means after a batch of NaN": spoilt_means,
     "NaN logits": nan_logits,
     "weights that no optimizer updates": left_alone,

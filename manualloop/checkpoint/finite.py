@@ -1,0 +1,70 @@
+"""Weights that a run has made NaN or infinite: no checkpoint holds them, no result returns them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from manualloop.errors import NonFiniteError
+from manualloop.models import names_not_finite, own_part
+from manualloop.optim import parameters_of
+from manualloop.state import TrainState
+from manualloop.strategy.base import Strategy
+
+_NUM_NAMED = 3
+HOW_TO_FIX = (
+    "Begin with finite weights, or resume from a checkpoint that has them. If an update made them "
+    "so, its gradient was NaN or infinite where its loss was finite: max_grad_norm=1.0 looks at "
+    "the gradient, too."
+)
+
+
+def require_finite(state: TrainState, strategy: Strategy) -> None:
+    """Refuse weights that a run has made NaN or infinite. Collective; waits for the device once.
+
+    The gradient of an update may be NaN where its loss is finite. The next loss tells, and the last
+    update of a run has none.
+
+    Raises:
+        NonFiniteError: Some are, and ``on_nonfinite`` is not ``"ignore"``.
+    """
+    if state.allows_nonfinite or not (spoilt := all_spoilt(state, strategy)):
+        return
+    raise NonFiniteError(
+        f"The weights are not finite after step {state.progress.num_steps}, and "
+        f"are neither saved nor returned: {shown(spoilt)}. {HOW_TO_FIX}"
+    )
+
+
+def all_spoilt(state: TrainState, strategy: Strategy) -> list[str]:
+    """Name the weights that a run has made NaN or infinite on any rank. Collective."""
+    found = strategy.gather(names_spoilt(state))
+    return list(dict.fromkeys(name for of_rank in found for name in of_rank))
+
+
+def names_spoilt(state: TrainState) -> list[str]:
+    """Name the weights of the optimizer that the run has made NaN or infinite."""
+    known = () if state.baseline is None else state.baseline.infinite
+    return [name for name in names_not_finite(updated_weights(state)) if name not in known]
+
+
+def names_infinite(state: TrainState) -> list[str]:
+    """Name the weights of the optimizer that hold infinity and no NaN, such as a fixed mask."""
+    weights = updated_weights(state)
+    found = names_not_finite(weights)
+    return [name for name in found if not bool(torch.isnan(own_part(weights[name])).any())]
+
+
+def updated_weights(state: TrainState) -> dict[str, Tensor]:
+    """Return the weights that the optimizer updates, each by its own name."""
+    names = {id(weight): name for name, weight in reversed(state.parameter_names().items())}
+    return {
+        names.get(id(weight), f"parameter {number} of the optimizer"): weight
+        for number, weight in enumerate(parameters_of(state.optimizer))
+    }
+
+
+def shown(names: list[str]) -> str:
+    """Return the first few of some names, and the number of the others."""
+    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+    return f"{', '.join(names[:_NUM_NAMED])}{more}"
