@@ -145,7 +145,8 @@ def _describe_object(value: Any, search: _Search, depth: int, uses: _Uses | None
 
 def _attributes_of(value: Any, methods: Iterable[tuple[str, FunctionType]]) -> dict[str, Any]:
     """Return the attributes of an object, without those that its methods assign to."""
-    kind, attributes = type(value), {}
+    kind = type(value)
+    attributes: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         if not is_installed(base.__module__):
             data = (*_SCALARS, *_CONTAINERS)

@@ -69,8 +69,8 @@ def watching(state: TrainState, **holders: Any) -> Iterator[Scored]:
     """
     scored = Scored()
     if is_sharded(state.model):
-        averages = any(isinstance(extra, nn.Module) for extra in state.extras.values())
-        if averages or schedule_free(state.optimizer):
+        has_averages = any(isinstance(extra, nn.Module) for extra in state.extras.values())
+        if has_averages or schedule_free(state.optimizer):
             scored.problem = "of a sharded model no other weights than the trained ones are saved"
         with _evaluating(state):
             yield scored
