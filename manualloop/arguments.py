@@ -134,6 +134,12 @@ def _is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, type)
 
 
+def _is_function_or_by_name(value: Any) -> bool:
+    if isinstance(value, Mapping) and not callable(value):
+        return bool(value) and all(map(_is_function, value.values()))
+    return _is_function(value)
+
+
 def _is_path(value: Any) -> bool:
     return isinstance(value, str | os.PathLike)
 
@@ -193,8 +199,10 @@ MEANINGS: dict[str, _Meaning] = {
         ("drop_last", "group_by_length", "pin_memory", "preflight", "progress_bar", "verify"), _FLAG
     ),
     **dict.fromkeys(("evaluate", "on_step", "function", "train_fn"), _CALLED),
+    **dict.fromkeys(("decode", "loss_fn", "postprocess", "terms"), _CALLED),
     **dict.fromkeys(
-        ("collate_fn", "decode", "loss_fn", "postprocess", "preprocess", "terms"), _CALLED
+        ("collate_fn", "preprocess", "transform"),
+        (_is_function_or_by_name, "a function, or a dict of functions by split"),
     ),
     **dict.fromkeys(("best_metric", "config", "name"), _NAME),
     **dict.fromkeys(("args", "batches"), _LIST),
@@ -247,5 +255,6 @@ _MAY_BE_NONE = {
         "on_step",
     ),
     *("num_processes", "pin_memory", "postprocess", "preprocess", "strategy", "terms"),
+    "transform",
     *("max_grad_norm", "tokenizer", "use_port"),
 }

@@ -124,7 +124,7 @@ SIGNATURES = {
         "datasets, tokenizer=None, *, model=None, task=None, text_columns=None, "
         "label_column=None, max_length=None, batch_size=8, eval_batch_size=None, "
         "max_tokens=None, group_by_length=False, pad_to_multiple_of=None, drop_last=False, "
-        "collate_fn=None, preprocess=None, fill=None, keep=(), seed=42, "
+        "collate_fn=None, preprocess=None, transform=None, fill=None, keep=(), seed=42, "
         "num_workers=0, pin_memory=None"
     ),
     "prepare_optimizer": (

@@ -21,6 +21,7 @@ from manualloop.checkpoint.facts import (
     schedule_facts,
 )
 from manualloop.data.kept import inner_collate
+from manualloop.data.transform import transform_of
 from manualloop.errors import CheckpointError
 from manualloop.notices import say
 from manualloop.objects import steady
@@ -98,10 +99,16 @@ def describe_run(
     """
     built = describe_state(state)
     others = arguments.keys() - _DESCRIBED_BY_OBJECTS - _WITHOUT_EFFECT
-    collate_fn = inner_collate(getattr(arguments["train_dataloader"], "collate_fn", None))
+    train_dataloader = arguments["train_dataloader"]
+    collate_fn = inner_collate(getattr(train_dataloader, "collate_fn", None))
+    transform = transform_of(train_dataloader)
     given: dict[str, Any] = {}
     for name, value in sorted(
-        {**{k: arguments[k] for k in others}, "collate_fn": collate_fn}.items()
+        {
+            **{k: arguments[k] for k in others},
+            "collate_fn": collate_fn,
+            "transform": transform,
+        }.items()
     ):
         given |= described(name, value)
     in_loader = dict(loader.exact)

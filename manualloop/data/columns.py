@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from manualloop.data.splits import TEXT_KINDS
@@ -193,14 +194,30 @@ def _find_texts(
     )
 
 
-def staying(takes: Takes, keep: Sequence[str]) -> Takes:
-    """Return the test for columns that reach a batch: those the model takes, and those kept."""
-    return lambda name, kind: name in keep or takes(name, kind)
+@dataclass(frozen=True)
+class Taking:
+    """A test for columns that the model takes, which can be sent to workers.
+
+    Attributes:
+        names: Names of the columns; None: any.
+        takes_text: Whether they may be text.
+        keep: Columns that skip the model.
+    """
+
+    names: frozenset[str] | None
+    takes_text: bool
+    keep: tuple[str, ...] = ()
+
+    def __call__(self, name: str, kind: str) -> bool:
+        """Tell whether the model takes a column."""
+        is_named = self.names is None or name in self.names
+        is_kind = self.takes_text or kind not in TEXT_KINDS
+        return is_named and is_kind and name not in self.keep
 
 
 def column_filter(
-    tokenizer: Any, model: nn.Module | None, *, takes_all: bool, keep: Sequence[str] = ()
-) -> Takes:
+    tokenizer: Any, model: nn.Module | None, *, takes_all: bool, keep: tuple[str, ...] = ()
+) -> Taking:
     """Return the test for columns that the model takes, and the labels.
 
     Args:
@@ -209,16 +226,12 @@ def column_filter(
         takes_all: Whether a ``collate_fn`` of the user's takes all columns.
         keep: Columns that skip the model.
     """
-    if keep:
-        takes = column_filter(tokenizer, model, takes_all=takes_all)
-        return lambda name, kind: name not in keep and takes(name, kind)
+    names: set[str] | None = None
     if takes_all:
-        return lambda name, kind: True
+        return Taking(None, True, keep)
     if model is not None:
         names = {*forward_columns(model), "labels"}
     elif tokenizer is not None:
         extra = ("labels", "start_positions", "end_positions", "position_ids")
         names = {*tokenizer.model_input_names, *extra}
-    else:
-        return lambda name, kind: kind not in TEXT_KINDS
-    return lambda name, kind: name in names and kind not in TEXT_KINDS
+    return Taking(None if names is None else frozenset(names), False, keep)

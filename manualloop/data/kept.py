@@ -7,8 +7,11 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from manualloop.batches import Kept
-from manualloop.data.columns import Columns, column_filter, require_columns
+from manualloop.data.columns import Columns, column_filter, find_label, require_columns
+from manualloop.data.functions import RAW, Functions
+from manualloop.data.mapping import Copy
 from manualloop.data.splits import Split, reference_of
+from manualloop.data.transform import NumberedRows, TransformedRows
 from manualloop.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ class KeepingCollate:
 
     def __init__(self, collate_fn: Callable[[Any], Any], kept: Mapping[str, str]) -> None:
         self.collate_fn, self._kept = collate_fn, dict(kept)
-        self.skips = frozenset(name for name, held in kept.items() if name == held)
+        self.skips = frozenset(kept.values()) - {"labels"}
 
     def __call__(self, rows: Any) -> Any:
         """Return the batch of some rows.
@@ -41,11 +44,12 @@ class KeepingCollate:
         table: Any = getattr(rows, "table", None)  # of TableRows
         if table is not None:
             kept = {name: Kept(table.column(held).to_pylist()) for name, held in self._kept.items()}
-            left = [name for name in table.column_names if name not in self.skips]
-            rows = type(rows)(table.select(left))
+            rows = type(rows)(table.select([n for n in table.column_names if n not in self.skips]))
         else:
             kept = {name: Kept([row[held] for row in rows]) for name, held in self._kept.items()}
-            rows = [{n: cell for n, cell in row.items() if n not in self.skips} for row in rows]
+            left = [{n: cell for n, cell in row.items() if n not in self.skips} for row in rows]
+            numbers: Any = getattr(rows, "numbers", None)
+            rows = left if numbers is None else NumberedRows(left, numbers)
         batch = self.collate_fn(rows)
         if type(batch) is dict:
             return batch | kept
@@ -74,6 +78,7 @@ def inner_collate(collate_fn: Any) -> Any:
 def trained_data(loader: Any) -> Any:
     """Return the dataset of a loader, without the columns that skip the model."""
     dataset = getattr(loader, "dataset", loader)
+    dataset = dataset.rows if isinstance(dataset, TransformedRows) else dataset
     collate = getattr(loader, "collate_fn", None)
     skips = collate.skips if isinstance(collate, KeepingCollate) else frozenset()
     return without_columns(dataset, skips)
@@ -83,6 +88,39 @@ def without_columns(dataset: Any, names: frozenset[str]) -> Any:
     """Return a dataset without some of its columns."""
     found = [name for name in getattr(dataset, "column_names", None) or () if name in names]
     return dataset.remove_columns(found) if found else dataset
+
+
+def with_raw_labels(
+    before: Mapping[Any, Split],
+    after: Mapping[Any, Split],
+    label: str | None,
+    functions: Mapping[Any, Functions],
+) -> dict[Any, Split] | None:
+    """Return splits whose labels are numbered with a second column of them; None: nothing needs it.
+
+    Args:
+        before: The splits as they were.
+        after: The splits with numbered labels.
+        label: The column of labels; None finds it.
+        functions: The functions of each split, with the columns to keep.
+    """
+    label = label or find_label(reference_of(before).kinds)
+    wanting = {
+        key
+        for key, split in before.items()
+        if split is not after[key]
+        and (label in functions[key].keep or functions[key].transform is not None)
+    }
+    if label is None or not wanting:
+        return None
+    run = Copy(label, RAW)
+    return {key: split.map(run) if key in wanting else split for key, split in before.items()}
+
+
+def without_raw(split: Split) -> Split:
+    """Return a split without the second column of labels."""
+    kinds = split.kinds
+    return split.select([name for name in kinds if name != RAW]) if RAW in kinds else split
 
 
 def check_kept(
@@ -124,9 +162,22 @@ def check_kept(
             )
 
 
-def kept_columns(split: Split, keep: tuple[str, ...], label: str | None) -> dict[str, str]:
-    """Return the kept columns of a prepared split, and the column that holds each."""
+def kept_columns(
+    split: Split, keep: tuple[str, ...], label: str | None, is_transformed: bool
+) -> dict[str, str]:
+    """Return the kept columns of a prepared split, and the column that holds each.
+
+    Args:
+        split: The split.
+        keep: Names of the columns.
+        label: The column of labels.
+        is_transformed: Whether rows are transformed, and hold each column under its name.
+    """
+    if is_transformed:
+        return {name: name for name in keep}
     held = {name: name for name in keep if name in split.kinds}
+    if label in keep and RAW in split.kinds:
+        held[str(label)] = RAW
     if label in keep and label not in held and "labels" in split.kinds:
         held[str(label)] = "labels"
     return held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +15,18 @@ from manualloop.arguments import all_at_once, check_arguments, is_count
 from manualloop.data.collate import padding_collate_fn, require_pad_token, require_tokenizer
 from manualloop.data.columns import (
     LABELS,
-    Takes,
-    column_filter,
     find_label,
-    staying,
 )
-from manualloop.data.grouping import Ints, round_up
-from manualloop.data.kept import KeepingCollate, check_kept, kept_columns
+from manualloop.data.functions import RAW, ByName, Functions, functions_of
+from manualloop.data.kept import (
+    KeepingCollate,
+    check_kept,
+    kept_columns,
+    with_raw_labels,
+    without_raw,
+)
 from manualloop.data.labels import BY_TOKEN
+from manualloop.data.lengths import lengths_of_rows
 from manualloop.data.mapping import (
     AsZerosAndOnes,
     Copy,
@@ -29,8 +34,15 @@ from manualloop.data.mapping import (
     Preprocess,
     RequireHidden,
 )
+from manualloop.data.masks import RowMasks, masks_rows
 from manualloop.data.sampler import ordered_loader
-from manualloop.data.splits import Rows, Split, open_split, open_splits, reference_of
+from manualloop.data.splits import Split, open_split, open_splits, reference_of
+from manualloop.data.transform import (
+    Transform,
+    TransformedRows,
+    transform_note,
+    transformed_rows,
+)
 from manualloop.errors import ConfigError, DataError
 from manualloop.mistakes import no_tokens_fix
 from manualloop.models import max_length as model_max_length
@@ -59,8 +71,9 @@ def prepare_dataloaders(
     group_by_length: bool = False,
     pad_to_multiple_of: int | None = None,
     drop_last: bool = False,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
-    preprocess: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    collate_fn: Callable[[list[Any]], Any] | ByName | None = None,
+    preprocess: Callable[[Mapping[str, Any]], Mapping[str, Any]] | ByName | None = None,
+    transform: Transform | Mapping[str, Transform] | None = None,
     fill: Mapping[str, Any] | None = None,
     keep: str | Sequence[str] = (),
     seed: int = 42,
@@ -103,10 +116,16 @@ def prepare_dataloaders(
             ``(seed, epoch)``.
         pad_to_multiple_of: Number of which each padded length is a multiple.
         drop_last: Whether to drop a shorter last batch of the shuffled splits.
-        collate_fn: Function that replaces padding. It gets rows with all columns, except for texts
-            that were tokenized.
-        preprocess: Function that replaces tokenization. It gets a batch of rows as they are in the
-            dataset, as from ``dataset.map`` with ``batched=True``, and may return ``labels``.
+        collate_fn: Function that replaces padding, or a dict of functions by split. It gets rows
+            with all columns, except for texts that were tokenized. Collators of transformers that
+            mask tokens mask each row of the splits that are not shuffled in the same way each time.
+        preprocess: Function that replaces tokenization, or a dict of functions by split. It gets a
+            batch of rows as they are in the dataset, as from ``dataset.map`` with ``batched=True``,
+            and may return ``labels``.
+        transform: ``transform(row, generator)`` returns the columns that take the place of the
+            row's, or a dict of such functions by split. It is called each time a row is read, after
+            tokenization, with all columns of the dataset. What it draws from the ``generator`` is a
+            function of seed, epoch and row alone; evaluations take that of epoch 0.
         fill: What an empty cell becomes, by column: ``{"text": ""}``. Empty are None, NaN and the
             empty string. A column of labels that is empty in all rows of a split stays as it is.
         keep: Columns that skip the model, such as ``("id",)``. Batches hold them under their names,
@@ -141,44 +160,46 @@ def prepare_dataloaders(
         if collate_fn is None:
             check(require_pad_token, tokenizer)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    takes = column_filter(tokenizer, model, takes_all=collate_fn is not None, keep=keep)
+    given = {"preprocess": preprocess, "transform": transform, "collate_fn": collate_fn}
     tokenizes = preprocess is None and tokenizer is not None
 
-    splits, found, naming = _look_at(
-        *(datasets, fill or {}, label_column, preprocess, takes, keep),
+    splits, functions, found, naming = _look_at(
+        *(datasets, fill or {}, label_column, given, keep),
         tokenizer=tokenizer,
         model=model,
         task=task,
         text_columns=text_columns,
         tokenizes=tokenizes,
-        may_be_text=collate_fn is not None,
-        is_padded=preprocess is None and collate_fn is None,
     )
     texts, labels = found.columns.texts, found.labels
     encode = _encoder(reference_of(splits), texts, tokenizer, max_length, model, tokenizes)
     used = () if label_column is None or isinstance(label_column, str) else tuple(label_column)
-    splits = _prepare_splits(splits, found, encode, takes, keep, model, used)
-
-    if collate_fn is None:
-        collate_fn = padding_collate_fn(tokenizer, labels.task, pad_to_multiple_of)
-        splits = {key: _in_tables(split, collate_fn) for key, split in splits.items()}
+    splits, transformed = _prepare_splits(splits, found, encode, functions, model, used, seed)
+    pads: Any = None
+    if any(of_split.collate_fn is None for of_split in functions.values()):
+        pads = padding_collate_fn(tokenizer, labels.task, pad_to_multiple_of)
     loaders = {}
     labelled = tuple(split.key for key, split in splits.items() if key not in found.hidden)
     with all_at_once() as check:
         for key, split in splits.items():
-            kept = kept_columns(split, keep, found.columns.label)
+            collate: Any = functions[key].collate_fn or pads
             lengths = check(
-                _lengths,
+                lengths_of_rows,
                 *(split, texts, labels.task, keep),
                 *(pad_to_multiple_of or 1, max_tokens, group_by_length),
             )
-            split.rows.origin_of_labels = Origin(
+            if not split.is_train and not split.is_stream and masks_rows(collate):
+                collate = RowMasks(collate, seed)
+            rows: Any = transformed.get(key) or _as_read(split, collate, seed)
+            if kept := kept_columns(split, keep, found.columns.label, key in transformed):
+                collate = KeepingCollate(collate, kept)
+            rows.origin_of_labels = Origin(
                 found.columns.label or "labels", split.key, labelled, found.hidden.get(key)
             )
-            split.rows.split_notes = SplitNotes(naming.names)
+            rows.split_notes = SplitNotes(naming.names)
             loaders[key] = check(
                 ordered_loader,
-                split.rows,
+                rows,
                 split.name,
                 batch_size if split.is_train else eval_batch_size or batch_size,
                 shuffle=split.is_train,
@@ -186,7 +207,8 @@ def prepare_dataloaders(
                 seed=seed,
                 lengths=lengths,
                 max_tokens=max_tokens,
-                collate_fn=KeepingCollate(collate_fn, kept) if kept else collate_fn,
+                tells_epoch=key in transformed,
+                collate_fn=collate,
                 num_workers=num_workers,
                 pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             )
@@ -201,50 +223,6 @@ def _with_tokenizer(
     for loader in loaders.values():
         loader.__dict__["tokenizer"] = tokenizer
     return loaders
-
-
-def _lengths(
-    split: Split,
-    texts: Sequence[str],
-    task: str | None,
-    keep: Sequence[str],
-    multiple: int,
-    max_tokens: int | None,
-    group_by_length: bool,
-) -> Ints | None:
-    """Return the number of tokens of each row, int64 ``(rows,)``; None if the order ignores it.
-
-    Raises:
-        ConfigError: The split is a stream, or has no column of lists of numbers.
-        DataError: A row has no tokens.
-    """
-    if max_tokens is None and not (group_by_length and split.is_train):
-        return None
-    lengths = None
-    if hasattr(split.rows, "__len__"):
-        from manualloop.data.tables import as_tables
-
-        kinds = split.kinds
-        lists = [name for name in kinds if kinds[name] == "list" and name not in keep]
-        names = ["input_ids"] if "input_ids" in lists else lists[:1]
-        if "labels" in lists and (task in BY_TOKEN or task == "seq2seq_lm"):
-            names.append("labels")
-        lengths = as_tables(split.rows).lengths(names)
-    if lengths is None:
-        asked = "group_by_length=True" if max_tokens is None else f"max_tokens={max_tokens}"
-        raise ConfigError(
-            f"{asked} needs the number of tokens of each row of {split.name}, which is a stream or "
-            "has no column of lists of numbers. Remove the argument."
-        )
-    row = int(lengths.argmin())
-    if lengths[row] == 0:
-        column = (*texts, *names)[0]
-        line = split.fix(f'filter(lambda row: len(row["{column}"]) > 0)')
-        raise DataError(
-            f"Row {row} of {split.name} has no tokens, so grouping by length would make a batch "
-            f"without tokens. Filter such rows out: {line}."
-        )
-    return round_up(lengths, multiple)
 
 
 _OBJECTS = ("datasets", "tokenizer")
@@ -276,11 +254,10 @@ def _look_at(
     datasets: Any,
     fill: Mapping[str, Any],
     label_column: str | Sequence[str] | None,
-    preprocess: Callable[[Rows], Rows] | None,
-    takes: Takes,
+    given: Mapping[str, Any],
     keep: tuple[str, ...],
     **choices: Any,
-) -> tuple[dict[Any, Split], Survey, Naming]:
+) -> tuple[dict[Any, Split], dict[Any, Functions], Survey, Naming]:
     """Open all splits, make the changes that the user asked for, and judge what they hold."""
     # Here, because they load pyarrow, which importing the package must not.
     from manualloop.data.cells import fill_cells, one_label_column
@@ -292,33 +269,43 @@ def _look_at(
         if splits:
             splits = fill_cells(splits, fill, label_column, check)
             splits, label = one_label_column(splits, label_column, check)
-            if preprocess is not None and check.ok:
-                given = preprocess, takes, keep, label
-                splits = {key: _preprocess(split, *given) for key, split in splits.items()}
+            of_model = choices["tokenizer"], choices["model"]
+            functions = functions_of(splits, given, keep, *of_model, check)
+            if given["preprocess"] is not None and check.ok:
+                splits = {k: _preprocess(s, functions[k], label) for k, s in splits.items()}
                 label = "labels" if "labels" in reference_of(splits).kinds else label
-            splits, naming = number_classes(
-                *(splits, label, choices["model"], choices["task"], check),
-                keeps_text=choices["may_be_text"],
+            of_first = functions[next(k for k, s in splits.items() if s is reference_of(splits))]
+            number = partial(
+                number_classes,
+                column=label,
+                model=choices["model"],
+                task=choices["task"],
+                check=check,
+                keeps_text=of_first.collate_fn is not None,
             )
-            chosen = Choices(label_column=label, keep=keep, names=naming.names, **choices)
-            found = survey(splits, chosen, check)
-            check(check_kept, splits, keep, choices["tokenizer"], choices["model"], found.columns)
-    return splits, found, naming
+            numbered, naming = number(splits)
+            if (raw := with_raw_labels(splits, numbered, label, functions)) is not None:
+                numbered, naming = number(raw)
+            splits = numbered
+            chosen = Choices(
+                **{**choices, "label_column": label, "keep": keep, "names": naming.names},
+                may_be_text=of_first.collate_fn is not None or of_first.transform is not None,
+                is_padded=not of_first.are_given,
+            )
+            found = survey({k: without_raw(s) for k, s in splits.items()}, chosen, check)
+            check(check_kept, splits, keep, *of_model, found.columns)
+    return splits, functions, found, naming
 
 
-def _preprocess(
-    split: Split,
-    function: Callable[[Rows], Rows],
-    takes: Takes,
-    keep: tuple[str, ...],
-    label_column: str | None,
-) -> Split:
-    kinds, stays = split.kinds, staying(takes, keep)
+def _preprocess(split: Split, functions: Functions, label_column: str | None) -> Split:
+    kinds, (preprocess, _, _, takes, keep) = split.kinds, functions
+    assert preprocess is not None
     label = label_column or find_label(kinds)
-    kept = tuple(name for name, kind in kinds.items() if name == label or stays(name, kind))
-    run = Preprocess(function, kept, label, keep)
+    stays = (name for name, kind in kinds.items() if name in keep or takes(name, kind))
+    kept = dict.fromkeys([*stays, *([label] if label in kinds else [])])
+    run = Preprocess(preprocess, tuple(name for name in kinds if name in kept), label, keep)
     rows = split.rows.map(run, batched=True, remove_columns=list(kinds))
-    return open_split(split.name, rows, split.key)
+    return open_split(split.name, rows, split.key)._replace(form=split.form)
 
 
 def _encoder(
@@ -343,35 +330,47 @@ def _prepare_splits(
     splits: Mapping[Any, Split],
     found: Survey,
     encode: Encode | None,
-    takes: Takes,
-    keep: tuple[str, ...],
+    functions: Mapping[Any, Functions],
     model: nn.Module | None,
     used: Sequence[str],
-) -> dict[Any, Split]:
-    """Tokenize and prune all splits, and report which columns they use."""
+    seed: int,
+) -> tuple[dict[Any, Split], dict[Any, TransformedRows]]:
+    """Tokenize and prune all splits, try the transforms, and report which columns are used.
+
+    Returns:
+        The splits, and the rows of those that are transformed.
+    """
     prepared: dict[Any, Split] = {}
+    transformed: dict[Any, TransformedRows] = {}
     notes: dict[str, list[str]] = {}
     with all_at_once() as check:
         for key, split in splits.items():
             raw = [name for name in split.kinds if name not in used]
             hidden = found.hidden.get(key)
-            made = check(_prepare_split, split, found, encode, takes, keep, model, hidden)
-            if made is not None:
-                prepared[key] = made
-                note = _note(raw, made, found, takes, keep, model, hidden)
-                notes.setdefault(note, []).append(split.name)
+            made = check(_prepare_split, split, found, encode, functions[key], model, hidden)
+            if made is None:
+                continue
+            prepared[key] = made
+            if functions[key].transform is None:
+                note = _note(raw, made, found, functions[key], model, hidden)
+            else:
+                rows = transformed_rows(made, functions[key], found, hidden, seed)
+                note = check(transform_note, rows, found, _taker(model), hidden)
+                transformed[key] = rows
+            notes.setdefault(note, []).append(split.name)
     for note, names in notes.items():
         say(f"{', '.join(names)}: {note}")
-    stays = staying(takes, keep)
-    return {k: s.select([n for n in s.kinds if stays(n, s.kinds[n])]) for k, s in prepared.items()}
+    for key, split in prepared.items():
+        kinds, stays = split.kinds, functions[key].stays
+        prepared[key] = split.select([name for name in kinds if stays(name, kinds[name])])
+    return prepared, transformed
 
 
 def _prepare_split(
     split: Split,
     found: Survey,
     encode: Encode | None,
-    takes: Takes,
-    keep: tuple[str, ...],
+    functions: Functions,
     model: nn.Module | None,
     hidden: str | None,
 ) -> Split:
@@ -379,17 +378,20 @@ def _prepare_split(
     from manualloop.data.survey import check_alignment
 
     texts, labels = found.columns.texts, found.labels
-    split = _name_labels(split, found, hidden, keep)
+    takes = functions.takes
+    stored = functions.keep if functions.transform is None else tuple(split.kinds)
+    split = _name_labels(split, found, hidden, stored)
     if encode is not None:
-        kinds, stays = split.kinds, staying(takes, keep)
+        kinds, stays = split.kinds, functions.stays
         split = split.select([name for name in kinds if name in texts or stays(name, kinds[name])])
         run = replace(encode, stream=split.name, key=split.key) if split.is_stream else encode
-        raw, split = split, split.map(run, remove=[n for n in texts if n not in keep])
+        raw, split = split, split.map(run, remove=[n for n in texts if n not in stored])
         _require_tokens(raw, split, encode)
     if labels.task in BY_TOKEN:
         check_alignment(split)
     kinds = split.kinds
-    if not [name for name in kinds if takes(name, kinds[name]) and name != "labels"]:
+    is_taken = [name for name in kinds if takes(name, kinds[name]) and name != "labels"]
+    if functions.transform is None and not is_taken:
         raise DataError(
             f"{split.name} has no column that the model takes, only {', '.join(kinds)}"
             f"{_taker(model)}. "
@@ -447,19 +449,20 @@ def _note(
     raw: Iterable[str],
     split: Split,
     found: Survey,
-    takes: Takes,
-    keep: tuple[str, ...],
+    functions: Functions,
     model: nn.Module | None,
     hidden: str | None,
 ) -> str:
     """Return the line on which columns a split uses and drops."""
     (texts, label), kinds = found.columns, split.kinds
+    takes, keep = functions.takes, functions.keep
     kept = [name for name in kinds if takes(name, kinds[name])]
     inputs = [name for name in kept if name != "labels"]
     note = f"using {', '.join(texts or inputs)}{' -> labels' if 'labels' in kept else ''}"
     if also := [name for name in keep if name in kinds or name == label]:
         note += f"; keeping {', '.join(also)}"
-    if dropped := [name for name in (*raw, *kinds) if name not in (*kept, *texts, *also, label)]:
+    known = (*kept, *texts, *also, label, RAW)
+    if dropped := [name for name in (*raw, *kinds) if name not in known]:
         note += f"; dropped: {', '.join(dict.fromkeys(dropped))}{_taker(model)}"
     if hidden is not None:
         note += f"; every {label} is {hidden}, so there are no labels"
@@ -472,12 +475,18 @@ def _taker(model: nn.Module | None) -> str:
     return "" if model is None else f" (not in {model_name(model)}.forward)"
 
 
-def _in_tables(split: Split, collate_fn: Callable[[Any], Any]) -> Split:
-    """Make loaders fetch a split's rows as tables if their ``collate_fn`` takes tables."""
-    if not hasattr(collate_fn, "padded_lengths") or split.is_stream:
-        return split
-    if "media" in split.kinds.values():  # which a table holds as bytes
-        return split
+def _as_read(split: Split, collate_fn: Any, seed: int) -> Any:
+    """Return a split's rows as loaders fetch them: as tables, if ``collate_fn`` takes tables.
+
+    Rows that are masked by their numbers know them.
+    """
+    if isinstance(collate_fn, RowMasks):
+        return TransformedRows(split.rows, split.name, seed)
+    if split.is_stream:
+        return split.rows
+    # A table holds an image as bytes.
+    if not hasattr(collate_fn, "padded_lengths") or "media" in split.kinds.values():
+        return split.rows
     from manualloop.data.tables import as_tables
 
-    return split._replace(rows=as_tables(split.rows))
+    return as_tables(split.rows)

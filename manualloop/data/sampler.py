@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -50,6 +51,22 @@ class Made(NamedTuple):
     num_ranks: int
 
 
+class RowNumbers(list[int]):
+    """The row numbers of a batch, with the epoch in which the rows are read.
+
+    Args:
+        rows: The row numbers.
+        epoch: Number of the epoch.
+    """
+
+    def __init__(self, rows: Iterable[int], epoch: int) -> None:
+        super().__init__(rows)
+        self.epoch = epoch
+
+    def __reduce__(self) -> Any:
+        return RowNumbers, (list(self), self.epoch)
+
+
 class OrderedBatchSampler:
     """A batch sampler whose order is a function of seed and epoch.
 
@@ -67,6 +84,8 @@ class OrderedBatchSampler:
     Attributes:
         epoch: Epoch of the next pass.
         num_ranks: Number of ranks that read a batch each, for batches that are grouped by length.
+        tells_epoch: Whether batches are ``RowNumbers``, for rows that depend on the epoch.
+        epoch_of_rows: Epoch in which rows are read; None means ``epoch``.
 
     >>> sampler = OrderedBatchSampler(5, batch_size=2, shuffle=True, seed=42)
     >>> list(sampler)
@@ -101,6 +120,8 @@ class OrderedBatchSampler:
         self.max_tokens = None if max_tokens is None else int(max_tokens)
         self.longest_first = longest_first
         self.epoch, self.num_ranks = 0, 1
+        self.tells_epoch = False
+        self.epoch_of_rows: int | None = None
         # A DataLoader draws a seed for its workers at every pass. With this generator the draw is
         # a function of (seed, epoch), too, and leaves the global generator alone.
         self.generator = torch.Generator().manual_seed(seed)
@@ -205,7 +226,12 @@ class OrderedBatchSampler:
         # A DataLoader with workers calls iter() twice, so nothing happens before the first batch.
         start, made = self._start, self._made or self.own
         self._start, self._made, self._under_way = 0, None, made
-        yield from self._batches(start, made, self.epoch)
+        if not self.tells_epoch:
+            yield from self._batches(start, made, self.epoch)
+            return
+        of_rows = self.epoch if self.epoch_of_rows is None else self.epoch_of_rows
+        for batch in self._batches(start, made, self.epoch):
+            yield RowNumbers(batch, of_rows)
 
     def __len__(self) -> int:
         if self.max_tokens is None:
@@ -225,6 +251,7 @@ def ordered_loader(
     drop_last: bool,
     lengths: Ints | None = None,
     max_tokens: int | None = None,
+    tells_epoch: bool = False,
     **options: Any,
 ) -> DataLoader[Any]:
     """Make a loader that reads a dataset in the order of ``order``, or a stream in its own.
@@ -245,6 +272,7 @@ def ordered_loader(
         lengths=lengths,
         max_tokens=max_tokens,
     )
+    sampler.tells_epoch = tells_epoch
     if len(sampler) == 0:
         raise DataError(
             f"{split} has {len(rows)} rows: with batch_size={batch_size} and drop_last it has 0 "
@@ -292,6 +320,20 @@ def longest_first_view(loader: Any, *, fills_batches: bool) -> DataLoader[Any] |
         multiprocessing_context=loader.multiprocessing_context,
         generator=view.generator,
     )
+
+
+@contextmanager
+def rows_fixed(loader: Iterable[Any]) -> Iterator[None]:
+    """Let rows that depend on the epoch be those of the first, so that scores can be compared."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(sampler, OrderedBatchSampler):
+        yield
+        return
+    before, sampler.epoch_of_rows = sampler.epoch_of_rows, 0
+    try:
+        yield
+    finally:
+        sampler.epoch_of_rows = before
 
 
 def rows_before(loader: Iterable[Any], number: int) -> int:

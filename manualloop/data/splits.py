@@ -28,12 +28,14 @@ class Split(NamedTuple):
         first: The first row.
         key: Key of the split in the mapping that the user passed, as code; None if there is no
             mapping.
+        form: The format of the user's dataset, which the rows have not; None if it had none.
     """
 
     name: str
     rows: Any
     first: Mapping[str, Any]
     key: str | None = None
+    form: Mapping[str, Any] | None = None
 
     @property
     def is_train(self) -> bool:
@@ -59,7 +61,7 @@ class Split(NamedTuple):
         """
         if self.rows.features is not None:
             return {name: _kind_of_feature(f) for name, f in self.rows.features.items()}
-        return {name: _kind_of_value(value) for name, value in self.first.items()}
+        return {name: kind_of_value(value) for name, value in self.first.items()}
 
     def feature(self, name: str) -> Any:
         """Return the feature of a column, or of the items in its lists; None if it is unknown."""
@@ -173,14 +175,16 @@ def _open(name: str, rows: Any, key: str | None) -> Split:
     if form.get("type") == "custom":
         raise DataError(
             f"{name} has a transform, so its columns are unknown until the transform runs. "
-            "Pass the transform as a function: prepare_dataloaders(dataset.with_format(None), "
-            "preprocess=transform). Or build the loader: DataLoader(dataset, batch_size=8)."
+            "Pass it as a function. If it is the same at every call, of a batch of rows: "
+            "prepare_dataloaders(dataset.with_format(None), preprocess=transform). If it draws "
+            "random numbers, as augmentation does, of one row: prepare_dataloaders("
+            "dataset.with_format(None), transform=transform) calls transform(row, generator)."
         )
     # Tokenizers and collators expect rows of plain Python values.
     plain = rows.with_format(None)
     if form and not form["output_all_columns"]:
         plain = plain.select_columns(form["columns"])
-    return open_split(name, plain, key)
+    return open_split(name, plain, key)._replace(form=form or None)
 
 
 def open_split(name: str, rows: Any, key: str | None) -> Split:
@@ -227,9 +231,10 @@ def _kind_of_feature(feature: Any) -> str:
     return "other"
 
 
-def _kind_of_value(value: Any) -> str:
+def kind_of_value(value: Any) -> str:
+    """Return the kind of a single value: see ``Split.kinds``."""
     if isinstance(value, list | tuple) or getattr(value, "ndim", None):
-        return "texts" if len(value) and _kind_of_value(value[0]) in TEXT_KINDS else "list"
+        return "texts" if len(value) and kind_of_value(value[0]) in TEXT_KINDS else "list"
     if type(value).__module__.startswith("PIL."):
         return "media"
     for kind, types in (("text", str), ("int", Integral), ("float", Real)):

@@ -11,7 +11,7 @@ from torch import nn
 
 from manualloop.batches import is_spare, model_inputs
 from manualloop.checks import explain, require_loader
-from manualloop.data.sampler import num_batches, rows_before
+from manualloop.data.sampler import num_batches, rows_before, rows_fixed
 from manualloop.errors import DataError
 from manualloop.evaluation.losses import Made
 from manualloop.models import accepts, evaluation_mode, is_sharded
@@ -80,6 +80,7 @@ def each_batch(passes: Passes, use: Callable[[Made], None], bar: str | None, **o
     task: Task | None = None
     with (
         evaluation_mode(model, strategy.device, **owners),
+        rows_fixed(passes.loader),
         closing(_numbered(passes.loader, strategy, bar)) as batches,
     ):
         for number, batch in batches:

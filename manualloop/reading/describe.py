@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, SequentialSampler
 
-from manualloop.data.kept import trained_data
+from manualloop.data.kept import inner_collate, trained_data
 from manualloop.data.labels import origin_of
 from manualloop.data.sampler import OrderedBatchSampler, num_batches
+from manualloop.data.transform import transform_of
 from manualloop.errors import DataError
 from manualloop.internals import stored_table
 from manualloop.notices import say
@@ -272,9 +273,9 @@ def identify(loader: Any, facts: LoaderFacts) -> Identity:
     data = getattr(loader, "dataset", loader)
     generators = find_generators(loader=loader)
     seeds = {path: g.initial_seed() for path, g in generators.items() if hasattr(g, "initial_seed")}
-    collate: Any = getattr(loader, "collate_fn", None)
-    name = getattr(collate, "__qualname__", type(collate).__qualname__)
-    settings = repr((type(loader).__qualname__, facts.exact, seeds, name))
+    functions: Any = inner_collate(getattr(loader, "collate_fn", None)), transform_of(loader)
+    names = [getattr(f, "__qualname__", type(f).__qualname__) for f in functions]
+    settings = repr((type(loader).__qualname__, facts.exact, seeds, names))
     return Identity(data, data_digest(data), settings)
 
 

@@ -94,6 +94,14 @@ def test_labels_that_are_made_of_others_are_kept_as_they_are():
     assert batch["labels"].tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1]]
 
 
+def test_labels_that_are_numbered_are_kept_as_strings():
+    table = rows(4).remove_columns("label").add_column("label", ["b", "a", "b", "a"])
+    loader = prepare_dataloaders({"dev": table}, tiny_tokenizer(), keep="label")["dev"]
+    batch = next(iter(loader))
+    assert (batch["labels"].tolist(), batch["label"]) == ([1, 0, 1, 0], ["b", "a", "b", "a"])
+    assert len(batch) == 5
+
+
 def test_hidden_labels_are_kept():
     dataset = {"train": rows(4), "test": table(4, label=[-1] * 4)}
     loaders = prepare_dataloaders(dataset, tiny_tokenizer(), keep="label")

@@ -1,0 +1,121 @@
+"""The user's functions by split: one for all splits, or one for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from manualloop.arguments import Checks
+from manualloop.data.collate import require_pad_token
+from manualloop.data.columns import Taking, column_filter
+from manualloop.data.splits import Split
+from manualloop.errors import ConfigError
+
+ByName = Mapping[str, Callable[..., Any]]
+"""A function for each of some splits."""
+
+
+RAW = "labels as they are"
+"""Column of the labels from before they were numbered by their names, where it is asked for."""
+
+
+class Functions(NamedTuple):
+    """What the user's functions are for one split, and which columns reach a batch of it.
+
+    Attributes:
+        preprocess: As in ``prepare_dataloaders``, for this split.
+        transform: As in ``prepare_dataloaders``, for this split.
+        collate_fn: As in ``prepare_dataloaders``, for this split; None pads.
+        takes: Test for the columns that the model takes.
+        keep: Columns that skip the model.
+    """
+
+    preprocess: Callable[..., Any] | None
+    transform: Callable[..., Any] | None
+    collate_fn: Callable[..., Any] | None
+    takes: Taking
+    keep: tuple[str, ...]
+
+    @property
+    def are_given(self) -> bool:
+        """Whether any of the functions is the user's."""
+        return any(function is not None for function in self[:3])
+
+    def stays(self, name: str, kind: str) -> bool:
+        """Tell whether a column stays in the dataset: a transform gets all of them."""
+        is_kept = name in self.keep or name == RAW
+        return self.transform is not None or is_kept or self.takes(name, kind)
+
+
+def functions_of(
+    splits: Mapping[Any, Split],
+    given: Mapping[str, Callable[..., Any] | ByName | None],
+    keep: tuple[str, ...],
+    tokenizer: Any,
+    model: nn.Module | None,
+    check: Checks,
+) -> dict[Any, Functions]:
+    """Return the functions of each split.
+
+    Args:
+        splits: The splits.
+        given: The user's ``preprocess``, ``transform`` and ``collate_fn``.
+        keep: Columns that skip the model.
+        tokenizer: As in ``prepare_dataloaders``.
+        model: As in ``prepare_dataloaders``.
+        check: Keeps the errors.
+    """
+    of_split: dict[Any, list[Any]] = {key: [] for key in splits}
+    for argument, function in given.items():
+        by_key = check(_by_split, argument, function, list(splits)) or {}
+        for key, functions in of_split.items():
+            functions.append(by_key.get(key))
+    check(_refuse_streams, splits, {key: functions[1] for key, functions in of_split.items()})
+    if any(functions[2] is None for functions in of_split.values()):
+        check(require_pad_token, tokenizer)
+    return {
+        key: Functions(
+            *(preprocess, transform, collate_fn),
+            column_filter(tokenizer, model, takes_all=collate_fn is not None, keep=(*keep, RAW)),
+            keep,
+        )
+        for key, (preprocess, transform, collate_fn) in of_split.items()
+    }
+
+
+def _by_split(argument: str, function: Any, keys: list[Any]) -> dict[Any, Any]:
+    """Return an argument as a function by split.
+
+    Raises:
+        ConfigError: It names a split that is not there, or ``preprocess`` leaves one out.
+    """
+    if not isinstance(function, Mapping):
+        return dict.fromkeys(keys, function)
+    names = ", ".join(map(str, keys))
+    if unknown := [key for key in function if key not in keys]:
+        raise ConfigError(
+            f"{argument} names the split {unknown[0]!r}, which is not there. The splits: {names}."
+        )
+    left = [key for key in keys if key not in function]
+    if argument == "preprocess" and left:
+        raise ConfigError(
+            f"preprocess names no function for {left[0]}. Name one for every split: {names}."
+        )
+    return dict(function)
+
+
+def _refuse_streams(splits: Mapping[Any, Split], transforms: Mapping[Any, Any]) -> None:
+    """Refuse transforms of streams, in which rows have no numbers.
+
+    Raises:
+        ConfigError: A split with a transform is a stream.
+    """
+    for key, split in splits.items():
+        if split.is_stream and transforms[key] is not None:
+            raise ConfigError(
+                f"transform= draws for each row by its number, and the rows of {split.name} have "
+                "none: it is a stream. Load it without streaming=True, or save its rows: "
+                f"datasets.Dataset.from_list(list({split.code}))."
+            )

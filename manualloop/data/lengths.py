@@ -1,0 +1,54 @@
+"""The number of tokens of each row, by which batches are grouped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from manualloop.data.grouping import Ints, round_up
+from manualloop.data.labels import BY_TOKEN
+from manualloop.data.splits import Split
+from manualloop.errors import ConfigError, DataError
+
+
+def lengths_of_rows(
+    split: Split,
+    texts: Sequence[str],
+    task: str | None,
+    keep: Sequence[str],
+    multiple: int,
+    max_tokens: int | None,
+    group_by_length: bool,
+) -> Ints | None:
+    """Return the number of tokens of each row, int64 ``(rows,)``; None if the order ignores it.
+
+    Raises:
+        ConfigError: The split is a stream, or has no column of lists of numbers.
+        DataError: A row has no tokens.
+    """
+    if max_tokens is None and not (group_by_length and split.is_train):
+        return None
+    lengths = None
+    if hasattr(split.rows, "__len__"):
+        from manualloop.data.tables import as_tables
+
+        kinds = split.kinds
+        lists = [name for name in kinds if kinds[name] == "list" and name not in keep]
+        names = ["input_ids"] if "input_ids" in lists else lists[:1]
+        if "labels" in lists and (task in BY_TOKEN or task == "seq2seq_lm"):
+            names.append("labels")
+        lengths = as_tables(split.rows).lengths(names)
+    if lengths is None:
+        asked = "group_by_length=True" if max_tokens is None else f"max_tokens={max_tokens}"
+        raise ConfigError(
+            f"{asked} needs the number of tokens of each row of {split.name}, which is a stream or "
+            "has no column of lists of numbers. Remove the argument."
+        )
+    row = int(lengths.argmin())
+    if lengths[row] == 0:
+        column = (*texts, *names)[0]
+        line = split.fix(f'filter(lambda row: len(row["{column}"]) > 0)')
+        raise DataError(
+            f"Row {row} of {split.name} has no tokens, so grouping by length would make a batch "
+            f"without tokens. Filter such rows out: {line}."
+        )
+    return round_up(lengths, multiple)
