@@ -175,9 +175,7 @@ def prepare_dataloaders(
     encode = _encoder(reference_of(splits), texts, tokenizer, max_length, model, tokenizes)
     used = () if label_column is None or isinstance(label_column, str) else tuple(label_column)
     splits, transformed = _prepare_splits(splits, found, encode, functions, model, used, seed)
-    pads: Any = None
-    if any(of_split.collate_fn is None for of_split in functions.values()):
-        pads = padding_collate_fn(tokenizer, labels.task, pad_to_multiple_of)
+    pads = _padding(functions, tokenizer, labels.task, pad_to_multiple_of)
     loaders = {}
     labelled = tuple(split.key for key, split in splits.items() if key not in found.hidden)
     with all_at_once() as check:
@@ -473,6 +471,15 @@ def _note(
 
 def _taker(model: nn.Module | None) -> str:
     return "" if model is None else f" (not in {model_name(model)}.forward)"
+
+
+def _padding(
+    functions: Mapping[Any, Functions], tokenizer: Any, task: str | None, multiple: int | None
+) -> Any:
+    """Return the function that pads rows; None if no split needs it."""
+    if all(of_split.collate_fn is not None for of_split in functions.values()):
+        return None
+    return padding_collate_fn(tokenizer, task, multiple)
 
 
 def _as_read(split: Split, collate_fn: Any, seed: int) -> Any:
