@@ -165,7 +165,9 @@ def _by_names(
 ) -> tuple[Takes, tuple[str, str] | None]:
     """Tell what the user's own function takes, and by which parameters."""
     try:
-        inspect.signature(function).bind(None, None)
+        inspect.signature(function).bind(
+            None, None, **({"kept": None} if accepts_kept(function) else {})
+        )
     except TypeError as error:
         raise ConfigError(
             f"{name} cannot be called with two arguments ({error}). Write it as "

@@ -1,0 +1,553 @@
+"""One pass makes a table: what each kind of metric gets of it, whatever shapes a batch has."""
+
+from __future__ import annotations
+
+import logging
+import tracemalloc
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from helpers import tiny_bert, tiny_tokenizer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from manualloop import (
+    ConfigError,
+    DataError,
+    MetricError,
+    ModelError,
+    evaluate_loop,
+    predict_loop,
+    prepare_dataloaders,
+    train_loop,
+)
+from manualloop.evaluation.losses import Losses
+from manualloop.evaluation.table import Column
+
+WORDS = ["a", "cat", "dog", "and", "mouse", "sea", "one", "two"]
+
+
+class Affine(nn.Module):
+    """Logits are the input; the loss is theirs where there are labels of classes."""
+
+    def __init__(self, **config):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+        if config:
+            self.config = SimpleNamespace(**config)
+        self.num_calls = 0
+
+    def forward(self, x, labels=None):
+        self.num_calls += 1
+        return {"logits": x + self.bias}
+
+
+class Recorded:
+    """A metric that keeps what it got."""
+
+    __name__ = "recorded"
+
+    def __call__(self, predictions, references):
+        self.predictions, self.references = predictions, references
+        return {"rows": len(predictions)}
+
+
+def got(model, batches, **options):
+    """What a function gets of some batches."""
+    recorded = Recorded()
+    evaluate_loop(model, batches, recorded, **options)
+    return recorded.predictions, recorded.references
+
+
+def one_hot(classes, num_classes=3):
+    return nn.functional.one_hot(torch.as_tensor(classes), num_classes).float()
+
+
+def plain(rows):
+    return [np.asarray(row).tolist() for row in rows]
+
+
+# What a metric gets -------------------------------------------------------------------------------
+
+
+def test_a_function_gets_one_entry_a_row_without_the_ignored_tokens():
+    classes = [torch.tensor([[0, 1, 2], [2, 1, 0]]), torch.tensor([[1, 1]])]
+    labels = [torch.tensor([[0, -100, 1], [2, -100, -100]]), torch.tensor([[-100, 0]])]
+    batches = [{"x": one_hot(c), "labels": t} for c, t in zip(classes, labels, strict=True)]
+    predictions, references = got(Affine(), batches)
+    assert plain(predictions) == [[0, 2], [2], [1]]
+    assert plain(references) == [[0, 1], [2], [0]]
+    assert evaluate_loop(Affine(), batches, "accuracy") == {"accuracy": 0.5}
+
+
+def test_a_function_gets_arrays_for_one_label_a_row():
+    batches = [
+        {"x": one_hot([0, 1, 2]), "labels": torch.tensor([0, -100, 1])},
+        {"x": one_hot([2]), "labels": torch.tensor([2])},
+    ]
+    predictions, references = got(Affine(), batches)
+    assert isinstance(predictions, np.ndarray)
+    assert (predictions.tolist(), references.tolist()) == ([0, 2, 2], [0, 1, 2])
+    batches = [{**batch, "labels": batch["labels"][:, None]} for batch in batches]
+    config = {"problem_type": "single_label_classification"}
+    again, references = got(Affine(**config), batches)
+    assert (again.tolist(), references.tolist()) == ([0, 2, 2], [0, 1, 2])
+
+
+def test_several_labels_a_row_are_arrays():
+    batch = {"x": torch.tensor([[1.0, -1], [2, 3]]), "labels": torch.tensor([[1.0, 0], [0, 1]])}
+    predictions, references = got(Affine(), [batch])
+    assert (predictions.tolist(), references.tolist()) == ([[1, 0], [1, 1]], [[1, 0], [0, 1]])
+    assert references.dtype.kind == "i"
+
+
+@pytest.mark.parametrize("width", [3, 4, 5])
+def test_generated_texts_are_whole_whatever_their_length_is(width):
+    labels = torch.tensor([[5, 6, -100, -100], [7, 8, 9, 1]])
+    texts = torch.arange(2 * width).reshape(2, width)
+    predictions, references = got(
+        Affine(), [{"x": torch.zeros(2, 4, 3), "labels": labels}], postprocess=lambda o, b: texts
+    )
+    assert plain(predictions) == texts.tolist()
+    assert plain(references) == [[5, 6], [7, 8, 9, 1]]
+
+
+def test_texts_of_a_ctc_head_are_whole_even_if_there_are_as_many_frames_as_labels():
+    class EarForCTC(Affine):
+        pass
+
+    labels = torch.tensor([[1, 2, -100], [1, -100, -100]])
+    for frames in (3, 4):
+        classes = torch.arange(2 * frames).reshape(2, frames) % 3
+        batch = {"x": one_hot(classes), "labels": labels}
+        predictions, references = got(EarForCTC(), [batch])
+        assert plain(predictions) == classes.tolist()
+        assert plain(references) == [[1, 2], [1]]
+        with pytest.raises(MetricError, match="ctc have no place each"):
+            evaluate_loop(EarForCTC(), [batch], "accuracy")
+
+
+@pytest.mark.parametrize(
+    ("predicted", "labels"),
+    [
+        (torch.zeros(2, 3, 2).long(), torch.zeros(2, 6).long()),
+        (torch.zeros(2, 3).long(), torch.tensor([[1, 1, 1, -100], [1, 1, 1, -100]])),
+        (torch.zeros(2, 4).long(), torch.zeros(2).long()),
+        (torch.zeros(2).long(), torch.zeros(2, 4).long()),
+    ],
+)
+def test_numbers_that_happen_to_agree_are_no_alignment(predicted, labels):
+    batches = [{"x": torch.zeros(2, 3), "labels": labels}]
+    with pytest.raises(MetricError, match="batch 0 the shape of the predictions is") as caught:
+        evaluate_loop(Affine(), batches, "accuracy", postprocess=lambda o, b: predicted)
+    assert str(tuple(predicted.shape)) in str(caught.value)
+    found, _ = got(Affine(), batches, postprocess=lambda o, b: predicted)
+    assert plain(found) == predicted.tolist()
+
+
+def test_predictions_of_another_number_of_rows_are_refused():
+    batch = {"x": torch.zeros(2, 3), "labels": torch.zeros(2, 3).long()}
+    with pytest.raises(DataError, match="6 predictions for a batch of 2 rows"):
+        evaluate_loop(Affine(), [batch], "accuracy", postprocess=lambda o, b: torch.zeros(6).long())
+    with pytest.raises(DataError, match=r"postprocess returned a list.*decode="):
+        evaluate_loop(Affine(), [batch], "accuracy", postprocess=lambda o, b: [0, 1])
+
+
+def test_a_causal_model_gives_a_function_the_tokens_that_come_next():
+    class EchoForCausalLM(Affine):
+        pass
+
+    ids = torch.tensor([[1, 2, 0], [2, 2, 1]])
+    labels = torch.tensor([[1, 2, 0], [-100, 2, -100]])
+    predictions, references = got(EchoForCausalLM(), [{"x": one_hot(ids), "labels": labels}])
+    assert plain(predictions) == [[1, 2], [2]]
+    assert plain(references) == [[2, 0], [2]]
+
+
+def test_pixels_that_the_model_ignores_are_left_out():
+    class EyeForSemanticSegmentation(Affine):
+        pass
+
+    maps = torch.tensor([[[0, 1], [1, 0]]])
+    labels = torch.tensor([[[0, 1], [255, 1]]])
+    batch = {"x": one_hot(maps, 2).permute(0, 3, 1, 2), "labels": labels}
+    model = EyeForSemanticSegmentation(semantic_loss_ignore_index=255, num_labels=2)
+    assert evaluate_loop(model, [batch], "accuracy") == {"accuracy": 2 / 3}
+    single = {"x": torch.tensor([[[[-1.0, 1], [1, -1]]]]), "labels": labels}
+    model = EyeForSemanticSegmentation(num_labels=1)  # a binary cross-entropy: the sign decides
+    assert evaluate_loop(model, [single], "accuracy") == {"accuracy": 2 / 3}
+
+
+def test_metrics_of_all_kinds_score_one_pass():
+    pytest.importorskip("sklearn")
+    from sklearn.metrics import roc_auc_score
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 2, generator=generator)
+    labels = torch.randint(0, 2, (20,), generator=generator)
+    batches = [{"x": x[i : i + 3], "labels": labels[i : i + 3]} for i in range(0, 20, 3)]
+    model = Affine()
+    right = lambda predictions, references: {"right": (predictions == references).sum()}  # noqa: E731
+    found = evaluate_loop(model, batches, ["accuracy", "mse", "roc_auc", right])
+    assert model.num_calls == 7
+    number = int((x.argmax(-1) == labels).sum())
+    assert found["accuracy"] == number / 20
+    assert found["mse"] == pytest.approx(1 - number / 20)
+    assert found["right"] == number
+    assert found["roc_auc"] == pytest.approx(roc_auc_score(labels, x.softmax(-1)[:, 1]))
+    assert evaluate_loop(model, batches, "accuracy") == {"accuracy": found["accuracy"]}
+
+
+# decode -------------------------------------------------------------------------------------------
+
+
+def sentences(num_rows):
+    draws = np.random.default_rng(num_rows)
+    texts = [" ".join(draws.choice(WORDS, size=1 + draws.integers(9))) for _ in range(num_rows)]
+    columns = {"text": texts, "label": [n % 2 for n in range(num_rows)]}
+    return Dataset.from_dict({**columns, "id": [f"row {n}" for n in range(num_rows)]})
+
+
+def lengths_of(outputs, batch):
+    """A dict a row, which does not depend on the padding."""
+    return [
+        {"length": int(mask.sum()), "id": i}
+        for mask, i in zip(batch["attention_mask"], batch["id"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 17])
+def test_decoded_objects_are_in_the_order_of_the_dataset(num_rows):
+    data, tokenizer, model = sentences(num_rows), tiny_tokenizer(), tiny_bert()
+    ids = tokenizer(data["text"][:])["input_ids"]
+    expected = [{"length": len(row), "id": f"row {n}"} for n, row in enumerate(ids)]
+    for batch_size in range(1, 6):
+        splits = {"train": data, "validation": data}
+        loaders = prepare_dataloaders(
+            splits, tokenizer, model=model, batch_size=batch_size, keep="id"
+        )
+        for name, loader in loaders.items():
+            predictions, references = got(model, loader, decode=lengths_of)
+            assert predictions == expected, (batch_size, name)
+            assert references == data["label"][:]
+        table = predict_loop(model, loaders["train"], decode=lengths_of)
+        assert table.predictions == expected
+        assert table.kept["id"] == data["id"][:]
+        assert table.references.tolist() == data["label"][:]
+        assert table.scores.shape == (num_rows, 2)
+
+
+def test_a_function_gets_kept_columns_of_the_same_rows():
+    data, model = sentences(9), tiny_bert()
+    loader = prepare_dataloaders(
+        {"test": data}, tiny_tokenizer(), model=model, batch_size=2, keep=("id", "text")
+    )["test"]
+
+    def check(predictions, references, kept):
+        assert list(kept["id"]) == data["id"][:]
+        assert list(kept["text"]) == data["text"][:]
+        return len(predictions)
+
+    assert evaluate_loop(model, loader, check)["check"] == 9
+
+
+def test_kept_columns_leave_out_rows_without_a_label():
+    from manualloop.batches import Kept
+
+    batch = {"x": one_hot([0, 1]), "labels": torch.tensor([-100, 1]), "id": Kept(["a", "b"])}
+
+    def ids(predictions, references, kept):
+        assert (predictions.tolist(), references.tolist(), kept) == ([1], [1], {"id": ["b"]})
+        return 1
+
+    evaluate_loop(Affine(), [batch], ids)
+
+
+def test_kept_columns_can_be_all_that_there_is_to_compare_with():
+    from manualloop.batches import Kept
+
+    batch = {"x": one_hot([0, 1]), "id": Kept(["a", "b"])}
+
+    def ids(predictions, references, kept):
+        assert (references, kept) == ([None, None], {"id": ["a", "b"]})
+        return {"right": float(predictions == ["A", "B"])}
+
+    decode = lambda outputs, batch: [i.upper() for i in batch["id"]]  # noqa: E731
+    assert evaluate_loop(Affine(), [batch], ids, decode=decode) == {"right": 1.0}
+    with pytest.raises(DataError, match="needs labels"):
+        evaluate_loop(Affine(), [batch], lambda p, r: 1, decode=decode)
+
+
+def test_two_lists_are_predictions_and_references():
+    batches = [{"x": torch.zeros(n, 2)} for n in (2, 1)]  # no labels
+    pairs = iter([(["a", "b"], ["a", "c"]), (["d"], ["d"])])
+    predictions, references = got(Affine(), batches, decode=lambda o, b: next(pairs))
+    assert (predictions, references) == (["a", "b", "d"], ["a", "c", "d"])
+    table = predict_loop(Affine(), batches[:1], decode=lambda o, b: (["a", "b"], [{"x": 1}, None]))
+    assert (table.predictions, table.references) == (["a", "b"], [{"x": 1}, None])
+
+
+def test_tags_are_scored_by_spans():
+    seqeval = pytest.importorskip("seqeval.metrics")
+    names = ["O", "B-PER", "I-PER"]
+    gold = torch.tensor([[0, 1, -100], [1, 2, 0]])
+    found = torch.tensor([[0, 1, 0], [1, 0, 0]])
+
+    def tags(outputs, batch):
+        of_rows = zip(outputs["logits"].argmax(-1).tolist(), batch["labels"].tolist(), strict=True)
+        pairs = [[(p, t) for p, t in zip(*row, strict=True) if t != -100] for row in of_rows]
+        sides = ([[names[pair[side]] for pair in row] for row in pairs] for side in (0, 1))
+        return tuple(sides)
+
+    batches = [{"x": one_hot(found[n : n + 1]), "labels": gold[n : n + 1]} for n in range(2)]
+    span_f1 = lambda predictions, references: seqeval.f1_score(references, predictions)  # noqa: E731
+    scores = evaluate_loop(Affine(), batches, [span_f1, "seqeval"], decode=tags)
+    expected = seqeval.f1_score(
+        [["O", "B-PER"], ["B-PER", "I-PER", "O"]], [["O", "B-PER"], ["B-PER", "O", "O"]]
+    )
+    assert scores["metric"] == expected
+    assert expected in scores.values()
+
+
+def test_labels_that_are_lists_of_objects_are_references():
+    boxes = [{"boxes": torch.ones(1, 4)}, {"boxes": torch.zeros(0, 4)}]
+    batch = {"x": torch.zeros(2, 2), "labels": boxes}
+    predictions, references = got(Affine(), [batch], decode=lambda o, b: [{"n": 1}, {"n": 0}])
+    assert [len(row["boxes"]) for row in references] == [1, 0]
+    assert predictions == [{"n": 1}, {"n": 0}]
+
+
+def test_a_metric_of_classes_takes_decoded_numbers_and_refuses_texts():
+    batch = {"x": one_hot([0, 1], 2), "labels": torch.tensor([0, 0])}
+    numbers = lambda outputs, batch: outputs["logits"].argmax(-1).tolist()  # noqa: E731
+    assert evaluate_loop(Affine(), [batch], "accuracy", decode=numbers) == {"accuracy": 0.5}
+    with pytest.raises(MetricError, match="accuracy scores one class a row, and decode made a str"):
+        evaluate_loop(Affine(), [batch], "accuracy", decode=lambda o, b: ["a", "b"])
+    with pytest.raises(MetricError, match=r"made a float of row 0 of the references: 0\.5"):
+        evaluate_loop(Affine(), [batch], "f1", decode=lambda o, b: ([1, 0], [0.5, 1]))
+    values = lambda outputs, batch: [0.5, 1]  # noqa: E731
+    assert evaluate_loop(Affine(), [batch], "mse", decode=values) == {"mse": 0.625}
+    auc = evaluate_loop(
+        Affine(),
+        [batch | {"labels": torch.tensor([0, 1])}],
+        "roc_auc",
+        decode=lambda o, b: ["a", "b"],
+    )
+    assert auc == {"roc_auc": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("result", "found"),
+    [
+        (["a"], "1 objects"),
+        (["a"] * 3, "3 objects"),
+        ("ab", "a str"),
+        (None, "a NoneType"),
+        (torch.zeros(2), r"a Tensor of shape \(2,\)"),
+        (np.zeros(2), r"a ndarray of shape \(2,\)"),
+        ({"a": 1, "b": 2}, "a dict"),
+        (("a", "b"), "a str"),
+        ((["a", "b"], ["a"]), "1 objects"),
+        ((["a", "b"], ["a", "b"], ["a", "b"]), "a tuple"),
+        (iter(["a", "b"]), "a list_iterator"),
+    ],
+)  # fmt: skip
+def test_what_is_no_list_of_one_object_a_row_is_refused(result, found):
+    batch = {"x": torch.zeros(2, 2), "labels": torch.zeros(2).long()}
+    for loop in (partial(evaluate_loop, metric=Recorded()), predict_loop):
+        with pytest.raises(DataError, match=f"decode returned {found} for a batch of 2 rows"):
+            loop(Affine(), [batch], decode=lambda outputs, batch: result)
+
+
+def test_decode_and_postprocess_exclude_each_other():
+    for loop in (evaluate_loop, predict_loop):
+        with pytest.raises(ConfigError, match="not both"):
+            loop(Affine(), [], decode=lambda o, b: [], postprocess=lambda o, b: torch.zeros(0))
+
+
+def test_decoded_views_do_not_keep_the_outputs():
+    batch = {"x": torch.zeros(3, 1000), "labels": torch.zeros(3).long()}
+
+    def decode(outputs, batch):
+        return [{"first": row[:2], "all": (row[0], 1)} for row in outputs["logits"]]
+
+    predictions, _ = got(Affine(), [batch], decode=decode)
+    assert [row["first"].untyped_storage().nbytes() for row in predictions] == [8, 8, 8]
+    assert all(row["all"][0].untyped_storage().nbytes() == 4 for row in predictions)
+
+
+def test_decode_is_tried_before_the_first_update():
+    class Counted:
+        def __init__(self):
+            self.calls = []
+
+        def __call__(self, outputs, batch):
+            self.calls.append(len(batch["x"]))
+            return ["text"] if len(batch["x"]) == 4 else ["text"] * len(batch["x"])
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x, labels):
+            logits = self.linear(x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    def train(rows, decode):
+        model = Net()
+        data = [{"x": torch.ones(rows, 3), "labels": torch.zeros(rows).long()}]
+        own = lambda predictions, references: {"rows": len(predictions)}  # noqa: E731
+        evaluate = partial(evaluate_loop, model, data, own, decode=decode)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train_loop(
+            model,
+            data,
+            optimizer,
+            num_epochs=1,
+            evaluate=evaluate,
+            progress_bar=False,
+            on_step=lambda s: steps.append(1),
+        )
+
+    steps, decode = [], Counted()
+    with pytest.raises(DataError, match="1 objects for a batch of 4 rows"):
+        train(4, decode)
+    assert steps == []
+    decode = Counted()
+    train(2, decode)
+    assert (steps, decode.calls) == ([1], [2])  # of the trial nothing remains
+
+
+# Columns of logits and targets --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "labels"),
+    [
+        (torch.tensor([[2.0], [-1.0]]), torch.tensor([1, 0])),
+        (torch.tensor([[2.0], [-1.0]]), torch.tensor([[1], [0]])),
+        (torch.tensor([2.0, -1.0]), torch.tensor([1, 0])),
+        (torch.tensor([2.0]), torch.tensor([1])),
+        (torch.zeros(2, 3, 1), torch.zeros(2, 3).long()),
+    ],
+)
+def test_an_argmax_over_one_logit_is_refused(x, labels, monkeypatch):
+    batch = {"x": x, "labels": labels}
+    with pytest.raises(ModelError, match="always class 0") as caught:
+        evaluate_loop(Affine(), [batch], "accuracy")
+    fix = str(caught.value).partition("postprocess=")[2].partition(". For a")[0]
+    scores = evaluate_loop(Affine(), [batch], "accuracy", postprocess=eval(fix))
+    assert scores == {"accuracy": 1.0}
+    with pytest.raises(ModelError, match="always class 0"):
+        predict_loop(Affine(), [batch])
+    labelled = {**batch, "labels": batch["labels"].float()}  # the other fix
+    if x.ndim == 2:
+        assert evaluate_loop(Affine(), [labelled], "mse")["mse"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float])
+def test_one_logit_is_predicted_by_its_sign_where_the_problem_type_tells(dtype):
+    batch = {"x": torch.tensor([[2.0], [-1.0], [3.0]]), "labels": torch.tensor([1, 0, 0]).to(dtype)}
+    model = Affine(problem_type="multi_label_classification")
+    assert evaluate_loop(model, [batch], "accuracy") == {"accuracy": pytest.approx(2 / 3)}
+    model = Affine(problem_type="regression")
+    assert evaluate_loop(model, [batch], "mse")["mse"] == pytest.approx((1 + 1 + 9) / 3)
+
+
+def targets(*values):
+    labels = torch.tensor(values)
+    return {"x": labels + 1, "labels": labels}
+
+
+def test_values_decide_whether_targets_are_classes():
+    two = targets([0.7, 1.0], [2.5, -1.0])
+    assert evaluate_loop(Affine(), [two], ["mse", "mae"]) == pytest.approx({"mse": 1.0, "mae": 1.0})
+    assert predict_loop(Affine(), [two]).predictions.tolist() == two["x"].tolist()
+    soft = targets([0.25, 0.5])
+    assert evaluate_loop(Affine(), [soft], "mse") == {"mse": 1.0}
+    classes = targets([0.0, 1.0], [1.0, 1.0])
+    assert evaluate_loop(Affine(), [classes], "f1/macro")["f1_macro"] == pytest.approx(5 / 6)
+    assert predict_loop(Affine(), [classes]).predictions.tolist() == [[1, 1], [1, 1]]
+
+
+def test_the_problem_type_of_a_model_comes_first():
+    classes = targets([0.0, 1.0], [1.0, 1.0])
+    model = Affine(problem_type="regression")
+    assert evaluate_loop(model, [classes], "mse") == {"mse": 1.0}
+    two = targets([0.7, 1.0])
+    model = Affine(problem_type="multi_label_classification")
+    with pytest.raises(MetricError, match="integers"):
+        evaluate_loop(model, [two], "f1/macro")  # 0.7 is no class
+
+
+def test_values_may_come_in_a_later_batch():
+    classes, two = targets([0.0, 1.0]), targets([0.5, 3.0])
+    assert evaluate_loop(Affine(), [two, classes], "mse") == {"mse": 1.0}
+    for loop in (partial(evaluate_loop, metric="mse"), predict_loop):
+        with pytest.raises(DataError, match="batch 1 are those of a regression") as caught:
+            loop(Affine(), [classes, two])
+    assert "postprocess=" in str(caught.value)
+    values = lambda outputs, batch: outputs["logits"]  # noqa: E731
+    assert evaluate_loop(Affine(), [classes, two], "mse", postprocess=values) == {"mse": 1.0}
+
+
+# Memory and order ---------------------------------------------------------------------------------
+
+
+def test_a_row_of_classes_takes_few_bytes():
+    tracemalloc.start()
+    try:
+        column, losses = Column(), Losses()
+        before, _ = tracemalloc.get_traced_memory()
+        for number in range(4096):
+            column.add(np.full(8, number))
+            losses.means.append(0.5)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (after - before) / (8 * 4096) < 16
+
+
+def test_rows_of_different_widths_come_back_as_they_were():
+    column = Column()
+    parts = [np.arange(n * w).reshape(n, w) for n, w in [(2, 3), (1, 3), (2, 5), (1, 3)] * 200]
+    rows = [row.tolist() for part in parts for row in part]
+    for part in parts:
+        column.add(part)
+    assert plain(column.rows(None)) == rows
+    assert len(column) == len(rows)
+    order = np.random.default_rng(0).permutation(len(rows))
+    assert plain(column.rows(order)) == [rows[number] for number in order]
+    padded = column.array(order, pads=True)
+    assert padded.tolist() == [(rows[n] + [-100] * 5)[:5] for n in order]
+    assert column.array(None) is None
+
+
+def test_rows_of_a_shuffled_loader_are_in_order_for_values_and_functions():
+    x = torch.arange(10.0)
+    data = [{"x": value[None], "labels": value} for value in x]
+    loader = prepare_dataloaders(
+        {"train": Dataset.from_dict({"x": x[:, None].tolist(), "label": x.tolist()})}, batch_size=3
+    )["train"]
+    assert len(data) == 10
+    predictions, references = got(Affine(), loader)
+    assert predictions.tolist() == references.tolist() == x.tolist()
+
+
+def test_an_order_that_nobody_knows_is_left_as_it_is():
+    data = [{"x": one_hot(n % 3), "labels": torch.tensor(n % 3)} for n in range(9)]
+    loader = DataLoader(data, batch_size=2, sampler=[3, 1, 2])
+    predictions, references = got(Affine(), loader)
+    assert predictions.tolist() == references.tolist() == [0, 1, 2]
+
+
+def test_nan_of_probabilities_is_told_with_decode(caplog):
+    caplog.set_level(logging.INFO, logger="manualloop")
+    batch = {"x": torch.tensor([[float("nan"), 0.0], [1.0, 0.0]]), "labels": torch.tensor([0, 1])}
+    predict_loop(Affine(), [batch], decode=lambda o, b: ["a", "b"])
+    assert "the logits of 1 row are NaN" in caplog.text
