@@ -109,7 +109,7 @@ class Function:
         if isinstance(batches[0], Rows):
             return list(chain.from_iterable(batches))
         try:
-            return np.concatenate(batches)
+            return batches[0] if len(batches) == 1 else np.concatenate(batches)
         except ValueError as error:
             raise MetricError(
                 f"{self.name} gets all rows at once, but batches differ in width ({error}). Pad "

@@ -21,6 +21,8 @@ from manualloop.types import Scores
 
 Array = NDArray[Any]
 
+_AT_ONCE = 1 << 16  # labels that are counted at once: more only take memory
+
 
 def ask_for(
     scorers: Sequence[Scorer], postprocess: Postprocess | None, decode: Decode | None
@@ -92,7 +94,13 @@ def give(table: Table, scorer: Scorer) -> None:
         predictions, references = _numbers(table, scorer)
     else:
         predictions, references = _flat(table, scorer)
-    scorer.add_batch(predictions=predictions, references=references)
+    if not counts(scorer):
+        scorer.add_batch(predictions=predictions, references=references)
+        return
+    size = max(_AT_ONCE // max(np.size(predictions[0]), 1), 1) if len(predictions) else 1
+    for start in range(0, max(len(predictions), 1), size):
+        part = slice(start, start + size)
+        scorer.add_batch(predictions=predictions[part], references=references[part])
 
 
 class _Labels(NamedTuple):

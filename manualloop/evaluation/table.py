@@ -277,8 +277,7 @@ def _table_of(shares: Sequence[Share], ask: Ask, numbers: Iterable[int] | None) 
     elif numbers is not None:
         listed = np.fromiter(islice(numbers, num_rows), np.int64)
         index = listed[places] if len(listed) == num_rows else None
-    # Rows that are read twice stay in the order in which one process reads them.
-    order = np.lexsort((places, places if index is None else index))
+    order = _order_of(places if index is None else index, places)
     columns = {name: _joined([share.columns for share in shares], name) for name in COLUMNS}
     names = {name for share in shares for name in share.kept}
     kept = {name: _joined([share.kept for share in shares], name) for name in sorted(names)}
@@ -286,14 +285,25 @@ def _table_of(shares: Sequence[Share], ask: Ask, numbers: Iterable[int] | None) 
     return Table(
         {name: column for name, column in columns.items() if len(column) == num_rows},
         {name: column for name, column in kept.items() if len(column) == num_rows},
-        None if (order == np.arange(num_rows)).all() else order,
-        None if index is None else index[order],
+        order,
+        index if index is None or order is None else index[order],
         num_rows,
         *((named[0].task, named[0].ignored) if named else ("", IGNORE_INDEX)),
         min((share.misfit for share in shares if share.misfit is not None), default=None),
         ask,
         tuple(name for name, column in columns.items() if 0 < len(column) < num_rows),
     )
+
+
+def _order_of(index: NDArray[np.int64], places: NDArray[np.int64]) -> Order:
+    """Return the order in which rows are sorted; None if they are.
+
+    Args:
+        index: The number of each row.
+        places: Where one process reads it, which decides between rows of one number.
+    """
+    is_after = (index[1:] > index[:-1]) | ((index[1:] == index[:-1]) & (places[1:] > places[:-1]))
+    return None if is_after.all() else np.lexsort((places, index))
 
 
 def _places(of_ranks: Sequence[Sequence[int]]) -> NDArray[np.int64]:
@@ -305,6 +315,8 @@ def _places(of_ranks: Sequence[Sequence[int]]) -> NDArray[np.int64]:
     sizes = [size for turn in zip_longest(*of_ranks) for size in turn if size is not None]
     starts = np.cumsum([0, *sizes])
     world_size = len(of_ranks)
+    if world_size == 1:
+        return np.arange(starts[-1])
     places = [
         np.arange(starts[number], starts[number + 1])
         for rank in range(world_size)
