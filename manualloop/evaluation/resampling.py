@@ -171,7 +171,10 @@ def p_value(differences: Floats, observed: float, *, is_exact: bool) -> float:
         is_exact: Whether these are all possible exchanges. Otherwise the observed one is counted as
             one more, so that a p-value is never 0.
     """
-    # Sums in another order differ in their last bits.
-    reaches = np.abs(differences) >= abs(observed) * (1 - 1e-10) - 1e-13
+    defined = differences[~np.isnan(differences)]
     extra = 0 if is_exact else 1
-    return float((reaches.sum() + extra) / (len(differences) + extra))
+    if np.isnan(observed) or len(defined) + extra == 0:
+        return float("nan")
+    # Sums in another order differ in their last bits.
+    reaches = np.abs(defined) >= abs(observed) * (1 - 1e-10) - 1e-13
+    return float((reaches.sum() + extra) / (len(defined) + extra))
