@@ -28,6 +28,7 @@ _HOME = {
     "ModelError": "errors",
     "NonFiniteError": "errors",
     "Predictions": "evaluation.predictions",
+    "PredictionsComparison": "evaluation.compare",
     "ResumeReport": "verify",
     "RunComparison": "run.compare",
     "SingleDevice": "strategy.single",
@@ -40,6 +41,7 @@ _HOME = {
     "accumulate_gradients": "update",
     "apply_update": "update",
     "check_accumulation": "verify",
+    "compare_predictions": "evaluation.compare",
     "compare_runs": "run.compare",
     "count_items": "tasks.task",
     "evaluate_loop": "evaluation.loop",
@@ -91,6 +93,8 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.errors import MetricError as MetricError
     from manualloop.errors import ModelError as ModelError
     from manualloop.errors import NonFiniteError as NonFiniteError
+    from manualloop.evaluation.compare import PredictionsComparison as PredictionsComparison
+    from manualloop.evaluation.compare import compare_predictions as compare_predictions
     from manualloop.evaluation.loop import evaluate_loop as evaluate_loop
     from manualloop.evaluation.metrics import load_metric as load_metric
     from manualloop.evaluation.predict import predict_loop as predict_loop

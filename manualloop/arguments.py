@@ -178,6 +178,10 @@ def _is_port(value: Any) -> bool:
     return _is_whole(int(value) if is_text else value, 0, 65535)
 
 
+def _is_share(value: Any) -> bool:
+    return is_positive(value) and float(value) < 1
+
+
 def _has(*names: str) -> Callable[[Any], bool]:
     return lambda value: all(hasattr(value, name) for name in names)
 
@@ -205,6 +209,7 @@ MEANINGS: dict[str, _Meaning] = {
         (_is_function_or_by_name, "a function, or a dict of functions by split"),
     ),
     **dict.fromkeys(("best_metric", "config", "name"), _NAME),
+    "confidence": (_is_share, "a number between 0 and 1, such as 0.95"),
     **dict.fromkeys(("args", "batches"), _LIST),
     **dict.fromkeys(("extras", "metrics"), (_is_by_name, "a dict whose keys are names")),
     "launched_precision": (lambda value: value in ("no", "bf16", "fp16"), "no, bf16 or fp16"),

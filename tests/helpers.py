@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -196,3 +198,15 @@ def apply_fix(error: pytest.ExceptionInfo[Any], dataset: Dataset, method: str) -
     """Run the line of the error message that calls a method of the split "dev"."""
     (line,) = {line for line in fixes_in(error.value) if f".{method}(" in line}
     return run_fix(line, {"dev": dataset})["dev"]
+
+
+def correlation(p: Any, r: Any) -> Any:
+    """Pearson's, along the last axis, by its definition."""
+    p, r = (side - side.mean(-1, keepdims=True) for side in (p, r))
+    return (p * r).sum(-1) / np.sqrt((p * p).sum(-1) * (r * r).sum(-1))
+
+
+def seeded(function: Callable[..., Any], seed: int) -> dict[str, Any]:
+    """The argument by which this version of SciPy takes a generator."""
+    names = inspect.signature(function).parameters
+    return {"rng" if "rng" in names else "random_state": np.random.default_rng(seed)}

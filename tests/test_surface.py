@@ -43,7 +43,7 @@ DOORS = {
     "evaluate": {"evaluation.modules"},
     "tqdm": {"progress"},
     "sklearn": {"evaluation.metrics", "evaluation.probabilities", "evaluation.reports"},
-    "scipy": {"evaluation.metrics", "evaluation.weighted"},
+    "scipy": {"evaluation.metrics", "evaluation.weighted", "evaluation.compare"},
     "torchmetrics": set(),
     "seqeval": set(),  # it and the next three by evaluation.extras.load_extra
     "sacrebleu": set(),
@@ -67,6 +67,7 @@ PUBLIC_NAMES = [
     "ModelError",
     "NonFiniteError",
     "Predictions",
+    "PredictionsComparison",
     "ResumeReport",
     "RunComparison",
     "SingleDevice",
@@ -79,6 +80,7 @@ PUBLIC_NAMES = [
     "accumulate_gradients",
     "apply_update",
     "check_accumulation",
+    "compare_predictions",
     "compare_runs",
     "count_items",
     "evaluate_loop",
@@ -106,11 +108,12 @@ SIGNATURES = {
         "on_nonfinite='raise'"
     ),
     "check_accumulation": "model, batch, *, loss_fn=None, terms=None, strategy=None",
+    "compare_predictions": "a, b, metric, *, confidence=0.95",
     "compare_runs": "a, b",
     "count_items": "model, batch",
     "evaluate_loop": (
         "model, eval_dataloader, metric=None, *, strategy=None, postprocess=None, "
-        "decode=None, loss_fn=None, terms=None, progress_bar=False"
+        "decode=None, loss_fn=None, terms=None, confidence=None, progress_bar=False"
     ),
     "find_checkpoint": "checkpoint_dir, which='last'",
     "inspect_batch": "loader, tokenizer=None",

@@ -13,6 +13,7 @@ from manualloop.arguments import check_arguments
 from manualloop.checks import require_loader
 from manualloop.data.sampler import longest_first_view
 from manualloop.errors import DataError
+from manualloop.evaluation.intervals import find_intervals, with_intervals
 from manualloop.evaluation.losses import whole_loss
 from manualloop.evaluation.passes import passes_of
 from manualloop.evaluation.rows import Decode, Postprocess, check_predictions
@@ -50,6 +51,7 @@ def evaluate_loop(
     decode: Decode | None = None,
     loss_fn: LossFn | None = None,
     terms: Terms | None = None,
+    confidence: float | None = None,
     progress_bar: bool = False,
 ) -> dict[str, float]:
     """Score a model on every row of a loader.
@@ -90,6 +92,8 @@ def evaluate_loop(
         loss_fn: As in ``train_steps``. The outputs are those of its last forward pass.
         terms: As in ``train_steps``; ``terms(outputs, batch)`` returns ``[(mean, num_items), ...]``
             for a loss that is a sum of means.
+        confidence: Confidence of an interval around each score, such as 0.95: ``accuracy_low`` and
+            ``accuracy_high``, by bootstrap over the rows (docs/evaluation.md). None makes none.
         progress_bar: Whether to show a progress bar.
 
     Returns:
@@ -115,6 +119,8 @@ def evaluate_loop(
         terms=terms,
         progress_bar=progress_bar,
     )
+    if confidence is not None:
+        check_arguments(confidence=confidence)
     check_loss(loss_fn, terms)
     check_predictions(postprocess, decode)
     strategy = begin_call(
@@ -125,11 +131,12 @@ def evaluate_loop(
         decode=decode,
         loss_fn=loss_fn,
         terms=terms,
+        confidence=confidence,
     )
     model = prepare_model(strategy, model)
     scores = Scores()
     functions = Functions(postprocess, decode, loss_fn, terms)
-    evaluate = partial(_evaluate, model, metric, strategy, functions)
+    evaluate = partial(_evaluate, model, metric, strategy, functions, confidence)
     for prefix, loader in named_loaders(eval_dataloader).items():
         found = evaluate(loader, progress_bar)
         scores.add(found, prefix)
@@ -164,6 +171,7 @@ def _evaluate(
     metric: Any,
     strategy: Strategy,
     functions: Functions,
+    confidence: float | None,
     loader: Iterable[Any],
     progress_bar: bool,
 ) -> Scores:
@@ -175,7 +183,7 @@ def _evaluate(
     if functions.loss_fn is None:  # a loss_fn may compare the rows of a batch
         loader, numbers = longest_first(loader, model, strategy)
     # Where all metrics count, no row is kept, and the order does not matter.
-    is_counted = all(map(counts, of_rows))
+    is_counted = confidence is None and all(map(counts, of_rows))
     if numbers is None and not is_counted:
         numbers = source_of(loader).row_numbers()
     by_rule = bool(of_rows) and functions.postprocess is None and functions.decode is None
@@ -185,6 +193,7 @@ def _evaluate(
         "Evaluating" if progress_bar else None,
         numbers=numbers,
         tally=partial(tally, of_rows) if is_counted else None,
+        wants_row_losses=confidence is not None,
     )
     if is_counted:
         merge_counts(of_rows, strategy)
@@ -197,7 +206,10 @@ def _evaluate(
     scores = Scores() if loss is None else Scores(loss=loss)
     if scorers:
         scores.add(on_main(strategy, partial(score, table, scorers, loss)))
-    return scores
+    if confidence is None:
+        return scores
+    find = partial(find_intervals, model, table, scorers, losses, scores, confidence)
+    return with_intervals(scores, on_main(strategy, find))
 
 
 def longest_first(

@@ -9,6 +9,7 @@ from math import isfinite, isnan, nan
 from typing import Any, NamedTuple
 
 from manualloop.errors import ModelError
+from manualloop.evaluation.row_losses import RowLosses
 from manualloop.notices import say
 from manualloop.tasks.loss import (
     Term,
@@ -47,13 +48,18 @@ class Made(NamedTuple):
 class Losses:
     """The terms of the losses of batches, 20 bytes for each.
 
+    Args:
+        by_row: Whether the loss of each row is wanted, too.
+
     Attributes:
+        rows: The losses of the rows; None if they are not wanted.
         means: The means of all batches, one after the other.
         items: The items that each is over; NaN where nothing tells them.
         widths: Number of terms of each batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_row: bool = False) -> None:
+        self.rows = RowLosses() if by_row else None
         self.means, self.items, self.widths = array("d"), array("d"), array("i")
 
     def add(self, made: Made, loss_fn: LossFn | None, terms: Terms | None) -> bool | None:
@@ -72,6 +78,9 @@ class Losses:
             is_finite = is_finite and isfinite(value)
             self.means.append(value)
             self.items.append(nan if num_items is None else read_items(num_items))
+        if self.rows is not None:
+            last = zip(self.means[-len(found) :], self.items[-len(found) :], strict=True)
+            self.rows.add(made.outputs, made.inputs, made.task, list(last) if found else [])
         return is_finite
 
     def __iter__(self) -> Iterator[list[tuple[float, float]]]:

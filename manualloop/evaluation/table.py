@@ -165,8 +165,8 @@ class Share:
         misfit: As in ``Table``.
     """
 
-    def __init__(self) -> None:
-        self.losses, self.num_nan = Losses(), 0
+    def __init__(self, losses: Losses) -> None:
+        self.losses, self.num_nan = losses, 0
         self.task, self.ignored = "", IGNORE_INDEX
         self.misfit: tuple[int, str] | None = None
         self._forget()
@@ -208,6 +208,7 @@ def read_table(
     numbers: Iterable[int] | None = None,
     tally: Callable[[Table], None] | None = None,
     wants_loss: bool = True,
+    wants_row_losses: bool = False,
 ) -> tuple[Table | None, list[Losses]]:
     """Run a loader through a model, and make a table of its rows. Collective.
 
@@ -219,11 +220,12 @@ def read_table(
         tally: Function that counts rows in any order, those of each rank there; they are then
             forgotten.
         wants_loss: Whether the loss is asked for.
+        wants_row_losses: Whether that of each row is asked for, too.
 
     Returns:
         The table, the same on every rank, or None if no rows are kept; and the losses of each rank.
     """
-    share = Share()
+    share = Share(Losses(by_row=wants_row_losses))
     use = partial(_add, share, passes, ask, tally, wants_loss)
     each_batch(passes, use, bar, ask=ask, tally=tally)
     if ask is not None and tally is not None and share.sizes:

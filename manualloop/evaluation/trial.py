@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from manualloop.arguments import check_arguments
 from manualloop.data.inspect import first_batch
 from manualloop.errors import ConfigError, DataError
 from manualloop.evaluation.functions import accepts_kept
@@ -65,6 +66,10 @@ def try_evaluation(evaluate: object) -> Found | None:
     others = _stand_in(bound.arguments.get("metric"))
     strategy = strategy_for(model, bound.arguments.get("strategy"))
     prepare_model(strategy, model)  # first: what is put back below must not be on another device
+    confidence = bound.arguments.pop("confidence", None)
+    if confidence is not None:
+        check_arguments(confidence=confidence)
+    ends = ("",) if confidence is None else ("", "_low", "_high")
     names: list[str] = []
     for prefix, loader in named_loaders(loaders).items():
         batch = _batch_of(loader)
@@ -78,7 +83,7 @@ def try_evaluation(evaluate: object) -> Found | None:
             found = evaluate_loop(*bound.args, **bound.kwargs)
         finally:
             forget()
-        names += [prefix + name for name in found]
+        names += [prefix + name + end for name in found for end in ends]
     return Found(names, are_all and all(one.has_fixed_keys for one in metrics))
 
 

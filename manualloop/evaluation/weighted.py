@@ -258,7 +258,31 @@ def average_precision(scores: NDArray[Any], is_positive: NDArray[np.bool_]) -> W
     return score
 
 
-BY_KEY: dict[str, Callable[[Entries], Weighted]] = {
+def _by_class(area: Callable[[NDArray[Any], NDArray[np.bool_]], Weighted]) -> _Maker:
+    """Score each class against all others, and take the mean; of two classes score the second."""
+
+    def make(entries: Entries) -> Weighted:
+        found, right = entries.predictions, entries.references
+        labels = right > 0 if right.ndim == 2 else right[:, None] == np.arange(found.shape[1])
+        classes = [1] if right.ndim == 1 and found.shape[1] == 2 else range(found.shape[1])
+        of_classes = [area(found[:, number], labels[:, number]) for number in classes]
+        return lambda weights: np.asarray(np.mean([one(weights) for one in of_classes], axis=0))
+
+    return make
+
+
+def _log_loss(entries: Entries) -> Weighted:
+    found, right = entries.predictions, entries.references
+    if right.ndim == 2:
+        chosen = np.where(right > 0, found, 1 - found)
+    else:
+        chosen = np.take_along_axis(found, right[:, None], axis=1)
+    least = np.finfo(found.dtype).eps
+    return _mean(-np.log(np.clip(chosen.astype(np.float64), least, 1 - least)).mean(1))
+
+
+_Maker = Callable[[Entries], Weighted]
+BY_KEY: dict[str, _Maker] = {
     "accuracy": _accuracy,
     "matthews_correlation": _matthews,
     **{name: partial(_averaged, counted, "binary") for name, counted in _COUNTED.items()},
@@ -271,5 +295,8 @@ BY_KEY: dict[str, Callable[[Entries], Weighted]] = {
     "mae": _absolute,
     "pearson": _pearson,
     "spearmanr": _spearman,
+    "roc_auc": _by_class(area_under_curve),
+    "average_precision": _by_class(average_precision),
+    "log_loss": _log_loss,
 }
 """What makes the weighted score of a built-in metric, by the key of the score."""

@@ -1,9 +1,8 @@
 """Intervals and tests over arrays: against plain loops and against SciPy."""
 
-import inspect
-
 import numpy as np
 import pytest
+from helpers import correlation, seeded
 from scipy import stats
 from sklearn import metrics
 
@@ -166,17 +165,6 @@ def test_no_global_generator_is_touched():
     bootstrap(lambda weights: {"n": weights.sum(1)}, np.ones(5))
     list(swaps(np.ones(30), np.ones(30, bool), 1000))
     assert np.array_equal(np.random.get_state()[1], before)
-
-
-def correlation(p, r):
-    p, r = (side - side.mean(-1, keepdims=True) for side in (p, r))
-    return (p * r).sum(-1) / np.sqrt((p * p).sum(-1) * (r * r).sum(-1))
-
-
-def seeded(function, seed):
-    """The argument by which this version of SciPy takes a generator."""
-    names = inspect.signature(function).parameters
-    return {"rng" if "rng" in names else "random_state": np.random.default_rng(seed)}
 
 
 def one(score):

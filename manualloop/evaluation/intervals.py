@@ -1,0 +1,260 @@
+"""Bootstrap intervals of the scores of an evaluation, over the rows of its table."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from manualloop.errors import MetricError
+from manualloop.evaluation.collected import Collected
+from manualloop.evaluation.given import Inputs, inputs_of
+from manualloop.evaluation.losses import Losses
+from manualloop.evaluation.metrics import Metric
+from manualloop.evaluation.resampling import Floats, Interval, Scored, Weighted, bootstrap
+from manualloop.evaluation.scorers import Scorer
+from manualloop.evaluation.table import Table
+from manualloop.evaluation.weighted import BY_KEY, Entries, group_rows
+from manualloop.notices import say
+from manualloop.types import Scores
+
+_MEANS_OF_ROWS = ("exact_match", "rouge", "squad")
+_MOST_CALLED_ROWS = 1_000_000
+_CALLS = (200, 1_000)
+
+
+def find_intervals(
+    model: nn.Module,
+    table: Table | None,
+    scorers: Sequence[Scorer],
+    losses: Sequence[Losses],
+    scores: Mapping[str, float],
+    confidence: float,
+) -> dict[str, tuple[float, float]]:
+    """Return the ends of the interval of each score, by the name of the score.
+
+    Args:
+        model: The model; what cannot be had is told once for each.
+        table: The rows; None if only the loss was asked for.
+        scorers: The metrics.
+        losses: The losses of each rank.
+        scores: The scores.
+        confidence: Probability with which such an interval holds the true score.
+    """
+    found: dict[str, Interval] = {}
+    if "loss" in scores:
+        if (interval := _of_loss(losses, confidence)) is not None:
+            found["loss"] = interval
+        else:
+            _tell(
+                model,
+                "the loss has no interval: nothing tells the loss of each row. A loader of one row "
+                "a batch does.",
+            )
+    for scorer in scorers:
+        if scorer.takes != "loss":
+            assert table is not None
+            found |= intervals_of(model, scorer, inputs_of(table, scorer), confidence)
+        elif "loss" in found:
+            low, high = (math.exp(min(end, 709.0)) for end in found["loss"][:2])  # no overflow
+            found["perplexity"] = Interval(low, high, 0)
+    return {key: (interval.low, interval.high) for key, interval in found.items()}
+
+
+def with_intervals(scores: Scores, ends: Mapping[str, tuple[float, float]]) -> Scores:
+    """Put the ends of each interval behind their score, as ``f1_low`` and ``f1_high``.
+
+    Raises:
+        MetricError: There is a score of such a name already.
+    """
+    for key, value in list(scores.items()):
+        del scores[key]
+        named = {key: value}
+        if key in ends:
+            named |= {f"{key}_low": ends[key][0], f"{key}_high": ends[key][1]}
+        if twice := named.keys() & scores.keys():
+            raise MetricError(
+                f"{min(twice)!r} is the end of an interval, and a metric has a score of this name. "
+                "Rename that, or leave confidence out."
+            )
+        scores.update(named)
+    return scores
+
+
+def intervals_of(
+    model: nn.Module, scorer: Scorer, inputs: Inputs, confidence: float
+) -> dict[str, Interval]:
+    """Return the bootstrap interval of each score of a metric."""
+    expected = score_rows(scorer, inputs, np.arange(inputs.num_rows))
+    entries, counts = group(inputs)
+    weighted = weighted_scores(scorer, entries, expected, counts.astype(np.float64))
+    if not weighted:
+        weighted, counts = _means(scorer, inputs, expected)
+    found: dict[str, Interval] = {}
+    if weighted:
+        found = bootstrap(all_of(weighted), counts, confidence=confidence)
+        for key, interval in found.items():
+            if interval.low == interval.high:
+                _tell(
+                    model,
+                    f"the interval of {key} has no width: it is the same in every resample of the "
+                    f"{inputs.num_rows} rows, which tells nothing of others.",
+                )
+    if missing := [key for key in expected if key not in found]:
+        number = num_calls_for(inputs.num_rows)
+        _tell(
+            model,
+            f"the intervals of {', '.join(missing)} come from {number} resamples, each scored by a "
+            f"call of {scorer.name}.",
+        )
+        calls, counts = called(scorer, inputs, missing), np.ones(inputs.num_rows, np.int64)
+        found |= bootstrap(calls, counts, confidence=confidence, num_resamples=number)
+    for key, interval in found.items():
+        if interval.num_undefined:
+            _tell(model, f"{key} is not defined in some resamples, which its interval leaves out.")
+    return {key: found[key] for key in expected}
+
+
+def _of_loss(losses: Sequence[Losses], confidence: float) -> Interval | None:
+    """Return the interval of the loss; None unless the loss of every row is known."""
+    rows = [one.rows for one in losses if one.rows is not None]
+    sums = np.concatenate([np.array(one.sums) for one in rows])
+    items = np.concatenate([np.array(one.items) for one in rows])
+    if not all(one.are_known for one in rows) or not items.any() or not np.isfinite(sums).all():
+        return None
+    # In one order for any number of ranks, and however the rows were batched.
+    order = np.lexsort((items, sums))
+    sums, items = sums[order], items[order]
+    return bootstrap(
+        lambda weights: {"loss": weights @ sums / (weights @ items)},
+        np.ones(len(sums), np.int64),
+        confidence=confidence,
+    )["loss"]
+
+
+def score_rows(scorer: Scorer, inputs: Inputs, rows: NDArray[np.int64]) -> Scores:
+    """Return the scores of some rows."""
+    scorer.add_batch(**inputs.take(rows))
+    return scorer.compute()
+
+
+def group(inputs: Inputs) -> tuple[Entries, NDArray[np.int64]]:
+    """Return one row of each group of the same rows, and how often it occurs.
+
+    Rows of several entries are not grouped, and neither are rows of values: few are the same.
+    """
+    predictions, references = inputs.predictions, inputs.references
+    row = np.arange(inputs.num_rows) if inputs.row is None else inputs.row
+    entries = Entries(predictions, references, row, inputs.num_rows)
+    if inputs.row is not None or not (are_classes(predictions) and are_classes(references)):
+        return entries, np.ones(inputs.num_rows, np.int64)
+    places, counts = group_rows(predictions, references)
+    rows = np.arange(len(places))
+    return Entries(predictions[places], references[places], rows, len(rows)), counts
+
+
+def are_classes(values: object) -> bool:
+    """Tell whether rows are class numbers, of which many are the same."""
+    return isinstance(values, np.ndarray) and values.dtype.kind in "biu" and values.ndim < 3
+
+
+def weighted_scores(
+    scorer: Scorer, entries: Entries, expected: Mapping[str, float], weights: Floats
+) -> dict[str, Weighted]:
+    """Return the scores of a built-in metric as functions of weights, by key.
+
+    Args:
+        scorer: The metric.
+        entries: The rows, or one of each group of the same rows.
+        expected: The scores of all rows.
+        weights: Weights with which these are reached, ``(groups,)``.
+    """
+    is_known = isinstance(scorer, Metric) or (
+        isinstance(scorer, Collected) and scorer.takes == "scores"
+    )
+    if not is_known or getattr(scorer, "options", None):
+        return {}
+    found: dict[str, Weighted] = {}
+    for key, score in expected.items():
+        if (make := BY_KEY.get(key)) is None:
+            continue
+        weighted = make(entries)
+        # What is not the metric's own score is left to calls of the metric.
+        if np.isclose(weighted(weights[None])[0], score, rtol=1e-6, atol=1e-9, equal_nan=True):
+            found[key] = weighted
+    return found
+
+
+def _means(
+    scorer: Scorer, inputs: Inputs, expected: Mapping[str, float]
+) -> tuple[dict[str, Weighted], NDArray[np.int64]]:
+    """Return the scores that are means of the scores of single rows, as functions of weights."""
+    if scorer.name not in _MEANS_OF_ROWS or not isinstance(scorer, Collected):
+        return {}, np.empty(0, np.int64)
+    of_rows = [score_rows(scorer, inputs, np.array([row])) for row in range(inputs.num_rows)]
+    table = np.array([[scores[key] for key in expected] for scores in of_rows])
+    places, counts = group_rows(table)
+    found: dict[str, Weighted] = {}
+    for number, (key, score) in enumerate(expected.items()):
+        if np.isclose(table[:, number].mean(), score, rtol=1e-9, atol=1e-9):
+            found[key] = _mean(table[places, number])
+    return found, counts
+
+
+def _mean(values: Floats) -> Weighted:
+    return lambda weights: np.asarray(weights @ values) / weights.sum(1)
+
+
+def all_of(weighted: Mapping[str, Weighted]) -> Scored:
+    """Join scores of the same weights."""
+    return lambda weights: {key: score(weights) for key, score in weighted.items()}
+
+
+def called(scorer: Scorer, inputs: Inputs, keys: Sequence[str]) -> Scored:
+    """Return a function from weights to the scores that calls of a metric give.
+
+    Args:
+        scorer: The metric.
+        inputs: What it gets.
+        keys: Names of the scores.
+    """
+    numbers = np.arange(inputs.num_rows)
+
+    def scores(weights: Floats) -> dict[str, Floats]:
+        found = np.full((len(weights), len(keys)), np.nan)
+        for place, times in enumerate(weights.astype(np.int64)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a resample may lack a class
+                try:
+                    scores = score_rows(scorer, inputs, np.repeat(numbers, times))
+                except (ArithmeticError, MetricError, ValueError):
+                    continue
+            found[place] = [scores.get(key, np.nan) for key in keys]
+        return dict(zip(keys, found.T, strict=True))
+
+    return scores
+
+
+def num_calls_for(num_rows: int) -> int:
+    """Return how often a metric is called: 1,000 times, or fewer for many rows, at least 200.
+
+    >>> num_calls_for(400), num_calls_for(2000), num_calls_for(100_000)
+    (1000, 500, 200)
+    """
+    return int(np.clip(_MOST_CALLED_ROWS // max(1, num_rows), *_CALLS))
+
+
+_TOLD: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def _tell(model: nn.Module, message: str) -> None:
+    """Log a line, once for each model: a run may evaluate a hundred times."""
+    told = _TOLD.setdefault(model, set())
+    if message not in told:
+        told.add(message)
+        say(message)
