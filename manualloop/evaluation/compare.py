@@ -124,7 +124,7 @@ def compare_predictions(
     >>> found = compare_predictions(a, b, "accuracy")
     >>> found  # doctest: +NORMALIZE_WHITESPACE
     200 rows, 53 of them predicted differently; intervals of 0.95 around b - a
-    accuracy  0.8 -> 0.885, +0.0850 (+0.0150 to +0.1550), p = 0.026,
+    accuracy  0.8 -> 0.885, +0.0850 (+0.0150 to +0.1550), p = 0.027,
               McNemar: 18 rows only a has right, 35 only b
     >>> round(found["accuracy"].difference, 3)
     0.085
