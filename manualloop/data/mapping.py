@@ -18,6 +18,12 @@ from manualloop.tasks.task import IGNORE_INDEX
 QUOTES = '""'  # an empty string, as code
 
 
+CUT = "is_cut_off"
+"""Column that notes which texts are cut off. It is kept with the tokens, where ``map`` caches."""
+
+_ENDLESS = 1_000_000  # transformers' number for a tokenizer without a limit is far above
+
+
 def is_empty(value: Any) -> bool:
     """Tell whether a cell is empty: None, NaN, or an empty string.
 
@@ -56,6 +62,7 @@ class Encode:
         stream: Name of the stream whose rows are checked on the way; None for a dataset, whose rows
             were checked before.
         key: Key of the stream among the splits, as code; None if there is no mapping.
+        marks: Whether a column notes which texts are cut off, where the tokenizer tells.
     """
 
     tokenizer: Any
@@ -63,6 +70,14 @@ class Encode:
     options: Mapping[str, Any]
     stream: str | None = None
     key: str | None = None
+    marks: bool = True
+
+    @property
+    def limit(self) -> int | None:
+        """Number of tokens at which texts are cut off; None if they are not."""
+        own = getattr(self.tokenizer, "model_max_length", None)
+        limit = self.options.get("max_length") or own
+        return limit if isinstance(limit, int) and limit < _ENDLESS else None
 
     def __call__(self, rows: Rows) -> Rows:
         """Return what the tokenizer makes of the texts.
@@ -81,7 +96,24 @@ class Encode:
             line = fix_of(self.key, self.filter_call())
             fix = no_tokens_fix(self.texts, cells, self.tokenizer, line)
             self._refuse(rows, row, "no tokens", fix.removesuffix("."))
-        return encoded
+        cut = self._are_cut(rows, encoded) if self.marks and not self.stream else None
+        return encoded if cut is None else {**encoded, CUT: cut}
+
+    def _are_cut(self, rows: Rows, encoded: Rows) -> list[bool] | None:
+        """Tell for each text whether tokens of it were left out; None if nobody knows."""
+        if encodings := getattr(encoded, "encodings", None):
+            return [bool(encoding.overflowing) for encoding in encodings]
+        if getattr(self.tokenizer, "is_fast", True) or self.limit is None:
+            return None
+        # A tokenizer in Python does not tell: those that may be cut off are tokenized whole.
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        options = {**self.options, "truncation": False, "max_length": None, "verbose": False}
+        return [
+            length >= self.limit
+            and len(self.tokenizer(*(rows[n][row] for n in self.texts), **options)["input_ids"])
+            > length
+            for row, length in enumerate(lengths)
+        ]
 
     def filter_call(self) -> str:
         """Return the call that filters out rows of which the tokenizer makes no token."""

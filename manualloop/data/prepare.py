@@ -17,6 +17,7 @@ from manualloop.data.columns import (
     LABELS,
     find_label,
 )
+from manualloop.data.cuts import count_cuts, notes_on, tell_cuts
 from manualloop.data.functions import RAW, ByName, Functions, functions_of
 from manualloop.data.kept import (
     KeepingCollate,
@@ -50,7 +51,7 @@ from manualloop.models import model_name
 from manualloop.notices import say
 from manualloop.tasks.names import Naming, name_model
 from manualloop.tasks.task import TASKS
-from manualloop.types import Origin, SplitNotes
+from manualloop.types import Origin
 
 if TYPE_CHECKING:
     from manualloop.data.survey import Survey
@@ -194,7 +195,7 @@ def prepare_dataloaders(
             rows.origin_of_labels = Origin(
                 found.columns.label or "labels", split.key, labelled, found.hidden.get(key)
             )
-            rows.split_notes = SplitNotes(naming.names)
+            rows.split_notes = notes_on(split, encode, naming.names)
             loaders[key] = check(
                 ordered_loader,
                 rows,
@@ -358,6 +359,7 @@ def _prepare_splits(
             notes.setdefault(note, []).append(split.name)
     for note, names in notes.items():
         say(f"{', '.join(names)}: {note}")
+    tell_cuts(prepared.values(), encode)
     for key, split in prepared.items():
         kinds, stays = split.kinds, functions[key].stays
         prepared[key] = split.select([name for name in kinds if stays(name, kinds[name])])
@@ -383,7 +385,8 @@ def _prepare_split(
         kinds, stays = split.kinds, functions.stays
         split = split.select([name for name in kinds if name in texts or stays(name, kinds[name])])
         run = replace(encode, stream=split.name, key=split.key) if split.is_stream else encode
-        raw, split = split, split.map(run, remove=[n for n in texts if n not in stored])
+        made = split.map(run, remove=[n for n in texts if n not in stored])
+        raw, split = split, count_cuts(made)
         _require_tokens(raw, split, encode)
     if labels.task in BY_TOKEN:
         check_alignment(split)

@@ -29,6 +29,7 @@ class Split(NamedTuple):
         key: Key of the split in the mapping that the user passed, as code; None if there is no
             mapping.
         form: The format of the user's dataset, which the rows have not; None if it had none.
+        num_cut: Number of texts that were cut off by the tokenizer; None if nobody knows.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Split(NamedTuple):
     first: Mapping[str, Any]
     key: str | None = None
     form: Mapping[str, Any] | None = None
+    num_cut: int | None = None
 
     @property
     def is_train(self) -> bool:

@@ -124,6 +124,14 @@ def distinct_in(split: Split, column: str) -> NDArray[Any]:
     return np.unique(np.concatenate([np.zeros(0, np.int64), *kept]))
 
 
+def count_true(split: Split, column: str) -> int:
+    """Count the rows whose cell in a column of truth values is true."""
+    whole, numbers = _stored(split, column)
+    if numbers is not None:
+        whole = whole.take(pa.array(numbers))
+    return int(pc.sum(whole).as_py() or 0)
+
+
 def _stored(split: Split, column: str) -> tuple[pa.ChunkedArray, Ints | None]:
     # Stored rows are read in their own order; querying those of a selection would be slow.
     stored, numbers = stored_table(split.rows)
