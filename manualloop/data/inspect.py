@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -15,8 +16,11 @@ from manualloop.batches import Kept
 from manualloop.errors import DataError
 from manualloop.objects import remember, walk
 from manualloop.randomness import random_states_kept
+from manualloop.tasks.names import notes_of
+from manualloop.tasks.task import IGNORE_INDEX
 
 _NUM_ROWS_SHOWN = 3
+_NUM_CLASSES_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,21 +33,40 @@ class BatchReport:
         padding: Share of the token positions that are padding, 0.0 to 1.0; None without an
             ``attention_mask``.
         rows: The first rows: decoded text (or token numbers) and label.
+        ignored: Share of the labels that are -100, 0.0 to 1.0, without those of padding; None
+            without ``labels``.
+        cut: Share of the split's texts that are cut off; None if it is unknown.
+        max_length: Number of tokens at which they are cut off; None if it is unknown.
+        classes: Number of labels in the batch of each class, by its name; empty if the classes
+            have no names.
     """
 
     columns: dict[str, tuple[tuple[int, ...], str]]
     num_rows: int
     padding: float | None
     rows: list[dict[str, Any]]
+    ignored: float | None = None
+    cut: float | None = None
+    max_length: int | None = None
+    classes: dict[str, int] = field(default_factory=dict)
 
     def _lines(self) -> list[tuple[str, str]]:
         lines = [(name, f"{shape} {dtype}") for name, (shape, dtype) in self.columns.items()]
         if self.padding is not None:
             lines.append(("padding", f"{self.padding:.1%} of the token positions"))
-        return lines + [
-            (f"row {number}", "  ->  ".join(str(value) for value in row.values()))
-            for number, row in enumerate(self.rows)
-        ]
+        if self.cut is not None and self.max_length is not None:
+            whole = f"{self.cut:.1%} of all texts of the split, at {self.max_length} tokens"
+            lines.append(("cut off", whole))
+        if self.ignored:
+            lines.append(("ignored", f"{self.ignored:.1%} of the labels, which are {IGNORE_INDEX}"))
+        return (
+            lines
+            + _class_lines(self.classes)
+            + [
+                (f"row {number}", "  ->  ".join(_shown(row, tuple(self.classes))))
+                for number, row in enumerate(self.rows)
+            ]
+        )
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self._lines())
@@ -58,6 +81,37 @@ class BatchReport:
             for name, text in self._lines()
         )
         return f"<table>{rows}</table>"
+
+
+def _class_lines(classes: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return a line for each class: number, name and count, in columns."""
+    numbered = [(str(number), *found) for number, found in enumerate(classes.items())]
+    if len(numbered) > _NUM_CLASSES_SHOWN:
+        numbered.sort(key=lambda found: -found[2])
+    shown = numbered[:_NUM_CLASSES_SHOWN]
+    number, name, count = (max((len(str(f[i])) for f in shown), default=0) for i in range(3))
+    lines = [f"{f[0]:>{number}} {f[1]:<{name}}  {f[2]:>{count}}" for f in shown]
+    lines += [f"... ({len(numbered)} classes)"] if len(shown) < len(numbered) else []
+    return [("" if place else "classes", line) for place, line in enumerate(lines)]
+
+
+def _shown(row: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
+    """Give the values of a row as text, with the names of its classes."""
+    for column, value in row.items():
+        if column != "labels" or not names:
+            yield str(value)
+        elif isinstance(value, list):
+            yield f"[{', '.join(_named(value, names))}]"
+        else:
+            name = _named([value], names)[0]
+            yield str(value) if name == str(value) else f"{value} {name}"
+
+
+def _named(labels: Sequence[Any], names: Sequence[str]) -> list[str]:
+    """Return labels by their names: those of a multi-label row that are set, or those of tokens."""
+    if labels and all(isinstance(label, float) for label in labels):
+        return [name for name, target in zip(names, labels, strict=False) if target > 0.5]
+    return [names[label] if label in range(len(names)) else str(label) for label in labels]
 
 
 def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
@@ -91,14 +145,35 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
             "collate_fn that returns a dict."
         )
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    mask = tensors.get("attention_mask")
+    mask, labels = tensors.get("attention_mask"), tensors.get("labels")
+    notes = notes_of(loader)
     num_rows = next((len(tensor) for tensor in tensors.values() if tensor.ndim), 0)
     return BatchReport(
         columns={name: _describe(batch[name]) for name in sorted(batch)},
         num_rows=num_rows,
         padding=None if mask is None else 1 - mask.float().mean().item(),
         rows=[_show_row(tensors, n, tokenizer) for n in range(min(num_rows, _NUM_ROWS_SHOWN))],
+        ignored=None if labels is None else _ignored(labels, mask),
+        cut=None if notes.num_cut is None else notes.num_cut / notes.num_texts,
+        max_length=notes.max_length,
+        classes=_count_classes(labels, notes.names) if notes.names and labels is not None else {},
     )
+
+
+def _ignored(labels: Tensor, mask: Tensor | None) -> float | None:
+    """Return the share of the labels that are -100; None if there is no label."""
+    if mask is not None and labels.ndim > 1 and mask.shape == labels.shape:
+        labels = labels[mask.bool()]
+    return (labels == IGNORE_INDEX).float().mean().item() if labels.numel() else None
+
+
+def _count_classes(labels: Tensor, names: Sequence[str]) -> dict[str, int]:
+    """Count the labels of each class: class numbers, or rows of 0 and 1."""
+    if labels.is_floating_point() and labels.ndim:
+        counts = (labels > 0.5).reshape(-1, labels.shape[-1]).sum(dim=0)
+    else:
+        counts = torch.bincount(labels[labels >= 0].long(), minlength=len(names))
+    return {name: int(counts[number]) for number, name in enumerate(names) if number < len(counts)}
 
 
 def first_batch(loader: Any) -> Any:
