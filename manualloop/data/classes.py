@@ -6,7 +6,7 @@ or, if the model has no names, those of the training split.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,9 +14,9 @@ from torch import nn
 from manualloop.arguments import Checks
 from manualloop.data.columns import find_label
 from manualloop.data.mapping import Number, is_hidden
-from manualloop.data.splits import TEXT_KINDS, Split, fix_all, reference_of
+from manualloop.data.splits import TEXT_KINDS, Rows, Split, reference_of
 from manualloop.data.values import Values, distinct_in, values_of
-from manualloop.errors import DataError
+from manualloop.errors import ConfigError, DataError
 from manualloop.mistakes import as_map, class_lists_call
 from manualloop.models import model_name, num_labels
 from manualloop.tasks.names import (
@@ -52,10 +52,6 @@ class _Labels(NamedTuple):
     model: nn.Module | None
     own: Names | None
 
-    def fix(self, call: str) -> str:
-        """Return the line that changes all of them."""
-        return fix_all([split.key for split in self.splits.values()], call)
-
     def is_text(self, key: Any) -> bool:
         """Tell whether the labels of a split are strings, or lists of them."""
         return self.splits[key].kinds[self.column] in TEXT_KINDS
@@ -66,6 +62,8 @@ class _Labels(NamedTuple):
 
     def names_in(self, key: Any) -> Names | None:
         """Return the names that a split has in its features; None if it has none."""
+        if self.splits[key].made_of is not None:
+            return None  # numbers of the user's
         names = getattr(self.splits[key].feature(self.column), "names", None)
         return tuple(names) if names and not are_numbers(names) else None
 
@@ -78,6 +76,7 @@ def number_classes(
     check: Checks,
     *,
     keeps_text: bool = False,
+    joined: Sequence[str] = (),
 ) -> tuple[dict[Any, Split], Naming]:
     """Number the classes of all splits alike.
 
@@ -88,6 +87,7 @@ def number_classes(
         task: The task that the user named; None infers it.
         check: Keeps the errors: a class that the model or the training split does not have.
         keeps_text: Whether strings stay strings, because a ``collate_fn`` gets them.
+        joined: Columns of 0 and 1 that became one, in the order of the classes.
 
     Returns:
         The splits with numbers for strings, and the names.
@@ -98,12 +98,77 @@ def number_classes(
         return splits, Naming()
     labels = _labels_of(splits, column, model, keeps_text=keeps_text)
     if (names := _names_that_count(labels)) is None:
-        return splits, Naming()
+        return splits, Naming(tuple(joined) if len(joined) > 1 else _names_of_made(labels))
     check(_require_outputs, labels, names)
-    changed = {key: check(_numbered, labels, key, names) for key in labels.splits}
-    made = {key: split for key, split in changed.items() if split is not None}
-    numbered = tuple(s.name for key, s in made.items() if s is not labels.splits[key])
-    return {**splits, **made}, Naming(names, numbered)
+    has_room = check.ok
+    changed, numbered, refused = dict(splits), [], []
+    for key, split in labels.splits.items():
+        made = check(_numbered, labels, key, names)
+        if made is None or not has_room:
+            refused.append(split.name)
+        elif made is not split:
+            changed[key] = made
+            numbered.append(split.name)
+    return changed, Naming(names, tuple(numbered), tuple(refused), is_numbered=True)
+
+
+def columns_in_order(
+    columns: str | Sequence[str] | None, model: nn.Module | None, check: Checks
+) -> str | Sequence[str] | None:
+    """Return several columns of 0 and 1 in the order in which the model has the classes."""
+    own = names_of(model)
+    if model is None or own is None or columns is None or isinstance(columns, str):
+        return columns
+    if set(columns) == set(own):
+        return own
+    if len(columns) > 1 and not (are_numbered_alike(columns, own) and len(columns) == len(own)):
+        check(_refuse_columns, columns, model, own)
+    return columns
+
+
+def _refuse_columns(columns: Sequence[str], model: nn.Module, own: Names) -> None:
+    raise ConfigError(
+        f"The columns of labels are {', '.join(columns)}, but {model_name(model)} has the classes "
+        f"{show_names(own)} (config.id2label). {_learn(columns, own)}"
+    )
+
+
+def note_made_labels(
+    raw: Split, split: Split, function: Callable[[Rows], Any], column: str | None
+) -> Split:
+    """Note of which classes a function of the user's made the labels of a split, if it did.
+
+    Args:
+        raw: The split as the function got it.
+        split: The split that it made.
+        function: The function.
+        column: The column of labels; None finds it.
+    """
+    label = column or find_label(raw.kinds)
+    if "labels" not in split.kinds:
+        return split
+    if label == "labels":  # which may be the dataset's, beside what the function made
+        made = function({name: [value] for name, value in raw.first.items()})
+        if "labels" not in (made or {}):
+            return split
+    named = [name for name in raw.kinds if getattr(raw.feature(name), "names", None)]
+    source = label if label in raw.kinds else named[0] if len(named) == 1 else None
+    names = None if source is None else getattr(raw.feature(source), "names", None)
+    return split._replace(made_of=tuple(names or ()))
+
+
+def _names_of_made(labels: _Labels) -> Names | None:
+    """Return the names of the classes that labels were made of, where the numbers are as many."""
+    if labels.own is not None or not labels.splits:
+        return None
+    reference = reference_of(labels.splits)
+    names = reference.made_of or ()
+    if are_numbers(names) or reference.kinds[labels.column] not in ("class", "int", "list"):
+        return None
+    if labels.model is not None and num_labels(labels.model) != len(names):
+        return None
+    found = [] if reference.is_stream else distinct_in(reference, labels.column).tolist()
+    return names if all(n < len(names) and n == int(n) for n in found) else None
 
 
 def _labels_of(
@@ -196,8 +261,22 @@ def _numbered(labels: _Labels, key: Any, names: Names) -> Split:
         others = () if split.is_stream and numbers else others
     if others:
         raise DataError(_message_on_others(labels, key, names, others))
-    number = Number(labels.column, numbers, split.name, f"The classes are {show_names(names)}.")
-    return split.map(number, classes=(labels.column, names))
+    fix = f"Correct it, or leave such rows out: {_filter_call(labels, key, list(numbers))}"
+    classes = f"The classes are {show_names(names)}. {fix}."
+    return split.map(
+        Number(labels.column, numbers, split.name, classes), classes=(labels.column, names)
+    )
+
+
+def _filter_call(labels: _Labels, key: Any, kept: Sequence[Any] = (), left: Any = None) -> str:
+    """Return the line that filters a split: to rows of some classes, or to those without others."""
+    value, listed = f'row["{labels.column}"]', kept if left is None else left
+    some = f"{{{', '.join(map(repr, listed))}}}"
+    if labels.is_list(key):
+        test = f"{some}.issuperset({value})" if left is None else f"{some}.isdisjoint({value})"
+    else:
+        test = f"{value} in {some}" if left is None else f"{value} not in {some}"
+    return labels.splits[key].fix(f"filter(lambda row: {test})")
 
 
 def _message_on_others(labels: _Labels, key: Any, names: Names, others: Sequence[str]) -> str:
@@ -210,15 +289,9 @@ def _message_on_others(labels: _Labels, key: Any, names: Names, others: Sequence
             f"{head} {model_name(labels.model)} does not have: {show_names(names)} "
             f"(config.id2label). {_advice_on_names(labels, key, found)}"
         )
-    listed = [repr(name) for name in others]
-    if (here := labels.names_in(key)) is not None:
-        listed = [str(here.index(name)) for name in others]
-    some = f"{{{', '.join(listed)}}}"
-    value = f'row["{column}"]'
-    is_known = f"{value} not in {some}"
-    if labels.is_list(key):
-        is_known = f"{some}.isdisjoint({value})"
-    known = split.fix(f"filter(lambda row: {is_known})")
+    here = labels.names_in(key)
+    left = others if here is None else [here.index(name) for name in others]
+    known = _filter_call(labels, key, left=left)
     without = split.fix(f'remove_columns("{column}")')
     reference = reference_of(labels.splits).name
     return (
@@ -253,17 +326,20 @@ def _advice_on_names(labels: _Labels, key: Any, found: Names) -> str:
     if labels.names_in(key) is not None and len(found) == len(own):
         line = split.fix(_rename_call(labels, key, dict(zip(found, own, strict=True))))
         advice.append(f"If they are the model's classes in this order, name them so: {line}.")
-    id2label = f"{dict(enumerate(found))}"
-    label2id = f"{ {name: number for number, name in enumerate(found)} }"
-    if len(found) == len(own):
+    return " ".join([*advice, _learn(found, own)])
+
+
+def _learn(names: Sequence[str], own: Names) -> str:
+    """Return the sentence on a model that is to learn classes of other names."""
+    id2label = dict(enumerate(names))
+    label2id = {name: number for number, name in id2label.items()}
+    if len(names) == len(own):
         line = f'model.config.update({{"id2label": {id2label}, "label2id": {label2id}}})'
-        advice.append(f"If the model is to learn these classes, name them before: {line}.")
-    else:
-        advice.append(
-            "If the model is to learn these classes, load it with them: from_pretrained(name, "
-            f"id2label={id2label}, label2id={label2id}, ignore_mismatched_sizes=True)."
-        )
-    return " ".join(advice)
+        return f"If the model is to learn these classes, name them before: {line}."
+    return (
+        "If the model is to learn these classes, load it with them: from_pretrained(name, "
+        f"id2label={id2label}, label2id={label2id}, ignore_mismatched_sizes=True)."
+    )
 
 
 def _rename_call(labels: _Labels, key: Any, names: Mapping[str, str]) -> str:

@@ -260,13 +260,14 @@ def _look_at(
     """Open all splits, make the changes that the user asked for, and judge what they hold."""
     # Here, because they load pyarrow, which importing the package must not.
     from manualloop.data.cells import fill_cells, one_label_column
-    from manualloop.data.classes import number_classes
+    from manualloop.data.classes import columns_in_order, number_classes
     from manualloop.data.survey import Choices, survey
 
     with all_at_once() as check:
         splits = open_splits(datasets, check)
         if splits:
             splits = fill_cells(splits, fill, label_column, check)
+            label_column = columns_in_order(label_column, choices["model"], check)
             splits, label = one_label_column(splits, label_column, check)
             of_model = choices["tokenizer"], choices["model"]
             functions = functions_of(splits, given, keep, *of_model, check)
@@ -281,13 +282,14 @@ def _look_at(
                 task=choices["task"],
                 check=check,
                 keeps_text=of_first.collate_fn is not None,
+                joined=() if isinstance(label_column, str) else tuple(label_column or ()),
             )
             numbered, naming = number(splits)
             if (raw := with_raw_labels(splits, numbered, label, functions)) is not None:
                 numbered, naming = number(raw)
             splits = numbered
             chosen = Choices(
-                **{**choices, "label_column": label, "keep": keep, "names": naming.names},
+                **{**choices, "label_column": label, "keep": keep, "naming": naming},
                 may_be_text=of_first.collate_fn is not None or of_first.transform is not None,
                 is_padded=not of_first.are_given,
             )
@@ -297,6 +299,8 @@ def _look_at(
 
 
 def _preprocess(split: Split, functions: Functions, label_column: str | None) -> Split:
+    from manualloop.data.classes import note_made_labels
+
     kinds, (preprocess, _, _, takes, keep) = split.kinds, functions
     assert preprocess is not None
     label = label_column or find_label(kinds)
@@ -304,7 +308,8 @@ def _preprocess(split: Split, functions: Functions, label_column: str | None) ->
     kept = dict.fromkeys([*stays, *([label] if label in kinds else [])])
     run = Preprocess(preprocess, tuple(name for name in kinds if name in kept), label, keep)
     rows = split.rows.map(run, batched=True, remove_columns=list(kinds))
-    return open_split(split.name, rows, split.key)._replace(form=split.form)
+    made = open_split(split.name, rows, split.key)._replace(form=split.form)
+    return note_made_labels(split, made, preprocess, label_column)
 
 
 def _encoder(

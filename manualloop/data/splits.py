@@ -30,6 +30,8 @@ class Split(NamedTuple):
             mapping.
         form: The format of the user's dataset, which the rows have not; None if it had none.
         num_cut: Number of texts that were cut off by the tokenizer; None if nobody knows.
+        made_of: Names of the classes in the column that a function of the user's made the labels
+            of; empty if it has none. None for labels as they are in the dataset.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Split(NamedTuple):
     key: str | None = None
     form: Mapping[str, Any] | None = None
     num_cut: int | None = None
+    made_of: tuple[str, ...] | None = None
 
     @property
     def is_train(self) -> bool:

@@ -38,6 +38,7 @@ from manualloop.mistakes import (
     text_message,
 )
 from manualloop.models import problem_type
+from manualloop.tasks.names import Naming
 from manualloop.tasks.task import infer_task
 
 _NUM_PEEKED = 1000
@@ -56,7 +57,7 @@ class Choices(NamedTuple):
         may_be_text: Whether labels of text are allowed: a ``collate_fn`` may make numbers of them.
         is_padded: Whether rows are padded and stacked as they are.
         keep: Columns that skip the model.
-        names: Names of the classes, by number; None if the data have none.
+        naming: The classes, whose names are those of the numbers in the column, if they have some.
     """
 
     tokenizer: Any
@@ -68,7 +69,7 @@ class Choices(NamedTuple):
     may_be_text: bool
     is_padded: bool
     keep: tuple[str, ...] = ()
-    names: tuple[str, ...] | None = None
+    naming: Naming = Naming()
 
 
 class Survey(NamedTuple):
@@ -115,7 +116,7 @@ def survey(splits: Mapping[Any, Split], choices: Choices, check: Checks) -> Surv
     if columns.label is None:
         return Survey(columns, Labels(None, _task_without_labels(choices), None), {})
     labels, hidden = _survey_labels(splits, columns.label, first, choices, check)
-    return Survey(columns, labels._replace(names=choices.names), hidden)
+    return Survey(columns, labels._replace(names=choices.naming.names), hidden)
 
 
 def _task_without_labels(choices: Choices) -> str | None:
@@ -201,7 +202,7 @@ def _survey_labels(
             for key, split in visible.items():
                 if (values := found[key]) is not None:
                     check(check_missing, split, values, column)
-            if choices.names is None:  # else a string is no class, which was reported
+            if not choices.naming.is_numbered:  # else a string is no class, which was reported
                 check(_refuse_texts, list(visible.values()), [found[k] for k in visible], column)
         return labels, hidden
     alike = {k: s for k, s in visible.items() if check_kind(s, reference, column, labels, check)}
@@ -212,7 +213,7 @@ def _survey_labels(
         if (values := found[key]) is not None:
             check(check_missing, split, values, column)
     for key, split in alike.items():
-        if (values := found[key]) is not None:
+        if (values := found[key]) is not None and split.name not in choices.naming.refused:
             check(check_numbers, split, values, everything)
     return labels, hidden
 
@@ -284,8 +285,8 @@ def _describe(split: Split, column: str, values: Values | None, choices: Choices
     """
     model, kind = choices.model, split.kinds[column]
     num_classes, are_named = classes_of(split, column, model)
-    if choices.names is not None:  # also of a stream that does not know its columns
-        num_classes, are_named = num_classes or len(choices.names), True
+    if choices.naming.is_numbered:  # also of a stream that does not know its columns
+        num_classes, are_named = num_classes or len(choices.naming.names or ()), True
     is_chosen = choices.task is not None or (model is not None and problem_type(model) is not None)
     by_token = "input_ids" in split.first and first_misaligned(split, column) is None
     task = choices.task or task_of(split, column, model, by_token=by_token)

@@ -15,7 +15,6 @@ from manualloop.models import (
     is_sharded,
     model_name,
     num_labels,
-    sample_weights,
     unwrap_model,
 )
 from manualloop.notices import say
@@ -125,9 +124,9 @@ def show_names(names: Sequence[str]) -> str:
     """Return names with their numbers, for a line.
 
     >>> show_names(["neg", "pos"])
-    '0 neg, 1 pos'
+    '0 = neg, 1 = pos'
     """
-    shown = [f"{number} {name}" for number, name in enumerate(names[:_NUM_SHOWN])]
+    shown = [f"{number} = {name}" for number, name in enumerate(names[:_NUM_SHOWN])]
     more = [f"... ({len(names)} classes)"] if len(names) > _NUM_SHOWN else []
     return ", ".join(shown + more)
 
@@ -138,10 +137,15 @@ class Naming(NamedTuple):
     Attributes:
         names: Name of each class, by number; None if the data have no names.
         numbered: Names of the splits whose labels became numbers, or other numbers.
+        refused: Names of the splits with a class that was refused.
+        is_numbered: Whether the labels are the numbers of these names; else they are made of them,
+            such as rows of 0 and 1.
     """
 
     names: Names | None = None
     numbered: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    is_numbered: bool = False
 
 
 def name_model(model: nn.Module | None, naming: Naming) -> None:
@@ -162,7 +166,7 @@ class _Given(NamedTuple):
 
     Attributes:
         names: The names.
-        weights: Some numbers of its weights at that time; None if they could not be read.
+        weights: Some numbers of each trainable weight at that time; None if they are elsewhere.
     """
 
     names: Names
@@ -205,6 +209,8 @@ def are_given(model: nn.Module) -> bool:
 
 
 def _sample(model: nn.Module) -> Tensor | None:
-    if is_sharded(model) or any(weight.is_meta for weight in model.parameters()):
+    weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+    if is_sharded(model) or any(weight.is_meta for weight in weights):
         return None
-    return sample_weights(model)
+    flat = [weight.reshape(-1) for weight in weights if weight.numel()]
+    return torch.cat([w[[0, w.numel() // 2, -1]].double().cpu() for w in flat] or [torch.empty(0)])

@@ -45,7 +45,7 @@ def test_labels_that_are_all_minus_one_are_dropped_and_reported(caplog):
     assert messages(caplog) == [
         "train: using sentence -> labels",
         "test: using sentence; every label is -1, so there are no labels",
-        "classes are 0 no, 1 yes: named so in the config of BertForSequenceClassification",
+        "classes are 0 = no, 1 = yes: named so in the config of BertForSequenceClassification",
     ]
 
 
