@@ -17,7 +17,6 @@ from manualloop.data.columns import (
     LABELS,
     find_label,
 )
-from manualloop.data.cuts import count_cuts, notes_on, tell_cuts
 from manualloop.data.functions import RAW, ByName, Functions, functions_of
 from manualloop.data.kept import (
     KeepingCollate,
@@ -38,6 +37,7 @@ from manualloop.data.mapping import (
 from manualloop.data.masks import RowMasks, masks_rows
 from manualloop.data.sampler import ordered_loader
 from manualloop.data.splits import Split, open_split, open_splits, reference_of
+from manualloop.data.tokens import count_cuts, notes_on, require_tokens, tell_cuts
 from manualloop.data.transform import (
     Transform,
     TransformedRows,
@@ -45,7 +45,6 @@ from manualloop.data.transform import (
     transformed_rows,
 )
 from manualloop.errors import ConfigError, DataError
-from manualloop.mistakes import no_tokens_fix
 from manualloop.models import max_length as model_max_length
 from manualloop.models import model_name
 from manualloop.notices import say
@@ -392,7 +391,7 @@ def _prepare_split(
         run = replace(encode, stream=split.name, key=split.key) if split.is_stream else encode
         made = split.map(run, remove=[n for n in texts if n not in stored])
         raw, split = split, count_cuts(made)
-        _require_tokens(raw, split, encode)
+        require_tokens(raw, split, encode)
     if labels.task in BY_TOKEN:
         check_alignment(split)
     kinds = split.kinds
@@ -431,24 +430,6 @@ def _name_labels(split: Split, found: Survey, hidden: str | None, keep: tuple[st
             split = split.map(Copy("labels", column))
         split = split.map(AsZerosAndOnes(found.labels.num_classes or 0))
     return split
-
-
-def _require_tokens(raw: Split, split: Split, encode: Encode) -> None:
-    """Refuse a text of which the tokenizer made no token."""
-    from manualloop.data.values import lengths_of
-
-    if split.is_stream or split.kinds.get("input_ids") != "list":
-        return
-    lengths = lengths_of(split, "input_ids")
-    if lengths is None or lengths.all():
-        return
-    row = int((lengths == 0).argmax())
-    cells = {name: raw.rows[row][name] for name in encode.texts}
-    fix = no_tokens_fix(encode.texts, cells, encode.tokenizer, raw.fix(encode.filter_call()))
-    raise DataError(
-        f"The tokenizer makes no token of row {row} of {split.name}: {cells!r:.200}. Such rows: "
-        f"{int((lengths == 0).sum())} of {len(lengths)}. {fix}"
-    )
 
 
 def _note(

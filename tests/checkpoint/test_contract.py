@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import tiny_bert
 from torch import nn
 
@@ -20,6 +21,7 @@ from manualloop import (
     SingleDevice,
     Update,
     apply_update,
+    prepare_dataloaders,
     train_loop,
     train_steps,
 )
@@ -301,3 +303,40 @@ def test_a_model_from_a_temporary_folder_is_the_same(
     assert run(model=build_from("/tmp/tmpab12cd35/model")) == []
     with pytest.raises(CheckpointError, match="_name_or_path"):
         run(model=build_from("bert-base-cased"))
+
+
+def test_names_of_classes_are_compared_only_where_both_runs_have_some() -> None:
+    def described(*names: str) -> dict[str, Any]:
+        config = {
+            "id2label": {str(number): name for number, name in enumerate(names)},
+            "label2id": {name: number for number, name in enumerate(names)},
+            "hidden_size": 8,
+        }
+        return {"same": {}, "groups": [], "settings": {"config": config}, "exact": {"torch": "1"}}
+
+    plain, numbers = described("LABEL_0", "LABEL_1"), described("0", "1")
+    named, other = described("neg", "pos"), described("pos", "neg")
+    assert (
+        contract.contract_differences(plain, named)
+        == contract.contract_differences(named, numbers)
+        == []
+    )
+    assert contract.contract_differences(named, other) == [
+        "config.id2label.0: neg -> pos",
+        "config.id2label.1: pos -> neg",
+    ]
+
+
+def test_a_folder_of_a_run_without_names_is_the_same_run_with_names(tmp_path: Path) -> None:
+    table = Dataset.from_dict({"input_ids": [[4, 5], [6, 7]] * 2, "label": [0, 1] * 2})
+
+    def run(num_epochs: int, model: nn.Module) -> Any:
+        loader = prepare_dataloaders(table, model=model, batch_size=2)["train"]
+        return train_loop(
+            model, loader, num_epochs=num_epochs, checkpoint_dir=tmp_path, progress_bar=False
+        )
+
+    run(1, tiny_bert())
+    named = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
+    result = run(1, tiny_bert(**named))  # finished, and this run
+    assert result.state.progress.num_steps == 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 from helpers import rows, tiny_bert, tiny_tokenizer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, pipeline
 
 from manualloop import prepare_dataloaders, train_loop
 from manualloop.checkpoint.pretrained import find_tokenizer
@@ -104,3 +107,60 @@ def test_a_model_of_ones_own_gets_no_tokenizer(tmp_path):
         progress_bar=False,
     )
     assert not list(tmp_path.glob("*/tokenizer*"))
+
+
+def reviews() -> Dataset:
+    features = Features(
+        {"text": Value("string"), "label": ClassLabel(names=["negative", "positive"])}
+    )
+    texts = ["bad movie", "good movie", "dull plot", "fine acting"]
+    return Dataset.from_dict({"text": texts, "label": [0, 1, 0, 1]}, features=features)
+
+
+@pytest.mark.parametrize("knows_model", [True, False])
+def test_a_pipeline_of_the_best_checkpoint_answers_with_the_names(knows_model, tmp_path):
+    tokenizer, model, scores = tiny_tokenizer(), tiny_bert(), iter(range(99))
+    arguments = {"model": model} if knows_model else {}
+    loaders = prepare_dataloaders({"train": reviews()}, tokenizer, **arguments)
+    result = train_loop(
+        model,
+        loaders["train"],
+        torch.optim.AdamW(model.parameters(), lr=0.05),
+        max_steps=20,
+        evaluate=lambda: {"f1": float(next(scores))},
+        evaluate_every=10,
+        checkpoint_every=10,
+        best_metric="f1",
+        checkpoint_dir=tmp_path,
+        progress_bar=False,
+    )
+    classify = pipeline("text-classification", model=result.best_checkpoint, device="cpu")
+    found = [answer["label"] for answer in classify(["good movie", "bad movie", "dull plot"])]
+    assert found == ["positive", "negative", "negative"]
+    config = AutoConfig.from_pretrained(result.best_checkpoint)
+    assert config.label2id == {"negative": 0, "positive": 1}
+    expected = "negative" if knows_model else "LABEL_0"
+    assert model.config.id2label[0] == expected  # a run changes no model but by training it
+
+
+def test_the_names_of_a_model_without_a_config_are_a_file(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scores = nn.Embedding(16, 2)
+
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            logits = self.scores(input_ids).mean(1)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    model = Net()
+    loader = prepare_dataloaders(reviews(), tiny_tokenizer(), model=model)["train"]
+    result = train_loop(model, loader, max_steps=1, checkpoint_dir=tmp_path, progress_bar=False)
+    file = result.last_checkpoint / "class_names.json"
+    assert json.loads(file.read_text()) == ["negative", "positive"]
+    again = train_loop(Net(), loader, max_steps=1, checkpoint_dir=tmp_path, progress_bar=False)
+    assert torch.equal(again.state.model.scores.weight, model.scores.weight)
+    batch = {"input_ids": torch.ones(1, 2).long(), "labels": torch.ones(1).long()}
+    folder = tmp_path / "plain"
+    plain = train_loop(Net(), [batch], max_steps=1, checkpoint_dir=folder, progress_bar=False)
+    assert not (plain.last_checkpoint / "class_names.json").exists()

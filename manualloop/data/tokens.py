@@ -1,4 +1,4 @@
-"""Texts that are cut off, because a model takes no more tokens: counted, and told in one line."""
+"""What became of the texts: rows without a token are refused, texts that are cut off counted."""
 
 from __future__ import annotations
 
@@ -6,8 +6,32 @@ from collections.abc import Iterable
 
 from manualloop.data.mapping import CUT, Encode
 from manualloop.data.splits import Split
+from manualloop.errors import DataError
+from manualloop.mistakes import no_tokens_fix
 from manualloop.notices import say
 from manualloop.types import SplitNotes
+
+
+def require_tokens(raw: Split, split: Split, encode: Encode) -> None:
+    """Refuse a text of which the tokenizer made no token.
+
+    Raises:
+        DataError: The message counts such rows.
+    """
+    from manualloop.data.values import lengths_of
+
+    if split.is_stream or split.kinds.get("input_ids") != "list":
+        return
+    lengths = lengths_of(split, "input_ids")
+    if lengths is None or lengths.all():
+        return
+    row = int((lengths == 0).argmax())
+    cells = {name: raw.rows[row][name] for name in encode.texts}
+    fix = no_tokens_fix(encode.texts, cells, encode.tokenizer, raw.fix(encode.filter_call()))
+    raise DataError(
+        f"The tokenizer makes no token of row {row} of {split.name}: {cells!r:.200}. Such rows: "
+        f"{int((lengths == 0).sum())} of {len(lengths)}. {fix}"
+    )
 
 
 def count_cuts(split: Split) -> Split:
