@@ -14,7 +14,7 @@ from manualloop.notices import say
 from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
 from manualloop.reading.position import Position
 from manualloop.reading.ranks import Shard, ShardedSampler
-from manualloop.reading.workers import ReportingCollate, WorkerStart, shut_down_at_exit
+from manualloop.reading.workers import ReportingCollate, WorkerStart, look_after_workers
 
 
 def iterates_plainly(loader: Any) -> bool:
@@ -68,11 +68,7 @@ class LoaderCopy:
         return self._iterator() is not None
 
     def end_workers(self) -> None:
-        """End the workers, those that are kept included.
-
-        Workers that are left to a garbage collection take five seconds each: it may take away the
-        queue first by which they are told to end.
-        """
+        """End the workers, those that are kept included."""
         iterator = self._iterator()
         if iterator is not None:
             shut_down_workers(iterator, ends_python=False)
@@ -112,7 +108,7 @@ class LoaderCopy:
         iterator: Iterator[Any] = iter(self._copy)
         if loader.num_workers > 0:
             self._iterator = ref(iterator)
-            shut_down_at_exit(iterator)
+            look_after_workers(iterator)
         return iterator
 
 

@@ -12,8 +12,9 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from copy import copy
+from multiprocessing.queues import Queue
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -158,12 +159,17 @@ def _give_nothing_once(dataset: Any) -> None:
     dataset.__class__ = type(own.__name__, (own,), {"__iter__": iterate})
 
 
-def shut_down_at_exit(iterator: Any) -> None:
-    """End the workers of an iterator when Python ends, if nobody has before.
+def look_after_workers(iterator: Any) -> None:
+    """End the workers of an iterator with it or with Python, if nobody has before.
 
-    Left to itself, Python sends them a SIGTERM then and waits for their end: see below.
+    When Python ends, it would send them a SIGTERM and wait for their end: see below. A garbage
+    collection would take the queues away by which torch tells them to end, and torch would wait
+    five seconds for each of them: so the queues are kept for as long as the iterator is there.
     """
     _ITERATORS.add(iterator)
+    parts = [part for part in vars(iterator).values() if isinstance(part, list)]
+    queues = [entry for part in parts for entry in part if isinstance(entry, Queue)]
+    finalize(iterator, queues.clear).atexit = False
 
 
 _ITERATORS: WeakSet[Any] = WeakSet()

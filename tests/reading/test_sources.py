@@ -38,8 +38,10 @@ class Run:
         self.state, self.ids = new_state(), []
 
     def train(self, loader, steps=None, **options):
+        all_ids = self.ids  # the state keeps loss_fn, which must not keep the state
+
         def loss_fn(model, batch):
-            self.ids.append(ids_of(batch))
+            all_ids.append(ids_of(batch))
             return model(torch.ones(1, 1)).mean()
 
         begin, first = len(self.ids), self.state.progress.num_steps

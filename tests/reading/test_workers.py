@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,29 @@ def test_a_loop_that_was_left_keeps_its_workers_for_the_next_step() -> None:
     assert state.reader is not None
     state.reader.close()
     assert workers() == set()
+
+
+def test_workers_of_a_loop_that_was_left_end_by_themselves_in_a_garbage_collection() -> None:
+    """torch's iterator waited five seconds for each, and some outlived its SIGTERM for ever."""
+
+    def leave_a_loop() -> list[Any]:
+        state, data = new_state(), loader(persistent_workers=True)
+
+        def with_state(model: Any, batch: Any) -> Tensor:  # the state keeps it: a circle
+            return loss_fn(model, batch) * (1 + state.progress.epoch * 0)
+
+        for _ in train_steps(state, data, num_epochs=1, loss_fn=with_state):
+            break
+        return [p for p in multiprocessing.active_children() if p.pid in workers()]
+
+    left = leave_a_loop()
+    gc.collect()
+    for process in left:
+        process.join(60)
+    codes = [process.exitcode for process in left]
+    for process in left:
+        process.kill()
+    assert codes == [0, 0]
 
 
 def test_a_state_saved_after_the_run_has_the_generators_of_its_loss(tmp_path: Path) -> None:
