@@ -23,7 +23,7 @@ from manualloop.evaluation.trial import try_evaluation
 from manualloop.notices import say
 from manualloop.optim import prepare_optimizer
 from manualloop.optimizers.together import as_optimizer, each, for_each
-from manualloop.plan import plan_run
+from manualloop.plan import plan_run, settings_of
 from manualloop.run.agreement import agree_at_updates, counted
 from manualloop.run.cadence import Cadence, parse_cadence
 from manualloop.run.evaluations import require_metric
@@ -33,7 +33,7 @@ from manualloop.run.run import Run
 from manualloop.run.stopping import Stopping
 from manualloop.schedules import check_schedule, prepare_scheduler
 from manualloop.state import Pace, TrainState, goes_on
-from manualloop.steps import SETTINGS, contract_of, start_steps
+from manualloop.steps import contract_of, start_steps
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.calls import agree, in_call
 from manualloop.strategy.select import strategy_for
@@ -222,11 +222,11 @@ def train_loop(
     arguments = dict(locals())
     check_arguments(model=model)  # everything else is made for it
     strategy = in_call(strategy_for(model, strategy), "train_loop")
-    settings = {name: arguments[name] for name in SETTINGS}
+    settings = settings_of(arguments)
     ends: dict[str, Any] = {"num_epochs": num_epochs, "max_steps": max_steps}
     agreement, run_strategy = agree_at_updates(strategy)
     with all_at_once() as check:
-        plan = check(plan_run, train_dataloader, world_size=strategy.world_size, **ends, **settings)
+        plan = check(plan_run, train_dataloader, settings, world_size=strategy.world_size, **ends)
         known = plan or Plan(sys.maxsize, None, 1)  # its error is raised below: any length will do
         parse = partial(parse_cadence, num_steps_per_epoch=known[2], agreement=agreement)
         due = Due(
@@ -240,7 +240,7 @@ def train_loop(
         check(check_arguments, extras=extras, progress_bar=progress_bar, preflight=preflight)
         optimizer = check(_optimizer, model, optimizer)
         check(_check_schedules, lr_scheduler, optimizer, known.num_steps, num_warmup_steps)
-    given = {name: arguments[name] for name in _SAME_ON_RANKS} | ends | settings
+    given = {name: arguments[name] for name in _SAME_ON_RANKS} | ends | settings._asdict()
     agree(strategy, "train_loop", checkpoint_dir=checkpoint_dir and Path(checkpoint_dir), **given)
     schedule = _schedules(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
     stopping = Stopping(max_seconds, agreement)
@@ -260,9 +260,9 @@ def train_loop(
             plan,
             contract,
             run_strategy,
+            settings,
             preflight=preflight,
             yields_skipped=True,
-            **settings,
         )
         stack.enter_context(closing(steps))
         if goes_on(state.progress, plan):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from manualloop.arguments import is_count, is_positive
 from manualloop.checks import require_loader
@@ -20,85 +20,60 @@ from manualloop.types import LossFn, OnNonfinite, Plan, Terms, Update
 from manualloop.update import StepFn
 
 
+class Settings(NamedTuple):
+    """The arguments of ``train_steps`` that an update depends on.
+
+    Attributes:
+        gradient_accumulation_steps: Number of batches per update.
+        max_grad_norm: Norm to which gradients are clipped, or None.
+        loss_fn: Function of a loss, or None.
+        terms: Function of the terms of a loss, or None.
+        step_fn: Function of a whole update, or None.
+        on_nonfinite: Name of the reaction to NaN and infinity.
+    """
+
+    gradient_accumulation_steps: int
+    max_grad_norm: float | None
+    loss_fn: LossFn | None
+    terms: Terms | None
+    step_fn: StepFn | None
+    on_nonfinite: OnNonfinite
+
+
+def settings_of(arguments: Mapping[str, Any]) -> Settings:
+    """Take the settings out of all arguments of a call."""
+    return Settings(*(arguments[name] for name in Settings._fields))
+
+
 def plan_run(
     train_dataloader: Any,
+    settings: Settings,
     *,
     num_epochs: int | None = None,
     max_steps: int | None = None,
-    gradient_accumulation_steps: int = 1,
-    max_grad_norm: float | None = None,
-    loss_fn: LossFn | None = None,
-    terms: Terms | None = None,
-    step_fn: StepFn | None = None,
-    on_nonfinite: OnNonfinite = "raise",
     world_size: int = 1,
 ) -> Plan:
     """Check the arguments of ``train_steps`` against each other and the data; plan the updates.
 
     Args:
         train_dataloader: Any iterable of batches, with or without a length.
-        num_epochs: Passes over the data; with ``max_steps`` also None: 3.
-        max_steps: Updates, over as many epochs as they take.
-        gradient_accumulation_steps: Micro-batches an update.
-        max_grad_norm: Norm to which gradients are clipped.
-        loss_fn: Function of a loss, or None.
-        terms: Function of the terms of a loss, or None.
-        step_fn: Function of a whole update, or None.
-        on_nonfinite: Name of what is done about NaN and infinity.
+        settings: Arguments of ``train_steps`` that an update depends on.
+        num_epochs: Number of passes over the data; 3 if ``max_steps`` is also None.
+        max_steps: Number of updates, over as many epochs as they take.
         world_size: Number of ranks that share the batches.
 
     Raises:
-        ConfigError: What does not fit together, every problem on a line of its own.
-        DataError: Not a loader, or one without batches.
+        ConfigError: The arguments do not fit together; each problem has a line of its own.
+        DataError: It is not a loader, or has no batches.
 
-    >>> plan_run(range(5), num_epochs=2, gradient_accumulation_steps=4)
+    >>> plan_run(range(5), Settings(4, None, None, None, None, "raise"), num_epochs=2)
     Plan(num_steps=4, num_epochs=2, num_steps_per_epoch=2)
     """
     require_loader(train_dataloader)
     length = num_rounds(train_dataloader, world_size)
-    counts = {
-        "num_epochs": num_epochs,
-        "max_steps": max_steps,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-    }
-    problems = [
-        f"{name} must be a whole number of at least 1, got {count!r}."
-        for name, count in counts.items()
-        if count is not None and not is_count(count)
-    ]
-    if max_grad_norm is not None and not is_positive(max_grad_norm):
-        problems.append(
-            f"max_grad_norm must be above 0, got {max_grad_norm!r}; None does not clip."
-        )
-    if num_epochs is not None and max_steps is not None:
-        problems.append(
-            f"Give num_epochs={num_epochs!r} or max_steps={max_steps!r}, not both: each ends the "
-            "run."
-        )
+    problems = [*_problems_of_length(settings, num_epochs, max_steps), *_problems_of(settings)]
     if length is None and max_steps is None:
         problems.append("A streaming dataset has no length: give max_steps=, the updates to make.")
-    problems += [
-        f"{name} is a {type(function).__name__}. Pass a function: {name}=lambda {arguments}: ...."
-        for name, function, arguments in (
-            ("loss_fn", loss_fn, "model, batch"),
-            ("terms", terms, "outputs, batch"),
-            ("step_fn", step_fn, "state, batches, strategy"),
-        )
-        if function is not None and not callable(function)
-    ]
-    if step_fn is not None and any(x is not None for x in (loss_fn, terms, max_grad_norm)):
-        problems.append(
-            "step_fn replaces the whole update, so loss_fn, terms and max_grad_norm would be "
-            "ignored. Use them inside step_fn: functools.partial(apply_update, max_grad_norm=1.0)."
-        )
-    problems += [BOTH_GIVEN] if loss_fn is not None and terms is not None else []
-    if step_fn is not None and on_nonfinite == "skip":
-        problems.append(
-            'on_nonfinite="skip" cannot skip what step_fn has made already. Skip inside step_fn: '
-            'functools.partial(apply_update, on_nonfinite="skip"), and pass on_nonfinite="ignore".'
-        )
-    if on_nonfinite not in ("raise", "skip", "ignore"):
-        problems.append(f'on_nonfinite={on_nonfinite!r} is none of "raise", "skip", "ignore".')
     if problems:
         raise ConfigError("\n".join(problems))
     if length == 0:
@@ -106,11 +81,55 @@ def plan_run(
             "The training loader has 0 batches. Check the filter of the dataset, and batch_size "
             "with drop_last."
         )
-    per_epoch = None if length is None else -(-length // int(gradient_accumulation_steps))
+    per_epoch = None if length is None else -(-length // int(settings.gradient_accumulation_steps))
     if max_steps is not None:
         return Plan(int(max_steps), None, per_epoch)
     num_epochs = int(num_epochs or 3)
     return Plan(num_epochs * (per_epoch or 0), num_epochs, per_epoch)
+
+
+def _problems_of_length(settings: Settings, num_epochs: Any, max_steps: Any) -> Iterator[str]:
+    counts = {
+        "num_epochs": num_epochs,
+        "max_steps": max_steps,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+    }
+    for name, count in counts.items():
+        if count is not None and not is_count(count):
+            yield f"{name} must be a whole number of at least 1, got {count!r}."
+    if num_epochs is not None and max_steps is not None:
+        yield (
+            f"Give num_epochs={num_epochs!r} or max_steps={max_steps!r}, not both: each ends the "
+            "run."
+        )
+
+
+def _problems_of(settings: Settings) -> Iterator[str]:
+    _, max_grad_norm, loss_fn, terms, step_fn, on_nonfinite = settings
+    if max_grad_norm is not None and not is_positive(max_grad_norm):
+        yield f"max_grad_norm must be above 0, got {max_grad_norm!r}; None does not clip."
+    for name, function, arguments in (
+        ("loss_fn", loss_fn, "model, batch"),
+        ("terms", terms, "outputs, batch"),
+        ("step_fn", step_fn, "state, batches, strategy"),
+    ):
+        if function is not None and not callable(function):
+            kind = type(function).__name__
+            yield f"{name} is a {kind}. Pass a function: {name}=lambda {arguments}: ...."
+    if step_fn is not None and any(x is not None for x in (loss_fn, terms, max_grad_norm)):
+        yield (
+            "step_fn replaces the whole update, so loss_fn, terms and max_grad_norm would be "
+            "ignored. Use them inside step_fn: functools.partial(apply_update, max_grad_norm=1.0)."
+        )
+    if loss_fn is not None and terms is not None:
+        yield BOTH_GIVEN
+    if step_fn is not None and on_nonfinite == "skip":
+        yield (
+            'on_nonfinite="skip" cannot skip what step_fn has made already. Skip inside step_fn: '
+            'functools.partial(apply_update, on_nonfinite="skip"), and pass on_nonfinite="ignore".'
+        )
+    if on_nonfinite not in ("raise", "skip", "ignore"):
+        yield f'on_nonfinite={on_nonfinite!r} is none of "raise", "skip", "ignore".'
 
 
 def begin_epoch(

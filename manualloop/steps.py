@@ -24,7 +24,7 @@ from manualloop.nonfinite import Watch
 from manualloop.notices import say
 from manualloop.optim import plain_lr, put_into_training
 from manualloop.optimizers.together import as_optimizer
-from manualloop.plan import Skips, begin_epoch, has_other_size, plan_run
+from manualloop.plan import Settings, Skips, begin_epoch, has_other_size, plan_run, settings_of
 from manualloop.randomness import find_generators, restore_generators, search
 from manualloop.reading.describe import all_facts, digest_of, digests_of_loaders
 from manualloop.reading.position import read_position
@@ -38,10 +38,6 @@ from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.types import LossFn, OnNonfinite, Plan, Step, Terms, Update, Window
 from manualloop.update import StepFn, apply_update, drop_gradients, group
-
-_OF_LOSS = ("loss_fn", "terms", "step_fn")
-SETTINGS = ("gradient_accumulation_steps", "max_grad_norm", *_OF_LOSS, "on_nonfinite")
-"""Names of the arguments that an update depends on."""
 
 
 def train_steps(
@@ -135,15 +131,15 @@ def train_steps(
     arguments = dict(locals())
     check_arguments(state=state, preflight=preflight)
     strategy = strategy_for(state.model, strategy)
-    settings = {name: arguments[name] for name in SETTINGS}
+    settings = settings_of(arguments)
     ends: dict[str, Any] = {"num_epochs": num_epochs, "max_steps": max_steps}
-    plan = plan_run(train_dataloader, world_size=strategy.world_size, **ends, **settings)
+    plan = plan_run(train_dataloader, settings, world_size=strategy.world_size, **ends)
     progress = state.progress
     at = {"steps made": progress.num_steps, "epochs made": progress.epoch}
-    strategy = begin_call(strategy, "train_steps", **ends, **settings, **at)
+    strategy = begin_call(strategy, "train_steps", **ends, **settings._asdict(), **at)
     contract = contract_of(state, plan, strategy, arguments)
     steps = start_steps(
-        state, train_dataloader, plan, contract, strategy, preflight=preflight, **settings
+        state, train_dataloader, plan, contract, strategy, settings, preflight=preflight
     )
     return cast("Generator[Step, None, None]", steps)
 
@@ -154,13 +150,8 @@ def start_steps(
     plan: Plan,
     contract: Contract,
     strategy: Strategy,
+    settings: Settings,
     *,
-    gradient_accumulation_steps: int,
-    max_grad_norm: float | None,
-    loss_fn: LossFn | None,
-    terms: Terms | None,
-    step_fn: StepFn | None,
-    on_nonfinite: OnNonfinite,
     preflight: bool,
     yields_skipped: bool = False,
 ) -> Generator[Step | None, None, None]:
@@ -169,6 +160,7 @@ def start_steps(
     With ``yields_skipped`` it yields None for an update that was skipped, and where an epoch ends
     without one.
     """
+    window_size, max_grad_norm, loss_fn, terms, step_fn, on_nonfinite = settings
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
     put_into_training(state.optimizer)
     source = source_of(train_dataloader)
@@ -192,7 +184,7 @@ def start_steps(
         state,
         source,
         plan,
-        gradient_accumulation_steps,
+        window_size,
         partial(
             _update_from,
             step_fn=step_fn,

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
 
-from torch import nn
-from torch.optim import Optimizer
-
-from manualloop.strategy.base import Strategy, prepare
+from manualloop.strategy.base import Strategy, altered
 from manualloop.types import Step
 
 KINDS = (
@@ -79,36 +75,6 @@ class Agreement:
         return True
 
 
-class StrategyOfRun:
-    """A strategy for the time of one run: its ``sum_counts`` carries the proposals of the ranks.
-
-    Everything else is that of the strategy it is made from.
-
-    Args:
-        strategy: The strategy of the process.
-        agreement: The agreement of the run.
-    """
-
-    def __init__(self, strategy: Strategy, agreement: Agreement) -> None:
-        self._strategy, self._agreement = strategy, agreement
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._strategy, name)
-
-    def __repr__(self) -> str:
-        return repr(self._strategy)
-
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """Let the strategy of the process prepare them: the model remembers that one."""
-        return prepare(self._strategy, model, optimizer)
-
-    def sum_counts(self, counts: Sequence[float]) -> list[float]:
-        """Add up numbers over all ranks, and the proposals with them."""
-        totals = self._strategy.sum_counts([*counts, *self._agreement.proposals()])
-        self._agreement.count(totals[len(counts) :])
-        return totals[: len(counts)]
-
-
 def agree_at_updates(strategy: Strategy) -> tuple[Agreement, Strategy]:
     """Return the agreement of a new run, and the strategy by which its ranks agree.
 
@@ -118,7 +84,13 @@ def agree_at_updates(strategy: Strategy) -> tuple[Agreement, Strategy]:
     agreement = Agreement(strategy.rank, strategy.world_size)
     if agreement.is_alone:
         return agreement, strategy
-    return agreement, cast("Strategy", StrategyOfRun(strategy, agreement))
+
+    def sum_counts(counts: Sequence[float]) -> list[float]:
+        totals = strategy.sum_counts([*counts, *agreement.proposals()])
+        agreement.count(totals[len(counts) :])
+        return totals[: len(counts)]
+
+    return agreement, altered(strategy, sum_counts=sum_counts)
 
 
 def counted(

@@ -23,7 +23,7 @@ from manualloop.notices import say
 from manualloop.optim import parameters_of
 from manualloop.optimizers.together import Optimizers, as_optimizer, each
 from manualloop.strategy.base import STRATEGY_OF, whole_tensor
-from manualloop.strategy.calls import StrategyOfCall, Tagged, values_of
+from manualloop.strategy.calls import Tagged, strategy_of_call, values_of
 from manualloop.strategy.compiled import CompileOptions, compile_model
 from manualloop.strategy.hosts import Hosts, connect_hosts
 from manualloop.strategy.launch import num_launched, refuse_training_alone
@@ -182,7 +182,7 @@ class Accelerated:
     def sum_counts(self, counts: Sequence[float]) -> list[float]:
         if self.world_size == 1:
             return list(counts)
-        return StrategyOfCall(self, "strategy.sum_counts").sum_counts(counts)
+        return strategy_of_call(self, "strategy.sum_counts").sum_counts(counts)
 
     def gather(self, value: Any) -> list[Any]:
         if self.world_size == 1:

@@ -135,6 +135,34 @@ MEMBERS = tuple(name for name in vars(Strategy) if not name.startswith("_"))
 """Names of what an object must have to be a strategy."""
 
 
+class _Altered:
+    """A strategy with other members than those of the strategy it is made from."""
+
+    def __init__(self, strategy: Strategy, **members: Any) -> None:
+        self._strategy = strategy
+        vars(self).update(members)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._strategy, name)
+
+    def __repr__(self) -> str:
+        return repr(self._strategy)
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        return prepare(self._strategy, model, optimizer)
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        return prepare_model(self._strategy, model)
+
+
+def altered(strategy: Strategy, **members: Any) -> Strategy:
+    """Return a strategy with other members, for the time of one call or one run.
+
+    A model that it prepares remembers the strategy of the process.
+    """
+    return cast("Strategy", _Altered(strategy, **members))
+
+
 def on_main(strategy: Strategy, function: Callable[[], _T]) -> _T:
     """Call a function on rank 0 alone; return what it returned, or raise its error, on every rank.
 

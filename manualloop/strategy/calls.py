@@ -9,13 +9,10 @@ was not sent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
-
-from torch import nn
-from torch.optim import Optimizer
+from typing import Any, NamedTuple
 
 from manualloop.errors import DistributedError
-from manualloop.strategy.base import Strategy, prepare, prepare_model
+from manualloop.strategy.base import Strategy, altered
 
 
 class Tagged(NamedTuple):
@@ -32,44 +29,24 @@ class Tagged(NamedTuple):
     value: Any
 
 
-class StrategyOfCall:
-    """A strategy for the time of one call: what it exchanges carries the name of the function.
-
-    Everything else is that of the strategy it is made from.
+def strategy_of_call(strategy: Strategy, call: str) -> Strategy:
+    """Return a strategy for one call: what it exchanges carries the name of the function.
 
     Args:
         strategy: The strategy of the process.
         call: Name of the public function that was called.
     """
 
-    def __init__(self, strategy: Strategy, call: str) -> None:
-        self._strategy, self.call = strategy, call
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._strategy, name)
-
-    def __repr__(self) -> str:
-        return repr(self._strategy)
-
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """Let the strategy of the process prepare them: the model remembers that one."""
-        return prepare(self._strategy, model, optimizer)
-
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Let the strategy of the process prepare a model, which remembers that one."""
-        return prepare_model(self._strategy, model)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, which all call the same function."""
+    def gather(value: Any) -> list[Any]:
         if isinstance(value, Tagged):  # of a function that was called inside this one
-            return self._strategy.gather(value)
-        return values_of(self._strategy.gather(Tagged(self.call, "gather", value)))
+            return strategy.gather(value)
+        return values_of(strategy.gather(Tagged(call, "gather", value)))
 
-    def sum_counts(self, counts: Sequence[float]) -> list[float]:
-        """Add up numbers over all ranks, which all call the same function."""
-        sent = Tagged(self.call, "counts", list(counts))
-        found = values_of(self._strategy.gather(sent))
+    def sum_counts(counts: Sequence[float]) -> list[float]:
+        found = values_of(strategy.gather(Tagged(call, "counts", list(counts))))
         return [sum(of_ranks) for of_ranks in zip(*found, strict=True)]
+
+    return altered(strategy, call=call, gather=gather, sum_counts=sum_counts)
 
 
 def in_call(strategy: Strategy, call: str) -> Strategy:
@@ -79,7 +56,7 @@ def in_call(strategy: Strategy, call: str) -> Strategy:
     """
     if strategy.world_size == 1 or getattr(strategy, "call", None) is not None:
         return strategy
-    return cast("Strategy", StrategyOfCall(strategy, call))
+    return strategy_of_call(strategy, call)
 
 
 def begin_call(strategy: Strategy, call: str, **arguments: Any) -> Strategy:
@@ -98,7 +75,7 @@ def begin_call(strategy: Strategy, call: str, **arguments: Any) -> Strategy:
     """
     if strategy.world_size == 1:
         return strategy
-    own = cast("Strategy", StrategyOfCall(strategy, call))
+    own = strategy_of_call(strategy, call)
     agree(own, call, **arguments)
     return own
 
