@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 # The tests of a file share what it has prepared, and run one after the other. `-- -n 0` runs all in
 # one process, which a debugger needs.
-PARALLEL = ("-n", "2", "--dist", "loadfile")
+# The order of the files is that of tests/conftest.py.
+PARALLEL = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def install(
@@ -89,6 +90,13 @@ def distributed(session: nox.Session) -> None:
     """Run all tests that start several processes; `tests` runs some of these cases."""
     install(session, "-e", ".[metrics,plot]", group="test")
     session.run("pytest", *PARALLEL, "-m", "distributed", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def exhaustive(session: nox.Session) -> None:
+    """Run the cases that `tests` leaves out because a sample of them is enough for a change."""
+    install(session, "-e", ".[metrics,plot]", group="test")
+    session.run("pytest", *PARALLEL, "-m", "exhaustive", *session.posargs, env=OFFLINE)
 
 
 @nox.session

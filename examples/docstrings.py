@@ -12,6 +12,7 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -56,13 +57,7 @@ SPECIAL_TOKENS = {
 def load_docstrings(stdlib: Path | None = None) -> DatasetDict:
     """Return the splits "train" and "validation", of ``text`` and ``label``; no text is in both."""
     stdlib = stdlib or Path(sysconfig.get_paths()["stdlib"])
-    areas = {}
-    for area, modules in AREAS.items():
-        for module in modules.split():
-            for path in source_files(stdlib, module):
-                for text in map(clean, docstrings(path)):
-                    if len(text.split()) >= MIN_WORDS:
-                        areas.setdefault(text, area)
+    areas = areas_of_texts(stdlib)
     if not areas:
         raise FileNotFoundError(f"No Python sources in {stdlib}: they were not installed.")
     splits = {"train": [], "validation": []}
@@ -74,6 +69,19 @@ def load_docstrings(stdlib: Path | None = None) -> DatasetDict:
     return DatasetDict(
         {name: Dataset.from_list(rows, features=features) for name, rows in splits.items()}
     )
+
+
+@cache  # it takes some seconds, and the processes of the notebook inherit it
+def areas_of_texts(stdlib: Path) -> dict[str, str]:
+    """Return the first area in which each docstring is found, by its text."""
+    areas: dict[str, str] = {}
+    for area, modules in AREAS.items():
+        for module in modules.split():
+            for path in source_files(stdlib, module):
+                for text in map(clean, docstrings(path)):
+                    if len(text.split()) >= MIN_WORDS:
+                        areas.setdefault(text, area)
+    return areas
 
 
 def source_files(stdlib: Path, module: str) -> list[Path]:

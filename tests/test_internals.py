@@ -4,12 +4,12 @@ import copy
 import functools
 import math
 import random
-import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
+import processes
 import pytest
 import torch
 import torchmetrics
@@ -443,8 +443,9 @@ def test_a_worker_that_cannot_be_renumbered_ends_the_run():
         internals.renumber_worker((0, 1), 1, 5)
 
 
-def test_workers_end_without_the_method_that_ends_them():
-    code = """if True:
+def test_workers_end_without_the_method_that_ends_them(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""if True:
         from torch.utils.data import DataLoader
         from manualloop import internals
         from manualloop.reading.workers import WorkerStart
@@ -454,9 +455,9 @@ def test_workers_end_without_the_method_that_ends_them():
         next(batches)
         internals.shut_down_workers(object())
         print("ended")
-        """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "ended\n", "")
+        """)
+    ended = processes.run(script)
+    assert (ended.returncode, ended.output) == (0, "ended\n")
 
 
 def test_a_batch_is_not_pinned_without_the_function(take_away):

@@ -16,8 +16,8 @@ from manualloop import CheckpointError, ConfigError, compare_runs, train_loop, v
 
 @pytest.fixture(autouse=True)
 def imported_before(request, monkeypatch):
-    """Fork the processes from one that has torch imported; one test starts new interpreters."""
-    if request.function is not test_a_run_that_is_restored_is_equal_to_the_last_bit:
+    """Fork the processes from one that has torch imported; one case starts new interpreters."""
+    if "new interpreters" not in request.node.name:
         monkeypatch.setattr(multiprocessing, "get_context", lambda method: CONTEXT)
 
 
@@ -83,7 +83,10 @@ def train_from_another_start(**options):
     )
 
 
-def test_a_run_that_is_restored_is_equal_to_the_last_bit():
+@pytest.mark.parametrize(
+    "processes", ["forked", pytest.param("new interpreters", marks=pytest.mark.exhaustive)]
+)
+def test_a_run_that_is_restored_is_equal_to_the_last_bit(processes):
     report = verify_resume(train, at=2)
     assert report.is_exact
     assert report.num_steps == 6

@@ -3,11 +3,11 @@
 import math
 import os
 import shutil
-import subprocess
 import sys
 from itertools import groupby
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from torch import nn
@@ -72,17 +72,16 @@ def test_a_process_that_resumes_reads_each_manifest_once(tmp_path):
     state = new_state()
     for step in range(1, 21):
         save(tmp_path, state, step)
-    code = f"""if True:
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+    script = tmp_path.with_suffix(".py")
+    script.write_text(f"""if True:
         from test_manifest import Counted, Path, load_checkpoint, new_state, save
         folder, state = Path({str(tmp_path)!r}), new_state()
         with Counted(folder) as loading:
             load_checkpoint(folder, state)
         print(loading.manifests, *(save(folder, state, step).manifests for step in range(21, 26)))
-    """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loading, *saves = map(int, run.stdout.split())
+    """)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    loading, *saves = map(int, processes.run(script, env=env).output.split())
     assert loading == 20
     assert set(saves) == {saves[0]}
     assert saves[0] <= 3

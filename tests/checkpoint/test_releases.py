@@ -6,8 +6,12 @@ of runs that nobody interrupted.
 
 import json
 import tarfile
+from functools import partial
+from pathlib import Path
 
 import pytest
+import ranks
+import write_release
 from write_release import CASES, EXACT, ON_TWO_RANKS, RELEASES, run
 
 STORED = [
@@ -48,7 +52,10 @@ def test_every_case_is_stored():
         for stored in STORED
     ],
 )
-def test_a_checkpoint_resumes_to_the_same_bits(release, case, tmp_path):
+def test_a_checkpoint_resumes_to_the_same_bits(release, case, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        write_release, "on_two_ranks", partial(ranks.run, Path(write_release.__file__))
+    )
     with tarfile.open(RELEASES / release / f"{case}.tar.xz") as archive:
         archive.extractall(tmp_path / "stored", filter="data")
     stored = json.loads((RELEASES / release / "ends.json").read_text())[case]

@@ -344,11 +344,14 @@ def run(name: str, *folders: Path, stops: bool = False) -> list[Run]:
         return [CASES[name](folder, stops) for folder in folders]
     with tempfile.TemporaryDirectory() as directory:
         ends = Path(directory) / "ends.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        arguments = [name, ends, int(stops), *folders]
-        command = [*launcher, "--nproc-per-node=2", __file__, *map(str, arguments)]
-        subprocess.run(command, check=True, timeout=240)
+        on_two_ranks(name, ends, int(stops), *folders)
         return list(json.loads(ends.read_text()))
+
+
+def on_two_ranks(*arguments: Any) -> None:
+    """Run this script on two ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launcher, __file__, *map(str, arguments)], check=True)
 
 
 def write(directory: Path, scratch: Path) -> None:

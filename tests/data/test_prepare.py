@@ -8,10 +8,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import datasets
+import processes
 import pytest
 import torch
 from datasets import (
@@ -298,8 +298,6 @@ def test_preprocess_may_make_labels_for_another_number_of_rows(streaming):
 
 
 SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[1])
 from helpers import rows, tiny_tokenizer
 from manualloop import prepare_dataloaders
 dataset = rows(text=["a", "b"], label=[0, 1], x=[1, 2], y=[1, 2], z=[3, 4])
@@ -310,18 +308,20 @@ for arguments in ({}, {}, {"preprocess": own}):
 """
 
 
-def test_the_cache_of_tokenized_rows_is_found_by_the_next_process():
+def test_the_cache_of_tokenized_rows_is_found_by_the_next_process(tmp_path):
     """`map` names its files by a hash, which must not depend on the order of a set."""
-    folder = str(Path(__file__).parent.parent)
-    prints = [
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", SCRIPT, folder],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-        ).stdout.split()
-        for seed in ("1", "2")
-    ]
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)}
+    fresh = subprocess.run(
+        [sys.executable, "-W", "ignore", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=env,
+    )
+    # The forked process hashes its strings in another way.
+    forked = processes.run(script, env=env, is_merged=False)
+    prints = [fresh.stdout.split(), forked.output.split()]
     assert prints[0] == prints[1]
     assert prints[0][0] == prints[0][1] != prints[0][2]

@@ -1,6 +1,6 @@
 """Run on each of two ranks: evaluation and prediction, compared with one process, bit by bit.
 
-exact_evaluation.py NUM_RANKS NUM_ROWS ...
+exact_evaluation.py NUM_RANKS BATCH_SIZES NUM_ROWS
 """
 
 import sys
@@ -126,8 +126,10 @@ def main():
     with torch.no_grad():
         model.classifier.weight.mul_(50)  # else all predictions are one class
     together = strategy.prepare_model(model)
-    for num_rows in map(int, sys.argv[2:]):
-        for batch_size in range(1, 6):
+    batch_sizes, all_num_rows = (map(int, numbers.split(",")) for numbers in sys.argv[2:])
+    batch_sizes = list(batch_sizes)
+    for num_rows in all_num_rows:
+        for batch_size in batch_sizes:
             for name, loader in loaders(num_rows, batch_size):
                 for metric in [metrics(), "glue/mrpc"] if name == "prepared" else [metrics()]:
                     expected = evaluate_loop(model, loader, metric, strategy=alone)

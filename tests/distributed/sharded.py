@@ -39,13 +39,14 @@ def make_loader(shuffle):
     )
 
 
-def make_state(spread):
-    model = tiny_bert(num_hidden_layers=2, hidden_dropout_prob=0.1)
+def make_state(spread, lr=1e-2, change=lambda model: None, **dropout):
+    model = tiny_bert(num_hidden_layers=2, **{"hidden_dropout_prob": 0.1, **dropout})
+    change(model)
     if spread:
         for layer in model.bert.encoder.layer:
             fully_shard(layer)
         fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     return TrainState(
         model, optimizer, prepare_scheduler(optimizer, "linear", num_training_steps=8)
     )

@@ -10,16 +10,12 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import tiny_bert
-from sharded import make_loader
-from torch.distributed.fsdp import fully_shard
+from sharded import make_loader, make_state
 
 from manualloop import (
-    TrainState,
     evaluate_loop,
     load_checkpoint,
     predict_loop,
-    prepare_scheduler,
     prepare_strategy,
     save_checkpoint,
     train_steps,
@@ -28,23 +24,19 @@ from manualloop import (
 ACCUMULATED = 4  # batches of an update, over all ranks
 
 
-def count(model, args):
-    if model.training:
-        model.num_passes += 1
+def count_passes(model):
+    def count(model, args):
+        if model.training:
+            model.num_passes += 1
 
-
-def make_state(spread):
-    torch.manual_seed(5)
-    model = tiny_bert(num_hidden_layers=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0)
     model.register_buffer("num_passes", torch.zeros(()), persistent=False)
     model.register_forward_pre_hook(count)
-    if spread:
-        for layer in model.bert.encoder.layer:
-            fully_shard(layer)
-        fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = prepare_scheduler(optimizer, "linear", num_training_steps=8)
-    return TrainState(model, optimizer, schedule)
+
+
+def new_state(spread):
+    torch.manual_seed(5)
+    dropout = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    return make_state(spread, lr=1e-3, change=count_passes, **dropout)
 
 
 def train(state, strategy, until=8, folder=None):
@@ -73,7 +65,7 @@ def scores_of(model):
 def main():
     folder, until = Path(sys.argv[1]), int(sys.argv[2])
     strategy = prepare_strategy()
-    state = make_state(spread=True)
+    state = new_state(spread=True)
     if any(folder.glob("step-*")):
         load_checkpoint(folder, state, strategy=strategy)
     seen = train(state, strategy, until, folder)

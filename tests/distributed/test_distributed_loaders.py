@@ -7,11 +7,15 @@ import ranks
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+# Three updates an epoch: within the first one, at its end, and within the second.
+CUTS = ["1,3,5", pytest.param("1,2,3,4,5", marks=pytest.mark.exhaustive)]
+
+
+@pytest.fixture(scope="module", params=CUTS)
+def outputs(request, tmp_path_factory):
     """The output of both ranks, which run all scenarios one after the other."""
     folder = tmp_path_factory.mktemp("loaders")
-    return ranks.finish(ranks.start("distributed_loaders.py", folder))
+    return ranks.finish(ranks.start("distributed_loaders.py", folder, request.param))
 
 
 @pytest.mark.parametrize("name", distributed_loaders.SCENARIOS)

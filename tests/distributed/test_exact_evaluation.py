@@ -6,15 +6,14 @@ import ranks
 pytestmark = pytest.mark.distributed
 
 
-SOME = [1, 2, 5, 8, 17]
+CASES = {"some": ([1, 3, 5], [1, 5, 17]), "all": ([*range(1, 6)], [*range(1, 18)])}
 
 
-@pytest.mark.parametrize(
-    "num_rows", [SOME, pytest.param([*range(1, 18)], marks=pytest.mark.exhaustive)], ids=len
-)
+@pytest.mark.parametrize("cases", ["some", pytest.param("all", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_metrics_and_predictions_are_those_of_one_process(num_ranks, num_rows):
+def test_metrics_and_predictions_are_those_of_one_process(num_ranks, cases):
     """exact_evaluation.py asserts on every rank, for six kinds of loaders and six metrics."""
-    outputs = ranks.run("exact_evaluation.py", num_ranks, *num_rows, num_ranks=num_ranks)
-    num_cases = 5 * 5 * len(num_rows)
+    numbers = [",".join(map(str, some)) for some in CASES[cases]]
+    outputs = ranks.run("exact_evaluation.py", num_ranks, *numbers, num_ranks=num_ranks)
+    num_cases = 5 * len(CASES[cases][0]) * len(CASES[cases][1])
     assert all(f"{num_cases} cases" in output for output in outputs), "\n".join(outputs)

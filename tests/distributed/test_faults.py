@@ -144,13 +144,15 @@ def log_of(folder, rank):
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("victim", [0, 2])
 @pytest.mark.parametrize(
-    ("fault", "what"),
+    ("fault", "what", "victim"),
     [
-        ("kill", "is gone"),
-        ("raise", "failed (ValueError: first line)"),
-        ("stop", "does not answer"),
+        ("kill", "is gone", 0),
+        ("kill", "is gone", 2),
+        ("raise", "failed (ValueError: first line)", 0),
+        ("raise", "failed (ValueError: first line)", 2),
+        ("stop", "does not answer", 0),
+        pytest.param("stop", "does not answer", 2, marks=pytest.mark.exhaustive),  # 20 s of waiting
     ],
 )
 def test_both_survivors_of_three_name_the_failed_rank(fault, what, victim):

@@ -5,7 +5,7 @@ import json
 import pytest
 import ranks
 import torch
-from sharded_by_one import make_state, scores_of, train
+from sharded_by_one import new_state, scores_of, train
 
 from manualloop import prepare_strategy
 
@@ -26,7 +26,7 @@ def test_a_sharded_run_goes_from_two_ranks_to_one_and_back(tmp_path):
         found = json.loads((tmp_path / f"until-{until}.json").read_text())
         seen += found["seen"]
     strategy = prepare_strategy("cpu")
-    whole = make_state(spread=False)
+    whole = new_state(spread=False)
     torch.testing.assert_close(
         torch.tensor(seen), torch.tensor(train(whole, strategy)), rtol=1e-4, atol=1e-5
     )

@@ -62,10 +62,17 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "metrics")
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules")
+    # evaluate imports its generated package from the first such folder on the path, which must not
+    # be one that other tests or other processes write to.
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *sys.path])
+    _forget_generated_modules()
     script = tmp_path / "tiny.py"
     script.write_text(SCRIPT)
     yield lambda config=None, **kwargs: evaluate.load(str(script), config, **kwargs)
-    # Each evaluate.load leaves a package of generated modules on the path.
+    _forget_generated_modules()
+
+
+def _forget_generated_modules() -> None:
     for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
         del sys.modules[name]
 

@@ -74,16 +74,18 @@ def test_the_committed_notebook_is_clean():
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_notebook_runs_on_docstrings(tmp_path):
-    cells = run_notebook(tmp_path)
+@pytest.mark.parametrize("num_rows", [400, pytest.param(0, marks=pytest.mark.exhaustive)])
+def test_the_notebook_runs_on_docstrings(num_rows, tmp_path):
+    cells = run_notebook(tmp_path, MANUALLOOP_NUM_ROWS=str(num_rows))
     assert_expected_output(cells, ["loss", "accuracy", "f1_macro"])
     by_hand = re.search(r"accuracy (\S+)", printed(cells["evaluate-by-hand"]))
-    assert float(by_hand[1]) > 0.5  # of 7 areas; the largest alone is a quarter
+    assert num_rows or float(by_hand[1]) > 0.5  # of 7 areas; the largest alone is a quarter
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.shared
+@pytest.mark.exhaustive
 def test_the_notebook_runs_on_mrpc(shared, tmp_path):
     cells = run_notebook(
         tmp_path, MANUALLOOP_SHARED=str(shared.resolve()), MANUALLOOP_NUM_ROWS="200"

@@ -276,7 +276,7 @@ def copied(original, tmp_path):
 
 
 STRIDES = [
-    pytest.param(41, id="sample"),
+    pytest.param(97, id="sample"),
     pytest.param(1, id="all", marks=pytest.mark.exhaustive),
 ]
 
