@@ -7,6 +7,7 @@ When a later batch fails inside the model, ``explain`` looks at that batch in th
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from manualloop.batches import model_inputs
+from manualloop.batches import fields_of, model_inputs
 from manualloop.data.labels import BY_TOKEN, check_class_ids, warn_of_classes_as_values
 from manualloop.data.splits import fix_all, fix_of
 from manualloop.errors import ConfigError, DataError, ManualLoopError, ModelError
@@ -261,6 +262,68 @@ def explain(
         raise mistake from error
 
 
+def explain_loss(
+    error: Exception,
+    model: nn.Module,
+    batches: Sequence[Any],
+    place_of: Callable[[int], Place],
+    starts: Sequence[int],
+) -> None:
+    """Raise the mistake in the labels that explains an error from a ``loss_fn``, if there is one.
+
+    Only what the loss has complained of is looked for: a ``loss_fn`` may use a batch in any way.
+
+    Raises:
+        DataError: A label is no class of the loss, or of a type that it does not take.
+    """
+    text = str(error)
+    if (found := _NO_CLASS.search(text)) is None and not _NO_TYPE.search(text):
+        return
+    for batch, start in zip(batches, starts, strict=True):
+        place, listed = place_of(start), batch if isinstance(batch, list | tuple) else ()
+        columns = fields_of(batch) or dict(enumerate(listed))
+        for name in sorted(columns, key=lambda name: not _LABELS.search(str(name))):
+            labels = columns[name]
+            if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.ndim:
+                continue
+            if found is None:
+                if labels.dtype != torch.int64 and _LABELS.search(str(name)):
+                    raise DataError(_type_message(labels, place, str(name))) from error
+                continue
+            if name == "labels" and (classes := num_labels(model)) is not None:
+                _check_from(error, labels, classes, place)
+            wrong = (labels == int(found[1])).reshape(len(labels), -1).any(dim=1)
+            if bool(wrong.any()):
+                row = place.row(int(wrong.nonzero()[0]))
+                raise DataError(_no_class_message(int(found[1]), row, str(name))) from error
+
+
+_NO_CLASS = re.compile(r"Target (-?\d+) is out of bounds")
+_NO_TYPE = re.compile(
+    r"not implemented for '(Int|Short|Char|Byte|Bool)'|expected \w+ \w+ (to be )?Long"
+)
+_LABELS = re.compile("label|target|class|^y$|^1$", re.IGNORECASE)
+
+
+def _check_from(error: Exception, labels: Tensor, classes: int, place: Place) -> None:
+    try:
+        check_class_ids(
+            labels.cpu().numpy(), classes, place.row, place.origin, in_lists=labels.ndim > 1
+        )
+    except DataError as mistake:
+        raise mistake from error
+
+
+def _no_class_message(label: int, row: str, column: str) -> str:
+    fix = f"build the model with more outputs (at least {label + 1})"
+    if label < 0:
+        fix = f"leave such labels out of the loss: cross_entropy(..., ignore_index={label})"
+    return (
+        f"Label {label} in {row}, column {column!r}, is not a class of the loss that loss_fn "
+        f"computes: classes are 0 to the number of outputs - 1. Correct the label, or {fix}."
+    )
+
+
 def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
     name = model_name(model)
     if not isinstance(batch, Mapping):
@@ -325,10 +388,14 @@ def _check_type(labels: Any, task: Task, place: Place) -> None:
     if not isinstance(labels, Tensor) or labels.is_floating_point() or task.rules.float_labels:
         return
     if labels.dtype != torch.int64:
-        raise DataError(
-            f"'labels' of {place.batch} are {str(labels.dtype).removeprefix('torch.')}, and the "
-            'loss takes int64. Convert them: {**batch, "labels": batch["labels"].long()}.'
-        )
+        raise DataError(_type_message(labels, place, "labels"))
+
+
+def _type_message(labels: Tensor, place: Place, column: str) -> str:
+    return (
+        f"{column!r} of {place.batch} are {str(labels.dtype).removeprefix('torch.')}, and the loss "
+        f'takes int64. Convert them: {{**batch, "{column}": batch["{column}"].long()}}.'
+    )
 
 
 def _check_labels(

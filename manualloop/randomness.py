@@ -378,6 +378,8 @@ def check_generator_state(saved: Any) -> None:
         if not (isinstance(saved, dict) and "kind" in saved):  # from before the kind was saved
             if isinstance(saved, Tensor | dict):
                 _require_sound(saved)
+            elif not isinstance(saved, list | tuple):
+                raise TypeError(f"it is a {type(saved).__name__}")
         elif saved["kind"].startswith("torch._C.Generator ") and not saved["kind"].endswith("cpu"):
             _check_device_state(saved["kind"].split()[1].partition(":")[0], saved["state"])
         elif (generator := _new(saved["kind"], saved["state"])) is not None:

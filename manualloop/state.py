@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from manualloop.errors import ConfigError
 from manualloop.models import unwrap_model
+from manualloop.optimizers.loading import load_together
 from manualloop.optimizers.states import OptimizerStates
 from manualloop.optimizers.together import as_optimizer, as_schedule, each
 from manualloop.randomness import generator_states, is_generator, restore_generators
@@ -208,15 +209,25 @@ class TrainState:
                 + "\n".join(f"- {problem}" for problem in problems)
                 + "\nBuild the TrainState as it was when it was saved."
             )
-        for name, part in parts.items():
-            part.load_state_dict(state_dict[name])
+        progress = _progress_of(state_dict["progress"])
+        own = self._own_generators()
+        before = generator_states(extras=own)
+        try:
+            if problems := restore_generators(state_dict.get("generators", {}), extras=own):
+                raise ConfigError(
+                    "The saved state does not fit this one, and nothing was loaded:\n"
+                    + "\n".join(f"- {path}: {reason}" for path, reason in problems.items())
+                )
+            load_together(parts, state_dict, ConfigError)
+        except ConfigError:
+            restore_generators(before, extras=own)
+            raise
         follow_functions(self.lr_scheduler)
-        self.progress = Progress(**state_dict["progress"])
+        self.progress = progress
         self.position, self.reader = state_dict.get("position"), None
         self.max_batch_rows = state_dict.get("max_batch_rows")
         self.weighs_equally = state_dict.get("weighs_equally")
         self.has_failed = None
-        restore_generators(state_dict.get("generators", {}), extras=self._own_generators())
 
     def require_closed(self) -> None:
         """Refuse to load into the state while a ``train_steps`` is open.
@@ -269,6 +280,17 @@ class TrainState:
         """Return the objects that may hold random generators, by name."""
         names = ("model", "optimizer", "lr_scheduler", "extras")
         return {name: getattr(self, name) for name in names} | self.holders
+
+
+def _progress_of(saved: Any) -> Progress:
+    names = [field.name for field in fields(Progress)]
+    known = saved if isinstance(saved, Mapping) else {}
+    if sorted(known) != sorted(names) or not all(type(n) is int and n >= 0 for n in known.values()):
+        raise ConfigError(
+            f"The saved progress is {saved!r:.200}, and nothing was loaded: it must be whole "
+            f"numbers {', '.join(names)}, as state_dict() returns them."
+        )
+    return Progress(**known)
 
 
 def differences(parts: dict[str, Any], saved: dict[str, Any]) -> list[str]:

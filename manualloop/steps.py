@@ -17,7 +17,7 @@ from manualloop.checkpoint.contract import (
     log_differences,
 )
 from manualloop.checkpoint.functions import values_read
-from manualloop.checks import check_batches, check_run, explain
+from manualloop.checks import check_batches, check_run, explain, explain_loss
 from manualloop.errors import ConfigError, DataError
 from manualloop.models import remember_configs
 from manualloop.nonfinite import Watch
@@ -190,7 +190,7 @@ def start_steps(
             step_fn=step_fn,
             strategy=strategy,
             source=source,
-            explain=None if own_loss else partial(explain, needs_labels=terms is None),
+            explain=explain_loss if own_loss else partial(explain, needs_labels=terms is None),
         ),
         strategy,
         watch,
@@ -360,7 +360,7 @@ def _update_from(
     step_fn: StepFn,
     strategy: Strategy,
     source: Source,
-    explain: Callable[..., None] | None,
+    explain: Callable[..., None],
 ) -> Update:
     """Make the update of a window, and say what is wrong with its batches if it fails."""
     begin = perf_counter()
@@ -370,8 +370,7 @@ def _update_from(
             drop_gradients(state)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         strategy.explain(error)
-        if explain is not None:
-            explain(error, state.model, window.batches, source.place, window.starts)
+        explain(error, state.model, window.batches, source.place, window.starts)
         raise
     state.times.update += perf_counter() - begin
     return update

@@ -848,3 +848,83 @@ def test_a_loss_of_ones_own_switches_the_checks_off(updates):
     batch = {"x": torch.ones(3, 1), "labels": torch.tensor([7, 8, 9])}
     by_train_loop(nn.Linear(1, 1), [batch], loss_fn=lambda model, batch: model(batch["x"]).mean())
     assert len(updates) == 1
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def entropy(model, batch):
+    x, labels = batch if isinstance(batch, list | tuple) else (batch["x"], batch["y"])
+    return nn.functional.cross_entropy(model(x), labels)
+
+
+def batches_of(labels, kind):
+    x, labels = torch.ones(2, 2), torch.tensor(labels)
+    good = torch.tensor([0, 2])
+    if kind == "dict":
+        return [{"x": x, "y": good}, {"x": x, "y": labels, "number": torch.tensor([7, -1])}]
+    if kind == "tokens":  # ids that look like the wrong label
+        return [{"x": x, "y": good}, {"input_ids": labels.flip(0), "x": x, "y": labels}]
+    return [(x, good), (x, labels)]
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "tokens"])
+@pytest.mark.parametrize(
+    ("labels", "fix"), [([0, 7], "more outputs (at least 8)"), ([2, -1], "ignore_index=-1")]
+)
+def test_a_wrong_label_in_a_loss_of_ones_own_is_named(labels, fix, kind):
+    model, seen = Head(), []
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(DataError, match=rf"Label {labels[1]} in row 1 of") as error:
+        for step in train_steps(state, batches_of(labels, kind), num_epochs=1, loss_fn=entropy):
+            seen.append((step.index, bits_of(model)))
+    assert fix in str(error.value)
+    assert repr(1 if kind == "tuple" else "y") in str(error.value).replace("'1'", "1")
+    assert isinstance(error.value.__cause__, IndexError)
+    assert seen[0][0] == 1
+    assert_same_bits(model, seen[0][1])
+
+
+def test_a_wrong_label_is_named_as_in_the_models_own_loss():
+    def loss_fn(model, batch):
+        logits = model(input_ids=batch["input_ids"]).logits
+        return nn.functional.cross_entropy(logits, batch["labels"])
+
+    loader = [{"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.tensor([0, 4])}]
+    messages = []
+    for own in (None, loss_fn):
+        model = tiny_bert()
+        state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        with pytest.raises(DataError) as error:
+            next(train_steps(state, loader, num_epochs=1, loss_fn=own))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert "num_labels=5" in messages[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_of_another_type_in_a_loss_of_ones_own_are_named(dtype):
+    model = Head()
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    batch = {"x": torch.ones(2, 2), "y": torch.tensor([0, 1], dtype=dtype)}
+    if dtype == torch.uint8:  # cross_entropy takes those
+        assert next(train_steps(state, [batch], num_epochs=1, loss_fn=entropy)).index == 1
+        return
+    with pytest.raises(DataError, match=r'"y": batch\["y"\]\.long\(\)'):
+        next(train_steps(state, [batch], num_epochs=1, loss_fn=entropy))
+
+
+def test_an_error_of_a_loss_that_is_no_label_stays_as_it_is():
+    def loss_fn(model, batch):
+        raise ValueError("Target practice")
+
+    model = Head()
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"^Target practice$"):
+        next(train_steps(state, batches_of([0, 1], "dict"), num_epochs=1, loss_fn=loss_fn))

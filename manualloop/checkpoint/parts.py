@@ -58,6 +58,8 @@ class AdaptedModel:
     and quantized weights have a state that they do not take back.
     """
 
+    takes_its_own = True  # every state with its own names and shapes
+
     def __init__(self, model: nn.Module, base: set[str]) -> None:
         self._model, self._base = model, base
 
@@ -93,6 +95,8 @@ PREFIX = "shard-"
 class ShardedModel:
     """The weights of a sharded model, as something with a state."""
 
+    takes_its_own = True  # every state with its own names and shapes
+
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
@@ -111,6 +115,8 @@ class ShardedModel:
 
 class ShardedOptimizer:
     """The state of a sharded model's optimizers, by the names of the weights."""
+
+    takes_its_own = True  # every state with its own names and shapes
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         self._model = model

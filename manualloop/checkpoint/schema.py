@@ -236,6 +236,7 @@ _POSITION = fields(
         "seed": whole(-(2**63), 2**64),
         "max_tokens": maybe(whole(1)),
         "num_ranks": whole(1),
+        "num_parts": whole(1),
         "random": _RANDOM,
         "generators": _GENERATORS,
         "reuses_workers": flag,

@@ -46,9 +46,9 @@ from manualloop.checkpoint.tensors import (
     save_tensors,
     with_stride,
 )
-from manualloop.checkpoint.together import load_together
 from manualloop.errors import CheckpointError
 from manualloop.models import is_sharded, tied_names, unwrap_model
+from manualloop.optimizers.loading import load_together
 from manualloop.optimizers.states import OptimizerStates
 from manualloop.optimizers.together import Schedules, class_of, each
 from manualloop.randomness import (
@@ -322,7 +322,8 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
             + "\nBuild model, optimizer, lr_scheduler, extras and strategy as for the saved run."
         )
     _check_parts(saved, parts)
-    load_together(parts, saved.values)
+    # Optimizers keep what was read for them.
+    load_together(parts, saved.values, CheckpointError, copies=False)
     follow_functions(state.lr_scheduler)
     restore_changes(state.model, saved.values.get("changes", {}))
     state.progress = Progress(**saved.values["progress"])
@@ -425,7 +426,7 @@ def load_weights(folder: Path, files: Mapping[str, Any], model: nn.Module) -> No
             "its weights do not fit this model, and nothing was loaded:\n- "
             + "\n- ".join(differences[:_NUM_NAMED])
         )
-    load_together({"model": part}, {"model": values})
+    load_together({"model": part}, {"model": values}, CheckpointError)
 
 
 def _weight_differences(

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from manualloop.batches import model_inputs, num_rows, shared_rows
 from manualloop.models import batch_statistics, model_name, unwrap_model
-from manualloop.notices import say
 from manualloop.tasks.otherwise import balances_experts
 from manualloop.tasks.task import Task, count_rows
 from manualloop.types import LossFn, Terms
@@ -90,7 +89,4 @@ def explain_memory(
             f"not tried here, because {doubt}: where rows are compared with each other, as in "
             "contrastive losses and batch normalisation, it is another loss."
         )
-    if hasattr(error, "add_note"):
-        error.add_note(text)
-    else:  # Python 3.10
-        say(text, from_every_rank=True)
+    error.args = (f"{error}\n{text}",)  # a note would be left out of str(error), and of logs

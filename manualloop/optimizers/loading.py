@@ -10,21 +10,28 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from manualloop.checkpoint.parts import AdaptedModel, ShardedModel, ShardedOptimizer
-from manualloop.errors import CheckpointError
+from manualloop.errors import ManualLoopError
 from manualloop.internals import unwrap_optimizer
 from manualloop.optimizers.states import OptimizerStates
 
 
-def load_together(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+def load_together(
+    parts: Mapping[str, Any],
+    states: Mapping[str, Any],
+    kind: type[ManualLoopError],
+    *,
+    copies: bool = True,
+) -> None:
     """Load each part's state; if one does not take its own, put back those before it.
 
     Args:
         parts: Parts by name, with states that fit by their names and shapes.
         states: What their ``state_dict`` had returned, by the same names.
+        kind: Class of the error.
+        copies: Whether optimizers copy what they load; without, the states are theirs.
 
     Raises:
-        CheckpointError: A part refuses its state. The message tells which, and nothing was loaded.
+        ManualLoopError: A part refuses its state. The message tells which, and nothing was loaded.
     """
     put_back: list[Callable[[], None]] = []
     for name in sorted(parts, key=lambda name: cannot_fail(parts[name])):
@@ -32,13 +39,13 @@ def load_together(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:
         try:
             put_back.append(_remember(part))
             if isinstance(part, OptimizerStates):
-                part.load_state_dict(states[name], copies=False)  # they were read for it
+                part.load_state_dict(states[name], copies=copies)
             else:
                 part.load_state_dict(states[name])
         except Exception as error:
             for undo in reversed(put_back):
                 undo()
-            raise CheckpointError(
+            raise kind(
                 f"{name} ({type(part).__name__}) does not take the state it was saved with: "
                 f"{type(error).__name__}: {error}. Nothing was loaded."
             ) from error
@@ -46,9 +53,7 @@ def load_together(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:
 
 def cannot_fail(part: Any) -> bool:
     """Tell whether a part takes every state whose names, shapes and dtypes are its own."""
-    if isinstance(part, AdaptedModel | ShardedModel | ShardedOptimizer):
-        return True
-    return (
+    return bool(getattr(type(part), "takes_its_own", False)) or (
         isinstance(part, nn.Module)
         and type(part).load_state_dict is nn.Module.load_state_dict
         and all(isinstance(value, Tensor) for value in part.state_dict().values())

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from manualloop import (
     CheckpointError,
+    ConfigError,
     SingleDevice,
     TrainState,
     load_checkpoint,
@@ -126,3 +127,40 @@ def test_a_model_with_a_state_of_its_own_is_put_back(tmp_path):
     with pytest.raises(CheckpointError, match="too many"):
         load_checkpoint(tmp_path, state, strategy=CPU)
     assert differing(before, everything(state)) == []
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_state_dict_is_loaded_whole_or_not_at_all(error):
+    noise = torch.Generator().manual_seed(1)
+    saved = copy.deepcopy(train(new_state(noise=noise), 4).state_dict())
+    state = train(new_state(error=error, noise=torch.Generator().manual_seed(2)), 2)
+    before, drawn = everything(state), state.extras["noise"].get_state()
+    with pytest.raises(ConfigError, match=r"extras.refusing .Refusing. does not take"):
+        state.load_state_dict(saved)
+    assert differing(before, everything(state)) in ([], [".extras.refusing.count"])
+    assert torch.equal(state.extras["noise"].get_state(), drawn)
+    state.extras["refusing"].error = None
+    state.load_state_dict(saved)
+    assert state.progress.num_steps == 4
+    assert torch.equal(state.extras["noise"].get_state(), noise.get_state())
+
+
+FORGED = {
+    "progress": {"num_steps": -1, "num_skipped": 0, "epoch": 0, "num_samples": 0},
+    "progress without a name": {"num_steps": 1},
+    "progress that is none": [1],
+    "generators": {"extras['noise']": [1, 2]},
+    "generators that are gone": {"extras['other'].x": {"kind": "torch", "state": None}},
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_state_dict_that_is_not_ours_changes_nothing(name):
+    saved = copy.deepcopy(train(new_state(noise=torch.Generator()), 4).state_dict())
+    saved[name.partition(" ")[0]] = FORGED[name]
+    state = train(new_state(noise=torch.Generator().manual_seed(2)), 2)
+    before, drawn = everything(state), state.extras["noise"].get_state()
+    with pytest.raises(ConfigError, match="nothing was loaded"):
+        state.load_state_dict(saved)
+    assert differing(before, everything(state)) == []
+    assert torch.equal(state.extras["noise"].get_state(), drawn)
