@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import partial
 from time import perf_counter
 from typing import Any, cast
+
+from torch.utils.data import IterableDataset
 
 from manualloop.arguments import check_arguments
 from manualloop.checkpoint.changes import note_run
@@ -279,7 +282,7 @@ def _train_steps(
     if not goes_on(state.progress, plan):
         return
     progress, times, skips = state.progress, state.times, Skips(strategy)
-    reader, leave = _enter(state, source, strategy), _leaving(state)
+    reader, leave = _enter(state, source, strategy)
     try:
         while goes_on(progress, plan):
             epoch, window, num_before = progress.epoch, None, progress.num_steps
@@ -338,14 +341,23 @@ def _train_steps(
         leave()
 
 
-def _leaving(state: TrainState) -> Callable[[], None]:
+def _leaving(state: TrainState, reader: Reader) -> Callable[[], None]:
     """Return the function to call at the end.
+
+    It ends the workers of the loader, as those of a plain ``for`` loop end with it, unless they are
+    persistent. Those of a stream stay too, as new ones might have to read it from its start.
 
     A generator that is still open when Python ends finds no names of its module any more.
     """
     num_before, forget = state.progress.num_steps, remember_configs(state.model)
+    loader: Any = reader.source.loader
+    is_stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    stay = is_stream or getattr(loader, "persistent_workers", False)
+    is_ending, close = sys.is_finalizing, None if stay else reader.close
 
     def leave() -> None:
+        if close is not None and not is_ending():
+            close()
         state.is_training, state.task = False, None
         if state.progress.num_steps == num_before:
             forget()  # a batch that was refused decides nothing
@@ -401,7 +413,9 @@ def _reader_for(state: TrainState, source: Source, strategy: Strategy) -> Reader
     return reader
 
 
-def _enter(state: TrainState, source: Source, strategy: Strategy) -> Reader:
+def _enter(
+    state: TrainState, source: Source, strategy: Strategy
+) -> tuple[Reader, Callable[[], None]]:
     if state.is_training:
         raise ConfigError(
             "Another train_steps is still open on this state. Leave its loop, or close() it."
@@ -409,7 +423,7 @@ def _enter(state: TrainState, source: Source, strategy: Strategy) -> Reader:
     reader = _reader_for(state, source, strategy)
     state.reader, state.position = reader, None
     state.is_training, state.has_failed, state.task = True, None, None
-    return reader
+    return reader, _leaving(state, reader)
 
 
 def _advance(state: TrainState, reader: Reader, window: Window, *, applied: bool) -> None:

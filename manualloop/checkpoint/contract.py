@@ -365,13 +365,7 @@ def check_finished(
     found = [d for d in found if d.name in made_with or d.group not in _OVERRIDDEN]
     if is_extended:  # a schedule of the user's own is a function of the length
         found = [d for d in found if d.name != "lr_scheduler" or _has_other_name(d)]
-    sizes = [
-        (c["exact"].get("world_size") or 1) * (c["settings"]["gradient_accumulation_steps"] or 1)
-        for c in (saved, now)
-        if "gradient_accumulation_steps" in c.get("settings", {}) and "exact" in c
-    ]
-    if len(sizes) == 2 and sizes[0] == sizes[1]:  # on other ranks the updates are the same
-        found = [d for d in found if d.name != "gradient_accumulation_steps"]
+    found = _without_sizes(found, saved, now)
     for difference in found:
         if difference.is_passing:
             say(f"{difference}: it is taken for the same run.")
@@ -387,6 +381,18 @@ def check_finished(
         )
 
 
+def _without_sizes(found: list[Difference], saved: Contract, now: Contract) -> list[Difference]:
+    """Leave out accumulation that other ranks make up for: the updates are the same."""
+    sizes = [
+        (c["exact"].get("world_size") or 1) * (c["settings"]["gradient_accumulation_steps"] or 1)
+        for c in (saved, now)
+        if "gradient_accumulation_steps" in c.get("settings", {}) and "exact" in c
+    ]
+    if len(sizes) == 2 and sizes[0] == sizes[1]:
+        return [d for d in found if d.name != "gradient_accumulation_steps"]
+    return found
+
+
 def _has_other_name(difference: Difference) -> bool:
     return _CODE.sub("", str(difference.old)) != _CODE.sub("", str(difference.new))
 
@@ -400,19 +406,28 @@ def log_differences(saved: Contract, now: Contract, *, workers_matter: bool) -> 
         workers_matter: Whether batches depend on the number of processes that read them: they
             draw random numbers there, or read a stream.
     """
-    has_schedule = now["settings"]["lr_scheduler"] is not None
-    for difference in differences(saved, now):
+    follows_plan = _follows_plan(now["settings"]["lr_scheduler"])
+    for difference in _without_sizes(differences(saved, now), saved, now):
         group, name, _, _ = difference
         if group == "exact" and (name != "num_workers" or workers_matter):
             say(f"not bit-exact, because {difference}.")
         elif difference.is_passing:
             say(f"{difference}; the new value counts from now on.")
-        elif group == "settings" or (name == "num_steps" and has_schedule):
+        elif group == "settings" or (name == "num_steps" and follows_plan):
             say(f"not bit-exact, because {difference}; the new value counts from now on.")
         elif group == "seeds":
             say(f"{difference}; the random states of the checkpoint count.")
         elif group == "observed" or (group == "ends" and name != "num_steps"):
             say(f"{difference}; the new value counts from now on.")
+
+
+def _follows_plan(schedule: str | None) -> bool:
+    """Tell whether rates depend on the number of updates of the run, by the names of schedules."""
+    names = set(re.findall(r"(?:^|, )([a-z_]+)(?=\(|,|$)", schedule or ""))
+    return bool(names - _OF_ANY_LENGTH)
+
+
+_OF_ANY_LENGTH = {"constant", "constant_with_warmup", "inverse_sqrt", "piecewise_constant"}
 
 
 def log_kept(saved: Contract | None, state: TrainState) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from manualloop.errors import DistributedError, ManualLoopError
+from manualloop.notices import say
 
 _T = TypeVar("_T")
 
@@ -104,15 +105,34 @@ def _is_far(address: str) -> bool:
 def explaining_network(make: Callable[[], _T]) -> _T:
     """Call a function that connects process groups, and explain why they cannot be connected.
 
+    A rank whose own address is right waits for those whose address is wrong, for minutes, and
+    nothing interrupts it. So after half a minute it logs what may be the reason.
+
     Raises:
         DistributedError: They cannot; it names the variables that choose another network.
     """
+    timer = threading.Timer(_PATIENCE, _advise)
+    timer.daemon = True
+    timer.start()
     try:
         return make()
     except (RuntimeError, ValueError) as error:
         if isinstance(error, ManualLoopError) or not _NETWORK.search(f"{error!r}"):
             raise
         raise DistributedError(_explain_network(str(error))) from error
+    finally:
+        timer.cancel()
+
+
+_PATIENCE = 30.0
+
+
+def _advise() -> None:
+    say(
+        f"still connecting to the other ranks after {_PATIENCE:.0f} s. If this does not end: "
+        f"{_network_advice()}",
+        from_every_rank=True,
+    )
 
 
 _NETWORK = re.compile(
@@ -121,6 +141,14 @@ _NETWORK = re.compile(
 
 
 def _explain_network(problem: str) -> str:
+    lines = [line for line in problem.splitlines() if line.strip()]
+    return (
+        f"The ranks cannot connect to each other. {_network_advice()} The error was: "
+        f"{lines[0][:300] if lines else ''}"
+    )
+
+
+def _network_advice() -> str:
     name, master = socket.gethostname(), os.environ.get("MASTER_ADDR", "")
     own, of_master = _resolve(name, _HELLO), _resolve(master, _HELLO)
     hint = ""
@@ -133,13 +161,11 @@ def _explain_network(problem: str) -> str:
         hint = f" Nothing is known of {master}."
     facing = next(filter(_is_far, map(_facing, (*of_master, *_ELSEWHERE))), "")
     interface = _interface_of(facing) or "eth0"
-    lines = [line for line in problem.splitlines() if line.strip()]
     return (
-        f"The ranks cannot connect to each other (MASTER_ADDR={master}, "
-        f"MASTER_PORT={os.environ.get('MASTER_PORT', '')}).{hint} Start all of them, with the same "
-        "MASTER_ADDR, and let the machines reach each other on all ports. Where a machine has "
-        f"several networks, name the one between them: GLOO_SOCKET_IFNAME={interface} "
-        f"NCCL_SOCKET_IFNAME={interface}. The error was: {lines[0][:300] if lines else ''}"
+        f"MASTER_ADDR is {master}, MASTER_PORT {os.environ.get('MASTER_PORT', '')}.{hint} Start "
+        "all ranks, with the same MASTER_ADDR, and let the machines reach each other on all ports. "
+        "Where a machine has several networks, name the one between them: "
+        f"GLOO_SOCKET_IFNAME={interface} NCCL_SOCKET_IFNAME={interface}."
     )
 
 

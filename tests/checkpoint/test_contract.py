@@ -340,3 +340,51 @@ def test_a_folder_of_a_run_without_names_is_the_same_run_with_names(tmp_path: Pa
     named = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
     result = run(1, tiny_bert(**named))  # finished, and this run
     assert result.state.progress.num_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "is_told"),
+    [
+        ("linear", True),
+        ("cosine", True),
+        ("constant", False),
+        ("constant_with_warmup", False),
+        (None, False),
+        (partial(torch.optim.lr_scheduler.StepLR, step_size=3), False),
+        (partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 0.9**step), False),
+    ],
+)
+def test_a_longer_run_is_bit_exact_where_no_rate_depends_on_its_length(
+    schedule: Any, is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="manualloop")
+    models = [build() for _ in range(2)]
+    first = build()
+    torch.manual_seed(1)
+    train(tmp_path / "parts", lr_scheduler=schedule, model=first)
+    caplog.clear()
+    assert train(tmp_path / "parts", lr_scheduler=schedule, num_epochs=3, model=models[0])
+    assert ("num_steps" in caplog.text) == is_told
+    torch.manual_seed(1)
+    train(tmp_path / "whole", lr_scheduler=schedule, num_epochs=3, model=models[1])
+    same = map(torch.equal, models[0].parameters(), models[1].parameters())
+    assert all(same) != is_told
+
+
+def test_accumulation_that_other_ranks_make_up_for_is_no_difference(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="manualloop")
+
+    def of(world_size: int, accumulation: int) -> dict[str, Any]:
+        settings = {"gradient_accumulation_steps": accumulation, "lr_scheduler": None}
+        groups: dict[str, Any] = {"same": {}, "ends": {}, "groups": [], "schedule": {}, "seeds": {}}
+        return {**groups, "settings": settings, "exact": {"world_size": world_size}}
+
+    contract.log_differences(of(1, 4), of(2, 2), workers_matter=False)
+    assert "gradient_accumulation_steps" not in caplog.text
+    assert "not bit-exact, because world_size: 1 -> 2." in caplog.text
+    contract.log_differences(of(1, 4), of(2, 4), workers_matter=False)
+    assert "gradient_accumulation_steps: 4 -> 4" not in caplog.text
+    contract.log_differences(of(2, 2), of(2, 4), workers_matter=False)
+    assert "gradient_accumulation_steps: 2 -> 4" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,27 @@ def test_new_workers_continue_where_those_of_the_epochs_before_were() -> None:
     whole = new_state()
     for _ in train_steps(whole, loader(persistent_workers=True), num_epochs=3, loss_fn=loss_fn):
         pass
+    assert torch.equal(weights(state), weights(whole))
+
+
+@pytest.mark.parametrize("way", ["break", "raise", "max_steps"])
+def test_a_loop_that_was_left_ends_its_workers_and_continues_exactly(way: str) -> None:
+    """As the workers of a plain loop end; those that are persistent are meant to stay."""
+    whole = new_state()
+    for _ in train_steps(whole, loader(), max_steps=6, loss_fn=loss_fn):
+        pass
+    state, data = new_state(), loader()
+    for number in range(1, 7):
+        with suppress(ArithmeticError):
+            max_steps = number if way == "max_steps" else 6
+            for step in train_steps(state, data, max_steps=max_steps, loss_fn=loss_fn):
+                assert workers()
+                assert step.index == number
+                if way == "raise":
+                    raise ArithmeticError
+                if way == "break":
+                    break
+        assert not workers()
     assert torch.equal(weights(state), weights(whole))
 
 

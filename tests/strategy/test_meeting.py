@@ -228,3 +228,24 @@ def test_a_rank_whose_group_cannot_be_connected_is_told_what_to_set(tmp_path: An
     assert ran.returncode == 1
     assert "DistributedError: The ranks cannot connect to each other" in ran.output
     assert "GLOO_SOCKET_IFNAME=" in ran.output
+
+
+def test_a_rank_that_waits_for_the_others_logs_what_may_be_the_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing can interrupt the constructor of a process group."""
+    logged = threading.Event()
+    monkeypatch.setattr(meeting, "_PATIENCE", 0.01)
+    monkeypatch.setattr(meeting, "say", lambda text, **_: (texts.append(text), logged.set()))
+    texts: list[str] = []
+    assert explaining_network(lambda: logged.wait(FOREVER))
+    assert "still connecting to the other ranks" in texts[0]
+    assert "GLOO_SOCKET_IFNAME=" in texts[0]
+
+
+def test_ranks_that_connect_in_time_log_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    monkeypatch.setattr(meeting, "say", lambda *_, **__: pytest.fail("it was not late"))
+    assert explaining_network(lambda: 3) == 3
+    while threading.active_count() > before:  # its timer was cancelled
+        time.sleep(0.01)
