@@ -213,10 +213,10 @@ class TrainState:
         own = self._own_generators()
         before = generator_states(extras=own)
         try:
-            if problems := restore_generators(state_dict.get("generators", {}), extras=own):
+            if failed := restore_generators(state_dict.get("generators", {}), extras=own):
                 raise ConfigError(
                     "The saved state does not fit this one, and nothing was loaded:\n"
-                    + "\n".join(f"- {path}: {reason}" for path, reason in problems.items())
+                    + "\n".join(f"- {path}: {reason}" for path, reason in failed.items())
                 )
             load_together(parts, state_dict, ConfigError)
         except ConfigError:
