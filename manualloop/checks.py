@@ -281,8 +281,8 @@ def explain_loss(
         return
     for batch, start in zip(batches, starts, strict=True):
         place, listed = place_of(start), batch if isinstance(batch, list | tuple) else ()
-        columns: Mapping[Any, Any] = fields_of(batch) or dict(enumerate(listed))
-        for name in sorted(columns, key=lambda name: not _LABELS.search(str(name))):
+        columns = fields_of(batch) or {str(number): one for number, one in enumerate(listed)}
+        for name in sorted(columns, key=lambda name: not _LABELS.search(name)):
             labels = columns[name]
             if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.ndim:
                 continue
