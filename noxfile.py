@@ -81,7 +81,7 @@ def tests_newest(session: nox.Session) -> None:
 def faults(session: nox.Session) -> None:
     """Inject every fault and interrupt at every point; `tests` runs some of these cases."""
     install(session, "-e", ".[metrics,plot]", group="test")
-    paths = ["tests/faults", "tests/resume/test_resume.py"]
+    paths = ["tests/faults", "tests/resume/test_resume.py", "tests/evaluation/test_detection.py"]
     session.run("pytest", *PARALLEL, "-m", "", *paths, *session.posargs, env=OFFLINE)
 
 
