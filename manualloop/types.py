@@ -132,7 +132,8 @@ class Matrix(NamedTuple):
     title: str = ""
 
     def __str__(self) -> str:
-        cells = [list(map(_cell, row)) for row in self.values.tolist()]
+        columns = [_cells(column) for column in self.values.T.tolist()]
+        cells = [list(row) for row in zip(*columns, strict=True)]
         table = [[self.title, *self.columns]]
         table += [[name, *row] for name, row in zip(self.rows, cells, strict=True)]
         widths = [max(map(num_cells, column)) for column in zip(*table, strict=True)]
@@ -145,8 +146,12 @@ class Matrix(NamedTuple):
         return "\n".join(lines)
 
 
-def _cell(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4f}"
+def _cells(column: list[float]) -> list[str]:
+    """Return the numbers of a column as text; counts have no digits after the point."""
+    are_counts = max(column, default=0) > 1 and all(float(value).is_integer() for value in column)
+    if are_counts or all(isinstance(value, int) for value in column):
+        return [str(int(value)) for value in column]
+    return [f"{value:.4f}" for value in column]
 
 
 def num_cells(text: str) -> int:
@@ -190,10 +195,18 @@ class Scores(dict[str, float]):
             self.names = self.names or scores.names
 
     def report(self) -> str:
-        """Return everything as text: the scores, then each matrix and text under its name."""
+        """Return all of it as text: the scores, then each matrix and text under its name."""
         found: list[tuple[str, object]] = [*self.matrices.items(), *self.texts.items()]
-        width = max(map(num_cells, self), default=0)
-        lines = [name + " " * (width - num_cells(name)) + f"  {v:.4f}" for name, v in self.items()]
+        shown = {
+            f"{prefix}{row}_{column}"
+            for name, matrix in self.matrices.items()
+            for prefix in (name.removesuffix("classification_report"),)
+            for row in matrix.rows
+            for column in matrix.columns
+        }
+        alone = {name: value for name, value in self.items() if name not in shown}
+        width = max(map(num_cells, alone), default=0)
+        lines = [name + " " * (width - num_cells(name)) + f"  {v:.4f}" for name, v in alone.items()]
         parts = ["\n".join(lines)] if lines else []
         return "\n\n".join([*parts, *(f"{name}\n{str(part).rstrip()}" for name, part in found)])
 

@@ -78,9 +78,10 @@ class Collected:
         by_class = self.options.get("class_metrics") or "average" in self.options
         return self._kind.has_fixed_keys and not by_class
 
-    def fresh(self) -> Collected:
-        """Return a metric of the same kind without rows."""
-        return Collected(self.name, self.options)
+    def fresh(self, names: Sequence[str] | None = None) -> Collected:
+        """Return such a metric without rows, with names of the classes if it has none."""
+        given = self._takes_names and names is not None and self.options.get("names") is None
+        return Collected(self.name, self.options | ({"names": names} if given else {}))
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -145,7 +146,7 @@ class Perplexity:
     takes: Takes = "loss"
     has_fixed_keys = True
 
-    def fresh(self) -> Perplexity:
+    def fresh(self, names: Sequence[str] | None = None) -> Perplexity:
         """Return the metric, which keeps nothing."""
         return self
 

@@ -204,6 +204,7 @@ def _evaluate(
             "the labels, and that truncation leaves some."
         )
     scores = Scores() if loss is None else Scores(loss=loss)
+    scores.names = names
     if scorers:
         scores.add(on_main(strategy, partial(score, table, scorers, loss)))
     if confidence is None:

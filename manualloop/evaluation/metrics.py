@@ -193,9 +193,11 @@ class Metric:
         """Whether its keys are the same for any rows."""
         return self.name != "classification_report" and not self.name.endswith("/none")
 
-    def fresh(self) -> Metric:
-        """Return a metric of the same kind without rows."""
-        return Metric(self.name, self.options)
+    def fresh(self, names: Sequence[str] | None = None) -> Metric:
+        """Return such a metric without rows, with names of the classes if it has none."""
+        takes_names = names is not None and "names" in _OPTIONS.get(self.name, ())
+        given = {"names": names} if takes_names and self.options.get("names") is None else {}
+        return Metric(self.name, self.options | given)
 
     def reset(self) -> None:
         """Forget all rows."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manualloop.errors import DataError, MetricError
-from manualloop.evaluation.inputs import Rows
+from manualloop.evaluation.inputs import Rows, to_array
 from manualloop.evaluation.metrics import Metric
 from manualloop.evaluation.rows import Ask, Decode, Postprocess
 from manualloop.evaluation.scorers import Scorer, compute_all
@@ -153,9 +153,12 @@ def _as_classes(labels: Array) -> Array:
 
 
 def _maps(table: Table) -> tuple[Rows, Rows]:
-    """Return predictions and labels row by row, ignored labels included."""
+    """Return predictions and labels row by row; labels that the task ignores are -100."""
     sides = (table.columns["predictions"], _labels_of(table).column)
     predictions, references = (Rows(side.rows(table.order)) for side in sides)
+    if table.ignored != IGNORE_INDEX:
+        maps = map(to_array, references)
+        references = Rows(np.where(row == table.ignored, IGNORE_INDEX, row) for row in maps)
     return predictions, references
 
 

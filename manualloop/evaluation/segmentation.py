@@ -40,9 +40,10 @@ def pixels_of(
         if predicted.shape != right.shape:
             raise MetricError(
                 f"mean_iou got a class map of shape {predicted.shape} and a right one of shape "
-                f"{right.shape} in row {row} of batch {batch}. Let decode enlarge the logits to "
-                "the size of the labels: torch.nn.functional.interpolate(outputs.logits, "
-                "batch['labels'].shape[-2:], mode='bilinear').argmax(1)."
+                f"{right.shape} in row {row} of batch {batch}. Enlarge the logits to the "
+                "size of the labels: decode=lambda outputs, batch: list(torch.nn.functional"
+                ".interpolate(outputs.logits, batch['labels'].shape[-2:], mode='bilinear')"
+                ".argmax(1))."
             )
         require_kind("mean_iou", "predictions", predicted, batch)
         require_kind("mean_iou", "references", right, batch)

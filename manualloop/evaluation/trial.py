@@ -16,9 +16,11 @@ from manualloop.errors import ConfigError, DataError
 from manualloop.evaluation.functions import accepts_kept
 from manualloop.evaluation.loop import evaluate_loop, named_loaders
 from manualloop.evaluation.metrics import BuiltIn, load_metric
+from manualloop.evaluation.scorers import as_metric
 from manualloop.objects import remember
 from manualloop.strategy.base import prepare_model
 from manualloop.strategy.select import strategy_for
+from manualloop.tasks.names import class_names
 from manualloop.tasks.task import IGNORE_INDEX
 
 
@@ -62,8 +64,11 @@ def try_evaluation(evaluate: object) -> Found | None:
             f"evaluate=partial(evaluate_loop, ...) begins with a {type(model).__name__}, not a "
             "model. Write partial(evaluate_loop, model, loader, metric)."
         )
-    metrics, are_all = _own_metrics(bound.arguments.get("metric"))
-    others = _stand_in(bound.arguments.get("metric"))
+    metric = bound.arguments.get("metric")
+    if metric is not None:
+        as_metric(metric)  # refuses what is no metric
+    metrics, are_all = _own_metrics(metric)
+    others = _stand_in(metric)
     strategy = strategy_for(model, bound.arguments.get("strategy"))
     prepare_model(strategy, model)  # first: what is put back below must not be on another device
     confidence = bound.arguments.pop("confidence", None)
@@ -77,7 +82,9 @@ def try_evaluation(evaluate: object) -> Found | None:
             return None
         bound.arguments |= {"eval_dataloader": [batch] * strategy.world_size, "progress_bar": False}
         if metrics or not are_all:  # else the loss alone is asked for, and needs no labels
-            bound.arguments["metric"] = metrics if are_all else [*metrics, others]
+            of_data = class_names(model, loader)
+            fresh = [one.fresh(of_data) for one in metrics]
+            bound.arguments["metric"] = fresh if are_all else [*fresh, others]
         forget = _remember(model, bound.arguments)
         try:
             found = evaluate_loop(*bound.args, **bound.kwargs)
@@ -88,10 +95,10 @@ def try_evaluation(evaluate: object) -> Found | None:
 
 
 def _own_metrics(metric: Any) -> tuple[list[BuiltIn], bool]:
-    """Return new metrics for those that are built in, and whether all of them are."""
+    """Return the metrics that are built in, and whether all of them are."""
     parts = metric if isinstance(metric, list | tuple) else [] if metric is None else [metric]
     loaded = [load_metric(part) if isinstance(part, str) else part for part in parts]
-    own = [part.fresh() for part in loaded if isinstance(part, BuiltIn)]
+    own = [part for part in loaded if isinstance(part, BuiltIn)]
     return own, len(own) == len(parts)
 
 

@@ -184,6 +184,22 @@ def test_a_report_is_aligned_in_a_terminal() -> None:
         ]
     )
     assert Scores().report() == ""
+    metric = load_metric("classification_report", names=["no", "yes"])
+    scores = Scores(f1=0.5)
+    scores.add(metric.compute(predictions=[0] * 12, references=[0] * 9 + [1] * 3))
+    assert scores.report() == "\n".join(
+        [
+            "f1        0.5000",
+            "accuracy  0.7500",
+            "",
+            "classification_report",
+            "              precision  recall  f1-score  support",
+            "no               0.7500  1.0000    0.8571        9",
+            "yes              0.0000  0.0000    0.0000        3",
+            "macro avg        0.3750  0.5000    0.4286       12",
+            "weighted avg     0.5625  0.7500    0.6429       12",
+        ]
+    )
     assert str(Matrix(np.array([[math.nan, 0.25]]), ("cafe\u0301",), ("a", "b"))) == (
         "        a       b\ncafe\u0301  nan  0.2500"
     )
