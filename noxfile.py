@@ -73,7 +73,9 @@ def tests_newest(session: nox.Session) -> None:
     To find out whether newer ones do: raise a pin in constraints-newest.txt, and run this. On Linux
     pip installs torch with its CUDA libraries: about 6 GB.
     """
-    install(session, "-e", ".[metrics,plot]", group="test", constraints="constraints-newest.txt")
+    pinned = {"group": "test", "constraints": "constraints-newest.txt"}
+    # torchmetrics scores boxes only beside torchvision.
+    install(session, "-e", ".[metrics,plot]", "torchvision", **pinned)
     session.run("pytest", *PARALLEL, *session.posargs, env=OFFLINE)
 
 
