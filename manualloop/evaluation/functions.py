@@ -101,9 +101,10 @@ class Function:
             return scores
         parameters = _parameters(self._call.function)
         is_free = "labels" in parameters and "labels" not in _bound(self._call.function)
-        if self._call.is_sklearns and is_free and (num_classes > 2 or "y_pred" in parameters):
+        is_whole = num_classes > 2 or (self._call.is_sklearns and "y_pred" in parameters)
+        if self._call.is_sklearns and is_free and is_whole:
             options["labels"] = np.arange(num_classes)  # some may not occur
-        return scores[:, 1] if num_classes == 2 else scores
+        return scores if is_whole else scores[:, 1]
 
     def _join(self, batches: Sequence[Any]) -> Any:
         if isinstance(batches[0], Rows):

@@ -1,0 +1,180 @@
+"""Functions as metrics: each is called as its parameters' names tell."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from manualloop.errors import ConfigError, MetricError
+from manualloop.evaluation.functions import Function
+from manualloop.evaluation.inputs import Rows
+
+PREDICTED, RIGHT = np.array([1, 1, 1, 0, 2]), np.array([1, 0, 0, 0, 2])
+SCORES = np.array([[0.2, 0.8], [0.6, 0.4], [0.3, 0.7], [0.9, 0.1]])
+OF_TWO = np.array([1, 0, 0, 0])
+
+
+def score(function: Any, predictions: Any, references: Any) -> Any:
+    metric = Function(function)
+    metric.add_batch(predictions=predictions[:2], references=references[:2])
+    metric.add_batch(predictions=predictions[2:], references=references[2:])
+    return metric.compute()
+
+
+@pytest.mark.parametrize(
+    ("function", "takes", "expected"),
+    [
+        (partial(sk.precision_score, average="macro"), "classes",
+         sk.precision_score(RIGHT, PREDICTED, average="macro")),
+        (partial(sk.fbeta_score, beta=2, average="micro"), "classes",
+         sk.fbeta_score(RIGHT, PREDICTED, beta=2, average="micro")),
+        (sk.cohen_kappa_score, "classes", sk.cohen_kappa_score(RIGHT, PREDICTED)),
+        (sk.adjusted_rand_score, "classes", sk.adjusted_rand_score(RIGHT, PREDICTED)),
+        (sk.make_scorer(sk.recall_score, average="macro"), "classes",
+         sk.recall_score(RIGHT, PREDICTED, average="macro")),
+        (sk.mean_absolute_percentage_error, "values",
+         sk.mean_absolute_percentage_error(RIGHT, PREDICTED)),
+        (sk.r2_score, "values", sk.r2_score(RIGHT, PREDICTED)),
+    ],
+)  # fmt: skip
+def test_functions_of_scikit_learn_get_references_first(
+    function: Any, takes: str, expected: float
+) -> None:
+    assert Function(function).takes == takes
+    (value,) = score(function, PREDICTED, RIGHT).values()
+    assert value == expected
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (sk.roc_auc_score, sk.roc_auc_score(OF_TWO, SCORES[:, 1])),
+        (sk.average_precision_score, sk.average_precision_score(OF_TWO, SCORES[:, 1])),
+        (sk.brier_score_loss, sk.brier_score_loss(OF_TWO, SCORES[:, 1])),
+        (sk.log_loss, sk.log_loss(OF_TWO, SCORES)),
+        (sk.get_scorer("neg_log_loss"), -sk.log_loss(OF_TWO, SCORES)),
+        (sk.get_scorer("roc_auc"), sk.roc_auc_score(OF_TWO, SCORES[:, 1])),
+    ],
+)
+def test_functions_of_probabilities_get_those_of_the_second_class(
+    function: Any, expected: float
+) -> None:
+    assert Function(function).takes == "scores"
+    (value,) = score(function, SCORES, OF_TWO).values()
+    assert value == expected
+
+
+def test_probabilities_of_more_classes() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.dirichlet(np.ones(4), 30)
+    right = rng.integers(0, 3, 30)  # class 3 does not occur
+    found = score(sk.log_loss, scores, right)
+    assert found == {"log_loss": sk.log_loss(right, scores, labels=[0, 1, 2, 3])}
+    found = score(partial(sk.top_k_accuracy_score, k=2), scores, right)
+    assert found["top_k_accuracy_score"] == sk.top_k_accuracy_score(
+        right, scores, k=2, labels=[0, 1, 2, 3]
+    )
+    with pytest.raises(MetricError, match=r"roc_auc_score cannot score .*multi_class"):
+        score(sk.roc_auc_score, scores, right)
+
+
+def test_reports_and_matrices_of_scikit_learn() -> None:
+    with pytest.raises(MetricError, match=r"returned a text.*output_dict=True"):
+        score(sk.classification_report, PREDICTED, RIGHT)
+    found = score(partial(sk.classification_report, output_dict=True), PREDICTED, RIGHT)
+    expected = sk.classification_report(RIGHT, PREDICTED, output_dict=True)
+    assert found["macro avg_f1-score"] == expected["macro avg"]["f1-score"]
+    metric = Function(sk.confusion_matrix)
+    metric.names = ["no", "yes", "perhaps", "never"]
+    metric.add_batch(predictions=PREDICTED, references=RIGHT)
+    matrix = metric.compute().matrices["confusion_matrix"]
+    assert matrix.rows == ("no", "yes", "perhaps")
+    np.testing.assert_array_equal(matrix.values, sk.confusion_matrix(RIGHT, PREDICTED))
+
+
+@pytest.mark.parametrize("function", [sk.silhouette_score, sk.auc, sk.hinge_loss])
+def test_functions_of_scikit_learn_that_score_something_else_are_refused(function: Any) -> None:
+    with pytest.raises(ConfigError, match="are no predictions and references"):
+        Function(function)
+
+
+# The user's own -----------------------------------------------------------------------------------
+
+
+def documented(predictions, references):
+    return float(np.mean(predictions) - np.mean(references))
+
+
+def plain(p, r):
+    return documented(p, r)
+
+
+def reversed_names(y_true, y_pred):
+    return documented(y_pred, y_true)
+
+
+def labels_first(labels, preds, scale=1):
+    return scale * documented(preds, labels)
+
+
+def with_kept(targets, outputs, *, kept):
+    return documented(outputs, targets) + len(kept["id"])
+
+
+@pytest.mark.parametrize(
+    ("function", "more"),
+    [
+        *((one, 0) for one in (documented, plain, reversed_names, labels_first)),
+        (partial(labels_first, scale=1), 0),
+        (lambda a, b: documented(a, b), 0),
+    ],
+)
+def test_functions_are_called_in_the_order_of_their_parameters(function: Any, more: int) -> None:
+    (value,) = score(function, PREDICTED, RIGHT).values()
+    assert value == documented(PREDICTED, RIGHT) + more
+    assert Function(function).takes == "rows"
+
+
+def test_kept_columns_are_passed_by_name() -> None:
+    metric = Function(with_kept)
+    for _ in range(2):
+        metric.add_batch(predictions=PREDICTED, references=RIGHT, kept={"id": list("abcde")})
+    assert metric.takes_kept
+    assert metric.compute() == {"with_kept": documented(PREDICTED, RIGHT) + 10}
+
+
+def test_functions_of_objects_get_lists() -> None:
+    def same(predictions, references):
+        assert type(predictions) is type(references) is list
+        return sum(p == r for p, r in zip(predictions, references, strict=True))
+
+    metric = Function(same)
+    for rows in (["a", "b"], ["c"]):
+        metric.add_batch(predictions=Rows(rows), references=Rows(["a", "x"][: len(rows)]))
+    assert metric.compute() == {"same": 1.0}
+
+
+def test_a_parameter_for_probabilities_gets_them() -> None:
+    def mean_score(y_true, y_score):
+        return float(y_score[y_true == 1].mean())
+
+    assert Function(mean_score).takes == "scores"
+    assert score(mean_score, SCORES, OF_TWO) == {"mean_score": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda labels, x: 0.0, r"metric takes labels and x, .*Rename them: def metric\(pred"),
+        (lambda x, preds: 0.0, r"takes x and preds"),
+        (lambda eval_pred: 0.0, r"metric cannot be called with two arguments"),
+        (lambda a, b, c: 0.0, r"cannot be called with two arguments \(missing a required"),
+    ],
+)
+def test_functions_whose_order_is_not_clear_are_refused(function: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Function(function)
