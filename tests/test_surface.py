@@ -127,8 +127,8 @@ SIGNATURES = {
         "datasets, tokenizer=None, *, model=None, task=None, text_columns=None, "
         "label_column=None, max_length=None, batch_size=8, eval_batch_size=None, "
         "max_tokens=None, group_by_length=False, pad_to_multiple_of=None, drop_last=False, "
-        "collate_fn=None, preprocess=None, transform=None, fill=None, keep=(), seed=42, "
-        "num_workers=0, pin_memory=None"
+        "collate_fn=None, preprocess=None, transform=None, fill=None, keep=(), num_proc=None, "
+        "seed=42, num_workers=0, pin_memory=None"
     ),
     "prepare_optimizer": (
         "model, name='adamw', *, lr=5e-05, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-08, "

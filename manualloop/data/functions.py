@@ -9,8 +9,9 @@ from torch import nn
 
 from manualloop.arguments import Checks
 from manualloop.data.collate import require_pad_token
-from manualloop.data.columns import Taking, column_filter
-from manualloop.data.splits import Split
+from manualloop.data.columns import Taking, column_filter, find_label
+from manualloop.data.mapping import Preprocess
+from manualloop.data.splits import Split, open_split
 from manualloop.errors import ConfigError
 
 ByName = Mapping[str, Callable[..., Any]]
@@ -30,6 +31,7 @@ class Functions(NamedTuple):
         collate_fn: As in ``prepare_dataloaders``, for this split; None pads.
         takes: Test for the columns that the model takes.
         keep: Columns that skip the model.
+        num_proc: Number of processes that tokenize or preprocess; None: this one alone.
     """
 
     preprocess: Callable[..., Any] | None
@@ -37,6 +39,7 @@ class Functions(NamedTuple):
     collate_fn: Callable[..., Any] | None
     takes: Taking
     keep: tuple[str, ...]
+    num_proc: int | None = None
 
     @property
     def are_given(self) -> bool:
@@ -48,10 +51,29 @@ class Functions(NamedTuple):
         is_kept = name in self.keep or name == RAW
         return self.transform is not None or is_kept or self.takes(name, kind)
 
+    def preprocessed(self, split: Split, label_column: str | None) -> Split:
+        """Return a split with the columns that ``preprocess`` makes.
+
+        Args:
+            split: The split.
+            label_column: The column of labels; None finds it.
+        """
+        from manualloop.data.classes import note_made_labels  # loads pyarrow
+
+        assert self.preprocess is not None
+        kinds, keep = split.kinds, self.keep
+        label = label_column or find_label(kinds)
+        kept = tuple(n for n in kinds if n == label or n in keep or self.takes(n, kinds[n]))
+        run = Preprocess(self.preprocess, kept, label, keep)
+        options = {} if split.is_stream else {"num_proc": self.num_proc}
+        rows = split.rows.map(run, batched=True, remove_columns=list(kinds), **options)
+        made = open_split(split.name, rows, split.key)._replace(form=split.form)
+        return note_made_labels(split, made, self.preprocess, label_column)
+
 
 def functions_of(
     splits: Mapping[Any, Split],
-    given: Mapping[str, Callable[..., Any] | ByName | None],
+    given: Mapping[str, Any],
     keep: tuple[str, ...],
     tokenizer: Any,
     model: nn.Module | None,
@@ -61,15 +83,15 @@ def functions_of(
 
     Args:
         splits: The splits.
-        given: The user's ``preprocess``, ``transform`` and ``collate_fn``.
+        given: The user's ``preprocess``, ``transform``, ``collate_fn`` and ``num_proc``.
         keep: Columns that skip the model.
         tokenizer: As in ``prepare_dataloaders``.
         model: As in ``prepare_dataloaders``.
         check: Keeps the errors.
     """
     of_split: dict[Any, list[Any]] = {key: [] for key in splits}
-    for argument, function in given.items():
-        by_key = check(_by_split, argument, function, list(splits)) or {}
+    for argument in ("preprocess", "transform", "collate_fn"):
+        by_key = check(_by_split, argument, given[argument], list(splits)) or {}
         for key, functions in of_split.items():
             functions.append(by_key.get(key))
     check(_refuse_streams, splits, {key: functions[1] for key, functions in of_split.items()})
@@ -80,6 +102,7 @@ def functions_of(
             *(preprocess, transform, collate_fn),
             column_filter(tokenizer, model, takes_all=collate_fn is not None, keep=(*keep, RAW)),
             keep,
+            given["num_proc"],
         )
         for key, (preprocess, transform, collate_fn) in of_split.items()
     }

@@ -15,7 +15,6 @@ from manualloop.arguments import all_at_once, check_arguments, is_count
 from manualloop.data.collate import padding_collate_fn, require_pad_token, require_tokenizer
 from manualloop.data.columns import (
     LABELS,
-    find_label,
 )
 from manualloop.data.functions import RAW, ByName, Functions, functions_of
 from manualloop.data.kept import (
@@ -31,12 +30,11 @@ from manualloop.data.mapping import (
     AsZerosAndOnes,
     Copy,
     Encode,
-    Preprocess,
     RequireHidden,
 )
 from manualloop.data.masks import RowMasks, masks_rows
 from manualloop.data.sampler import ordered_loader
-from manualloop.data.splits import Split, open_split, open_splits, reference_of
+from manualloop.data.splits import Split, open_splits, reference_of
 from manualloop.data.tokens import count_cuts, notes_on, require_tokens, tell_cuts
 from manualloop.data.transform import (
     Transform,
@@ -76,6 +74,7 @@ def prepare_dataloaders(
     transform: Transform | Mapping[str, Transform] | None = None,
     fill: Mapping[str, Any] | None = None,
     keep: str | Sequence[str] = (),
+    num_proc: int | None = None,
     seed: int = 42,
     num_workers: int = 0,
     pin_memory: bool | None = None,
@@ -130,6 +129,7 @@ def prepare_dataloaders(
             empty string. A column of labels that is empty in all rows of a split stays as it is.
         keep: Columns that skip the model, such as ``("id",)``. Batches hold them under their names,
             as lists with the values of the dataset, beside the tensors.
+        num_proc: Number of processes that tokenize or preprocess; None: this one alone.
         seed: Seed of the order.
         num_workers: Number of processes that read and pad.
         pin_memory: Whether to pin batches in memory; None pins them if there is a CUDA device.
@@ -160,7 +160,8 @@ def prepare_dataloaders(
         if collate_fn is None:
             check(require_pad_token, tokenizer)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    given = {"preprocess": preprocess, "transform": transform, "collate_fn": collate_fn}
+    given: dict[str, Any] = {"preprocess": preprocess, "transform": transform}
+    given |= {"collate_fn": collate_fn, "num_proc": num_proc}
     tokenizes = preprocess is None and tokenizer is not None
 
     splits, functions, found, naming = _look_at(
@@ -225,7 +226,10 @@ def _with_tokenizer(
 
 _OBJECTS = ("datasets", "tokenizer")
 _MAY_BE_NONE = ("model", "text_columns", "label_column", "fill")
-_COUNTS = ("batch_size", "eval_batch_size", "max_length", "max_tokens", "pad_to_multiple_of")
+_COUNTS = (
+    *("batch_size", "eval_batch_size", "max_length", "max_tokens", "num_proc"),
+    "pad_to_multiple_of",
+)
 
 
 def _check_arguments(task: str | None, drop_last: bool, keep: Any, **arguments: Any) -> None:
@@ -271,7 +275,7 @@ def _look_at(
             of_model = choices["tokenizer"], choices["model"]
             functions = functions_of(splits, given, keep, *of_model, check)
             if given["preprocess"] is not None and check.ok:
-                splits = {k: _preprocess(s, functions[k], label) for k, s in splits.items()}
+                splits = {k: functions[k].preprocessed(s, label) for k, s in splits.items()}
                 label = "labels" if "labels" in reference_of(splits).kinds else label
             of_first = functions[next(k for k, s in splits.items() if s is reference_of(splits))]
             number = partial(
@@ -295,20 +299,6 @@ def _look_at(
             found = survey({k: without_raw(s) for k, s in splits.items()}, chosen, check)
             check(check_kept, splits, keep, *of_model, found.columns)
     return splits, functions, found, naming
-
-
-def _preprocess(split: Split, functions: Functions, label_column: str | None) -> Split:
-    from manualloop.data.classes import note_made_labels
-
-    kinds, (preprocess, _, _, takes, keep) = split.kinds, functions
-    assert preprocess is not None
-    label = label_column or find_label(kinds)
-    stays = (name for name, kind in kinds.items() if name in keep or takes(name, kind))
-    kept = dict.fromkeys([*stays, *([label] if label in kinds else [])])
-    run = Preprocess(preprocess, tuple(name for name in kinds if name in kept), label, keep)
-    rows = split.rows.map(run, batched=True, remove_columns=list(kinds))
-    made = open_split(split.name, rows, split.key)._replace(form=split.form)
-    return note_made_labels(split, made, preprocess, label_column)
 
 
 def _encoder(
@@ -389,7 +379,8 @@ def _prepare_split(
         kinds, stays = split.kinds, functions.stays
         split = split.select([name for name in kinds if name in texts or stays(name, kinds[name])])
         run = replace(encode, stream=split.name, key=split.key) if split.is_stream else encode
-        made = split.map(run, remove=[n for n in texts if n not in stored])
+        left = [name for name in texts if name not in stored]
+        made = split.map(run, remove=left, num_proc=functions.num_proc)
         raw, split = split, count_cuts(made)
         require_tokens(raw, split, encode)
     if labels.task in BY_TOKEN:

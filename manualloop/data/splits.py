@@ -92,6 +92,7 @@ class Split(NamedTuple):
         function: Callable[[Rows], Rows],
         remove: Sequence[str] = (),
         classes: tuple[str, Sequence[str]] | None = None,
+        num_proc: int | None = None,
     ) -> Split:
         """Add the columns that a function computes from a batch of rows, and remove others.
 
@@ -99,6 +100,8 @@ class Split(NamedTuple):
             function: The function.
             remove: Names of the columns to remove.
             classes: A column whose values become class numbers, and the names of the classes.
+            num_proc: Number of processes that compute; None: this one alone. Of a stream, the
+                workers of its loader do.
         """
         # The first row comes first: the call may change the tokenizer, whose hash is part of the
         # key under which `map` caches its results.
@@ -110,6 +113,8 @@ class Split(NamedTuple):
             from manualloop.data.tables import with_classes
 
             options["features"] = with_classes(self.rows.features, *classes)
+        if num_proc is not None and not self.is_stream:
+            options["num_proc"] = num_proc
         rows = self.rows.map(function, batched=True, **options)
         return self._replace(rows=rows, first=first)
 

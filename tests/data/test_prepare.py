@@ -43,7 +43,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from manualloop import DataError, prepare_dataloaders, train_loop
+from manualloop import ConfigError, DataError, prepare_dataloaders, train_loop
 from manualloop.data.sampler import order, set_epoch
 
 SCHEMES = {
@@ -95,6 +95,20 @@ def test_mrpc(shared, tmp_path):
     assert_same_batches(loaders["train"], expected)
     expected = course_loader(raw["validation"], tokenizer, texts)
     assert_same_batches(loaders["validation"], expected)
+
+
+def test_several_processes_tokenize_the_same_rows():
+    dataset, tokenizer = rows(10), tiny_tokenizer()
+    expected = course_loader(dataset, tokenizer, ["sentence"])
+    loaders = prepare_dataloaders({"dev": dataset}, tokenizer, num_proc=2)
+    assert_same_batches(loaders["dev"], expected)
+    preprocess = lambda batch: {**tokenizer(batch["sentence"])}  # noqa: E731
+    loaders = prepare_dataloaders({"dev": dataset}, tokenizer, preprocess=preprocess, num_proc=2)
+    assert_same_batches(loaders["dev"], expected)
+    stream = {"dev": dataset.to_iterable_dataset()}
+    assert_same_batches(prepare_dataloaders(stream, tokenizer, num_proc=2)["dev"], expected)
+    with pytest.raises(ConfigError, match="num_proc must be a whole number of at least 1, got 0"):
+        prepare_dataloaders({"dev": dataset}, tokenizer, num_proc=0)
 
 
 def test_streams_give_the_same_rows_in_their_own_order():
