@@ -13,6 +13,7 @@ from manualloop.batches import is_spare, model_inputs
 from manualloop.checks import explain, require_loader
 from manualloop.data.sampler import num_batches, rows_before, rows_fixed
 from manualloop.errors import DataError
+from manualloop.evaluation.draws import Draws
 from manualloop.evaluation.losses import Made
 from manualloop.models import accepts, evaluation_mode, is_sharded
 from manualloop.progress import ProgressBar
@@ -78,10 +79,11 @@ def each_batch(passes: Passes, use: Callable[[Made], None], bar: str | None, **o
     model, strategy = passes.model, passes.strategy
     owners |= {"loader": passes.loader, "loss_fn": passes.loss_fn, "terms": passes.terms}
     task: Task | None = None
+    draws = Draws(model, passes.loader)
     with (
         evaluation_mode(model, strategy.device, **owners),
         rows_fixed(passes.loader),
-        closing(_numbered(passes.loader, strategy, bar)) as batches,
+        closing(_numbered(passes.loader, strategy, bar, draws)) as batches,
     ):
         for number, batch in batches:
             if strategy.world_size > 1 and is_spare(batch):
@@ -91,7 +93,9 @@ def each_batch(passes: Passes, use: Callable[[Made], None], bar: str | None, **o
                     if passes.terms is not None:
                         passes.terms(outputs, inputs)
             else:
+                before = draws.before_use()
                 task = _use(passes, batch, number, task, use)
+                draws.after_use(before)
 
 
 def _use(
@@ -156,7 +160,7 @@ def _forward(passes: Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
 
 
 def _numbered(
-    loader: Iterable[Any], strategy: Strategy, bar: str | None
+    loader: Iterable[Any], strategy: Strategy, bar: str | None, draws: Draws
 ) -> Generator[tuple[int, Any], None, None]:
     """Yield the number and the batch of each batch of this rank, with a progress bar.
 
@@ -169,7 +173,8 @@ def _numbered(
     number = 0
     try:
         comes_in_order = strategy.world_size == 1 and getattr(loader, "in_order", True)
-        for batch in loader if comes_in_order else _in_common_order(loader, strategy):
+        given = loader if comes_in_order else _in_common_order(loader, strategy)
+        for batch in draws.of_batches(given):
             yield number + strategy.rank, batch
             number += strategy.world_size
             if progress.is_due():
