@@ -160,12 +160,11 @@ def prepare_dataloaders(
         if collate_fn is None:
             check(require_pad_token, tokenizer)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    given: dict[str, Any] = {"preprocess": preprocess, "transform": transform}
-    given |= {"collate_fn": collate_fn, "num_proc": num_proc}
+    given = {"preprocess": preprocess, "transform": transform, "collate_fn": collate_fn}
     tokenizes = preprocess is None and tokenizer is not None
 
     splits, functions, found, naming = _look_at(
-        *(datasets, fill or {}, label_column, given, keep),
+        *(datasets, fill or {}, label_column, {**given, "num_proc": num_proc}, keep),
         tokenizer=tokenizer,
         model=model,
         task=task,
