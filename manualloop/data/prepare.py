@@ -89,6 +89,11 @@ def prepare_dataloaders(
     -1, None, NaN or empty), are left out of the batches. All mistakes of all splits are reported
     in one error.
 
+    A label means the same class in all splits and in the model. Strings become numbers, and splits
+    that number their classes otherwise are renumbered: as the config of the model does if it has
+    names for its classes, else as "train" does. A class that these lack is refused. A model with
+    the names LABEL_0, LABEL_1 and so on gets those of the data.
+
     Args:
         datasets: A ``DatasetDict``, any mapping from split to dataset, or a single dataset, which
             becomes the split "train". A dataset is a ``datasets.Dataset`` or ``IterableDataset``
@@ -100,10 +105,10 @@ def prepare_dataloaders(
         text_columns: One column of text or a pair; None infers it.
         label_column: Column that the model gets as ``labels``; None uses ``labels``, ``label``, or
             the only column of classes. Lists mean multi-label, and hold 0 and 1 for each class or
-            the class numbers; -100 leaves a class of a row out. Floats mean a regression. Several
-            columns of 0 and 1 are one multi-label target.
+            the class numbers or names; -100 leaves a class of a row out. Floats mean a regression.
+            Several columns of 0 and 1 are one multi-label target.
         max_length: Number of tokens at which texts are truncated; None uses the limit of tokenizer
-            and model.
+            and model. One line reports how many texts are.
         batch_size: Number of rows per batch.
         eval_batch_size: Number of rows per batch in splits that are not shuffled; None uses
             ``batch_size``.

@@ -7,10 +7,11 @@ import multiprocessing
 import random
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from helpers import rows, tiny_tokenizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -330,3 +331,61 @@ def test_a_failing_look_changes_nothing_either() -> None:
     with pytest.raises(ValueError, match=r"0\.13"):
         inspect_batch(DataLoader(rows, 2, collate_fn=collate))
     assert (rng.random(), rows.num_read) == (random.Random(1).random(), 0)
+
+
+def named(feature: Any, labels: list[Any], **columns: Any) -> Any:
+    table = rows(**columns, labels=labels)
+    return {"dev": table.cast_column("labels", feature)}
+
+
+def test_inspect_batch_shows_classes_ignored_labels_and_texts_that_are_cut_off():
+    texts = ["good movie bad plot", "bad", "good", "fine"]
+    dataset = named(ClassLabel(names=["bad", "very good"]), [1, 0, -100, 1], text=texts)
+    report = inspect_batch(prepare_dataloaders(dataset, tiny_tokenizer(), max_length=4)["dev"])
+    assert report.classes == {"bad": 1, "very good": 2}
+    assert report.ignored == 0.25
+    assert (report.cut, report.max_length) == (0.25, 4)
+    lines = str(report).split("\n")
+    assert "classes         0 bad        1" in lines
+    assert "                1 very good  2" in lines
+    assert "ignored         25.0% of the labels, which are -100" in lines
+    assert "cut off         25.0% of all texts of the split, at 4 tokens" in lines
+    assert [line.rpartition("->  ")[2] for line in lines[-3:]] == ["1 very good", "0 bad", "-100"]
+    assert "<th>classes</th>" in report._repr_html_()
+
+
+def test_inspect_batch_names_the_classes_of_rows_and_of_tokens():
+    feature = datasets.Sequence(ClassLabel(names=["a", "b", "c"]))
+    several = named(feature, [[0, 2], [], [2]], text=["good", "bad", "fine"])
+    report = inspect_batch(prepare_dataloaders(several, tiny_tokenizer())["dev"])
+    assert report.classes == {"a": 1, "b": 0, "c": 2}
+    assert [line.rpartition("->  ")[2] for line in str(report).split("\n")[-3:]] == [
+        "[a, c]",
+        "[]",
+        "[c]",
+    ]
+    tokens = named(feature, [[0, 2, -100], [1]], input_ids=[[4, 5, 6], [7]])
+    report = inspect_batch(prepare_dataloaders(tokens, tiny_tokenizer())["dev"])
+    assert report.classes == {"a": 1, "b": 1, "c": 1}
+    assert report.ignored == 0.25  # of four tokens; padding does not count
+    assert str(report).endswith("->  [b, -100, -100]")
+
+
+def test_inspect_batch_shows_the_most_frequent_of_many_classes():
+    names = [f"class {number}" for number in range(40)]
+    dataset = named(ClassLabel(names=names), [39, 7, 39], text=["good", "bad", "fine"])
+    report = inspect_batch(prepare_dataloaders(dataset, tiny_tokenizer())["dev"])
+    lines = str(report).split("\n")
+    assert "classes         39 class 39  2" in lines
+    assert "                 7 class 7   1" in lines
+    assert "                ... (40 classes)" in lines
+    assert len(report.classes) == 40
+
+
+def test_inspect_batch_has_no_classes_where_nobody_named_any():
+    report = inspect_batch(
+        [{"input_ids": torch.tensor([[4, 5]]), "labels": torch.tensor([[70_000, -100]])}]
+    )
+    assert report.classes == {}
+    assert report.ignored == 0.5
+    assert "classes" not in str(report)

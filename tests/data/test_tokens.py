@@ -1,0 +1,114 @@
+"""How many texts are cut off is reported, also of tokens that come from a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from helpers import WORDS, messages, rows, tiny_bert, tiny_tokenizer
+from transformers import ByT5Tokenizer
+
+from manualloop import inspect_batch, prepare_dataloaders
+from manualloop.tasks.names import notes_of
+
+LENGTHS = [1, 3, 4, 5, 9, 30]
+TEXTS = [" ".join(WORDS[i % len(WORDS)] for i in range(length)) for length in LENGTHS]
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    found = [line for line in messages(caplog) if "cut off" in line]
+    caplog.clear()
+    return found
+
+
+@pytest.mark.parametrize("limit", [3, 5, 6, 7, 32, 33])
+def test_texts_are_counted_that_have_more_tokens_than_the_limit(limit, caplog):
+    tokenizer = tiny_tokenizer()
+    splits = {
+        "train": rows(text=TEXTS, label=[0, 1] * 3),
+        "dev": rows(text=TEXTS[:2], label=[0, 1]),
+    }
+    loaders = prepare_dataloaders(splits, tokenizer, max_length=limit)
+    for key, texts in (("train", TEXTS), ("dev", TEXTS[:2])):
+        number = sum(len(tokenizer(text)["input_ids"]) > limit for text in texts)
+        notes = notes_of(loaders[key])
+        assert (notes.num_cut, notes.num_texts, notes.max_length) == (number, len(texts), limit)
+    (line,) = told(caplog) or [""]
+    assert (" of train (" in line) == (limit < 32)
+    assert (" of dev (" in line) == (limit < 5)
+    if limit == 5:
+        assert line == "texts are cut off at 5 tokens: 67% of train (4 of 6)"
+
+
+def test_pairs_and_words_are_counted(caplog):
+    tokenizer = tiny_tokenizer()
+    pairs = rows(sentence1=TEXTS, sentence2=TEXTS[::-1], label=[0] * 6)
+    prepare_dataloaders({"dev": pairs}, tokenizer, max_length=16)
+    number = sum(
+        len(tokenizer(a, b)["input_ids"]) > 16 for a, b in zip(TEXTS, TEXTS[::-1], strict=True)
+    )
+    assert told(caplog) == [
+        f"texts are cut off at 16 tokens: {100 * number / 6:.0f}% of dev ({number} of 6)"
+    ]
+    words = rows(words=[text.split() for text in TEXTS], label=[0] * 6)
+    prepare_dataloaders({"dev": words}, tokenizer, text_columns="words", max_length=6)
+    assert told(caplog) == ["texts are cut off at 6 tokens: 50% of dev (3 of 6)"]
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_the_limits_of_tokenizer_and_model_count(limit, caplog):
+    tokenizer = tiny_tokenizer(model_max_length=limit or 1_000_000_000)
+    dataset = {"dev": rows(text=TEXTS, label=[0] * 6)}
+    loader = prepare_dataloaders(dataset, tokenizer)["dev"]
+    assert notes_of(loader).max_length == limit
+    assert len(told(caplog)) == (limit is not None)
+    model = tiny_bert(max_position_embeddings=6)
+    prepare_dataloaders(dataset, tokenizer, model=model)
+    assert told(caplog)[0].startswith(f"texts are cut off at {min(limit or 6, 6)} tokens")
+
+
+def test_a_cache_knows_the_count_and_a_selection_has_its_own(tmp_path: Path, caplog):
+    path = tmp_path / "rows.parquet"
+    rows(text=TEXTS, label=[0] * 6).to_parquet(str(path))
+    counts = []
+    for _ in range(2):
+        dataset = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+        prepare_dataloaders({"dev": dataset}, tiny_tokenizer(), max_length=6)
+        counts += told(caplog)
+    assert counts == ["texts are cut off at 6 tokens: 50% of dev (3 of 6)"] * 2
+    prepare_dataloaders({"dev": dataset.select([5, 0])}, tiny_tokenizer(), max_length=6)
+    assert told(caplog) == ["texts are cut off at 6 tokens: 50% of dev (1 of 2)"]
+
+
+def test_a_tokenizer_in_python_is_asked_again_for_those_at_the_limit(caplog):
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    dataset = {"dev": rows(text=["abc", "abcd", "abcdefgh"], label=[0, 1, 0])}
+    prepare_dataloaders(dataset, tokenizer, max_length=5)
+    assert told(caplog) == ["texts are cut off at 5 tokens: 33% of dev (1 of 3)"]
+
+
+def test_nothing_is_told_of_texts_that_others_have_cut(caplog):
+    tokenizer, dataset = tiny_tokenizer(), rows(text=TEXTS, label=[0] * 6)
+    stream = dataset.to_iterable_dataset()
+    loader = prepare_dataloaders({"dev": stream}, tokenizer, max_length=4)["dev"]
+    assert notes_of(loader).num_cut is None
+    assert "is_cut_off" not in next(iter(loader))
+    own = lambda batch: tokenizer(batch["text"], truncation=True, max_length=4)  # noqa: E731
+    prepare_dataloaders({"dev": dataset}, tokenizer, preprocess=own)
+    prepare_dataloaders({"dev": dataset.map(own, batched=True)}, tokenizer)
+    assert told(caplog) == []
+
+
+def test_the_notes_reach_no_batch():
+    seen: list[Any] = []
+    dataset = {"dev": rows(text=TEXTS, label=[0] * 6)}
+    (batch,) = prepare_dataloaders(dataset, tiny_tokenizer(), max_length=4)["dev"]
+    assert sorted(batch) == ["attention_mask", "input_ids", "labels", "token_type_ids"]
+    collate = lambda batch: seen.extend(batch) or {"n": len(batch)}  # noqa: E731
+    loader = prepare_dataloaders(dataset, tiny_tokenizer(), max_length=4, collate_fn=collate)["dev"]
+    next(iter(loader))
+    assert sorted(seen[0]) == ["attention_mask", "input_ids", "labels", "token_type_ids"]
+    assert inspect_batch(loader).cut == pytest.approx(5 / 6)
