@@ -431,6 +431,8 @@ def load_metric(
         raise _unknown(key, "offline or unknown")
     try:
         return load_module(name, config, options)
+    except ConfigError:  # about an option
+        raise
     except OSError as error:  # both not found and no connection
         raise _unknown(key, "offline or unknown") from error
     except Exception as error:  # a script of the hub may raise anything
