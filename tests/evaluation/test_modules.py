@@ -123,14 +123,12 @@ def test_options_pass_through_load_metric_and_partials(shown: Any, tmp_path: Pat
         scorer = as_metric(metric)
         scorer.add_batch(predictions=[1, 0], references=[1, 1])
         assert scorer.compute()["rows"] == 6.0
-    assert (
-        load_metric(script, "classes", scale=2).compute(predictions=[1], references=[1])["rows"]
-        == 2
-    )
+    metric = load_metric(script, "classes", scale=2)
+    assert metric.compute(predictions=[1], references=[1])["rows"] == 2.0
     scorer = as_metric(module.compute)
     scorer.add_batch(predictions=[1, 0], references=[1, 1])
     assert scorer.compute()["rows"] == 2.0
-    with pytest.raises(ConfigError, match=r"does not take scales: its compute takes scale\."):
+    with pytest.raises(ConfigError, match=r"does not take scales: its compute takes .*scale\."):
         load_metric(script, "classes", scales=3)
 
 
