@@ -21,6 +21,7 @@ from manualloop import (
     TrainState,
     evaluate_loop,
     load_checkpoint,
+    prepare_dataloaders,
     prepare_scheduler,
     prepare_strategy,
     save_checkpoint,
@@ -343,6 +344,64 @@ def check_splits_itself(folder, strategy):
     print("splits itself: no more", flush=True)
 
 
+def noisy(row, generator):
+    return {"x": torch.tensor(row["x"]) + torch.rand(3, generator=generator), "id": row["id"]}
+
+
+def check_transformed(folder, strategy):
+    """Rows are transformed as in one process, also where a batch is a spare, and kept columns come.
+
+    The last round of an epoch has one batch, and the run is resumed inside an epoch.
+    """
+    table = ArrowDataset.from_dict(
+        {"x": [[row / 10] * 3 for row in range(21)], "id": list(range(21))}
+    ).add_column("name", [f"row {row}" for row in range(21)])
+
+    def loader(batch_size=BATCH_SIZE):
+        options = {"transform": noisy, "keep": "name", "batch_size": batch_size}
+        return prepare_dataloaders(table, seed=1, **options)["train"]
+
+    def read(batches):
+        return {
+            name: (number, x)
+            for batch in batches
+            for name, number, x in zip(
+                batch["name"], batch["id"].tolist(), batch["x"].tolist(), strict=True
+            )
+        }
+
+    expected = []
+    for epoch in range(2):
+        alone = loader(batch_size=7)
+        alone.batch_sampler.set_epoch(epoch)
+        expected.append(read(alone))
+    own = []
+
+    def loss_fn(model, batch):
+        own.append(batch)
+        return model(batch["x"]).square().mean()
+
+    def run(state, max_steps):
+        options = {"max_steps": max_steps, "loss_fn": loss_fn, "strategy": strategy}
+        for _ in train_steps(state, loader(), **options):
+            pass
+
+    state, place = make_state(), folder / "transformed"
+    run(state, 4)
+    save_checkpoint(place, state, strategy=strategy)
+    again = make_state()
+    load_checkpoint(place, again, strategy=strategy)
+    run(again, 12)
+    for epoch in range(2):  # of 6 rounds
+        of_ranks = strategy.gather(read(own[6 * epoch : 6 * epoch + 6]))
+        assert of_ranks[0] | of_ranks[1] == expected[epoch], epoch
+        assert all(rows.items() <= expected[epoch].items() for rows in of_ranks)
+    own.clear()
+    evaluate_loop(make_state().model, loader(), strategy=strategy, loss_fn=loss_fn)
+    of_ranks = strategy.gather(read(own))
+    assert of_ranks[0] | of_ranks[1] == expected[0]
+
+
 SCENARIOS = {
     **{name: partial(check, name) for name in LOADERS},
     "two ranks after one": check_more_ranks,
@@ -352,6 +411,7 @@ SCENARIOS = {
     "prepared by accelerate": check_ready_accelerator,
     "neighbours of one length": check_neighbours,
     "wrong length": check_wrong_length,
+    "transformed": check_transformed,
 }
 
 
