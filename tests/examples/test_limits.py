@@ -229,6 +229,35 @@ def nan_logits(folder: Path) -> None:
     predict_loop(model, loader, progress_bar=False)
 
 
+def some_rows_draw(folder: Path) -> None:
+    def transform(row: Any, generator: Any) -> Any:
+        return {"x": row["x"] + (random.random() if row["x"] > 4 else 0)}
+
+    dataset = rows(x=[float(number) for number in range(9)])
+    list(prepare_dataloaders({"dev": dataset}, transform=transform, batch_size=4)["dev"])
+
+
+def own_generator(folder: Path) -> None:
+    own = random.Random(0)
+    prepare_dataloaders(
+        rows(x=[1.0, 2.0]), transform=lambda row, generator: {"x": row["x"] + own.random()}
+    )
+
+
+def random_loader(folder: Path) -> None:
+    def collate(found: Any) -> Any:
+        return {"x": torch.rand(len(found), 4)}
+
+    evaluate_loop(nn.Linear(4, 1), DataLoader(Rows(), 4, collate_fn=collate), loss_fn=loss_fn)
+
+
+def random_model(folder: Path) -> None:
+    def noisy_loss(model: nn.Module, batch: Any) -> Any:
+        return model(batch["x"] + torch.rand(())).square().mean()
+
+    evaluate_loop(nn.Linear(4, 1), [{"x": torch.ones(2, 4)}], loss_fn=noisy_loss)
+
+
 def left_alone(folder: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     step_once(TrainState(model, SGD(model[1].parameters(), lr=0.1)), built(), 1)
@@ -256,6 +285,10 @@ TOLD = {
     "a generator that cannot be saved": unsaved_generator,
     "a generator that the checkpoint does not know": new_generator,
     "a generator shared with a loader that reads ahead": shared_generator,
+    "a transform that draws at some rows alone": some_rows_draw,
+    "a transform with a generator of its own": own_generator,
+    "a loader that draws in an evaluation": random_loader,
+    "a model that draws in evaluation mode": random_model,
     "an attribute that no checkpoint holds": unsaved_attribute,
     "other surroundings": other_surroundings,
     "scored weights of a sharded model": sharded_average,
