@@ -146,10 +146,6 @@ def main():
                     ours, theirs = getattr(found, column), getattr(expected, column)
                     assert np.array_equal(ours, theirs), (num_rows, batch_size, name, column)
                 assert found.index.tolist() == list(range(num_rows))
-                expected = predict_loop(model, loader, strategy=alone, decode=decode)
-                found = predict_loop(together, loader, strategy=strategy, decode=decode)
-                assert found.predictions.tolist() == expected.predictions.tolist()
-                assert found.index.tolist() == list(range(num_rows))
                 num_cases += 1
     print(f"{num_cases} cases", flush=True)
 
