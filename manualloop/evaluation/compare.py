@@ -228,6 +228,11 @@ def _compare(
     scorer: Scorer, a: Predictions, b: Predictions, confidence: float
 ) -> dict[str, Difference]:
     """Compare by one metric."""
+    if np.ndim(a.predictions) > 2 and scorer.takes in ("classes", "values"):
+        raise MetricError(
+            f"{scorer.name} scores labels, and a row holds a map of them, whose ignored label "
+            'nobody knows here. Compare by "mean_iou", or by a function of the rows.'
+        )
     sides = inputs_of(table_of(a), scorer), inputs_of(table_of(b), scorer)
     scores = [score_rows(scorer, side, np.arange(side.num_rows)) for side in sides]
     differs = _differing(sides[0].predictions, sides[1].predictions)

@@ -80,7 +80,13 @@ class Losses:
             self.items.append(nan if num_items is None else read_items(num_items))
         if self.rows is not None:
             last = zip(self.means[-len(found) :], self.items[-len(found) :], strict=True)
-            self.rows.add(made.outputs, made.inputs, made.task, list(last) if found else [])
+            self.rows.add(
+                made.outputs,
+                made.inputs,
+                made.task,
+                list(last) if found else [],
+                is_models=loss_fn is None and terms is None,
+            )
         return is_finite
 
     def __iter__(self) -> Iterator[list[tuple[float, float]]]:

@@ -45,7 +45,8 @@ class Predictions:
             -100. A list of one object per row where these were decoded.
         scores: Probability of each class, float32 ``(rows, classes)``; None for a regression, for
             tokens, or with a ``postprocess`` of your own.
-        references: The labels, padded as ``predictions`` are; None if the data has none.
+        references: The labels, padded as ``predictions`` are; None if the data has none. Those of a
+            causal language model are moved by one token, beside what predicts them.
         kept: Columns of the dataset that were kept, by name.
         names: Names of the classes in the order of their numbers; None if they have none.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from manualloop.batches import Kept, num_rows
 from manualloop.errors import ConfigError, DataError, MetricError, ModelError
@@ -17,7 +17,7 @@ from manualloop.evaluation.inputs import to_array
 from manualloop.evaluation.losses import Made
 from manualloop.mistakes import scalar_floats_message
 from manualloop.notices import say
-from manualloop.tasks.task import Task, best_class
+from manualloop.tasks.task import IGNORE_INDEX, Task, best_class
 from manualloop.types import Batch
 
 Postprocess: TypeAlias = Callable[[Any, Batch], Tensor]
@@ -42,8 +42,8 @@ class Ask(NamedTuple):
         references: Whether rows without a label are refused.
         scores: Whether probabilities are asked for: True, False, or None for where there are some.
         kept: Whether the columns that skip the model are asked for.
-        aligned: Whether labels stand beside the predictions they belong to, as for a metric: those
-            of a causal language model are shifted.
+        aligned: Whether predictions without a label, and labels without a prediction, are left out
+            as for a metric. Where they are kept, those of a causal language model are shifted.
     """
 
     postprocess: Postprocess | None = None
@@ -135,6 +135,8 @@ def entries_of(made: Made, ask: Ask, *, is_sound: bool) -> Entries:
                 _require_rows_of_targets(task, predicted, labels)
             if ask.aligned:
                 predicted, labels, misfit = _aligned(made, postprocess, predicted, labels)
+            elif postprocess is None and task.rules.shifts_labels and isinstance(labels, Tensor):
+                labels = _next_labels(batch, labels)
             references = _values(labels)
         # An argmax is new; anything else may be a view that would keep all the outputs.
         is_new = postprocess is None and task.rules.predict is best_class
@@ -287,6 +289,14 @@ def _processed(predictions: Any) -> Tensor:
         f"postprocess returned a {type(predictions).__name__}, not a tensor. To return an object "
         "of Python for each row, pass the function as decode=."
     )
+
+
+def _next_labels(batch: Any, labels: Tensor) -> Tensor:
+    """Put each label of a causal language model beside the prediction of the token before it."""
+    if "shift_labels" in batch:
+        shifted: Tensor = batch["shift_labels"]
+        return shifted
+    return nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def _aligned(

@@ -4,10 +4,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from helpers import correlation, seeded
 from scipy import stats
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from manualloop import ConfigError, DataError, MetricError, Predictions, compare_predictions
+from manualloop import (
+    ConfigError,
+    DataError,
+    MetricError,
+    Predictions,
+    compare_predictions,
+    evaluate_loop,
+    predict_loop,
+)
 
 
 def noisy(generator, references, share, num_classes=2):
@@ -271,3 +281,61 @@ def test_a_confidence_is_between_0_and_1(confidence):
 def test_one_name_for_two_scores_is_refused():
     with pytest.raises(MetricError, match="'accuracy' comes from two metrics"):
         compare_predictions(*two_models(), ["accuracy", "glue/mrpc"])
+
+
+def test_maps_of_classes_are_compared_by_a_metric_of_maps():
+    generator = np.random.default_rng(0)
+    maps = generator.integers(0, 2, (12, 4, 4))
+    maps[0, 0] = 255
+    tables = [
+        Predictions(
+            np.arange(12), np.where(generator.random(maps.shape) < s, maps, 1) % 2, None, maps
+        )
+        for s in (0.3, 0.9)
+    ]
+    with pytest.raises(MetricError, match='Compare by "mean_iou"'):
+        compare_predictions(*tables, "accuracy")
+    found = compare_predictions(*tables, "mean_iou").differences
+    assert found["mean_iou"].low > 0
+
+
+def test_language_models_are_compared_on_the_next_token():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(9, (10, 6), generator=generator)
+    sides = []
+    for share in (0.3, 0.8):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+        )
+        after = torch.roll(ids, -1, 1)
+        is_right = torch.rand(ids.shape, generator=generator) < share
+        logits = torch.nn.functional.one_hot(torch.where(is_right, after, (after + 1) % 9), 9)
+        model.forward = lambda input_ids, labels=None, found=logits: {"logits": found.float()}
+        batches = [{"input_ids": ids, "labels": ids}]
+        sides.append((model, batches))
+    tables = [predict_loop(*side) for side in sides]
+    assert (tables[0].references[:, -1] == -100).all()
+    found = compare_predictions(*tables, "accuracy")["accuracy"]
+    for (model, batches), score in zip(sides, (found.a, found.b), strict=True):
+        assert score == evaluate_loop(model, batches, "accuracy")["accuracy"]
+    assert found.b - found.a > 0.3
+
+
+def test_probabilities_are_compared_where_the_classes_are_the_same():
+    generator = np.random.default_rng(0)
+    a, _ = two_models(60)
+    scores = generator.random((60, 1)) * 0.5 + a.predictions[:, None] * 0.5
+    noise = np.clip(scores + generator.normal(size=(60, 1)) * 0.1 * (scores > 0.6), 0.51, 1)
+    a, b = (
+        replace(a, scores=np.concatenate([1 - s, s], 1).astype(np.float32))
+        for s in (scores, np.where(scores > 0.5, noise, scores))
+    )
+    comparison = compare_predictions(a, b, ["accuracy", "roc_auc"])
+    assert comparison["accuracy"].p_value == 1
+    found = comparison["roc_auc"]
+    assert found.difference != 0
+    assert 0 < found.p_value < 1
+    assert found.low < found.difference < found.high
+    with pytest.raises(MetricError):
+        compare_predictions(replace(a, scores=None), b, "roc_auc")

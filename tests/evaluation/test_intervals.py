@@ -10,7 +10,13 @@ from helpers import messages, rows, tiny_bert, tiny_tokenizer
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import BertForMaskedLM, BertForTokenClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from manualloop import (
     ConfigError,
@@ -296,6 +302,10 @@ def test_a_perplexity_gets_an_interval():
         assert found[f"perplexity{end}"] == pytest.approx(math.exp(found[f"loss{end}"]))
 
 
+def plain(model, batch):
+    return functional.cross_entropy(model(batch["x"])["logits"], batch["labels"])
+
+
 def smoothed(model, batch):
     logits = model(batch["x"])["logits"]
     return functional.cross_entropy(logits, batch["labels"], label_smoothing=0.1)
@@ -307,7 +317,7 @@ def weighted(model, batch):
     return functional.cross_entropy(logits, batch["labels"], weight), 1 + 2 * batch["labels"].sum()
 
 
-@pytest.mark.parametrize("loss_fn", [smoothed, weighted])
+@pytest.mark.parametrize("loss_fn", [plain, smoothed, weighted])
 def test_a_loss_that_is_no_known_mean_gets_none_and_a_line(loss_fn, caplog):
     logits, labels = classes()
     model = Echo()
@@ -323,15 +333,39 @@ def test_a_loss_that_is_no_known_mean_gets_none_and_a_line(loss_fn, caplog):
     ]
 
 
-def test_a_loss_fn_that_is_the_usual_mean_gets_an_interval():
+class Smoothed(BertForSequenceClassification):
+    """A model of transformers that computes another loss: a head of its own."""
+
+    def forward(self, input_ids, labels):
+        logits = super().forward(input_ids).logits
+        loss = functional.cross_entropy(logits, labels, label_smoothing=0.2)
+        return {"loss": loss, "logits": logits}
+
+
+def test_the_loss_of_a_head_of_your_own_is_not_guessed(caplog):
+    """With balanced classes and one logit for all rows, the two losses have the same mean."""
+    model = tiny_bert(kind=Smoothed)
+    nn.init.zeros_(model.classifier.weight)
+    nn.init.constant_(model.classifier.bias[:1], 1.0)
+    inputs, labels = torch.full((8, 3), 5), torch.arange(8) % 2
+    assert "loss_low" not in evaluate_loop(
+        model, [{"input_ids": inputs, "labels": labels}], confidence=0.9
+    )
+    assert any("the loss has no interval" in line for line in messages(caplog))
+
+
+@pytest.mark.parametrize("loss_fn", [plain, smoothed, weighted])
+def test_a_loss_of_one_row_a_batch_gets_an_interval(loss_fn):
     logits, labels = classes()
-
-    def loss_fn(model, batch):
-        return functional.cross_entropy(model(batch["x"])["logits"], batch["labels"])
-
-    found = evaluate_loop(Echo(), loader_of(logits, labels), loss_fn=loss_fn, confidence=0.9)
-    losses = functional.cross_entropy(logits, labels, reduction="none").double().numpy()
-    expected = loss_interval(losses, np.ones(60))
+    found = evaluate_loop(Echo(), loader_of(logits, labels, 1), loss_fn=loss_fn, confidence=0.9)
+    single = [
+        loss_fn(Echo(), {"x": x[None], "labels": y[None]})
+        for x, y in zip(logits, labels, strict=True)
+    ]
+    pairs = [pair if isinstance(pair, tuple) else (pair, 1) for pair in single]
+    items = np.array([float(number) for _, number in pairs])
+    sums = np.array([float(mean.detach()) for mean, _ in pairs]) * items
+    expected = loss_interval(sums, items)
     assert (found["loss_low"], found["loss_high"]) == pytest.approx(expected[:2], rel=1e-5)
 
 

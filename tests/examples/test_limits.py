@@ -263,6 +263,33 @@ def left_alone(folder: Path) -> None:
     step_once(TrainState(model, SGD(model[1].parameters(), lr=0.1)), built(), 1)
 
 
+def intervals_by_calls(folder: Path) -> None:
+    evaluate_loop(*scored(), lambda p, r: float((p == r).mean()), confidence=0.95)
+
+
+def loss_of_no_row(folder: Path) -> None:
+    def smoothed(model: nn.Module, batch: Any) -> Any:
+        logits = model(input_ids=batch["input_ids"]).logits
+        return nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=0.1)
+
+    evaluate_loop(*scored(), loss_fn=smoothed, confidence=0.95)
+
+
+def no_width(folder: Path) -> None:
+    evaluate_loop(*scored(labels=[0] * 6), "f1", confidence=0.95)
+
+
+def undefined_resamples(folder: Path) -> None:
+    evaluate_loop(*scored(labels=[0, 0, 0, 0, 0, 1]), "roc_auc", confidence=0.95)
+
+
+def scored(labels: Any = (0, 1, 0, 1, 0, 1)) -> tuple[Any, Any]:
+    model = tiny_bert()
+    nn.init.constant_(model.classifier.bias[:1], 1.0)  # else all losses are the logarithm of 2
+    dataset = rows(text=["good", "bad movie"] * 3, label=list(labels))
+    return model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"]
+
+
 def sharded_loader(folder: Path) -> None:
     dataset = Rows()
     sampler = DistributedSampler(dataset, num_replicas=2, rank=0)
@@ -299,6 +326,10 @@ TOLD = {
     "running means after a batch of NaN": spoilt_means,
     "NaN logits": nan_logits,
     "weights that no optimizer updates": left_alone,
+    "intervals by calls of a metric": intervals_by_calls,
+    "a loss of rows that nothing tells": loss_of_no_row,
+    "an interval without width": no_width,
+    "resamples without a score": undefined_resamples,
     "a loader that was sharded by somebody else": sharded_loader,
     "a stream that several processes read": stream_without_numbers,
 }
