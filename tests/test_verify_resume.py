@@ -194,6 +194,43 @@ def test_a_run_that_draws_nothing_and_seeds_nothing_is_exact_inside_an_epoch():
     assert report.is_exact, report
 
 
+class Slow(torch.optim.SGD):
+    """Leaves its moments out of its state_dict."""
+
+    def state_dict(self):
+        return super().state_dict() | {"state": {}}
+
+
+def train_with_two(second=torch.optim.SGD, **options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+    return train_loop(
+        model,
+        DataLoader(Rows(False), 4, shuffle=True),
+        [
+            torch.optim.AdamW(model[0].parameters(), lr=0.1),
+            second(model[2].parameters(), lr=1e-3, momentum=0.9),
+        ],
+        ["linear", "cosine"],
+        num_epochs=2,
+        loss_fn=lambda model, batch: model(batch).square().mean(),
+        progress_bar=False,
+        **options,
+    )
+
+
+def train_with_two_of_which_one_forgets(**options):
+    return train_with_two(Slow, **options)
+
+
+def test_several_optimizers_are_compared_each():
+    report = verify_resume(train_with_two, at=3)
+    assert report.is_exact
+    assert "optimizer" in str(report)
+    report = verify_resume(train_with_two_of_which_one_forgets, at=3)
+    assert report.difference.startswith("step 5: loss ")
+
+
 def test_weights_that_no_state_dict_has_are_found():
     report = verify_resume(train_with_a_lost_average, at=4)
     assert report.difference.startswith("step 5: loss ")
