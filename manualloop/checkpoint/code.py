@@ -116,9 +116,9 @@ _CHANGING = {
 
 
 def changed_by(code: CodeType) -> set[str]:
-    """Return the names of variables and attributes whose containers some code may change.
+    """Return the names of variables and attributes whose containers or tensors code may change.
 
-    Those are the ones whose methods change a container, and all in a line that sets an entry.
+    Those are the ones whose methods change them, and all in a line that sets an entry.
     """
     found: set[str] = set()
     of_lines: dict[Any, set[str]] = {}
@@ -131,8 +131,10 @@ def changed_by(code: CodeType) -> set[str]:
         if not instruction.opname.startswith("LOAD_"):
             continue
         name = instruction.argval
-        if name in _CHANGING and last is not None:
-            found.add(last)
+        if last is not None and isinstance(name, str):
+            is_in_place = name.endswith("_") and not name.endswith("__")  # of a tensor: mul_
+            if name in _CHANGING or is_in_place:
+                found.add(last)
         last = name if isinstance(name, str) and instruction.opname != "LOAD_CONST" else None
         if last is not None:
             of_lines.setdefault(line, set()).add(last)

@@ -36,6 +36,7 @@ from manualloop.objects import is_clock, steady
 
 _SCALARS = (bool, int, float, str, bytes, type(None))
 _CONTAINERS = (list, tuple, set, frozenset, deque, Mapping)
+_CHANGEABLE = (*_CONTAINERS, Tensor, np.ndarray)
 _MAX_DEPTH = 6
 _MAX_ENTRIES, _MAX_NUMBERS = 10_000, 1_000_000
 
@@ -132,7 +133,7 @@ def _describe_object(value: Any, search: _Search, depth: int, uses: _Uses | None
             f"{key}={text}"
             for key, part in sorted(attributes.items())
             if (read is None or key in read)
-            and not (key in changed and isinstance(part, _CONTAINERS))
+            and not (key in changed and isinstance(part, _CHANGEABLE))
             and (text := _attribute_text(part, inner, depth, code, uses)) not in (None, "None")
         ]
     if code and (uses is not None or not (is_model or is_installed(kind.__module__))):
@@ -158,6 +159,7 @@ def _attributes_of(value: Any, methods: Iterable[tuple[str, FunctionType]]) -> d
     if isinstance(value, nn.Module):
         attributes |= dict.fromkeys(_OF_MODULES)
         attributes |= dict(value.named_buffers()) | dict(value.named_children())
+        attributes = {k: v for k, v in attributes.items() if k.rpartition(".")[2] not in _RUNNING}
     moving = {
         name
         for key, function in methods
@@ -171,6 +173,7 @@ def _attributes_of(value: Any, methods: Iterable[tuple[str, FunctionType]]) -> d
     }
 
 
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 _OF_MODULES = (*vars(nn.Module()), "training")
 
 
@@ -376,7 +379,7 @@ def _values_read(function: FunctionType, uses: _Uses) -> Iterator[tuple[str, Any
     for name, value in _own_values(function):
         members = _members(value, uses)
         yield from ((f"{name}.{key}", part) for key, part in members)
-        if not members and not (name in changed and isinstance(value, _CONTAINERS)):
+        if not members and not (name in changed and isinstance(value, _CHANGEABLE)):
             yield name, value
 
 

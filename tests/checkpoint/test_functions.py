@@ -521,6 +521,35 @@ def test_what_a_function_counts_in_a_container_does_not_count() -> None:
     assert function_facts(loss_fn) != before[0]
 
 
+class Centred(nn.Module):
+    """A loss with a running mean, as in DINO."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(2))
+        self.register_buffer("scale", torch.ones(2))
+        self.norm = nn.BatchNorm1d(2, affine=False)
+
+    def forward(self, outputs: torch.Tensor) -> torch.Tensor:
+        self.center.mul_(0.9).add_(outputs.mean(dim=0), alpha=0.1)
+        return (self.norm(outputs - self.center) * self.scale).square().mean()
+
+
+def test_a_running_mean_of_a_loss_does_not_count() -> None:
+    loss, center = Centred(), torch.zeros(2)
+
+    def loss_fn(model: Any, batch: Any) -> Any:
+        center.lerp_(torch.ones(2), 0.1)
+        return loss(model(batch)) + center.sum()
+
+    before = function_facts(loss_fn), describe_function(loss)
+    loss_fn(nn.Identity(), torch.randn(4, 2))
+    assert (function_facts(loss_fn), describe_function(loss)) == before
+    loss.scale = torch.zeros(2)
+    assert function_facts(loss_fn) != before[0]
+    assert describe_function(loss) != before[1]
+
+
 def test_containers_that_hold_themselves_end() -> None:
     endless: list[Any] = [1.0]
     endless.append(endless)
