@@ -19,7 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from manualloop.checkpoint.functions import describe_function, function_facts, moved_by
+from manualloop.checkpoint.functions import (
+    describe_function,
+    function_facts,
+    method_code,
+    moved_by,
+)
 from manualloop.internals import unwrap_optimizer
 from manualloop.models import config_of, unwrap_model
 from manualloop.objects import is_clock, without_root
@@ -86,7 +91,9 @@ def model_facts(model: nn.Module) -> Facts:
         by_kind.setdefault(f"{kind}.{name}", Counter())[value] += 1
     facts["modules"] = {name: _counted(values) for name, values in by_kind.items()}
     facts["places of modules"] = _digest(*map(repr, settings))
-    return facts
+    kinds = {type(module).__qualname__: type(module) for module in whole.modules()}
+    code = {name.removeprefix("FSDP"): method_code(kind, "forward") for name, kind in kinds.items()}
+    return facts | {f"code of {name}": text for name, text in code.items() if text is not None}
 
 
 def _counted(values: Counter[str]) -> str:

@@ -213,6 +213,17 @@ def moved_by(kind: type, method: str) -> set[str]:
     return {name for function in code for name in names_in(function.__code__, "STORE_ATTR")}
 
 
+def method_code(kind: type, method: str) -> str | None:
+    """Return a digest of the user's code that a method runs; None: it is all of a library.
+
+    What the code reads does not count, nor does the code of methods that it does not call.
+    """
+    code, _ = _reached(methods_of(kind), [method])
+    search = _Search(set(), {})
+    parts = [part for one in code for part in _function_parts(one, search, 0, "")]
+    return f"{kind.__qualname__.removeprefix('FSDP')} (code {digest(parts)})" if code else None
+
+
 def _text(value: Any, search: _Search, depth: int, uses: _Uses, path: str = "") -> str:
     """Describe a value that a function uses: plain data by itself, other objects by their class."""
     value = _unwrapped(value)

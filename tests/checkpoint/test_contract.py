@@ -388,3 +388,46 @@ def test_accumulation_that_other_ranks_make_up_for_is_no_difference(
     assert "gradient_accumulation_steps: 4 -> 4" not in caplog.text
     contract.log_differences(of(2, 2), of(2, 4), workers_matter=False)
     assert "gradient_accumulation_steps: 2 -> 4" in caplog.text
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    return x / 2
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scaled(self.layer(halved(x)))
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+def edited(**members: Any) -> nn.Module:
+    names = {"__module__": __name__, "__qualname__": "Net"}
+    net: nn.Module = type("Net", (Net,), {**names, **members})()
+    return net
+
+
+def test_an_edited_forward_pass_is_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="manualloop")
+    train(tmp_path, model=edited())
+    assert train(tmp_path, model=edited()) == []
+    assert train(tmp_path, model=edited(report=lambda self: "not called")) == []
+    assert "->" not in caplog.text
+    others: list[dict[str, Any]] = [
+        {"forward": lambda self, x: self.scaled(self.layer(x))},
+        {"scaled": lambda self, x: x * 3},
+    ]
+    for members in others:
+        with pytest.raises(CheckpointError, match=r"- code of Net: Net \(code "):
+            train(tmp_path, model=edited(**members))
+    monkeypatch.setitem(globals(), "halved", lambda x: x / 3)
+    with pytest.raises(CheckpointError, match=r"- code of Net: Net \(code "):
+        train(tmp_path, model=edited())
