@@ -100,7 +100,13 @@ def loaders(num_rows, batch_size):
 
 
 def metrics():
-    return ["glue/mrpc", "f1/macro", "pearson", product, BinaryAUROC()]
+    of_all = ["glue/mrpc", "f1/macro", "pearson", product, BinaryAUROC()]
+    return [*of_all, "roc_auc", "log_loss", "perplexity", "exact_match"]
+
+
+def counted():
+    """Metrics of counts and of the loss, of which no rank keeps rows."""
+    return ["classification_report", "confusion_matrix", "f1/none", "perplexity"]
 
 
 def decode(outputs, batch):
@@ -131,10 +137,12 @@ def main():
     for num_rows in all_num_rows:
         for batch_size in batch_sizes:
             for name, loader in loaders(num_rows, batch_size):
-                for metric in [metrics(), "glue/mrpc"] if name == "prepared" else [metrics()]:
+                more = ["glue/mrpc", counted()] if name == "prepared" else []
+                for metric in [metrics(), *more]:
                     expected = evaluate_loop(model, loader, metric, strategy=alone)
                     found = evaluate_loop(together, loader, metric, strategy=strategy)
                     assert str(found) == str(expected), (num_rows, batch_size, name)  # NaN too
+                    assert found.report() == expected.report()
                 if batch_size == 3 and name == "sorted":
                     options = {"metric": ["glue/mrpc", "pearson", product], "confidence": 0.9}
                     expected = evaluate_loop(model, loader, strategy=alone, **options)
