@@ -204,11 +204,19 @@ class Scores(dict[str, float]):
             for row in matrix.rows
             for column in matrix.columns
         }
-        alone = {name: value for name, value in self.items() if name not in shown}
+        bounds = {f"{name}_{bound}" for name in self for bound in ("low", "high")} & self.keys()
+        alone = [name for name in self if name not in shown | bounds]
         width = max(map(num_cells, alone), default=0)
-        lines = [name + " " * (width - num_cells(name)) + f"  {v:.4f}" for name, v in alone.items()]
+        lines = [f"{name}{' ' * (width - num_cells(name))}  {self._text(name)}" for name in alone]
         parts = ["\n".join(lines)] if lines else []
         return "\n\n".join([*parts, *(f"{name}\n{str(part).rstrip()}" for name, part in found)])
+
+    def _text(self, name: str) -> str:
+        """Return a score, and its interval if there is one."""
+        interval = [self.get(f"{name}_{bound}") for bound in ("low", "high")]
+        if interval[0] is None or interval[1] is None:
+            return f"{self[name]:.4f}"
+        return f"{self[name]:.4f}  ({interval[0]:.4f} to {interval[1]:.4f})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Elsewhere there is no such model.

@@ -75,8 +75,8 @@ class Collected:
     @property
     def has_fixed_keys(self) -> bool:
         """Whether its keys are the same for any rows."""
-        by_class = self.options.get("class_metrics") or "average" in self.options
-        return self._kind.has_fixed_keys and not by_class
+        is_by_class = self.options.get("class_metrics") or self.options.get("average", "") is None
+        return self._kind.has_fixed_keys and not is_by_class
 
     def fresh(self, names: Sequence[str] | None = None) -> Collected:
         """Return such a metric without rows, with names of the classes if it has none."""

@@ -191,7 +191,8 @@ class Metric:
     @property
     def has_fixed_keys(self) -> bool:
         """Whether its keys are the same for any rows."""
-        return self.name != "classification_report" and not self.name.endswith("/none")
+        is_by_class = self.name == "classification_report" or self.name.endswith("/none")
+        return not is_by_class or self.options.get("names") is not None
 
     def fresh(self, names: Sequence[str] | None = None) -> Metric:
         """Return such a metric without rows, with names of the classes if it has none."""

@@ -76,6 +76,7 @@ def try_evaluation(evaluate: object) -> Found | None:
         check_arguments(confidence=confidence)
     ends = ("",) if confidence is None else ("", "_low", "_high")
     names: list[str] = []
+    are_fixed = True
     for prefix, loader in named_loaders(loaders).items():
         batch = _batch_of(loader)
         if batch is None:
@@ -84,6 +85,7 @@ def try_evaluation(evaluate: object) -> Found | None:
         if metrics or not are_all:  # else the loss alone is asked for, and needs no labels
             of_data = class_names(model, loader)
             fresh = [one.fresh(of_data) for one in metrics]
+            are_fixed &= all(one.has_fixed_keys for one in fresh)
             bound.arguments["metric"] = fresh if are_all else [*fresh, others]
         forget = _remember(model, bound.arguments)
         try:
@@ -91,7 +93,7 @@ def try_evaluation(evaluate: object) -> Found | None:
         finally:
             forget()
         names += [prefix + name + end for name in found for end in ends]
-    return Found(names, are_all and all(one.has_fixed_keys for one in metrics))
+    return Found(names, are_all and are_fixed)
 
 
 def _own_metrics(metric: Any) -> tuple[list[BuiltIn], bool]:

@@ -184,6 +184,8 @@ def test_a_report_is_aligned_in_a_terminal() -> None:
         ]
     )
     assert Scores().report() == ""
+    scores = Scores(f1=0.5, f1_low=0.25, f1_high=0.75, loss=1.0)
+    assert scores.report() == "f1    0.5000  (0.2500 to 0.7500)\nloss  1.0000"
     metric = load_metric("classification_report", names=["no", "yes"])
     scores = Scores(f1=0.5)
     scores.add(metric.compute(predictions=[0] * 12, references=[0] * 9 + [1] * 3))

@@ -73,6 +73,8 @@ def loader(**options):
         (["accuracy", "f1"], "-Loss"),
         (None, "accuracy"),
         ("f1/macro", "f1"),
+        (["perplexity", "confusion_matrix", "roc_auc"], "auc"),
+        (load_metric("classification_report", names=["no", "yes"]), "yes_f1"),
     ],
 )
 def test_a_misspelt_name_is_refused_before_the_first_update(metric, best_metric):
@@ -83,6 +85,23 @@ def test_a_misspelt_name_is_refused_before_the_first_update(metric, best_metric)
         )
     assert steps == []
     assert model.calls == 0
+
+
+def test_names_that_depend_on_the_rows_are_not_refused():
+    """One batch need not hold every class."""
+    model = Classifier()
+    evaluate = partial(evaluate_loop, model, loader(), ["f1/none", "accuracy"])
+    assert not try_evaluation(evaluate).are_all
+    result, _ = train(evaluate, model, best_metric="f1_1")
+    assert "f1_1" in result.best_metrics
+
+
+def test_what_is_no_metric_is_refused_before_the_first_update():
+    for metric in (lambda labels, x: 0.0, len, "seqeval"):
+        model = Classifier()
+        with pytest.raises(ManualLoopError, match=r"Rename them|two arguments|seqeval scores"):
+            train(partial(evaluate_loop, model, loader(), ["accuracy", metric]), model)
+        assert not model.training or model.calls == 0
 
 
 def test_names_of_several_loaders_are_known():
