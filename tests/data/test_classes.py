@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pandas as pd
@@ -20,6 +21,9 @@ from helpers import (
 from transformers import BertForTokenClassification, T5Config, T5ForConditionalGeneration
 
 from manualloop import ConfigError, DataError, evaluate_loop, prepare_dataloaders, train_loop
+from manualloop.arguments import all_at_once
+from manualloop.data.classes import number_classes
+from manualloop.data.splits import open_splits
 from manualloop.tasks.names import class_names
 
 OWN = {"id2label": {0: "pos", 1: "neg"}, "label2id": {"pos": 0, "neg": 1}}
@@ -511,3 +515,37 @@ def test_tags_that_preprocess_aligns_keep_their_names():
     three = tiny_bert(3, kind=BertForTokenClassification)
     prepared(dataset, three, preprocess=align)
     assert three.config.id2label[0] == "LABEL_0"  # more classes: not those of the column
+
+
+def test_any_splits_are_read_by_name():
+    """Strings, names in any order, selections, classes without rows, models with names or none."""
+    draw = random.Random(0)
+    num_read = 0
+    for _ in range(40):
+        names = [f"class {number}" for number in range(draw.randint(2, 4))]
+        own = draw.sample(names, len(names)) if draw.random() < 0.5 else None
+        labels = {key: draw.choices(names, k=draw.randint(3, 8)) for key in ("train", "dev")}
+        splits = {key: any_split(draw, names, labels[key]) for key in labels}
+        model = None if own is None else tiny_bert(len(own), id2label=dict(enumerate(own)))
+        with all_at_once() as check:
+            opened = open_splits(splits, check)
+            made, naming = number_classes(opened, "label", model, None, check)
+            if not check.ok:
+                has_unknown = set(labels["dev"]) > set(labels["train"]) or own is None
+                assert has_unknown, check.errors
+                check.errors.clear()
+                continue
+        num_read += 1
+        assert own is None or naming.names == tuple(own)
+        for key, expected in labels.items():
+            found = made[key].rows["label"]
+            assert [naming.names[number] for number in found] == expected
+    assert num_read > 20
+
+
+def any_split(draw: random.Random, names: list[str], labels: list[str]) -> Dataset:
+    if draw.random() < 0.4:
+        return strings(*labels)
+    named = draw.sample([*names, "unused"], len(names) + 1)
+    whole = split(named, [named.index(label) for label in [*labels, labels[0]]])
+    return whole.select(range(len(labels)))
