@@ -29,7 +29,7 @@ from manualloop.notices import say
 from manualloop.objects import is_of_library, numbers_in
 from manualloop.optimizers.together import each
 from manualloop.state import TrainState
-from manualloop.tasks.names import class_names
+from manualloop.tasks.names import learn_names
 
 _OWN = {*vars(nn.Module()), "training"}
 """Attributes that every module has."""
@@ -64,7 +64,7 @@ def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
     Raises:
         DataError: A number means one class in the model and another one in the loader.
     """
-    state.class_names = class_names(state.model, loader) or state.class_names
+    state.class_names = learn_names(state.model, loader) or state.class_names
     note_model(state)
     held = numbers_in(functions, beside=state.all_holders())
     numbers = {path: _mark(value) for path, value in held.items()}

@@ -13,7 +13,7 @@ from torch import nn
 from manualloop.checkpoint.parts import base_weights
 from manualloop.notices import say
 from manualloop.objects import walk
-from manualloop.tasks.names import Names, names_of, put_names
+from manualloop.tasks.names import Names, names_in_config, put_names
 
 _KINDS = {
     "PreTrainedTokenizerBase",
@@ -55,7 +55,7 @@ def save_pretrained(
             config = copy(config)
             if name == "config":
                 config.architectures = [type(model).__name__]
-                if names is not None and names_of(model) is None:
+                if names is not None and names_in_config(model) is None:
                     put_names(model, config, names)
             config.save_pretrained(folder)
     if names is not None and not (folder / "config.json").exists():

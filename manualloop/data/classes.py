@@ -26,7 +26,9 @@ from manualloop.tasks.names import (
     are_numbered_alike,
     are_numbers,
     folded,
+    names_in_config,
     names_of,
+    place_of_names,
     show_names,
 )
 from manualloop.tasks.task import infer_task
@@ -98,7 +100,8 @@ def number_classes(
         return splits, Naming()
     labels = _labels_of(splits, column, model, keeps_text=keeps_text)
     if (names := _names_that_count(labels)) is None:
-        return splits, Naming(tuple(joined) if len(joined) > 1 else _names_of_made(labels))
+        made_of = labels.own or tuple(joined) if len(joined) > 1 else _names_of_made(labels)
+        return splits, Naming(made_of)
     check(_require_outputs, labels, names)
     has_room = check.ok
     changed, numbered, refused = dict(splits), [], []
@@ -129,7 +132,7 @@ def columns_in_order(
 def _refuse_columns(columns: Sequence[str], model: nn.Module, own: Names) -> None:
     raise ConfigError(
         f"The columns of labels are {', '.join(columns)}, but {model_name(model)} has the classes "
-        f"{show_names(own)} (config.id2label). {_learn(columns, own)}"
+        f"{show_names(own)} ({place_of_names(model)}). {_learn(columns, own, model)}"
     )
 
 
@@ -287,7 +290,7 @@ def _message_on_others(labels: _Labels, key: Any, names: Names, others: Sequence
         found = labels.names_in(key) or labels.values[key].texts
         return (
             f"{head} {model_name(labels.model)} does not have: {show_names(names)} "
-            f"(config.id2label). {_advice_on_names(labels, key, found)}"
+            f"({place_of_names(labels.model)}). {_advice_on_names(labels, key, found)}"
         )
     here = labels.names_in(key)
     left = others if here is None else [here.index(name) for name in others]
@@ -326,11 +329,13 @@ def _advice_on_names(labels: _Labels, key: Any, found: Names) -> str:
     if labels.names_in(key) is not None and len(found) == len(own):
         line = split.fix(_rename_call(labels, key, dict(zip(found, own, strict=True))))
         advice.append(f"If they are the model's classes in this order, name them so: {line}.")
-    return " ".join([*advice, _learn(found, own)])
+    return " ".join([*advice, _learn(found, own, labels.model)])
 
 
-def _learn(names: Sequence[str], own: Names) -> str:
+def _learn(names: Sequence[str], own: Names, model: nn.Module | None) -> str:
     """Return the sentence on a model that is to learn classes of other names."""
+    if model is not None and names_in_config(model) is None:
+        return "If the model is to learn these classes, prepare them without model=."
     id2label = dict(enumerate(names))
     label2id = {name: number for number, name in id2label.items()}
     if len(names) == len(own):

@@ -32,7 +32,8 @@ def class_names(model: nn.Module, loader: Any) -> Names | None:
     """Return the names of the classes that a model predicts, by number; None if they have none.
 
     They are those of the model's config, unless these are LABEL_0, LABEL_1 and so on; else those of
-    the data that the loader was prepared from.
+    the data that it was trained on in this process; else those of the data that the loader was
+    prepared from.
 
     Args:
         model: The model, wrapped or not.
@@ -51,11 +52,28 @@ def class_names(model: nn.Module, loader: Any) -> Names | None:
     if not are_numbered_alike(of_data, own):
         raise DataError(
             f"The loader numbers its classes {show_names(of_data)}, but {model_name(model)} has "
-            f"{show_names(own)} (config.id2label). Prepare the loader for this model, so that a "
-            "number means the same class in both: prepare_dataloaders(datasets, tokenizer, "
+            f"{show_names(own)} ({place_of_names(model)}). Prepare the loader for this model, so "
+            "that a number means the same class in both: prepare_dataloaders(datasets, tokenizer, "
             "model=model)."
         )
     return own
+
+
+def learn_names(model: nn.Module, loader: Any) -> Names | None:
+    """Note that a model is trained on the classes of a loader; return their names.
+
+    Raises:
+        DataError: As in ``class_names``.
+    """
+    names = notes_of(loader).names
+    if names is not None and names_in_config(model) is None:
+        _known[unwrap_model(model)] = _Known(names, None)
+    return class_names(model, loader)
+
+
+def place_of_names(model: nn.Module) -> str:
+    """Return where the names of a model's classes come from, in words."""
+    return "from other data" if names_in_config(model) is None else "config.id2label"
 
 
 def notes_of(loader: Any) -> SplitNotes:
@@ -65,9 +83,17 @@ def notes_of(loader: Any) -> SplitNotes:
 
 
 def names_of(model: nn.Module | None) -> Names | None:
-    """Return the names of a model's classes; None if it has none, or only LABEL_0, LABEL_1, ..."""
-    id2label = None if model is None else getattr(config_of(model), "id2label", None)
-    if model is None or not isinstance(id2label, Mapping) or not _has_classes(model):
+    """Return the names of a model's classes, of its config or of its data; None if it has none."""
+    if model is None or (names := names_in_config(model)) is not None:
+        return None if model is None else names
+    known = _known.get(unwrap_model(model))
+    return None if known is None else known.names
+
+
+def names_in_config(model: nn.Module) -> Names | None:
+    """Return the names in a model's config; None if it has only LABEL_0, LABEL_1 and so on."""
+    id2label = getattr(config_of(model), "id2label", None)
+    if not isinstance(id2label, Mapping) or not _has_classes(model):
         return None
     if not all(str(number).isdigit() for number in id2label):
         return None
@@ -161,28 +187,32 @@ def name_model(model: nn.Module | None, naming: Naming) -> None:
         say(f"classes are {show_names(naming.names)}: {'; '.join(done)}")
 
 
-class _Given(NamedTuple):
-    """Names that a model was given by its data.
+class _Known(NamedTuple):
+    """Names that a model has from data.
 
     Attributes:
         names: The names.
-        weights: Some numbers of each trainable weight at that time; None if they are elsewhere.
+        weights: Some numbers of each trainable weight when the data were prepared for it; None if
+            it was trained on them.
     """
 
     names: Names
     weights: Tensor | None
 
 
-_given: WeakKeyDictionary[nn.Module, _Given] = WeakKeyDictionary()
+# Of a model that is trained, its weights decide what a number means, in whatever loop or loader.
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def _give_names(model: nn.Module, names: Names) -> bool:
-    """Name the classes in a model's config; tell whether that was possible and had an effect."""
+    """Name the classes of a model; tell whether its config has other names now."""
     before = names_of(model)
-    if not put_names(model, config_of(model), names) or names_of(model) == before:
+    if before == names and not are_given(model):
         return False
-    _given[unwrap_model(model)] = _Given(names_of(model) or names, _sample(model))
-    return True
+    is_put = put_names(model, config_of(model), names)
+    all_names = (is_put and names_in_config(model)) or names
+    _known[unwrap_model(model)] = _Known(all_names, _sample(model))
+    return is_put and before != all_names
 
 
 def put_names(model: nn.Module, config: Any, names: Names) -> bool:
@@ -201,11 +231,11 @@ def put_names(model: nn.Module, config: Any, names: Names) -> bool:
 
 def are_given(model: nn.Module) -> bool:
     """Tell whether a model has its names from other data, and has not been trained since."""
-    given = _given.get(unwrap_model(model))
-    if given is None or given.weights is None or given.names != names_of(model):
+    known = _known.get(unwrap_model(model))
+    if known is None or known.weights is None or known.names != names_of(model):
         return False
     weights = _sample(model)
-    return weights is not None and torch.equal(weights, given.weights)
+    return weights is not None and torch.equal(weights, known.weights)
 
 
 def _sample(model: nn.Module) -> Tensor | None:

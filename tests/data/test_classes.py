@@ -94,7 +94,11 @@ NUMBERED: dict[str, tuple[Any, dict[str, Any], list[str], dict[str, list[Any]]]]
     ),
     "some of the model's classes": (
         {"test": split(["neg", "pos"], [0, 1])},
-        {"id2label": {0: "neg", 1: "mixed", 2: "pos"}, "num_labels": 3},
+        {
+            "id2label": {0: "neg", 1: "mixed", 2: "pos"},
+            "label2id": {"neg": 0, "mixed": 1, "pos": 2},
+            "num_labels": 3,
+        },
         ["neg", "mixed", "pos"],
         {"test": [0, 2]},
     ),
