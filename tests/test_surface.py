@@ -281,10 +281,13 @@ def test_importing_the_loop_loads_no_other_library_than_torch():
     assert loaded == "[]"
 
 
-def test_importing_the_package_loads_nothing_and_touches_no_device():
+def test_importing_the_package_loads_nothing_and_opens_no_device_and_no_connection():
     assert run_python("import sys, manualloop; print('torch' in sys.modules)") == "False"
-    code = "import torch, manualloop.loop; print(torch.cuda.is_initialized())"
-    assert run_python(code) == "False"
+    code = (
+        "import torch, threading; from manualloop import launch, train_loop; "
+        "print(torch.cuda.is_initialized(), threading.active_count())"
+    )
+    assert run_python(code) == "False 1"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -21,8 +21,8 @@ from manualloop.checkpoint.nested import (
     take_apart,
 )
 
-# What JSON escapes, and what takes two to four bytes. All of Unicode would first be made a table of.
-TEXTS = st.text("ab \"\\\n\t\x00\u00e9\u20ac\u2028\U0001f600")
+# What JSON escapes, and what takes two to four bytes; a table of all of Unicode takes seconds.
+TEXTS = st.text('ab "\\\n\t\x00\u00e9\u20ac\u2028\U0001f600')
 
 SCALARS = st.one_of(
     st.none(),
