@@ -319,7 +319,9 @@ def _aligned(
         predicted = predicted.squeeze(-1)
     if predicted.shape == labels.shape:
         return predicted, labels, None
-    shapes = f"{tuple(predicted.shape)}, and those of the labels {tuple(labels.shape)}"
+    shapes = f"{tuple(predicted.shape)}, and that of the labels {tuple(labels.shape)}"
+    if postprocess is None and predicted.shape == labels.shape[:-1]:
+        shapes += ' (labels that are 0 or 1 for each class are floats: batch["labels"].float())'
     return predicted, labels, f"the shape of the predictions is {shapes}"
 
 

@@ -7,6 +7,7 @@ spare batches and ranks end here: whatever reads a table sees what one process w
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -169,6 +170,7 @@ class Share:
         self.losses, self.num_nan = losses, 0
         self.task, self.ignored = "", IGNORE_INDEX
         self.misfit: tuple[int, str] | None = None
+        self._are_objects: bool | None = None
         self._forget()
 
     def add(self, made: Made, entries: Entries) -> None:
@@ -178,12 +180,26 @@ class Share:
         self.task, self.ignored = made.task.name, made.task.ignored
         if entries.misfit is not None and self.misfit is None:
             self.misfit = made.number, entries.misfit
-        for name in COLUMNS:
-            if (values := getattr(entries, name)) is not None:
-                self.columns.setdefault(name, Column()).add(values)
+        self.columns["predictions"].add(entries.predictions)
+        if entries.references is not None:
+            self._require_one_kind(entries.references, made.number)
+            self.columns["references"].add(entries.references)
+        if entries.scores is not None:
+            self.columns["scores"].add(entries.scores)
         for name, values in entries.kept.items():
-            self.kept.setdefault(name, Column()).add(values)
+            self.kept[name].add(values)
         self.num_waiting += np.size(entries.predictions)
+
+    def _require_one_kind(self, references: Values, number: int) -> None:
+        """Refuse references that ``decode`` returns for some batches, beside labels of others."""
+        are_objects = isinstance(references, list)
+        if self._are_objects not in (None, are_objects):
+            raise DataError(
+                f"The references of batch {number} are {'objects' if are_objects else 'labels'}, "
+                "and those of the batches before it are not. Let decode return two lists, "
+                "predictions and references, for every batch or for none."
+            )
+        self._are_objects = are_objects
 
     def take(self, ask: Ask) -> Table:
         """Return the rows added so far, and forget them."""
@@ -192,8 +208,8 @@ class Share:
         return table
 
     def _forget(self) -> None:
-        self.columns: dict[str, Column] = {}
-        self.kept: dict[str, Column] = {}
+        self.columns: defaultdict[str, Column] = defaultdict(Column)
+        self.kept: defaultdict[str, Column] = defaultdict(Column)
         self.sizes, self.num_waiting = array("q"), 0
 
 

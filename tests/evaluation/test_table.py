@@ -291,6 +291,22 @@ def test_two_lists_are_predictions_and_references():
     assert (table.predictions, table.references) == (["a", "b"], [{"x": 1}, None])
 
 
+def test_two_lists_come_for_every_batch_or_for_none():
+    batch = {"x": torch.zeros(2, 2), "labels": torch.zeros(2).long()}
+    for results in ([(["a", "b"], ["a", "b"]), ["a", "b"]], [["a", "b"], (["a", "b"], ["a", "b"])]):
+        found = iter(results)
+        with pytest.raises(DataError, match=r"references of batch 1 are .*for every batch"):
+            got(Affine(), [batch, batch], decode=lambda outputs, batch, found=found: next(found))
+
+
+def test_integer_targets_of_several_classes_are_named():
+    batch = {"x": torch.zeros(2, 3), "labels": torch.ones(2, 3).long()}
+    with pytest.raises(MetricError, match="0 or 1 for each class are floats"):
+        evaluate_loop(Affine(), [batch], "f1/macro")
+    batch["labels"] = batch["labels"].float()
+    assert evaluate_loop(Affine(), [batch], "f1/macro") == {"f1_macro": 0.0}
+
+
 def test_tags_are_scored_by_spans():
     seqeval = pytest.importorskip("seqeval.metrics")
     names = ["O", "B-PER", "I-PER"]
