@@ -127,10 +127,17 @@ class Watch:
             if not flag.read():
                 raise error()
 
-    def end(self) -> None:
-        """Look at all updates of a run, and at the weights that the last one has left."""
+    def end(self) -> bool:
+        """Look at all updates, and at the weights that the last one has left; return True.
+
+        No loss after it will tell.
+
+        Raises:
+            NonFiniteError: One was not finite, or some weights are not.
+        """
         self.settle(wait=True)
         require_finite(self._state, self._strategy)
+        return True
 
     def _is_due(self) -> bool:
         if self._must_agree:  # ranks that read a flag after different steps would diverge

@@ -304,7 +304,7 @@ def _train_steps(
                 if update.is_finite is not True and watch.watches(update):
                     watch.look_at(update, window)
                 _advance(state, reader, window, applied=update.applied)
-                is_last = _is_last(state, plan, watch)
+                is_last = not goes_on(progress, plan) and watch.end()
                 if update.applied:
                     yield Step(
                         index=progress.num_steps,
@@ -437,14 +437,6 @@ def _advance(state: TrainState, reader: Reader, window: Window, *, applied: bool
     reader.settle(ends_epoch=window.ends_epoch)
     if window.ends_epoch:
         _end_epoch(state)
-
-
-def _is_last(state: TrainState, plan: Plan, watch: Watch) -> bool:
-    """Tell whether a run ends here. If so, look at its weights: no next loss will tell."""
-    if goes_on(state.progress, plan):
-        return False
-    watch.end()
-    return True
 
 
 def _end_epoch(state: TrainState) -> None:

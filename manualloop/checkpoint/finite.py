@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from manualloop.errors import NonFiniteError
+from manualloop.internals import unwrap_optimizer
 from manualloop.models import names_not_finite, own_part
+from manualloop.notices import say
 from manualloop.optim import parameters_of
+from manualloop.optimizers.together import class_of, each
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 
@@ -28,12 +31,37 @@ def require_finite(state: TrainState, strategy: Strategy) -> None:
     Raises:
         NonFiniteError: Some are, and ``on_nonfinite`` is not ``"ignore"``.
     """
+    _tell_of_moments(state)
     if state.allows_nonfinite or not (spoilt := all_spoilt(state, strategy)):
         return
     raise NonFiniteError(
         f"The weights are not finite after step {state.progress.num_steps}, and "
         f"are neither saved nor returned: {shown(spoilt)}. {HOW_TO_FIX}"
     )
+
+
+def _tell_of_moments(state: TrainState) -> None:
+    """Log once that the optimizer keeps numbers that are not finite: some weights may never move.
+
+    The square of a large gradient overflows where the gradient does not, and stays in the average.
+    """
+    if state.has_told_moments:
+        return
+    names = {id(weight): name for name, weight in updated_weights(state).items()}
+    moments = {
+        f"{key} of {names.get(id(weight), 'a weight')}": value
+        for optimizer in each(state.optimizer)
+        for weight, of_weight in unwrap_optimizer(optimizer).state.items()
+        for key, value in of_weight.items()
+        if isinstance(value, Tensor)
+    }
+    if found := names_not_finite(moments):
+        state.has_told_moments = True
+        say(
+            f"the state of {class_of(state.optimizer)} is not finite: {shown(found)}. Such weights "
+            "may not move any more. A gradient was NaN, or too large for its square: "
+            "max_grad_norm=1.0 limits it."
+        )
 
 
 def all_spoilt(state: TrainState, strategy: Strategy) -> list[str]:

@@ -185,6 +185,24 @@ def test_skipping_takes_both_ways_out_that_are_named() -> None:
     assert result.state.progress.num_skipped == 1
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Rprop])
+def test_an_average_that_is_not_finite_is_told_once(
+    kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The square of a large gradient overflows; the signs of a gradient of NaN move nothing."""
+
+    def too_large(model: nn.Module, batch: Any) -> torch.Tensor:
+        return model(batch["x"]).square().mean() * (1e30 if batch["bad"] else 1)
+
+    own = loss_fn if kind is torch.optim.Rprop else too_large
+    with caplog.at_level("INFO", logger="manualloop"):
+        train(None, optimizer=kind, loss_fn=own, checkpoint_dir=tmp_path / "good")
+        assert "not finite" not in caplog.text
+        train(3, optimizer=kind, loss_fn=own, checkpoint_dir=tmp_path / "bad", checkpoint_every=1)
+    assert caplog.text.count(f"the state of {kind.__name__} is not finite") == 1
+    assert "of 0.weight" in caplog.text
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
 )

@@ -215,6 +215,15 @@ def nan_gradient(folder: Path) -> None:
     say(str(error.value))
 
 
+def overflown_average(folder: Path) -> None:
+    def loss(model: nn.Module, batch: Any) -> Any:
+        return model(batch["x"]).square().mean() * 1e30
+
+    model = nn.Linear(4, 1)
+    state = TrainState(model, torch.optim.Adam(model.parameters()))
+    list(train_steps(state, [{"x": torch.ones(2, 4)}], num_epochs=1, loss_fn=loss))
+
+
 def nan_at_zero(model: nn.Module, batch: Any) -> Any:
     """A loss that is finite, with a gradient of NaN on a batch of zeros."""
     outputs = model(batch["x"])
@@ -323,6 +332,7 @@ TOLD = {
     "items that nothing tells": untold_items,
     "an evaluation loss that nothing weighs": untold_evaluation,
     "a gradient of NaN with a finite loss": nan_gradient,
+    "an optimizer's average that has overflowed": overflown_average,
     "running means after a batch of NaN": spoilt_means,
     "NaN logits": nan_logits,
     "weights that no optimizer updates": left_alone,
