@@ -57,11 +57,23 @@ class RowNumbers(list[int]):
     Args:
         rows: The row numbers.
         epoch: Number of the epoch.
+
+    >>> import pickle
+    >>> numbers = RowNumbers([4, 1, 3], epoch=2)
+    >>> [part.epoch for part in (numbers[1:], numbers + [5], pickle.loads(pickle.dumps(numbers)))]
+    [2, 2, 2]
     """
 
     def __init__(self, rows: Iterable[int], epoch: int) -> None:
         super().__init__(rows)
         self.epoch = epoch
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        return RowNumbers(found, self.epoch) if isinstance(place, slice) else found
+
+    def __add__(self, other: Any) -> Any:
+        return RowNumbers(super().__add__(other), self.epoch)
 
     def __reduce__(self) -> Any:
         return RowNumbers, (list(self), self.epoch)

@@ -124,7 +124,9 @@ class TransformedRows:
 
     def __getitems__(self, numbers: list[int]) -> NumberedRows:
         """Return rows, transformed as in the epoch that comes with their numbers."""
-        rows = self.rows.__getitems__(list(numbers))
+        from manualloop.data.arrays import read_rows  # loads pyarrow
+
+        rows = read_rows(self.rows, numbers)
         transform = self.transform
         if transform is None:
             return NumberedRows(rows, numbers)
