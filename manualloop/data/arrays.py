@@ -12,89 +12,118 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 
-from manualloop.internals import rows_as_table
+from manualloop.internals import stored_table
 
 
-def read_rows(dataset: Any, numbers: Sequence[int]) -> list[dict[str, Any]]:
-    """Return rows of a dataset in its format.
+class ArrayReader:
+    """Reads rows of a dataset in its format.
 
     Args:
         dataset: A ``datasets.Dataset``.
-        numbers: Row numbers.
     """
-    form = dataset.format
-    options = form["format_kwargs"]
-    is_known = form["type"] in ("numpy", "torch") and options.keys() <= {"dtype"}
-    if is_known and list(form["columns"]) == dataset.column_names:
-        columns = _columns(rows_as_table(dataset, list(numbers)), options.get("dtype"))
-        if columns is not None:
-            make: Any = _as_tensor if form["type"] == "torch" else np.asarray
-            columns = {name: make(column) for name, column in columns.items()}
-            return [
-                {name: column[row] for name, column in columns.items()}
-                for row in range(len(numbers))
-            ]
-    rows: list[dict[str, Any]] = dataset.__getitems__(list(numbers))
-    return rows
+
+    def __init__(self, dataset: Any) -> None:
+        form, self._dataset = dataset.format, dataset
+        self._kind, options = form["type"], form["format_kwargs"]
+        self._dtype: Any = options.get("dtype")
+        if isinstance(self._dtype, torch.dtype):
+            self._dtype = torch.empty((), dtype=self._dtype).numpy().dtype
+        is_known = self._kind in ("numpy", "torch") and options.keys() <= {"dtype"}
+        self._is_fast = is_known and list(form["columns"]) == dataset.column_names
+        self._columns: dict[str, _Column] = {}
+        if self._is_fast:
+            stored, self._numbers = stored_table(dataset)
+            table = stored.table
+            self._columns = {name: _Column(table.column(name)) for name in table.column_names}
+            self._is_fast = all(column.is_plain for column in self._columns.values())
+
+    def __call__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the rows of some numbers."""
+        if self._is_fast:
+            stored = numbers if self._numbers is None else self._numbers[list(numbers)].tolist()
+            columns = {name: column.read(stored) for name, column in self._columns.items()}
+            if all(cells is not None for cells in columns.values()):
+                made = {name: self._in_format(cells) for name, cells in columns.items()}
+                return [
+                    {name: cells[row] for name, cells in made.items()}
+                    for row in range(len(numbers))
+                ]
+        rows: list[dict[str, Any]] = self._dataset.__getitems__(list(numbers))
+        return rows
+
+    def _in_format(self, cells: Any) -> Any:
+        """Return cells with the dtype that datasets gives them: an array of all, or a list."""
+        if isinstance(cells, list) and isinstance(cells[0], str):
+            return np.asarray(cells) if self._kind == "numpy" else cells
+        kind = cells[0].dtype.kind
+        dtype = self._dtype or (np.float32 if kind == "f" else np.int64)
+        if isinstance(cells, list):
+            made = [cell.astype(dtype) for cell in cells]
+            return made if self._kind == "numpy" else [torch.from_numpy(cell) for cell in made]
+        numbers = cells.astype(dtype)
+        return numbers if self._kind == "numpy" else torch.from_numpy(numbers)
 
 
-def _columns(table: pa.Table, dtype: Any) -> dict[str, Any] | None:
-    """Return the columns of a table as arrays; None if one holds anything but numbers and texts."""
-    columns: dict[str, Any] = {}
-    for name in table.column_names:
-        column = table.column(name)
-        array = column.chunk(0) if column.num_chunks == 1 else _together(column)
-        if pa.types.is_string(array.type) and not array.null_count:
-            columns[name] = array.to_pylist()
-            continue
-        numbers = _numbers(array)
-        if numbers is None:
-            return None
-        columns[name] = numbers.astype(_dtype_of(numbers, dtype))
-    return columns
+class _Column:
+    """A column of a table, whose cells are read one by one.
 
+    Args:
+        column: The column.
 
-def _together(column: pa.ChunkedArray) -> pa.Array:
-    chunks = column.chunks
-    if isinstance(column.type, pa.ExtensionType):
-        chunks = [chunk.storage for chunk in chunks]
-    return pa.concat_arrays(chunks)
-
-
-def _numbers(array: pa.Array) -> NDArray[Any] | None:
-    """Return lists of lists of numbers as an array; None if they differ in length or are no such.
-
-    Lists of one number are left to datasets, as are empty ones.
+    Attributes:
+        is_plain: Whether it holds numbers, lists of numbers of any depth, or texts.
     """
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
-    shape = [len(array)]
-    while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
-        if array.null_count:
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        is_wrapped = isinstance(column.type, pa.BaseExtensionType)
+        self._chunks = [chunk.storage if is_wrapped else chunk for chunk in column.chunks]
+        self._ends = np.cumsum([len(chunk) for chunk in self._chunks])
+        kind = column.type.storage_type if is_wrapped else column.type
+        self._depth = 0
+        while pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+            kind, self._depth = kind.value_type, self._depth + 1
+        self._is_text = pa.types.is_string(kind)
+        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        self.is_plain = is_number or (self._is_text and self._depth == 0)
+
+    def read(self, numbers: Sequence[int]) -> Any:
+        """Return the cells of some rows: an array of numbers, or a list of arrays or texts.
+
+        The result is None if a cell is missing, or if lists differ in length.
+        """
+        places = np.searchsorted(self._ends, numbers, side="right").tolist()
+        chunks, ends = self._chunks, self._ends
+        cells = [
+            chunks[place].slice(number - int(ends[place]) + len(chunks[place]), 1)
+            for number, place in zip(numbers, places, strict=True)
+        ]
+        if self._depth:
+            arrays = [_array_of(cell, self._depth) for cell in cells]
+            is_whole = all(a is not None and a.shape == arrays[0].shape for a in arrays)
+            return arrays if is_whole else None
+        together = pa.concat_arrays(cells)
+        if together.null_count:
             return None
-        if pa.types.is_fixed_size_list(array.type):
-            lengths = np.array([array.type.list_size])
+        return together.to_pylist() if self._is_text else together.to_numpy(zero_copy_only=False)
+
+
+def _array_of(cell: pa.Array, depth: int) -> Any:
+    """Return a list of lists of numbers as an array; None if its lists differ in length."""
+    shape = []
+    for level in range(depth):
+        if cell.null_count:
+            return None
+        if pa.types.is_fixed_size_list(cell.type):
+            length, inner = cell.type.list_size, cell.flatten()
         else:
-            lengths = np.diff(array.offsets.to_numpy())
-        if not len(lengths) or lengths[0] == 0 or (lengths != lengths[0]).any():
+            offsets = cell.offsets.to_numpy()
+            length = int(offsets[1] - offsets[0])
+            if level and (offsets[1:] - offsets[:-1] != length).any():
+                return None
+            inner = cell.values.slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
+        if length == 0:
             return None
-        shape.append(int(lengths[0]))
-        array = array.flatten()
-    kind = array.type
-    if array.null_count or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        return None
-    return array.to_numpy(zero_copy_only=False).reshape(shape)  # type: ignore[no-any-return]
-
-
-def _dtype_of(numbers: NDArray[Any], dtype: Any) -> Any:
-    if isinstance(dtype, torch.dtype):
-        return torch.empty((), dtype=dtype).numpy().dtype
-    if dtype is not None:
-        return np.dtype(dtype)
-    return np.float32 if numbers.dtype.kind == "f" else np.int64
-
-
-def _as_tensor(column: Any) -> Any:
-    return torch.from_numpy(column) if isinstance(column, np.ndarray) else column
+        shape.append(length)
+        cell = inner
+    return None if cell.null_count else cell.to_numpy(zero_copy_only=False).reshape(shape)

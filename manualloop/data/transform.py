@@ -115,6 +115,7 @@ class TransformedRows:
         self._kept_rows = kept_rows
         self._draws_from: tuple[str, ...] = ()  # global generators that the transform draws from
         self._num_reads = 0
+        self._reader: Callable[[Sequence[int]], list[Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,9 +125,7 @@ class TransformedRows:
 
     def __getitems__(self, numbers: list[int]) -> NumberedRows:
         """Return rows, transformed as in the epoch that comes with their numbers."""
-        from manualloop.data.arrays import read_rows  # loads pyarrow
-
-        rows = read_rows(self.rows, numbers)
+        rows = self._read(numbers)
         transform = self.transform
         if transform is None:
             return NumberedRows(rows, numbers)
@@ -152,6 +151,16 @@ class TransformedRows:
             )
             self._draws_from += tuple(moved)
         return NumberedRows(made, numbers)
+
+    def _read(self, numbers: Sequence[int]) -> list[Any]:
+        if self._reader is None:
+            from manualloop.data.arrays import ArrayReader  # loads pyarrow
+
+            self._reader = ArrayReader(self.rows)
+        return self._reader(numbers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_reader": None}  # of parts of the table, which go with the rows
 
     def _transformed(
         self,
@@ -200,7 +209,9 @@ class TransformedRows:
         if name in LABELS and not self._has_labels:
             return False
         known = "labels" if name in LABELS else name
-        return name not in self.kept and self._takes(known, kind_of_value(cell))
+        # Asking a tensor for its kind reads a number of it.
+        kind = "list" if isinstance(cell, Tensor) else kind_of_value(cell)
+        return name not in self.kept and self._takes(known, kind)
 
     def try_out(self) -> tuple[list[str], list[str]]:
         """Transform the first rows, and report numbers that are not drawn from the generator.
@@ -218,7 +229,7 @@ class TransformedRows:
                 for _ in range(2):
                     seed_global(_GLOBAL, seed)
                     before = get_random_state(devices=False)
-                    row = self.rows.__getitems__([number])[0]
+                    row = self._read([number])[0]
                     made = self.apply(row, number, generator.manual_seed(seed))
                     moved |= set(moved_since(before))
                     results.append(made)

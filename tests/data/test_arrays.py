@@ -5,9 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, Sequence, Value
+from datasets import (
+    Array2D,
+    Array3D,
+    ClassLabel,
+    Dataset,
+    Features,
+    Sequence,
+    Value,
+    concatenate_datasets,
+)
 
-from manualloop.data.arrays import read_rows
+from manualloop.data.arrays import ArrayReader
 
 NUM_ROWS = 7
 NUMBERS = np.random.default_rng(0).integers(0, 100, (NUM_ROWS, 3, 2, 4))
@@ -63,14 +72,15 @@ def test_rows_equal_those_of_datasets(name):
     features = Features({"x": feature, "number": Value("int64")})
     table = Dataset.from_dict({"x": cells, "number": list(range(NUM_ROWS))}, features=features)
     for kind, options in FORMATS:
-        for dataset in (table, table.select([5, 1, 1, 3])):
+        parts = concatenate_datasets([table.select(range(2)), table.select(range(2, NUM_ROWS))])
+        for dataset in (table, table.select([5, 1, 1, 3]), parts):
             rows = dataset.with_format(kind, **options)
             for numbers in ([0], [2, 0, 1], [3, 3]):
                 try:
                     expected = rows.__getitems__(numbers)
                 except (TypeError, ValueError, RuntimeError):
                     continue  # a text cannot be a number
-                found = read_rows(rows, numbers)
+                found = ArrayReader(rows)(numbers)
                 assert [row.keys() for row in found] == [row.keys() for row in expected]
                 for ours, theirs in zip(found, expected, strict=True):
                     for column in ours:
@@ -79,15 +89,15 @@ def test_rows_equal_those_of_datasets(name):
 
 def test_a_row_may_be_changed_in_place():
     table = Dataset.from_dict({"x": [[1, 2], [3, 4]]}).with_format("torch")
-    first, second = read_rows(table, [0, 1])
+    first, second = ArrayReader(table)([0, 1])
     first["x"] += 10
     assert second["x"].tolist() == [3, 4]
-    assert read_rows(table, [0])[0]["x"].tolist() == [1, 2]
+    assert ArrayReader(table)([0])[0]["x"].tolist() == [1, 2]
 
 
 def test_a_format_of_some_columns_is_that_of_datasets():
     table = Dataset.from_dict({"x": [1, 2], "y": [3, 4]})
     rows = table.with_format("torch", columns=["x"], output_all_columns=True)
-    (row,) = read_rows(rows, [1])
+    (row,) = ArrayReader(rows)([1])
     assert isinstance(row["x"], torch.Tensor)
     assert row["y"] == 4
