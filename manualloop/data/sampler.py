@@ -58,9 +58,9 @@ class RowNumbers(list[int]):
         rows: The row numbers.
         epoch: Number of the epoch.
 
-    >>> import pickle
+    >>> from copy import deepcopy  # by the way in which numbers are sent to workers
     >>> numbers = RowNumbers([4, 1, 3], epoch=2)
-    >>> [part.epoch for part in (numbers[1:], numbers + [5], pickle.loads(pickle.dumps(numbers)))]
+    >>> [part.epoch for part in (numbers[1:], numbers + [5], deepcopy(numbers))]
     [2, 2, 2]
     """
 
