@@ -41,7 +41,9 @@ def roc_auc(
 
     found, right = _sides("roc_auc", scores, references)
     labels = _as_labels(right, found)
-    has_both = np.any(labels, axis=0) & ~np.all(labels, axis=0)
+    # Each curve is of a class, of a row, or of all labels together.
+    axis = {"samples": 1, "micro": None}.get(str(average), 0) if found.shape[1] > 2 else 0
+    has_both = np.atleast_1d(np.any(labels, axis) & ~np.all(labels, axis))
     if average is None:
         return _by_class("roc_auc", metrics.roc_auc_score, found, labels, has_both, names)
     options: dict[str, Any] = {"average": average, "max_fpr": max_fpr}
@@ -71,7 +73,7 @@ def average_precision(
 
     Returns:
         ``average_precision``, or ``average_precision_cat`` of each class; NaN where a class has no
-        rows.
+        rows, without which a mean over classes is not defined.
     """
     from sklearn import metrics
 
@@ -83,7 +85,8 @@ def average_precision(
         return _by_class("average_precision", score, found, labels, occurs, names)
     if right.ndim == 1 and found.shape[1] == 2:
         found, labels, occurs = found[:, 1], labels[:, 1], occurs[1:]
-    if not (occurs.all() and np.isfinite(found).all()):
+    is_defined = occurs.all() if average == "macro" or labels.ndim == 1 else occurs.any()
+    if not (is_defined and np.isfinite(found).all()):
         return {"average_precision": float("nan")}
     with warnings.catch_warnings():
         # Of a row without a label, where the average is over rows: 0, as scikit-learn has it.

@@ -49,9 +49,9 @@ def test_sets_of_rows_equal_scikit_learn() -> None:
 def test_several_labels_a_row_equal_scikit_learn(average: str) -> None:
     rng = np.random.default_rng(0)
     scores, right = rng.random((50, 4)), rng.integers(0, 2, (50, 4))
-    right[0], right[1, 0] = [1, 0, 0, 0], 1  # for "samples" each row needs both kinds
-    right[right.sum(1) == 0, 0] = 1
-    right[right.sum(1) == 4, 0] = 0
+    right[:, 1] = 1 - right[:, 0]  # for "samples" each row needs both kinds
+    if average in ("micro", "samples"):
+        right[:, 3] = 0  # a class without rows is none of their curves
     for name, function in (
         ("roc_auc", sk.roc_auc_score),
         ("average_precision", sk.average_precision_score),
@@ -89,6 +89,10 @@ def test_nan_stays_nan_and_batches_do_not_matter(name: str) -> None:
     for i in range(0, 30, 7):
         metric.add_batch(predictions=scores[i : i + 7], references=right[i : i + 7])
     assert metric.compute() == expected
+    if name != "log_loss":
+        metric = load_metric(name, average="micro")  # of two classes there is one curve
+        nothing = metric.compute(predictions=scores, references=np.zeros(30, int))
+        assert math.isnan(nothing[name])
     scores[3] = math.nan
     assert math.isnan(load_metric(name).compute(predictions=scores, references=right)[name])
 
