@@ -42,12 +42,13 @@ def roc_auc(
     found, right = _sides("roc_auc", scores, references)
     labels = _as_labels(right, found)
     # Each curve is of a class, of a row, or of all labels together.
-    axis = {"samples": 1, "micro": None}.get(str(average), 0) if found.shape[1] > 2 else 0
+    is_binary = right.ndim == 1 and found.shape[1] == 2
+    axis = 0 if is_binary else {"samples": 1, "micro": None}.get(str(average), 0)
     has_both = np.atleast_1d(np.any(labels, axis) & ~np.all(labels, axis))
     if average is None:
         return _by_class("roc_auc", metrics.roc_auc_score, found, labels, has_both, names)
     options: dict[str, Any] = {"average": average, "max_fpr": max_fpr}
-    if right.ndim == 1 and found.shape[1] == 2:
+    if is_binary:
         found, right = found[:, 1], labels[:, 1]
     elif right.ndim == 1:
         options |= {"multi_class": multi_class, "labels": np.arange(found.shape[1])}
