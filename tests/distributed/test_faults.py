@@ -87,7 +87,7 @@ def test_f16_a_rank_is_killed(victim, tmp_path, undisturbed):
     finish(found.folder, undisturbed)
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [pytest.param(1, marks=pytest.mark.exhaustive), 0])
 def test_f17_a_rank_raises(victim, tmp_path, undisturbed):
     found = Outcome(tmp_path / "run", "raise", victim)
     assert found.codes == [1, 1]
@@ -123,7 +123,11 @@ def test_f19_rank_0_is_killed_between_its_save_and_its_message(tmp_path, undistu
 
 @pytest.mark.parametrize(
     ("fault", "code"),
-    [("SIGTERM", 143), ("SIGUSR1", 128 + signal.SIGUSR1), ("max_time", 0)],
+    [
+        ("SIGTERM", 143),
+        pytest.param("SIGUSR1", 128 + signal.SIGUSR1, marks=pytest.mark.exhaustive),
+        ("max_time", 0),
+    ],
 )
 def test_one_rank_is_asked_to_end_and_all_do(fault, code, tmp_path, undisturbed):
     found = Outcome(tmp_path / "run", fault, 1)

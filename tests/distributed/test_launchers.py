@@ -88,10 +88,11 @@ def test_an_accelerator_that_ignores_the_other_ranks_is_refused(tmp_path):
         "from accelerate import Accelerator; from manualloop import prepare_strategy\n"
         "prepare_strategy(Accelerator())\n"
     )
-    code, output = start(BIN / "torchrun", "--standalone", "--nproc_per_node=2", script)
-    assert code == 1
-    assert "DistributedError: A launcher started 2 processes" in output
-    assert "Accelerator(cpu=True)" in output
+    children = ranks.start(script)
+    for output in ranks.finish(children):
+        assert "DistributedError: A launcher started 2 processes" in output
+        assert "Accelerator(cpu=True)" in output
+    assert [child.returncode for child in children] == [1, 1]
 
 
 def test_a_process_waits_for_the_threads_of_gloo_before_python_ends():

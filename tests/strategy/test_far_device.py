@@ -21,12 +21,15 @@ TESTS = Path(__file__).parents[1]
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch cannot register a device in Python",
 )
-def test_an_accelerator_that_is_not_the_cpu():
-    device = TESTS / "strategy" / "test_on_device.py"
-    where = ["--doctest-modules", "--pyargs", manualloop.__name__, device]
+@pytest.mark.parametrize("what", ["device", pytest.param("examples", marks=pytest.mark.exhaustive)])
+def test_an_accelerator_that_is_not_the_cpu(what):
+    where = {
+        "device": [TESTS / "strategy" / "test_on_device.py"],
+        "examples": ["--doctest-modules", "--pyargs", manualloop.__name__],
+    }
     python_path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-pfar_device", "-pno:cacheprovider", *where],
+        [sys.executable, "-m", "pytest", "-pfar_device", "-pno:cacheprovider", *where[what]],
         env=os.environ | {"PYTHONPATH": python_path},
         cwd=TESTS,
         stdout=subprocess.PIPE,
