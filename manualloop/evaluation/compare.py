@@ -140,11 +140,13 @@ def compare_predictions(
     if not len(a):
         raise DataError("a and b have no row with a label to compare by.")
     differences: dict[str, Difference] = {}
-    for scorer in parts_of(as_metric(metric)):
+    for scorer in parts_of(as_metric(metric, a.names or b.names)):
         for name, found in _compare(scorer, a, b, confidence).items():
             if name in differences:
                 raise MetricError(f"Key {name!r} comes from two metrics. Leave one of them out.")
             differences[name] = found
+    if not differences:
+        raise MetricError("The metric gives no number that both have, so nothing can be compared.")
     num_different = int(_differing(a.predictions, b.predictions).sum())
     return PredictionsComparison(len(a), num_different, confidence, differences)
 
@@ -199,9 +201,10 @@ def _by_index(name: str, table: Predictions) -> Predictions:
             f"Nobody knows which rows {name} holds: {name}.index is None. Read a stream with "
             "num_workers=0 to get their numbers."
         )
-    table = table[np.argsort(table.index, kind="stable")]
-    assert table.index is not None
-    if (twice := table.index[1:][np.diff(table.index) == 0]).size:
+    index = np.asarray(table.index)
+    order = np.argsort(index, kind="stable")
+    table, index = replace(table, index=index)[order], index[order]
+    if (twice := index[1:][np.diff(index) == 0]).size:
         raise DataError(f"{name} holds row {twice[0]} twice. Predict a loader with each row once.")
     return table
 

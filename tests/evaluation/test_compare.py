@@ -278,6 +278,17 @@ def test_a_confidence_is_between_0_and_1(confidence):
         compare_predictions(*two_models(), "accuracy", confidence=confidence)
 
 
+def test_scores_of_classes_have_their_names():
+    a, b = (replace(table[:40], names=("no", "yes")) for table in two_models())
+    found = compare_predictions(a, replace(b, names=None, index=list(range(40))), "f1/none")
+    assert list(found.differences) == ["f1_no", "f1_yes"]
+
+
+def test_a_metric_without_a_number_is_refused():
+    with pytest.raises(MetricError, match="nothing can be compared"):
+        compare_predictions(*two_models(), "confusion_matrix")
+
+
 def test_one_name_for_two_scores_is_refused():
     with pytest.raises(MetricError, match="'accuracy' comes from two metrics"):
         compare_predictions(*two_models(), ["accuracy", "glue/mrpc"])
