@@ -10,7 +10,7 @@ from manualloop.batches import Kept
 from manualloop.data.columns import Columns, column_filter, find_label, require_columns
 from manualloop.data.functions import RAW, Functions
 from manualloop.data.mapping import Copy
-from manualloop.data.splits import Split, reference_of
+from manualloop.data.splits import TEXT_KINDS, Split, reference_of
 from manualloop.data.transform import NumberedRows, TransformedRows
 from manualloop.errors import ConfigError
 
@@ -105,11 +105,16 @@ def with_raw_labels(
         functions: The functions of each split, with the columns to keep.
     """
     label = label or find_label(reference_of(before).kinds)
+    # A transform may return the numbers that it gets, and these are to be those of the names.
     wanting = {
         key
         for key, split in before.items()
         if split is not after[key]
-        and (label in functions[key].keep or functions[key].transform is not None)
+        and (
+            label in functions[key].keep
+            if functions[key].transform is None
+            else split.kinds.get(str(label)) in TEXT_KINDS
+        )
     }
     if label is None or not wanting:
         return None

@@ -521,6 +521,17 @@ def test_tags_that_preprocess_aligns_keep_their_names():
     assert three.config.id2label[0] == "LABEL_0"  # more classes: not those of the column
 
 
+@pytest.mark.parametrize("keep", [(), ("label",)])
+def test_a_transform_gets_the_numbers_of_the_model(keep):
+    tokenizer = tiny_tokenizer()
+    look = lambda row, generator: {**tokenizer("good"), "labels": row["label"]}  # noqa: E731
+    splits = {"train": split(["neg", "pos"], [1, 1]), "dev": split(["neg", "pos"], [0, 1])}
+    loader = prepared(splits, tiny_bert(**OWN), transform=look, keep=keep)["dev"]
+    (batch,) = loader
+    assert batch["labels"].tolist() == [1, 0]
+    assert batch.get("label", [1, 0]) == [1, 0]
+
+
 def test_any_splits_are_read_by_name():
     """Strings, names in any order, selections, classes without rows, models with names or none."""
     draw = random.Random(0)
