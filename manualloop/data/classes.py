@@ -6,7 +6,8 @@ or, if the model has no names, those of the training split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,11 +15,12 @@ from torch import nn
 from manualloop.arguments import Checks
 from manualloop.data.columns import find_label
 from manualloop.data.mapping import Number, is_hidden
-from manualloop.data.splits import TEXT_KINDS, Rows, Split, reference_of
+from manualloop.data.splits import TEXT_KINDS, Split, reference_of
 from manualloop.data.values import Values, distinct_in, values_of
 from manualloop.errors import ConfigError, DataError
 from manualloop.mistakes import as_map, class_lists_call
 from manualloop.models import model_name, num_labels
+from manualloop.notices import say
 from manualloop.tasks.names import (
     Names,
     Naming,
@@ -35,6 +37,7 @@ from manualloop.tasks.task import infer_task
 
 _TASKS = ("single_label_classification", "multi_label_classification", "token_classification")
 _MOST_UNIQUE = 20
+_NUM_COMPARED = 64
 
 
 class _Labels(NamedTuple):
@@ -64,8 +67,10 @@ class _Labels(NamedTuple):
 
     def names_in(self, key: Any) -> Names | None:
         """Return the names that a split has in its features; None if it has none."""
-        if self.splits[key].made_of is not None:
-            return None  # numbers of the user's
+        if (made_of := self.splits[key].made_of) is not None:
+            if not self.splits[key].is_unchanged:
+                return None  # numbers of the user's
+            return None if are_numbers(made_of) else made_of
         names = getattr(self.splits[key].feature(self.column), "names", None)
         return tuple(names) if names and not are_numbers(names) else None
 
@@ -136,36 +141,45 @@ def _refuse_columns(columns: Sequence[str], model: nn.Module, own: Names) -> Non
     )
 
 
-def note_made_labels(
-    raw: Split, split: Split, function: Callable[[Rows], Any], column: str | None
-) -> Split:
+def note_made_labels(raw: Split, split: Split, column: str | None) -> Split:
     """Note of which classes a function of the user's made the labels of a split, if it did.
 
     Args:
         raw: The split as the function got it.
         split: The split that it made.
-        function: The function.
         column: The column of labels; None finds it.
     """
     label = column or find_label(raw.kinds)
     if "labels" not in split.kinds:
         return split
-    if label == "labels":  # which may be the dataset's, beside what the function made
-        made = function({name: [value] for name, value in raw.first.items()})
-        if "labels" not in (made or {}):
-            return split
     named = [name for name in raw.kinds if getattr(raw.feature(name), "names", None)]
     source = label if label in raw.kinds else named[0] if len(named) == 1 else None
     names = None if source is None else getattr(raw.feature(source), "names", None)
-    return split._replace(made_of=tuple(names or ()))
+    is_same = names is not None and _cells(raw, source) == _cells(split, "labels")
+    return split._replace(made_of=tuple(names or ()), is_unchanged=is_same)
+
+
+def _cells(split: Split, column: Any) -> list[Any]:
+    """Return the cells of a column; of a stream those of its first rows."""
+    if split.is_stream:
+        return [row[column] for row in islice(split.rows, _NUM_COMPARED)]
+    return list(split.rows[column][:])
 
 
 def _names_of_made(labels: _Labels) -> Names | None:
     """Return the names of the classes that labels were made of, where the numbers are as many."""
-    if labels.own is not None or not labels.splits:
+    if not labels.splits:
         return None
     reference = reference_of(labels.splits)
     names = reference.made_of or ()
+    if labels.own is not None:
+        if not are_numbered_alike(names, labels.own):
+            say(
+                f"preprocess= made the labels of {reference.name}: they are taken for the numbers "
+                f"of the model's classes, {show_names(labels.own)}, and not for those of the "
+                f"dataset's, {show_names(names)}"
+            )
+        return None
     if are_numbers(names) or reference.kinds[labels.column] not in ("class", "int", "list"):
         return None
     if labels.model is not None and num_labels(labels.model) != len(names):

@@ -68,7 +68,7 @@ class Functions(NamedTuple):
         options = {} if split.is_stream else {"num_proc": self.num_proc}
         rows = split.rows.map(run, batched=True, remove_columns=list(kinds), **options)
         made = open_split(split.name, rows, split.key)._replace(form=split.form)
-        return note_made_labels(split, made, self.preprocess, label_column)
+        return note_made_labels(split, made, label_column)
 
 
 def functions_of(

@@ -32,6 +32,7 @@ class Split(NamedTuple):
         num_cut: Number of texts that were cut off by the tokenizer; None if nobody knows.
         made_of: Names of the classes in the column that a function of the user's made the labels
             of; empty if it has none. None for labels as they are in the dataset.
+        is_unchanged: Whether the labels that the function made are those of that column.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Split(NamedTuple):
     form: Mapping[str, Any] | None = None
     num_cut: int | None = None
     made_of: tuple[str, ...] | None = None
+    is_unchanged: bool = False
 
     @property
     def is_train(self) -> bool:

@@ -521,6 +521,26 @@ def test_tags_that_preprocess_aligns_keep_their_names():
     assert three.config.id2label[0] == "LABEL_0"  # more classes: not those of the column
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_labels_that_preprocess_passes_on_are_those_of_the_dataset(is_stream, caplog):
+    tokenizer = tiny_tokenizer()
+    table = split(["neg", "pos"], [0, 1, 1])
+    table = stream(table) if is_stream else table
+    passed = lambda batch: {**tokenizer(batch["text"]), "labels": batch["label"]}  # noqa: E731
+    loader = prepared({"dev": table}, tiny_bert(**OWN), preprocess=passed)["dev"]
+    assert labels_of(loader) == [1, 0, 0]
+    assert not [line for line in messages(caplog) if "preprocess=" in line]
+    made = lambda batch: {**tokenizer(batch["text"]), "labels": [1 - x for x in batch["label"]]}  # noqa: E731
+    model = tiny_bert(**OWN)
+    loader = prepared({"dev": table}, model, preprocess=made)["dev"]
+    assert labels_of(loader) == [1, 0, 0]
+    assert "preprocess= made the labels of dev: they are taken for" in messages(caplog)[-2]
+    orders = {"train": split(["neg", "pos"], [1]), "dev": split(["pos", "neg"], [1, 0])}
+    model = tiny_bert()
+    assert labels_of(prepared(orders, model, preprocess=passed)["dev"]) == [0, 1]
+    assert model.config.id2label == {0: "neg", 1: "pos"}
+
+
 @pytest.mark.parametrize("keep", [(), ("label",)])
 def test_a_transform_gets_the_numbers_of_the_model(keep):
     tokenizer = tiny_tokenizer()
