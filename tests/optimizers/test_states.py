@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from manualloop import (
     Accelerated,
     CheckpointError,
     ConfigError,
+    NonFiniteError,
     SingleDevice,
     TrainState,
     load_checkpoint,
@@ -476,7 +478,9 @@ def test_a_forged_value_anywhere_is_refused_or_can_be_trained_with(name: str) ->
                 num_refused += 1
                 continue
             assert saved["progress"] == before
-            train(state, 3)
+            # A number within its range may still be too large, and the weights then are refused.
+            with suppress(NonFiniteError):
+                train(state, 3)
     assert num_refused > 40
 
 
