@@ -57,8 +57,8 @@ def seeds_of_rows(seed: int, epoch: int, rows: Sequence[int], use: str) -> list[
         use: What draws. Two that draw for the same row draw other numbers.
     """
     start = mix(int.from_bytes(use.encode()[:8], "little"))
-    of_epoch = mix(mix(start ^ (seed & _MASK)) ^ (epoch & _MASK))
-    return [mix(of_epoch ^ row) for row in rows]
+    of_epoch = mix(mix(start ^ (int(seed) & _MASK)) ^ (int(epoch) & _MASK))
+    return [mix(of_epoch ^ int(row)) for row in rows]  # perhaps of NumPy, from a user's sampler
 
 
 class NumberedRows(list[Any]):

@@ -101,6 +101,15 @@ def test_rows_are_functions_of_seed_epoch_and_number(options, expected):
     assert len({digest for epoch in expected for digest in epoch.values()}) == 36
 
 
+def test_numbers_of_numpy_are_numbers(expected):
+    assert epochs_of(1, seed=np.int64(42), batch_size=np.int64(4)) == expected[:1]
+    assert len(epochs_of(1, seed=-5)[0]) == 12
+    loader = prepare_dataloaders(images(), transform=crop_and_flip)["train"]
+    numbers = np.arange(11, -1, -1)
+    own = DataLoader(loader.dataset, 5, sampler=numbers, collate_fn=loader.collate_fn)
+    assert digests(own) == expected[0]
+
+
 def test_another_seed_is_another_transform(expected):
     assert not set(epochs_of(1, seed=43)[0].values()) & set(expected[0].values())
 
