@@ -136,7 +136,7 @@ class OrderedBatchSampler:
         self.epoch_of_rows: int | None = None
         # A DataLoader draws a seed for its workers at every pass. With this generator the draw is
         # a function of (seed, epoch), too, and leaves the global generator alone.
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(self.seed)
         self._start: int = 0
         self._made: Made | None = None
         self._under_way: Made | None = None
@@ -272,7 +272,7 @@ def ordered_loader(
         DataError: The loader would have no batch.
     """
     if not hasattr(rows, "__len__"):
-        options["generator"] = torch.Generator().manual_seed(seed)
+        options["generator"] = torch.Generator().manual_seed(int(seed))
         return DataLoader(rows, batch_size=batch_size, drop_last=drop_last, **options)
     sampler = OrderedBatchSampler(
         len(rows),
