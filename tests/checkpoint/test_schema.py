@@ -125,14 +125,14 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def is_let_through(path: tuple[Any, ...]) -> bool:
-    for number in range(1, len(path) + 1):
-        names = [str(part) for part in path[:number]]
-        for known in (entry.split(".") for entry in LET_THROUGH):
-            if len(known) == number and all(
-                k in ("*", n) for k, n in zip(known, names, strict=True)
-            ):
-                return True
-    return ".".join(map(str, path)) == "extras.ema" or path[0] == "extras.ema"
+    """Tell whether an entry, or one that it is in, is among those that are let through."""
+    names = [str(part) for part in path]
+    if names[0] in LET_THROUGH:  # its name has a dot
+        return True
+    return any(
+        len(known) <= len(names) and all(k in ("*", n) for k, n in zip(known, names, strict=False))
+        for known in (entry.split(".") for entry in LET_THROUGH)
+    )
 
 
 def with_entry(value: Any, path: tuple[Any, ...], entry: Any) -> Any:
