@@ -8,8 +8,9 @@ repeated as often as its weight tells. NaN marks a score that is not defined.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,8 @@ Sums = Callable[[Floats], list[Floats]]
 rightly, by class; those of each predicted class; those of each class."""
 
 
-class Entries(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Entries:
     """What a metric scores, and the rows it comes from.
 
     Attributes:
@@ -35,6 +37,11 @@ class Entries(NamedTuple):
     references: NDArray[Any]
     row: NDArray[np.int64]
     num_rows: int
+
+    @cached_property
+    def sums(self) -> Sums:
+        """Counts by class, which several scores are made of."""
+        return _sums(self)
 
 
 def entries_of(predictions: Any, references: Any) -> Entries:
@@ -128,7 +135,7 @@ def _accuracy(entries: Entries) -> Weighted:
 
 
 def _matthews(entries: Entries) -> Weighted:
-    sums = _sums(entries)
+    sums = entries.sums
 
     def score(weights: Floats) -> Floats:
         right, predicted, actual = sums(weights)
@@ -148,8 +155,8 @@ def _averaged(counted: _Counted, average: str, entries: Entries) -> Weighted:
         return _mean(counted(*(side.sum(1).astype(np.float64) for side in sides)))
     if average == "binary":
         others = (entries.predictions != 1), (entries.references != 1)
-        entries = entries._replace(predictions=~others[0], references=~others[1])
-    sums = _sums(entries)
+        entries = replace(entries, predictions=~others[0], references=~others[1])
+    sums = entries.sums
     is_missing = average == "binary" and not (entries.predictions | entries.references).any()
 
     def score(weights: Floats) -> Floats:
@@ -181,7 +188,7 @@ def _absolute(entries: Entries) -> Weighted:
 
 
 def _pearson(entries: Entries) -> Weighted:
-    sides = [np.asarray(side, np.float64) for side in entries[:2]]
+    sides = [np.asarray(side, np.float64) for side in (entries.predictions, entries.references)]
     # Moments are exact enough only near 0.
     x, y = (side - side.mean() for side in sides)
     x, y = (side / scale if (scale := np.abs(side).max()) > 0 else side for side in (x, y))
@@ -214,7 +221,7 @@ class _Sorted:
 
 
 def _spearman(entries: Entries) -> Weighted:
-    sides = [_Sorted(side) for side in entries[:2]]
+    sides = [_Sorted(side) for side in (entries.predictions, entries.references)]
 
     def centred_ranks(side: _Sorted, weights: Floats) -> Floats:
         number = side.sums(weights)
