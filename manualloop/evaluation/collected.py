@@ -195,6 +195,12 @@ def require_options(name: str, options: Mapping[str, Any], accepted: Sequence[st
         )
 
 
+_OF_LIBRARIES = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError),
+    ValueError,
+)
+
+
 @contextmanager
 def explaining(name: str) -> Iterator[None]:
     """Name the metric in the error that a library raises.
@@ -206,7 +212,7 @@ def explaining(name: str) -> Iterator[None]:
         yield
     except ManualLoopError:
         raise
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except _OF_LIBRARIES as error:
         raise MetricError(
             f"{name} cannot score these rows with these options: {type(error).__name__}: {error}"
         ) from error

@@ -16,6 +16,7 @@ from manualloop.evaluation.collected import explaining
 from manualloop.evaluation.inputs import Array, Rows, Takes, to_array
 from manualloop.evaluation.reports import class_name
 from manualloop.evaluation.results import to_scores
+from manualloop.evaluation.torch_metrics import as_tensor, is_of_classes, taken_in
 from manualloop.internals import parts_of_scorer
 from manualloop.types import Scores
 
@@ -29,6 +30,10 @@ _PREDICTIONS = {
     *("hypotheses", "hypothesis", "hyps", "y_pred", "labels_pred"),
 }
 _PROBABILITIES = {"y_score", "y_prob", "y_proba", "probas_pred"}
+_NOT_GIVEN = {  # what a metric gets only where decode or postprocess returns it
+    *("logits", "logit", "probs", "prob", "proba", "probas", "probabilities", "y_logits"),
+    *("y_probs", "y_probas", "y_pred_proba", "pred_proba", "softmax"),
+}
 _OF_PROBABILITIES = {"log_loss", "d2_log_loss_score"}  # scikit-learn's, whose y_pred are such
 _SYMMETRIC = {"cohen_kappa_score"}  # scikit-learn's, which does not tell its sides apart
 _OF_VALUES = ("_error", "_deviance", "r2_score", "pinball_loss", "variance_score", "tweedie_score")
@@ -43,6 +48,7 @@ class _Call(NamedTuple):
     name: str
     sign: int = 1
     is_sklearns: bool = False
+    takes_tensors: bool = False
 
 
 class Function:
@@ -51,7 +57,8 @@ class Function:
     Args:
         function: ``function(predictions, references)``, in the other order where the parameters'
             names tell so; a function of scikit-learn, a ``partial`` of one, or what its
-            ``make_scorer`` returns. A parameter ``kept`` gets the columns that skipped the model.
+            ``make_scorer`` returns; one of torch or of torchmetrics, which gets tensors. A
+            parameter ``kept`` gets the columns that skipped the model.
 
     Raises:
         ConfigError: It does not take two arguments, or nothing tells which is which.
@@ -63,7 +70,23 @@ class Function:
         self.names: Sequence[str] | None = None
         self._batches: list[tuple[Any, Any]] = []
         self._kept: dict[str, list[Any]] = {}
-        self.takes_kept = self.takes == "rows" and accepts_kept(self._call.function)
+        self.takes_kept = self.takes in ("rows", "scores") and accepts_kept(self._call.function)
+
+    def require_predictions(self) -> None:
+        """Refuse a function whose first parameter is named after what it does not get.
+
+        Raises:
+            ConfigError: It asks for logits or probabilities, and gets the predictions of the task.
+        """
+        names = [*_parameters(self._call.function)][:2]
+        if wrong := [name for name in names if name.lower() in _NOT_GIVEN]:
+            right = wrong[0].replace("y_", "")
+            raise ConfigError(
+                f"{self.name} has a parameter {wrong[0]!r}, and gets class numbers there. Name it "
+                "predictions if that is what it scores; name it y_score to get probabilities, of "
+                f"two classes those of the second; for the {right} themselves pass "
+                "decode=lambda outputs, batch: list(outputs.logits.float().cpu())."
+            )
 
     def add_batch(
         self, *, predictions: Any, references: Any, kept: Mapping[str, Any] | None = None
@@ -86,13 +109,38 @@ class Function:
         elif self._call.is_sklearns and "labels" not in _bound(self._call.function):
             # Only the classes that occur are rows of its matrix.
             names = [class_name(label, names) for label in np.union1d(predictions, references)]
-        with explaining(self.name) if self._call.is_sklearns else nullcontext():
+        is_known = self._call.is_sklearns or self._call.takes_tensors
+        with explaining(self.name) if is_known else nullcontext():
+            sides: tuple[Any, Any] = (predictions, references)
+            if self._call.takes_tensors:
+                sides = as_tensor(predictions), as_tensor(references)
             if self._call.sides is None:
-                result = self._call.function(predictions, references, **options)
+                result = self._call.function(*sides, **options)
             else:
-                sides = dict(zip(self._call.sides, (predictions, references), strict=True))
-                result = self._call.function(**sides, **options)
-        return to_scores(self.name, result if self._call.sign > 0 else -result, names)
+                by_name = dict(zip(self._call.sides, sides, strict=True))
+                result = self._call.function(**by_name, **options)
+            result = result if self._call.sign > 0 else -result
+        if self._call.is_sklearns and self.takes == "classes":
+            result = self._by_class(result, predictions, references)
+        return to_scores(self.name, result, names)
+
+    def _by_class(self, result: Any, predictions: Array, references: Array) -> Any:
+        """Put the names of the classes to a result that has an entry for each.
+
+        scikit-learn leaves out the classes that do not occur, so their place is not their number.
+        """
+        bound = _bound(self._call.function)
+        if not isinstance(result, np.ndarray) or not result.ndim or bound.get("samplewise"):
+            return result
+        labels = bound.get("labels")
+        if labels is None and references.ndim == 2:
+            labels = np.arange(references.shape[1])
+        elif labels is None:
+            labels = np.union1d(predictions, references)
+        if len(labels) != len(result) or result.ndim == 2:
+            return result
+        named = [class_name(label, self.names) for label in labels]
+        return {f"{self.name}_{name}": entry for name, entry in zip(named, result, strict=True)}
 
     def _probabilities(self, scores: Array, references: Array, options: dict[str, Any]) -> Array:
         """Return what a function of probabilities gets: of two classes that of the second."""
@@ -138,7 +186,10 @@ def _call_of(function: Callable[..., Any]) -> _Call:
     name = getattr(named, "__name__", type(named).__name__)
     name = "metric" if name == "<lambda>" else name if sign > 0 else f"neg_{name}"
     parameters = list(_parameters(function))
-    is_sklearns = str(getattr(named, "__module__", "")).startswith("sklearn.")
+    library = str(getattr(named, "__module__", "")).split(".")
+    is_sklearns = library[0] == "sklearn"
+    if library[0] in ("torch", "torchmetrics"):
+        return _call_of_torch(function, name, library, parameters)
     if not parameters and not is_sklearns:
         return _Call(function, "rows", None, name)
     wanted, predicted, scored = (
@@ -159,6 +210,25 @@ def _call_of(function: Callable[..., Any]) -> _Call:
             takes = "scores"
         return _Call(function, takes, (side, wanted), name, sign, True)
     return _Call(function, *_by_names(function, name, parameters[:2]), name, sign)
+
+
+def _call_of_torch(
+    function: Callable[..., Any], name: str, library: Sequence[str], parameters: Sequence[str]
+) -> _Call:
+    """Tell how a function of torch or of torchmetrics.functional is called: with tensors."""
+    takes: Takes = "values"
+    if library[0] == "torchmetrics":
+        options = _bound(function)
+        is_plain = options.get("threshold", 0.5) == 0.5 and (options.get("top_k") or 1) == 1
+        takes = taken_in("".join(library[2:3]))
+        if takes == "classes" and not (is_plain and is_of_classes(name)):
+            takes = "scores"
+    wanted, predicted = (
+        next((parameter for parameter in parameters[:2] if parameter in group), None)
+        for group in (_REFERENCES, _PREDICTIONS)
+    )
+    sides = None if wanted is None or predicted is None else (predicted, wanted)
+    return _Call(function, takes, sides, name, takes_tensors=True)
 
 
 def _by_names(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from manualloop.arguments import check_arguments
 from manualloop.checks import require_loader
 from manualloop.data.sampler import longest_first_view
-from manualloop.errors import DataError
+from manualloop.errors import ConfigError, DataError, MetricError
 from manualloop.evaluation.intervals import find_intervals, with_intervals
 from manualloop.evaluation.losses import whole_loss
 from manualloop.evaluation.passes import passes_of
@@ -139,6 +139,11 @@ def evaluate_loop(
     evaluate = partial(_evaluate, model, metric, strategy, functions, confidence)
     for prefix, loader in named_loaders(eval_dataloader).items():
         found = evaluate(loader, progress_bar)
+        if twice := [key for key in found if prefix + key in scores]:
+            raise ConfigError(
+                f"Two loaders have a result {prefix + twice[0]!r}. Give {prefix[:-1]!r} a name "
+                "that is not the beginning of such a result of another."
+            )
         scores.add(found, prefix)
     if not is_sharded(model):
         scores.model, scores.sample = ref(model), sample_weights(model)
@@ -206,7 +211,13 @@ def _evaluate(
     scores = Scores() if loss is None else Scores(loss=loss)
     scores.names = names
     if scorers:
-        scores.add(on_main(strategy, partial(score, table, scorers, loss)))
+        found = on_main(strategy, partial(score, table, scorers, loss))
+        if "loss" in scores and "loss" in found:
+            raise MetricError(
+                f"A metric has a score 'loss', which is the key of the model's loss ({loss:.4g}). "
+                "Rename it: return {'own_loss': ...}."
+            )
+        scores.add(found)
     if confidence is None:
         return scores
     find = partial(find_intervals, model, table, scorers, losses, scores, confidence)

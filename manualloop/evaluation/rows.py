@@ -107,7 +107,7 @@ def entries_of(made: Made, ask: Ask, *, is_sound: bool) -> Entries:
     rows = num_rows(batch) if labels is None else len(labels)
     logits = None
     if ask.scores or (postprocess is None and decode is None):
-        logits = logits_of(made.outputs)
+        logits = logits_of(made.outputs, task)
         _require_classes(task, logits, made.outputs)
     scores = _probabilities(made, ask, logits, rows)
     num_nan, misfit = 0, None
@@ -124,6 +124,8 @@ def entries_of(made: Made, ask: Ask, *, is_sound: bool) -> Entries:
             assert logits is not None
             predicted = task.rules.predict(logits)
             num_nan = 0 if is_sound else count_nan_rows(logits, predicted)
+        if not predicted.ndim and rows == 1:  # squeeze() drops the axis of a lone row
+            predicted = predicted[None]
         if not predicted.ndim or predicted.shape[0] != rows:
             raise DataError(
                 f"{predicted.shape[0] if predicted.ndim else 'No'} predictions for a batch of "
@@ -170,7 +172,7 @@ def _no_labels(batch: Any) -> DataError:
     )
 
 
-def logits_of(outputs: Any) -> Tensor:
+def logits_of(outputs: Any, task: Task) -> Tensor:
     """Return the logits among a model's outputs.
 
     Raises:
@@ -178,9 +180,21 @@ def logits_of(outputs: Any) -> Tensor:
     """
     logits = _find_logits(outputs)
     if logits is None:
+        parts: Any = ()
+        if isinstance(outputs, Mapping):
+            parts = outputs.items()
+        elif isinstance(outputs, tuple | list):
+            parts = enumerate(outputs)
+        names = [name for name, part in parts if isinstance(part, Tensor) and part.ndim]
+        part = f"outputs[{names[0]!r}]" if names else "outputs.output"
+        fix = part
+        if task.name == "multi_label_classification":
+            fix = f"({part} > 0).long()"
+        elif task.name != "regression":
+            fix = f"{part}.argmax(-1)"
         raise ModelError(
-            f"The model's {type(outputs).__name__} has no logits to predict from. Pass "
-            "postprocess=lambda outputs, batch: outputs[0].argmax(-1)."
+            f"The model's {type(outputs).__name__} has no logits to predict from. Return them as "
+            f'{{"logits": ...}}, or pass postprocess=lambda outputs, batch: {fix}.'
         )
     return logits
 

@@ -113,6 +113,11 @@ class _Checked:
     def takes_kept(self) -> bool:
         return any(getattr(scorer, "takes_kept", False) for scorer in self.scorers)
 
+    def require_predictions(self) -> None:
+        for scorer in self.scorers:
+            if (require := getattr(scorer, "require_predictions", None)) is not None:
+                require()
+
     def add_batch(self, *, predictions: Any, references: Any, **more: Any) -> None:
         num_rows = count_rows(self.name, predictions, references, self._num_batches)
         for scorer in self.scorers if num_rows else ():
@@ -146,11 +151,15 @@ def compute_all(scorers: Iterable[Scorer], loss: float | None = None) -> Scores:
     Raises:
         MetricError: Two of them have the same key.
     """
-    merged = Scores()
+    merged, built_in = Scores(), set[str]()
     for scorer in scorers:
         scores = scorer.compute(loss=loss) if isinstance(scorer, Perplexity) else scorer.compute()
-        twice = merged.keys() & scores.keys() or merged.matrices.keys() & scores.matrices.keys()
-        for key in twice:
+        twice = merged.keys() & scores.keys()
+        if isinstance(scorer, Metric) and not scorer.options:
+            # A built-in score is the same in each metric that has it: accuracy in a report.
+            twice -= built_in
+            built_in |= scores.keys()
+        for key in twice or merged.matrices.keys() & scores.matrices.keys():
             raise MetricError(
                 f"Key {key!r} comes from {scorer.name} and from an earlier metric. Leave one "
                 f"out, or rename it: lambda p, r: {{'other_{key}': ...}}."

@@ -27,13 +27,21 @@ _AT_ONCE = 1 << 16  # labels that are counted at once: more only take memory
 def ask_for(
     scorers: Sequence[Scorer], postprocess: Postprocess | None, decode: Decode | None
 ) -> Ask | None:
-    """Return what metrics ask of each row; None if they ask nothing."""
+    """Return what metrics ask of each row; None if they ask nothing.
+
+    Raises:
+        ConfigError: A function asks for logits, and gets predictions.
+    """
+    if postprocess is None and decode is None:
+        for scorer in scorers:
+            if (require := getattr(scorer, "require_predictions", None)) is not None:
+                require()
     takes_kept = [getattr(scorer, "takes_kept", False) for scorer in scorers]
     return (
         Ask(
             postprocess,
             decode,
-            references=not all(takes_kept),
+            references=not all(takes_kept) or any(scorer.takes != "rows" for scorer in scorers),
             scores=any(scorer.takes == "scores" for scorer in scorers),
             kept=any(takes_kept),
         )
@@ -89,7 +97,10 @@ def give(table: Table, scorer: Scorer) -> None:
     if scorer.takes == "maps":
         predictions, references = _maps(table)
     elif scorer.takes == "scores":
-        predictions, references = _scores(table, scorer)
+        predictions, references, kept = _scores(table, scorer)
+        more = {"kept": kept} if getattr(scorer, "takes_kept", False) else {}
+        scorer.add_batch(predictions=predictions, references=references, **more)
+        return
     elif table.ask.decode is not None:
         predictions, references = _numbers(table, scorer)
     else:
@@ -189,7 +200,28 @@ def _flat(table: Table, scorer: Scorer) -> tuple[Array, Array]:
         )
     if wanted.shape[1:] == (1,) == found.shape[1:]:
         found, wanted = found[:, 0], wanted[:, 0]
+    if scorer.takes == "classes" and table.task == "regression":
+        found, wanted = _classes_of_floats(table, scorer, found, wanted)
     return (found, wanted) if labels.kept is None else (found[labels.kept], wanted[labels.kept])
+
+
+def _classes_of_floats(
+    table: Table, scorer: Scorer, found: Array, wanted: Array
+) -> tuple[Array, Array]:
+    """Return classes and their labels, which are floats so that they fit a binary loss.
+
+    Raises:
+        MetricError: The predictions are numbers.
+    """
+    if found.dtype.kind == "f" and table.ask.postprocess is None:
+        raise MetricError(
+            f"{scorer.name} scores classes, and labels that are floats make this a regression. "
+            "Score numbers by mse or mae. For one logit that tells two classes by its sign: "
+            "postprocess=lambda outputs, batch: "
+            '((outputs if hasattr(outputs, "dtype") else outputs["logits"]) > 0).long().'
+        )
+    is_class = found.dtype.kind in "biu" and ((wanted == 0) | (wanted == 1)).all()
+    return (found, wanted.astype(np.int32)) if is_class else (found, wanted)
 
 
 def _flat_rows(column: Column, order: Order) -> Array:
@@ -224,8 +256,8 @@ def _as_numbers(values: list[Any], scorer: Scorer, role: str) -> Array:
     return np.array(values)
 
 
-def _scores(table: Table, scorer: Scorer) -> tuple[Array, Array]:
-    """Return the probabilities of each row, and its label."""
+def _scores(table: Table, scorer: Scorer) -> tuple[Array, Array, dict[str, list[Any]]]:
+    """Return the probabilities of each row, its label, and the kept columns."""
     labels, column = _labels_of(table), table.columns.get("scores")
     found = None if column is None else column.array(table.order)
     wanted = labels.whole
@@ -236,7 +268,16 @@ def _scores(table: Table, scorer: Scorer) -> tuple[Array, Array]:
             f"{scorer.name} scores probabilities of classes, and the rows have none, or not one "
             "label each."
         )
-    return (found, wanted) if labels.kept is None else (found[labels.kept], wanted[labels.kept])
+    kept = {name: values.rows(table.order) for name, values in table.kept.items()}
+    if labels.kept is None:
+        return found, wanted, kept
+    return found[labels.kept], wanted[labels.kept], _some(kept, labels.kept)
+
+
+def _some(kept: dict[str, list[Any]], is_one: Array) -> dict[str, list[Any]]:
+    """Return some rows of kept columns."""
+    rows = np.flatnonzero(is_one).tolist()
+    return {name: [values[row] for row in rows] for name, values in kept.items()}
 
 
 def _by_row(table: Table) -> tuple[Any, Any, dict[str, list[Any]]]:
@@ -259,8 +300,7 @@ def _by_row(table: Table) -> tuple[Any, Any, dict[str, list[Any]]]:
         return found, wanted, kept
     wanted = Rows(labels.column.rows(order)) if labels.whole is None else labels.whole
     if labels.kept is not None:
-        rows = np.flatnonzero(labels.kept)
-        kept = {name: [values[row] for row in rows] for name, values in kept.items()}
+        rows, kept = np.flatnonzero(labels.kept), _some(kept, labels.kept)
         wanted = wanted[rows]
         found = found[rows] if isinstance(found, np.ndarray) else Rows(found[row] for row in rows)
     if is_decoded and isinstance(wanted, np.ndarray):

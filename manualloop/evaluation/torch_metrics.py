@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from manualloop.errors import ConfigError
-from manualloop.evaluation.inputs import Takes
+from manualloop.evaluation.collected import explaining
+from manualloop.evaluation.inputs import Rows, Takes
 from manualloop.evaluation.results import to_scores
 from manualloop.types import Scores
 
@@ -20,6 +21,12 @@ _OF_SCORES = (
     *("PrecisionRecallCurve", "ROC", "AUROC", "AveragePrecision", "CalibrationError", "HingeLoss"),
     *("RankingLoss", "CoverageError", "LogAUC"),
 )
+# The same of functions.
+_OF_SCORES_TOO = (
+    *("curve", "roc", "average_precision", "calibration_error", "hinge_loss", "ranking_loss"),
+    *("coverage_error", "logauc", "eer"),
+)
+_EXACT = "MulticlassExactMatch"
 _BY_DOMAIN: dict[str, Takes] = {
     "classification": "classes",
     "clustering": "classes",
@@ -45,6 +52,8 @@ class TorchMetric:
         self._metric = metric
         members = list(metric.values()) if hasattr(metric, "add_metrics") else [metric]
         self.takes = self._taken_by(members)
+        # Whether all tokens of a row are right is not told by tokens of all rows in one axis.
+        self._takes_each = any(_kind(member) == _EXACT for member in members)
         self._is_binary = all(_kind(member).startswith("Binary") for member in members)
         # A collection has no device of its own, its members have.
         modules = list(metric.modules()) if hasattr(metric, "modules") else [metric]
@@ -67,24 +76,27 @@ class TorchMetric:
     def add_batch(self, *, predictions: Any, references: Any) -> None:
         """Add the rows of one batch, as tensors on the metric's own device."""
         predicted, right = self._to_tensor(predictions), self._to_tensor(references)
+        if isinstance(predicted, list) and self._takes_each:
+            for one, other in zip(predicted, right, strict=True):
+                self._update(one[None], other[None])
+            return
         is_pair = self.takes == "scores" and getattr(predicted, "ndim", 0) == 2
         if is_pair and self._is_binary and predicted.shape[1] == 2:
             predicted = predicted[:, 1]
-        self._metric.update(predicted, right)
+        self._update(predicted, right)
+
+    def _update(self, predicted: Any, right: Any) -> None:
+        with explaining(self.name):
+            self._metric.update(predicted, right)
 
     def _to_tensor(self, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            return {name: self._to_tensor(entry) for name, entry in values.items()}
-        try:
-            return torch.as_tensor(values, device=self._device)
-        except (TypeError, ValueError, RuntimeError):  # texts are not converted, rows one by one
-            if isinstance(values, list) and not all(isinstance(row, str) for row in values):
-                return [self._to_tensor(row) for row in values]
-            return values
+        if isinstance(values, Rows) and self._takes_each:
+            return [self._to_tensor(row) for row in values]
+        return as_tensor(values, self._device)
 
     def compute(self) -> Scores:
         """Return the scores of all rows, and forget the rows."""
-        with computing_alone(self._syncing):
+        with computing_alone(self._syncing), explaining(self.name):
             result = self._metric.compute()
         self._metric.reset()
         return to_scores(self.name, result, self.names)
@@ -97,12 +109,38 @@ def _takes(metric: Any) -> Takes:
     for base in type(metric).__mro__:
         library, _, domain = base.__module__.partition(".")
         if library == "torchmetrics" and domain != "metric":
-            takes = _BY_DOMAIN.get(domain.split(".")[0], "rows")
-            top_k = getattr(metric, "top_k", None)
+            takes = taken_in(domain.split(".")[0])
+            if type(metric).__name__ == _EXACT:
+                return "rows"
+            top_k, threshold = getattr(metric, "top_k", None), getattr(metric, "threshold", None)
             is_of_scores = any(one.__name__.endswith(_OF_SCORES) for one in type(metric).__mro__)
-            wants_scores = is_of_scores or (isinstance(top_k, int) and top_k > 1)
+            # Class numbers are the probabilities cut at 0.5, whatever the metric's threshold is.
+            has_own = isinstance(threshold, float) and threshold != 0.5
+            wants_scores = is_of_scores or has_own or (isinstance(top_k, int) and top_k > 1)
             return "scores" if takes == "classes" and wants_scores else takes
     return "rows"
+
+
+def taken_in(domain: str) -> Takes:
+    """Return what the metrics of a part of torchmetrics take, such as of ``classification``."""
+    return _BY_DOMAIN.get(domain, "rows")
+
+
+def is_of_classes(name: str) -> bool:
+    """Tell whether a function of ``torchmetrics.functional.classification`` takes classes."""
+    return not name.endswith(_OF_SCORES_TOO) and "_at_" not in name
+
+
+def as_tensor(values: Any, device: Any = None) -> Any:
+    """Return numbers as a tensor, rows of different shapes as a list of them, texts as they are."""
+    if isinstance(values, Mapping):
+        return {name: as_tensor(entry, device) for name, entry in values.items()}
+    try:
+        return torch.as_tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        if isinstance(values, list) and not all(isinstance(row, str) for row in values):
+            return [as_tensor(row, device) for row in values]
+        return values
 
 
 def _kind(metric: Any) -> str:

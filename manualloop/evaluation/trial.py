@@ -16,7 +16,8 @@ from manualloop.errors import ConfigError, DataError
 from manualloop.evaluation.functions import accepts_kept
 from manualloop.evaluation.loop import evaluate_loop, named_loaders
 from manualloop.evaluation.metrics import BuiltIn, load_metric
-from manualloop.evaluation.scorers import as_metric
+from manualloop.evaluation.scorers import as_metric, parts_of
+from manualloop.evaluation.scoring import ask_for
 from manualloop.objects import remember
 from manualloop.strategy.base import prepare_model
 from manualloop.strategy.select import strategy_for
@@ -66,7 +67,8 @@ def try_evaluation(evaluate: object) -> Found | None:
         )
     metric = bound.arguments.get("metric")
     if metric is not None:
-        as_metric(metric)  # refuses what is no metric
+        functions = (bound.arguments.get(name) for name in ("postprocess", "decode"))
+        ask_for(parts_of(as_metric(metric)), *functions)  # refuses what is no metric
     metrics, are_all = _own_metrics(metric)
     others = _stand_in(metric)
     strategy = strategy_for(model, bound.arguments.get("strategy"))

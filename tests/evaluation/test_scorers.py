@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import f1_score
+from sklearn.metrics import (
+    f1_score,
+    jaccard_score,
+    multilabel_confusion_matrix,
+    recall_score,
+)
 
 from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.metrics import Metric, load_metric
@@ -261,10 +266,78 @@ def test_several_metrics_are_merged() -> None:
 
 
 def test_the_same_key_twice() -> None:
+    def accuracy(predictions: Any, references: Any) -> float:
+        return 1.0
+
     with pytest.raises(
-        MetricError, match=r"Key 'accuracy' comes from glue/mrpc and from an earlier metric"
+        MetricError, match=r"Key 'accuracy' comes from accuracy and from an earlier metric"
     ):
-        score(("accuracy", "glue/mrpc"), [1], [1])
+        score(("glue/mrpc", accuracy), [1], [1])
+    with pytest.raises(MetricError, match="Key 'f1' comes from f1 and"):  # of another class
+        score(("f1", load_metric("f1", pos_label=0)), [1, 0], [1, 1])
+
+
+def test_a_key_of_two_built_in_metrics_has_one_value() -> None:
+    scores = score(("accuracy", "glue/mrpc", "classification_report"), [1, 0], [1, 1])
+    assert scores["accuracy"] == 0.5
+    assert scores["f1"] == scores["1_f1-score"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("function", [f1_score, jaccard_score, recall_score])
+def test_entries_of_sklearn_have_the_class_they_are_of(function: Any) -> None:
+    predictions, references = [0, 2, 2, 0, 3], [0, 2, 0, 3, 3]
+    key, by_class = function.__name__, functools.partial(function, average=None)
+    expected = dict(zip((0, 2, 3), by_class(references, predictions), strict=True))
+    assert_scores(
+        score(by_class, predictions, references),
+        {f"{key}_{number}": value for number, value in expected.items()},
+    )
+    named = as_metric(by_class, ("cat", "dog", "mouse"))
+    named.add_batch(predictions=predictions, references=references)
+    assert list(named.compute()) == [f"{key}_cat", f"{key}_mouse", f"{key}_3"]
+    chosen = functools.partial(by_class, labels=[2, 0])
+    assert list(score(chosen, predictions, references)) == [f"{key}_2", f"{key}_0"]
+    several = score(by_class, np.eye(3, dtype=int), np.ones((3, 3), dtype=int))
+    assert list(several) == [f"{key}_0", f"{key}_1", f"{key}_2"]
+
+
+def test_matrices_of_sklearn_by_class_have_the_class_they_are_of() -> None:
+    scorer = as_metric(multilabel_confusion_matrix)
+    scorer.add_batch(predictions=[0, 2, 2], references=[0, 2, 0])
+    name = "multilabel_confusion_matrix"
+    assert list(scorer.compute().matrices) == [f"{name}_0", f"{name}_2"]
+
+
+def test_functions_of_torch_get_tensors() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+    functional = torchmetrics.functional
+    many = functools.partial(functional.accuracy, task="multiclass", num_classes=3)
+    assert score(many, [0, 1, 2, 2], [0, 1, 2, 1]) == {"accuracy": 0.75}
+    assert (
+        score(functional.mean_squared_error, [0.5, 1.0], [0.0, 1.0])["mean_squared_error"] == 1 / 8
+    )
+    assert score(torch.nn.functional.l1_loss, [0.5, 1.0], [0.0, 1.0]) == {"l1_loss": 0.25}
+    assert score(torch.nn.MSELoss(), [0.5, 1.0], [0.0, 1.0]) == {"MSELoss": 0.125}
+    takes = {
+        "classes": [many, functional.classification.binary_f1_score],
+        "values": [functional.pearson_corrcoef],
+        "scores": [
+            functional.classification.binary_auroc,
+            functional.classification.multiclass_calibration_error,
+            functional.classification.binary_recall_at_fixed_precision,
+            functools.partial(many, top_k=2),
+            functools.partial(functional.classification.binary_f1_score, threshold=0.3),
+        ],
+    }
+    for kind, functions in takes.items():
+        assert [as_metric(function).takes for function in functions] == [kind] * len(functions)
+
+
+def test_errors_of_torchmetrics_are_explained() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+    metric = torchmetrics.retrieval.RetrievalMAP()
+    with pytest.raises(MetricError, match="retrieval_map cannot score these rows"):
+        score(metric, torch.rand(2), torch.tensor([0, 1]))
 
 
 def test_a_metric_of_ours_is_taken_as_it_is_and_starts_clean() -> None:

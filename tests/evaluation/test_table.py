@@ -25,6 +25,7 @@ from manualloop import (
     prepare_dataloaders,
     train_loop,
 )
+from manualloop.batches import Kept
 from manualloop.evaluation.losses import Losses
 from manualloop.evaluation.table import Column
 
@@ -567,3 +568,163 @@ def test_nan_of_probabilities_is_told_with_decode(caplog):
     batch = {"x": torch.tensor([[float("nan"), 0.0], [1.0, 0.0]]), "labels": torch.tensor([0, 1])}
     predict_loop(Affine(), [batch], decode=lambda o, b: ["a", "b"])
     assert "the logits of 1 row are NaN" in caplog.text
+
+
+# Metrics that would be given something else than they ask for -------------------------------------
+
+
+def test_a_threshold_of_torchmetrics_is_one_of_probabilities():
+    classification = pytest.importorskip("torchmetrics").classification
+    draw = torch.Generator().manual_seed(3)
+    logits, two = torch.randn(20, 3, generator=draw), torch.randn(20, 2, generator=draw)
+    labels, classes = (logits.roll(1, 0) > 0).float(), (two.roll(1, 0)[:, 1] > 0).long()
+    several = [{"x": logits[i : i + 7], "labels": labels[i : i + 7]} for i in (0, 7, 14)]
+    of_two = [{"x": two[i : i + 7], "labels": classes[i : i + 7]} for i in (0, 7, 14)]
+    for threshold in (0.2, 0.5, 0.7):
+        metric = classification.MultilabelF1Score(3, threshold=threshold)
+        expected = metric(logits.sigmoid(), labels.long()).item()
+        assert evaluate_loop(Affine(), several, metric)["multilabel_f1_score"] == expected
+        metric = classification.BinaryF1Score(threshold=threshold)
+        expected = metric(two.softmax(-1)[:, 1], classes).item()
+        assert evaluate_loop(Affine(), of_two, metric)["binary_f1_score"] == expected
+        function = partial(
+            pytest.importorskip("torchmetrics").functional.f1_score,
+            task="binary",
+            threshold=threshold,
+        )
+        assert evaluate_loop(Affine(), of_two, function)["f1_score"] == expected
+
+
+def test_an_exact_match_of_torchmetrics_is_one_of_rows():
+    classification = pytest.importorskip("torchmetrics").classification
+    labels = [[0, 1, 2, -100], [2, 2, -100, -100], [0, -100, -100, -100]]
+    predicted = [[0, 1, 2, 1], [2, 1, 0, 0], [0, 0, 0, 0]]
+    data = [
+        {"x": one_hot(predicted[:2]), "labels": torch.tensor(labels[:2])},
+        {"x": one_hot(predicted[2:])[:, :2], "labels": torch.tensor(labels[2:])[:, :2]},
+    ]
+    metric = classification.MulticlassExactMatch(3)
+    scores = evaluate_loop(Affine(), data, metric)
+    assert scores["multiclass_exact_match"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("name", ["logits", "probs", "y_proba_"])
+def test_a_function_of_logits_is_refused_where_it_gets_classes(name):
+    names = {}
+    exec(f"def own({name}, labels): return len({name})", names)
+    data = [{"x": one_hot([0, 1, 2]), "labels": torch.tensor([0, 1, 1])}]
+    if name == "y_proba_":  # a name that tells nothing
+        assert evaluate_loop(Affine(), data, names["own"])["own"] == 3
+        return
+    with pytest.raises(ConfigError, match=f"own has a parameter {name!r}") as caught:
+        evaluate_loop(Affine(), data, ["accuracy", names["own"]])
+    fix = str(caught.value).partition("pass decode=")[2].rstrip(".")
+    batch = [{**one, "x": SimpleNamespace(logits=one["x"])} for one in data]
+
+    class Outputs(Affine):
+        def forward(self, x, labels=None):
+            return x
+
+    assert evaluate_loop(Outputs(), batch, names["own"], decode=eval(fix))["own"] == 3
+    by_function = evaluate_loop(Affine(), data, names["own"], postprocess=lambda o, b: o["logits"])
+    assert by_function["own"] == 3
+
+
+def test_a_function_of_logits_is_refused_before_the_first_update():
+    model, data = nn.Linear(3, 2), [{"input": torch.ones(4, 3), "labels": torch.zeros(4).long()}]
+    before = model.weight.detach().clone()
+    with pytest.raises(ConfigError, match="_of_logits has a parameter 'logits'"):
+        train_loop(
+            model,
+            data,
+            num_epochs=1,
+            loss_fn=lambda model, batch: model(batch["input"]).mean(),
+            evaluate=partial(evaluate_loop, model, data, _of_logits),
+            progress_bar=False,
+        )
+    assert torch.equal(before, model.weight)
+
+
+def _of_logits(logits, labels):
+    raise AssertionError
+
+
+def test_a_function_of_probabilities_gets_kept_columns():
+    kept = Kept(["a", "b", "c"])
+    data = [{"x": one_hot([0, 1, 1], 2), "labels": torch.tensor([0, -100, 1]), "id": kept}]
+    got = {}
+
+    def own(y_true, y_score, kept):
+        got.update(y_true=y_true.tolist(), rows=len(y_score), kept=kept)
+        return 0.0
+
+    evaluate_loop(Affine(), data, own)
+    assert got == {"y_true": [0, 1], "rows": 2, "kept": {"id": ["a", "c"]}}
+
+
+def test_a_score_of_the_name_of_the_loss_is_refused():
+    data = [{"x": torch.ones(2, 1), "labels": torch.ones(2, 1)}]
+    loss_fn = lambda model, batch: model(batch["x"])["logits"].mean()  # noqa: E731
+    own = lambda predictions, references: {"loss": 7.0}  # noqa: E731
+    with pytest.raises(MetricError, match=r"the key of the model's loss \(1\)"):
+        evaluate_loop(Affine(), data, own, loss_fn=loss_fn)
+    assert evaluate_loop(Affine(), data, own) == {"loss": 7.0}  # there is no other
+
+
+def test_loaders_whose_results_have_the_same_key_are_refused():
+    data = [{"x": torch.ones(2, 1), "labels": torch.ones(2, 1)}]
+    own = lambda predictions, references: {"b_rows": 2.0, "rows": 1.0}  # noqa: E731
+    with pytest.raises(ConfigError, match="Two loaders have a result 'a_b_rows'"):
+        evaluate_loop(Affine(), {"a": data, "a_b": data}, own)
+
+
+# Fixes that run -----------------------------------------------------------------------------------
+
+
+class Returns(nn.Module):
+    """Makes any outputs of the logits."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        return self.make(x)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda x: (x, 1), lambda x: {"hidden": x}, lambda x: [None, x]], ids=["1", "2", "3"]
+)
+@pytest.mark.parametrize(
+    ("labels", "metric", "expected"),
+    [
+        (torch.tensor([0, 1, 1]), "accuracy", 2 / 3),
+        (one_hot([0, 1, 1]), "accuracy", 2 / 3),
+        (one_hot([0, 1, 1]) * 2, "mse", 7 / 9),
+    ],
+)
+def test_outputs_without_logits_have_a_fix_that_runs(make, labels, metric, expected):
+    model, data = Returns(make), [{"x": one_hot([0, 1, 2]), "labels": labels}]
+    with pytest.raises(ModelError, match="has no logits to predict from") as caught:
+        evaluate_loop(model, data, metric)
+    fix = str(caught.value).partition("postprocess=")[2].rstrip(".")
+    scores = evaluate_loop(model, data, metric, postprocess=eval(fix))
+    assert scores[metric] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: {"logits": x}], ids=["tensor", "dict"])
+def test_one_logit_with_labels_that_are_floats_has_a_fix_that_runs(make):
+    model, data = Returns(make), [{"x": torch.tensor([0.2, -1.0, 3.0]), "labels": torch.ones(3)}]
+    with pytest.raises(MetricError, match="labels that are floats make this") as caught:
+        evaluate_loop(model, data, ["accuracy", "f1"])
+    fix = str(caught.value).partition("postprocess=")[2].rstrip(".")
+    scores = evaluate_loop(model, data, ["accuracy", "f1"], postprocess=eval(fix))
+    assert scores == {"accuracy": pytest.approx(2 / 3), "f1": pytest.approx(0.8)}
+
+
+def test_a_lone_row_may_have_lost_its_axis():
+    x, labels = torch.arange(7.0)[:, None], torch.zeros(7)
+    data = [{"x": x[i : i + 3], "labels": labels[i : i + 3]} for i in (0, 3, 6)]
+    model = Returns(lambda x: x.squeeze())
+    assert evaluate_loop(model, data, "mse")["mse"] == pytest.approx(13.0)
+    assert predict_loop(model, data).predictions.tolist() == list(range(7))
