@@ -106,7 +106,9 @@ def entries_of(made: Made, ask: Ask, *, is_sound: bool) -> Entries:
     labels = _labels_of(batch)
     rows = num_rows(batch) if labels is None else len(labels)
     logits = None
-    if ask.scores or (postprocess is None and decode is None):
+    if ask.scores and postprocess is not None:
+        logits = _find_logits(made.outputs)
+    elif ask.scores or (postprocess is None and decode is None):
         logits = logits_of(made.outputs, task)
         _require_classes(task, logits, made.outputs)
     scores = _probabilities(made, ask, logits, rows)
@@ -235,13 +237,16 @@ def _probabilities(
         return None
     if ask.scores is None and logits is None:
         logits = _find_logits(made.outputs)
+    is_wide = logits is not None and logits.ndim == 2 and logits.shape[1] > 1
+    if ask.postprocess is not None and (rule is None or not is_wide):
+        return None  # what postprocess returns may be probabilities
     if rule is None:
         raise MetricError(
             f"The metric scores probabilities of classes, and a {made.task.name} has none here. "
             "Leave it out, or pass a function of the predictions: decode=lambda outputs, batch: "
             "outputs.logits.softmax(-1).tolist()."
         )
-    if logits is None or logits.ndim != 2 or logits.shape[0] != rows or logits.shape[1] < 2:
+    if logits is None or not is_wide or logits.shape[0] != rows:
         if ask.scores is None and ask.decode is not None:
             return None
         if logits is None or ask.scores:

@@ -263,6 +263,8 @@ def _scores(table: Table, scorer: Scorer) -> tuple[Array, Array, dict[str, list[
     wanted = labels.whole
     if wanted is None and not labels.by_token:
         wanted = _as_numbers(labels.column.rows(table.order), scorer, "references")
+    if column is None and table.ask.postprocess is not None and wanted is not None:
+        found, wanted = _processed_scores(table, wanted)
     if found is None or wanted is None:
         raise MetricError(
             f"{scorer.name} scores probabilities of classes, and the rows have none, or not one "
@@ -272,6 +274,26 @@ def _scores(table: Table, scorer: Scorer) -> tuple[Array, Array, dict[str, list[
     if labels.kept is None:
         return found, wanted, kept
     return found[labels.kept], wanted[labels.kept], _some(kept, labels.kept)
+
+
+def _processed_scores(table: Table, labels: Array) -> tuple[Array | None, Array]:
+    """Return probabilities that ``postprocess`` made, if they are some, and their labels.
+
+    One for each row is that of the second of two classes.
+    """
+    found = table.columns["predictions"].array(table.order)
+    if ((labels == 0) | (labels == 1)).all():
+        labels = labels.astype(np.int32)
+    if found is None or found.dtype.kind != "f":
+        return None, labels
+    if ((found < 0) | (found > 1)).any():  # NaN is told elsewhere
+        return None, labels
+    if labels.shape[1:] == (1,):
+        labels = labels[:, 0]
+    if found.ndim == 1 or found.shape[1:] == (1,):
+        second = found.reshape(-1)
+        found = np.stack([1 - second, second], 1)
+    return found, labels
 
 
 def _some(kept: dict[str, list[Any]], is_one: Array) -> dict[str, list[Any]]:

@@ -139,12 +139,6 @@ def test_metrics_with_other_options_are_not_merged() -> None:
 
 
 def test_scores_are_a_dict_that_keeps_what_is_not_one_number() -> None:
-    scorer = as_metric(
-        ["accuracy", "confusion_matrix", "classification_report"][::2], ["no", "yes"]
-    )
-    with pytest.raises(MetricError, match="Key 'accuracy' comes from classification_report"):
-        scorer.add_batch(predictions=[1, 0], references=[1, 1])
-        scorer.compute()
     scorer = as_metric(["f1", "confusion_matrix", "classification_report"], ["no", "yes"])
     scorer.add_batch(predictions=[1, 0], references=[1, 1])
     scores = scorer.compute()

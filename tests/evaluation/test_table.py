@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import tiny_bert, tiny_tokenizer
+from sklearn.metrics import brier_score_loss
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -728,3 +729,29 @@ def test_a_lone_row_may_have_lost_its_axis():
     model = Returns(lambda x: x.squeeze())
     assert evaluate_loop(model, data, "mse")["mse"] == pytest.approx(13.0)
     assert predict_loop(model, data).predictions.tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 1, 1, 0]), torch.tensor([0.0, 1.0, 1.0, 0.0])])
+@pytest.mark.parametrize("width", [(), (1,)])
+def test_probabilities_of_one_logit_come_from_postprocess(labels, width):
+    torchmetrics = pytest.importorskip("torchmetrics")
+    logits = torch.tensor([-1.0, 0.5, -0.7, -3.0]).reshape(4, *width)
+    data = [{"x": logits[i : i + 3], "labels": labels[i : i + 3]} for i in (0, 3)]
+    metrics = [
+        "roc_auc",
+        torchmetrics.classification.BinaryF1Score(threshold=0.3),
+        torchmetrics.classification.BinaryRecall(),
+        brier_score_loss,
+    ]
+    scores = evaluate_loop(
+        Affine(), data, metrics, postprocess=lambda outputs, batch: outputs["logits"].sigmoid()
+    )
+    probabilities = logits.reshape(-1).sigmoid()
+    assert scores == {
+        "roc_auc": 1.0,
+        "binary_f1_score": 1.0,
+        "binary_recall": 0.5,
+        "brier_score_loss": pytest.approx(((probabilities - labels) ** 2).mean().item()),
+    }
+    with pytest.raises(MetricError, match="scores probabilities of classes"):
+        evaluate_loop(Affine(), data, "roc_auc", postprocess=lambda o, batch: o["logits"])
