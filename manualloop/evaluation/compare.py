@@ -142,7 +142,7 @@ def compare_predictions(
     differences: dict[str, Difference] = {}
     for scorer in parts_of(as_metric(metric, a.names or b.names)):
         for name, found in _compare(scorer, a, b, confidence).items():
-            if name in differences:
+            if name in differences and repr(differences[name]) != repr(found):
                 raise MetricError(f"Key {name!r} comes from two metrics. Leave one of them out.")
             differences[name] = found
     if not differences:

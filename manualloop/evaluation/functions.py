@@ -85,7 +85,8 @@ class Function:
                 f"{self.name} has a parameter {wrong[0]!r}, and gets class numbers there. Name it "
                 "predictions if that is what it scores; name it y_score to get probabilities, of "
                 f"two classes those of the second; for the {right} themselves pass "
-                "decode=lambda outputs, batch: list(outputs.logits.float().cpu())."
+                "decode=lambda outputs, batch: "
+                'list((outputs if hasattr(outputs, "dtype") else outputs["logits"]).float().cpu()).'
             )
 
     def add_batch(

@@ -289,11 +289,6 @@ def test_a_metric_without_a_number_is_refused():
         compare_predictions(*two_models(), "confusion_matrix")
 
 
-def test_one_name_for_two_scores_is_refused():
-    with pytest.raises(MetricError, match="'accuracy' comes from two metrics"):
-        compare_predictions(*two_models(), ["accuracy", "glue/mrpc"])
-
-
 def test_maps_of_classes_are_compared_by_a_metric_of_maps():
     generator = np.random.default_rng(0)
     maps = generator.integers(0, 2, (12, 4, 4))
@@ -350,3 +345,14 @@ def test_probabilities_are_compared_where_the_classes_are_the_same():
     assert found.low < found.difference < found.high
     with pytest.raises(MetricError):
         compare_predictions(replace(a, scores=None), b, "roc_auc")
+
+
+def test_a_score_of_two_built_in_metrics_is_compared_once() -> None:
+    references = np.arange(40) % 3
+    a = Predictions(np.arange(40), np.where(np.arange(40) % 5, references, 0), None, references)
+    b = Predictions(np.arange(40), np.where(np.arange(40) % 7, references, 1), None, references)
+    found = compare_predictions(a, b, ["accuracy", "classification_report"])
+    assert repr(found["accuracy"]) == repr(compare_predictions(a, b, "accuracy")["accuracy"])
+    assert "0_f1-score" in found.differences
+    with pytest.raises(MetricError, match="Key 'accuracy' comes from two metrics"):
+        compare_predictions(a, b, ["accuracy", lambda p, r: {"accuracy": 0.0 * len(p)}])
