@@ -384,7 +384,8 @@ def _check_module(name: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -
 def _check_schedule(name: str, part: LRScheduler, saved: Mapping[str, Any]) -> None:
     own = part.state_dict()
     for key in own.keys() - saved.keys():
-        if not key.startswith("_"):  # those come and go with the versions of torch
+        # These come and go with the versions of torch.
+        if not key.startswith("_") and key != "verbose":
             raise CheckpointError(f"{name}.{key} is missing in the checkpoint")
     for key in saved.keys() - own.keys():
         if hasattr(part, key):  # it would take the place of a method

@@ -162,7 +162,8 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file(dict(_contiguous(tensors)), path, metadata={"format": "pt"})
     except SafetensorError as error:
-        if "I/O" in str(error) or "os error" in str(error):
+        # "IoError" is what safetensors wrote before 0.5.
+        if any(words in str(error) for words in ("I/O", "os error", "IoError")):
             raise OSError(str(error)) from error
         raise CheckpointError(f"{path.name} cannot be written: {error}") from error
     except (KeyError, TypeError, ValueError) as error:  # RuntimeError may be a worker's death

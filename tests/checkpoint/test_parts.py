@@ -5,6 +5,7 @@ bitsandbytes writes to the terminal where it is installed, so that only `nox -s 
 
 import pytest
 import torch
+import transformers
 from helpers import bert_config, rows, tiny_bert, tiny_tokenizer, whole_and_resumed
 from peft import LoraConfig, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
@@ -56,7 +57,12 @@ def prompt(folder):
 def adapter_of_transformers(folder):
     model = tiny_bert()
     torch.manual_seed(3)
-    model.add_adapter(LoraConfig(**LORA | {"modules_to_save": ["classifier"]}))
+    try:
+        model.add_adapter(LoraConfig(**LORA | {"modules_to_save": ["classifier"]}))
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} needs another peft: {error}")
     return model
 
 

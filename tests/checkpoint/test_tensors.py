@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 from helpers import bert_config
 from safetensors.torch import load_file
@@ -26,6 +28,14 @@ FLOAT8 = [
     for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
     if hasattr(torch, name)
 ]
+
+
+def require_format_of(dtype):
+    """Skip a test where the installed version of safetensors has no name for a dtype."""
+    try:
+        safetensors.torch.save({"w": torch.zeros(1).to(dtype)})
+    except KeyError:
+        pytest.skip(f"safetensors {safetensors.__version__} does not save {dtype}")
 
 
 def save(values, folder, stem="x"):
@@ -61,6 +71,7 @@ def bits(tensor):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint16, torch.complex64, *FLOAT8], ids=str)
 def test_every_bit_of_unusual_types_comes_back(dtype, tmp_path):
+    require_format_of(dtype)
     value = torch.arange(256, dtype=torch.uint8).view(dtype)
     (loaded,) = load_tensors(tmp_path, "x", save({"w": value}, tmp_path)).values()
     assert loaded.dtype == dtype
@@ -92,6 +103,7 @@ def test_every_bit_of_unusual_types_comes_back(dtype, tmp_path):
     ],
 )
 def test_the_values_are_saved_however_they_lie_in_memory(value, tmp_path):
+    require_format_of(value.dtype)
     (loaded,) = load_tensors(tmp_path, "x", save({"w": value}, tmp_path)).values()
     assert loaded.shape == value.shape
     assert loaded.is_contiguous()

@@ -27,6 +27,8 @@ from manualloop.data.collate import explain_rows
 from manualloop.data.sampler import order
 
 
+# datasets before 4 leaves the file to be closed by the garbage collection.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_rows_of_a_csv_file_with_a_gap_are_named(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\ngood,1\nbad,\nfine,1\n")
