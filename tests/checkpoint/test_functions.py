@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache, partial
+from itertools import count
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -474,6 +475,7 @@ def test_what_a_partial_is_given_counts(kind: Any) -> None:
         (reading, int(time.time()), int(time.time()) - 1),
         (reading, time.time_ns(), time.time_ns()),
     ],
+    ids=count(),  # not the values: the processes that collect the tests must agree on their names
 )
 def test_what_it_does_not_read_or_what_is_another_each_time_does_not_count(
     function: Any, one: Any, other: Any
