@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from manualloop.checkpoint.files import MAX_JSON_BYTES, read_regular
+from manualloop.checkpoint.nested import UNREADABLE, parse_json
 from manualloop.checkpoint.parts import base_weights
+from manualloop.errors import CheckpointError
 from manualloop.notices import say
 from manualloop.objects import walk
-from manualloop.tasks.names import Names, names_in_config, put_names
+from manualloop.tasks.names import Names, names_by_number, names_in_config, put_names
 
 _KINDS = {
     "PreTrainedTokenizerBase",
@@ -67,6 +70,30 @@ def save_pretrained(
             name = type(tokenizer).__name__
             say(f"the {name} is not in the checkpoint: its save_pretrained raised {error!r:.100}.")
     yield from sorted(path for path in folder.iterdir() if path not in before and path.is_file())
+
+
+def saved_names(model: nn.Module, folder: Path, files: Container[str]) -> Names | None:
+    """Return the names of the classes that a checkpoint was trained on; None if it has none.
+
+    Args:
+        model: The model that gets its weights.
+        folder: The folder of the checkpoint.
+        files: Names of the files that belong to it.
+
+    Raises:
+        CheckpointError: They cannot be read.
+    """
+    for name in ("class_names.json", "config.json"):
+        if name not in files:
+            continue
+        try:
+            saved: Any = parse_json(read_regular(folder / name, MAX_JSON_BYTES)[0])
+        except (*UNREADABLE, OSError) as error:
+            raise CheckpointError(f"{name} cannot be read: {error!r:.200}.") from error
+        if name == "class_names.json":
+            return tuple(map(str, saved))
+        return names_by_number(saved.get("id2label"), model)
+    return None
 
 
 def _is_adapted(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from manualloop.checkpoint.parts import (
     read_shards,
     saved_part,
 )
-from manualloop.checkpoint.pretrained import save_pretrained
+from manualloop.checkpoint.pretrained import save_pretrained, saved_names
 from manualloop.checkpoint.schema import (
     anything,
     by_name,
@@ -60,6 +60,7 @@ from manualloop.randomness import (
 from manualloop.schedules import follow_functions
 from manualloop.state import Progress, TrainState, differences
 from manualloop.strategy.base import Strategy
+from manualloop.tasks.names import load_names
 
 _STATE = "state.json"
 _STEMS = ("model", "optimizer", "extras", "rng")
@@ -404,6 +405,7 @@ def load_weights(folder: Path, files: Mapping[str, Any], model: nn.Module) -> No
 
     Raises:
         CheckpointError: They do not fit. Nothing was loaded.
+        DataError: They were trained on the model's classes in another order.
     """
     part = saved_part(model)
     try:
@@ -427,6 +429,8 @@ def load_weights(folder: Path, files: Mapping[str, Any], model: nn.Module) -> No
             "its weights do not fit this model, and nothing was loaded:\n- "
             + "\n- ".join(differences[:_NUM_NAMED])
         )
+    if (names := saved_names(model, folder, files)) is not None:
+        load_names(model, names, str(folder))
     load_together({"model": part}, {"model": values}, CheckpointError)
 
 

@@ -421,7 +421,7 @@ def _name_labels(split: Split, found: Survey, hidden: str | None, keep: tuple[st
     if column != "labels":
         split = split.rename(column, "labels")
     if found.labels.are_listed:
-        if column in keep:
+        if column in keep and RAW not in kinds:
             split = split.map(Copy("labels", column))
         split = split.map(AsZerosAndOnes(found.labels.num_classes or 0))
     return split

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -173,6 +174,8 @@ class TransformedRows:
         generator.manual_seed(seed)
         if self._draws_from:
             seed_global(self._draws_from, seed)
+        if self.kept and kept is row:  # the transform may change lists of the row
+            kept = {name: deepcopy(row[name]) for name in map(self._held, self.kept)}
         made = self.apply(row, number, generator)
         goes_on = {name: cell for name, cell in made.items() if self._reaches(name, cell)}
         if "labels" in goes_on and not self._takes.takes_text:
@@ -213,6 +216,14 @@ class TransformedRows:
         kind = "list" if isinstance(cell, Tensor) else kind_of_value(cell)
         return name not in self.kept and self._takes(known, kind)
 
+    def _other_numbers(self, row: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
+        """Tell which class gets another number from the transform than its name has."""
+        if RAW not in self._aliases:
+            return []
+        number, own = _plain(row.get("labels")), _plain(made.get("labels"))
+        is_other = isinstance(number, int) and isinstance(own, int) and own != number
+        return [f"{own} for {row[RAW]!r}, which is {number}"] if is_other else []
+
     def try_out(self) -> tuple[list[str], list[str]]:
         """Transform the first rows, and report numbers that are not drawn from the generator.
 
@@ -222,7 +233,7 @@ class TransformedRows:
         numbers = range(min(len(self), _NUM_TRIED))
         seeds = seeds_of_rows(self._seed, 0, numbers, "transform")
         reaches: dict[str, bool] = {}
-        is_same, generator, moved = True, torch.Generator(), set[str]()
+        is_same, generator, moved, others = True, torch.Generator(), set[str](), list[str]()
         with global_states_kept(_GLOBAL):
             for number, seed in zip(numbers, seeds, strict=True):
                 results = []
@@ -234,6 +245,7 @@ class TransformedRows:
                     moved |= set(moved_since(before))
                     results.append(made)
                 is_same &= are_alike(*results)
+                others += self._other_numbers(row, made)
                 reaches |= {name: self._reaches(name, cell) for name, cell in made.items()}
         self._draws_from = tuple(name for name in _GLOBAL if name in moved)
         if not is_same:
@@ -247,6 +259,12 @@ class TransformedRows:
                 f"the transform of {self.split} draws from "
                 f"{' and '.join(map(_named, self._draws_from))}, which is seeded for each row, by "
                 f"its number and the epoch. That takes time. {_FIX}"
+            )
+        if others:
+            say(
+                f"the transform of {self.split} returns other numbers for classes than those that "
+                f"their names have: {', '.join(dict.fromkeys(others))}. Predictions would get "
+                'wrong names. Let it return row["labels"].'
             )
         passed = [name for name, reach in reaches.items() if reach]
         left = [name for name in reaches if name not in passed and name not in self.kept]
@@ -335,6 +353,12 @@ _FIX = "Draw from the second argument: torch.rand(2, generator=generator)."
 _GLOBAL = ("python", "numpy", "torch")
 
 
+def _plain(cell: Any) -> Any:
+    """Return a number of an array or tensor as one of Python; anything else as it is."""
+    is_number = isinstance(cell, Tensor | np.ndarray | np.generic) and cell.ndim == 0
+    return cell.item() if is_number else cell
+
+
 def _named(name: str) -> str:
     return f"the global generator of {'Python' if name == 'python' else name}"
 
@@ -346,13 +370,18 @@ def moved_since(before: Mapping[str, Any]) -> list[str]:
 
 
 def seed_global(names: Sequence[str], seed: int) -> None:
-    """Seed some of the global generators."""
+    """Seed some of the global generators, so that none repeats the numbers of another.
+
+    Each has a seed of its own: those of torch and NumPy are Mersenne Twisters as that which the
+    transform gets, and would repeat it.
+    """
+    of_python, of_numpy, of_torch = (mix(seed + number) for number in (1, 2, 3))
     if "torch" in names:
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds devices, too
+        torch.default_generator.manual_seed(of_torch)  # torch.manual_seed seeds devices, too
     if "python" in names:
-        random.seed(seed)
+        random.seed(of_python)
     if "numpy" in names:
-        np.random.seed(seed & 0xFFFFFFFF)
+        np.random.seed(of_numpy & 0xFFFFFFFF)
 
 
 @contextmanager

@@ -71,6 +71,37 @@ def learn_names(model: nn.Module, loader: Any) -> Names | None:
     return class_names(model, loader)
 
 
+def load_names(model: nn.Module, names: Names, place: str) -> None:
+    """Note that a model gets weights that were trained on classes of some names.
+
+    Args:
+        model: The model.
+        names: The names that the weights were trained on.
+        place: Where the weights come from.
+
+    Raises:
+        DataError: The model has one of these classes under another number.
+    """
+    own = names_of(model)
+    if own is None:
+        _known[unwrap_model(model)] = _Known(names, None)
+    elif any(name in own and own.index(name) != number for number, name in enumerate(names)):
+        id2label = dict(enumerate(names))
+        label2id = {name: number for number, name in id2label.items()}
+        raise DataError(
+            f"The weights in {place} were trained on the classes {show_names(names)}, but "
+            f"{model_name(model)} has {show_names(own)}. Nothing was loaded. Build the model anew, "
+            "and load the checkpoint before prepare_dataloaders(..., model=model), which then "
+            "numbers labels as it does; or build the model with these classes: "
+            f"id2label={id2label}, label2id={label2id}."
+        )
+    elif not are_numbered_alike(names, own):
+        say(
+            f"the weights in {place} were trained on the classes {show_names(names)}, and "
+            f"{model_name(model)} has {show_names(own)}: train it before its predictions count."
+        )
+
+
 def place_of_names(model: nn.Module) -> str:
     """Return where the names of a model's classes come from, in words."""
     return "from other data" if names_in_config(model) is None else "config.id2label"
@@ -92,7 +123,16 @@ def names_of(model: nn.Module | None) -> Names | None:
 
 def names_in_config(model: nn.Module) -> Names | None:
     """Return the names in a model's config; None if it has only LABEL_0, LABEL_1 and so on."""
-    id2label = getattr(config_of(model), "id2label", None)
+    return names_by_number(getattr(config_of(model), "id2label", None), model)
+
+
+def names_by_number(id2label: Any, model: nn.Module) -> Names | None:
+    """Return the names in an ``id2label``; None if it tells no more than the numbers do.
+
+    Args:
+        id2label: Names by number, as in a config.
+        model: The model.
+    """
     if not isinstance(id2label, Mapping) or not _has_classes(model):
         return None
     if not all(str(number).isdigit() for number in id2label):

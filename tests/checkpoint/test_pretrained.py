@@ -12,7 +12,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, pipeline
 
-from manualloop import prepare_dataloaders, train_loop
+from manualloop import (
+    DataError,
+    evaluate_loop,
+    load_checkpoint,
+    predict_loop,
+    prepare_dataloaders,
+    train_loop,
+)
 from manualloop.checkpoint.pretrained import find_tokenizer
 
 
@@ -164,3 +171,43 @@ def test_the_names_of_a_model_without_a_config_are_a_file(tmp_path):
     folder = tmp_path / "plain"
     plain = train_loop(Net(), [batch], max_steps=1, checkpoint_dir=folder, progress_bar=False)
     assert not (plain.last_checkpoint / "class_names.json").exists()
+
+
+def named(names):
+    return rows(8).cast_column("label", ClassLabel(names=names))
+
+
+def test_weights_are_not_loaded_under_names_in_another_order(tmp_path, caplog):
+    model = tiny_bert()
+    tokenizer = tiny_tokenizer()
+    loader = prepare_dataloaders(named(["pos", "neg"]), tokenizer, model=model)["train"]
+    train_loop(model, loader, max_steps=1, checkpoint_dir=tmp_path, progress_bar=False)
+    own_split = {"dev": named(["pos", "neg"])}
+    expected = predict_loop(model, prepare_dataloaders(own_split, tokenizer, model=model)["dev"])
+
+    other = {"dev": named(["neg", "pos"])}
+    again = tiny_bert()
+    before = again.classifier.weight.clone()
+    prepare_dataloaders(other, tokenizer, model=again)
+    with pytest.raises(DataError, match="trained on the classes 0 = pos, 1 = neg, but BertFor"):
+        load_checkpoint(tmp_path, again)
+    assert torch.equal(again.classifier.weight, before)
+
+    again = tiny_bert()  # the way that the message names
+    load_checkpoint(tmp_path, again)
+    loader = prepare_dataloaders(other, tokenizer, model=again)["dev"]
+    table = predict_loop(again, loader)
+    assert table.names == ("pos", "neg")
+    assert table.labels == expected.labels
+    assert evaluate_loop(again, loader, "accuracy")["accuracy"] == (
+        (1 - expected.references == expected.predictions).mean()
+    )
+
+    caplog.clear()
+    again = tiny_bert()
+    prepare_dataloaders({"dev": named(["no", "yes"])}, tokenizer, model=again)
+    load_checkpoint(tmp_path, again)
+    assert "train it before its predictions count" in caplog.text
+    again = tiny_bert()
+    prepare_dataloaders(own_split, tokenizer, model=again)
+    load_checkpoint(tmp_path, again)

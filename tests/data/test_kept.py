@@ -102,6 +102,21 @@ def test_labels_that_are_numbered_are_kept_as_strings():
     assert len(batch) == 5
 
 
+def test_lists_of_names_are_kept_as_they_are():
+    ready = rows(4).remove_columns("label")
+    names = [["b"], ["c", "a"], [], ["c"]]
+    model = tiny_bert(num_labels=3)
+    loader = prepare_dataloaders(
+        {"train": ready.add_column("label", names), "dev": ready.add_column("label", names)},
+        tiny_tokenizer(),
+        model=model,
+        keep="label",
+    )["dev"]
+    batch = next(iter(loader))
+    assert batch["label"] == names
+    assert batch["labels"].tolist() == [[0, 1, 0], [1, 0, 1], [0, 0, 0], [0, 0, 1]]
+
+
 def test_hidden_labels_are_kept():
     dataset = {"train": rows(4), "test": table(4, label=[-1] * 4)}
     loaders = prepare_dataloaders(dataset, tiny_tokenizer(), keep="label")

@@ -370,6 +370,44 @@ def test_global_generators_are_seeded_by_row_and_left_alone(name, caplog):
     assert line.endswith("Draw from the second argument: torch.rand(2, generator=generator).")
 
 
+def test_generators_that_are_used_together_do_not_repeat_each_other():
+    def noisy(row, generator):
+        drawn = [torch.rand((), generator=generator), *(draw() for draw in GLOBAL.values())]
+        return {"x": torch.tensor([float(number) for number in drawn])}
+
+    table = Dataset.from_dict({"x": [1.0] * 200})
+    loader = prepare_dataloaders({"dev": table}, transform=noisy, batch_size=200)["dev"]
+    drawn = next(iter(loader))["x"].T
+    off_diagonal = torch.corrcoef(drawn) - torch.eye(4)
+    assert off_diagonal.abs().max() < 0.35  # 5 standard deviations
+
+
+def test_numbers_for_classes_that_their_names_do_not_have_are_told(caplog):
+    ready = rows(4).remove_columns("label").add_column("label", ["b", "a", "b", "a"])
+    numbers = {"b": 0, "a": 1}
+
+    def renumber(row, generator):
+        return {"input_ids": row["input_ids"], "labels": numbers[row["label"]]}
+
+    prepare_dataloaders(ready, tiny_tokenizer(), transform=renumber)
+    (line,) = [line for line in messages(caplog) if "other numbers" in line]
+    assert "0 for 'b', which is 1, 1 for 'a', which is 0" in line
+    caplog.clear()
+    numbers = {"b": 1, "a": 0}
+    prepare_dataloaders(ready, tiny_tokenizer(), transform=renumber)
+    assert not [line for line in messages(caplog) if "other numbers" in line]
+
+
+def test_a_transform_that_changes_its_row_changes_no_kept_column():
+    def shift(row, generator):
+        row["box"].append(9)
+        return {"x": row["x"], "labels": row["label"]}
+
+    table = Dataset.from_dict({"x": [1.0, 2.0], "box": [[1], [2]], "label": [0, 1]})
+    loader = prepare_dataloaders({"dev": table}, transform=shift, keep="box")["dev"]
+    assert next(iter(loader))["box"] == [[1], [2]]
+
+
 def test_draws_that_nobody_can_seed_are_told(caplog):
     own = np.random.default_rng(0)
     table = Dataset.from_dict({"x": [1.0] * 40})
