@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -371,9 +372,9 @@ def _first_difference(
             return f"step {number} is missing, or has another number"
         for name, value in expected.items():
             if found[name] != value:
-                where = f"step {number}: {name} {value} -> {found[name]}"
                 again = ", before the interruption: the run differs every time. Set its seeds first"
-                return where + (again if part is before else "")
+                text = f"step {number}: {name} {value} -> {found[name]}"
+                return text + (again if part is before else "")
     if extra := set(after["steps"]) - {n for n in whole["steps"] if int(n) > at}:
         return f"step {min(extra, key=int)} was made twice"
     for number, (expected, found) in enumerate(zip_longest(whole["rest"], after["rest"]), start=1):
@@ -387,22 +388,26 @@ def _first_difference(
 
 def _trace(train_fn: Callable[..., Any], directory: Path, at: int | None) -> dict[str, Any]:
     """Train in a fresh process; return the trace that it wrote."""
-    main = sys.modules["__main__"]
-    is_notebook = train_fn.__module__ == "__main__" and not hasattr(main, "__file__")
+    has_file = hasattr(sys.modules["__main__"], "__file__")
+    is_notebook = train_fn.__module__ == "__main__" and not has_file
     context: Any = multiprocessing.get_context("fork" if is_notebook else "spawn")
     path = directory.with_name(f"{directory.name}-{at}.json")
-    process = context.Process(target=_write_trace, args=(train_fn, directory, at, path))
+    function: Any = train_fn if is_notebook else path.with_suffix(".pickle")
+    if not is_notebook:  # in a file: a pipe waits for ever if the process ends while it imports
+        function.write_bytes(pickle.dumps(train_fn))
+    process = context.Process(target=_write_trace, args=(function, directory, at, path))
     process.start()
     process.join()
     trace: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
     if "steps" not in trace:
-        raise RuntimeError(
-            f"The process that trained ended with {process.exitcode}:\n{trace.get('error', '')}"
-        )
+        guard = 'It wrote nothing. A script calls verify_resume under if __name__ == "__main__":'
+        error = f"The process that trained ended with {process.exitcode}:\n"
+        raise RuntimeError(error + trace.get("error", guard))
     return trace
 
 
-def _write_trace(train_fn: Callable[..., Any], directory: Path, at: int | None, path: Path) -> None:
+def _write_trace(function: Any, directory: Path, at: int | None, path: Path) -> None:
+    train_fn = pickle.loads(function.read_bytes()) if isinstance(function, Path) else function
     steps: dict[int, dict[str, Any]] = {}
     batches: list[str] = []
     given: Iterator[Any] = iter(())

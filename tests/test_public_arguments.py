@@ -64,6 +64,10 @@ MEANT = {
     "checkpoint_every": COUNT,
     "collate_fn": FUNCTION,
     "compile": FLAG,
+    "compare_predictions.a": NOTHING,
+    "compare_predictions.b": NOTHING,
+    "compare_predictions.metric": FUNCTION,
+    "confidence": {"0.5"},
     "config": {"text"},
     "decode": FUNCTION,
     "drop_last": FLAG,
@@ -126,6 +130,10 @@ def batch():
     return {"x": torch.ones(2, 1), "labels": torch.zeros(2, 1)}
 
 
+def predictions():
+    return manualloop.predict_loop(Scores(), [{"x": torch.eye(3), "labels": torch.arange(3)}])
+
+
 def model_and_optimizer():
     model = nn.Linear(1, 1)
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
@@ -142,6 +150,7 @@ def calls(folder):
         "accumulate_gradients": {"model": model, "batches": [batch()], **own},
         "apply_update": {"state": state, "batches": [batch()], **own},
         "check_accumulation": {"model": model, "batch": batch(), **own},
+        "compare_predictions": {"a": predictions(), "b": predictions(), "metric": "accuracy"},
         "compare_runs": {"a": folder / "a", "b": folder / "b"},
         "count_items": {"model": model, "batch": batch()},
         "evaluate_loop": {"model": model, "eval_dataloader": [batch()], **own},

@@ -3,6 +3,8 @@
 import itertools
 import multiprocessing
 import random
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -275,3 +277,19 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty holds no run"):
         compare_runs(tmp_path / "a", tmp_path / "empty")
+
+
+SCRIPT = """
+from functools import partial
+from manualloop import verify_resume
+
+print(verify_resume(partial(dict, rows=bytes(1_000_000)), at=1))
+"""
+
+
+def test_a_script_without_a_guard_in_new_interpreters_ends_with_the_advice(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith('verify_resume under if __name__ == "__main__":')

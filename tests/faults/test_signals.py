@@ -162,8 +162,10 @@ def check(script, undisturbed, place, number, workers=0):
     """The script is stopped: nothing behind train_loop runs. The same command completes it."""
     assert script.run(place, number, workers) is None
     errors, status = script.process.errors, 128 + getattr(signal, number)
-    if number == "SIGINT":  # Python ends itself by the signal, as after every Ctrl-C
-        assert script.process.returncode == -signal.SIGINT, errors
+    if number == "SIGINT":
+        # Python ends itself by the signal, as after every Ctrl-C, unless a library runs code behind
+        # it: torch prints its compile times at the end of a process if tabulate is installed.
+        assert script.process.returncode in (-signal.SIGINT, 1), errors
         assert errors.rstrip().splitlines()[-1].startswith("KeyboardInterrupt: ended after step 4")
     else:
         assert script.process.returncode == status, errors
