@@ -121,8 +121,9 @@ def prepare_dataloaders(
         pad_to_multiple_of: Number of which each padded length is a multiple.
         drop_last: Whether to drop a shorter last batch of the shuffled splits.
         collate_fn: Function that replaces padding, or a dict of functions by split. It gets rows
-            with all columns, except for texts that were tokenized. Collators of transformers that
-            mask tokens mask each row of the splits that are not shuffled in the same way each time.
+            with all columns, without texts that were tokenized and columns that are kept. Collators
+            of transformers that mask tokens mask each row of the splits that are not shuffled in
+            the same way each time.
         preprocess: Function that replaces tokenization, or a dict of functions by split. It gets a
             batch of rows as they are in the dataset, as from ``dataset.map`` with ``batched=True``,
             and may return ``labels``.
