@@ -7,7 +7,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import traceback
@@ -388,26 +387,27 @@ def _first_difference(
 
 def _trace(train_fn: Callable[..., Any], directory: Path, at: int | None) -> dict[str, Any]:
     """Train in a fresh process; return the trace that it wrote."""
-    has_file = hasattr(sys.modules["__main__"], "__file__")
-    is_notebook = train_fn.__module__ == "__main__" and not has_file
+    main = sys.modules["__main__"]
+    is_notebook = train_fn.__module__ == "__main__" and not hasattr(main, "__file__")
     context: Any = multiprocessing.get_context("fork" if is_notebook else "spawn")
-    path = directory.with_name(f"{directory.name}-{at}.json")
-    function: Any = train_fn if is_notebook else path.with_suffix(".pickle")
-    if not is_notebook:  # in a file: a pipe waits for ever if the process ends while it imports
-        function.write_bytes(pickle.dumps(train_fn))
-    process = context.Process(target=_write_trace, args=(function, directory, at, path))
-    process.start()
+    path = Path(f"{directory}-{at}.json")
+    ours, theirs = context.Pipe()  # as an argument it would wait for a process that has ended
+    given = train_fn if is_notebook else theirs
+    (process := context.Process(target=_write_trace, args=(given, directory, at, path))).start()
+    theirs.close()
+    with suppress(BrokenPipeError, ConnectionResetError):
+        ours.send(None if is_notebook else train_fn)
     process.join()
     trace: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
     if "steps" not in trace:
-        guard = 'It wrote nothing. A script calls verify_resume under if __name__ == "__main__":'
-        error = f"The process that trained ended with {process.exitcode}:\n"
-        raise RuntimeError(error + trace.get("error", guard))
+        guard = 'A script must call verify_resume under if __name__ == "__main__":'
+        error = trace.get("error", guard)
+        raise RuntimeError(f"The process that trained ended with {process.exitcode}:\n{error}")
     return trace
 
 
 def _write_trace(function: Any, directory: Path, at: int | None, path: Path) -> None:
-    train_fn = pickle.loads(function.read_bytes()) if isinstance(function, Path) else function
+    train_fn = function.recv() if hasattr(function, "recv") else function
     steps: dict[int, dict[str, Any]] = {}
     batches: list[str] = []
     given: Iterator[Any] = iter(())
