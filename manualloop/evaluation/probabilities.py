@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,8 @@ def roc_auc(
     axis = 0 if is_binary else {"samples": 1, "micro": None}.get(str(average), 0)
     has_both = np.atleast_1d(np.any(labels, axis) & ~np.all(labels, axis))
     if average is None:
-        return _by_class("roc_auc", metrics.roc_auc_score, found, labels, has_both, names)
+        area = partial(metrics.roc_auc_score, max_fpr=max_fpr)
+        return _by_class("roc_auc", area, found, labels, has_both, names)
     options: dict[str, Any] = {"average": average, "max_fpr": max_fpr}
     if is_binary:
         found, right = found[:, 1], labels[:, 1]

@@ -118,3 +118,16 @@ def test_options() -> None:
     scores, right = rows(1, 3, 20)
     with warnings.catch_warnings(), pytest.raises(MetricError, match="roc_auc cannot score"):
         load_metric("roc_auc", max_fpr=0.5).compute(predictions=scores, references=right)
+
+
+def test_the_area_of_each_class_heeds_the_largest_rate_of_false_positives() -> None:
+    generator = np.random.default_rng(0)
+    scores = generator.dirichlet(np.ones(2), 50)
+    references = generator.integers(0, 2, 50)
+    found = load_metric("roc_auc", average=None, max_fpr=0.3).compute(
+        predictions=scores, references=references
+    )
+    for label in range(2):
+        expected = sk.roc_auc_score(references == label, scores[:, label], max_fpr=0.3)
+        assert found[f"roc_auc_{label}"] == expected
+        assert expected != sk.roc_auc_score(references == label, scores[:, label])
