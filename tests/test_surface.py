@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import manualloop
+import manualloop.tasks
 
 PACKAGE = Path(manualloop.__file__).parent
 MODULES = {
@@ -161,6 +162,10 @@ SIGNATURES = {
 }
 
 
+# Of manualloop.tasks.
+TASK_SIGNATURES: dict[str, str] = {}
+
+
 def imports_of(path):
     """Yield the modules that a file imports at run time, wherever in it that stands."""
     tree = ast.parse(path.read_text())
@@ -206,8 +211,8 @@ def test_no_package_has_a_circle_of_imports():
 
 
 def test_packages_have_empty_init_files():
-    found = [path for path in PACKAGE.rglob("*/__init__.py") if path.read_text()]
-    assert found == []
+    found = {path.parent.name for path in PACKAGE.rglob("*/__init__.py") if path.read_text()}
+    assert found == {"tasks"}  # whose names are public
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -225,27 +230,43 @@ def test_public_names_are_frozen_sorted_and_documented():
         manualloop.no_such_name  # noqa: B018
 
 
-def test_type_checkers_see_the_public_names():
-    source = ast.parse((PACKAGE / "__init__.py").read_text())
+@pytest.mark.parametrize("package", [manualloop, manualloop.tasks], ids=lambda it: it.__name__)
+def test_type_checkers_see_the_public_names(package):
+    source = ast.parse(Path(package.__file__).read_text())
     typed = {
         alias.asname: (node.module, alias.name)
         for block in source.body
         if isinstance(block, ast.If)
         for node in block.body
+        if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert sorted(typed) == PUBLIC_NAMES
+    assert sorted(typed) == package.__all__
     for name, (module, original) in typed.items():
         assert name == original
-        assert module.removeprefix("manualloop.") == manualloop._HOME[name]
+        assert module.removeprefix(f"{package.__name__}.") == package._HOME[name]
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures_are_frozen(name):
-    signature = inspect.signature(getattr(manualloop, name))
+    assert signature_of(getattr(manualloop, name)) == f"({SIGNATURES[name]})"
+
+
+def signature_of(function):
+    signature = inspect.signature(function)
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
-    found = str(signature.replace(parameters=bare, return_annotation=signature.empty))
-    assert found == f"({SIGNATURES[name]})"
+    return str(signature.replace(parameters=bare, return_annotation=signature.empty))
+
+
+def test_functions_of_tasks_are_frozen_sorted_and_documented():
+    names = manualloop.tasks.__all__
+    assert names == sorted(names) == sorted(TASK_SIGNATURES)
+    for name in names:
+        function = getattr(manualloop.tasks, name)
+        assert signature_of(function) == f"({TASK_SIGNATURES[name]})", name
+        for argument in inspect.signature(function).parameters:
+            documented = re.search(rf"^ *\**{argument}: ", function.__doc__, re.MULTILINE)
+            assert documented, f"{name}: {argument}"
 
 
 def test_every_public_function_is_frozen():

@@ -1,0 +1,32 @@
+"""What people train, as functions: from rows to batches, from outputs to predictions, losses.
+
+Each of these functions returns plain data, or a function that ``prepare_dataloaders`` takes as
+``preprocess`` or ``transform``, ``evaluate_loop`` as ``decode`` or metric, or ``train_loop`` as
+``loss_fn`` or ``terms``. Nothing is registered: a function of the same shape takes the place of
+each of them.
+
+Names are loaded when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME: dict[str, str] = {}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
+
+
+if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
+    pass
