@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,10 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("manualloop")
+
+# A shell starts jobs in the background with SIGINT ignored, and Python leaves that as it is.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "KINETO_", "TORCHINDUCTOR_", "TRITON_")
 
