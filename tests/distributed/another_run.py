@@ -1,9 +1,4 @@
-"""A finished run of two ranks, met by the same one and by others.
-
-another_run.py FOLDER
-"""
-
-import sys
+"""A finished run of two ranks, met by the same one and by others."""
 
 import torch
 
@@ -35,8 +30,8 @@ def train(folder, strategy=None, *, lr=0.01, seed=0, num_batches=8, **options):
     return made
 
 
-def main():
-    folder, strategy = sys.argv[1], prepare_strategy()
+def main(folder):
+    strategy = prepare_strategy()
 
     def on_all(**options):
         found = strategy.gather(train(folder, strategy, **options))
@@ -51,7 +46,3 @@ def main():
     assert "- gradient_accumulation_steps: 1 -> 2" in on_all(gradient_accumulation_steps=2)
     assert "- num_batches: 8 -> 6" in on_all(num_batches=6)
     assert on_all() == []
-
-
-if __name__ == "__main__":
-    main()

@@ -123,16 +123,13 @@ def train(name, strategy, window):
     return found, scored, state.weighs_equally, [p.detach() for p in model.parameters()]
 
 
-def main():
-    torch.set_default_dtype(torch.float64)
+def main(folder):
     strategy = prepare_strategy()
+    torch.set_default_dtype(torch.float64)
     for name in CASES:
         for window in (1, 2):
             ours = train(name, strategy, window)
             alone = train(name, SingleDevice(), 2 * window)
             torch.testing.assert_close(ours, alone, rtol=1e-10, atol=1e-12)
             assert ours[2] is (name == "clear on one rank only")
-
-
-if __name__ == "__main__":
-    main()
+    torch.set_default_dtype(torch.float32)

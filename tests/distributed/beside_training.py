@@ -1,9 +1,7 @@
 """Evaluate beside training: the trial, the scored weights, what evaluate may return."""
 
 import gc
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -84,8 +82,8 @@ def expect(kind, text, call):
     assert text in str(raised.value), raised.value
 
 
-if __name__ == "__main__":
-    folder, strategy = Path(sys.argv[1]), prepare_strategy("auto")
+def main(folder):
+    strategy = prepare_strategy("auto")
     assert strategy.world_size == 2
     model = Line()
     first = evaluate_loop(model, BATCHES, progress_bar=False)

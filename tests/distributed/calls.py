@@ -1,11 +1,6 @@
-"""Run on each of two ranks: functions that take all ranks, called on one of them alone.
+"""Functions that take all ranks, called on one of them alone."""
 
-calls.py FOLDER
-"""
-
-import sys
 import time
-from pathlib import Path
 
 import torch
 from limits import fail_soon
@@ -53,8 +48,8 @@ def error_of(call):
     return "no error"
 
 
-def main():
-    folder = Path(sys.argv[1])
+def main(folder):
+    """Leave the ranks without a connection: nothing that takes both can follow."""
     strategy = prepare_strategy()
     trained = new_state()
     for _ in train_steps(trained, BATCHES, max_steps=1, strategy=strategy):
@@ -149,8 +144,3 @@ def wait_in_vain(strategy, evaluate, told):
         text = error_of(evaluate)
     assert "evaluate_loop must be called on every rank. Rank 0 has waited in it" in text, text
     assert "rank 1 is not in a function that takes all ranks" in text, text
-    print("told", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Run on each of two ranks: the rows that each kind of loader gives to each, also after a resume.
+"""The rows that each kind of loader gives to each of two ranks, also after a resume.
 
 distributed_loaders.py FOLDER CUTS
 """
@@ -134,6 +134,9 @@ def order_of(loader):
     return [batch["id"].tolist() for batch in loader]
 
 
+CUTS = [1, 4]  # after which updates a run is resumed; there are three an epoch
+
+
 def check(name, folder, strategy):
     make = LOADERS[name]
     state = make_state_seeded(strategy)
@@ -158,7 +161,7 @@ def check(name, folder, strategy):
     expected_end = torch.cat([p.detach().flatten() for p in state.model.parameters()]).clone()
     drawn = torch.rand(())
 
-    for at in map(int, sys.argv[2].split(",")):
+    for at in CUTS:
         place = folder / f"{name}-{at}".replace(" ", "-")
         train(make_state_seeded(strategy), make(), strategy, max_steps=at, at=at, folder=place)
         torch.manual_seed(99)
@@ -415,13 +418,14 @@ SCENARIOS = {
 }
 
 
-def main():
+def main(folder):
     strategy = prepare_strategy()
     assert strategy.world_size == 2
     for name in SCENARIOS:
-        SCENARIOS[name](Path(sys.argv[1]), strategy)
+        SCENARIOS[name](folder, strategy)
         print(f"passed: {name}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    CUTS[:] = map(int, sys.argv[2].split(","))
+    main(Path(sys.argv[1]))

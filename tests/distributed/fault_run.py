@@ -1,8 +1,9 @@
 """The run of tests/faults on several ranks, one of which fails.
 
-    fault_run.py FOLDER FAULT RANK
+    fault_run.py RANK FAULT FOLDER ...
 
-Writes the outcome to FOLDER.RANK.json: what ended the run, its steps, one hash of its state.
+Several runs, each with a fault and a folder of its own, follow each other in the same processes.
+Each writes its outcome to FOLDER.RANK.json: what ended the run, its steps, one hash of its state.
 """
 
 import json
@@ -17,25 +18,37 @@ import torch
 from injections import KillAt
 from limits import FOREVER, wait_patiently, wait_until_stopped
 
-from manualloop import prepare_strategy
+from manualloop import NonFiniteError, prepare_strategy
 from manualloop.data.sampler import order
 
 BAD_ROW = order(bench.NUM_ROWS, 1, 0)[4 * 7]  # of batch 7, which is rank 1's
 
 
 def main():
-    folder, fault, victim = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    victim, *rest = sys.argv[1:]
     # After "stop" and "exit" no rank has news, so the other one ends because its waiting ends.
     limits = {"stop": {"_REPORT": 0.5, "_ANSWER": 2.0}, "exit": {"_REPORT": 5.0, "_ANSWER": 5.0}}
-    wait_patiently(**limits.get(fault, {}))
+    wait_patiently(**limits.get(rest[0], {}))
     strategy = prepare_strategy(timeout=FOREVER)
+    for fault, folder in zip(rest[::2], rest[1::2], strict=True):
+        run(folder, fault, strategy, int(victim))
+        print(f"ran: {fault}", flush=True)
+
+
+def run(folder, fault, strategy, victim):
     is_victim = strategy.rank == victim
-    fail_in_forward(fault, is_victim, strategy.gather(os.getpid())[victim])
+    if fault in ("kill", "stop", "raise", "exit"):
+        fail_in_forward(fault, is_victim, strategy.gather(os.getpid())[victim])
     if fault == "killed after its save" and is_victim:
         KillAt("rename:after", 2)()
-    result = bench.train(
-        folder, f"{folder}.{strategy.rank}.jsonl", strategy=strategy, **options(fault, is_victim)
-    )
+    log, init = f"{folder}.{strategy.rank}.jsonl", bench.Rows.__init__
+    try:
+        result = bench.train(folder, log, strategy=strategy, **options(fault, is_victim))
+    except NonFiniteError as error:
+        print(f"NonFiniteError: {error}", flush=True)
+        return
+    finally:
+        bench.Rows.__init__ = init
     outcome = {
         "stopped_by": result.stopped_by,
         "num_steps": result.state.progress.num_steps,

@@ -48,7 +48,7 @@ def train(strategy, window, loss_fn):
 batches = [draw(number) for number in (4, 5, 6, 3, 7)]  # rank 1 of 2 has no third batch
 
 
-if __name__ == "__main__":
+def main(folder):
     strategy = prepare_strategy("auto")
     assert strategy.world_size == 2
     for loss_fn in (None, by_square):

@@ -1,11 +1,6 @@
-"""A run is continued by another number of ranks: it ends with its schedule, after its epochs.
-
-resized.py FOLDER FIRST_STOP: the first call on one rank, the second on two, a third on one.
-"""
+"""A run is continued by another number of ranks: it ends with its schedule, after its epochs."""
 
 import json
-import sys
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -13,8 +8,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from manualloop import prepare_strategy, train_loop
 
 
-def main():
-    folder, stop = Path(sys.argv[1]), int(sys.argv[2])
+def main(folder, stop):
+    """Train until a step, on as many ranks as there are; leave what was used in a file."""
     strategy = prepare_strategy()
     torch.manual_seed(strategy.rank)
     steps, rows = [], []
@@ -48,8 +43,4 @@ def main():
     outcome = {"steps": steps, "rows": [row for own in strategy.gather(rows) for row in own]}
     assert strategy.gather(steps) == [steps] * strategy.world_size
     if strategy.is_main:
-        folder.with_name(f"{folder.name}.json").write_text(json.dumps(outcome))
-
-
-if __name__ == "__main__":
-    main()
+        folder.with_name(f"{folder.name}-{stop}.json").write_text(json.dumps(outcome))

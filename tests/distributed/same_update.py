@@ -4,7 +4,6 @@ Two ranks with a batch size of 2 have the same global batches as one rank with 4
 """
 
 import math
-import sys
 
 import torch
 from helpers import VOCAB_SIZE, bert_config, tiny_bert
@@ -110,11 +109,8 @@ def train(head, dtype, accumulation, strategy):
     return trace, torch.cat([p.detach().flatten().clone() for p in model.parameters()])
 
 
-def main():
+def main(folder):
     strategy = prepare_strategy()
     results = [train(*case, strategy) for case in CASES]
-    torch.save(results, f"{sys.argv[1]}-{strategy.world_size}-{strategy.rank}.pt")
-
-
-if __name__ == "__main__":
-    main()
+    folder.mkdir(exist_ok=True)
+    torch.save(results, folder / f"{strategy.world_size}-{strategy.rank}.pt")

@@ -1,8 +1,6 @@
-"""Run on two ranks, or on one: a model spread by fully_shard changes the number of its ranks.
+"""A model spread by fully_shard changes the number of its ranks.
 
 sharded_by_one.py FOLDER UNTIL
-
-Trains from the newest checkpoint in FOLDER, if there is one, until a step, and saves.
 """
 
 import json
@@ -62,8 +60,8 @@ def scores_of(model):
     return scores, predict_loop(model, make_loader(shuffle=False)).predictions.tolist()
 
 
-def main():
-    folder, until = Path(sys.argv[1]), int(sys.argv[2])
+def main(folder, until):
+    """Train from the newest checkpoint in the folder, if there is one, until a step, and save."""
     strategy = prepare_strategy()
     state = new_state(spread=True)
     if any(folder.glob("step-*")):
@@ -78,4 +76,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), int(sys.argv[2]))

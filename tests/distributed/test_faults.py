@@ -3,8 +3,10 @@
 There is no launcher, so the surviving ranks must end by themselves.
 """
 
+import functools
 import json
 import os
+import re
 import signal
 from contextlib import suppress
 
@@ -19,141 +21,191 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    found = Outcome(tmp_path_factory.mktemp("undisturbed") / "run", "none", 1)
-    assert found.codes == [0, 0], "\n".join(found.outputs)
-    assert "".join(found.outputs).strip() == ""
-    return found
-
-
 class Outcome:
     """A run on two ranks with a fault on one, and how each ended.
 
-    No limit of time is set that could end a rank: one that ends knows of the other's fault.
+    Args:
+        folder: The folder of the run.
+        codes: The exit status of each rank.
+        outputs: What each rank has printed in the run.
     """
 
-    def __init__(self, folder, fault, victim):
-        self.folder = folder
-        for rank in range(2):
-            folder.with_name(f"run.{rank}.json").unlink(missing_ok=True)
-        children = ranks.start("fault_run.py", folder, fault, victim)
-        if fault == "stop":
-            with suppress(AssertionError):  # it hangs: `finish` shows where
-                wait_until(lambda: children[1 - victim].poll() is not None)
-            children[victim].send_signal(signal.SIGCONT)
-        self.outputs = ranks.finish(children)
-        self.codes = [child.returncode for child in children]
+    def __init__(self, folder, codes, outputs):
+        self.folder, self.codes, self.outputs = folder, codes, outputs
 
     def results(self):
         return [json.loads(self.folder.with_name(f"run.{r}.json").read_text()) for r in range(2)]
 
-
-def finish(folder, expected):
-    """Start the same command again; it must end like the run without a fault."""
-    again = Outcome(folder, "none", 1)
-    assert again.codes == [0, 0], "\n".join(again.outputs)
-    assert again.results() == expected.results()
-    assert bench.junk(folder) == []
+    def log(self, rank):
+        lines = self.folder.with_name(f"run.{rank}.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
 
 
-def test_f14_ranks_skip_an_update_together(tmp_path):
-    found = Outcome(tmp_path / "run", "nan", 1)
-    assert found.codes == [0, 0], "\n".join(found.outputs)
-    ours, others = found.results()
+def start(victim, *faults):
+    """Start one or several runs, each a fault and its folder, in the same two processes.
+
+    No limit of time is set that could end a rank: one that ends knows of the other's fault.
+    """
+    for _, folder in faults:
+        for rank in range(2):
+            folder.with_name(f"run.{rank}.json").unlink(missing_ok=True)
+    children = ranks.start("fault_run.py", victim, *(word for fault in faults for word in fault))
+    if faults[0][0] == "stop":
+        with suppress(AssertionError):  # it hangs: `finish` shows where
+            wait_until(lambda: children[1 - victim].poll() is not None)
+        children[victim].send_signal(signal.SIGCONT)
+    outputs = ranks.finish(children)
+    return [child.returncode for child in children], outputs
+
+
+@pytest.fixture(scope="module")
+def run_with(tmp_path_factory):
+    """A function that makes the run with a fault; that of each fault is made once."""
+
+    @functools.cache
+    def run_with(fault, victim=1):
+        folder = tmp_path_factory.mktemp("fault") / "run"
+        return Outcome(folder, *start(victim, (fault, folder)))
+
+    return run_with
+
+
+WHOLE = ("none", "nan", "nan raises", "clock", "max_time")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs after which their processes can make the next one."""
+    folders = {fault: tmp_path_factory.mktemp("whole") / "run" for fault in WHOLE}
+    codes, outputs = start(1, *folders.items())
+    assert codes == [0, 0], "\n".join(outputs)
+    parts = [re.split(r"^ran: .*\n", output, flags=re.MULTILINE) for output in outputs]
+    return {
+        fault: Outcome(folders[fault], codes, [part[number] for part in parts])
+        for number, fault in enumerate(WHOLE)
+    }
+
+
+def test_a_run_without_a_fault_prints_nothing(whole):
+    assert whole["none"].outputs == ["", ""]
+    ours, others = whole["none"].results()
+    assert (ours["stopped_by"], ours["num_steps"]) == ("num_epochs", bench.NUM_STEPS // 2)
+    assert ours["digest"] == others["digest"]
+
+
+def test_f14_ranks_skip_an_update_together(whole):
+    ours, others = whole["nan"].results()
     assert ours["digest"] == others["digest"]
     assert (ours["num_steps"], ours["num_skipped"]) == (4, 2)
     assert (others["num_steps"], others["num_skipped"]) == (4, 2)
-    assert "row id 45) on rank 1" in found.outputs[0]
+    assert "row id 45) on rank 1" in whole["nan"].outputs[0]
 
 
-def test_ranks_raise_together_and_name_the_row(tmp_path):
-    found = Outcome(tmp_path / "run", "nan raises", 1)
-    assert found.codes == [1, 1]
-    for output in found.outputs:
+def test_ranks_raise_together_and_name_the_row(whole):
+    for output in whole["nan raises"].outputs:
         assert "NonFiniteError: The loss is nan at step 2" in output
         assert "train batch 7 (row id 45) on rank 1" in output
-    assert bench.saved_steps(found.folder) == [1]
+    assert bench.saved_steps(whole["nan raises"].folder) == [1]
+
+
+def test_cadences_of_time_follow_one_clock(whole):
+    ours, others = whole["clock"].results()
+    assert [r["step"] for r in ours["history"]] == [r["step"] for r in others["history"]]
+    assert ours["digest"] == others["digest"]
+
+
+def check_stopped(found):
+    """The run was saved in time; return after which step."""
+    last = found.log(0)[-1]["step"]  # the victim's on_step has no log
+    assert max(bench.saved_steps(found.folder)) == last < bench.NUM_STEPS // 2
+    return last
+
+
+def test_one_rank_is_out_of_time_and_all_end(whole):
+    assert [one["stopped_by"] for one in whole["max_time"].results()] == ["max_time"] * 2
+    check_stopped(whole["max_time"])
 
 
 @pytest.mark.parametrize("victim", [1, 0])
-def test_f16_a_rank_is_killed(victim, tmp_path, undisturbed):
-    found = Outcome(tmp_path / "run", "kill", victim)
+def test_f16_a_rank_is_killed(victim, run_with):
+    found = run_with("kill", victim)
     survivor = 1 - victim
     assert found.codes[victim] == -signal.SIGKILL
     assert found.codes[survivor] not in (0, None)
     assert f"rank {victim} is gone" in found.outputs[survivor]
     assert bench.saved_steps(found.folder) == [1, 2]
-    finish(found.folder, undisturbed)
 
 
 @pytest.mark.parametrize("victim", [pytest.param(1, marks=pytest.mark.exhaustive), 0])
-def test_f17_a_rank_raises(victim, tmp_path, undisturbed):
-    found = Outcome(tmp_path / "run", "raise", victim)
+def test_f17_a_rank_raises(victim, run_with):
+    found = run_with("raise", victim)
     assert found.codes == [1, 1]
     for output in found.outputs:
         assert f"rank {victim} failed" in output
         assert output.strip().splitlines()[-1].startswith(("ValueError: bad rows", "[rank"))
         assert "bad rows [" in output.strip().splitlines()[-1]
-    finish(found.folder, undisturbed)
 
 
-def test_a_rank_leaves_early(tmp_path):
-    found = Outcome(tmp_path / "run", "exit", 1)
+def test_a_rank_leaves_early(run_with):
+    found = run_with("exit")
     assert found.codes == [1, 3]
     assert "rank 1 has ended before the others" in found.outputs[0]
 
 
-def test_f18_a_rank_is_stopped(tmp_path, undisturbed):
-    found = Outcome(tmp_path / "run", "stop", 1)
+def test_f18_a_rank_is_stopped(run_with):
+    found = run_with("stop")
     assert 0 not in found.codes
     assert "rank 1 does not answer" in found.outputs[0]
     assert "rank 0 failed (DistributedError: rank 1 does not answer" in found.outputs[1]
-    finish(found.folder, undisturbed)
 
 
-def test_f19_rank_0_is_killed_between_its_save_and_its_message(tmp_path, undisturbed):
-    found = Outcome(tmp_path / "run", "killed after its save", 0)
+def test_f19_rank_0_is_killed_between_its_save_and_its_message(run_with):
+    found = run_with("killed after its save", 0)
     assert found.codes[0] == -signal.SIGKILL
     assert found.codes[1] not in (0, None)
     assert "rank 0 is gone" in found.outputs[1]
     assert bench.saved_steps(found.folder) == [1, 2]
-    finish(found.folder, undisturbed)
 
 
-@pytest.mark.parametrize(
-    ("fault", "code"),
-    [
-        ("SIGTERM", 143),
-        pytest.param("SIGUSR1", 128 + signal.SIGUSR1, marks=pytest.mark.exhaustive),
-        ("max_time", 0),
-    ],
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.exhaustive)])
+def test_one_rank_is_asked_to_end_and_all_do(name, run_with):
+    found = run_with(name)
+    assert found.codes == [128 + getattr(signal, name)] * 2, "\n".join(found.outputs)
+    last = check_stopped(found)
+    assert not list(found.folder.parent.glob("run.*.json"))  # train_loop has raised on both
+    line = f"{name}: ended after step {last}. The same command resumes there"
+    assert line in found.outputs[0]
+
+
+SOME = (
+    ("kill", 1),
+    ("kill", 0),
+    ("raise", 0),
+    ("stop", 1),
+    ("killed after its save", 0),
+    ("SIGTERM", 1),
 )
-def test_one_rank_is_asked_to_end_and_all_do(fault, code, tmp_path, undisturbed):
-    found = Outcome(tmp_path / "run", fault, 1)
-    assert found.codes == [code, code], "\n".join(found.outputs)
-    last = log_of(found.folder, 0)[-1]["step"]  # the victim's on_step has no log
-    assert max(bench.saved_steps(found.folder)) == last < bench.NUM_STEPS // 2
-    if fault == "max_time":
-        assert [one["stopped_by"] for one in found.results()] == [fault, fault]
-    else:  # train_loop has raised on both
-        assert not list(tmp_path.glob("run.*.json"))
-        line = f"{fault}: ended after step {last}. The same command resumes there"
-        assert line in found.outputs[0]
-    finish(found.folder, undisturbed)
+OTHERS = (("raise", 1), ("SIGUSR1", 1))
 
 
-def log_of(folder, rank):
-    lines = folder.with_name(f"run.{rank}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+@pytest.mark.parametrize("faults", [SOME, pytest.param(OTHERS, marks=pytest.mark.exhaustive)])
+def test_started_again_a_run_ends_like_the_one_without_a_fault(faults, run_with, whole):
+    ended = {fault: run_with(*fault) for fault in faults}
+    ended["max_time"] = whole["max_time"]
+    codes, outputs = start(1, *(("none", found.folder) for found in ended.values()))
+    assert codes == [0, 0], "\n".join(outputs)
+    for fault, found in ended.items():
+        assert found.results() == whole["none"].results(), fault
+        assert bench.junk(found.folder) == []
 
 
 @pytest.mark.parametrize(
     ("fault", "what", "victim"),
     [
-        ("kill", "is gone", 0),
+        # Of rank 0 all others learn directly, as in the tests of two ranks; of rank 2 by rank 0.
+        pytest.param("kill", "is gone", 0, marks=pytest.mark.exhaustive),
         ("kill", "is gone", 2),
-        ("raise", "failed (ValueError: first line)", 0),
+        pytest.param("raise", "failed (ValueError: first line)", 0, marks=pytest.mark.exhaustive),
         ("raise", "failed (ValueError: first line)", 2),
         ("stop", "does not answer", 0),
         pytest.param("stop", "does not answer", 2, marks=pytest.mark.exhaustive),  # 20 s of waiting
@@ -170,11 +222,3 @@ def test_both_survivors_of_three_name_the_failed_rank(fault, what, victim):
     for rank, output in enumerate(outputs):
         if rank != victim:
             assert f"rank {victim} {what}" in output, "\n".join(outputs)
-
-
-def test_cadences_of_time_follow_one_clock(tmp_path):
-    found = Outcome(tmp_path / "run", "clock", 1)
-    assert found.codes == [0, 0], "\n".join(found.outputs)
-    ours, others = found.results()
-    assert [r["step"] for r in ours["history"]] == [r["step"] for r in others["history"]]
-    assert ours["digest"] == others["digest"]

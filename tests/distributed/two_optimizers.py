@@ -1,9 +1,5 @@
 """Train with two optimizers on the ranks that there are; leave what came out in a file."""
 
-import shutil
-import sys
-from pathlib import Path
-
 import torch
 from torch import nn
 
@@ -64,22 +60,17 @@ def refusal(strategy):
     return ""
 
 
-if __name__ == "__main__":
-    stem = sys.argv[1]
+def main(folder):
     strategy = prepare_strategy("auto")
     said = refusal(strategy)
     whole = train(build(), strategy, 12)
-    folder = Path(f"{stem}-{strategy.world_size}")
     half = build()
     train(half, strategy, 7)
-    save_checkpoint(folder, half, strategy=strategy)
+    save_checkpoint(folder / f"{strategy.world_size}", half, strategy=strategy)
     resumed = build(order=-1)
-    load_checkpoint(folder, resumed, strategy=strategy)
+    load_checkpoint(folder / f"{strategy.world_size}", resumed, strategy=strategy)
     ended = train(resumed, strategy, 12)
     torch.save(
         {"whole": whole, "resumed": ended, "refusal": said},
-        f"{stem}-{strategy.world_size}-{strategy.rank}.pt",
+        folder / f"{strategy.world_size}-{strategy.rank}.pt",
     )
-    strategy.gather(None)
-    if strategy.is_main:
-        shutil.rmtree(folder)

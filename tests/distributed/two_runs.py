@@ -1,14 +1,9 @@
-"""Several runs in the same ranks: what one rank wishes ends one run, on all ranks, and no other.
-
-two_runs.py FOLDER
-"""
+"""Several runs in the same ranks: what one rank wishes ends one run, on all ranks, and no other."""
 
 import os
 import signal
-import sys
 import time
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
@@ -181,8 +176,7 @@ def check_collectives(strategy):
         torch.distributed.all_reduce = inner
 
 
-def main():
-    folder = Path(sys.argv[1])
+def main(folder):
     strategy = prepare_strategy()
     before = set(vars(strategy))
     check_max_time(strategy, folder)
@@ -194,7 +188,3 @@ def main():
     check_nested(strategy)
     check_collectives(strategy)
     assert set(vars(strategy)) == before
-
-
-if __name__ == "__main__":
-    main()
