@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -189,6 +190,21 @@ def sample_weights(model: nn.Module) -> torch.Tensor:
         for weight in weights[:: -(-len(weights) // _NUM_SAMPLED) or 1]
     ]
     return torch.cat(numbers).view(torch.int64) if numbers else torch.empty(0)
+
+
+def digest_of_weights(model: nn.Module) -> str:
+    """Return a short digest of a few numbers of every weight: other weights have another.
+
+    A change of a few numbers in a large weight may not show.
+    """
+    sampled: dict[torch.device, list[torch.Tensor]] = {}
+    for weight in map(own_part, model.parameters()):
+        if weight.numel() and not weight.is_meta and not is_lazy(weight):
+            some = weight.detach().reshape(-1)[:: -(-weight.numel() // _NUM_SAMPLED)]
+            sampled.setdefault(weight.device, []).append(some.float())
+    numbers = [torch.cat(parts).cpu() for parts in sampled.values()]
+    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in numbers))
+    return digest.hexdigest()[:8]
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,7 @@ DOORS = {
     "datasets": {"data.tables", "evaluation.columns", "internals"},
     "transformers": {"data.collate", "schedules", "internals"},
     "evaluate": {"evaluation.modules"},
+    "peft": {"checkpoint.adapters"},
     "tqdm": {"progress"},
     "sklearn": {"evaluation.metrics", "evaluation.probabilities", "evaluation.reports"},
     "scipy": {"evaluation.metrics", "evaluation.weighted", "evaluation.compare"},
@@ -163,7 +164,15 @@ SIGNATURES = {
 
 
 # Of manualloop.tasks.
-TASK_SIGNATURES: dict[str, str] = {}
+TASK_SIGNATURES: dict[str, str] = {
+    "distil": "teacher, *, temperature=1.0, alpha=0.5",
+    "dpo": "beta=0.1, *, reference=None, kind='sigmoid'",
+    "lm_loss": "model, batch",
+    "margins": "outputs, batch",
+    "preferred": "predictions, references=None",
+    "reference_logps": "model, rows, *, batch_size=8, path=None",
+    "reward": "model, batch",
+}
 
 
 def imports_of(path):

@@ -82,8 +82,8 @@ def save_checkpoint(
     rank: rank 0 writes, with the random states of all.
 
     The frozen base of a model with PEFT adapters is left out, and so are quantized frozen weights:
-    the checkpoint is loaded into a model that the script builds on the same base. Use
-    ``model.save_pretrained`` to write the adapters for others.
+    the checkpoint is loaded into a model that the script builds on the same base. The active
+    adapter is beside them as PEFT writes it: ``PeftModel.from_pretrained(base, folder)`` loads it.
 
     Args:
         checkpoint_dir: Folder of one run, created if missing.

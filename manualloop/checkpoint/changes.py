@@ -24,6 +24,7 @@ from manualloop.checkpoint.nested import take_apart
 from manualloop.checkpoint.pretrained import find_tokenizer
 from manualloop.checkpoint.tensors import num_bytes, require_places
 from manualloop.errors import CheckpointError
+from manualloop.internals import marks_hooks
 from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
 from manualloop.objects import is_of_library, numbers_in
@@ -111,7 +112,7 @@ def _parts(
             yield "buffers", name, buffer
     for name, module in () if is_sharded(model) else model.named_modules():
         for attribute, value in list(vars(module).items()):
-            if attribute not in _OWN and not callable(value):
+            if attribute not in _OWN and not callable(value) and not marks_hooks(attribute):
                 yield "attributes", f"{name}:{attribute}", value
 
 

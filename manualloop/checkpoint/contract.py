@@ -14,6 +14,7 @@ import torch
 from manualloop.checkpoint.facts import (
     Facts,
     described,
+    held_models,
     model_facts,
     optimizer_facts,
     plain,
@@ -47,6 +48,7 @@ _WITHOUT_EFFECT = {
     *("log_every", "on_step", "trackers", "progress_bar", "preflight"),
 }
 _OVERRIDDEN = ("groups", "schedule", "seeds")  # of these groups the checkpoint's values count
+_OF_LOSS = ("loss_fn", "terms")
 _OBSERVING = {"evaluate", "evaluated rows", "evaluate_every", "best_metric"}
 
 
@@ -111,6 +113,7 @@ def describe_run(
         }.items()
     ):
         given |= described(name, value)
+    of_loss = {name: arguments[name] for name in _OF_LOSS if arguments.get(name) is not None}
     in_loader = dict(loader.exact)
     num_workers = in_loader.pop("num_workers", 0)
     seeds = {"torch": seed_of(torch.default_generator), **in_loader.pop("seeds", {})}
@@ -118,6 +121,7 @@ def describe_run(
         "same": {**loader.same, **built["same"]},
         "settings": {
             **{name: value for name, value in given.items() if not _is_observing(name)},
+            **held_models(of_loss, {"model": state.model, "extras": state.extras}),
             **in_loader,
             **built["settings"],
             "mixed_precision": strategy.precision,

@@ -26,8 +26,8 @@ from manualloop.checkpoint.functions import (
     moved_by,
 )
 from manualloop.internals import unwrap_optimizer
-from manualloop.models import config_of, unwrap_model
-from manualloop.objects import is_clock, without_root
+from manualloop.models import config_of, digest_of_weights, unwrap_model
+from manualloop.objects import is_clock, walk, without_root
 from manualloop.schedules import PlannedLR, own_schedule
 
 Facts = dict[str, Any]
@@ -94,6 +94,39 @@ def model_facts(model: nn.Module) -> Facts:
     kinds = {type(module).__qualname__: type(module) for module in whole.modules()}
     code = {name.removeprefix("FSDP"): method_code(kind, "forward") for name, kind in kinds.items()}
     return facts | {f"code of {name}": text for name, text in code.items() if text is not None}
+
+
+def held_models(functions: Mapping[str, Any], parts: Mapping[str, Any]) -> Facts:
+    """Describe the models that functions hold, such as the reference of a loss, by their weights.
+
+    Those that the state of a run holds, too, are trained or saved, and are left out.
+
+    Args:
+        functions: The functions by their names.
+        parts: The parts of the state by their names.
+    """
+    own = {id(weight) for _, model in _models_in(parts) for weight in model.parameters()}
+    facts: Facts = {}
+    for name, function in functions.items():
+        found = [
+            f"{path.removeprefix(name).lstrip('.') or name}: {type(unwrap_model(model)).__name__} "
+            f"(weights {digest_of_weights(model)})"
+            for path, model in _models_in({name: function})
+            if next(model.parameters(), None) is not None
+            and own.isdisjoint(map(id, model.parameters()))
+        ]
+        facts[f"models of {name}"] = ", ".join(sorted(found)) or None
+    return facts
+
+
+def _models_in(owners: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
+    """Give the modules that some objects hold by their paths, without those inside of others."""
+    inner: set[int] = set()
+    for path, part in walk(owners, skips_empty=True):
+        module = part.value
+        if issubclass(type(module), nn.Module) and id(module) not in inner:
+            inner.update(map(id, module.modules()))
+            yield path, module
 
 
 def _counted(values: Counter[str]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from manualloop.checkpoint.adapters import save_adapter
 from manualloop.checkpoint.files import MAX_JSON_BYTES, read_regular
 from manualloop.checkpoint.nested import UNREADABLE, parse_json
 from manualloop.checkpoint.parts import base_weights
@@ -40,12 +41,17 @@ def find_tokenizer(loader: Any) -> Any:
 
 
 def save_pretrained(
-    model: nn.Module, tokenizer: Any, names: Names | None, folder: Path
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    tokenizer: Any,
+    names: Names | None,
+    folder: Path,
 ) -> Iterator[Path]:
     """Write the files into a folder, and yield each.
 
     Args:
         model: The model.
+        weights: The weights that are saved, by name; not those of a frozen base.
         tokenizer: Its tokenizer or processor; None for none.
         names: The names of the classes; None for none.
         folder: The folder.
@@ -61,6 +67,7 @@ def save_pretrained(
                 if names is not None and names_in_config(model) is None:
                     put_names(model, config, names)
             config.save_pretrained(folder)
+    save_adapter(model, weights, folder)
     if names is not None and not (folder / "config.json").exists():
         (folder / "class_names.json").write_text(json.dumps(names, ensure_ascii=False))
     if tokenizer is not None and hasattr(model, "config"):

@@ -100,7 +100,10 @@ class Snapshot(NamedTuple):
         yield from sorted(folder.glob(f"{PREFIX}*"))
         for stem, tensors in self.tensors.items():
             yield from save_tensors(tensors, folder, stem)
-        yield from save_pretrained(self.model, self.tokenizer, self.class_names, folder)
+        own, aliases = self.tensors["model"], self.state["aliases"]["model"]
+        weights = own | {name: own[other] for name, other in aliases.items() if other in own}
+        of_model = self.model, weights, self.tokenizer, self.class_names
+        yield from save_pretrained(*of_model, folder)
         path = folder / _STATE
         path.write_text(json.dumps(self.state, allow_nan=False))
         yield path

@@ -93,7 +93,13 @@ def _has_place(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or tensor.data_ptr() != 0  # a class that wraps others has none
 
 
-def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> Iterator[Path]:
+def save_tensors(
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    stem: str,
+    *,
+    max_bytes: int | None = MAX_FILE_BYTES,
+) -> Iterator[Path]:
     """Write ``stem.safetensors``, or several parts and their index; yield each file written.
 
     The names are those of transformers, so that ``from_pretrained`` reads the files of a model.
@@ -102,6 +108,7 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> Iter
         tensors: Tensors on any device. Those that share memory are each written in full.
         folder: An existing folder.
         stem: First part of the names of the files.
+        max_bytes: Size at which a new file begins; None writes one file.
 
     Raises:
         OSError: The disk is full, the folder read-only, ...
@@ -109,7 +116,7 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> Iter
             of a class that wraps others.
     """
     require_places(tensors)
-    parts = list(_split(tensors))
+    parts = [dict(tensors)] if max_bytes is None else list(_split(tensors, max_bytes))
     if len(parts) == 1:
         path = folder / f"{stem}.safetensors"
         _save(parts[0], path)
@@ -143,11 +150,11 @@ def require_places(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _split(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def _split(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
     part: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors.items():
-        if part and size + tensor.nbytes > MAX_FILE_BYTES:
+        if part and size + tensor.nbytes > max_bytes:
             yield part
             part, size = {}, 0
         part[name] = tensor

@@ -11,7 +11,15 @@ Names are loaded when they are first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_HOME: dict[str, str] = {}
+_HOME: dict[str, str] = {
+    "distil": "language_losses",
+    "dpo": "preferences",
+    "lm_loss": "language_losses",
+    "margins": "preferences",
+    "preferred": "preferences",
+    "reference_logps": "references",
+    "reward": "preferences",
+}
 
 __all__ = list(_HOME)
 
@@ -29,4 +37,10 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
-    pass
+    from manualloop.tasks.language_losses import distil as distil
+    from manualloop.tasks.language_losses import lm_loss as lm_loss
+    from manualloop.tasks.preferences import dpo as dpo
+    from manualloop.tasks.preferences import margins as margins
+    from manualloop.tasks.preferences import preferred as preferred
+    from manualloop.tasks.preferences import reward as reward
+    from manualloop.tasks.references import reference_logps as reference_logps
