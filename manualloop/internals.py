@@ -446,18 +446,6 @@ def tied_patterns(model: nn.Module) -> list[str]:
     return list(getattr(model, "_tied_weights_keys", None) or ())
 
 
-def marks_hooks(name: str) -> bool:
-    """Tell whether an attribute of a model notes that transformers has put hooks on its modules.
-
-    A new model that gets it from a checkpoint would have the note without the hooks, and return no
-    hidden states.
-
-    Seen in transformers 5.23 and 5.24: ``_output_capturing_hooks_installed``. Under another name it
-    would be restored again.
-    """
-    return name == "_output_capturing_hooks_installed"
-
-
 def pads_as_base(tokenizer: Any) -> bool:
     """Tell whether a tokenizer pads as transformers' base class does.
 

@@ -24,7 +24,6 @@ from manualloop.checkpoint.nested import take_apart
 from manualloop.checkpoint.pretrained import find_tokenizer
 from manualloop.checkpoint.tensors import num_bytes, require_places
 from manualloop.errors import CheckpointError
-from manualloop.internals import marks_hooks
 from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
 from manualloop.objects import is_of_library, numbers_in
@@ -34,6 +33,9 @@ from manualloop.tasks.names import learn_names
 
 _OWN = {*vars(nn.Module()), "training"}
 """Attributes that every module has."""
+
+_NOTES = {"_output_capturing_hooks_installed"}
+"""Attributes of transformers 5 that note what was done to a model and would not be done again."""
 
 _MOST_ENTRIES, _MOST_LEVELS = 5_000, 4
 _MOST_BYTES = 100_000_000
@@ -112,7 +114,7 @@ def _parts(
             yield "buffers", name, buffer
     for name, module in () if is_sharded(model) else model.named_modules():
         for attribute, value in list(vars(module).items()):
-            if attribute not in _OWN and not callable(value) and not marks_hooks(attribute):
+            if attribute not in _OWN and not callable(value) and attribute not in _NOTES:
                 yield "attributes", f"{name}:{attribute}", value
 
 
