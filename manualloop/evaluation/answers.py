@@ -34,7 +34,8 @@ def exact_match(
     Args:
         predictions: A text, or anything else that can be compared, such as a row of tokens.
         references: The right one; for a text also a list of several right ones.
-        regexes_to_ignore: Patterns that are cut out of texts, before anything else.
+        regexes_to_ignore: Patterns that are cut out of texts, before anything else; also of those
+            in a row of several texts, as the options below.
         ignore_case: Whether upper and lower case are equal.
         ignore_punctuation: Whether ASCII punctuation is cut out.
         ignore_numbers: Whether the digits 0 to 9 are cut out.
@@ -44,8 +45,11 @@ def exact_match(
     """
 
     def clean(text: Any) -> Any:
+        text = text.tolist() if hasattr(text, "tolist") else text
+        if type(text) in (list, tuple):
+            return type(text)(map(clean, text))
         if not isinstance(text, str):
-            return text.tolist() if hasattr(text, "tolist") else text
+            return text
         for pattern in regexes_to_ignore or ():
             text = re.sub(pattern, "", text)
         text = text.lower() if ignore_case else text

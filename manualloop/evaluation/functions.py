@@ -36,7 +36,18 @@ _NOT_GIVEN = {  # what a metric gets only where decode or postprocess returns it
 }
 _OF_PROBABILITIES = {"log_loss", "d2_log_loss_score"}  # scikit-learn's, whose y_pred are such
 _SYMMETRIC = {"cohen_kappa_score"}  # scikit-learn's, which does not tell its sides apart
-_OF_VALUES = ("_error", "_deviance", "r2_score", "pinball_loss", "variance_score", "tweedie_score")
+_OF_VALUES = (
+    *("_error", "_deviance", "r2_score", "pinball_loss", "variance_score", "tweedie_score"),
+    *("_error_score", "pinball_score"),
+)
+# Of functions of scikit-learn that return several numbers.
+_RETURNED = {
+    "precision_recall_fscore_support": ("precision", "recall", "fscore", "support"),
+    "class_likelihood_ratios": ("positive_likelihood_ratio", "negative_likelihood_ratio"),
+    "homogeneity_completeness_v_measure": ("homogeneity", "completeness", "v_measure"),
+}
+# Parts of the names of losses of torch that are made of logits or of their logarithms.
+_OF_LOGITS = ("crossentropy", "bce", "nll", "kldiv", "marginloss", "hinge")
 
 
 class _Call(NamedTuple):
@@ -104,12 +115,11 @@ class Function:
         kept, self._kept = self._kept, {}
         options: dict[str, Any] = {"kept": kept} if self.takes_kept else {}
         predictions, references = (self._join(side) for side in zip(*batches, strict=True))
-        names = self.names
+        names, labels = self.names, self._labels(predictions, references)
         if self.takes == "scores":
             predictions = self._probabilities(predictions, references, options)
-        elif self._call.is_sklearns and "labels" not in _bound(self._call.function):
-            # Only the classes that occur are rows of its matrix.
-            names = [class_name(label, names) for label in np.union1d(predictions, references)]
+        if labels is not None:  # the rows of its matrix, too
+            names = [class_name(label, names) for label in labels]
         is_known = self._call.is_sklearns or self._call.takes_tensors
         with explaining(self.name) if is_known else nullcontext():
             sides: tuple[Any, Any] = (predictions, references)
@@ -121,39 +131,51 @@ class Function:
                 by_name = dict(zip(self._call.sides, sides, strict=True))
                 result = self._call.function(**by_name, **options)
             result = result if self._call.sign > 0 else -result
-        if self._call.is_sklearns and self.takes == "classes":
-            result = self._by_class(result, predictions, references)
+        returned = _RETURNED.get(self.name) if self._call.is_sklearns else None
+        if returned is not None:
+            pairs = zip(returned, result, strict=True)  # there is no support of an average
+            parts = {key: self._by_class(key, part, names) for key, part in pairs}
+            result = _flat({key: part for key, part in parts.items() if part is not None})
+        elif labels is not None:
+            result = self._by_class(self.name, result, names)
         return to_scores(self.name, result, names)
 
-    def _by_class(self, result: Any, predictions: Array, references: Array) -> Any:
-        """Put the names of the classes to a result that has an entry for each.
+    def _labels(self, predictions: Array, references: Array) -> Any:
+        """Return the classes that scikit-learn has an entry for, in its order; None for values.
 
-        scikit-learn leaves out the classes that do not occur, so their place is not their number.
+        It leaves out those that do not occur, so their place is not their number.
         """
-        bound = _bound(self._call.function)
-        if not isinstance(result, np.ndarray) or not result.ndim or bound.get("samplewise"):
+        if not self._call.is_sklearns or self.takes not in ("classes", "scores"):
+            return None
+        if (bound := _bound(self._call.function).get("labels")) is not None:
+            return bound
+        if self.takes == "scores":
+            return np.arange(predictions.shape[1] if predictions.ndim == 2 else 1)
+        if references.ndim == 2:
+            return np.arange(references.shape[1])
+        return np.union1d(predictions, references)
+
+    def _by_class(self, key: str, result: Any, names: Sequence[str] | None) -> Any:
+        """Put the names of the classes to a result that has an entry for each."""
+        if not isinstance(result, np.ndarray) or result.ndim in (0, 2) or names is None:
             return result
-        labels = bound.get("labels")
-        if labels is None and references.ndim == 2:
-            labels = np.arange(references.shape[1])
-        elif labels is None:
-            labels = np.union1d(predictions, references)
-        if len(labels) != len(result) or result.ndim == 2:
+        if len(names) != len(result) or _bound(self._call.function).get("samplewise"):
             return result
-        named = [class_name(label, self.names) for label in labels]
-        return {f"{self.name}_{name}": entry for name, entry in zip(named, result, strict=True)}
+        return {f"{key}_{name}": entry for name, entry in zip(names, result, strict=True)}
 
     def _probabilities(self, scores: Array, references: Array, options: dict[str, Any]) -> Array:
         """Return what a function of probabilities gets: of two classes that of the second."""
         num_classes = scores.shape[1] if scores.ndim == 2 else 1
         if references.ndim > 1 or num_classes == 1:
             return scores
-        parameters = _parameters(self._call.function)
-        is_free = "labels" in parameters and "labels" not in _bound(self._call.function)
+        parameters, bound = _parameters(self._call.function), _bound(self._call.function)
+        is_free = "labels" in parameters and "labels" not in bound
         is_whole = num_classes > 2 or (self._call.is_sklearns and "y_pred" in parameters)
+        if self._call.takes_tensors:  # torchmetrics', which take those of all, unless for two
+            is_whole = self.name.startswith("multiclass_") or bound.get("task") == "multiclass"
         if self._call.is_sklearns and is_free and is_whole:
             options["labels"] = np.arange(num_classes)  # some may not occur
-        return scores if is_whole else scores[:, 1]
+        return scores if is_whole else scores[:, 0 if bound.get("pos_label", 1) == 0 else 1]
 
     def _join(self, batches: Sequence[Any]) -> Any:
         if isinstance(batches[0], Rows):
@@ -165,6 +187,14 @@ class Function:
                 f"{self.name} gets all rows at once, but batches differ in width ({error}). Pad "
                 "them to one width, or flatten them: predictions[references != -100]."
             ) from error
+
+
+def _flat(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of mappings, and what is none, in one mapping."""
+    flat: dict[str, Any] = {}
+    for key, part in parts.items():
+        flat |= part if isinstance(part, Mapping) else {key: part}
+    return flat
 
 
 def accepts_kept(function: Callable[..., Any]) -> bool:
@@ -218,6 +248,12 @@ def _call_of_torch(
 ) -> _Call:
     """Tell how a function of torch or of torchmetrics.functional is called: with tensors."""
     takes: Takes = "values"
+    plain = name.replace("_", "").lower()
+    if library[0] == "torch" and any(part in plain for part in _OF_LOGITS):
+        raise ConfigError(
+            f"torch's {name} scores logits, and a metric gets predictions. Leave it out: "
+            "evaluate_loop returns the loss of the model, of loss_fn or of terms without a metric."
+        )
     if library[0] == "torchmetrics":
         options = _bound(function)
         is_plain = options.get("threshold", 0.5) == 0.5 and (options.get("top_k") or 1) == 1

@@ -114,6 +114,8 @@ def table_of(predictions: Predictions) -> Table:
             misfit = 0, f"the shape of the predictions is {shapes}"
     columns = {"predictions": predicted, "references": references, "scores": predictions.scores}
     tasks = {"classes": "multi_label_classification", "value": "regression"}
+    if isinstance(references, np.ndarray) and references.dtype.kind == "f":
+        tasks["class"] = "regression"  # two classes, told by the sign of one logit
     decode: Decode | None = (lambda outputs, batch: []) if kind == "object" else None
     return Table(
         {name: Column([_plain(values)]) for name, values in columns.items() if values is not None},

@@ -143,10 +143,12 @@ _SEVERAL_LABELS = (
     *("accuracy", "classification_report", "mse", "mae"),
     *(f"{name}/{average}" for name, average in _PAIRS),
 )
-_OF_AVERAGED = ("labels", "names", "pos_label", "zero_division")
+# scikit-learn takes pos_label and labels in any case, and leaves one of them out of account.
+_OF_POSITIVE = ("names", "pos_label", "zero_division")
+_OF_AVERAGED = ("labels", "names", "zero_division")
 _OPTIONS: dict[str, tuple[str, ...]] = {  # by the name of the metric
     "accuracy": ("normalize",),
-    **dict.fromkeys(_AVERAGED, _OF_AVERAGED),
+    **dict.fromkeys(_AVERAGED, _OF_POSITIVE),
     **dict.fromkeys((f"{name}/{average}" for name, average in _PAIRS), _OF_AVERAGED),
     **dict.fromkeys(("mse", "mae"), ("multioutput",)),
     "classification_report": ("names", "zero_division"),
@@ -223,9 +225,10 @@ class Metric:
         num_rows = count_rows(self.name, predictions, references, self._num_batches)
         if num_rows:
             if self.name == "mean_iou":
-                ignored = self.options.get("ignore_index", IGNORED)
+                # The evaluation marks pixels that do not count for the model by torch's.
+                ignored = [*np.atleast_1d(self.options.get("ignore_index", IGNORED)), IGNORED[0]]
                 predictions, references = pixels_of(
-                    predictions, references, self._num_batches, np.atleast_1d(ignored).tolist()
+                    predictions, references, self._num_batches, ignored
                 )
             self._rows.append(self._to_rows(to_array(predictions), to_array(references)))
             self._num_rows += num_rows

@@ -99,7 +99,8 @@ class Module:
             return {name: _plain(values) for name, values in columns.items()}
         name = _predicted(formats[0])
         if self.takes == "scores" and not _is_nested(formats[0][name]):
-            columns["predictions"] = _of_second_class(self.name, columns["predictions"])
+            is_first = self._options.get("pos_label", 1) == 0
+            columns["predictions"] = _of_one_class(self.name, columns["predictions"], 1 - is_first)
         columns[name] = columns.pop("predictions")
         for column, values in columns.items():
             features = [of_format[column] for of_format in formats if column in of_format]
@@ -207,10 +208,10 @@ def _named(row: Any, names: Sequence[str]) -> Any:
     return names[row] if is_number and 0 <= row < len(names) else row
 
 
-def _of_second_class(name: str, scores: Any) -> Any:
+def _of_one_class(name: str, scores: Any, number: int) -> Any:
     scores = to_array(scores)
     if scores.ndim == 2 and scores.shape[1] == 2:
-        return scores[:, 1]
+        return scores[:, number]
     if scores.ndim == 1:
         return scores
     raise MetricError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from manualloop.errors import MetricError
+from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.inputs import Array
 
 
@@ -46,14 +46,20 @@ def roc_auc(
     is_binary = right.ndim == 1 and found.shape[1] == 2
     axis = 0 if is_binary else {"samples": 1, "micro": None}.get(str(average), 0)
     has_both = np.atleast_1d(np.any(labels, axis) & ~np.all(labels, axis))
+    options: dict[str, Any] = {"max_fpr": max_fpr, "multi_class": multi_class}
     if average is None:
-        area = partial(metrics.roc_auc_score, max_fpr=max_fpr)
+        if multi_class == "ovo":
+            raise ConfigError(
+                "roc_auc has no area for each class where multi_class='ovo' compares pairs of "
+                "classes. Leave out average=None, or multi_class='ovo'."
+            )
+        area = partial(metrics.roc_auc_score, **options)
         return _by_class("roc_auc", area, found, labels, has_both, names)
-    options: dict[str, Any] = {"average": average, "max_fpr": max_fpr}
+    options["average"] = average
     if is_binary:
         found, right = found[:, 1], labels[:, 1]
     elif right.ndim == 1:
-        options |= {"multi_class": multi_class, "labels": np.arange(found.shape[1])}
+        options["labels"] = np.arange(found.shape[1])
     if not (has_both.all() and np.isfinite(found).all()):
         return {"roc_auc": float("nan")}
     return {"roc_auc": float(metrics.roc_auc_score(right, found, **options))}

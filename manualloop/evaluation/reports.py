@@ -65,7 +65,7 @@ def classification_report(
 
     Keys and values are those of scikit-learn's ``classification_report``: ``cat_precision``,
     ``cat_recall``, ``cat_f1-score``, ``cat_support``, ``accuracy``, ``macro avg_f1-score``, ... . A
-    class that does not occur has 0, and does not count in the averages.
+    class that does not occur has ``zero_division``, and does not count in the averages.
 
     Args:
         rows: The rows, of one class or of several labels.
@@ -90,6 +90,7 @@ def classification_report(
         return list(found)
 
     of_classes = np.zeros((len(labels), 4))
+    of_classes[:, :3] = zero_division
     of_classes[np.isin(labels, present)] = np.column_stack(score(None))
     table = {class_name(label, names): row for label, row in zip(labels, of_classes, strict=True)}
     averages = (

@@ -19,7 +19,8 @@ def to_scores(name: str, result: Any, names: Sequence[str] | None = None) -> Sco
 
     Args:
         name: Name of the metric, which is the key of a lone number.
-        result: A number; an array; or a mapping of these, of texts and of such mappings.
+        result: A number; an array; a tuple of numbers, named or not; or a mapping of these, of
+            texts and of such mappings.
         names: Names of the classes, for a confusion matrix.
 
     Raises:
@@ -52,6 +53,10 @@ def _add(
         _once(scores.matrices, metric, key)[key] = _matrix(key, value, names)
         return
     value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        value, is_whole = dict(zip((f"{key}_{n}" for n in value._fields), value, strict=True)), True
+    elif isinstance(value, tuple) and all(map(_is_number, value)):
+        value = list(value)
     if isinstance(value, Mapping):
         for inner, entry in value.items():
             _add(scores, metric, str(inner) if is_whole else f"{key}_{inner}", entry, names)
@@ -63,11 +68,15 @@ def _add(
     elif isinstance(value, Real):
         _once(scores, metric, key)[key] = float(value)
     else:
-        size = f" of {len(value)} entries" if isinstance(value, list) else ""
+        size = f" of {len(value)} entries" if isinstance(value, list | tuple) else ""
         raise MetricError(
             f"{metric} gave {type(value).__name__}{size} for {key!r}, not a number. Return a "
             f"number, or a mapping of numbers: return {{{metric!r}: 0.5}}."
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or (hasattr(value, "tolist") and np.ndim(value) == 0)
 
 
 def _once(scores: Any, metric: str, key: str) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from manualloop.batches import Kept, num_rows
 from manualloop.errors import ConfigError, DataError, MetricError, ModelError
 from manualloop.evaluation.inputs import to_array
+from manualloop.evaluation.layout import Layout, logits_name
 from manualloop.evaluation.losses import Made
 from manualloop.mistakes import scalar_floats_message
 from manualloop.notices import say
@@ -40,6 +41,7 @@ class Ask(NamedTuple):
         postprocess: Function that makes the predictions; None for the rule of the task.
         decode: Function that makes an object of each row; None for none.
         references: Whether rows without a label are refused.
+        predictions: Whether predictions are asked for; otherwise only probabilities are.
         scores: Whether probabilities are asked for: True, False, or None for where there are some.
         kept: Whether the columns that skip the model are asked for.
         aligned: Whether predictions without a label, and labels without a prediction, are left out
@@ -49,6 +51,7 @@ class Ask(NamedTuple):
     postprocess: Postprocess | None = None
     decode: Decode | None = None
     references: bool = True
+    predictions: bool = True
     scores: bool | None = False
     kept: bool = False
     aligned: bool = True
@@ -90,12 +93,13 @@ class Entries(NamedTuple):
     misfit: str | None
 
 
-def entries_of(made: Made, ask: Ask, *, is_sound: bool) -> Entries:
+def entries_of(made: Made, ask: Ask, layout: Layout, *, is_sound: bool) -> Entries:
     """Return what is kept of the rows of a batch.
 
     Args:
         made: The batch and its outputs.
         ask: What is asked of each row.
+        layout: The axis of the classes, as far as the batches before have told it.
         is_sound: Whether it is known that no logits are NaN.
 
     Raises:
@@ -109,19 +113,23 @@ def entries_of(made: Made, ask: Ask, *, is_sound: bool) -> Entries:
     if ask.scores and postprocess is not None:
         logits = _find_logits(made.outputs)
     elif ask.scores or (postprocess is None and decode is None):
-        logits = logits_of(made.outputs, task)
-        _require_classes(task, logits, made.outputs)
+        logits = layout.classes_last(made, found := logits_of(made.outputs, task))
+        _require_classes(task, logits, found, made.outputs)
     scores = _probabilities(made, ask, logits, rows)
     num_nan, misfit = 0, None
     predictions: Values
     references: Values | None = None
     if decode is not None:
         predictions, references = _decoded(decode(made.outputs, batch), rows)
+        if references is None and not ask.predictions:
+            raise _unused("decode")
         num_nan = 0 if is_sound or scores is None else int(np.isnan(scores).any(1).sum())
         if references is None and labels is not None:
             references = _values(_one_axis(task, labels))
     else:
         predicted = _processed(postprocess(made.outputs, batch)) if postprocess else None
+        if predicted is not None and not ask.predictions and not predicted.is_floating_point():
+            raise _unused("postprocess")
         if predicted is None:
             assert logits is not None
             predicted = task.rules.predict(logits)
@@ -149,6 +157,13 @@ def entries_of(made: Made, ask: Ask, *, is_sound: bool) -> Entries:
         raise _no_labels(batch)
     kept = _kept_columns(batch, rows) if ask.kept else {}
     return Entries(rows, predictions, references, scores, kept, num_nan, misfit)
+
+
+def _unused(name: str) -> ConfigError:
+    return ConfigError(
+        f"{name} returned predictions, and no metric takes them: the metric scores the "
+        f"probabilities that the logits give. Leave {name} out, or add a metric of predictions."
+    )
 
 
 def _kept_columns(batch: Any, rows: int) -> dict[str, list[Any]]:
@@ -208,23 +223,29 @@ def _find_logits(outputs: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) else None
 
 
-def _require_classes(task: Task, logits: Tensor, outputs: Any) -> None:
+def _require_classes(task: Task, logits: Tensor, given: Tensor, outputs: Any) -> None:
     """Refuse an argmax that would be 0 for every row, or that would run over the rows.
+
+    Args:
+        task: The task.
+        logits: Logits, the classes last.
+        given: The logits as the model returned them.
+        outputs: Outputs of the model.
 
     Raises:
         ModelError: There is only one logit for each label.
     """
     if task.rules.predict is not best_class or (logits.ndim > 1 and logits.shape[-1] > 1):
         return
-    name = "outputs"
-    if outputs is not logits:
-        name = 'outputs["logits"]' if type(outputs) is dict else "outputs.logits"
+    name = logits_name(outputs)
+    squeezed = ""
+    if logits.ndim > 1:
+        squeezed = ".squeeze(-1)" if given.shape[-1] == 1 else ".squeeze(1)"
     raise ModelError(
-        f"The logits of shape {tuple(logits.shape)} have one number for each label, of which the "
+        f"The logits of shape {tuple(given.shape)} have one number for each label, of which the "
         "argmax is always class 0. To choose one of two classes by its sign: "
-        f"postprocess=lambda outputs, batch: ({name} > 0).long()"
-        f"{'.squeeze(-1)' if logits.ndim > 1 else ''}. For a regression make the labels floats: "
-        '{**batch, "labels": batch["labels"].float()}.'
+        f"postprocess=lambda outputs, batch: ({name} > 0).long(){squeezed}. "
+        'For a regression make the labels floats: {**batch, "labels": batch["labels"].float()}.'
     )
 
 
@@ -255,6 +276,8 @@ def _probabilities(
                 f"The metric scores probabilities of classes, and the logits are {found}, not "
                 f"({rows}, classes). Leave it out, or return them from the model."
             )
+        if logits.ndim != 2:
+            return None
     probabilities: NDArray[np.float32] = rule(logits.float()).cpu().numpy()
     return probabilities
 
@@ -337,11 +360,24 @@ def _aligned(
     elif predicted.ndim == labels.ndim + 1 and predicted.shape[-1] == 1:
         predicted = predicted.squeeze(-1)
     if predicted.shape == labels.shape:
-        return predicted, labels, None
+        return predicted, labels, _moved(made, predicted) if postprocess else None
     shapes = f"{tuple(predicted.shape)}, and that of the labels {tuple(labels.shape)}"
     if postprocess is None and predicted.shape == labels.shape[:-1]:
         shapes += ' (labels that are 0 or 1 for each class are floats: batch["labels"].float())'
     return predicted, labels, f"the shape of the predictions is {shapes}"
+
+
+def _moved(made: Made, predicted: Tensor) -> str | None:
+    """Describe the predictions of next tokens in the place of the tokens that they come after.
+
+    They have the shape of the labels, so that nothing else tells. The first batch is looked at.
+    """
+    logits = _find_logits(made.outputs)
+    if made.number or not made.task.rules.shifts_labels or logits is None:
+        return None
+    if logits.shape[:-1] != predicted.shape or not bool((logits.argmax(-1) == predicted).all()):
+        return None
+    return "each prediction is that of the next token, whose label stands one place after it"
 
 
 def _one_axis(task: Task, labels: Tensor | list[Any]) -> Tensor | list[Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from manualloop.errors import DataError, MetricError
+from manualloop.errors import ConfigError, DataError, MetricError
 from manualloop.evaluation.inputs import Rows, to_array
 from manualloop.evaluation.metrics import Metric
 from manualloop.evaluation.rows import Ask, Decode, Postprocess
@@ -30,18 +30,28 @@ def ask_for(
     """Return what metrics ask of each row; None if they ask nothing.
 
     Raises:
-        ConfigError: A function asks for logits, and gets predictions.
+        ConfigError: A function asks for logits, and gets predictions; or predictions are made that
+            no metric asks for.
     """
+    scorers = [scorer for scorer in scorers if scorer.takes != "loss"]
     if postprocess is None and decode is None:
         for scorer in scorers:
             if (require := getattr(scorer, "require_predictions", None)) is not None:
                 require()
+    elif not scorers:
+        name = "postprocess" if decode is None else "decode"
+        raise ConfigError(
+            f"{name} makes predictions, and no metric takes them: the result would be the loss "
+            f"alone. Name a metric: evaluate_loop(model, loader, metric, {name}={name}). For the "
+            f"predictions themselves: predict_loop(model, loader, {name}={name})."
+        )
     takes_kept = [getattr(scorer, "takes_kept", False) for scorer in scorers]
     return (
         Ask(
             postprocess,
             decode,
             references=not all(takes_kept) or any(scorer.takes != "rows" for scorer in scorers),
+            predictions=any(scorer.takes != "scores" for scorer in scorers),
             scores=any(scorer.takes == "scores" for scorer in scorers),
             kept=any(takes_kept),
         )
@@ -178,9 +188,12 @@ def _flat(table: Table, scorer: Scorer) -> tuple[Array, Array]:
     labels, column = _labels_of(table), table.columns["predictions"]
     if table.misfit is not None:
         number, reason = table.misfit
+        fix = "Let postprocess"
+        if table.ask.postprocess is not None:
+            fix = "Leave postprocess out, or let it"
         raise MetricError(
             f"{scorer.name} scores a prediction for each label, and in batch {number} {reason}. "
-            'Let postprocess return predictions in the shape of batch["labels"], or pass the '
+            f'{fix} return predictions in the shape of batch["labels"], or pass the '
             "metric as a function of predictions and references, which gets them row by row."
         )
     if labels.by_token:
@@ -263,8 +276,8 @@ def _scores(table: Table, scorer: Scorer) -> tuple[Array, Array, dict[str, list[
     wanted = labels.whole
     if wanted is None and not labels.by_token:
         wanted = _as_numbers(labels.column.rows(table.order), scorer, "references")
-    if column is None and table.ask.postprocess is not None and wanted is not None:
-        found, wanted = _processed_scores(table, wanted)
+    if wanted is not None and (own := _processed_scores(table)) is not None:
+        found, wanted = _beside_labels(own, wanted)
     if found is None or wanted is None:
         raise MetricError(
             f"{scorer.name} scores probabilities of classes, and the rows have none, or not one "
@@ -276,24 +289,49 @@ def _scores(table: Table, scorer: Scorer) -> tuple[Array, Array, dict[str, list[
     return found[labels.kept], wanted[labels.kept], _some(kept, labels.kept)
 
 
-def _processed_scores(table: Table, labels: Array) -> tuple[Array | None, Array]:
-    """Return probabilities that ``postprocess`` made, if they are some, and their labels.
+def _processed_scores(table: Table) -> Array | None:
+    """Return the numbers that ``postprocess`` made; None if it made classes, or is none.
+
+    Raises:
+        MetricError: They are no probabilities.
+    """
+    found = None
+    if table.ask.postprocess is not None:
+        found = table.columns["predictions"].array(table.order)
+    if found is None or found.dtype.kind != "f":
+        return None
+    if ((found < 0) | (found > 1)).any():  # NaN is told elsewhere
+        raise MetricError(
+            "The metric scores probabilities of classes, and postprocess returned numbers from "
+            f"{np.nanmin(found):.4g} to {np.nanmax(found):.4g}. Let it return probabilities, such "
+            "as outputs.logits.sigmoid(), or class numbers: then the probabilities are made of the "
+            "logits."
+        )
+    return found
+
+
+def _beside_labels(found: Array, labels: Array) -> tuple[Array, Array]:
+    """Return probabilities ``(rows, classes)`` and their labels.
 
     One for each row is that of the second of two classes.
     """
-    found = table.columns["predictions"].array(table.order)
     if ((labels == 0) | (labels == 1)).all():
         labels = labels.astype(np.int32)
-    if found is None or found.dtype.kind != "f":
-        return None, labels
-    if ((found < 0) | (found > 1)).any():  # NaN is told elsewhere
-        return None, labels
     if labels.shape[1:] == (1,):
         labels = labels[:, 0]
     if found.ndim == 1 or found.shape[1:] == (1,):
         second = found.reshape(-1)
-        found = np.stack([1 - second, second], 1)
+        return np.stack([1 - second, second], 1), labels
+    if labels.ndim == 1 and (np.abs((sums := found.sum(-1)) - 1) > _ROUNDING).any():
+        raise MetricError(
+            "The metric scores the probabilities of classes of which each row has one, and those "
+            f"of postprocess add up to between {np.nanmin(sums):.4g} and {np.nanmax(sums):.4g} in "
+            "a row, not to 1. Let it return outputs.logits.softmax(-1)."
+        )
     return found, labels
+
+
+_ROUNDING = 0.02  # of probabilities in bfloat16
 
 
 def _some(kept: dict[str, list[Any]], is_one: Array) -> dict[str, list[Any]]:

@@ -8,6 +8,7 @@ https://github.com/huggingface/evaluate, which counts as CoNLL-2003's ``conlleva
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from manualloop.errors import ConfigError, MetricError
@@ -133,8 +134,8 @@ def _tag_of(tag: Any, role: str, row: int, names: Sequence[str] | None) -> str:
             "tells the names of the tags. Pass them: load_metric('seqeval', names=['O', 'B-PER', "
             "'I-PER']), or set model.config.id2label."
         )
-    if isinstance(tag, int) and 0 <= tag < len(names):
-        return names[tag]
+    if isinstance(tag, Integral) and 0 <= tag < len(names):
+        return names[int(tag)]
     raise MetricError(
         f"seqeval got {tag!r} for a tag in row {row} of the {role}, and knows the numbers 0 to "
         f"{len(names) - 1}. Leave ignored tokens out of both sides."

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from manualloop.data.labels import hidden_message, origin_of
 from manualloop.errors import DataError
+from manualloop.evaluation.layout import Layout
 from manualloop.evaluation.losses import Losses, Made
 from manualloop.evaluation.passes import Passes, each_batch
 from manualloop.evaluation.rows import Ask, Entries, Values, entries_of, tell_nan
@@ -156,6 +157,7 @@ class Share:
 
     Attributes:
         losses: The terms of the loss of each batch.
+        layout: The axis of the classes in the logits.
         columns: Columns by name.
         kept: Columns that skip the model, by name.
         sizes: Number of rows of each batch.
@@ -167,7 +169,7 @@ class Share:
     """
 
     def __init__(self, losses: Losses) -> None:
-        self.losses, self.num_nan = losses, 0
+        self.losses, self.layout, self.num_nan = losses, Layout(), 0
         self.task, self.ignored = "", IGNORE_INDEX
         self.misfit: tuple[int, str] | None = None
         self._are_objects: bool | None = None
@@ -188,7 +190,8 @@ class Share:
             self.columns["scores"].add(entries.scores)
         for name, values in entries.kept.items():
             self.kept[name].add(values)
-        self.num_waiting += np.size(entries.predictions)
+        values = entries.predictions
+        self.num_waiting += values.size if isinstance(values, np.ndarray) else len(values)
 
     def _require_one_kind(self, references: Values, number: int) -> None:
         """Refuse references that ``decode`` returns for some batches, beside labels of others."""
@@ -272,7 +275,7 @@ def _add(
         # A loss that the model computed is finite only if the logits that it scored are no NaN.
         is_sound = bool(is_finite) and passes.loss_fn is None and passes.terms is None
     if ask is not None:
-        share.add(made, entries_of(made, ask, is_sound=is_sound))
+        share.add(made, entries_of(made, ask, share.layout, is_sound=is_sound))
         if tally is not None and share.num_waiting >= _COUNT_AT:
             tally(share.take(ask))
 

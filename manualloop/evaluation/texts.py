@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from manualloop.errors import MetricError
+from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.extras import load_extra
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -40,6 +40,11 @@ def rouge(
     Returns:
         A score between 0 and 1 for each type.
     """
+    if use_stemmer and tokenizer is not None:
+        raise ConfigError(
+            "rouge cuts words to their stems with its own tokenizer only. Pass use_stemmer=True or "
+            "tokenizer, not both, or let the tokenizer return stems."
+        )
     scorer = load_extra("rouge_score.rouge_scorer", "rouge")
     own = None if tokenizer is None else _Tokenizer(tokenizer)
     rouge = scorer.RougeScorer(list(rouge_types), use_stemmer, split_summaries, own)
@@ -85,6 +90,11 @@ def bleu(
         effective_order: Whether orders without any match are left out, for single sentences.
         trg_lang: Language of the texts, which may choose the tokenizer.
     """
+    if smooth_value is not None and smooth_method not in ("floor", "add-k"):
+        raise ConfigError(
+            f"bleu takes no smooth_value with smooth_method={smooth_method!r}. Pass the method "
+            "that it is for: smooth_method='floor' or 'add-k'."
+        )
     metric = load_extra("sacrebleu.metrics", "bleu").BLEU(
         lowercase=lowercase,
         force=force,

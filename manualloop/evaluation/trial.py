@@ -66,9 +66,8 @@ def try_evaluation(evaluate: object) -> Found | None:
             "model. Write partial(evaluate_loop, model, loader, metric)."
         )
     metric = bound.arguments.get("metric")
-    if metric is not None:
-        functions = (bound.arguments.get(name) for name in ("postprocess", "decode"))
-        ask_for(parts_of(as_metric(metric)), *functions)  # refuses what is no metric
+    functions = (bound.arguments.get(name) for name in ("postprocess", "decode"))
+    ask_for([] if metric is None else parts_of(as_metric(metric)), *functions)  # refuses mistakes
     metrics, are_all = _own_metrics(metric)
     others = _stand_in(metric)
     strategy = strategy_for(model, bound.arguments.get("strategy"))

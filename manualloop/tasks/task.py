@@ -378,6 +378,14 @@ _TASK_OF_HEAD = {
 }
 
 
+def is_known_head(model: nn.Module) -> bool:
+    """Tell whether a model is a head of transformers, by its config or by the name of its class."""
+    model = unwrap_model(model)
+    return _task_of_class(type(model).__name__) is not None or hasattr(
+        own_config(model), "id2label"
+    )
+
+
 def _has_position_loss(model: nn.Module) -> bool:
     """Tell whether the loss is the mean of those of start and of end positions."""
     name = type(unwrap_model(model)).__name__
@@ -427,7 +435,7 @@ def infer_task(model: nn.Module, labels: Tensor | None = None) -> str:
     if is_classifier and (is_row or labels.is_floating_point()):
         return "multi_label_classification"
     if not labels.is_floating_point():
-        is_class = is_classifier or labels.ndim < 2
+        is_class = is_classifier or labels.ndim < 2 or labels.shape[1:] == (1,)
         return "single_label_classification" if is_class else "token_classification"
     return "multi_label_classification" if is_row and are_targets(labels) else "regression"
 

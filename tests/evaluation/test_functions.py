@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import scipy.stats
+import torch
 from sklearn import metrics as sk
+from torch.nn import functional
 
 from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.functions import Function
@@ -94,6 +97,118 @@ def test_reports_and_matrices_of_scikit_learn() -> None:
     matrix = metric.compute().matrices["confusion_matrix"]
     assert matrix.rows == ("no", "yes", "perhaps")
     np.testing.assert_array_equal(matrix.values, sk.confusion_matrix(RIGHT, PREDICTED))
+
+
+def test_a_matrix_of_chosen_classes_has_their_names_in_their_order() -> None:
+    metric = Function(partial(sk.confusion_matrix, labels=[2, 0, 1]))
+    metric.names = ["no", "yes", "perhaps"]
+    metric.add_batch(predictions=PREDICTED, references=RIGHT)
+    matrix = metric.compute().matrices["confusion_matrix"]
+    assert matrix.rows == matrix.columns == ("perhaps", "no", "yes")
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (sk.precision_recall_fscore_support, ("precision", "recall", "fscore", "support")),
+        (sk.homogeneity_completeness_v_measure, ("homogeneity", "completeness", "v_measure")),
+    ],
+)
+@pytest.mark.parametrize("average", [None, "macro", "micro"])
+def test_several_numbers_of_scikit_learn_have_their_names(
+    function: Any, expected: tuple[str, ...], average: str | None
+) -> None:
+    has_average = function is sk.precision_recall_fscore_support
+    function = partial(function, average=average) if has_average else function
+    metric = Function(function)
+    metric.names = ["no", "yes", "perhaps"]
+    metric.add_batch(predictions=PREDICTED, references=RIGHT)
+    wanted = {}
+    for key, part in zip(expected, function(RIGHT, PREDICTED), strict=True):
+        if has_average and average is None:
+            wanted |= {f"{key}_{n}": v for n, v in zip(metric.names, part, strict=True)}
+        elif part is not None:
+            wanted[key] = part
+    assert metric.compute() == wanted
+
+
+def test_likelihood_ratios_have_their_names() -> None:
+    found = score(sk.class_likelihood_ratios, np.array([1, 1, 0, 0]), np.array([1, 0, 0, 1]))
+    assert found == {"positive_likelihood_ratio": 1.0, "negative_likelihood_ratio": 1.0}
+
+
+def test_areas_of_classes_have_their_names() -> None:
+    rng = np.random.default_rng(0)
+    scores, right = rng.dirichlet(np.ones(3), 30), rng.integers(0, 3, 30)
+    function = partial(sk.roc_auc_score, average=None, multi_class="ovr")
+    metric = Function(function)
+    metric.names = ["no", "yes", "perhaps"]
+    metric.add_batch(predictions=scores, references=right)
+    areas = function(right, scores).tolist()
+    assert metric.compute() == dict(
+        zip([f"roc_auc_score_{name}" for name in metric.names], areas, strict=True)
+    )
+
+
+def test_a_positive_label_of_0_is_scored_by_its_own_probability() -> None:
+    for function in (sk.average_precision_score, sk.brier_score_loss):
+        found = score(partial(function, pos_label=0), SCORES, OF_TWO)
+        assert list(found.values()) == [function(OF_TWO, SCORES[:, 0], pos_label=0)]
+
+
+@pytest.mark.parametrize("function", [sk.d2_absolute_error_score, sk.d2_pinball_score])
+def test_every_error_of_scikit_learn_gets_values(function: Any) -> None:
+    assert Function(function).takes == "values"
+    values = np.array([0.5, 1.0, 2.5, 2.0]), np.array([0.0, 1.0, 2.0, 2.0])
+    assert list(score(function, *values).values()) == [function(values[1], values[0])]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        functional.cross_entropy,
+        functional.binary_cross_entropy_with_logits,
+        functional.nll_loss,
+        functional.kl_div,
+        functional.hinge_embedding_loss,
+        torch.nn.BCEWithLogitsLoss(),
+        torch.nn.CrossEntropyLoss(),
+        torch.nn.MultiMarginLoss(),
+    ],
+)
+def test_losses_of_logits_are_no_metrics(function: Any) -> None:
+    with pytest.raises(ConfigError, match="scores logits, and a metric gets predictions"):
+        Function(function)
+
+
+def test_functions_of_torchmetrics_for_more_classes_get_all_of_two() -> None:
+    from torchmetrics.functional.classification import binary_auroc, multiclass_auroc
+
+    area = sk.roc_auc_score(OF_TWO, SCORES[:, 1])
+    found = score(partial(multiclass_auroc, num_classes=2), SCORES, OF_TWO)
+    assert found == {"multiclass_auroc": pytest.approx(area)}
+    assert score(binary_auroc, SCORES, OF_TWO) == {"binary_auroc": pytest.approx(area)}
+
+
+def test_tuples_are_named_by_their_fields_or_numbered() -> None:
+    class Found(NamedTuple):
+        share: float
+        number: int
+
+    assert score(lambda p, r: Found(0.5, 3), PREDICTED, RIGHT) == {
+        "metric_share": 0.5,
+        "metric_number": 3.0,
+    }
+    assert score(lambda p, r: (0.5, np.float32(3)), PREDICTED, RIGHT) == {
+        "metric_0": 0.5,
+        "metric_1": 3.0,
+    }
+    assert set(score(scipy.stats.pearsonr, PREDICTED, RIGHT)) == {
+        "pearsonr_statistic",
+        "pearsonr_pvalue",
+    }
+    with pytest.raises(MetricError, match="gave tuple of 3 entries"):  # the points of a curve
+        score(sk.roc_curve, SCORES, OF_TWO)
 
 
 @pytest.mark.parametrize("function", [sk.silhouette_score, sk.auc, sk.hinge_loss])

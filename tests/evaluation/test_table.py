@@ -29,6 +29,7 @@ from manualloop import (
 from manualloop.batches import Kept
 from manualloop.evaluation.losses import Losses
 from manualloop.evaluation.table import Column
+from manualloop.evaluation.trial import try_evaluation
 
 WORDS = ["a", "cat", "dog", "and", "mouse", "sea", "one", "two"]
 
@@ -79,7 +80,7 @@ def plain(rows):
 def test_a_function_gets_one_entry_a_row_without_the_ignored_tokens():
     classes = [torch.tensor([[0, 1, 2], [2, 1, 0]]), torch.tensor([[1, 1]])]
     labels = [torch.tensor([[0, -100, 1], [2, -100, -100]]), torch.tensor([[-100, 0]])]
-    batches = [{"x": one_hot(c), "labels": t} for c, t in zip(classes, labels, strict=True)]
+    batches = [{"x": one_hot(c, 4), "labels": t} for c, t in zip(classes, labels, strict=True)]
     predictions, references = got(Affine(), batches)
     assert plain(predictions) == [[0, 2], [2], [1]]
     assert plain(references) == [[0, 1], [2], [0]]
@@ -182,6 +183,178 @@ def test_pixels_that_the_model_ignores_are_left_out():
     single = {"x": torch.tensor([[[[-1.0, 1], [1, -1]]]]), "labels": labels}
     model = EyeForSemanticSegmentation(num_labels=1)  # a binary cross-entropy: the sign decides
     assert evaluate_loop(model, [single], "accuracy") == {"accuracy": 2 / 3}
+
+
+# The axis of the classes --------------------------------------------------------------------------
+
+
+class Scorer(nn.Module):
+    """Logits are the input, the classes second or last; the loss is that of torch."""
+
+    def __init__(self, is_second, with_loss=True):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.is_second, self.with_loss = is_second, with_loss
+
+    def forward(self, x, labels=None):
+        logits = x * self.scale
+        if labels is None or not self.with_loss:
+            return {"logits": logits}
+        ordered = logits if self.is_second else logits.movedim(-1, 1)
+        return {"logits": logits, "loss": nn.functional.cross_entropy(ordered, labels)}
+
+
+def images_of(shape, num_classes, is_second, seed=0):
+    """Logits, their classes, and labels, some of which are ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(*shape, num_classes, generator=generator)
+    labels = torch.randint(-1, num_classes, shape, generator=generator)
+    labels[labels < 0] = -100
+    batch = {"x": logits.movedim(-1, 1) if is_second else logits, "labels": labels}
+    return batch, logits.argmax(-1)
+
+
+@pytest.mark.parametrize("is_second", [True, False])
+@pytest.mark.parametrize("shape", [(2, 4), (1, 1), (3, 5, 5), (5, 5, 5), (2, 4, 4, 4)])
+@pytest.mark.parametrize("num_classes", [2, 4, 5])
+def test_the_classes_are_where_torchs_loss_has_them(is_second, shape, num_classes):
+    batch, classes = images_of(shape, num_classes, is_second)
+    kept = batch["labels"] != -100
+    model = Scorer(is_second)
+    found = evaluate_loop(model, [batch], "accuracy") if kept.any() else {}
+    if found:
+        assert found["accuracy"] == float((classes == batch["labels"])[kept].double().mean())
+    assert predict_loop(model, [batch]).predictions.tolist() == classes.tolist()
+
+
+@pytest.mark.parametrize("is_second", [True, False])
+def test_an_axis_that_nothing_tells_is_refused_with_both_fixes(is_second):
+    batch, classes = images_of((2, 4), 4, is_second)
+    model = Scorer(is_second, with_loss=False)
+    own = lambda model, batch: 0 * model(batch["x"])["logits"].mean()  # noqa: E731
+    for options in ({}, {"loss_fn": own}):
+        with pytest.raises(ModelError, match="last axis of the logits of shape") as caught:
+            evaluate_loop(model, [batch], "accuracy", **options)
+    fixes = str(caught.value).rstrip(".").split("postprocess=")[1:]
+    postprocess = eval(fixes[is_second].split("; for")[0])
+    predictions, _ = got(model, [batch], postprocess=postprocess)
+    assert plain(predictions) == classes.tolist()
+    with pytest.raises(ModelError, match="last axis of the logits"):
+        predict_loop(model, [{"x": batch["x"]}])
+
+
+@pytest.mark.parametrize("is_second", [True, False])
+def test_an_axis_that_a_batch_has_told_is_that_of_later_ones(is_second):
+    batches, classes = zip(
+        *(images_of((2, size), 4, is_second, size) for size in (3, 4, 4, 6)), strict=True
+    )
+    model = Scorer(is_second, with_loss=False)
+    predictions, _ = got(model, list(batches), decode=None)
+    kept = [batch["labels"] != -100 for batch in batches]
+    expected = [
+        row[of_row].tolist()
+        for one, is_kept in zip(classes, kept, strict=True)
+        for row, of_row in zip(one, is_kept, strict=True)
+    ]
+    assert plain(predictions) == expected
+
+
+def test_the_axis_of_a_batch_without_labels_is_that_of_its_inputs():
+    class Net(nn.Module):
+        def __init__(self, is_second):
+            super().__init__()
+            self.table = nn.Embedding(9, 3)
+            self.is_second = is_second
+
+        def forward(self, ids):
+            logits = self.table(ids)
+            return logits.movedim(-1, 1) if self.is_second else logits
+
+    ids = torch.tensor([[1, 2, 5, 4, 8], [3, 3, 7, 1, 2]])
+    for is_second in (True, False):
+        net = Net(is_second)
+        expected = net.table(ids).argmax(-1).tolist()
+        assert predict_loop(net, [{"ids": ids}]).predictions.tolist() == expected
+
+
+def test_one_label_a_row_in_two_axes_has_probabilities():
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 2, 1, 0])
+    flat = evaluate_loop(Affine(), [{"x": x, "labels": labels}], ["log_loss", "accuracy"])
+    batch = {"x": x, "labels": labels[:, None]}
+    assert evaluate_loop(Affine(), [batch], ["log_loss", "accuracy"]) == flat
+    decode = lambda outputs, batch: outputs["logits"].argmax(-1).tolist()  # noqa: E731
+    assert evaluate_loop(Affine(), [batch], ["log_loss", "accuracy"], decode=decode) == flat
+    tokens = {"x": x[:, None], "labels": labels[:, None]}  # a sentence of one token each
+    assert evaluate_loop(Affine(), [tokens], "accuracy")["accuracy"] == flat["accuracy"]
+    longer = {"x": x.reshape(2, 3, 3)[:, :2], "labels": labels.reshape(2, 3)[:, :2]}
+    table = predict_loop(Affine(), [longer, tokens])
+    assert table.scores is None
+    assert len(table) == 8
+
+
+# Arguments that would be ignored ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["decode", "postprocess"])
+@pytest.mark.parametrize("metric", [None, "perplexity"])
+def test_predictions_that_no_metric_takes_are_refused(name, metric):
+    batch = {"x": torch.zeros(2, 3), "labels": torch.zeros(2).long()}
+    options = {name: lambda outputs, batch: [0, 1]}
+    for call in (
+        lambda: evaluate_loop(Affine(), [batch], metric, **options),
+        lambda: try_evaluation(partial(evaluate_loop, Affine(), [batch], metric, **options)),
+    ):
+        with pytest.raises(ConfigError, match=f"{name} makes predictions, and no metric takes"):
+            call()
+
+
+def test_predictions_beside_a_metric_of_probabilities_alone_are_refused():
+    batch = {"x": torch.randn(4, 2), "labels": torch.tensor([0, 1, 0, 1])}
+    with pytest.raises(ConfigError, match="decode returned predictions, and no metric takes them"):
+        evaluate_loop(Affine(), [batch], "log_loss", decode=lambda o, b: [0, 1, 0, 1])
+    with pytest.raises(ConfigError, match="postprocess returned predictions, and no metric"):
+        evaluate_loop(
+            Affine(), [batch], "log_loss", postprocess=lambda o, b: o["logits"].argmax(-1)
+        )
+    again = lambda o, b: ([0, 1, 0, 1], b["labels"].tolist())  # noqa: E731
+    expected = evaluate_loop(Affine(), [batch], "log_loss")
+    assert evaluate_loop(Affine(), [batch], "log_loss", decode=again) == expected
+
+
+def test_probabilities_of_postprocess_come_before_those_of_the_logits():
+    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    batch = {"x": x, "labels": torch.arange(8) % 2}
+    cooler = lambda outputs, batch: (outputs["logits"] / 3).softmax(-1)  # noqa: E731
+    found = evaluate_loop(Affine(), [batch], "log_loss", postprocess=cooler)
+    expected = nn.functional.cross_entropy(x / 3, batch["labels"])
+    assert found["log_loss"] == pytest.approx(float(expected), rel=1e-6)
+    for wrong, message in (
+        (lambda o, b: o["logits"], "postprocess returned numbers from"),
+        (lambda o, b: o["logits"].sigmoid() / 3, "not to 1"),
+    ):
+        with pytest.raises(MetricError, match=message):
+            evaluate_loop(Affine(), [batch], "log_loss", postprocess=wrong)
+
+
+def test_predictions_of_next_tokens_do_not_stand_beside_their_labels():
+    class EchoForCausalLM(Affine):
+        pass
+
+    ids = torch.tensor([[1, 2, 0], [2, 2, 1]])
+    batch = {"x": one_hot(ids), "labels": ids}
+    plainly = lambda outputs, batch: outputs["logits"].argmax(-1)  # noqa: E731
+    with pytest.raises(MetricError, match=r"next token.*Leave postprocess out"):
+        evaluate_loop(EchoForCausalLM(), [batch], "accuracy", postprocess=plainly)
+    assert got(EchoForCausalLM(), [batch], postprocess=plainly)[0] is not None  # may move them
+    moved = lambda o, b: nn.functional.pad(plainly(o, b)[:, :-1], (1, 0), value=9)  # noqa: E731
+    assert evaluate_loop(EchoForCausalLM(), [batch], "accuracy", postprocess=moved)
+
+
+def test_decoded_rows_of_other_lengths_are_counted():
+    batch = {"x": torch.zeros(2, 3), "labels": torch.zeros(2).long()}
+    decode = lambda o, b: ([["O"], ["B-A", "O"]], [["O"], ["B-A", "O"]])  # noqa: E731
+    assert evaluate_loop(Affine(), [batch], "seqeval", decode=decode)["overall_f1"] == 1.0
 
 
 def test_metrics_of_all_kinds_score_one_pass():
@@ -352,10 +525,10 @@ def test_a_metric_of_classes_takes_decoded_numbers_and_refuses_texts():
     auc = evaluate_loop(
         Affine(),
         [batch | {"labels": torch.tensor([0, 1])}],
-        "roc_auc",
+        ["roc_auc", lambda predictions, references: {"texts": len(set(predictions))}],
         decode=lambda o, b: ["a", "b"],
     )
-    assert auc == {"roc_auc": 1.0}
+    assert auc == {"roc_auc": 1.0, "texts": 2.0}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""Which axis of logits holds the classes, where the class of the model does not tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from manualloop.errors import ModelError
+from manualloop.evaluation.losses import Made
+from manualloop.tasks.loss import find_loss
+from manualloop.tasks.task import best_class, is_known_head
+
+
+class Layout:
+    """The axis of the classes in logits with an axis of positions: the last one, or axis 1.
+
+    Heads of transformers have it last; torch's cross-entropy wants axis 1, as in ``(rows, classes,
+    height, width)``. Of other modules the shape of the labels tells, where one of the two fits
+    alone, and otherwise the value of the loss. What a batch has told holds for those after it, in
+    which sizes may happen to be the same.
+    """
+
+    def __init__(self) -> None:
+        self._is_second: bool | None = None
+
+    def classes_last(self, made: Made, logits: Tensor) -> Tensor:
+        """Return logits with the axis of the classes moved to the end.
+
+        Raises:
+            ModelError: Nothing tells which axis that is.
+        """
+        if logits.ndim < 3 or made.task.rules.predict is not best_class:
+            return logits
+        if self._is_second is None:
+            self._is_second = _is_second(made, logits)
+        return logits.movedim(1, -1) if self._is_second else logits
+
+
+def _is_second(made: Made, logits: Tensor) -> bool:
+    if is_known_head(made.task.model):
+        return False
+    labels = made.inputs.get("labels") if isinstance(made.inputs, Mapping) else None
+    if not isinstance(labels, Tensor):
+        found = _by_columns(made.inputs, logits)
+    else:
+        fits = [labels.shape == shape for shape in _without_classes(logits)]
+        if not all(fits):
+            return fits == [False, True]  # if none fits, both shapes are told later
+        found = _by_loss(made, logits, labels)
+    if found is None:
+        name = logits_name(made.outputs)
+        beside = "" if labels is None else f", beside labels of shape {tuple(labels.shape)},"
+        raise ModelError(
+            f"Nothing tells whether the last axis of the logits of shape {tuple(logits.shape)}"
+            f"{beside} holds the classes, or axis 1, as torch's cross_entropy wants it. For the "
+            f"last one pass postprocess=lambda outputs, batch: {name}.argmax(-1); for axis 1 "
+            f"postprocess=lambda outputs, batch: {name}.argmax(1)."
+        )
+    return found
+
+
+def _without_classes(values: Tensor) -> tuple[torch.Size, torch.Size]:
+    """Return the shape of logits without the classes, if they are last and if they are second."""
+    return values.shape[:-1], values.shape[:1] + values.shape[2:]
+
+
+def _by_columns(inputs: Any, logits: Tensor) -> bool | None:
+    """Tell by what a batch without labels has for each position; None if that is not clear."""
+    columns = inputs.values() if isinstance(inputs, Mapping) else ()
+    found = set[bool]()
+    for column in columns:
+        if isinstance(column, Tensor):
+            for is_second, shape in enumerate(_without_classes(logits)):
+                is_wide = column.ndim == logits.ndim  # an embedding or channels at each position
+                own = _without_classes(column)[is_second] if is_wide else column.shape
+                if own == shape:
+                    found.add(bool(is_second))
+    return found.pop() if len(found) == 1 else None
+
+
+def _by_loss(made: Made, logits: Tensor, labels: Tensor) -> bool | None:
+    """Tell by the value of the loss; None if it is another one, or the same for both."""
+    loss = find_loss(made.outputs) if made.loss is None else made.loss
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        return None
+    sides = logits.movedim(-1, 1), logits
+    losses = [float(cross_entropy(side.float(), labels.long())) for side in sides]
+    is_near = [abs(one - float(loss)) <= 1e-4 * abs(one) + 1e-6 for one in losses]
+    return is_near[1] if is_near[0] != is_near[1] else None
+
+
+def logits_name(outputs: Any) -> str:
+    """Return how a function of outputs and batch reaches the logits."""
+    if isinstance(outputs, Tensor):
+        return "outputs"
+    return 'outputs["logits"]' if type(outputs) is dict else "outputs.logits"
