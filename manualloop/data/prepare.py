@@ -35,7 +35,7 @@ from manualloop.data.mapping import (
 from manualloop.data.masks import RowMasks, masks_rows
 from manualloop.data.sampler import ordered_loader
 from manualloop.data.splits import Split, open_splits, reference_of
-from manualloop.data.tokens import count_cuts, notes_on, require_tokens, tell_cuts
+from manualloop.data.tokens import count_cuts, notes_on, require_tokens, tell_lost, tell_padding
 from manualloop.data.transform import (
     Transform,
     TransformedRows,
@@ -217,13 +217,12 @@ def prepare_dataloaders(
                 pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             )
     name_model(model, naming)
-    return _with_tokenizer(loaders, tokenizer)
+    return _finished(loaders, tokenizer)
 
 
-def _with_tokenizer(
-    loaders: dict[str, DataLoader[Any]], tokenizer: Any
-) -> dict[str, DataLoader[Any]]:
-    """Let loaders know the tokenizer, which a checkpoint has beside the weights."""
+def _finished(loaders: dict[str, DataLoader[Any]], tokenizer: Any) -> dict[str, DataLoader[Any]]:
+    """Report on loaders, and let them know the tokenizer, which a checkpoint has beside weights."""
+    tell_padding(loaders.values())
     for loader in loaders.values():
         loader.__dict__["tokenizer"] = tokenizer
     return loaders
@@ -358,7 +357,7 @@ def _prepare_splits(
             notes.setdefault(note, []).append(split.name)
     for note, names in notes.items():
         say(f"{', '.join(names)}: {note}")
-    tell_cuts(prepared.values(), encode)
+    tell_lost(prepared.values(), encode, found.labels.task)
     for key, split in prepared.items():
         kinds, stays = split.kinds, functions[key].stays
         prepared[key] = split.select([name for name in kinds if stays(name, kinds[name])])

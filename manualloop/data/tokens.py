@@ -1,14 +1,20 @@
-"""What became of the texts: rows without a token are refused, texts that are cut off counted."""
+"""What of the data is lost: texts without a token or cut off, padding, labels that do not count."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
+
+from manualloop.data.grouping import Ints, grouped_order
 from manualloop.data.mapping import CUT, Encode
+from manualloop.data.sampler import OrderedBatchSampler
 from manualloop.data.splits import Split
 from manualloop.errors import DataError
 from manualloop.mistakes import no_tokens_fix
 from manualloop.notices import say
+from manualloop.tasks.task import IGNORE_INDEX
 from manualloop.types import SplitNotes
 
 
@@ -52,7 +58,14 @@ def notes_on(split: Split, encode: Encode | None, names: tuple[str, ...] | None)
     return SplitNotes(names, split.num_cut, len(split.rows), encode.limit)
 
 
-def tell_cuts(splits: Iterable[Split], encode: Encode | None) -> None:
+def tell_lost(splits: Iterable[Split], encode: Encode | None, task: str | None) -> None:
+    """Log in a line each how many texts are cut off, and how many labels count in no loss."""
+    splits = list(splits)
+    _tell_cuts(splits, encode)
+    _tell_ignored(splits, task)
+
+
+def _tell_cuts(splits: Iterable[Split], encode: Encode | None) -> None:
     """Log in one line how many texts are cut off, if any is."""
     found = [(split, split.num_cut, len(split.rows)) for split in splits if split.num_cut]
     if encode is None or not found:
@@ -61,7 +74,77 @@ def tell_cuts(splits: Iterable[Split], encode: Encode | None) -> None:
     say(f"texts are cut off at {encode.limit} tokens: {', '.join(shares)}")
 
 
-def share_of(number: int, total: int) -> str:
+def tell_padding(loaders: Iterable[Any]) -> None:
+    """Log how much of the batches of training is padding, where sorting by length saves most of it.
+
+    Nothing is logged of a few batches, nor of those that somebody else's function makes.
+    """
+    for loader in loaders:
+        sampler, find = loader.batch_sampler, getattr(loader.collate_fn, "padded_lengths", None)
+        if find is None or not isinstance(sampler, OrderedBatchSampler) or not sampler.shuffle:
+            continue
+        if sampler.lengths is not None or len(sampler) < _FEW_BATCHES:
+            continue
+        if (lengths := find(loader.dataset)) is None:
+            continue
+        size = sampler.batch_size
+        share = padding_of(lengths, sampler.rows(0), size)
+        if share < _MUCH_PADDING:
+            continue
+        grouped = padding_of(lengths, grouped_order(lengths, size, sampler.seed, 0), size)
+        if grouped < share / 2:
+            say(
+                f"{share_of(share, 1)} of the tokens in the batches of {sampler.split} are "
+                f"padding; with group_by_length=True it is {share_of(grouped, 1)}"
+            )
+
+
+_FEW_BATCHES = 20
+_MUCH_PADDING = 0.2
+
+
+def padding_of(lengths: Ints, rows: Sequence[int], batch_size: int) -> float:
+    """Return the share of padding in the batches of an order of rows.
+
+    >>> padding_of(np.array([2, 4, 3, 3]), [0, 1, 2, 3], batch_size=2)
+    0.14285714285714285
+    """
+    ordered = lengths[np.asarray(rows)]
+    starts = np.arange(0, len(ordered), batch_size)
+    sizes = np.diff(starts, append=len(ordered))
+    return 1 - float(ordered.sum() / (np.maximum.reduceat(ordered, starts) * sizes).sum())
+
+
+def _tell_ignored(splits: Iterable[Split], task: str | None) -> None:
+    """Log which labels count in no loss: rows without any other, and more than half of all."""
+    if task not in _IGNORING:
+        return
+    rows, labels = [], []
+    for split in splits:
+        if split.is_stream or split.kinds.get("labels") not in ("int", "class", "list"):
+            continue
+        from manualloop.data.values import count_ignored
+
+        number, total, num_empty = count_ignored(split, "labels")
+        if num_empty:
+            of_all = len(split.rows)
+            shown = f"({num_empty} of {of_all})"
+            rows.append(f"{share_of(num_empty, of_all)} of {split.name} {shown}")
+        if split.kinds["labels"] == "list" and 2 * number > total:
+            labels.append(f"{share_of(number, total)} of those of {split.name}")
+    if rows:
+        say(f"rows whose only label is {IGNORE_INDEX} count in no loss: {', '.join(rows)}")
+    if labels:
+        say(f"labels that are {IGNORE_INDEX} count in no loss: {', '.join(labels)}")
+
+
+_IGNORING = (
+    *("single_label_classification", "multi_label_classification", "token_classification"),
+    *("multiple_choice", "masked_lm", "causal_lm", "seq2seq_lm"),
+)
+
+
+def share_of(number: float, total: float) -> str:
     """Return a share in percent, which is neither 0% nor 100% unless it is none or all.
 
     >>> share_of(1, 2), share_of(1, 300), share_of(1, 67349), share_of(299, 300)

@@ -132,6 +132,22 @@ def count_true(split: Split, column: str) -> int:
     return int(pc.sum(whole).as_py() or 0)
 
 
+def count_ignored(split: Split, column: str) -> tuple[int, int, int]:
+    """Count the labels in a column that are -100, all labels, and the rows whose labels all are."""
+    whole, numbers = _stored(split, column)
+    ignored, lengths = [], []
+    for part in _in_parts(whole):
+        found = _walk(part)
+        leaves = _numbers(found.leaves)
+        is_ignored = np.zeros(0, bool) if leaves is None else leaves == IGNORE_INDEX
+        ignored.append(np.bincount(found.rows[is_ignored], minlength=len(part)))
+        lengths.append(found.lengths)
+    kept: Any = slice(None) if numbers is None else numbers
+    of_rows, of_all = np.concatenate(ignored)[kept], np.concatenate(lengths)[kept]
+    num_empty = np.count_nonzero((of_rows == of_all) & (of_all > 0))
+    return int(of_rows.sum()), int(of_all.sum()), num_empty
+
+
 def _stored(split: Split, column: str) -> tuple[pa.ChunkedArray, Ints | None]:
     # Stored rows are read in their own order; querying those of a selection would be slow.
     stored, numbers = stored_table(split.rows)

@@ -1,10 +1,11 @@
-"""How many texts are cut off is reported, also of tokens that come from a cache."""
+"""What of the data is lost is reported once: texts that are cut off, padding, ignored labels."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from helpers import WORDS, messages, rows, tiny_bert, tiny_tokenizer
@@ -112,3 +113,84 @@ def test_the_notes_reach_no_batch():
     next(iter(loader))
     assert sorted(seen[0]) == ["attention_mask", "input_ids", "labels", "token_type_ids"]
     assert inspect_batch(loader).cut == pytest.approx(5 / 6)
+
+
+# Padding ------------------------------------------------------------------------------------------
+
+
+def padded(lengths, caplog, **options):
+    """What is logged of the padding, and its share in the batches of the first epoch."""
+    caplog.clear()
+    rng = np.random.default_rng(0)
+    data = rows(
+        input_ids=[rng.integers(5, 30, n).tolist() for n in lengths], label=[0] * len(lengths)
+    )
+    loaders = prepare_dataloaders({"train": data}, tiny_tokenizer(), **options)
+    masks = [batch["attention_mask"] for batch in loaders["train"]]
+    share = 1 - sum(float(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+    return [line for line in messages(caplog) if "padding" in line], share
+
+
+def test_much_padding_is_reported_with_what_grouping_leaves_of_it(caplog):
+    lengths = np.random.default_rng(1).integers(1, 30, 200)
+    (line,), share = padded(lengths, caplog, batch_size=8)
+    _, grouped = padded(lengths, caplog, batch_size=8, group_by_length=True)
+    assert line == (
+        f"{100 * share:.0f}% of the tokens in the batches of train are padding; with "
+        f"group_by_length=True it is {100 * grouped:.0f}%"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [
+        ([20] * 200, {}),  # none
+        ([19, 20] * 100, {}),  # little
+        ([1, 30] * 10, {}),  # few batches
+        ([1, 30] * 100, {"group_by_length": True}),
+        ([1, 30] * 100, {"max_tokens": 64}),
+        ([1, 30] * 100, {"batch_size": 1}),
+        ([1] * 5 + [30] * 195, {}),
+    ],
+)
+def test_padding_that_nothing_saves_is_not_reported(lengths, options, caplog):
+    lines, _ = padded(lengths, caplog, **options)
+    assert lines == []
+
+
+# Labels -------------------------------------------------------------------------------------------
+
+
+def ignored(caplog):
+    return [line for line in messages(caplog) if "count in no loss" in line]
+
+
+def test_rows_and_labels_that_count_in_no_loss_are_reported(caplog):
+    texts = rows(text=["a", "b", "c"] * 4, label=[0, 1, -100] * 4)
+    prepare_dataloaders({"train": texts, "dev": texts.select([0, 1])}, tiny_tokenizer())
+    assert ignored(caplog) == [
+        "rows whose only label is -100 count in no loss: 33% of train (4 of 12)"
+    ]
+    caplog.clear()
+    tokens = rows(
+        input_ids=[[5, 6, 7, 8], [5, 6], [7, 8, 9]],
+        labels=[[-100, -100, 1, -100], [-100, -100], [-100, 0, -100]],
+    )
+    prepare_dataloaders({"train": tokens, "dev": tokens.select([0])}, tiny_tokenizer())
+    assert ignored(caplog) == [
+        "rows whose only label is -100 count in no loss: 33% of train (1 of 3)",
+        "labels that are -100 count in no loss: 78% of those of train, 75% of those of dev",
+    ]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"label": [0, 1, 1]},
+        {"label": [0.5, -100.0, 2.0]},  # values
+        {"labels": [[0, -100], [1, 0], [1, 1]]},
+    ],
+)
+def test_labels_that_count_are_not_reported(columns, caplog):
+    prepare_dataloaders({"train": rows(input_ids=[[5, 6]] * 3, **columns)}, tiny_tokenizer())
+    assert ignored(caplog) == []
