@@ -19,6 +19,7 @@ from manualloop.evaluation.intervals import (
     called,
     num_calls_for,
     score_rows,
+    summed_scores,
     weighted_scores,
 )
 from manualloop.evaluation.predictions import Predictions
@@ -231,7 +232,7 @@ def _compare(
     scorer: Scorer, a: Predictions, b: Predictions, confidence: float
 ) -> dict[str, Difference]:
     """Compare by one metric."""
-    if np.ndim(a.predictions) > 2 and scorer.takes in ("classes", "values"):
+    if getattr(a.predictions, "ndim", 1) > 2 and scorer.takes in ("classes", "values"):
         raise MetricError(
             f"{scorer.name} scores labels, and a row holds a map of them, whose ignored label "
             'nobody knows here. Compare by "mean_iou", or by a function of the rows.'
@@ -255,8 +256,16 @@ def _compare(
         found = _tested(all_of(weighted), scores, counts, differ, number, confidence)
     if "accuracy" in found and sides[0].row is None:
         found["accuracy"] = _mcnemar(found["accuracy"], entries, counts)
+    ones = np.ones(sides[0].num_rows, np.int64)
+    if not found:
+        only_a, only_b = np.concatenate([ones, 0 * ones]), np.concatenate([0 * ones, ones])
+        known = list(zip(scores, (only_a, only_b), strict=True))
+        summed, _ = summed_scores(scorer, _stacked(*sides), known)
+        if summed is not None:
+            number = num_resamples_for(len(ones))
+            found = _tested(summed, scores, ones, differs, number, confidence)
     if missing := [key for key in scores[0] if key in scores[1] and key not in found]:
-        number, ones = num_calls_for(sides[0].num_rows), np.ones(sides[0].num_rows, np.int64)
+        number = num_calls_for(len(ones))
         calls = called(scorer, _stacked(*sides), missing)
         found |= _tested(calls, scores, ones, differs, number, confidence)
     return {key: found[key] for key in scores[0] if key in found}

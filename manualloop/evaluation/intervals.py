@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -18,12 +19,12 @@ from manualloop.evaluation.losses import Losses
 from manualloop.evaluation.metrics import Metric
 from manualloop.evaluation.resampling import Floats, Interval, Scored, Weighted, bootstrap
 from manualloop.evaluation.scorers import Scorer
+from manualloop.evaluation.sums import sums_of
 from manualloop.evaluation.table import Table
-from manualloop.evaluation.weighted import BY_KEY, Entries, group_rows
+from manualloop.evaluation.weighted import BY_KEY, Entries, group_rows, of_classes
 from manualloop.notices import say
 from manualloop.types import Scores
 
-_MEANS_OF_ROWS = ("exact_match", "rouge", "squad")
 _MOST_CALLED_ROWS = 1_000_000
 _CALLS = (200, 1_000)
 
@@ -93,11 +94,12 @@ def intervals_of(
     expected = score_rows(scorer, inputs, np.arange(inputs.num_rows))
     entries, counts = group(inputs)
     weighted = weighted_scores(scorer, entries, expected, counts.astype(np.float64))
-    if not weighted:
-        weighted, counts = _means(scorer, inputs, expected)
+    scored = all_of(weighted) if weighted else None
+    if scored is None:
+        scored, counts = summed_scores(scorer, inputs, [(expected, np.ones(inputs.num_rows))])
     found: dict[str, Interval] = {}
-    if weighted:
-        found = bootstrap(all_of(weighted), counts, confidence=confidence)
+    if scored is not None:
+        found = bootstrap(scored, counts, confidence=confidence)
         for key, interval in found.items():
             if interval.low == interval.high:
                 _tell(
@@ -177,37 +179,63 @@ def weighted_scores(
     is_known = isinstance(scorer, Metric) or (
         isinstance(scorer, Collected) and scorer.takes == "scores"
     )
-    if not is_known or getattr(scorer, "options", None):
+    if not is_known or getattr(scorer, "options", {}).keys() - {"names"}:
         return {}
+    names = getattr(scorer, "options", {}).get("names") or getattr(scorer, "names", None)
+    makers: dict[str, Callable[[], Weighted]] = {
+        key: partial(make, entries) for key, make in BY_KEY.items()
+    }
+    if isinstance(scorer, Metric) and scorer.takes == "classes":
+        makers |= of_classes(scorer.name, names, entries)
     found: dict[str, Weighted] = {}
     for key, score in expected.items():
-        if (make := BY_KEY.get(key)) is None:
+        if (make := makers.get(key)) is None:
             continue
-        weighted = make(entries)
+        weighted = make()
         # What is not the metric's own score is left to calls of the metric.
         if np.isclose(weighted(weights[None])[0], score, rtol=1e-6, atol=1e-9, equal_nan=True):
             found[key] = weighted
     return found
 
 
-def _means(
-    scorer: Scorer, inputs: Inputs, expected: Mapping[str, float]
-) -> tuple[dict[str, Weighted], NDArray[np.int64]]:
-    """Return the scores that are means of the scores of single rows, as functions of weights."""
-    if scorer.name not in _MEANS_OF_ROWS or not isinstance(scorer, Collected):
-        return {}, np.empty(0, np.int64)
-    of_rows = [score_rows(scorer, inputs, np.array([row])) for row in range(inputs.num_rows)]
-    table = np.array([[scores[key] for key in expected] for scores in of_rows])
-    places, counts = group_rows(table)
-    found: dict[str, Weighted] = {}
-    for number, (key, score) in enumerate(expected.items()):
-        if np.isclose(table[:, number].mean(), score, rtol=1e-9, atol=1e-9):
-            found[key] = _mean(table[places, number])
-    return found, counts
+def summed_scores(
+    scorer: Scorer, inputs: Inputs, known: Sequence[tuple[Mapping[str, float], Floats]]
+) -> tuple[Scored | None, NDArray[np.int64]]:
+    """Return the scores that are functions of sums over rows, as functions of weights.
 
+    Args:
+        scorer: The metric.
+        inputs: What it gets.
+        known: Scores of the metric, and the weights of the rows with which they are reached.
 
-def _mean(values: Floats) -> Weighted:
-    return lambda weights: np.asarray(weights @ values) / weights.sum(1)
+    Returns:
+        The function, of the weights of groups of the same rows if there is one ``known``; None if
+        the metric is no such function. And how often each group occurs.
+    """
+    ones = np.ones(inputs.num_rows, np.int64)
+    if (sums := sums_of(scorer, inputs, known[0][0])) is None:
+        return None, ones
+    keys = None
+    for expected, weights in known:
+        reached = sums.scores((weights @ sums.counts)[None])
+        same = {
+            key
+            for key, values in reached.items()
+            if key in expected and np.isclose(values[0], expected[key], 1e-9, 1e-12, equal_nan=True)
+        }
+        keys = same if keys is None else keys & same
+    if not keys:
+        return None, ones
+    counts = sums.counts
+    if len(known) == 1:
+        places, ones = group_rows(counts)
+        counts = counts[places]
+
+    def scores(weights: Floats) -> dict[str, Floats]:
+        found = sums.scores(weights @ counts)
+        return {key: values for key, values in found.items() if key in keys}
+
+    return scores, ones
 
 
 def all_of(weighted: Mapping[str, Weighted]) -> Scored:

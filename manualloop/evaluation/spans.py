@@ -51,22 +51,18 @@ def seqeval(
     """
     labeling, v1, schemes = load_seqeval()
     check_spans(mode=mode, scheme=scheme)
-    predicted = _as_tags("predictions", predictions, names)
-    right = _as_tags("references", references, names)
+    predicted = as_tags("predictions", predictions, names)
+    right = as_tags("references", references, names)
     _require_same_lengths(predicted, right)
     _require_spans(predicted + right, scheme, suffix)
     options: dict[str, Any] = {"suffix": suffix, "zero_division": zero_division}
     if mode == "strict":
         options["scheme"] = getattr(schemes, str(scheme))
         score = v1.precision_recall_fscore_support
-        spans = [schemes.Entities(side, options["scheme"], suffix) for side in (right, predicted)]
-        types = sorted(spans[0].unique_tags | spans[1].unique_tags)
     else:
         score = labeling.precision_recall_fscore_support
-        found = [
-            span for side in (right, predicted) for span in labeling.get_entities(side, suffix)
-        ]
-        types = sorted({type_name for type_name, _, _ in found})
+    spans = spans_of([*right, *predicted], scheme, suffix)
+    types = sorted({type_name for row in spans for type_name, _, _ in row})
     scores: dict[str, float] = {}
     precision, recall, f1, _ = score(right, predicted, average="micro", **options)
     scores |= {"overall_precision": precision, "overall_recall": recall, "overall_f1": f1}
@@ -79,6 +75,17 @@ def seqeval(
         keys = ("precision", "recall", "f1", "number")
         scores |= {f"{type_name}_{key}": v for key, v in zip(keys, values, strict=True)}
     return {key: float(value) for key, value in scores.items()}
+
+
+def spans_of(
+    rows: list[list[str]], scheme: str | None, suffix: bool
+) -> list[set[tuple[str, int, int]]]:
+    """Return the spans of each sentence: type, first and last tag."""
+    labeling, _, schemes = load_seqeval()
+    if scheme is None:
+        return [set(labeling.get_entities(row, suffix)) for row in rows]
+    found = schemes.Entities(rows, getattr(schemes, scheme), suffix).entities
+    return [{(span.tag, span.start, span.end) for span in row} for row in found]
 
 
 def load_seqeval() -> tuple[Any, Any, Any]:
@@ -108,7 +115,7 @@ def check_spans(*, mode: str | None = None, scheme: str | None = None, **options
         )
 
 
-def _as_tags(role: str, rows: Sequence[Any], names: Sequence[str] | None) -> list[list[str]]:
+def as_tags(role: str, rows: Sequence[Any], names: Sequence[str] | None) -> list[list[str]]:
     """Return the names of the tags of each row."""
     tags = []
     for number, row in enumerate(rows):

@@ -144,10 +144,14 @@ def chrf(
 
 def _corpus_score(name: str, metric: Any, predictions: Any, references: Any) -> float:
     predicted, right = require_texts(name, predictions, references)
-    # sacrebleu takes the first reference of all rows, then the second; None where a row has fewer.
-    most = max(map(len, right))
-    streams = [[row[i] if i < len(row) else None for row in right] for i in range(most)]
-    return float(metric.corpus_score(predicted, streams).score)
+    return float(metric.corpus_score(predicted, streams_of(right)).score)
+
+
+def streams_of(right: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """Return the first right text of all rows, then the second; None where a row has fewer."""
+    return [
+        [row[i] if i < len(row) else None for row in right] for i in range(max(map(len, right)))
+    ]
 
 
 def require_texts(

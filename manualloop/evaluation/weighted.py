@@ -7,7 +7,7 @@ repeated as often as its weight tells. NaN marks a score that is not defined.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from manualloop.evaluation.reports import class_name
 from manualloop.evaluation.resampling import Floats, Weighted
 
 Sums = Callable[[Floats], list[Floats]]
@@ -37,6 +38,13 @@ class Entries:
     references: NDArray[Any]
     row: NDArray[np.int64]
     num_rows: int
+
+    @cached_property
+    def classes(self) -> NDArray[Any]:
+        """The classes that occur, sorted; of several labels of a row, all."""
+        if self.predictions.ndim == 2:
+            return np.arange(self.predictions.shape[1])
+        return np.union1d(self.predictions, self.references)
 
     @cached_property
     def sums(self) -> Sums:
@@ -74,10 +82,8 @@ def _sums(entries: Entries) -> Sums:
     else:
         from scipy.sparse import csr_array
 
-        both = np.concatenate([predictions, references])
-        classes, codes = np.unique(both, return_inverse=True)
-        number = len(classes)
-        predicted, actual = np.split(codes.reshape(-1), 2)
+        number = len(entries.classes)
+        predicted, actual = (np.searchsorted(entries.classes, s) for s in (predictions, references))
         is_right = predicted == actual
         column = np.concatenate([actual[is_right], number + predicted, 2 * number + actual])
         row = np.concatenate([entries.row[is_right], entries.row, entries.row])
@@ -307,3 +313,54 @@ BY_KEY: dict[str, _Maker] = {
     "log_loss": _log_loss,
 }
 """What makes the weighted score of a built-in metric, by the key of the score."""
+
+
+def of_classes(
+    name: str, names: Sequence[str] | None, entries: Entries
+) -> dict[str, Callable[[], Weighted]]:
+    """Return what makes the scores of each class, and the averages of a report, by their keys.
+
+    Args:
+        name: ``"f1/none"``, ``"classification_report"``, or the like; others have no such scores.
+        names: Names of the classes by number.
+        entries: The rows.
+    """
+    is_report = name == "classification_report"
+    rates = {"precision": "precision", "recall": "recall", "f1": "f1-score"} if is_report else {}
+    if name.endswith("/none"):
+        rates = {name.removesuffix("/none"): name.removesuffix("/none")}
+    found: dict[str, Callable[[], Weighted]] = {}
+    for label in np.union1d(entries.classes, np.arange(len(names or ()))) if rates else ():
+        shown = class_name(label, names)
+        for rate, column in rates.items():
+            key = f"{shown}_{column}" if is_report else f"{column}_{shown}"
+            found[key] = partial(_of_class, _COUNTED[rate], label, names, entries)
+        if is_report:
+            found[f"{shown}_support"] = partial(_of_class, _support, label, names, entries)
+    for average in ("micro", "macro", "weighted", "samples") if is_report else ():
+        for rate, column in rates.items():
+            found[f"{average} avg_{column}"] = partial(_averaged, _COUNTED[rate], average, entries)
+        found[f"{average} avg_support"] = partial(_averaged, _support, "micro", entries)
+    return found
+
+
+def _support(right: Floats, predicted: Floats, actual: Floats) -> Floats:
+    return actual
+
+
+def _of_class(
+    counted: _Counted, label: Any, names: Sequence[str] | None, entries: Entries
+) -> Weighted:
+    place = int(np.searchsorted(entries.classes, label))
+    occurs = place < len(entries.classes) and entries.classes[place] == label
+    # A class without a name that a resample does not hold has no score there.
+    is_listed = entries.predictions.ndim == 2 or 0 <= label < len(names or ())
+
+    def score(weights: Floats) -> Floats:
+        if not occurs:
+            return np.zeros(len(weights))
+        sides = [side[:, place] for side in entries.sums(weights)]
+        found = counted(*sides)
+        return found if is_listed else np.where(sides[1] + sides[2] > 0, found, np.nan)
+
+    return score
