@@ -3,98 +3,98 @@
 from __future__ import annotations
 
 import dis
-import hashlib
-import sys
-import sysconfig
-from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from types import CodeType
+from typing import Any, NamedTuple
 
 
-def is_installed(module: str | None) -> bool:
-    """Tell whether a module, by its name, is one of Python or of an installed library."""
-    name = module or "builtins"
-    if name.partition(".")[0] == __name__.partition(".")[0]:
-        return True
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None:
-        return not name.startswith("__m") and name in sys.builtin_module_names
-    return "site-packages" in file or "dist-packages" in file or file.startswith(_STANDARD_LIBRARY)
+class Facts(NamedTuple):
+    """What some code and the functions in it name and change.
+
+    Attributes:
+        texts: The code as texts, the same in every process.
+        names: Names of globals and attributes.
+        loaded: Names of the globals that are read.
+        stored: Names of the globals and the variables of enclosing functions that are assigned to.
+        moved: Names of the attributes that are assigned to.
+        keys_read: Keys that are read: ``config["margin"]``.
+        keys_set: Keys that are set: ``counts["n"] += 1``.
+        changed: Names of variables and attributes whose containers or tensors may be changed: those
+            whose methods change them, and all in a line that sets an entry.
+    """
+
+    texts: tuple[str, ...]
+    names: frozenset[str]
+    loaded: frozenset[str]
+    stored: frozenset[str]
+    moved: frozenset[str]
+    keys_read: frozenset[str]
+    keys_set: frozenset[str]
+    changed: frozenset[str]
 
 
-_STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
+@lru_cache(maxsize=10_000)  # a function is asked about by each that calls it
+def facts_of(code: CodeType) -> Facts:
+    """Read some code and the functions in it.
+
+    >>> facts = facts_of(compile("seen.append(config['margin'])", "", "exec"))
+    >>> sorted(facts.names), set(facts.keys_read), set(facts.changed)
+    (['append', 'config', 'seen'], {'margin'}, {'seen'})
+    """
+    inner = [facts_of(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    instructions = list(dis.get_instructions(code))
+    named: dict[str, set[str]] = {}
+    for one in instructions:
+        named.setdefault(one.opname, set()).add(one.argval)
+    own = (
+        code.co_names,
+        named.get("LOAD_GLOBAL", ()),
+        {*named.get("STORE_GLOBAL", ()), *named.get("STORE_DEREF", ())},
+        named.get("STORE_ATTR", ()),
+        _keys_read(instructions),
+        _keys_set(instructions),
+        _changed(instructions),
+    )
+    others = zip(*(one[1:] for one in inner), strict=True) if inner else [()] * len(own)
+    joined = (frozenset(part).union(*more) for part, more in zip(own, others, strict=True))
+    return Facts(tuple(_texts(code)), *joined)
 
 
-def methods_of(kind: type) -> list[tuple[str, FunctionType]]:
-    """List the methods of a class by their names, with those that they override."""
-    found = []
-    for base in kind.__mro__:
-        for name, member in vars(base).items():
-            inner = getattr(member, "fget", None) or getattr(member, "__func__", member)
-            if isinstance(inner, FunctionType):
-                found.append((name, inner))
-    return found
-
-
-def code_parts(code: CodeType) -> Iterator[str]:
-    """Give some code and the functions in it as texts, the same in every process."""
+def _texts(code: CodeType) -> Iterator[str]:
     yield code.co_code.hex()
     yield repr((code.co_names, code.co_varnames, code.co_freevars))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from code_parts(constant)
+            yield from facts_of(constant).texts
         elif isinstance(constant, frozenset):  # its order is another in each process
             yield repr(sorted(map(repr, constant)))
         else:
             yield repr(constant)
 
 
-def digest(parts: Iterable[str]) -> str:
-    """Return a short digest of some texts."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
-
-
-def names_in(code: CodeType, *operations: str) -> set[str]:
-    """Return the names that some code and the functions in it use in an operation."""
-    found = {i.argval for i in dis.get_instructions(code) if i.opname in operations}
-    for inner in _inner(code):
-        found |= names_in(inner, *operations)
-    return found
-
-
-def all_names(code: CodeType) -> Iterator[str]:
-    """Give the names of globals and attributes that some code and the functions in it use."""
-    yield from code.co_names
-    for inner in _inner(code):
-        yield from all_names(inner)
-
-
-def keys_read_by(code: CodeType) -> set[str]:
-    """Return the keys that some code and its functions read: ``config["margin"]``."""
+def _keys_read(instructions: Sequence[dis.Instruction]) -> set[str]:
     found: set[str] = set()
-    before: list[Any] = []
-    for instruction in dis.get_instructions(code):
+    before: dis.Instruction | None = None
+    for instruction in instructions:
         operation, value = instruction.opname, instruction.argval
-        key = before[-1].argval if before and before[-1].opname == "LOAD_CONST" else None
+        key = before.argval if before is not None and before.opname == "LOAD_CONST" else None
         is_read = operation in ("BINARY_SUBSCR", "CONTAINS_OP", "COPY", "DUP_TOP_TWO")
         if isinstance(key, str) and (is_read or instruction.argrepr == "[]"):
             found.add(key)
-        called = before[-1].argval if before else None
+        called = None if before is None else before.argval
         if operation == "LOAD_CONST" and isinstance(value, str) and called in ("get", "pop"):
             found.add(value)
         if operation != "PUSH_NULL":
-            before = [instruction]
-    for inner in _inner(code):
-        found |= keys_read_by(inner)
+            before = instruction
     return found
 
 
-def keys_set_by(code: CodeType) -> set[str]:
-    """Return the keys that some code and the functions in it set: ``counts["n"] += 1``."""
+def _keys_set(instructions: Sequence[dis.Instruction]) -> set[str]:
     found: set[str] = set()
     names: list[str] = []
     key = None
-    for instruction in dis.get_instructions(code):
+    for instruction in instructions:
         operation = instruction.opname
         if operation == "LOAD_CONST":
             key, names = instruction.argval, []
@@ -103,8 +103,6 @@ def keys_set_by(code: CodeType) -> set[str]:
         is_set = names[:1] in (["STORE_SUBSCR"], ["DELETE_SUBSCR"])
         if isinstance(key, str) and (is_set or names[:2] == ["COPY", "COPY"] or names == _TWICE):
             found.add(key)
-    for inner in _inner(code):
-        found |= keys_set_by(inner)
     return found
 
 
@@ -115,16 +113,12 @@ _CHANGING = {
 }
 
 
-def changed_by(code: CodeType) -> set[str]:
-    """Return the names of variables and attributes whose containers or tensors code may change.
-
-    Those are the ones whose methods change them, and all in a line that sets an entry.
-    """
+def _changed(instructions: Sequence[dis.Instruction]) -> set[str]:
     found: set[str] = set()
     of_lines: dict[Any, set[str]] = {}
     setting: set[Any] = set()
     line, last = None, None
-    for instruction in dis.get_instructions(code):
+    for instruction in instructions:
         line = _line_of(instruction, line)
         if instruction.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
             setting.add(line)
@@ -138,17 +132,10 @@ def changed_by(code: CodeType) -> set[str]:
         last = name if isinstance(name, str) and instruction.opname != "LOAD_CONST" else None
         if last is not None:
             of_lines.setdefault(line, set()).add(last)
-    found = found.union(*(of_lines.get(line, set()) for line in setting))
-    for inner in _inner(code):
-        found |= changed_by(inner)
-    return found
+    return found.union(*(of_lines.get(line, set()) for line in setting))
 
 
 def _line_of(instruction: Any, before: Any) -> Any:
     positions = getattr(instruction, "positions", None)  # before Python 3.11: of the first in it
     line = instruction.starts_line if positions is None else positions.lineno
     return before if line is None else line
-
-
-def _inner(code: CodeType) -> Iterator[CodeType]:
-    return (constant for constant in code.co_consts if isinstance(constant, CodeType))

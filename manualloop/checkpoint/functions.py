@@ -8,6 +8,9 @@ name, since the versions of the libraries are compared anyway.
 
 from __future__ import annotations
 
+import hashlib
+import sys
+import sysconfig
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
@@ -21,17 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from manualloop.checkpoint.code import (
-    all_names,
-    changed_by,
-    code_parts,
-    digest,
-    is_installed,
-    keys_read_by,
-    keys_set_by,
-    methods_of,
-    names_in,
-)
+from manualloop.checkpoint.code import facts_of
 from manualloop.objects import is_clock, steady
 
 _SCALARS = (bool, int, float, str, bytes, type(None))
@@ -90,10 +83,10 @@ def _describe(value: Any, search: _Search, depth: int, path: str = "") -> str:
         of = _describe_object(value.__self__, search, depth, _Uses(frozenset({method})))
         return f"{_describe(value.__func__, search, depth, path)} of {of}"
     if isinstance(value, FunctionType):
-        if is_installed(value.__module__):
+        if _is_installed(value.__module__):
             return f"{value.__module__}.{value.__qualname__}"
         parts = _function_parts(value, search, depth, path)
-        return f"{value.__qualname__} (code {digest(parts)})"
+        return f"{value.__qualname__} (code {_digest(parts)})"
     if isinstance(value, type) or not hasattr(value, "__dict__"):
         name = getattr(value, "__qualname__", type(value).__qualname__)
         return f"{getattr(value, '__module__', None) or 'builtins'}.{name}"
@@ -116,8 +109,8 @@ def _describe_object(value: Any, search: _Search, depth: int, uses: _Uses | None
     if id(value) in search.seen or depth > _MAX_DEPTH:
         return name
     search.seen.add(id(value))
-    methods = methods_of(kind)
-    code = [function for _, function in methods if not is_installed(function.__module__)]
+    methods = _methods_of(kind)
+    code = [function for _, function in methods if not _is_installed(function.__module__)]
     read = None
     if uses is not None:
         called = {key for key, _ in methods} & (uses.names | {"__call__"})
@@ -127,7 +120,7 @@ def _describe_object(value: Any, search: _Search, depth: int, uses: _Uses | None
     inside = []
     if not is_model:  # the one that is trained is described as such
         attributes = _attributes_of(value, methods)
-        changed = set().union(*(changed_by(function.__code__) for function in code))
+        changed = set[str]().union(*(facts_of(function.__code__).changed for function in code))
         inner = search._replace(values=None)
         inside = [
             f"{key}={text}"
@@ -136,11 +129,11 @@ def _describe_object(value: Any, search: _Search, depth: int, uses: _Uses | None
             and not (key in changed and isinstance(part, _CHANGEABLE))
             and (text := _attribute_text(part, inner, depth, code, uses)) not in (None, "None")
         ]
-    if code and (uses is not None or not (is_model or is_installed(kind.__module__))):
+    if code and (uses is not None or not (is_model or _is_installed(kind.__module__))):
         # Values of globals count, and those of attributes have been noted.
         inner = search._replace(values=None)
         parts = [part for m in code for part in _function_parts(m, inner, depth + 1, "")]
-        inside.append(f"code {digest(parts)}")
+        inside.append(f"code {_digest(parts)}")
     return f"{name}({', '.join(inside)})" if inside or not is_model else name
 
 
@@ -149,7 +142,7 @@ def _attributes_of(value: Any, methods: Iterable[tuple[str, FunctionType]]) -> d
     kind = type(value)
     attributes: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        if not is_installed(base.__module__):
+        if not _is_installed(base.__module__):
             data = (*_SCALARS, *_CONTAINERS)
             attributes |= {k: v for k, v in vars(base).items() if isinstance(v, data)}
         for name, member in vars(base).items():
@@ -164,7 +157,7 @@ def _attributes_of(value: Any, methods: Iterable[tuple[str, FunctionType]]) -> d
         name
         for key, function in methods
         if key not in ("__init__", "__post_init__", "__setstate__")
-        for name in names_in(function.__code__, "STORE_ATTR")
+        for name in facts_of(function.__code__).moved
     }
     return {
         name: part
@@ -197,10 +190,10 @@ def _reached(
         for key, function in methods:
             if key != name:
                 continue
-            if not is_installed(function.__module__):
+            if not _is_installed(function.__module__):
                 code.append(function)
             read = [function, *(v for v in values_read(function) if isinstance(v, FunctionType))]
-            for new in {n for f in read for n in all_names(f.__code__)} - names:
+            for new in {n for f in read for n in facts_of(f.__code__).names} - names:
                 names.add(new)
                 todo.append(new)
     code.sort(key=lambda function: function.__qualname__)
@@ -209,8 +202,8 @@ def _reached(
 
 def moved_by(kind: type, method: str) -> set[str]:
     """Return the attributes that the user's code assigns to in a method: they count something."""
-    code, _ = _reached(methods_of(kind), [method])
-    return {name for function in code for name in names_in(function.__code__, "STORE_ATTR")}
+    code, _ = _reached(_methods_of(kind), [method])
+    return {name for function in code for name in facts_of(function.__code__).moved}
 
 
 def method_code(kind: type, method: str) -> str | None:
@@ -218,10 +211,10 @@ def method_code(kind: type, method: str) -> str | None:
 
     What the code reads does not count, nor does the code of methods that it does not call.
     """
-    code, _ = _reached(methods_of(kind), [method])
+    code, _ = _reached(_methods_of(kind), [method])
     search = _Search(set(), {})
     parts = [part for one in code for part in _function_parts(one, search, 0, "")]
-    return f"{kind.__qualname__.removeprefix('FSDP')} (code {digest(parts)})" if code else None
+    return f"{kind.__qualname__.removeprefix('FSDP')} (code {_digest(parts)})" if code else None
 
 
 def _text(value: Any, search: _Search, depth: int, uses: _Uses, path: str = "") -> str:
@@ -236,7 +229,7 @@ def _text(value: Any, search: _Search, depth: int, uses: _Uses, path: str = "") 
             return _container_text(value, search._replace(values=None), depth + 1, uses)
         if isinstance(value, partial | MethodType | FunctionType):
             return _describe(value, search, depth + 1, path)
-        if isinstance(value, nn.Module) and is_installed(type(value).__module__):
+        if isinstance(value, nn.Module) and _is_installed(type(value).__module__):
             return _describe_object(value, search, depth + 1, None)
         if _is_users(type(value)):
             return _describe_object(value, search, depth + 1, uses)
@@ -248,7 +241,7 @@ def _text(value: Any, search: _Search, depth: int, uses: _Uses, path: str = "") 
 
 def _is_users(kind: type) -> bool:
     """Tell whether a class is one of the user's, and its objects are no classes."""
-    return not issubclass(kind, type | ModuleType) and not is_installed(kind.__module__)
+    return not issubclass(kind, type | ModuleType) and not _is_installed(kind.__module__)
 
 
 def _container_text(value: Any, search: _Search, depth: int, uses: _Uses) -> str:
@@ -301,7 +294,7 @@ def _numbers(value: Any) -> str | None:
     if size > _MAX_NUMBERS or getattr(value, "requires_grad", False):
         return None
     try:
-        return digest([repr(value.tolist())])
+        return _digest([repr(value.tolist())])
     except (NotImplementedError, RuntimeError, TypeError, ValueError):  # sparse, on "meta", ...
         return None
 
@@ -318,7 +311,7 @@ def _function_parts(
         yield function.__qualname__
         return
     search.seen.add(id(function))
-    yield from code_parts(function.__code__)
+    yield from facts_of(function.__code__).texts
     uses = _uses_of(function)
     for name, value in (*_defaults_of(function), *_values_read(function, uses)):
         text = _text(value, search, depth, uses, f"{path}{name}.")
@@ -347,10 +340,10 @@ def _uses_of(*functions: Any) -> _Uses:
             todo.append(function.__func__)
         elif isinstance(function, FunctionType) and id(function) not in seen:
             seen.add(id(function))
-            if not is_installed(function.__module__):
-                code = function.__code__
-                names |= set(all_names(code)) - names_in(code, "STORE_ATTR")
-                keys |= set(keys_read_by(code)) - keys_set_by(code)
+            if not _is_installed(function.__module__):
+                facts = facts_of(function.__code__)
+                names |= facts.names - facts.moved
+                keys |= facts.keys_read - facts.keys_set
                 todo += [value for _, value in _own_values(function)]
     return _Uses(frozenset(names), frozenset(keys))
 
@@ -365,7 +358,7 @@ def values_read(function: Any) -> Iterator[Any]:
         yield from values_read(function.func)
     elif isinstance(function, MethodType):
         yield from values_read(function.__func__)
-    elif isinstance(function, FunctionType) and not is_installed(function.__module__):
+    elif isinstance(function, FunctionType) and not _is_installed(function.__module__):
         for _, value in _own_values(function):
             yield value
             yield from (part for _, part in _members(value, _uses_of(function)))
@@ -373,20 +366,19 @@ def values_read(function: Any) -> Iterator[Any]:
 
 def _own_values(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """Give the globals and the variables of enclosing functions that a function only reads."""
-    code = function.__code__
-    stored = names_in(code, "STORE_GLOBAL", "STORE_DEREF")
-    found = {name: function.__globals__.get(name) for name in names_in(code, "LOAD_GLOBAL")}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
+    facts = facts_of(function.__code__)
+    found = {name: function.__globals__.get(name) for name in facts.loaded}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
         try:
             found[name] = cell.cell_contents
         except ValueError:  # empty
             continue
-    yield from ((name, found[name]) for name in sorted(found) if name not in stored)
+    yield from ((name, found[name]) for name in sorted(found) if name not in facts.stored)
 
 
 def _values_read(function: FunctionType, uses: _Uses) -> Iterator[tuple[str, Any]]:
     """Give the values that count: of objects and dicts the members that are named."""
-    changed = changed_by(function.__code__)
+    changed = facts_of(function.__code__).changed
     for name, value in _own_values(function):
         members = _members(value, uses)
         yield from ((f"{name}.{key}", part) for key, part in members)
@@ -404,12 +396,42 @@ def _members(value: Any, uses: _Uses) -> list[tuple[str, Any]]:
         return []  # described as a whole
     own: dict[str, Any] = dict(getattr(value, "__dict__", {}))
     if isinstance(value, type | ModuleType):
-        if is_installed(value.__module__ if isinstance(value, type) else value.__name__):
+        if _is_installed(value.__module__ if isinstance(value, type) else value.__name__):
             return []
         bases = value.__mro__ if isinstance(value, type) else (value,)
         own = {name: part for base in reversed(bases) for name, part in vars(base).items()}
     found = [(key, own[key]) for key in sorted(uses.names & own.keys())]
     return [(key, getattr(part, "__func__", part)) for key, part in found]
+
+
+def _methods_of(kind: type) -> list[tuple[str, FunctionType]]:
+    """List the methods of a class by their names, with those that they override."""
+    found = []
+    for base in kind.__mro__:
+        for name, member in vars(base).items():
+            inner = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            if isinstance(inner, FunctionType):
+                found.append((name, inner))
+    return found
+
+
+def _is_installed(module: str | None) -> bool:
+    """Tell whether a module, by its name, is one of Python or of an installed library."""
+    name = module or "builtins"
+    if name.partition(".")[0] == __name__.partition(".")[0]:
+        return True
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None:
+        return not name.startswith("__m") and name in sys.builtin_module_names
+    return "site-packages" in file or "dist-packages" in file or file.startswith(_STANDARD_LIBRARY)
+
+
+_STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
+
+
+def _digest(parts: Iterable[str]) -> str:
+    """Return a short digest of some texts."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
 def _texts(keys: Iterable[Any]) -> set[str]:
