@@ -144,7 +144,7 @@ def count_ignored(split: Split, column: str) -> tuple[int, int, int]:
         lengths.append(found.lengths)
     kept: Any = slice(None) if numbers is None else numbers
     of_rows, of_all = np.concatenate(ignored)[kept], np.concatenate(lengths)[kept]
-    num_empty = np.count_nonzero((of_rows == of_all) & (of_all > 0))
+    num_empty = int(np.count_nonzero((of_rows == of_all) & (of_all > 0)))
     return int(of_rows.sum()), int(of_all.sum()), num_empty
 
 

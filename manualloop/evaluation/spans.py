@@ -141,7 +141,7 @@ def _tag_of(tag: Any, role: str, row: int, names: Sequence[str] | None) -> str:
             "tells the names of the tags. Pass them: load_metric('seqeval', names=['O', 'B-PER', "
             "'I-PER']), or set model.config.id2label."
         )
-    if isinstance(tag, Integral) and 0 <= tag < len(names):
+    if isinstance(tag, Integral) and int(tag) in range(len(names)):
         return names[int(tag)]
     raise MetricError(
         f"seqeval got {tag!r} for a tag in row {row} of the {role}, and knows the numbers 0 to "

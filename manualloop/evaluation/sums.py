@@ -217,7 +217,8 @@ def _chrf(sums: Floats, beta: float, smooths: bool) -> Floats:
 
 def _share(part: Floats, whole: Floats, otherwise: float) -> Floats:
     """Divide; where there is nothing to divide by, return another number."""
-    return np.divide(part, whole, out=np.full(part.shape, otherwise), where=whole != 0)
+    out = np.full(part.shape, otherwise)
+    return np.asarray(np.divide(part, whole, out=out, where=whole != 0))
 
 
 def _mean_defined(values: Floats) -> Floats:

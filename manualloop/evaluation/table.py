@@ -190,8 +190,8 @@ class Share:
             self.columns["scores"].add(entries.scores)
         for name, values in entries.kept.items():
             self.kept[name].add(values)
-        values = entries.predictions
-        self.num_waiting += values.size if isinstance(values, np.ndarray) else len(values)
+        found = entries.predictions
+        self.num_waiting += found.size if isinstance(found, np.ndarray) else len(found)
 
     def _require_one_kind(self, references: Values, number: int) -> None:
         """Refuse references that ``decode`` returns for some batches, beside labels of others."""
