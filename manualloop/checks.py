@@ -50,6 +50,7 @@ from manualloop.optim import parameters_of, require_trainable
 from manualloop.optimizers.together import class_of, each
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
+from manualloop.tasks.endings import untrained_ends
 from manualloop.tasks.task import Task, infer_task, resolve_task, wrong_target
 from manualloop.types import Place
 
@@ -208,6 +209,7 @@ def check_batches(
     *,
     needs_labels: bool = True,
     needs_items: bool = True,
+    tokenizer: Any = None,
 ) -> None:
     """Refuse micro-batches that the model cannot learn from.
 
@@ -218,6 +220,7 @@ def check_batches(
         starts: Number of rows of the epoch before each batch.
         needs_labels: Whether the batches need labels; False where the model only predicts.
         needs_items: Whether to refuse batches whose labels are all ignored.
+        tokenizer: The tokenizer that made them; None if it is unknown.
 
     Raises:
         DataError: Text, a missing or impossible label, a token that the model does not know, ...
@@ -241,6 +244,16 @@ def check_batches(
         num_items += sum(counts) if counts else 1  # nothing tells how many
     if needs_labels and needs_items and num_items == 0:
         raise DataError(no_items_message(batches, first.batch))
+    if needs_items:
+        report_untrained_ends(model, batches, tokenizer=tokenizer)
+
+
+def report_untrained_ends(
+    model: nn.Module, batches: Sequence[Any], *places: Any, tokenizer: Any = None
+) -> None:
+    """Log that a causal language model does not learn to end a text, if that is so."""
+    if infer_task(model) == "causal_lm" and (line := untrained_ends(model, batches, tokenizer)):
+        say(line)
 
 
 def explain(

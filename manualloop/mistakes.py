@@ -84,6 +84,22 @@ def no_tokens_fix(texts: Sequence[str], cells: Mapping[str, Any], tokenizer: Any
     return f"Filter such rows out: {line}."
 
 
+def pad_token_fix(tokenizer: Any) -> str:
+    """Return the line that gives a tokenizer a pad token other than EOS.
+
+    With EOS as the pad token, collators that recognise padding by the token would leave EOS out of
+    the labels.
+    """
+    unknown = getattr(tokenizer, "unk_token", None)
+    pad = "model.config.pad_token_id = tokenizer.pad_token_id"
+    if unknown is not None and unknown != getattr(tokenizer, "eos_token", None):
+        return f"tokenizer.pad_token = tokenizer.unk_token; {pad}"
+    return (
+        'tokenizer.add_special_tokens({"pad_token": "<pad>"}); model.resize_token_embeddings('
+        f"max(len(tokenizer), model.config.vocab_size)); {pad}"
+    )
+
+
 def scalar_floats_message(
     found: str, column: str, num_labels: int | None, *, are_whole: bool = True, line: str = ""
 ) -> str:

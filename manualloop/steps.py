@@ -20,7 +20,13 @@ from manualloop.checkpoint.contract import (
     log_differences,
 )
 from manualloop.checkpoint.functions import values_read
-from manualloop.checks import check_batches, check_run, explain, explain_loss
+from manualloop.checks import (
+    check_batches,
+    check_run,
+    explain,
+    explain_loss,
+    report_untrained_ends,
+)
 from manualloop.errors import ConfigError, DataError
 from manualloop.models import remember_configs
 from manualloop.nonfinite import Watch
@@ -39,6 +45,7 @@ from manualloop.step_fn import checked
 from manualloop.strategy.base import Strategy, prepare
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
+from manualloop.tasks.endings import tokenizer_of
 from manualloop.types import LossFn, OnNonfinite, Plan, Step, Terms, Update, Window
 from manualloop.update import StepFn, apply_update, drop_gradients, group
 
@@ -182,7 +189,10 @@ def start_steps(
         step_fn = partial(
             apply_update, **of_loss, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite
         )
-    check = partial(check_batches, needs_labels=terms is None)
+    check: Any = partial(check_batches, needs_labels=terms is None)
+    if own_loss:
+        check = report_untrained_ends
+    check = partial(check, tokenizer=tokenizer_of(train_dataloader))
     return _train_steps(
         state,
         source,
@@ -197,7 +207,7 @@ def start_steps(
         ),
         strategy,
         watch,
-        check=check if preflight and not own_loss else None,
+        check=check if preflight else None,
         is_resized=is_resized,
         yields_skipped=yields_skipped,
     )

@@ -165,13 +165,21 @@ SIGNATURES = {
 
 # Of manualloop.tasks.
 TASK_SIGNATURES: dict[str, str] = {
+    "cut": "tokenizer, max_length, column='text'",
     "distil": "teacher, *, temperature=1.0, alpha=0.5",
     "dpo": "beta=0.1, *, reference=None, kind='sigmoid'",
+    "fill_in_middle": "tokenizer, rate=0.5, *, spm_rate=0.5, tokens=None",
+    "generated": "tokenizer, *, references=None, num_samples=3, **generate_options",
     "lm_loss": "model, batch",
     "margins": "outputs, batch",
+    "mask_tokens": "tokenizer, probability=0.15",
+    "pack": "tokenizer, length, column='text'",
     "preferred": "predictions, references=None",
     "reference_logps": "model, rows, *, batch_size=8, path=None",
     "reward": "model, batch",
+    "source_target": (
+        "tokenizer, source, target, prefix='', max_length=128, max_target_length=None"
+    ),
 }
 
 

@@ -12,7 +12,12 @@ import torch
 from manualloop.data.labels import BY_TOKEN
 from manualloop.errors import ConfigError, DataError
 from manualloop.internals import pads_as_base
-from manualloop.mistakes import filter_missing, misaligned_message, text_message
+from manualloop.mistakes import (
+    filter_missing,
+    misaligned_message,
+    pad_token_fix,
+    text_message,
+)
 from manualloop.tasks.task import TASKS
 
 Row = Mapping[str, Any]
@@ -186,6 +191,5 @@ def require_pad_token(tokenizer: Any) -> None:
     if getattr(tokenizer, "pad_token", "") is None:
         raise DataError(
             "The tokenizer has no pad token, so batches cannot be padded. Give it one: "
-            "tokenizer.pad_token = tokenizer.eos_token; model.config.pad_token_id = "
-            "tokenizer.pad_token_id."
+            f"{pad_token_fix(tokenizer)}."
         )

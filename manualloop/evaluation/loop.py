@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
@@ -13,6 +14,7 @@ from manualloop.arguments import check_arguments
 from manualloop.checks import require_loader
 from manualloop.data.sampler import longest_first_view
 from manualloop.errors import ConfigError, DataError, MetricError
+from manualloop.evaluation.decoding import AnyDecode, show_samples, uses_outputs, with_model
 from manualloop.evaluation.intervals import find_intervals, with_intervals
 from manualloop.evaluation.losses import whole_loss
 from manualloop.evaluation.passes import passes_of
@@ -48,7 +50,7 @@ def evaluate_loop(
     *,
     strategy: Strategy | None = None,
     postprocess: Postprocess | None = None,
-    decode: Decode | None = None,
+    decode: AnyDecode | None = None,
     loss_fn: LossFn | None = None,
     terms: Terms | None = None,
     confidence: float | None = None,
@@ -88,7 +90,8 @@ def evaluate_loop(
         decode: ``decode(outputs, batch)`` returns a list with one object of Python for each row: a
             text, a list of tags, a dict. The metric gets them instead of predictions, beside the
             labels of the row without ignored ones; or ``decode`` returns two such lists,
-            predictions and references.
+            predictions and references. With a third parameter ``model`` it gets the model, as
+            ``manualloop.tasks.generated`` does, which lets it write.
         loss_fn: As in ``train_steps``. The outputs are those of its last forward pass.
         terms: As in ``train_steps``; ``terms(outputs, batch)`` returns ``[(mean, num_items), ...]``
             for a loss that is a sum of means.
@@ -135,7 +138,7 @@ def evaluate_loop(
     )
     model = prepare_model(strategy, model)
     scores = Scores()
-    functions = Functions(postprocess, decode, loss_fn, terms)
+    functions = Functions(postprocess, with_model(decode, model, strategy), loss_fn, terms)
     evaluate = partial(_evaluate, model, metric, strategy, functions, confidence)
     for prefix, loader in named_loaders(eval_dataloader).items():
         found = evaluate(loader, progress_bar)
@@ -192,8 +195,13 @@ def _evaluate(
     if numbers is None and not is_counted:
         numbers = source_of(loader).row_numbers()
     by_rule = bool(of_rows) and functions.postprocess is None and functions.decode is None
+    passes = passes_of(
+        model, loader, strategy, functions.loss_fn, functions.terms, predicts=by_rule
+    )
+    if not uses_outputs(functions.decode):
+        passes = replace(passes, runs="labelled")
     table, losses = read_table(
-        passes_of(model, loader, strategy, functions.loss_fn, functions.terms, predicts=by_rule),
+        passes,
         ask_for(of_rows, functions.postprocess, functions.decode),
         "Evaluating" if progress_bar else None,
         numbers=numbers,
@@ -202,6 +210,8 @@ def _evaluate(
     )
     if is_counted:
         merge_counts(of_rows, strategy)
+    elif table is not None:
+        show_samples(functions.decode, table)
     loss = whole_loss(losses)
     if loss is None and not scorers:
         raise DataError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -38,6 +38,7 @@ class Passes:
         terms: As in ``train_steps``.
         leaves_out: Columns that skip the model.
         predicts: Whether predictions are made by the rule of the task.
+        runs: Batches of which the outputs are used, where ``decode`` does not use them.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Passes:
     terms: Terms | None
     leaves_out: frozenset[str]
     predicts: bool
+    runs: Literal["all", "labelled", "none"] = "all"
 
 
 def passes_of(
@@ -145,6 +147,8 @@ def _forward(passes: Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
                 hook.remove()
             return inputs, (seen[-1] if seen else None), loss
         columns = model_inputs(inputs)
+        if passes.runs == "none" or (passes.runs == "labelled" and "labels" not in columns):
+            return inputs, None, None
         if passes.leaves_out:
             columns = {name: c for name, c in columns.items() if name not in passes.leaves_out}
         try:

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from manualloop.arguments import check_arguments
+from manualloop.evaluation.decoding import AnyDecode, uses_outputs, with_model
 from manualloop.evaluation.loop import longest_first
 from manualloop.evaluation.passes import passes_of
 from manualloop.evaluation.predictions import Predictions, dataset_rows
-from manualloop.evaluation.rows import Ask, Decode, Postprocess, check_predictions
+from manualloop.evaluation.rows import Ask, Postprocess, check_predictions
 from manualloop.evaluation.table import read_table
 from manualloop.models import predicts_without_labels
 from manualloop.notices import say
@@ -29,7 +30,7 @@ def predict_loop(
     *,
     strategy: Strategy | None = None,
     postprocess: Postprocess | None = None,
-    decode: Decode | None = None,
+    decode: AnyDecode | None = None,
     progress_bar: bool = False,
 ) -> Predictions:
     """Predict every row of a loader, in the order of the dataset.
@@ -72,6 +73,9 @@ def predict_loop(
     passes = passes_of(model, loader, strategy, predicts=by_rule)
     if by_rule and predicts_without_labels(model):
         passes = replace(passes, leaves_out=passes.leaves_out | {"labels"})
+    if not uses_outputs(decode):
+        passes = replace(passes, runs="none")
+    decode = with_model(decode, model, strategy)
     table, _ = read_table(
         passes,
         Ask(postprocess, decode, references=False, scores=None, kept=True, aligned=False),

@@ -89,6 +89,8 @@ def try_evaluation(evaluate: object) -> Found | None:
             are_fixed &= all(one.has_fixed_keys for one in fresh)
             bound.arguments["metric"] = fresh if are_all else [*fresh, others]
         forget = _remember(model, bound.arguments)
+        if (decode := bound.arguments.get("decode")) is not None:
+            bound.arguments["decode"] = partial(decode)  # which asks for no samples to be shown
         try:
             found = evaluate_loop(*bound.args, **bound.kwargs)
         finally:

@@ -12,13 +12,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME: dict[str, str] = {
+    "cut": "plain",
     "distil": "language_losses",
     "dpo": "preferences",
+    "fill_in_middle": "infilling",
+    "generated": "generation",
     "lm_loss": "language_losses",
     "margins": "preferences",
+    "mask_tokens": "masking",
+    "pack": "plain",
     "preferred": "preferences",
     "reference_logps": "references",
     "reward": "preferences",
+    "source_target": "generation",
 }
 
 __all__ = list(_HOME)
@@ -37,8 +43,14 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
+    from manualloop.tasks.generation import generated as generated
+    from manualloop.tasks.generation import source_target as source_target
+    from manualloop.tasks.infilling import fill_in_middle as fill_in_middle
     from manualloop.tasks.language_losses import distil as distil
     from manualloop.tasks.language_losses import lm_loss as lm_loss
+    from manualloop.tasks.masking import mask_tokens as mask_tokens
+    from manualloop.tasks.plain import cut as cut
+    from manualloop.tasks.plain import pack as pack
     from manualloop.tasks.preferences import dpo as dpo
     from manualloop.tasks.preferences import margins as margins
     from manualloop.tasks.preferences import preferred as preferred

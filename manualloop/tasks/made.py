@@ -1,0 +1,63 @@
+"""What a ``preprocess`` made of a batch of rows: columns, where each row comes from, and counts.
+
+A function from rows to rows cannot tell how many rows it has left out: ``dataset.map`` calls it for
+one batch after the other, in other processes perhaps, and not at all where its result is cached.
+``prepare_dataloaders`` therefore calls ``make`` of functions that have it. It stores the counts
+beside the rows, adds them up, and logs what ``describe`` returns.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+from torch import nn
+
+Rows: TypeAlias = Mapping[str, Sequence[Any]]
+"""A batch of rows as ``dataset.map`` passes it to a function: column names to lists of values."""
+
+Place: TypeAlias = Callable[[int], str]
+"""A function that names a row of the batch in messages: ``"row 17 of train"``."""
+
+
+class Made(NamedTuple):
+    """The rows that a function made of a batch.
+
+    Attributes:
+        columns: The columns.
+        sources: Number in the batch of the row that each row was made of.
+        counts: Numbers to be added up over all batches, by name.
+    """
+
+    columns: dict[str, list[Any]]
+    sources: list[int]
+    counts: Counter[str]
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A ``preprocess`` that counts what it does."""
+
+    def make(self, rows: Rows, place: Place) -> Made:
+        """Return what ``preprocess(rows)`` returns, with its counts."""
+
+    def describe(self, counts: Mapping[str, int]) -> list[str]:
+        """Return what was done, in a sentence for each line of the log."""
+
+    def with_model(self, model: nn.Module) -> Counting:
+        """Return the function with what it wants to know of the model."""
+
+
+def place_in_batch(number: int) -> str:
+    """Name a row by its place in the batch, where nothing else is known."""
+    return f"row {number} of the batch"
+
+
+def counted(number: int, name: str) -> str:
+    """Return a number with a noun, in the plural where it is not 1.
+
+    >>> counted(1, "row"), counted(1200, "row")
+    ('1 row', '1,200 rows')
+    """
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
