@@ -15,8 +15,10 @@ prepare_dataloaders finds the splits and columns; the metric is the one that GLU
 
 import argparse
 import json
+from functools import partial
+from pathlib import Path
 
-from datasets import load_dataset
+from datasets import DatasetDict, load_dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from manualloop import (
@@ -97,6 +99,22 @@ def cadence(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
+def load_splits(args: argparse.Namespace) -> DatasetDict:
+    if not args.data:
+        return load_dataset("glue", args.task)
+    # "validation_matched" and "validation_mismatched" would both be taken for "validation".
+    halves = [
+        f"{split}_{half}" for split in ("validation", "test") for half in ("matched", "mismatched")
+    ]
+    files = {
+        split: [str(path) for path in sorted(Path(args.data).rglob(f"*{split}[-.]*"))]
+        for split in ("train", *halves)
+    }
+    if not files["validation_matched"]:
+        return load_dataset(args.data)
+    return load_dataset(args.data, data_files={split: of for split, of in files.items() if of})
+
+
 def load_model(args: argparse.Namespace, vocab_size: int):
     num_labels = NUM_LABELS.get(args.task, 2)
     if not args.config:
@@ -112,7 +130,7 @@ def main() -> None:
     strategy = prepare_strategy(args.device, mixed_precision=args.mixed_precision)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     model = load_model(args, len(tokenizer))
-    datasets = load_dataset(args.data) if args.data else load_dataset("glue", args.task)
+    datasets = load_splits(args)
     if args.max_train_rows:
         datasets["train"] = datasets["train"].select(range(args.max_train_rows))
 
@@ -128,16 +146,10 @@ def main() -> None:
     )
     if strategy.is_main:
         print(inspect_batch(loaders["train"], tokenizer))
-    validation = [name for name in loaders if name.startswith("validation")]  # mnli has two
-
-    def evaluate() -> dict[str, float]:
-        scores = {}
-        for name in validation:
-            suffix = name.removeprefix("validation")
-            split_scores = evaluate_loop(model, loaders[name], f"glue/{args.task}")
-            scores |= {f"{key}{suffix}": value for key, value in split_scores.items()}
-        return scores
-
+    halves = ("matched", "mismatched")  # of mnli
+    validation = loaders.get("validation") or {
+        half: loaders[f"validation_{half}"] for half in halves
+    }
     result = train_loop(
         model,
         loaders["train"],
@@ -149,7 +161,7 @@ def main() -> None:
         gradient_accumulation_steps=args.accumulation,
         max_grad_norm=args.max_grad_norm,
         strategy=strategy,
-        evaluate=evaluate,
+        evaluate=partial(evaluate_loop, model, validation, f"glue/{args.task}"),
         evaluate_every=args.evaluate_every,
         best_metric=args.best_metric or default_best_metric(args.task),
         patience=args.patience,
@@ -174,7 +186,7 @@ def main() -> None:
 
 def default_best_metric(task: str) -> str:
     name = BEST_METRIC.get(task, "accuracy")
-    return f"{name}_matched" if task == "mnli" else name
+    return f"matched_{name}" if task == "mnli" else name
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ TASK_SIGNATURES: dict[str, str] = {
     "cut": "tokenizer, max_length, column='text'",
     "distil": "teacher, *, temperature=1.0, alpha=0.5",
     "dpo": "beta=0.1, *, reference=None, kind='sigmoid'",
-    "fill_in_middle": "tokenizer, rate=0.5, *, spm_rate=0.5, tokens=None",
+    "fill_in_middle": "tokenizer, rate=0.5, *, spm_rate=0.5, tokens=None, max_length=None",
     "generated": "tokenizer, *, references=None, num_samples=3, **generate_options",
     "lm_loss": "model, batch",
     "margins": "outputs, batch",

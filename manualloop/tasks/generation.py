@@ -93,7 +93,9 @@ class SourceTarget:
 
     def describe(self, counts: Mapping[str, int]) -> list[str]:
         """Return how many texts were cut, and how many labels are left."""
-        lines = [f"{counted(counts['rows'], 'row')} with {counted(counts.get('labels', 0), 'label')}"]
+        lines = [
+            f"{counted(counts['rows'], 'row')} with {counted(counts.get('labels', 0), 'label')}"
+        ]
         if number := counts.get("sources"):
             lines.append(f"{counted(number, 'source')} cut at {self.max_length} tokens")
         if number := counts.get("targets"):

@@ -28,6 +28,7 @@ def fill_in_middle(
     *,
     spm_rate: float = 0.5,
     tokens: Sequence[str] | None = None,
+    max_length: int | None = None,
 ) -> FillInMiddle:
     """Return a ``transform`` that moves the middle of documents to their end.
 
@@ -38,8 +39,8 @@ def fill_in_middle(
     documents, each ended by EOS, every document is drawn by itself. All tokens are labels, as in
     the paper.
 
-    A row does not become longer: what has no room is cut from the end of its last document if that
-    is unfinished, else from the beginning of its first.
+    A row becomes longer by three tokens for each document that is changed. What has no room is cut
+    from the end of its last document if that is unfinished, else from the beginning of its first.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -47,6 +48,8 @@ def fill_in_middle(
         spm_rate: Share of the changed documents in the order SPM.
         tokens: The three tokens before prefix, suffix and middle; None finds those of StarCoder,
             Qwen, CodeGemma, SantaCoder, DeepSeek and Code Llama.
+        max_length: Number of tokens beyond which no row becomes longer; None takes the limit of the
+            tokenizer (``model_max_length``), if it has one.
 
     Returns:
         A function for ``prepare_dataloaders(transform=)`` of rows that ``pack`` or ``cut`` makes.
@@ -66,7 +69,8 @@ def fill_in_middle(
             "special_tokens=True); model.resize_token_embeddings(len(tokenizer))."
         )
     ids = [vocabulary[name] for name in found]
-    return FillInMiddle(tokenizer, float(rate), float(spm_rate), (ids[0], ids[1], ids[2]))
+    limit = tokenizer.model_max_length if max_length is None else max_length
+    return FillInMiddle(tokenizer, float(rate), float(spm_rate), (ids[0], ids[1], ids[2]), limit)
 
 
 # Columns that would no longer fit the tokens.
@@ -102,12 +106,14 @@ class FillInMiddle:
         rate: Probability with which a document is changed.
         spm_rate: Share of the changed documents in the order SPM.
         sentinels: The tokens before prefix, suffix and middle.
+        max_length: Number of tokens beyond which no row becomes longer.
     """
 
     tokenizer: Any
     rate: float
     spm_rate: float
     sentinels: tuple[int, int, int]
+    max_length: int
 
     def __call__(self, row: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """Return the row with documents changed, and the labels.
@@ -128,7 +134,7 @@ class FillInMiddle:
                 "preprocess=pack(tokenizer, 1024)."
             )
         parts = [self._drawn(part, generator) for part in self._parts_of(ids)]
-        made = self._fitted(parts, len(ids)) or ids
+        made = self._fitted(parts, max(self.max_length, len(ids))) or ids
         unchanged = {name: cell for name, cell in row.items() if name not in _BY_TOKEN}
         return {**unchanged, "input_ids": made, "labels": list(made)}
 

@@ -136,7 +136,7 @@ def _(fit, model, line):
 @mistake(
     "18 tokenizer without a pad token",
     *(DataError, "The tokenizer has no pad token"),
-    line="tokenizer.pad_token = tokenizer.eos_token; "
+    line="tokenizer.pad_token = tokenizer.unk_token; "
     "model.config.pad_token_id = tokenizer.pad_token_id",
 )
 def _(fit, model, line):
