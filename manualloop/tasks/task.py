@@ -375,7 +375,7 @@ _TASK_OF_HEAD = {
     "LMHeadModel": "causal_lm",
     "ForSemanticSegmentation": "semantic_segmentation",
     "ForCTC": "ctc",
-    **dict.fromkeys(("MTModel", "EncoderDecoderModel"), "seq2seq_lm"),
+    **dict.fromkeys(("MarianMTModel", "EncoderDecoderModel"), "seq2seq_lm"),
     **dict.fromkeys(("ForSpeechToText", "ForTextToText"), "seq2seq_lm"),
 }
 

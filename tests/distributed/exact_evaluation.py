@@ -6,6 +6,7 @@ exact_evaluation.py: every case
 import itertools
 import zlib
 
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from helpers import rows as sentences
 from helpers import tiny_bert, tiny_tokenizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics.classification import BinaryAUROC
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from manualloop import (
     SingleDevice,
@@ -22,6 +24,7 @@ from manualloop import (
     prepare_strategy,
 )
 from manualloop.data.sampler import ordered_loader
+from manualloop.tasks import generated
 
 
 class Rows(Dataset):
@@ -128,6 +131,28 @@ SOME = [(3, 1), (1, 5), (5, 5), (3, 17)]
 
 def main(folder=None, cases=SOME):
     """Six kinds of loaders and fourteen metrics."""
+
+
+def check_texts(strategy, alone):
+    """What a model writes on two ranks is what it writes in one process, row by row."""
+    sizes = {"vocab_size": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=3))
+    rows = [[4 + (3 * n + k) % 12 for k in range(2 + n % 4)] for n in range(7)]
+    labels = [[-100, *row[1:]] for row in rows]
+    data = datasets.Dataset.from_dict({"input_ids": rows, "labels": labels})
+    tokenizer = tiny_tokenizer(eos_token="[SEP]")
+    loader = prepare_dataloaders({"dev": data}, tokenizer, model=model, batch_size=2)["dev"]
+    decode = generated(tokenizer, max_new_tokens=4)
+    expected = evaluate_loop(model, loader, digest, strategy=alone, decode=decode)
+    together = strategy.prepare_model(model)
+    found = evaluate_loop(together, loader, digest, strategy=strategy, decode=decode)
+    assert str(found) == str(expected)
+    texts = predict_loop(together, loader, strategy=strategy, decode=decode).predictions
+    assert len({*texts}) > 1
+
+
+def main():
     strategy = prepare_strategy(Accelerator(cpu=True))
     alone = SingleDevice("cpu")
     model = tiny_bert()
@@ -159,6 +184,37 @@ def main(folder=None, cases=SOME):
                 ours, theirs = getattr(found, column), getattr(expected, column)
                 assert np.array_equal(ours, theirs), (num_rows, batch_size, name, column)
             assert found.index.tolist() == list(range(num_rows))
+    batch_sizes, all_num_rows = (map(int, numbers.split(",")) for numbers in sys.argv[2:])
+    batch_sizes = list(batch_sizes)
+    for num_rows in all_num_rows:
+        for batch_size in batch_sizes:
+            for name, loader in loaders(num_rows, batch_size):
+                more = ["glue/mrpc", counted()] if name == "prepared" else []
+                for metric in [metrics(), *more]:
+                    expected = evaluate_loop(model, loader, metric, strategy=alone)
+                    found = evaluate_loop(together, loader, metric, strategy=strategy)
+                    assert str(found) == str(expected), (num_rows, batch_size, name)  # NaN too
+                    assert found.report() == expected.report()
+                if batch_size == 3 and name == "sorted":
+                    options = {"metric": ["glue/mrpc", "pearson", product], "confidence": 0.9}
+                    expected = evaluate_loop(model, loader, strategy=alone, **options)
+                    found = evaluate_loop(together, loader, strategy=strategy, **options)
+                    assert str(found) == str(expected), (num_rows, name)
+                    assert len(found) == 15, found
+                expected = evaluate_loop(model, loader, digest, strategy=alone, decode=decode)
+                found = evaluate_loop(together, loader, digest, strategy=strategy, decode=decode)
+                assert str(found) == str(expected), (num_rows, batch_size, name)
+                if name == "budget":
+                    continue  # a batch sampler of unknown order: predictions refuse it
+                expected = predict_loop(model, loader, strategy=alone)
+                found = predict_loop(together, loader, strategy=strategy)
+                for column in ("index", "predictions", "scores", "references"):
+                    ours, theirs = getattr(found, column), getattr(expected, column)
+                    assert np.array_equal(ours, theirs), (num_rows, batch_size, name, column)
+                assert found.index.tolist() == list(range(num_rows))
+                num_cases += 1
+    check_texts(strategy, alone)
+    print(f"{num_cases} cases", flush=True)
 
 
 if __name__ == "__main__":
