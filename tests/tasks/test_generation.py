@@ -137,7 +137,7 @@ def texts_alone(model, rows, encode, tok=None, **options):
     return texts
 
 
-@pytest.mark.parametrize(("name", "call"), cases(WITH_ENCODER))
+@pytest.mark.parametrize(("name", "call"), [*cases(WITH_ENCODER)])
 def test_an_encoder_decoder_writes_what_it_writes_for_the_row_alone(name, call):
     model, data, options = WITH_ENCODER[name](), pairs(), CALLS[call]
     data = {"validation": data}
@@ -156,7 +156,7 @@ def test_an_encoder_decoder_writes_what_it_writes_for_the_row_alone(name, call):
         assert found.references == data["validation"]["target"]
 
 
-@pytest.mark.parametrize(("name", "call"), cases(DECODERS))
+@pytest.mark.parametrize(("name", "call"), [*cases(DECODERS)])
 def test_a_decoder_continues_what_it_continues_for_the_row_alone(name, call):
     model, data, options = DECODERS[name](), answers(), CALLS[call]
     prompts = [row["labels"].count(-100) for row in data]
