@@ -57,7 +57,7 @@ class Ask(NamedTuple):
     aligned: bool = True
 
 
-def check_predictions(postprocess: Postprocess | None, decode: Decode | None) -> None:
+def check_predictions(postprocess: Postprocess | None, decode: object) -> None:
     """Refuse two answers to what the predictions are.
 
     Raises:

@@ -437,8 +437,8 @@ def _settings(
         most: Most tokens that fit, where the number of a prompt's tokens is known.
     """
     config = deepcopy(model.generation_config)
-    given = {"do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False}
-    given |= options
+    given: dict[str, Any] = {"do_sample": False, "num_return_sequences": 1}
+    given |= {"return_dict_in_generate": False, **options}
     if not given["do_sample"]:
         for name in _OF_SAMPLING:
             if hasattr(config, name):
