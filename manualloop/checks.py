@@ -23,6 +23,7 @@ from manualloop.data.splits import fix_all, fix_of
 from manualloop.errors import ConfigError, DataError, ManualLoopError, ModelError
 from manualloop.internals import unwrap_optimizer
 from manualloop.mistakes import (
+    arrays_message,
     filter_missing,
     integers_call,
     misaligned_message,
@@ -256,6 +257,10 @@ def report_untrained_ends(
         say(line)
 
 
+EXPLAINED = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+"""Errors of a model or a loss that a mistake in the batch may explain."""
+
+
 def explain(
     error: Exception,
     model: nn.Module,
@@ -273,6 +278,7 @@ def explain(
         )
     except ManualLoopError as mistake:
         raise mistake from error
+    explain_loss(error, model, batches, place_of, starts)
 
 
 def explain_loss(
@@ -282,19 +288,26 @@ def explain_loss(
     place_of: Callable[[int], Place],
     starts: Sequence[int],
 ) -> None:
-    """Raise the mistake in the labels that explains an error from a ``loss_fn``, if there is one.
+    """Raise the mistake in a batch that explains an error from a ``loss_fn``, if there is one.
 
     Only what the loss has complained of is looked for: a ``loss_fn`` may use a batch in any way.
 
     Raises:
-        DataError: A label is no class of the loss, or of a type that it does not take.
+        DataError: A label is no class of the loss, or of a type that it does not take, or a column
+            is no tensor.
     """
     text = str(error)
-    if (found := _NO_CLASS.search(text)) is None and not _NO_TYPE.search(text):
+    is_of_arrays = isinstance(error, AttributeError | TypeError) and _NO_TENSOR.search(text)
+    found = _NO_CLASS.search(text)
+    if found is None and not is_of_arrays and not _NO_TYPE.search(text):
         return
     for batch, start in zip(batches, starts, strict=True):
         place, listed = place_of(start), batch if isinstance(batch, list | tuple) else ()
         columns = fields_of(batch) or {str(number): one for number, one in enumerate(listed)}
+        if is_of_arrays:
+            if (message := arrays_message(batch, model_inputs(columns), place.batch)) is not None:
+                raise DataError(message) from error
+            continue
         for name in sorted(columns, key=lambda name: not _LABELS.search(name)):
             labels = columns[name]
             if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.ndim:
@@ -315,6 +328,7 @@ _NO_CLASS = re.compile(r"Target (-?\d+) is out of bounds")
 _NO_TYPE = re.compile(
     r"not implemented for '(Int|Short|Char|Byte|Bool)'|expected \w+ \w+ (to be )?Long"
 )
+_NO_TENSOR = re.compile(r"ndarray|numpy|'list'|not list|'(int|tuple)' object is not callable")
 _LABELS = re.compile("label|target|class|^y$|^1$", re.IGNORECASE)
 
 
@@ -332,8 +346,8 @@ def _no_class_message(label: int, row: str, column: str) -> str:
     if label < 0:
         fix = f"leave such labels out of the loss: cross_entropy(..., ignore_index={label})"
     return (
-        f"Label {label} in {row}, column {column!r}, is not a class of the loss that loss_fn "
-        f"computes: classes are 0 to the number of outputs - 1. Correct the label, or {fix}."
+        f"Label {label} in {row}, column {column!r}, is not a class of the loss: classes are 0 to "
+        f"the number of outputs - 1. Correct the label, or {fix}."
     )
 
 
@@ -422,10 +436,10 @@ def _check_labels(
     if labels.is_floating_point() and bool((is_nan := labels.isnan()).any()):
         row, column = int(is_nan.nonzero()[0, 0]), place.origin.column
         call = filter_missing(column, is_float=True, in_lists=labels.ndim > 1, of="")
-        raise DataError(
-            f"Label NaN in {place.row(row)}, which means it is missing. Filter such rows out: "
-            f"{fix_of(place.origin.key, call)}."
-        )
+        fix = f"Filter such rows out: {fix_of(place.origin.key, call)}"
+        if (maker := place.origin.maker) is not None:
+            fix = f"{maker}= returns the labels: let it return numbers"
+        raise DataError(f"Label NaN in {place.row(row)}, which means it is missing. {fix}.")
     classes = num_labels(model)
     if classes is None:
         return
@@ -448,13 +462,16 @@ def _check_labels(
 def _check_multi_label(labels: Tensor, classes: int, place: Place) -> None:
     shape = tuple(labels.shape)
     if labels.ndim == 1:
+        line = fix_all(place.origin.keys, integers_call(place.origin.column))
+        if (maker := place.origin.maker) is not None:
+            line = f'let {maker}= return {{**row, "labels": int(row["labels"])}}'
         raise DataError(
             scalar_floats_message(
                 f"of shape {shape} in {place.batch}",
                 place.origin.column,
                 classes,
                 are_whole=bool((labels == labels.round()).all()),
-                line=fix_all(place.origin.keys, integers_call(place.origin.column)),
+                line=line,
             )
         )
     if shape[1:] != (classes,):

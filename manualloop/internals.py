@@ -407,6 +407,7 @@ def has_shuffle_buffer(dataset: Any) -> bool:
     Seen in datasets 3.6 to 5.2: ``_ex_iterable`` and the class ``BufferShuffledExamplesIterable``.
     If ``_ex_iterable`` is gone, every such stream is taken to have one.
     """
+    dataset = getattr(dataset, "streamed_rows", dataset)  # of a stream that is transformed
     if not is_stream_of_datasets(dataset):
         return False
     parts = [getattr(dataset, "_ex_iterable", None)]
@@ -429,6 +430,7 @@ def part_of_stream(dataset: Any) -> tuple[int, int] | None:
     Raises:
         AttributeError: Nothing tells.
     """
+    dataset = getattr(dataset, "streamed_rows", dataset)
     split = dataset._distributed if is_stream_of_datasets(dataset) else None
     return None if split is None else (split.rank, split.world_size)
 

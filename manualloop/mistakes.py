@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from manualloop.models import forward_columns, unwrap_model
@@ -158,6 +159,47 @@ def renumber_call(column: str, values: Sequence[int]) -> str:
 def as_map(column: str, value: str) -> str:
     """Return the call that computes a column anew, from the code of its value."""
     return f'map(lambda row: {{"{column}": {value}}})'
+
+
+def arrays_message(batch: Any, columns: Mapping[str, Any], where: str) -> str | None:
+    """Return the message about columns that are arrays or lists of numbers; None if none is.
+
+    Args:
+        batch: The batch.
+        columns: Its columns by name; those of a list or tuple by their number.
+        where: Name of the batch.
+    """
+    is_mapping = isinstance(batch, Mapping)
+    keys = list(columns) if is_mapping else range(len(columns))
+    calls, found = {}, []
+    for key, column in zip(keys, columns.values(), strict=True):
+        if (kind := _kind_of_numbers(column)) is not None:
+            dtype = {"f": ", dtype=torch.float32", "i": ", dtype=torch.int64"}.get(kind, "")
+            calls[key] = f"torch.as_tensor(batch[{_quoted(key)}]{dtype})"
+            found.append(f"{key!r} is a {type(column).__name__}")
+    if not calls or not isinstance(batch, Mapping | list | tuple):
+        return None
+    if is_mapping:
+        line = ", ".join(f"{_quoted(key)}: {call}" for key, call in calls.items())
+        line = f"{{**batch, {line}}}"
+    else:
+        line = f"[{', '.join(calls.get(key, f'batch[{key}]') for key in keys)}]"
+    return f"In {where} {', '.join(found)}, not a tensor. Let collate_fn make tensors: {line}."
+
+
+def _quoted(key: object) -> str:
+    return f'"{key}"' if isinstance(key, str) else str(key)
+
+
+def _kind_of_numbers(column: Any) -> str | None:
+    """Return "f", "i" or "b" for an array or a list of numbers; None for anything else."""
+    if not isinstance(column, np.ndarray | np.generic | list | tuple):
+        return None
+    try:
+        kind = np.asarray(column).dtype.kind
+    except (TypeError, ValueError):  # lists of different lengths
+        return None
+    return {"f": "f", "i": "i", "u": "i", "b": "b"}.get(kind)
 
 
 def no_loss_message(model: nn.Module, batch: Batch, outputs: Any) -> str:

@@ -285,8 +285,9 @@ def require_length(lr_scheduler: Any, num_left: int) -> None:
             f"OneCycleLR has total_steps={total}, of which {num_done} are done, and the run has "
             f"{num_left} more updates. It cannot be stepped beyond its end, and a checkpoint keeps "
             "its total_steps. Train with these weights in another run and checkpoint_dir: "
-            f"OneCycleLR(optimizer, max_lr, total_steps={num_left}). A schedule given by name, "
-            'such as "cosine", can be extended.'
+            f"load_checkpoint(folder, model), then OneCycleLR(optimizer, max_lr, total_steps="
+            f'{num_left}). A schedule given by name, such as "cosine", can be extended: see '
+            "docs/resume.md."
         )
 
 

@@ -21,6 +21,7 @@ from manualloop.checkpoint.contract import (
 )
 from manualloop.checkpoint.functions import values_read
 from manualloop.checks import (
+    EXPLAINED,
     check_batches,
     check_run,
     explain,
@@ -390,7 +391,7 @@ def _update_from(
         update = step_fn(state, window.batches, strategy)
         if not update.applied:
             drop_gradients(state)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+    except EXPLAINED as error:
         strategy.explain(error)
         explain(error, state.model, window.batches, source.place, window.starts)
         raise

@@ -263,12 +263,14 @@ class Origin(NamedTuple):
         key: Key of the split, as code; None if there is no mapping.
         keys: Keys of all splits that have labels.
         hidden: The forms in which they are hidden; None if they are not.
+        maker: Name of the argument whose function returns them; None for those of the dataset.
     """
 
     column: str = "labels"
     key: str | None = None
     keys: tuple[str | None, ...] = (None,)
     hidden: str | None = None
+    maker: str | None = None
 
 
 class SplitNotes(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from mistakes import (
     assert_same_bits,
     bits_of,
     by_train_loop,
+    by_train_steps,
     collect,
     each,
     each_loop,
@@ -928,3 +930,103 @@ def test_an_error_of_a_loss_that_is_no_label_stays_as_it_is():
     state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match=r"^Target practice$"):
         next(train_steps(state, batches_of([0, 1], "dict"), num_epochs=1, loss_fn=loss_fn))
+
+
+class Own(nn.Module):
+    """A model without a config that computes its own loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, x, labels=None):
+        logits = self.layer(x)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+def test_a_wrong_label_of_a_model_without_a_config_is_named():
+    loader = [{"x": torch.ones(2, 2), "labels": torch.tensor([0, 7])}]
+    with pytest.raises(DataError, match=r"Label 7 in row 1 of .*at least 8"):
+        by_train_loop(Own(), loader)
+    with pytest.raises(DataError, match=r"Label 7 in row 1 of .*at least 8"):
+        evaluate_loop(Own(), loader)
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple"])
+def test_a_wrong_label_is_named_in_an_evaluation_with_a_loss_of_ones_own(kind):
+    model, loader = Head(), batches_of([0, 7], kind)
+    with pytest.raises(DataError, match="Label 7 in row 1 of") as error:
+        evaluate_loop(model, loader, loss_fn=entropy)
+    assert isinstance(error.value.__cause__, IndexError)
+
+
+def test_a_wrong_label_is_named_where_terms_compute_the_loss():
+    def terms(outputs, batch):
+        return [(nn.functional.cross_entropy(outputs["logits"], batch["labels"]), 2)]
+
+    loader = [{"x": torch.ones(2, 2), "labels": torch.tensor([0, 7])}]
+    model = Own()
+    model.forward = lambda x, labels=None: {"logits": model.layer(x)}
+    for run in (partial(by_train_loop, terms=terms), partial(evaluate_loop, terms=terms)):
+        with pytest.raises(DataError, match="Label 7 in row 1 of"):
+            run(model, loader)
+
+
+ARRAYS = {
+    "float64": np.ones((2, 2)),
+    "float32": np.ones((2, 2), np.float32),
+    "a list": [[1.0, 1.0], [1.0, 1.0]],
+}
+
+
+@pytest.mark.parametrize("own_loss", [False, True], ids=["the model's loss", "a loss_fn"])
+@pytest.mark.parametrize("name", ARRAYS)
+def test_inputs_that_are_no_tensors_are_named_with_the_line_that_converts_them(name, own_loss):
+    options = {}
+    if own_loss:
+        options["loss_fn"] = lambda model, batch: model(batch["x"], batch["labels"])["loss"]
+    good = {"x": torch.ones(2, 2), "labels": torch.tensor([0, 1])}
+    batch = {**good, "x": ARRAYS[name]}
+    for run in (by_train_loop, by_train_steps, evaluate_loop):
+        with pytest.raises(DataError, match=r"'x' is a (ndarray|list), not a tensor") as error:
+            run(Own(), [good, batch], **options)
+        line = str(error.value).rpartition("make tensors: ")[2].removesuffix(".")
+        run(Own(), [good, eval(line, {"torch": torch, "batch": batch})], **options)
+
+
+def test_ids_and_labels_that_are_arrays_are_named_in_turn():
+    ids, labels = np.ones((2, 3), np.int32), np.array([0, 1])
+    batch = {"input_ids": ids, "labels": labels}
+    with pytest.raises(DataError, match="'labels' of a batch is a ndarray") as error:
+        by_train_loop(tiny_bert(), [batch])
+    line = str(error.value).partition("Make it one: ")[2].removesuffix(".")
+    batch = eval(line, {"torch": torch, "batch": batch})
+    with pytest.raises(DataError, match="'input_ids' is a ndarray") as error:
+        by_train_loop(tiny_bert(), [batch])
+    line = str(error.value).rpartition("make tensors: ")[2].removesuffix(".")
+    by_train_loop(tiny_bert(), [eval(line, {"torch": torch, "batch": batch})])
+
+
+def test_batches_that_are_tuples_of_arrays_are_named():
+    batch = (np.ones((2, 2)), torch.tensor([0, 1]))
+    with pytest.raises(DataError, match="0 is a ndarray") as error:
+        by_train_loop(Head(), [batch], loss_fn=entropy)
+    line = str(error.value).rpartition("make tensors: ")[2].removesuffix(".")
+    by_train_loop(Head(), [eval(line, {"torch": torch, "batch": batch})], loss_fn=entropy)
+
+
+def test_a_model_that_takes_arrays_is_let_be(updates):
+    class Converting(Own):
+        def forward(self, x, labels=None):
+            return super().forward(torch.as_tensor(x, dtype=torch.float32), labels)
+
+    by_train_loop(Converting(), [{"x": np.ones((2, 2)), "labels": torch.tensor([0, 1])}])
+    assert updates
+    own = [{"x": np.ones((2, 2)), "labels": torch.tensor([0, 1])}]
+    with pytest.raises(TypeError, match="mine"):
+        by_train_loop(Own(), own, loss_fn=lambda model, batch: raise_mine())
+
+
+def raise_mine():
+    raise TypeError("mine")

@@ -23,7 +23,9 @@ HOW_TO_FIX = (
 
 
 def require_finite(state: TrainState, strategy: Strategy) -> None:
-    """Refuse weights that a run has made NaN or infinite. Collective; waits for the device once.
+    """Refuse weights that a run has made NaN or infinite, or log them once where that is allowed.
+
+    Collective; waits for the device once.
 
     The gradient of an update may be NaN where its loss is finite. The next loss tells, and the last
     update of a run has none.
@@ -32,7 +34,15 @@ def require_finite(state: TrainState, strategy: Strategy) -> None:
         NonFiniteError: Some are, and ``on_nonfinite`` is not ``"ignore"``.
     """
     _tell_of_moments(state)
-    if state.allows_nonfinite or not (spoilt := all_spoilt(state, strategy)):
+    is_told = state.allows_nonfinite and state.has_told_spoilt
+    if is_told or not (spoilt := all_spoilt(state, strategy)):
+        return
+    if state.allows_nonfinite:
+        state.has_told_spoilt = True
+        say(
+            f"the weights are not finite after step {state.progress.num_steps}, and are saved and "
+            f'returned all the same, because of on_nonfinite="ignore": {shown(spoilt)}.'
+        )
         return
     raise NonFiniteError(
         f"The weights are not finite after step {state.progress.num_steps}, and "

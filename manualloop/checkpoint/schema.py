@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
+
+import torch
 
 from manualloop.errors import CheckpointError
 from manualloop.randomness import check_generator_state, check_random_state
@@ -383,7 +386,9 @@ def check_state(values: Mapping[str, Any], step: int, path: str) -> None:
         )
 
 
-def check_like(saved: Any, own: Any, path: str, *, strict: bool = False) -> None:
+def check_like(
+    saved: Any, own: Any, path: str, *, strict: bool = False, has_fixed_lists: bool = False
+) -> None:
     """Refuse a part's state whose values are of other kinds than those the part has now.
 
     Only what both have is compared. Numbers, tensors and arrays are of one kind, and None of any.
@@ -394,6 +399,7 @@ def check_like(saved: Any, own: Any, path: str, *, strict: bool = False) -> None
         path: Name of the part.
         strict: Whether finite numbers must stay finite, and no number may turn into None or a
             tensor.
+        has_fixed_lists: Whether lists keep their lengths.
 
     Raises:
         CheckpointError: The message names the value.
@@ -408,12 +414,15 @@ def check_like(saved: Any, own: Any, path: str, *, strict: bool = False) -> None
             raise _refuse(saved, path, "a finite number")
         if path.rpartition(".")[2] in _COUNTS and saved < 0:
             raise _refuse(saved, path, "a number of at least 0")
+    check = partial(check_like, strict=strict, has_fixed_lists=has_fixed_lists)
     if isinstance(saved, Mapping):
         for key in saved.keys() & own.keys():
-            check_like(saved[key], own[key], _at(path, key), strict=strict)
+            check(saved[key], own[key], _at(path, key))
     elif isinstance(saved, list | tuple):
+        if has_fixed_lists and len(saved) != len(own):
+            raise _refuse(saved, path, f"a list of {len(own)}")
         for place, (item, own_item) in enumerate(zip(saved, own, strict=False)):
-            check_like(item, own_item, _at(path, place), strict=strict)
+            check(item, own_item, _at(path, place))
 
 
 _COUNTS = ("last_epoch", "_step_count", "T_cur", "T_i", "total_steps", "scale", "growth_interval")
@@ -422,10 +431,18 @@ _COUNTS = ("last_epoch", "_step_count", "T_cur", "T_i", "total_steps", "scale", 
 def _kind(value: Any, strict: bool) -> str:
     if value is None:
         return "none"
-    if isinstance(value, str | bytes):
-        return "text"
-    if isinstance(value, Mapping):
-        return "dict"
-    if isinstance(value, list | tuple | set):
-        return "list"
+    for kind, types in _KINDS.items():
+        if isinstance(value, types):
+            return kind
     return "number" if isinstance(value, int | float) or not strict else "tensor"
+
+
+_KINDS: dict[str, Any] = {
+    "text": str,
+    "dict": Mapping,
+    "list": list | tuple,
+    "set": set,
+    "string of bytes": bytes,
+    "dtype": torch.dtype,
+    "device": torch.device,
+}

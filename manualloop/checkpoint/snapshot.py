@@ -368,7 +368,7 @@ def _check_parts(saved: Saved, parts: Mapping[str, Any]) -> None:
             check_like(state, part.state_dict(), name, strict=True)
         elif isinstance(part, nn.Module) and name != "model":
             _check_module(name, part.state_dict(), state)
-        elif name.startswith("extras."):
+        if name == "model" or name.startswith("extras."):
             check_like(state, part.state_dict(), name)
 
 
@@ -394,7 +394,22 @@ def _check_schedule(name: str, part: LRScheduler, saved: Mapping[str, Any]) -> N
     for key in saved.keys() - own.keys():
         if hasattr(part, key):  # it would take the place of a method
             raise CheckpointError(f"{name}.{key} is no state of a {type(part).__name__}")
-    check_like(saved, own, name, strict=True)
+    inner = list(vars(part).get("_schedulers", ()))
+    for key in own.keys() & saved.keys():
+        path = f"{name}.{key}"
+        # Those of torch have lists of settings; one of the user's may keep a list that grows.
+        is_fixed = type(part).__module__.startswith("torch.") or key in _PER_GROUP
+        if key == "_schedulers" and len(inner) == len(own[key]):
+            items(by_name(anything))(saved[key], path)
+            if (number := len(saved[key])) != len(inner):
+                raise CheckpointError(f"{path} are {number} in the checkpoint, {len(inner)} here")
+            for number, one in enumerate(inner):
+                _check_schedule(f"{path}.{number}", one, saved[key][number])
+        else:
+            check_like(saved[key], own[key], path, strict=True, has_fixed_lists=is_fixed)
+
+
+_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "base_momentums", "max_momentums")
 
 
 _NO_PARTS = {

@@ -79,9 +79,17 @@ def _check_filling(split: Split, column: str, value: Any) -> None:
 def one_label_column(
     splits: dict[Any, Split],
     label_column: str | Sequence[str] | None,
+    keep: Sequence[str],
     check: Checks,
 ) -> tuple[dict[Any, Split], str | None]:
-    """Make one column of labels of several; return the splits and the name of the column."""
+    """Make one column of labels of several; return the splits and the name of the column.
+
+    Args:
+        splits: The splits.
+        label_column: One column of labels, or several.
+        keep: Columns that stay as they are, too.
+        check: Keeps the errors.
+    """
     if label_column is None or isinstance(label_column, str):
         return splits, label_column
     names = tuple(label_column)
@@ -100,7 +108,7 @@ def one_label_column(
             if name in split.kinds:
                 check(_check_zeros_and_ones, split, name)
         if check.ok:
-            joined[key] = split.map(Join(names), remove=names)
+            joined[key] = split.map(Join(names), remove=[n for n in names if n not in keep])
     return joined, "labels"
 
 

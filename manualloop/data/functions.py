@@ -51,6 +51,19 @@ class Functions(NamedTuple):
         is_kept = name in self.keep or name == RAW
         return self.transform is not None or is_kept or self.takes(name, kind)
 
+    def maker_of(self, split: Split, rows: Any, model: nn.Module | None) -> str | None:
+        """Return the argument whose function makes the labels of a batch; None: the dataset does.
+
+        Args:
+            split: The prepared split.
+            rows: Its rows, with their transform if they have one.
+            model: The model, for which the labels of the dataset were judged; None: they were not.
+        """
+        if self.transform is not None and (model is not None or rows.makes_labels):
+            return "transform"
+        makes_some = self.collate_fn is not None and "labels" not in split.kinds
+        return "collate_fn" if makes_some else split.maker
+
     def preprocessed(self, split: Split, label_column: str | None) -> Split:
         """Return a split with the columns that ``preprocess`` makes.
 
@@ -67,7 +80,9 @@ class Functions(NamedTuple):
         run = Preprocess(self.preprocess, kept, label, keep)
         options = {} if split.is_stream else {"num_proc": self.num_proc}
         rows = split.rows.map(run, batched=True, remove_columns=list(kinds), **options)
-        made = open_split(split.name, rows, split.key)._replace(form=split.form)
+        made = open_split(split.name, rows, split.key)
+        is_new = "labels" in made.kinds and "labels" not in kinds
+        made = made._replace(form=split.form, maker="preprocess" if is_new else None)
         return note_made_labels(split, made, label_column)
 
 
@@ -94,7 +109,6 @@ def functions_of(
         by_key = check(_by_split, argument, given[argument], list(splits)) or {}
         for key, functions in of_split.items():
             functions.append(by_key.get(key))
-    check(_refuse_streams, splits, {key: functions[1] for key, functions in of_split.items()})
     if any(functions[2] is None for functions in of_split.values()):
         check(require_pad_token, tokenizer)
     return {
@@ -127,18 +141,3 @@ def _by_split(argument: str, function: Any, keys: list[Any]) -> dict[Any, Any]:
             f"preprocess names no function for {left[0]}. Name one for every split: {names}."
         )
     return dict(function)
-
-
-def _refuse_streams(splits: Mapping[Any, Split], transforms: Mapping[Any, Any]) -> None:
-    """Refuse transforms of streams, in which rows have no numbers.
-
-    Raises:
-        ConfigError: A split with a transform is a stream.
-    """
-    for key, split in splits.items():
-        if split.is_stream and transforms[key] is not None:
-            raise ConfigError(
-                f"transform= draws for each row by its number, and the rows of {split.name} have "
-                "none: it is a stream. Load it without streaming=True, or save its rows: "
-                f"datasets.Dataset.from_list(list({split.code}))."
-            )

@@ -85,6 +85,8 @@ def _refuse_kind(split: Split, reference: Split, column: str) -> None:
         f"{split.first[column]!r:.60} (row 0), those of {reference.name} are "
         f"{words.get(wanted, wanted)}. "
     )
+    if split.maker is not None:
+        raise DataError(f"{head}{split.maker}= returns them: let it return one kind.")
     if (found, wanted) == ("float", "int") and _are_whole(split, column):
         raise DataError(f"{head}Make them integers: {split.fix(integers_call(column))}.")
     raise DataError(f"{head}Give all splits labels of one kind, or prepare them one by one.")
@@ -125,6 +127,8 @@ def advice_on_missing(split: Split, column: str, *, is_blank: bool) -> str:
         column: Its column of labels.
         is_blank: Whether an empty string means that a label is missing.
     """
+    if split.maker is not None:
+        return f"{split.maker}= returns the labels: let it return one for each of its rows."
     kind = split.kinds[column]
     call = filter_missing(
         column, is_float=kind == "float", in_lists=kind in ("list", "texts"), of=""
@@ -153,6 +157,8 @@ def check_numbers(split: Split, values: Values, everything: Labelled) -> None:
         )
         are_whole = all(number == round(number) for number in everything.distinct())
         line = everything.fix(integers_call(column))
+        if split.maker is not None:
+            line = f"let {split.maker}= return int(label)"
         raise DataError(
             scalar_floats_message(found, column, labels.num_classes, are_whole=are_whole, line=line)
         )
@@ -184,6 +190,7 @@ def _check_classes(split: Split, values: Values, everything: Labelled) -> None:
             in_lists=split.kinds[column] == "list",
             are_named=labels.are_named,
             is_train=split.is_train,
+            maker=split.maker,
             fix=everything.fix,
             fix_here=split.fix,
         )
@@ -225,6 +232,8 @@ def _advice_on_targets(found: Sequence[float], everything: Labelled) -> str:
     as_values = 'For values to predict set model.config.problem_type = "regression".'
     if everything.model is None:
         as_values = 'For values to predict pass task="regression".'
+    if (maker := everything.splits[0].maker) is not None:
+        return f"{maker}= returns the labels: correct it. {as_values}"
     if are_whole and list(found) == [-1, 0, 1]:
         fix = everything.fix(as_map(column, f"[{IGNORE_INDEX} if x == -1 else x {of_row}"))
         return f"If -1 means unknown, leave it out: {fix}. {as_values}"

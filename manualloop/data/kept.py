@@ -79,6 +79,7 @@ def trained_data(loader: Any) -> Any:
     """Return the dataset of a loader, without the columns that skip the model."""
     dataset = getattr(loader, "dataset", loader)
     dataset = dataset.rows if isinstance(dataset, TransformedRows) else dataset
+    dataset = getattr(dataset, "streamed_rows", dataset)
     collate = getattr(loader, "collate_fn", None)
     skips = collate.skips if isinstance(collate, KeepingCollate) else frozenset()
     return without_columns(dataset, skips)

@@ -128,6 +128,7 @@ from_pretrained(name, num_labels=3).
             num_labels,
             in_lists=in_lists,
             are_all=False,
+            maker=origin.maker,
             fix=partial(fix_all, origin.keys),
             fix_here=partial(fix_of, origin.key),
         )
@@ -157,6 +158,7 @@ def class_message(
     are_all: bool = True,
     are_named: bool = False,
     is_train: bool = True,
+    maker: str | None = None,
     fix: Callable[[str], str],
     fix_here: Callable[[str], str],
 ) -> str:
@@ -170,21 +172,24 @@ def class_message(
         are_all: Whether the numbers beside it are all that the dataset has.
         are_named: Whether the classes have names.
         is_train: Whether the rows are there to be trained on.
+        maker: As in ``Origin``.
         fix: Function that makes a line of a call on the dataset, for all splits with labels.
         fix_here: The same for the split that the label is in.
     """
     label, place, values = found
     if label >= 0:
         smallest, largest = values[0], values[-1]
-        if not in_lists and _are_others(values, num_classes, are_all):
+        more = f"load the model with more classes: from_pretrained(name, num_labels={largest + 1})"
+        if maker is not None:
+            advice = f"{maker}= returns the labels: correct it, or {more}"
+        elif not in_lists and _are_others(values, num_classes, are_all):
             start = f"The smallest label is {smallest}" if smallest else "Numbers are left out"
             advice = f"{start}, but classes are numbered from 0. "
             advice += (
                 f"{'Shift' if smallest else 'Number'} them: {fix(renumber_call(column, values))}"
             )
         else:
-            advice = "Correct the label, or load the model with more classes: "
-            advice += f"from_pretrained(name, num_labels={largest + 1})"
+            advice = f"Correct the label, or {more}"
         counted = f"num_labels={num_classes} (0..{(num_classes or 0) - 1})"
         return (
             f"Label {label} in {place} is not a class of the model, which has {counted}. {advice}."
@@ -193,6 +198,8 @@ def class_message(
         f"Label {label} in {place} is neither a class, which are numbered from 0, nor "
         f"{IGNORE_INDEX}, which the loss ignores."
     )
+    if maker is not None:
+        return f"{head} {maker}= returns the labels: correct it."
     if in_lists:
         kept = f'[label if label >= 0 else {IGNORE_INDEX} for label in row["{column}"]]'
         return f"{head} Replace it: {fix_here(as_map(column, kept))}."

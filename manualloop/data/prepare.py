@@ -35,6 +35,7 @@ from manualloop.data.mapping import (
 from manualloop.data.masks import RowMasks, masks_rows
 from manualloop.data.sampler import ordered_loader
 from manualloop.data.splits import Split, open_splits, reference_of
+from manualloop.data.streamed import TransformedStream, require_one_process
 from manualloop.data.tokens import count_cuts, notes_on, require_tokens, tell_lost, tell_padding
 from manualloop.data.transform import (
     Transform,
@@ -177,7 +178,7 @@ def prepare_dataloaders(
         text_columns=text_columns,
         tokenizes=tokenizes,
     )
-    texts, labels = found.columns.texts, found.labels
+    (texts, label), labels = found.columns, found.labels
     encode = _encoder(reference_of(splits), texts, tokenizer, max_length, model, tokenizes)
     used = () if label_column is None or isinstance(label_column, str) else tuple(label_column)
     splits, transformed = _prepare_splits(splits, found, encode, functions, model, used, seed)
@@ -195,11 +196,11 @@ def prepare_dataloaders(
             if not split.is_train and not split.is_stream and masks_rows(collate):
                 collate = RowMasks(collate, seed)
             rows: Any = transformed.get(key) or _as_read(split, collate, seed)
-            if kept := kept_columns(split, keep, found.columns.label, key in transformed):
+            if kept := kept_columns(split, keep, label, key in transformed):
                 collate = KeepingCollate(collate, kept)
-            rows.origin_of_labels = Origin(
-                found.columns.label or "labels", split.key, labelled, found.hidden.get(key)
-            )
+            check(require_one_process, rows, num_workers)
+            hidden, maker = found.hidden.get(key), functions[key].maker_of(split, rows, model)
+            rows.origin_of_labels = Origin(label or "labels", split.key, labelled, hidden, maker)
             rows.split_notes = notes_on(split, encode, naming.names)
             loaders[key] = check(
                 ordered_loader,
@@ -275,7 +276,7 @@ def _look_at(
         if splits:
             splits = fill_cells(splits, fill, label_column, check)
             label_column = columns_in_order(label_column, choices["model"], check)
-            splits, label = one_label_column(splits, label_column, check)
+            splits, label = one_label_column(splits, label_column, keep, check)
             of_model = choices["tokenizer"], choices["model"]
             functions = functions_of(splits, given, keep, *of_model, check)
             if given["preprocess"] is not None and check.ok:
@@ -331,14 +332,14 @@ def _prepare_splits(
     model: nn.Module | None,
     used: Sequence[str],
     seed: int,
-) -> tuple[dict[Any, Split], dict[Any, TransformedRows]]:
+) -> tuple[dict[Any, Split], dict[Any, TransformedRows | TransformedStream]]:
     """Tokenize and prune all splits, try the transforms, and report which columns are used.
 
     Returns:
         The splits, and the rows of those that are transformed.
     """
     prepared: dict[Any, Split] = {}
-    transformed: dict[Any, TransformedRows] = {}
+    transformed: dict[Any, TransformedRows | TransformedStream] = {}
     notes: dict[str, list[str]] = {}
     with all_at_once() as check:
         for key, split in splits.items():
@@ -353,7 +354,7 @@ def _prepare_splits(
             else:
                 rows = transformed_rows(made, functions[key], found, hidden, seed)
                 note = check(transform_note, rows, found, _taker(model), hidden)
-                transformed[key] = rows
+                transformed[key] = TransformedStream(made.rows, rows) if made.is_stream else rows
             notes.setdefault(note, []).append(split.name)
     for note, names in notes.items():
         say(f"{', '.join(names)}: {note}")
@@ -448,7 +449,7 @@ def _note(
         note += f"; dropped: {', '.join(dict.fromkeys(dropped))}{_taker(model)}"
     if hidden is not None:
         note += f"; every {label} is {hidden}, so there are no labels"
-    elif "labels" not in kept and split.is_train and dropped:
+    elif "labels" not in kept and split.is_train and (dropped or also):
         note += "; there are no labels: label_column= names them"
     return note
 

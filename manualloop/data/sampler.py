@@ -337,15 +337,16 @@ def longest_first_view(loader: Any, *, fills_batches: bool) -> DataLoader[Any] |
 @contextmanager
 def rows_fixed(loader: Iterable[Any]) -> Iterator[None]:
     """Let rows that depend on the epoch be those of the first, so that scores can be compared."""
-    sampler = getattr(loader, "batch_sampler", None)
-    if not isinstance(sampler, OrderedBatchSampler):
+    parts = [getattr(loader, name, None) for name in ("batch_sampler", "dataset")]
+    part: Any = next((part for part in parts if hasattr(part, "epoch_of_rows")), None)
+    if part is None:
         yield
         return
-    before, sampler.epoch_of_rows = sampler.epoch_of_rows, 0
+    before, part.epoch_of_rows = part.epoch_of_rows, 0
     try:
         yield
     finally:
-        sampler.epoch_of_rows = before
+        part.epoch_of_rows = before
 
 
 def rows_before(loader: Iterable[Any], number: int) -> int:

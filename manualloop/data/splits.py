@@ -33,6 +33,7 @@ class Split(NamedTuple):
         made_of: Names of the classes in the column that a function of the user's made the labels
             of; empty if it has none. None for labels as they are in the dataset.
         is_unchanged: Whether the labels that the function made are those of that column.
+        maker: Name of the argument whose function makes the labels; None: the dataset has them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Split(NamedTuple):
     num_cut: int | None = None
     made_of: tuple[str, ...] | None = None
     is_unchanged: bool = False
+    maker: str | None = None
 
     @property
     def is_train(self) -> bool:

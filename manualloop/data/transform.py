@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -79,7 +80,7 @@ class TransformedRows:
     """A dataset whose rows are transformed when they are read, and know their numbers.
 
     Args:
-        rows: A ``datasets.Dataset``.
+        rows: A ``datasets.Dataset``, or the first rows of a stream.
         split: Name of the split in messages.
         seed: Seed of the run.
         transform: The user's function; None leaves rows as they are.
@@ -88,12 +89,15 @@ class TransformedRows:
         kept: Columns that skip the model.
         kept_rows: Rows that hold the kept columns as plain values; None: ``rows`` do.
         has_labels: Whether the split has labels. Hidden ones are left out of the batch.
+        are_stacked: Whether each column that is returned is stacked, which None cannot be.
 
     Attributes:
         rows: As the argument.
         split: As the argument.
         transform: As the argument.
         kept: As the argument.
+        left_out: Columns that the transform returns as None.
+        makes_labels: Whether the transform was seen to return other labels than the row's.
     """
 
     def __init__(
@@ -108,12 +112,14 @@ class TransformedRows:
         kept: Sequence[str] = (),
         kept_rows: Any = None,
         has_labels: bool = True,
+        are_stacked: bool = False,
     ) -> None:
         self.rows, self.transform = rows, transform
         self.split, self._seed = split, seed
         self._takes = takes or Taking(None, takes_text=True)
         self._aliases, self.kept, self._has_labels = dict(aliases or {}), tuple(kept), has_labels
-        self._kept_rows = kept_rows
+        self._kept_rows, self._are_stacked, self.makes_labels = kept_rows, are_stacked, False
+        self.left_out: frozenset[str] = frozenset()
         self._draws_from: tuple[str, ...] = ()  # global generators that the transform draws from
         self._num_reads = 0
         self._reader: Callable[[Sequence[int]], list[Any]] | None = None
@@ -127,16 +133,28 @@ class TransformedRows:
     def __getitems__(self, numbers: list[int]) -> NumberedRows:
         """Return rows, transformed as in the epoch that comes with their numbers."""
         rows = self._read(numbers)
-        transform = self.transform
-        if transform is None:
+        if self.transform is None:
             return NumberedRows(rows, numbers)
         epoch = numbers.epoch if isinstance(numbers, RowNumbers) else 0
+        plain = rows if self._kept_rows is None else self._kept_rows.__getitems__(list(numbers))
+        return self.transformed(rows, plain, numbers, epoch)
+
+    def transformed(
+        self, rows: Sequence[Any], plain: Sequence[Any], numbers: Sequence[int], epoch: int
+    ) -> NumberedRows:
+        """Return rows as they are transformed in an epoch.
+
+        Args:
+            rows: The rows.
+            plain: The same rows with the kept columns as plain values.
+            numbers: Their numbers.
+            epoch: Number of the epoch.
+        """
         seeds = seeds_of_rows(self._seed, epoch, numbers, "transform")
         generator = torch.Generator()
         self._num_reads += 1
         watches = self._num_reads & (self._num_reads - 1) == 0  # reads 1, 2, 4, 8, ...
         before = get_random_state(devices=False) if watches else None
-        plain = rows if self._kept_rows is None else self._kept_rows.__getitems__(list(numbers))
         with global_states_kept(self._draws_from):
             made = [
                 self._transformed(row, kept, number, seed, generator)
@@ -154,6 +172,8 @@ class TransformedRows:
         return NumberedRows(made, numbers)
 
     def _read(self, numbers: Sequence[int]) -> list[Any]:
+        if isinstance(self.rows, list):  # the first of a stream
+            return [deepcopy(self.rows[number]) for number in numbers]
         if self._reader is None:
             from manualloop.data.arrays import ArrayReader  # loads pyarrow
 
@@ -178,6 +198,8 @@ class TransformedRows:
             kept = {name: deepcopy(row[name]) for name in map(self._held, self.kept)}
         made = self.apply(row, number, generator)
         goes_on = {name: cell for name, cell in made.items() if self._reaches(name, cell)}
+        if self._are_stacked:
+            goes_on = self._complete(goes_on, number)
         if "labels" in goes_on and not self._takes.takes_text:
             for name in LABELS[1:]:  # which collators would take for the labels
                 goes_on.pop(name, None)
@@ -205,6 +227,23 @@ class TransformedRows:
             )
         return made
 
+    def _complete(self, reaching: dict[str, Any], number: int) -> dict[str, Any]:
+        """Leave out the columns that are None in every row, since no tensor holds them.
+
+        Raises:
+            DataError: A column is None in some rows alone.
+        """
+        for name, cell in reaching.items():
+            if (cell is None) is not (name in self.left_out):
+                others = "values" if cell is None else "None"
+                more = "; -100 stands for a class that is missing" if name in LABELS else ""
+                raise DataError(
+                    f"The transform of {self.split} returned {name}={cell!r:.60} for row {number}, "
+                    f"and {others} for other rows. Let it return a value for every row, or for "
+                    f"none{more}."
+                )
+        return {name: cell for name, cell in reaching.items() if cell is not None}
+
     def _held(self, name: str) -> str:
         return next((held for held, second in self._aliases.items() if second == name), name)
 
@@ -229,9 +268,13 @@ class TransformedRows:
 
         Returns:
             The columns that the transform returns and that reach the batch, and those that do not.
+
+        Raises:
+            DataError: It returns no dict, or None for some of the rows.
         """
         numbers = range(min(len(self), _NUM_TRIED))
         seeds = seeds_of_rows(self._seed, 0, numbers, "transform")
+        tried: list[dict[str, Any]] = []
         reaches: dict[str, bool] = {}
         is_same, generator, moved, others = True, torch.Generator(), set[str](), list[str]()
         with global_states_kept(_GLOBAL):
@@ -247,6 +290,8 @@ class TransformedRows:
                 is_same &= are_alike(*results)
                 others += self._other_numbers(row, made)
                 reaches |= {name: self._reaches(name, cell) for name, cell in made.items()}
+                tried.append({name: cell for name, cell in made.items() if reaches[name]})
+                self.makes_labels |= not are_alike(row.get("labels"), made.get("labels"))
         self._draws_from = tuple(name for name in _GLOBAL if name in moved)
         if not is_same:
             say(
@@ -266,8 +311,14 @@ class TransformedRows:
                 f"their names have: {', '.join(dict.fromkeys(others))}. Predictions would get "
                 'wrong names. Let it return row["labels"].'
             )
-        passed = [name for name, reach in reaches.items() if reach]
-        left = [name for name in reaches if name not in passed and name not in self.kept]
+        if self._are_stacked:
+            empty = [{n for n, cell in one.items() if cell is None} for one in tried]
+            self.left_out = frozenset(set.intersection(*empty))
+            for number, one in enumerate(tried):
+                self._complete(one, number)
+        passed = [n for n, reach in reaches.items() if reach and n not in self.left_out]
+        used = {*passed, *self.kept, *self.left_out}
+        left = [name for name in reaches if name not in used]
         return passed, left
 
 
@@ -283,7 +334,8 @@ def transformed_rows(
         hidden: The form in which the split hides its labels; None: it does not.
         seed: Seed of the run.
     """
-    label, kinds, rows = found.columns.label, split.kinds, split.rows
+    label, kinds = found.columns.label, split.kinds
+    rows: Any = list(islice(split.rows, _NUM_TRIED)) if split.is_stream else split.rows
     aliases = {}
     if label is not None and RAW in kinds:
         aliases[RAW] = label
@@ -306,12 +358,14 @@ def transformed_rows(
         kept=kept,
         kept_rows=kept_rows,
         has_labels=hidden is None,
+        are_stacked=functions.collate_fn is None,
     )
 
 
 def transform_of(loader: Any) -> Transform | None:
     """Return the transform of a prepared loader; None if it has none."""
     dataset = getattr(loader, "dataset", None)
+    dataset = getattr(dataset, "by_row", dataset)  # of a stream
     return dataset.transform if isinstance(dataset, TransformedRows) else None
 
 
@@ -341,9 +395,11 @@ def transform_note(rows: TransformedRows, found: Survey, taker: str, hidden: str
         note += f"; keeping {', '.join(rows.kept)}"
     if dropped := [n for n in left if n not in LABELS]:
         note += f"; dropped: {', '.join(dropped)}{taker}"
+    if empty := [n for n in sorted(rows.left_out) if n not in LABELS]:
+        note += f"; left out, since they are None: {', '.join(empty)}"
     if hidden is not None:
         note += f"; every {found.columns.label} is {hidden}, so there are no labels"
-    elif not has_labels and found.columns.label is not None:
+    elif not has_labels and (found.columns.label is not None or rows.left_out & {*LABELS}):
         note += "; it returns no labels"
     return note
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
 from manualloop.batches import is_spare, model_inputs
-from manualloop.checks import explain, require_loader
+from manualloop.checks import EXPLAINED, explain, explain_loss, require_loader
 from manualloop.data.sampler import num_batches, rows_before, rows_fixed
-from manualloop.errors import DataError
+from manualloop.errors import DataError, ManualLoopError
 from manualloop.evaluation.draws import Draws
 from manualloop.evaluation.losses import Made
 from manualloop.models import accepts, evaluation_mode, is_sharded
@@ -140,8 +141,10 @@ def _forward(passes: Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
             hook = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
             try:
                 loss: Any = passes.loss_fn(model, inputs)
-            except TypeError as error:
-                explain_kept(error, inputs)
+            except EXPLAINED as error:
+                if isinstance(error, TypeError):
+                    explain_kept(error, inputs)
+                explain_pass(error, passes, batch, number)
                 raise
             finally:
                 hook.remove()
@@ -153,14 +156,33 @@ def _forward(passes: Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
             columns = {name: c for name, c in columns.items() if name not in passes.leaves_out}
         try:
             outputs = model(**columns)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            strategy.explain(error)
-            start = rows_before(passes.loader, number)
-            explain(
-                error, model, [batch], source_of(passes.loader).place, [start], needs_labels=False
-            )
+        except EXPLAINED as error:
+            given = batch if columns is inputs else {name: batch[name] for name in columns}
+            explain_pass(error, passes, given, number, partial(explain, needs_labels=False))
             raise
     return inputs, outputs, None
+
+
+def explain_pass(
+    error: Exception,
+    passes: Passes,
+    batch: Any,
+    number: int,
+    find: Callable[..., None] = explain_loss,
+) -> None:
+    """Raise the mistake in a batch that explains an error from the model or from the loss.
+
+    Args:
+        error: The error.
+        passes: The loader, the model and how to run it.
+        batch: The batch.
+        number: Its number.
+        find: Function that finds the mistake.
+    """
+    passes.strategy.explain(error)
+    if not isinstance(error, ManualLoopError):
+        start = rows_before(passes.loader, number)
+        find(error, passes.model, [batch], source_of(passes.loader).place, [start])
 
 
 def _numbered(

@@ -17,11 +17,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from manualloop.checks import EXPLAINED
 from manualloop.data.labels import hidden_message, origin_of
 from manualloop.errors import DataError
 from manualloop.evaluation.layout import Layout
 from manualloop.evaluation.losses import Losses, Made
-from manualloop.evaluation.passes import Passes, each_batch
+from manualloop.evaluation.passes import Passes, each_batch, explain_pass
 from manualloop.evaluation.rows import Ask, Entries, Values, entries_of, tell_nan
 from manualloop.tasks.loss import no_loss
 from manualloop.tasks.task import IGNORE_INDEX
@@ -266,8 +267,12 @@ def _add(
     """Add a batch to the rows of this rank."""
     is_sound = False
     if wants_loss:
-        with passes.strategy.autocast():
-            is_finite = share.losses.add(made, passes.loss_fn, passes.terms)
+        try:
+            with passes.strategy.autocast():
+                is_finite = share.losses.add(made, passes.loss_fn, passes.terms)
+        except EXPLAINED as error:
+            explain_pass(error, passes, made.batch, made.number)
+            raise
         if is_finite is None or ask is not None:
             _refuse_hidden(passes.loader, made.batch)
         if is_finite is None and ask is None:

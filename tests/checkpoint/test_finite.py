@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import messages
 from torch import nn
 
 from manualloop import NonFiniteError, TrainState, save_checkpoint, train_loop, train_steps
@@ -132,10 +133,22 @@ def test_a_loop_over_steps_ends_with_the_error_or_saves_nothing(
     assert max(path.name for path in tmp_path.glob("step-*")) == "step-00000002"
 
 
-def test_who_ignores_it_gets_it(tmp_path: Path) -> None:
-    result = train(NUM_STEPS, on_nonfinite="ignore", checkpoint_dir=tmp_path)
-    assert result.last_checkpoint.name == "step-00000006"
-    assert torch.isnan(result.state.model[0].weight).any()
+def test_who_ignores_it_gets_it_and_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, however often it is saved; and the same where nothing is."""
+    for options in ({"checkpoint_dir": tmp_path, "checkpoint_every": 1}, {}):
+        caplog.clear()
+        result = train(NUM_STEPS - 2, on_nonfinite="ignore", **options)
+        (line,) = [line for line in messages(caplog) if "on_nonfinite" in line]
+        assert "not finite after step" in line
+        assert "saved and returned all the same" in line
+        assert torch.isnan(result.state.model[0].weight).any()
+    assert max(path.name for path in tmp_path.glob("step-*")) == "step-00000006"
+    state = result.state
+    with pytest.raises(NonFiniteError, match="not finite"):  # another run, which does not ignore it
+        for _ in train_steps(state, batches(None), num_epochs=2, loss_fn=loss_fn):
+            save_checkpoint(tmp_path, state)
 
 
 class Masked(nn.Module):

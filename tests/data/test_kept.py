@@ -169,6 +169,30 @@ def test_rows_of_numbers_without_a_tokenizer(caplog):
     assert messages(caplog) == ["dev: using x; keeping number, name"]
 
 
+def test_columns_that_are_joined_to_labels_are_kept():
+    names = ("toxic", "spam", "rude")
+    columns = {name: [n >> bit & 1 for n in range(6)] for bit, name in enumerate(names)}
+    dataset = table(label=[0] * 6, **columns).remove_columns("label")
+    for ready in (dataset, dataset.to_iterable_dataset()):
+        loader = prepare_dataloaders(
+            {"dev": ready}, tiny_tokenizer(), label_column=names, keep=("spam", "id"), batch_size=6
+        )["dev"]
+        batch = next(iter(loader))
+        assert batch["labels"].tolist() == [
+            list(row) for row in zip(*columns.values(), strict=True)
+        ]
+        assert (batch["spam"], batch["id"]) == (columns["spam"], IDS)
+        assert not {"toxic", "rude"} & batch.keys()
+
+
+def test_a_kept_column_may_be_what_was_meant_as_labels(caplog):
+    dataset = rows(sentence=["good movie", "bad"], ner_tags=[[1, 0], [2]])
+    prepare_dataloaders(dataset, tiny_tokenizer(), keep=("ner_tags",))
+    assert messages(caplog) == [
+        "train: using sentence; keeping ner_tags; there are no labels: label_column= names them"
+    ]
+
+
 def test_names_that_cannot_be_kept():
     with pytest.raises(
         ConfigError, match=r"train has no column 'idx'. Its columns: sentence.*keep="

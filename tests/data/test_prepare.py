@@ -339,3 +339,23 @@ def test_the_cache_of_tokenized_rows_is_found_by_the_next_process(tmp_path):
     prints = [fresh.stdout.split(), forked.output.split()]
     assert prints[0] == prints[1]
     assert prints[0][0] == prints[0][1] != prints[0][2]
+
+
+@pytest.mark.parametrize("task", ["classes", "missing", "scalar floats", "targets"])
+def test_labels_that_preprocess_returns_are_to_be_corrected_there(task: str) -> None:
+    """No line that changes the dataset would: it has no such column."""
+    made: dict[str, Any] = {
+        "classes": [0, 1, 7, 0],
+        "missing": [0.0, 1.0, None, 0.0],
+        "scalar floats": [0.0, 1.0, 1.0, 0.0],
+        "targets": [[0.0, 2.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]],
+    }
+    table = Dataset.from_dict({"ids": [[5, 6], [7, 8], [5, 5], [6, 7]], "grade": [*"abca"]})
+    with pytest.raises(DataError) as error:
+        prepare_dataloaders(
+            table,
+            preprocess=lambda rows: {"input_ids": rows["ids"], "labels": made[task]},
+            model=tiny_bert(num_labels=2),
+        )
+    assert "preprocess=" in str(error.value)
+    assert "dataset" not in str(error.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from contextlib import suppress
 from functools import partial
@@ -433,10 +434,106 @@ def test_what_cannot_be_transformed_is_refused():
         prepare_dataloaders(table, transform=lambda row, generator: torch.ones(1))
     with pytest.raises(DataError, match="returns no column that the model takes, only name"):
         prepare_dataloaders(table, transform=lambda row, generator: {"name": "x"})
-    with pytest.raises(ConfigError, match=r"the rows of train have none: it is a stream"):
-        prepare_dataloaders(
-            table.to_iterable_dataset(), transform=lambda row, generator: {"x": row["x"]}
-        )
+
+
+def returning(value, when=lambda row: True):
+    """A transform that returns another label for some rows."""
+    return lambda row, generator: {
+        "input_ids": [5, 6],
+        "labels": value if when(row) else row["label"],
+    }
+
+
+class Scorer(nn.Module):
+    """A model without a config."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.layer(input_ids.float())
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+def numbers(num_rows=8):
+    return Dataset.from_dict(
+        {"x": [float(n) for n in range(num_rows)], "label": [n % 2 for n in range(num_rows)]}
+    )
+
+
+@pytest.mark.parametrize("by_model", [True, False], ids=["model given", "seen in the first rows"])
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (7, r"Label 7 in train batch \d \(row id [0-7]\) is not a class of the model"),
+        (-3, r"Label -3 in train batch \d \(row id [0-7]\) is neither a class"),
+        (math.nan, r"Label NaN in train batch \d \(row id [0-7]\)"),
+    ],
+)
+def test_a_wrong_label_of_a_transform_is_to_be_fixed_there(value, found, by_model):
+    """The dataset's labels are right: a line that changes them would change nothing."""
+    model = tiny_bert(num_labels=1 if value != value else 2)
+    given = {"model": model} if by_model else {}
+    late = lambda row: row["x"] == 6 or not by_model  # noqa: E731
+    transform = returning(value, late)
+    loader = prepare_dataloaders({"train": numbers()}, transform=transform, **given)["train"]
+    runs = [partial(train_loop, num_epochs=1, progress_bar=False), evaluate_loop]
+    for run in runs[:1] if value != value else runs:  # the loss of an evaluation may be NaN
+        with pytest.raises(DataError, match=found) as error:
+            run(model, loader)
+        assert "transform= returns the labels" in str(error.value)
+        assert "dataset" not in str(error.value)
+
+
+def test_a_wrong_label_that_a_transform_passes_on_is_to_be_fixed_in_the_dataset():
+    table = numbers().map(lambda row: {"label": row["label"] + 1})
+    loader = prepare_dataloaders(
+        {"train": table}, transform=lambda row, generator: {**row, "input_ids": [5, 6]}
+    )["train"]
+    with pytest.raises(DataError, match=r'dataset\["train"\] = dataset\["train"\].map'):
+        train_loop(tiny_bert(), loader, num_epochs=1, progress_bar=False)
+
+
+def test_a_wrong_label_of_a_transform_under_a_model_without_a_config():
+    loader = prepare_dataloaders(numbers(), transform=returning(7))["train"]
+    with pytest.raises(DataError, match=r"Label 7 in train batch 0 \(row id \d\), column 'labels'"):
+        train_loop(Scorer(), loader, num_epochs=1, progress_bar=False)
+
+
+@pytest.mark.parametrize("name", ["x", "labels"])
+def test_none_for_some_rows_is_refused_with_the_row(name):
+    def transform(row, generator, is_wrong):
+        made = {"x": torch.ones(2), "labels": row["label"]}
+        return {**made, name: None} if is_wrong(row) else made
+
+    for is_wrong in (lambda row: row["x"] == 2, lambda row: row["x"] != 2):
+        with pytest.raises(DataError, match=rf"transform of train returned {name}=None for row"):
+            prepare_dataloaders(numbers(), transform=partial(transform, is_wrong=is_wrong))
+    late = partial(transform, is_wrong=lambda row: row["x"] == 6)
+    with pytest.raises(DataError, match=rf"returned {name}=None for row 6, and values for other"):
+        list(prepare_dataloaders(numbers(), transform=late)["train"])
+    early = partial(transform, is_wrong=lambda row: row["x"] < 6)
+    if name == "labels":
+        with pytest.raises(DataError, match=r"returned labels=[01] for row [67], and None for"):
+            list(prepare_dataloaders(numbers(), transform=early)["train"])
+
+
+def test_none_for_all_rows_is_left_out_and_told(caplog):
+    def transform(row, generator):
+        return {"x": torch.ones(2), "y": None, "labels": None}
+
+    loaders = prepare_dataloaders({"train": numbers(), "test": numbers()}, transform=transform)
+    assert next(iter(loaders["test"])).keys() == {"x"}
+    (line,) = messages(caplog)
+    assert line == (
+        "train, test: using what transform returns: x; left out, since they are None: y; it "
+        "returns no labels"
+    )
+    collate = lambda found: {"n": torch.tensor([r["y"] is None for r in found])}  # noqa: E731
+    own = prepare_dataloaders(numbers(), transform=transform, collate_fn=collate)["train"]
+    assert all(bool(batch["n"].all()) for batch in own)  # a collate_fn of one's own gets them
 
 
 def test_a_look_changes_nothing(expected):
@@ -513,3 +610,104 @@ def test_level_2_and_a_second_run_get_the_same_rows(expected):
         run = partial(train_loop, Mean(), loader, num_epochs=2, progress_bar=False)
         run(terms=terms, evaluate=partial(evaluate_loop, Mean(), loader))
         assert [digests(seen[:3]), digests(seen[3:])] == expected[:2]
+
+
+def one_shard(num_rows=24):
+    return images(num_rows).to_iterable_dataset(num_shards=3)
+
+
+@pytest.fixture(scope="module")
+def streamed():
+    """What each row becomes in two epochs, as the class of rows with numbers makes it."""
+    loader = prepare_dataloaders({"dev": images(24)}, transform=crop_and_flip)["dev"]
+    found = []
+    for epoch in range(2):
+        set_epoch(loader, epoch)
+        found.append(digests(loader))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 24])
+def test_rows_of_a_stream_are_functions_of_their_place(batch_size, streamed):
+    loader = prepare_dataloaders(one_shard(), transform=crop_and_flip, batch_size=batch_size)
+    for epoch in (0, 1, 0):
+        set_epoch(loader["train"], epoch)
+        assert digests(loader["train"]) == streamed[epoch]
+
+
+@pytest.mark.parametrize("at", [2, 5, 6])
+def test_a_stream_is_cut_and_resumed(at, streamed, tmp_path):
+    """At each step, also at the end of an epoch; in a new process nothing is left of the loader."""
+
+    def run(stop_after=None, folder=tmp_path):
+        seen = []
+
+        def loss_fn(model, batch):
+            seen.append(digests([batch]))
+            return model(batch["x"].flatten(1)).square().mean()
+
+        def stop(step):
+            if step.index == stop_after:
+                raise KeyboardInterrupt
+
+        torch.manual_seed(0)
+        loader = prepare_dataloaders(one_shard(), transform=crop_and_flip, batch_size=5)["train"]
+        with suppress(KeyboardInterrupt):
+            train_loop(
+                nn.Linear(16, 1),
+                loader,
+                max_steps=10,
+                loss_fn=loss_fn,
+                on_step=stop,
+                checkpoint_dir=folder,
+                checkpoint_every=1,
+                progress_bar=False,
+            )
+        return seen
+
+    seen = run(at)[:-1] + run()  # the last step was stopped before it was saved
+    assert len(seen) == 10
+    for epoch in (0, 1):
+        found = {}
+        for batch in seen[5 * epoch : 5 * epoch + 5]:
+            found |= batch
+        assert found == streamed[epoch]
+
+
+def test_an_evaluation_of_a_stream_is_that_of_epoch_0(streamed):
+    loader = prepare_dataloaders(one_shard(), transform=crop_and_flip)["train"]
+    set_epoch(loader, 1)
+    seen = {}
+
+    def loss_fn(model, batch):
+        seen.update(digests([batch]))
+        return model(batch["x"].flatten(1)).mean()
+
+    evaluate_loop(nn.Linear(16, 1), loader, loss_fn=loss_fn, progress_bar=False)
+    assert seen == streamed[0]
+    assert digests(loader) == streamed[1]
+
+
+def test_a_stream_keeps_columns_and_names_the_rows_of_mistakes():
+    def halve(row, generator):
+        return {"x": torch.tensor([row["x"] / 2]), "labels": row["label"]}
+
+    table = numbers().add_column("id", [*"abcdefgh"])
+    loader = prepare_dataloaders(table.to_iterable_dataset(), transform=halve, keep="id")["train"]
+    batch = next(iter(loader))
+    assert (batch["id"], batch["x"].flatten().tolist()) == (
+        [*"abcdefgh"],
+        [n / 2 for n in range(8)],
+    )
+    late = returning(None, lambda row: row["x"] == 6)
+    with pytest.raises(DataError, match="transform of train returned labels=None for row 6"):
+        list(prepare_dataloaders(numbers().to_iterable_dataset(), transform=late)["train"])
+
+
+def test_a_stream_that_workers_read_has_no_numbers():
+    with pytest.raises(ConfigError, match=r"nobody knows the numbers.*num_workers=0"):
+        prepare_dataloaders(one_shard(), transform=crop_and_flip, num_workers=2)
+    loader = prepare_dataloaders(one_shard(), transform=crop_and_flip)["train"]
+    again = DataLoader(loader.dataset, batch_size=4, num_workers=1)
+    with pytest.raises(ConfigError, match="nobody knows the numbers"):
+        list(again)

@@ -132,7 +132,7 @@ def test_the_script_on_hardware_runs(hub, tmp_path, monkeypatch):
 def test_the_ways_to_change_a_run_work(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     page = [block.values[0] for block in BLOCKS if block.id.startswith("docs/resume.md")]
-    begin, extend, rate, average, anew, second = page
+    begin, extend, cycle, rate, average, anew, second = page
     loaders = {name: BATCHES[name] for name in ("train", "second")}
 
     def run(block):
@@ -158,6 +158,7 @@ def test_the_ways_to_change_a_run_work(tmp_path, monkeypatch, caplog):
     ]
     assert manualloop.load_checkpoint("runs/ema", names["state"]).step == 6 * NUM_BATCHES
     for block, rate_at_first, num_steps in (
+        (cycle, pytest.approx(5e-5 / 25), 8),
         (rate, 1e-5, 2 * NUM_BATCHES),
         (anew, 0.01, 2 * NUM_BATCHES),
         (second, 1e-5, NUM_BATCHES),

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from manualloop import (
+    ConfigError,
     NonFiniteError,
     TrainState,
     evaluate_loop,
@@ -313,6 +314,24 @@ def stream_without_numbers(folder: Path) -> None:
     predict_loop(model, loader, progress_bar=False)
 
 
+def transformed_by_workers(folder: Path) -> None:
+    stream = rows(4, x=[[1.0]] * 4).to_iterable_dataset()
+    with pytest.raises(ConfigError) as error:
+        prepare_dataloaders(stream, transform=lambda row, generator: row, num_workers=1)
+    say(str(error.value))
+
+
+def ignored_nan(folder: Path) -> None:
+    model = nn.Linear(4, 1)
+    step_once(
+        state := state_of(model),
+        [{"x": torch.full((2, 4), torch.nan)}] * 2,
+        1,
+        on_nonfinite="ignore",
+    )
+    save_checkpoint(folder, state)
+
+
 TOLD = {
     "a stream that draws without a state": drawing_stream,
     "a shuffle buffer": shuffle_buffer,
@@ -342,6 +361,8 @@ TOLD = {
     "resamples without a score": undefined_resamples,
     "a loader that was sharded by somebody else": sharded_loader,
     "a stream that several processes read": stream_without_numbers,
+    "a `transform` of a stream that workers read": transformed_by_workers,
+    'weights of NaN that `on_nonfinite="ignore"` lets pass': ignored_nan,
 }
 
 
