@@ -291,7 +291,8 @@ def misaligned_message(num_labels: int, num_tokens: int, where: str) -> str:
     """Return the message about a row whose labels are more or fewer than its tokens."""
     return (
         f"labels have length {num_labels}, input_ids {num_tokens} ({where}). Align the labels to "
-        "the tokens, with -100 for special tokens, and let the collator pad both: "
+        "the tokens, with -100 for special tokens: for words and tags preprocess="
+        "manualloop.tasks.tag_words(tokenizer, words, tags) does. Let the collator pad both: "
         "transformers' DataCollatorForTokenClassification(tokenizer)."
     )
 

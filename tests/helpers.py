@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
@@ -210,3 +211,56 @@ def seeded(function: Callable[..., Any], seed: int) -> dict[str, Any]:
     """The argument by which this version of SciPy takes a generator."""
     names = inspect.signature(function).parameters
     return {"rng" if "rng" in names else "random_state": np.random.default_rng(seed)}
+
+
+def piece_tokenizer(**kwargs: Any) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer of the letters a to f, of which most words are several tokens.
+
+    It frames texts as BERT's does, and makes no token of control characters.
+    """
+    letters = "abcdef"
+    pieces = ["ab", "##cd", "##ef", "cafe", *letters, *(f"##{letter}" for letter in letters), *".,"]
+    vocab = {token: number for number, token in enumerate(SPECIAL + pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    options = {"model_max_length": 64, "model_input_names": inputs, **names, **kwargs}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+
+
+TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-MISC"]
+PIECES = ["ab", "cafe", "abcdef", "fed", "a.b", "...", "bad", "\u00e9", "a", "Face"]
+NO_PIECES = ["", " ", "\u200b", "[SEP]"]
+
+
+def tagged_words(num_rows: int, seed: int = 0) -> dict[str, list[Any]]:
+    """Sentences of up to 12 words with the names of their tags; some words are no token."""
+    rng = random.Random(seed)
+    words = [rng.choices(PIECES + NO_PIECES, k=rng.randint(0, 12)) for _ in range(num_rows)]
+    return {"tokens": words, "ner_tags": [[rng.choice(TAGS) for _ in row] for row in words]}
+
+
+def questions(num_rows: int, seed: int = 0, none: float = 0.3) -> dict[str, list[Any]]:
+    """Questions of contexts of up to 40 words; answers are some words of them, or none."""
+    rng = random.Random(seed)
+    rows: dict[str, list[Any]] = {name: [] for name in ("id", "question", "context", "answers")}
+    for number in range(num_rows):
+        words = rng.choices(PIECES, k=rng.randint(1, 40))
+        first = rng.randrange(len(words))
+        text = " ".join(words[first : first + rng.randint(1, 5)])
+        start = len("".join(f"{word} " for word in words[:first]))
+        answer: dict[str, list[Any]] = {"text": [], "answer_start": []}
+        if rng.random() >= none:
+            answer = {"text": [text, words[first]], "answer_start": [start, start]}
+        rows["id"].append(f"q{seed}-{number}")
+        rows["question"].append("  " * (number % 2) + " ".join(rng.choices(PIECES, k=number % 4)))
+        rows["context"].append(" ".join(words))
+        rows["answers"].append(answer)
+    return rows

@@ -165,10 +165,19 @@ SIGNATURES = {
 
 # Of manualloop.tasks.
 TASK_SIGNATURES: dict[str, str] = {
+    "answer_windows": (
+        "tokenizer, max_length=384, stride=128, *, pad=True, question='question', "
+        "context='context', answers='answers'"
+    ),
+    "best_spans": (
+        "predictions, kept, *, n_best=20, max_answer_length=30, null_threshold=None, id='id', "
+        "context='context'"
+    ),
     "cut": "tokenizer, max_length, column='text'",
     "distil": "teacher, *, temperature=1.0, alpha=0.5",
     "dpo": "beta=0.1, *, reference=None, kind='sigmoid'",
     "fill_in_middle": "tokenizer, rate=0.5, *, spm_rate=0.5, tokens=None, max_length=None",
+    "flatten_choices": "tokenizer, first, second, *, label='label', max_length=None",
     "generated": "tokenizer, *, references=None, num_samples=3, **generate_options",
     "lm_loss": "model, batch",
     "margins": "outputs, batch",
@@ -179,6 +188,15 @@ TASK_SIGNATURES: dict[str, str] = {
     "reward": "model, batch",
     "source_target": (
         "tokenizer, source, target, prefix='', max_length=128, max_target_length=None"
+    ),
+    "span_logits": "outputs, batch",
+    "squad": (
+        "dataset, *, n_best=20, max_answer_length=30, null_threshold=None, id='id', "
+        "context='context', answers='answers'"
+    ),
+    "tag_words": (
+        "tokenizer, words='tokens', tags='ner_tags', *, label_all=False, max_length=None, "
+        "names=None"
     ),
 }
 

@@ -18,7 +18,7 @@ from manualloop.mistakes import (
     pad_token_fix,
     text_message,
 )
-from manualloop.tasks.task import TASKS
+from manualloop.tasks.task import IGNORE_INDEX, POSITIONS, TASKS
 
 Row = Mapping[str, Any]
 
@@ -29,6 +29,7 @@ def collate_rows(
     collator: Callable[[list[Any]], Mapping[str, Any]],
     float_labels: bool = False,
     token_labels: bool = False,
+    pads_left: bool = False,
 ) -> dict[str, Any]:
     """Make a batch with a collator of transformers.
 
@@ -37,6 +38,8 @@ def collate_rows(
         collator: Function that pads and stacks rows.
         float_labels: Whether the loss needs ``labels`` in float32 (multi-label, regression).
         token_labels: Whether every token must have a label. Padding would hide missing ones.
+        pads_left: Whether padding stands before the tokens, so that the positions of answers move,
+            which the collators of transformers leave as they are.
 
     Raises:
         DataError: The rows do not fit together; the message names the row and the reason.
@@ -45,16 +48,51 @@ def collate_rows(
         raise DataError(reason)
     try:
         batch = dict(collator(list(rows)))
+    except DataError:
+        raise
     except Exception as error:
         if reason := explain_rows(rows):
             raise DataError(reason) from error
         raise
+    for name in POSITIONS if pads_left and "input_ids" in batch else ():
+        if name in batch:
+            width = batch["input_ids"].shape[-1]
+            batch[name] = batch[name] + torch.tensor([width - len(r["input_ids"]) for r in rows])
     if batch.get("labels") is None:
         batch.pop("labels", None)  # DataCollatorForSeq2Seq adds it to rows without labels
     elif float_labels:
         batch["labels"] = batch["labels"].float()
     elif batch["labels"].dtype == torch.bool:
         batch["labels"] = batch["labels"].long()
+    return batch
+
+
+def collate_choices(
+    rows: list[Any], *, collator: Callable[[list[Any]], Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """Make a batch ``(rows, choices, tokens)`` with the collator of transformers.
+
+    That takes the number of choices of the first row for that of all, and cannot do without labels.
+
+    Args:
+        rows: Rows with a list of tokens for each choice.
+        collator: ``DataCollatorForMultipleChoice``.
+
+    Raises:
+        DataError: The rows have different numbers of choices.
+    """
+    numbers = [len(row["input_ids"]) for row in rows]
+    if len({*numbers}) > 1:
+        row = next(n for n, number in enumerate(numbers) if number != numbers[0])
+        raise DataError(
+            f"Row {row} of the {len(rows)} rows of a batch has {numbers[row]} choices, and row 0 "
+            f"has {numbers[0]}. A batch holds as many choices of each row: leave such rows out, or "
+            "pass batch_size=1."
+        )
+    if "labels" in rows[0]:
+        return collator(rows)
+    batch = dict(collator([{**row, "labels": IGNORE_INDEX} for row in rows]))
+    del batch["labels"]
     return batch
 
 
@@ -138,12 +176,15 @@ def padding_collate_fn(
         }
         kind = collators.get(task or "", transformers.DataCollatorWithPadding)
         collator = kind(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
+        if task == "multiple_choice":
+            collator = partial(collate_choices, collator=collator)
     float_labels = task is not None and TASKS[task].float_labels
     collate = partial(
         collate_rows,
         collator=collator,
         float_labels=float_labels,
         token_labels=task in BY_TOKEN,
+        pads_left=getattr(tokenizer, "padding_side", None) == "left",
     )
     if task == "multiple_choice" or not pads_as_base(tokenizer):
         return collate

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import nn
 
-from manualloop.arguments import Checks
+from manualloop.arguments import Checks, all_at_once
 from manualloop.data.collate import require_pad_token
 from manualloop.data.columns import Taking, column_filter, find_label
 from manualloop.data.mapping import Preprocess
-from manualloop.data.splits import Split, open_split
+from manualloop.data.splits import Split, open_split, reference_of
 from manualloop.errors import ConfigError
+from manualloop.notices import say
+from manualloop.tasks.counts import Counted, Counting
+from manualloop.tasks.names import Naming, names_of
 
 ByName = Mapping[str, Callable[..., Any]]
 """A function for each of some splits."""
@@ -83,7 +87,87 @@ class Functions(NamedTuple):
         made = open_split(split.name, rows, split.key)
         is_new = "labels" in made.kinds and "labels" not in kinds
         made = made._replace(form=split.form, maker="preprocess" if is_new else None)
-        return note_made_labels(split, made, label_column)
+        source = getattr(self.preprocess, "labels_of", None) or label_column
+        return note_made_labels(split, made, source)
+
+
+def number_sources(
+    splits: dict[Any, Split],
+    functions: dict[Any, Functions],
+    model: nn.Module | None,
+    task: str | None,
+) -> tuple[dict[Any, Split], dict[Any, Functions], Naming]:
+    """Number the classes that ``preprocess`` makes labels of, and tell it their names.
+
+    A function has the name of their column in an attribute ``labels_of``, and its method ``named``
+    returns a copy of it that knows the names of the classes.
+
+    Args:
+        splits: The splits.
+        functions: The functions of each.
+        model: As in ``number_classes``.
+        task: As in ``number_classes``.
+
+    Returns:
+        The splits with numbers in that column, the functions, and the names.
+
+    Raises:
+        DataError: As in ``number_classes``.
+    """
+    from manualloop.data.classes import number_classes  # loads pyarrow
+
+    reference = reference_of(splits)
+    first = next(key for key, split in splits.items() if split is reference)
+    column = getattr(functions[first].preprocess, "labels_of", None)
+    if column not in reference.kinds:
+        return splits, functions, Naming()
+    with all_at_once() as check:
+        splits, naming = number_classes(splits, column, model, task, check)
+    names = naming.names or names_of(model)
+    if names is not None:
+        of_splits: dict[int, Any] = {id(f.preprocess): f.preprocess for f in functions.values()}
+        named: dict[int, Any] = {
+            number: function.named(names) if hasattr(function, "named") else function
+            for number, function in of_splits.items()
+        }
+        functions = {
+            key: of_split._replace(preprocess=named[id(of_split.preprocess)])
+            for key, of_split in functions.items()
+        }
+    return splits, functions, naming
+
+
+def preprocess_all(
+    splits: Mapping[Any, Split], functions: Mapping[Any, Functions], label_column: str | None
+) -> dict[Any, Split]:
+    """Return splits with the columns that ``preprocess`` makes, and log what it has counted.
+
+    Args:
+        splits: The splits.
+        functions: The functions of each.
+        label_column: The column of labels; None finds it.
+
+    Raises:
+        DataError: A function refuses what it has counted.
+    """
+    made = {key: functions[key].preprocessed(split, label_column) for key, split in splits.items()}
+    counted: dict[int, dict[str, Counted]] = {}
+    counting = {id(f.preprocess): f.preprocess for f in functions.values()}
+    for key, split in made.items():
+        function = functions[key].preprocess
+        if isinstance(function, Counting):
+            names = [name for name in function.counts if name in split.kinds]
+            if names and not split.is_stream:
+                columns = {name: np.asarray(split.rows[name][:], np.int64) for name in names}
+                of_function = counted.setdefault(id(function), {})
+                of_function[split.name] = Counted(len(splits[key].rows), columns)
+            made[key] = split.select([name for name in split.kinds if name not in names])
+    for number, found in counted.items():
+        function = counting[number]
+        assert isinstance(function, Counting)
+        if line := function.tell(found):
+            say(line)
+    return made
 
 
 def functions_of(

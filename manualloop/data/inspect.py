@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -13,11 +13,15 @@ from torch.utils.data import DataLoader
 
 from manualloop.arguments import check_arguments
 from manualloop.batches import Kept
+from manualloop.data.marks import Piece, answer_of, as_ansi, as_html, mark_row, shows_color
 from manualloop.errors import DataError
 from manualloop.objects import remember, walk
 from manualloop.randomness import random_states_kept
 from manualloop.tasks.names import notes_of
 from manualloop.tasks.task import IGNORE_INDEX
+
+Paint = Callable[[Sequence[Piece]], str]
+"""From pieces of text to a line in color."""
 
 _NUM_ROWS_SHOWN = 3
 _NUM_CLASSES_SHOWN = 10
@@ -32,13 +36,15 @@ class BatchReport:
         num_rows: Rows in the batch.
         padding: Share of the token positions that are padding, 0.0 to 1.0; None without an
             ``attention_mask``.
-        rows: The first rows: decoded text (or token numbers) and label.
+        rows: The first rows: decoded text (or token numbers) and label, or the answer.
         ignored: Share of the labels that are -100, 0.0 to 1.0, without those of padding; None
             without ``labels``.
         cut: Share of the split's texts that are cut off; None if it is unknown.
         max_length: Number of tokens at which they are cut off; None if it is unknown.
         classes: Number of labels in the batch of each class, by its name; empty if the classes
             have no names.
+        pieces: The text of each of the rows in pieces, with what is trained in them; empty where no
+            token is. In a terminal and a notebook they are printed in color.
     """
 
     columns: dict[str, tuple[tuple[int, ...], str]]
@@ -49,8 +55,11 @@ class BatchReport:
     cut: float | None = None
     max_length: int | None = None
     classes: dict[str, int] = field(default_factory=dict)
+    pieces: list[list[Piece]] = field(default_factory=list)
 
-    def _lines(self) -> list[tuple[str, str]]:
+    def _lines(self, paint: Paint | None = None) -> list[tuple[str, str]]:
+        """Return the lines; with ``paint`` as it returns them."""
+        plain = paint or _as_text
         lines = [(name, f"{shape} {dtype}") for name, (shape, dtype) in self.columns.items()]
         if self.padding is not None:
             lines.append(("padding", f"{self.padding:.1%} of the token positions"))
@@ -59,40 +68,52 @@ class BatchReport:
             lines.append(("cut off", whole))
         if self.ignored:
             lines.append(("ignored", f"{self.ignored:.1%} of the labels, which are {IGNORE_INDEX}"))
-        return (
-            lines
-            + _class_lines(self.classes)
-            + [
-                (f"row {number}", "  ->  ".join(_shown(row, tuple(self.classes))))
-                for number, row in enumerate(self.rows)
-            ]
-        )
+        lines = [(name, plain([Piece(text)])) for name, text in lines]
+        are_marked = any(self.pieces)
+        lines += [
+            (name, plain([Piece(text, color if are_marked else None)]))
+            for name, text, color in _class_lines(self.classes)
+        ]
+        for number, row in enumerate(self.rows):
+            if paint is not None and number < len(self.pieces) and self.pieces[number]:
+                lines.append((f"row {number}", paint(self.pieces[number])))
+            else:
+                text = "  ->  ".join(_shown(row, tuple(self.classes)))
+                lines.append((f"row {number}", plain([Piece(text)])))
+        return lines
 
     def __str__(self) -> str:
-        width = max(len(name) for name, _ in self._lines())
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in self._lines())
+        lines = self._lines(as_ansi if shows_color() else None)
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        cell = '<td style="text-align: left">'
+        cell = '<td style="text-align: left; white-space: pre-wrap">'
         rows = "".join(
-            f"<tr><th>{escape(name)}</th>{cell}{escape(text)}</td></tr>"
-            for name, text in self._lines()
+            f"<tr><th>{escape(name)}</th>{cell}{text}</td></tr>"
+            for name, text in self._lines(as_html)
         )
         return f"<table>{rows}</table>"
 
 
-def _class_lines(classes: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return a line for each class: number, name and count, in columns."""
+def _as_text(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def _class_lines(classes: Mapping[str, int]) -> list[tuple[str, str, int | None]]:
+    """Return a line for each class: number, name and count, in columns; and its number."""
     numbered = [(str(number), *found) for number, found in enumerate(classes.items())]
     if len(numbered) > _NUM_CLASSES_SHOWN:
         numbered.sort(key=lambda found: -found[2])
     shown = numbered[:_NUM_CLASSES_SHOWN]
     number, name, count = (max((len(str(f[i])) for f in shown), default=0) for i in range(3))
-    lines = [f"{f[0]:>{number}} {f[1]:<{name}}  {f[2]:>{count}}" for f in shown]
-    lines += [f"... ({len(numbered)} classes)"] if len(shown) < len(numbered) else []
-    return [("" if place else "classes", line) for place, line in enumerate(lines)]
+    lines: list[tuple[str, int | None]] = [
+        (f"{f[0]:>{number}} {f[1]:<{name}}  {f[2]:>{count}}", int(f[0])) for f in shown
+    ]
+    lines += [(f"... ({len(numbered)} classes)", None)] if len(shown) < len(numbered) else []
+    return [("" if place else "classes", *line) for place, line in enumerate(lines)]
 
 
 def _shown(row: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
@@ -157,6 +178,10 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
         cut=None if notes.num_cut is None else notes.num_cut / notes.num_texts,
         max_length=notes.max_length,
         classes=_count_classes(labels, notes.names) if notes.names and labels is not None else {},
+        pieces=[
+            mark_row(tensors, n, notes.names or (), tokenizer)
+            for n in range(min(num_rows, _NUM_ROWS_SHOWN))
+        ],
     )
 
 
@@ -236,4 +261,7 @@ def _show_row(tensors: Mapping[str, Tensor], number: int, tokenizer: Any) -> dic
         row["input_ids"] = ids.tolist() if tokenizer is None else tokenizer.decode(ids)
     if "labels" in tensors:
         row["labels"] = tensors["labels"][number].tolist()
+    decode = (lambda ids: str(ids)) if tokenizer is None else tokenizer.decode
+    if (answer := answer_of(tensors, number, decode)) is not None:
+        row["answer"] = answer
     return row

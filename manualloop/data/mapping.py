@@ -21,6 +21,9 @@ QUOTES = '""'  # an empty string, as code
 CUT = "is_cut_off"
 """Column that notes which texts are cut off. It is kept with the tokens, where ``map`` caches."""
 
+ORIGIN = "overflow_to_sample_mapping"
+"""Column that tells of which row of a batch each row is made, under transformers' name for it."""
+
 _ENDLESS = 1_000_000  # transformers' number for a tokenizer without a limit is far above
 
 
@@ -156,7 +159,7 @@ class Preprocess:
 
     Attributes:
         function: The function, from a batch of rows to columns.
-        kept: Columns that stay beside what it returns.
+        kept: Columns that stay beside what it returns, those of the row that each row is made of.
         label: The column of labels, which goes if the function returns ``labels``, unless it is
             one of those to keep.
         keep: Columns that skip the model.
@@ -168,20 +171,28 @@ class Preprocess:
     keep: tuple[str, ...] = ()
 
     def __call__(self, rows: Rows) -> Rows:
-        """Return the columns that stay and those that the function made."""
-        made = self.function(rows) or {}
+        """Return the columns that stay and those that the function made.
+
+        Raises:
+            DataError: It made more or fewer rows than it got, and nothing tells what of the columns
+                to keep belongs to each.
+        """
+        made = dict(self.function(rows) or {})
         # A function that returns labels may also return more or fewer rows than it got.
         left = [
             name
             for name in self.kept
             if name != self.label or "labels" not in made or name in self.keep
         ]
+        if (origin := made.pop(ORIGIN, None)) is not None:
+            return {**{name: [rows[name][row] for row in origin] for name in left}, **made}
         stays = [name for name in left if name in self.keep and name not in made]
         if stays and made and (rows_made := len(next(iter(made.values())))) != len(rows[stays[0]]):
             raise DataError(
                 f"preprocess returned {rows_made} rows for {len(rows[stays[0]])}, so nothing tells "
                 f"the {stays[0]!r} of each, which keep= names. Let preprocess return a column "
-                f"{stays[0]!r} with one entry for each row that it makes."
+                f"{stays[0]!r} with one entry for each row that it makes, or a column {ORIGIN!r} "
+                "with the number of the row that each is made of, as a fast tokenizer does."
             )
         return {**{name: rows[name] for name in left}, **made}
 

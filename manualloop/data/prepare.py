@@ -16,7 +16,14 @@ from manualloop.data.collate import padding_collate_fn, require_pad_token, requi
 from manualloop.data.columns import (
     LABELS,
 )
-from manualloop.data.functions import RAW, ByName, Functions, functions_of
+from manualloop.data.functions import (
+    RAW,
+    ByName,
+    Functions,
+    functions_of,
+    number_sources,
+    preprocess_all,
+)
 from manualloop.data.kept import (
     KeepingCollate,
     check_kept,
@@ -279,8 +286,11 @@ def _look_at(
             splits, label = one_label_column(splits, label_column, keep, check)
             of_model = choices["tokenizer"], choices["model"]
             functions = functions_of(splits, given, keep, *of_model, check)
+            sources = Naming()
             if given["preprocess"] is not None and check.ok:
-                splits = {k: functions[k].preprocessed(s, label) for k, s in splits.items()}
+                of_classes = choices["model"], choices["task"]
+                splits, functions, sources = number_sources(splits, functions, *of_classes)
+                splits = preprocess_all(splits, functions, label)
                 label = "labels" if "labels" in reference_of(splits).kinds else label
             of_first = functions[next(k for k, s in splits.items() if s is reference_of(splits))]
             number = partial(
@@ -295,7 +305,7 @@ def _look_at(
             numbered, naming = number(splits)
             if (raw := with_raw_labels(splits, numbered, label, functions)) is not None:
                 numbered, naming = number(raw)
-            splits = numbered
+            splits, naming = numbered, naming if sources.names is None else sources
             chosen = Choices(
                 **{**choices, "label_column": label, "keep": keep, "naming": naming},
                 may_be_text=of_first.collate_fn is not None or of_first.transform is not None,

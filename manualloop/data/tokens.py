@@ -14,6 +14,7 @@ from manualloop.data.splits import Split
 from manualloop.errors import DataError
 from manualloop.mistakes import no_tokens_fix
 from manualloop.notices import say
+from manualloop.tasks.counts import share_of
 from manualloop.tasks.task import IGNORE_INDEX
 from manualloop.types import SplitNotes
 
@@ -142,17 +143,3 @@ _IGNORING = (
     *("single_label_classification", "multi_label_classification", "token_classification"),
     *("multiple_choice", "masked_lm", "causal_lm", "seq2seq_lm"),
 )
-
-
-def share_of(number: float, total: float) -> str:
-    """Return a share in percent, which is neither 0% nor 100% unless it is none or all.
-
-    >>> share_of(1, 2), share_of(1, 300), share_of(1, 67349), share_of(299, 300)
-    ('50%', '0.3%', 'under 0.1%', '99.7%')
-    """
-    percent = 100 * number / total
-    if 0 < percent < 0.1:
-        return "under 0.1%"
-    if 99.9 < percent < 100:
-        return "over 99.9%"
-    return f"{percent:.0f}%" if 10 <= percent <= 90 or percent in (0, 100) else f"{percent:.1f}%"

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from manualloop.errors import ConfigError, ManualLoopError, MetricError
-from manualloop.evaluation.answers import exact_match, squad, squad_v2
+from manualloop.evaluation.answers import exact_match
 from manualloop.evaluation.detection import mean_average_precision
 from manualloop.evaluation.inputs import Takes, count_rows, require_rows, to_array
 from manualloop.evaluation.probabilities import average_precision, log_loss, roc_auc
 from manualloop.evaluation.results import to_scores
 from manualloop.evaluation.spans import seqeval
 from manualloop.evaluation.texts import bleu, chrf, rouge
+from manualloop.tasks.answers import squad, squad_v2
 from manualloop.types import Scores
 
 

@@ -82,6 +82,7 @@ class Function:
         self._batches: list[tuple[Any, Any]] = []
         self._kept: dict[str, list[Any]] = {}
         self.takes_kept = self.takes in ("rows", "scores") and accepts_kept(self._call.function)
+        self.by_unit: Any = getattr(function, "by_unit", None)
 
     def require_predictions(self) -> None:
         """Refuse a function whose first parameter is named after what it does not get.

@@ -12,7 +12,7 @@ from manualloop.evaluation.columns import kind_of
 from manualloop.evaluation.inputs import Rows, Takes
 from manualloop.evaluation.predictions import Predictions
 from manualloop.evaluation.rows import Ask, Decode
-from manualloop.evaluation.scorers import Scorer
+from manualloop.evaluation.scorers import Scorer, as_metric
 from manualloop.evaluation.scoring import give
 from manualloop.evaluation.table import Column, Table
 from manualloop.tasks.task import IGNORE_INDEX
@@ -94,6 +94,23 @@ def inputs_of(table: Table, scorer: Scorer) -> Inputs:
             numbers = list(map(np.size, entries))
             row, num_rows = np.repeat(np.arange(len(numbers)), numbers), len(numbers)
     return Inputs(predictions, references, row, recorder.given.get("kept"), num_rows)
+
+
+def units_of(table: Table, scorer: Scorer) -> tuple[Scorer, Inputs]:
+    """Return what is resampled of a table, and the scorer of it.
+
+    They are the rows, unless the metric makes one unit of several of them, as the answer to a
+    question of several windows. Such a function has an attribute ``by_unit``, a function of
+    predictions and kept columns, which returns the name of a metric, and predictions and references
+    for that with one entry a unit.
+    """
+    inputs = inputs_of(table, scorer)
+    by_unit: Any = getattr(scorer, "by_unit", None)
+    if by_unit is None:
+        return scorer, inputs
+    name, predictions, references = by_unit(inputs.predictions, inputs.kept or {})
+    units = Inputs(Rows(predictions), Rows(references), None, None, len(predictions))
+    return as_metric(name), units
 
 
 def table_of(predictions: Predictions) -> Table:

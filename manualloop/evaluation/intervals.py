@@ -14,7 +14,7 @@ from torch import nn
 
 from manualloop.errors import MetricError
 from manualloop.evaluation.collected import Collected
-from manualloop.evaluation.given import Inputs, inputs_of
+from manualloop.evaluation.given import Inputs, units_of
 from manualloop.evaluation.losses import Losses
 from manualloop.evaluation.metrics import Metric
 from manualloop.evaluation.resampling import Floats, Interval, Scored, Weighted, bootstrap
@@ -60,7 +60,7 @@ def find_intervals(
     for scorer in scorers:
         if scorer.takes != "loss":
             assert table is not None
-            found |= intervals_of(model, scorer, inputs_of(table, scorer), confidence)
+            found |= intervals_of(model, *units_of(table, scorer), confidence)
         elif "loss" in found:
             low, high = (math.exp(min(end, 709.0)) for end in found["loss"][:2])  # no overflow
             found["perplexity"] = Interval(low, high, 0)

@@ -12,10 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME: dict[str, str] = {
+    "answer_windows": "question_answering",
+    "best_spans": "answer_spans",
     "cut": "plain",
     "distil": "language_losses",
     "dpo": "preferences",
     "fill_in_middle": "infilling",
+    "flatten_choices": "multiple_choice",
     "generated": "generation",
     "lm_loss": "language_losses",
     "margins": "preferences",
@@ -25,6 +28,9 @@ _HOME: dict[str, str] = {
     "reference_logps": "references",
     "reward": "preferences",
     "source_target": "generation",
+    "span_logits": "answer_spans",
+    "squad": "answer_spans",
+    "tag_words": "token_classification",
 }
 
 __all__ = list(_HOME)
@@ -43,16 +49,22 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
+    from manualloop.tasks.answer_spans import best_spans as best_spans
+    from manualloop.tasks.answer_spans import span_logits as span_logits
+    from manualloop.tasks.answer_spans import squad as squad
     from manualloop.tasks.generation import generated as generated
     from manualloop.tasks.generation import source_target as source_target
     from manualloop.tasks.infilling import fill_in_middle as fill_in_middle
     from manualloop.tasks.language_losses import distil as distil
     from manualloop.tasks.language_losses import lm_loss as lm_loss
     from manualloop.tasks.masking import mask_tokens as mask_tokens
+    from manualloop.tasks.multiple_choice import flatten_choices as flatten_choices
     from manualloop.tasks.plain import cut as cut
     from manualloop.tasks.plain import pack as pack
     from manualloop.tasks.preferences import dpo as dpo
     from manualloop.tasks.preferences import margins as margins
     from manualloop.tasks.preferences import preferred as preferred
     from manualloop.tasks.preferences import reward as reward
+    from manualloop.tasks.question_answering import answer_windows as answer_windows
     from manualloop.tasks.references import reference_logps as reference_logps
+    from manualloop.tasks.token_classification import tag_words as tag_words

@@ -47,6 +47,9 @@ There is one, except for question answering, whose loss has two. There is none i
 IGNORE_INDEX = -100
 """The label that PyTorch's cross-entropy leaves out of the mean."""
 
+POSITIONS = ("start_positions", "end_positions")
+"""Columns of places among the tokens of a row, which padding on the left moves."""
+
 _FEW = 64  # labels; a list of them takes 1 us
 
 
@@ -108,10 +111,7 @@ def wrong_target(labels: Tensor) -> tuple[int, float] | None:
 def count_positions(batch: Batch) -> Counts:
     """Count the start positions inside the input, and the end positions inside it."""
     length = batch["input_ids"].shape[-1]
-    start, end = (
-        int(np.count_nonzero(batch[name].cpu().numpy() < length))
-        for name in ("start_positions", "end_positions")
-    )
+    start, end = (int(np.count_nonzero(batch[name].cpu().numpy() < length)) for name in POSITIONS)
     return start, end
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from manualloop.errors import MetricError
-from manualloop.evaluation.answers import exact_match, squad, squad_v2
+from manualloop.evaluation.answers import exact_match
 from manualloop.evaluation.metrics import load_metric
+from manualloop.tasks.answers import squad, squad_v2
 
 WORDS = [
     *(

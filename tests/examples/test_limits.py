@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import rows, tiny_bert, tiny_tokenizer
+from datasets import Dataset
+from helpers import piece_tokenizer, questions, rows, tagged_words, tiny_bert, tiny_tokenizer
 from resume_cases import Rows, StatelessStream, built
 from torch import nn
 from torch.optim import SGD
@@ -29,6 +30,7 @@ from manualloop import (
 )
 from manualloop.notices import say
 from manualloop.reading.ranks import unsharded
+from manualloop.tasks import answer_windows, tag_words
 
 PAGE = Path(__file__).parents[2] / "docs/limits.md"
 ENTRY = re.compile(r"^\| \*\*(.*?)\*\*.*?\| `(.*)` \|.*\|$", re.MULTILINE)
@@ -332,6 +334,20 @@ def ignored_nan(folder: Path) -> None:
     save_checkpoint(folder, state)
 
 
+def lost_words(folder: Path) -> None:
+    tokenizer = piece_tokenizer()
+    data = Dataset.from_dict(tagged_words(6))
+    preprocess = tag_words(tokenizer, max_length=8)
+    prepare_dataloaders(data, tokenizer, preprocess=preprocess)
+
+
+def lost_answers(folder: Path) -> None:
+    tokenizer = piece_tokenizer()
+    data = Dataset.from_dict(questions(40, none=0.0))
+    preprocess = answer_windows(tokenizer, max_length=20, stride=0)
+    prepare_dataloaders(data, tokenizer, preprocess=preprocess)
+
+
 TOLD = {
     "a stream that draws without a state": drawing_stream,
     "a shuffle buffer": shuffle_buffer,
@@ -360,6 +376,8 @@ TOLD = {
     "an interval without width": no_width,
     "resamples without a score": undefined_resamples,
     "a loader that was sharded by somebody else": sharded_loader,
+    "words that are cut off": lost_words,
+    "answers that no window holds whole": lost_answers,
     "a stream that several processes read": stream_without_numbers,
     "a `transform` of a stream that workers read": transformed_by_workers,
     'weights of NaN that `on_nonfinite="ignore"` lets pass': ignored_nan,

@@ -1,0 +1,291 @@
+"""The spans that answer questions best, over all windows of each, and SQuAD's metric of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from manualloop.errors import DataError, MetricError, ModelError
+from manualloop.tasks import answers as formulae
+from manualloop.types import Batch
+
+Floats = NDArray[Any]
+
+_FORMULAE = {"squad": formulae.squad, "squad_v2": formulae.squad_v2}
+_KEPT = 'keep=("id", "context", "offset_mapping")'
+
+
+def span_logits(outputs: Any, batch: Batch) -> list[tuple[Floats, Floats]]:
+    """Return the logits of starts and ends for each row, without padding: a ``decode``.
+
+    Args:
+        outputs: What the model returned, with ``start_logits`` and ``end_logits``.
+        batch: The batch, whose ``attention_mask`` tells the padding.
+
+    Raises:
+        ModelError: The model returns no such logits.
+    """
+    logits = []
+    for name in ("start_logits", "end_logits"):
+        found = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        if not isinstance(found, Tensor) or found.ndim != 2:
+            raise ModelError(
+                f"The model's {type(outputs).__name__} has no {name} of shape (rows, tokens). Load "
+                "a model with such a head: AutoModelForQuestionAnswering.from_pretrained(name)."
+            )
+        logits.append(found)
+    both = torch.stack(logits, dim=1)
+    # NumPy has no bfloat16; float32 holds its values.
+    rows = (both if both.dtype == torch.float64 else both.float()).cpu().numpy()
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return [(row[0], row[1]) for row in rows]
+    kept = mask.bool().cpu().numpy()
+    return [(row[0, own], row[1, own]) for row, own in zip(rows, kept, strict=True)]
+
+
+class _Spans(NamedTuple):
+    """Spans of one window: characters in the context, and logits."""
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    start_logits: Floats
+    end_logits: Floats
+
+
+def best_spans(
+    predictions: Sequence[tuple[Floats, Floats]],
+    kept: Mapping[str, Sequence[Any]],
+    *,
+    n_best: int = 20,
+    max_answer_length: int = 30,
+    null_threshold: float | None = None,
+    id: str = "id",
+    context: str = "context",
+) -> dict[Any, list[dict[str, Any]]]:
+    """Return the best answers to each question, over all of its windows; the first is the answer.
+
+    It takes what ``predict_loop`` returns: ``best_spans(found.predictions, found.kept)``. The rules
+    are those of the example scripts of transformers: of each window the ``n_best`` likeliest starts
+    and ends are paired, and the score of a pair is the sum of its logits.
+
+    Args:
+        predictions: Logits of starts and ends of each window, as ``span_logits`` returns them.
+        kept: Columns of the windows: ids, contexts and ``offset_mapping``.
+        n_best: Number of answers, and of starts and ends that are tried in each window.
+        max_answer_length: Largest number of tokens in an answer.
+        null_threshold: Difference of the scores of no answer and of the best one above which there
+            is none; None: every question has an answer.
+        id: Name of the column of ids.
+        context: Name of the column of contexts.
+
+    Returns:
+        By id, in the order of the windows, dicts with ``text``, ``score``, and ``start``, the first
+        character in the context. They are sorted by score, except that the answer comes first. No
+        answer has the text "" and the start -1; of a question without any span it is the only one.
+
+    Raises:
+        MetricError: A column is missing, or the logits do not fit the tokens.
+    """
+    if missing := [name for name in (id, context, "offset_mapping") if name not in kept]:
+        raise MetricError(
+            f"The best spans need the column {missing[0]!r} of each window, and the kept ones are "
+            f"{', '.join(kept) or 'none'}. Keep it: prepare_dataloaders(..., {_KEPT})."
+        )
+    windows: dict[Any, list[int]] = {}
+    for number, name in enumerate(kept[id]):
+        windows.setdefault(name, []).append(number)
+    found = {}
+    for name, numbers in windows.items():
+        of_question = [
+            _spans_of(
+                *predictions[number], kept["offset_mapping"][number], n_best, max_answer_length
+            )
+            for number in numbers
+        ]
+        text = kept[context][numbers[0]]
+        found[name] = _ranked(of_question, text, n_best, null_threshold)
+    return found
+
+
+def _spans_of(
+    start: Floats, end: Floats, offsets: Sequence[Any], n_best: int, max_answer_length: int
+) -> tuple[_Spans, tuple[Any, Any]]:
+    """Return the spans of a window in the order in which they are tried, and the logits of none."""
+    if not len(start) == len(end) == len(offsets):
+        raise MetricError(
+            f"A window has {len(offsets)} tokens and logits for {len(start)}. Pass "
+            "decode=span_logits, which leaves padding out."
+        )
+    nothing = next(place for place, found in enumerate(offsets) if found is not None and not found)
+    is_inside = np.array([found is not None and len(found) == 2 for found in offsets])
+    firsts = np.argsort(start)[-1 : -n_best - 1 : -1]
+    lasts = np.argsort(end)[-1 : -n_best - 1 : -1]
+    first, last = (side.ravel() for side in np.meshgrid(firsts, lasts, indexing="ij"))
+    is_span = is_inside[first] & is_inside[last] & (first <= last)
+    is_span &= last - first < max_answer_length
+    first, last = first[is_span], last[is_span]
+    spans = _Spans(
+        np.array([offsets[place][0] for place in first], np.int64),
+        np.array([offsets[place][1] for place in last], np.int64),
+        start[first],
+        end[last],
+    )
+    return spans, (start[nothing], end[nothing])
+
+
+def _ranked(
+    windows: Sequence[tuple[_Spans, tuple[Any, Any]]],
+    context: str,
+    n_best: int,
+    null_threshold: float | None,
+) -> list[dict[str, Any]]:
+    """Return the best spans of all windows of a question, the answer first."""
+    spans = _Spans(*(np.concatenate(side) for side in zip(*(w[0] for w in windows), strict=True)))
+    scores = spans.start_logits + spans.end_logits
+    # What comes first wins where scores are equal, as in Python's sorted().
+    order = np.argsort(-scores, kind="stable")[:n_best].tolist()
+    entries: list[dict[str, Any]] = [
+        {
+            "text": context[spans.starts[place] : spans.ends[place]],
+            "score": float(scores[place]),
+            "start": int(spans.starts[place]),
+        }
+        for place in order
+    ]
+    none = min(start + end for _, (start, end) in windows)
+    nothing = {"text": "", "score": float(none), "start": -1}
+    best = next((place for place, entry in zip(order, entries, strict=True) if entry["text"]), None)
+    if null_threshold is None:
+        return entries or [nothing]
+    if best is None:
+        return [nothing]
+    difference = none - spans.start_logits[best] - spans.end_logits[best]
+    answer = entries[order.index(best)]
+    if difference > null_threshold:
+        return [nothing, *entries]
+    entries.remove(answer)
+    place = sum(entry["score"] >= nothing["score"] for entry in entries)
+    return [answer, *entries[:place], nothing, *entries[place:]]
+
+
+def squad(
+    dataset: Any,
+    *,
+    n_best: int = 20,
+    max_answer_length: int = 30,
+    null_threshold: float | None = None,
+    id: str = "id",
+    context: str = "context",
+    answers: str = "answers",
+) -> Callable[[Any, Any, Mapping[str, Sequence[Any]]], dict[str, float]]:
+    """Return SQuAD's metric of the best spans of each question, for ``evaluate_loop``.
+
+    ::
+
+        evaluate = partial(
+            evaluate_loop,
+            model,
+            loaders["validation"],
+            squad(data["validation"]),
+            decode=span_logits,
+        )
+
+    Args:
+        dataset: The split that the loader was made of, with the right answers.
+        n_best: As in ``best_spans``.
+        max_answer_length: As in ``best_spans``.
+        null_threshold: As in ``best_spans``. A number scores as SQuAD 2.0 does, None as SQuAD 1.1.
+        id: Column of ids in the dataset and among the kept columns.
+        context: Name of the kept column of contexts.
+        answers: Column of the right answers in the dataset.
+
+    Returns:
+        ``metric(predictions, references, kept)``, whose result is that of the metric "squad" or
+        "squad_v2" over the questions in the order of the dataset.
+
+    Raises:
+        DataError: The dataset lacks a column, two rows have the same id, or rows have no answer and
+            there is no ``null_threshold``.
+    """
+    names = getattr(dataset, "column_names", None) or list(dataset)
+    if missing := [name for name in (id, answers) if name not in names]:
+        raise DataError(
+            f"squad() needs the column {missing[0]!r}, and the dataset has {', '.join(names)}. "
+            f'Name its columns: squad(dataset, id="{id}", answers="{answers}").'
+        )
+    if len({*dataset[id]}) < len(dataset[id]):
+        raise DataError(
+            f"Two rows of the dataset have the same {id!r}, by which windows belong to questions. "
+            f'Number them anew: dataset.map(lambda row, number: {{"{id}": str(number)}}, '
+            "with_indices=True), before the loaders are prepared too."
+        )
+    is_empty = [not cell or not len(cell["text"]) for cell in dataset[answers]]
+    if null_threshold is None and any(is_empty):
+        raise DataError(
+            f"Row {is_empty.index(True)} of the dataset has no right answer, as have "
+            f"{sum(is_empty)} of {len(is_empty)}. To predict that there is none where it scores at "
+            "least as high, as for SQuAD 2.0: squad(dataset, null_threshold=0.0)."
+        )
+    if hasattr(dataset, "select_columns"):
+        dataset = dataset.select_columns([id, answers])
+    return Squad(dataset, n_best, max_answer_length, null_threshold, id, context, answers)
+
+
+@dataclass(frozen=True, eq=False)
+class Squad:
+    """The metric that ``squad`` returns; its arguments are the attributes."""
+
+    dataset: Any = field(repr=False)
+    n_best: int
+    max_answer_length: int
+    null_threshold: float | None
+    id: str
+    context: str
+    answers: str
+
+    def __call__(
+        self, predictions: Any, references: Any, kept: Mapping[str, Sequence[Any]]
+    ) -> dict[str, float]:
+        """Return the scores of all questions."""
+        name, answered, wanted = self.by_unit(predictions, kept)
+        return _FORMULAE[name](answered, wanted)
+
+    def by_unit(
+        self, predictions: Any, kept: Mapping[str, Sequence[Any]]
+    ) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the name of the metric, the answer to each question, and the right ones.
+
+        Raises:
+            MetricError: There are windows of questions that the dataset does not have, or none of
+                one that it has.
+        """
+        found = best_spans(
+            predictions,
+            kept,
+            n_best=self.n_best,
+            max_answer_length=self.max_answer_length,
+            null_threshold=self.null_threshold,
+            id=self.id,
+            context=self.context,
+        )
+        right = dict(zip(self.dataset[self.id], self.dataset[self.answers], strict=True))
+        if others := [name for name in found if name not in right]:
+            raise MetricError(
+                f"The loader has the question {others[0]!r}, which the dataset of squad() lacks. "
+                "Pass the split that the loader was made of."
+            )
+        if left := [name for name in right if name not in found]:
+            raise MetricError(
+                f"The dataset of squad() has {len(left)} questions without a window in the loader, "
+                f"such as {left[0]!r}. Pass the split that the loader was made of."
+            )
+        answered = [{"id": name, "prediction_text": found[name][0]["text"]} for name in right]
+        wanted = [{"id": name, "answers": cell or {"text": []}} for name, cell in right.items()]
+        return "squad" if self.null_threshold is None else "squad_v2", answered, wanted

@@ -1,0 +1,250 @@
+"""Token classification: words and a tag for each, as tokens and labels.
+
+A word may be several tokens, of which the first has the word's label and the others -100, which
+neither the loss nor a metric counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from manualloop.errors import DataError
+from manualloop.tasks.counts import Counted, limit_of, shares
+from manualloop.tasks.task import IGNORE_INDEX
+
+Rows = Mapping[str, Sequence[Any]]
+
+_PROBE = -1  # no token has this number
+
+
+def tag_words(
+    tokenizer: Any,
+    words: str = "tokens",
+    tags: str = "ner_tags",
+    *,
+    label_all: bool = False,
+    max_length: int | None = None,
+    names: Sequence[str] | None = None,
+) -> Callable[[Rows], dict[str, list[Any]]]:
+    """Return a ``preprocess`` that tokenizes words and gives their tags to the tokens.
+
+    ::
+
+        loaders = prepare_dataloaders(
+            data, tokenizer, model=model, preprocess=tag_words(tokenizer, tags="ner_tags")
+        )
+        evaluate = partial(evaluate_loop, model, loaders["validation"], "seqeval")
+
+    The first token of a word has its label, the others have -100, as special tokens do. Words that
+    are cut off, and those of which the tokenizer makes no token, are neither trained nor scored;
+    ``prepare_dataloaders`` reports their share. It also numbers tags that are strings, and those
+    whose numbers differ from split to split or from the model's.
+
+    Args:
+        tokenizer: Tokenizer, fast or not.
+        words: Column of lists of words.
+        tags: Column of lists of tags, one for each word: numbers or strings. Rows of a split
+            without it get no labels.
+        label_all: Whether every token of a word has its label. A tag B-PER continues as I-PER
+            where there is such a tag.
+        max_length: Number of tokens at which rows are cut off; None uses the tokenizer's limit.
+        names: Names of the tags by number. ``prepare_dataloaders`` finds those of the data and the
+            model; they are needed for strings in a stream, and for calls of your own.
+
+    Returns:
+        A function from a batch of rows to what the tokenizer makes of them and ``labels``; beside
+        them the counts ``num_words``, ``num_words_cut`` and ``num_words_dropped``.
+    """
+    return TagWords(
+        tokenizer, words, tags, label_all, max_length, None if names is None else tuple(names)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TagWords:
+    """The function that ``tag_words`` returns; its arguments are the attributes.
+
+    Attributes:
+        labels_of: Column that the labels are made of.
+        counts: Names of the columns of counts.
+    """
+
+    tokenizer: Any = field(repr=False)
+    words: str
+    labels_of: str
+    label_all: bool
+    max_length: int | None
+    names: tuple[str, ...] | None
+    counts: tuple[str, ...] = ("num_words", "num_words_cut", "num_words_dropped")
+
+    def named(self, names: Sequence[str]) -> TagWords:
+        """Return the same function with other names of the tags."""
+        return replace(self, names=tuple(names))
+
+    def __call__(self, rows: Rows) -> dict[str, list[Any]]:
+        """Return tokens, labels and counts.
+
+        Raises:
+            DataError: A row has no words, or not as many tags; or its tags have no numbers.
+        """
+        words = [_words_of(row, self.words) for row in rows[self.words]]
+        tokenized, places, cut = self._tokenize(words)
+        made = {name: list(column) for name, column in tokenized.items()}
+        if self.labels_of in rows:
+            tags = [_tags_of(*pair, self) for pair in zip(rows[self.labels_of], words, strict=True)]
+            numbered = [None if row is None else [*map(self._number, row)] for row in tags]
+            made["labels"] = [*map(self._labels, numbered, places)]
+        made["num_words"] = [*map(len, words)]
+        made["num_words_cut"] = cut
+        left = [len({*row} - {None}) for row in places]
+        made["num_words_dropped"] = [
+            len(row) - kept - lost for row, kept, lost in zip(words, left, cut, strict=True)
+        ]
+        return made
+
+    def tell(self, splits: Mapping[str, Counted]) -> str | None:
+        """Return the line on the words that are neither trained nor scored."""
+        limit = limit_of(self.tokenizer, self.max_length)
+        parts = []
+        if cut := shares(splits, "num_words_cut", "num_words"):
+            parts.append(f"words are cut off at {limit} tokens: {cut}")
+        if dropped := shares(splits, "num_words_dropped", "num_words"):
+            parts.append(f"words of which the tokenizer makes no token: {dropped}")
+        return f"{'; '.join(parts)}; they are neither trained nor scored" if parts else None
+
+    def _tokenize(
+        self, words: list[list[str]]
+    ) -> tuple[Mapping[str, list[Any]], list[list[int | None]], list[int]]:
+        """Return what the tokenizer makes; the word of each token; the number of words cut off."""
+        limit = limit_of(self.tokenizer, self.max_length)
+        options = {"truncation": limit is not None, "max_length": limit}
+        if getattr(self.tokenizer, "is_fast", False):
+            encoded = self.tokenizer(words, is_split_into_words=True, **options)
+            places = [encoded.word_ids(row) for row in range(len(words))]
+            beyond = [
+                {word for part in encoding.overflowing for word in part.word_ids}
+                for encoding in encoded.encodings
+            ]
+            cut = [len(lost - {*kept}) for lost, kept in zip(beyond, places, strict=True)]
+            return encoded, places, cut
+        made: dict[str, list[Any]] = {}
+        found = [_tokenize_slowly(self.tokenizer, row, options) for row in words]
+        for row, _, _ in found:
+            for name, column in row.items():
+                made.setdefault(name, []).append(column)
+        return made, [of_row for _, of_row, _ in found], [number for _, _, number in found]
+
+    def _number(self, tag: Any) -> int | None:
+        if not isinstance(tag, str):
+            return None if tag is None else int(tag)
+        if self.names is None or tag not in self.names:
+            known = "none are known" if self.names is None else f"they are {', '.join(self.names)}"
+            raise DataError(
+                f"The tag {tag!r} in {self.labels_of!r} has no number: names give tags their "
+                f"numbers, and {known}. Name all of them in this order: "
+                f"tag_words(tokenizer, names={[*(self.names or ()), tag]})."
+            )
+        return self.names.index(tag)
+
+    def _labels(
+        self, tags: Sequence[int | None] | None, places: Iterable[int | None]
+    ) -> list[int | None] | None:
+        """Return the label of each token of a row."""
+        if tags is None:
+            return None
+        labels: list[int | None] = []
+        before: int | None = None
+        for place in places:
+            if place is None:
+                labels.append(IGNORE_INDEX)
+            elif place != before:
+                labels.append(tags[place])
+            else:
+                labels.append(self._inside(tags[place]) if self.label_all else IGNORE_INDEX)
+            before = place
+        return labels
+
+    def _inside(self, tag: int | None) -> int | None:
+        """Return the label of further tokens of a word."""
+        if tag is None or tag < 0:
+            return tag
+        if self.names is None:
+            raise DataError(
+                f"label_all=True needs the names of the tags in {self.labels_of!r}, because B-PER "
+                "continues as I-PER, and they are numbers without names. Name them: "
+                'tag_words(tokenizer, label_all=True, names=["O", "B-PER", "I-PER"]).'
+            )
+        name = self.names[tag] if tag < len(self.names) else ""
+        inside = f"I-{name[2:]}"
+        is_begin = name.startswith("B-") and inside in self.names
+        return self.names.index(inside) if is_begin else tag
+
+
+def _words_of(row: Any, column: str) -> list[str]:
+    """Return the words of a row.
+
+    Raises:
+        DataError: They are no list of strings.
+    """
+    if isinstance(row, list | tuple) and all(isinstance(word, str) for word in row):
+        return list(row)
+    raise DataError(
+        f"tag_words takes a list of words a row, and a row of {column!r} is {row!r:.80}. For texts "
+        f'split them: dataset.map(lambda row: {{"{column}": row["{column}"].split()}}); for words '
+        f'that are None: dataset.map(lambda row: {{"{column}": [word or "" for word in '
+        f'row["{column}"]]}}).'
+    )
+
+
+def _tags_of(tags: Any, words: Sequence[str], function: TagWords) -> Any:
+    """Return the tags of a row; None if it has none.
+
+    Raises:
+        DataError: They are not as many as the words.
+    """
+    if tags is None or (isinstance(tags, list | tuple) and len(tags) == len(words)):
+        return tags
+    found = f"{len(tags)} tags" if isinstance(tags, list | tuple) else f"{tags!r:.60}"
+    raise DataError(
+        f"A row has {len(words)} words in {function.words!r} and {found} in "
+        f"{function.labels_of!r}: {list(words)!r:.120}. Correct it, or leave such rows out: "
+        f'dataset.filter(lambda row: len(row["{function.words}"]) == '
+        f'len(row["{function.labels_of}"])).'
+    )
+
+
+def _tokenize_slowly(
+    tokenizer: Any, words: Sequence[str], options: Mapping[str, Any]
+) -> tuple[Mapping[str, list[Any]], list[int | None], int]:
+    """Tokenize a row with a tokenizer that does not tell the word of each token.
+
+    Returns:
+        What the tokenizer makes of the row, the word of each token, and how many words are cut off.
+
+    Raises:
+        DataError: It makes other tokens of a word alone than among others.
+    """
+    # Without words there is nothing that is split.
+    encoded = tokenizer(list(words) or "", is_split_into_words=bool(words), **options)
+    of_words = [
+        tokenizer([word], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+        for word in words
+    ]
+    flat = [(token, number) for number, ids in enumerate(of_words) for token in ids]
+    ids = encoded["input_ids"]
+    kept = len(ids) - tokenizer.num_special_tokens_to_add()
+    start = tokenizer.build_inputs_with_special_tokens([_PROBE]).index(_PROBE)
+    is_left = getattr(tokenizer, "truncation_side", "right") == "left"
+    part = flat[max(len(flat) - kept, 0) :] if is_left else flat[:kept]
+    if ids[start : start + kept] != [token for token, _ in part]:
+        raise DataError(
+            f"{type(tokenizer).__name__} makes other tokens of a word alone than among others, and "
+            f"does not tell the word of a token: {list(words)!r:.120}. Load a fast tokenizer: "
+            "AutoTokenizer.from_pretrained(name, use_fast=True)."
+        )
+    places: list[int | None] = [None] * len(ids)
+    places[start : start + kept] = [number for _, number in part]
+    num_cut = len({number for _, number in flat} - {number for _, number in part})
+    return encoded, places, num_cut
