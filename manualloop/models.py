@@ -114,6 +114,13 @@ def num_labels(model: nn.Module) -> int | None:
     return value if isinstance(value, int) else None
 
 
+def num_classes(model: nn.Module) -> int | None:
+    """Return the number of classes of a classifier, or of a model that finds classes in images."""
+    name, config = model_name(model), config_of(model)
+    is_one = any(part in name for part in ("Segmentation", "ObjectDetection"))
+    return getattr(config, "num_labels", None) if is_one else num_labels(model)
+
+
 def problem_type(model: nn.Module) -> str | None:
     """Return ``config.problem_type``, which the user chooses, or the model at its first batch."""
     value = getattr(config_of(model), "problem_type", None)

@@ -47,6 +47,7 @@ from manualloop.strategy.base import Strategy, prepare
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.endings import tokenizer_of
+from manualloop.tasks.loss import of_model
 from manualloop.types import LossFn, OnNonfinite, Plan, Step, Terms, Update, Window
 from manualloop.update import StepFn, apply_update, drop_gradients, group
 
@@ -172,6 +173,7 @@ def start_steps(
     without one.
     """
     window_size, max_grad_norm, loss_fn, terms, step_fn, on_nonfinite = settings
+    terms = of_model(terms, state.model)
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
     put_into_training(state.optimizer)
     source = source_of(train_dataloader)

@@ -25,7 +25,7 @@ from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.calls import in_call
 from manualloop.strategy.select import strategy_in_place
-from manualloop.tasks.loss import Term, check_loss, loss_terms, require_mean
+from manualloop.tasks.loss import Term, check_loss, loss_terms, of_model, require_mean
 from manualloop.tasks.otherwise import balances_experts
 from manualloop.tasks.shares import (
     Shares,
@@ -129,6 +129,7 @@ def accumulate_gradients(
     """
     check_arguments(model=model, batches=batches, loss_fn=loss_fn, terms=terms, strategy=strategy)
     check_loss(loss_fn, terms)
+    terms = of_model(terms, model)
     strategy = strategy_in_place(model) if strategy is None else strategy
     strategy = in_call(strategy, "accumulate_gradients")
     counts, task = count_window(model, batches)
@@ -394,6 +395,7 @@ def apply_update(
     if not clips_well or on_nonfinite not in ("raise", "skip", "ignore"):
         check_arguments(max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite)
     try:
+        terms = terms and of_model(terms, state.model)
         update = _accumulate_in_memory(state, batches, strategy, loss_fn, terms)
     except (AttributeError, TypeError):  # here, because it costs nothing otherwise
         own = strategy or "None"

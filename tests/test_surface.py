@@ -173,12 +173,20 @@ TASK_SIGNATURES: dict[str, str] = {
         "predictions, kept, *, n_best=20, max_answer_length=30, null_threshold=None, id='id', "
         "context='context'"
     ),
+    "boxes": (
+        "processor=None, augment=None, *, column='image', objects='objects', box='bbox', "
+        "label='category'"
+    ),
     "cut": "tokenizer, max_length, column='text'",
+    "detected": "processor, *, threshold=0.0",
+    "detection_terms": "outputs, batch, *, eos_coefficient=0.1",
     "distil": "teacher, *, temperature=1.0, alpha=0.5",
     "dpo": "beta=0.1, *, reference=None, kind='sigmoid'",
     "fill_in_middle": "tokenizer, rate=0.5, *, spm_rate=0.5, tokens=None, max_length=None",
     "flatten_choices": "tokenizer, first, second, *, label='label', max_length=None",
     "generated": "tokenizer, *, references=None, num_samples=3, **generate_options",
+    "images": "augment=None, *, processor=None, column='image'",
+    "images_and_masks": "augment=None, *, processor=None, column='image', mask=None",
     "lm_loss": "model, batch",
     "margins": "outputs, batch",
     "mask_tokens": "tokenizer, probability=0.15",
@@ -198,6 +206,7 @@ TASK_SIGNATURES: dict[str, str] = {
         "tokenizer, words='tokens', tags='ner_tags', *, label_all=False, max_length=None, "
         "names=None"
     ),
+    "upsampled": "outputs, batch",
 }
 
 

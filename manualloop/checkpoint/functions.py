@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
 from itertools import islice
@@ -78,6 +79,17 @@ def _describe(value: Any, search: _Search, depth: int, path: str = "") -> str:
             f"{key}={_text(part, search, depth, uses)}" for key, part in value.keywords.items()
         ]
         return f"{_describe(value.func, search, depth, path)}({', '.join(inside)})"
+    if (
+        is_dataclass(value)
+        and not isinstance(value, type)
+        and _is_installed(type(value).__module__)
+    ):
+        inside = [  # of a task, such as what images() returns
+            f"{field.name}={_text(part, search, depth + 1, _Uses(), path)}"
+            for field in fields(value)
+            if (part := getattr(value, field.name)) is not None
+        ]
+        return f"{type(value).__qualname__}({', '.join(inside)})"
     if isinstance(value, MethodType):
         method = value.__func__.__name__
         of = _describe_object(value.__self__, search, depth, _Uses(frozenset({method})))
@@ -236,6 +248,8 @@ def _text(value: Any, search: _Search, depth: int, uses: _Uses, path: str = "") 
         if members := _members(value, uses):
             inside = [f"{key}={_text(part, search, depth + 1, uses)}" for key, part in members]
             return f"{type(value).__qualname__}({', '.join(inside)})"
+    if hasattr(value, "to_dict") and hasattr(value, "model_input_names"):  # an image processor
+        return f"{type(value).__qualname__} (settings {_digest([repr(value.to_dict())])})"
     return type(value).__qualname__
 
 

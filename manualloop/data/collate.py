@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from manualloop.data.labels import BY_TOKEN
+from manualloop.data.stacking import collate_images
 from manualloop.errors import ConfigError, DataError
 from manualloop.internals import pads_as_base
 from manualloop.mistakes import (
@@ -159,9 +160,9 @@ def _length(value: Any) -> int:
 
 
 def padding_collate_fn(
-    tokenizer: Any, task: str | None, pad_to_multiple_of: int | None
+    tokenizer: Any, task: str | None, pad_to_multiple_of: int | None, *, of_images: bool = False
 ) -> Callable[[Any], dict[str, Any]]:
-    """Return the function that pads and stacks rows for a task.
+    """Return the function that pads and stacks rows for a task, or for images.
 
     If the tokenizer pads in the standard way, it is a ``TableCollate``, which also takes tables.
     """
@@ -186,6 +187,8 @@ def padding_collate_fn(
         token_labels=task in BY_TOKEN,
         pads_left=getattr(tokenizer, "padding_side", None) == "left",
     )
+    if of_images:
+        return partial(collate_images, collate=collate)
     if task == "multiple_choice" or not pads_as_base(tokenizer):
         return collate
     from manualloop.data.tables import TableCollate

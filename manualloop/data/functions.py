@@ -36,6 +36,7 @@ class Functions(NamedTuple):
         takes: Test for the columns that the model takes.
         keep: Columns that skip the model.
         num_proc: Number of processes that tokenize or preprocess; None: this one alone.
+        makes: Columns that the transform makes, and that skip the model.
     """
 
     preprocess: Callable[..., Any] | None
@@ -44,6 +45,7 @@ class Functions(NamedTuple):
     takes: Taking
     keep: tuple[str, ...]
     num_proc: int | None = None
+    makes: tuple[str, ...] = ()
 
     @property
     def are_given(self) -> bool:

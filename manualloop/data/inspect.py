@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader
 from manualloop.arguments import check_arguments
 from manualloop.batches import Kept
 from manualloop.data.marks import Piece, answer_of, as_ansi, as_html, mark_row, shows_color
+from manualloop.data.pictures import Picture, pictures_of
 from manualloop.errors import DataError
 from manualloop.objects import remember, walk
 from manualloop.randomness import random_states_kept
 from manualloop.tasks.names import notes_of
+from manualloop.tasks.pixels import image_processor
 from manualloop.tasks.task import IGNORE_INDEX
 
 Paint = Callable[[Sequence[Piece]], str]
@@ -45,6 +47,8 @@ class BatchReport:
             have no names.
         pieces: The text of each of the rows in pieces, with what is trained in them; empty where no
             token is. In a terminal and a notebook they are printed in color.
+        pictures: The first images with what their labels say drawn on them, which a notebook shows;
+            empty without images.
     """
 
     columns: dict[str, tuple[tuple[int, ...], str]]
@@ -56,6 +60,7 @@ class BatchReport:
     max_length: int | None = None
     classes: dict[str, int] = field(default_factory=dict)
     pieces: list[list[Piece]] = field(default_factory=list)
+    pictures: tuple[Picture, ...] = ()
 
     def _lines(self, paint: Paint | None = None) -> list[tuple[str, str]]:
         """Return the lines; with ``paint`` as it returns them."""
@@ -74,12 +79,13 @@ class BatchReport:
             (name, plain([Piece(text, color if are_marked else None)]))
             for name, text, color in _class_lines(self.classes)
         ]
-        for number, row in enumerate(self.rows):
+        for number, row in enumerate(() if self.pictures else self.rows):
             if paint is not None and number < len(self.pieces) and self.pieces[number]:
                 lines.append((f"row {number}", paint(self.pieces[number])))
             else:
                 text = "  ->  ".join(_shown(row, tuple(self.classes)))
                 lines.append((f"row {number}", plain([Piece(text)])))
+        lines += [(f"image {p.place}", plain([Piece(p.line)])) for p in self.pictures]
         return lines
 
     def __str__(self) -> str:
@@ -95,7 +101,7 @@ class BatchReport:
             f"<tr><th>{escape(name)}</th>{cell}{text}</td></tr>"
             for name, text in self._lines(as_html)
         )
-        return f"<table>{rows}</table>"
+        return f"<table>{rows}</table>" + "".join(map(Picture.html, self.pictures))
 
 
 def _as_text(pieces: Sequence[Piece]) -> str:
@@ -145,7 +151,8 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
     Args:
         loader: A loader whose batches are dicts of tensors.
         tokenizer: The tokenizer that decodes ``input_ids`` back to text; None: the numbers are
-            shown.
+            shown. Of images the processor, by which their colours are shown; None takes that of a
+            prepared loader.
 
     Raises:
         DataError: The loader gives no batch, or one that is not a dict, or its batches can be read
@@ -157,6 +164,8 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
     labels     (1,) int64
     row 0      [4, 5]  ->  1
     """
+    processor = image_processor(tokenizer) or image_processor(getattr(loader, "tokenizer", None))
+    tokenizer = None if image_processor(tokenizer) is not None else tokenizer
     check_arguments(loader=loader, tokenizer=tokenizer)
     batch = first_batch(loader)
     if not isinstance(batch, Mapping):
@@ -182,6 +191,7 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
             mark_row(tensors, n, notes.names or (), tokenizer)
             for n in range(min(num_rows, _NUM_ROWS_SHOWN))
         ],
+        pictures=pictures_of(batch, processor, notes.names),
     )
 
 
@@ -259,7 +269,7 @@ def _show_row(tensors: Mapping[str, Tensor], number: int, tokenizer: Any) -> dic
         if (mask := tensors.get("attention_mask")) is not None:
             ids = ids[mask[number].bool()]
         row["input_ids"] = ids.tolist() if tokenizer is None else tokenizer.decode(ids)
-    if "labels" in tensors:
+    if "labels" in tensors and tensors["labels"].ndim < 3:  # the map of an image is drawn
         row["labels"] = tensors["labels"][number].tolist()
     decode = (lambda ids: str(ids)) if tokenizer is None else tokenizer.decode
     if (answer := answer_of(tensors, number, decode)) is not None:

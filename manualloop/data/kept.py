@@ -169,18 +169,19 @@ def check_kept(
 
 
 def kept_columns(
-    split: Split, keep: tuple[str, ...], label: str | None, is_transformed: bool
+    split: Split, functions: Functions, label: str | None, is_transformed: bool
 ) -> dict[str, str]:
     """Return the kept columns of a prepared split, and the column that holds each.
 
     Args:
         split: The split.
-        keep: Names of the columns.
+        functions: Its functions, with the columns to keep.
         label: The column of labels.
         is_transformed: Whether rows are transformed, and hold each column under its name.
     """
+    keep = functions.keep
     if is_transformed:
-        return {name: name for name in keep}
+        return {name: name for name in (*keep, *functions.makes)}
     held = {name: name for name in keep if name in split.kinds}
     if label in keep and RAW in split.kinds:
         held[str(label)] = RAW

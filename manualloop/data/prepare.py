@@ -16,6 +16,7 @@ from manualloop.data.collate import padding_collate_fn, require_pad_token, requi
 from manualloop.data.columns import (
     LABELS,
 )
+from manualloop.data.fetched import as_read
 from manualloop.data.functions import (
     RAW,
     ByName,
@@ -55,6 +56,7 @@ from manualloop.models import max_length as model_max_length
 from manualloop.models import model_name
 from manualloop.notices import say
 from manualloop.tasks.names import Naming, name_model
+from manualloop.tasks.pixels import image_processor
 from manualloop.tasks.task import TASKS
 from manualloop.types import Origin
 
@@ -106,7 +108,8 @@ def prepare_dataloaders(
         datasets: A ``DatasetDict``, any mapping from split to dataset, or a single dataset, which
             becomes the split "train". A dataset is a ``datasets.Dataset`` or ``IterableDataset``
             as ``load_dataset`` returns it, raw or with ``input_ids``.
-        tokenizer: Tokenizer, which also pads; None if the rows can be stacked as they are.
+        tokenizer: Tokenizer, which also pads, or image processor, which the transforms of images in
+            ``manualloop.tasks`` take; None if the rows can be stacked as they are.
         model: Model whose ``forward`` decides which columns are kept. Without it the tokenizer's
             ``model_input_names`` and the labels are kept.
         task: A key of ``manualloop.tasks.task.TASKS``; None infers it from labels and model.
@@ -175,7 +178,7 @@ def prepare_dataloaders(
             check(require_pad_token, tokenizer)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     given = {"preprocess": preprocess, "transform": transform, "collate_fn": collate_fn}
-    tokenizes = preprocess is None and tokenizer is not None
+    tokenizes = preprocess is None and _reads_text(tokenizer)
 
     splits, functions, found, naming = _look_at(
         *(datasets, fill or {}, label_column, {**given, "num_proc": num_proc}, keep),
@@ -202,8 +205,8 @@ def prepare_dataloaders(
             )
             if not split.is_train and not split.is_stream and masks_rows(collate):
                 collate = RowMasks(collate, seed)
-            rows: Any = transformed.get(key) or _as_read(split, collate, seed)
-            if kept := kept_columns(split, keep, label, key in transformed):
+            rows: Any = transformed.get(key) or as_read(split, collate, seed)
+            if kept := kept_columns(split, functions[key], label, key in transformed):
                 collate = KeepingCollate(collate, kept)
             check(require_one_process, rows, num_workers)
             hidden, maker = found.hidden.get(key), functions[key].maker_of(split, rows, model)
@@ -226,6 +229,10 @@ def prepare_dataloaders(
             )
     name_model(model, naming)
     return _finished(loaders, tokenizer)
+
+
+def _reads_text(tokenizer: Any) -> bool:
+    return tokenizer is not None and image_processor(tokenizer) is None
 
 
 def _finished(loaders: dict[str, DataLoader[Any]], tokenizer: Any) -> dict[str, DataLoader[Any]]:
@@ -276,8 +283,10 @@ def _look_at(
     # Here, because they load pyarrow, which importing the package must not.
     from manualloop.data.cells import fill_cells, one_label_column
     from manualloop.data.classes import columns_in_order, number_classes
+    from manualloop.data.fitting import fit_transforms
     from manualloop.data.survey import Choices, survey
 
+    fitted = Naming()
     with all_at_once() as check:
         splits = open_splits(datasets, check)
         if splits:
@@ -287,6 +296,8 @@ def _look_at(
             of_model = choices["tokenizer"], choices["model"]
             functions = functions_of(splits, given, keep, *of_model, check)
             sources = Naming()
+            if check.ok:
+                splits, functions, fitted = fit_transforms(splits, functions, *of_model, check)
             if given["preprocess"] is not None and check.ok:
                 of_classes = choices["model"], choices["task"]
                 splits, functions, sources = number_sources(splits, functions, *of_classes)
@@ -313,7 +324,7 @@ def _look_at(
             )
             found = survey({k: without_raw(s) for k, s in splits.items()}, chosen, check)
             check(check_kept, splits, keep, *of_model, found.columns)
-    return splits, functions, found, naming
+    return splits, functions, found, naming if fitted.names is None else fitted
 
 
 def _encoder(
@@ -474,21 +485,7 @@ def _padding(
     """Return the function that pads rows; None if no split needs it."""
     if all(of_split.collate_fn is not None for of_split in functions.values()):
         return None
-    return padding_collate_fn(tokenizer, task, multiple)
-
-
-def _as_read(split: Split, collate_fn: Any, seed: int) -> Any:
-    """Return a split's rows as loaders fetch them: as tables, if ``collate_fn`` takes tables.
-
-    Rows that are masked by their numbers know them.
-    """
-    if isinstance(collate_fn, RowMasks):
-        return TransformedRows(split.rows, split.name, seed)
-    if split.is_stream:
-        return split.rows
-    # A table holds an image as bytes.
-    if not hasattr(collate_fn, "padded_lengths") or "media" in split.kinds.values():
-        return split.rows
-    from manualloop.data.tables import as_tables
-
-    return as_tables(split.rows)
+    of_images = image_processor(tokenizer) is not None or any(
+        hasattr(of_split.transform, "fitted") for of_split in functions.values()
+    )
+    return padding_collate_fn(tokenizer, task, multiple, of_images=of_images)

@@ -87,6 +87,7 @@ class TransformedRows:
         takes: Test for those columns that it returns which reach the batch.
         aliases: Columns that the transform gets under a second name: the second name of each.
         kept: Columns that skip the model.
+        makes: Such columns that the transform makes of each row.
         kept_rows: Rows that hold the kept columns as plain values; None: ``rows`` do.
         has_labels: Whether the split has labels. Hidden ones are left out of the batch.
         are_stacked: Whether each column that is returned is stacked, which None cannot be.
@@ -95,7 +96,7 @@ class TransformedRows:
         rows: As the argument.
         split: As the argument.
         transform: As the argument.
-        kept: As the argument.
+        kept: Columns that skip the model, those that are made included.
         left_out: Columns that the transform returns as None.
         makes_labels: Whether the transform was seen to return other labels than the row's.
     """
@@ -110,6 +111,7 @@ class TransformedRows:
         *,
         aliases: Mapping[str, str] | None = None,
         kept: Sequence[str] = (),
+        makes: Sequence[str] = (),
         kept_rows: Any = None,
         has_labels: bool = True,
         are_stacked: bool = False,
@@ -117,7 +119,9 @@ class TransformedRows:
         self.rows, self.transform = rows, transform
         self.split, self._seed = split, seed
         self._takes = takes or Taking(None, takes_text=True)
-        self._aliases, self.kept, self._has_labels = dict(aliases or {}), tuple(kept), has_labels
+        self._aliases, self._has_labels = dict(aliases or {}), has_labels
+        self._copied = tuple(name for name in kept if name not in makes)
+        self.kept = (*self._copied, *makes)
         self._kept_rows, self._are_stacked, self.makes_labels = kept_rows, are_stacked, False
         self.left_out: frozenset[str] = frozenset()
         self._draws_from: tuple[str, ...] = ()  # global generators that the transform draws from
@@ -194,8 +198,8 @@ class TransformedRows:
         generator.manual_seed(seed)
         if self._draws_from:
             seed_global(self._draws_from, seed)
-        if self.kept and kept is row:  # the transform may change lists of the row
-            kept = {name: deepcopy(row[name]) for name in map(self._held, self.kept)}
+        if self._copied and kept is row:  # the transform may change lists of the row
+            kept = {name: deepcopy(row[name]) for name in map(self._held, self._copied)}
         made = self.apply(row, number, generator)
         goes_on = {name: cell for name, cell in made.items() if self._reaches(name, cell)}
         if self._are_stacked:
@@ -219,7 +223,10 @@ class TransformedRows:
         for name, second in self._aliases.items():
             given[second] = row[name] if name != RAW else given.pop(RAW)
         assert self.transform is not None
-        made = self.transform(given, generator)
+        try:
+            made = self.transform(given, generator)
+        except DataError as error:  # of a transform of ours, which does not know the number
+            raise DataError(f"Row {number} of {self.split}: {error}") from error
         if not isinstance(made, Mapping):
             raise DataError(
                 f"The transform of {self.split} returned a {type(made).__name__} for row "
@@ -356,8 +363,9 @@ def transformed_rows(
         functions.takes,
         aliases=aliases,
         kept=kept,
+        makes=functions.makes,
         kept_rows=kept_rows,
-        has_labels=hidden is None,
+        has_labels=hidden is None or bool(functions.makes),  # a mask or boxes: labels of its own
         are_stacked=functions.collate_fn is None,
     )
 

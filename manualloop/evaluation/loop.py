@@ -28,7 +28,7 @@ from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy, on_main, prepare_model
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
-from manualloop.tasks.loss import check_loss
+from manualloop.tasks.loss import check_loss, of_model
 from manualloop.tasks.names import class_names
 from manualloop.tasks.task import IGNORE_INDEX
 from manualloop.types import LossFn, Scores, Terms
@@ -138,7 +138,9 @@ def evaluate_loop(
     )
     model = prepare_model(strategy, model)
     scores = Scores()
-    functions = Functions(postprocess, with_model(decode, model, strategy), loss_fn, terms)
+    functions = Functions(
+        postprocess, with_model(decode, model, strategy), loss_fn, of_model(terms, model)
+    )
     evaluate = partial(_evaluate, model, metric, strategy, functions, confidence)
     for prefix, loader in named_loaders(eval_dataloader).items():
         found = evaluate(loader, progress_bar)

@@ -118,7 +118,8 @@ def give(table: Table, scorer: Scorer) -> None:
     if not counts(scorer):
         scorer.add_batch(predictions=predictions, references=references)
         return
-    size = max(_AT_ONCE // max(np.size(predictions[0]), 1), 1) if len(predictions) else 1
+    most = np.size(to_array(predictions[0])) if len(predictions) else 1
+    size = max(_AT_ONCE // max(most, 1), 1)
     for start in range(0, max(len(predictions), 1), size):
         part = slice(start, start + size)
         scorer.add_batch(predictions=predictions[part], references=references[part])

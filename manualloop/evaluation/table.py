@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from manualloop.checks import EXPLAINED
 from manualloop.data.labels import hidden_message, origin_of
@@ -153,6 +154,19 @@ class Table:
         return self.columns[name].rows(self.order) if whole is None else whole
 
 
+def _count_numbers(values: Values) -> int:
+    """Count the numbers of predictions; an object that holds no array counts by its length."""
+    if isinstance(values, np.ndarray):
+        return values.size
+    sizes = (v.numel() if isinstance(v, Tensor) else np.size(v) for v in values if _is_array(v))
+    others = (len(v) if isinstance(v, list) else 1 for v in values if not _is_array(v))
+    return sum(sizes) + sum(others)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
 class Share:
     """The rows that one rank reads, in the order in which it reads them.
 
@@ -191,8 +205,7 @@ class Share:
             self.columns["scores"].add(entries.scores)
         for name, values in entries.kept.items():
             self.kept[name].add(values)
-        found = entries.predictions
-        self.num_waiting += found.size if isinstance(found, np.ndarray) else len(found)
+        self.num_waiting += _count_numbers(entries.predictions)
 
     def _require_one_kind(self, references: Values, number: int) -> None:
         """Refuse references that ``decode`` returns for some batches, beside labels of others."""

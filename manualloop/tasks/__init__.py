@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING, Any
 _HOME: dict[str, str] = {
     "answer_windows": "question_answering",
     "best_spans": "answer_spans",
+    "boxes": "object_detection",
     "cut": "plain",
+    "detected": "object_detection",
+    "detection_terms": "object_detection",
     "distil": "language_losses",
     "dpo": "preferences",
     "fill_in_middle": "infilling",
     "flatten_choices": "multiple_choice",
     "generated": "generation",
+    "images": "image_classification",
+    "images_and_masks": "segmentation",
     "lm_loss": "language_losses",
     "margins": "preferences",
     "mask_tokens": "masking",
@@ -31,6 +36,7 @@ _HOME: dict[str, str] = {
     "span_logits": "answer_spans",
     "squad": "answer_spans",
     "tag_words": "token_classification",
+    "upsampled": "segmentation",
 }
 
 __all__ = list(_HOME)
@@ -54,11 +60,15 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.tasks.answer_spans import squad as squad
     from manualloop.tasks.generation import generated as generated
     from manualloop.tasks.generation import source_target as source_target
+    from manualloop.tasks.image_classification import images as images
     from manualloop.tasks.infilling import fill_in_middle as fill_in_middle
     from manualloop.tasks.language_losses import distil as distil
     from manualloop.tasks.language_losses import lm_loss as lm_loss
     from manualloop.tasks.masking import mask_tokens as mask_tokens
     from manualloop.tasks.multiple_choice import flatten_choices as flatten_choices
+    from manualloop.tasks.object_detection import boxes as boxes
+    from manualloop.tasks.object_detection import detected as detected
+    from manualloop.tasks.object_detection import detection_terms as detection_terms
     from manualloop.tasks.plain import cut as cut
     from manualloop.tasks.plain import pack as pack
     from manualloop.tasks.preferences import dpo as dpo
@@ -67,4 +77,6 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.tasks.preferences import reward as reward
     from manualloop.tasks.question_answering import answer_windows as answer_windows
     from manualloop.tasks.references import reference_logps as reference_logps
+    from manualloop.tasks.segmentation import images_and_masks as images_and_masks
+    from manualloop.tasks.segmentation import upsampled as upsampled
     from manualloop.tasks.token_classification import tag_words as tag_words

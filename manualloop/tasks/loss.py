@@ -45,6 +45,15 @@ def check_loss(loss_fn: LossFn | None, terms: Terms | None) -> None:
         raise ConfigError(BOTH_GIVEN)
 
 
+def of_model(terms: Terms | None, model: nn.Module) -> Terms | None:
+    """Return terms that know the model whose outputs they take apart, if they ask for it.
+
+    They do so by an attribute ``of_model``: a function of the model that returns the terms.
+    """
+    bind = getattr(terms, "of_model", None)
+    return terms if bind is None else bind(model)
+
+
 def loss_terms(
     model: nn.Module,
     batch: Any,

@@ -14,7 +14,7 @@ from manualloop.models import (
     config_of,
     is_sharded,
     model_name,
-    num_labels,
+    num_classes,
     unwrap_model,
 )
 from manualloop.notices import say
@@ -260,7 +260,7 @@ def put_names(model: nn.Module, config: Any, names: Names) -> bool:
 
     A model with more outputs than there are names keeps LABEL_n for the others.
     """
-    number = num_labels(model)
+    number = num_classes(model)
     if number is None or number < 2 or not hasattr(config, "id2label") or not _has_classes(model):
         return False
     all_names = (*names, *(f"LABEL_{n}" for n in range(len(names), number)))[:number]

@@ -19,7 +19,7 @@ _PAIR = (
     '(batch["labels"] != -100).sum()), (cross_entropy(outputs.{logits}, batch["{label}"]), '
     'len(batch["{label}"]))]'
 )
-_BOXES = "from manualloop.tasks.detection import detection_terms; terms=detection_terms(model)"
+_BOXES = "from manualloop.tasks import detection_terms; terms=detection_terms"
 _SUM = (
     'model.config.ctc_loss_reduction = "mean"; or, to weigh texts by their length, '
     'terms=lambda outputs, batch: [(outputs.loss / len(batch["labels"]), len(batch["labels"]))]'

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import YolosConfig, YolosForObjectDetection
 
 from manualloop import SingleDevice, TrainState, evaluate_loop, prepare_strategy, train_steps
-from manualloop.tasks.detection import detection_terms
+from manualloop.tasks import detection_terms
 
 draw = torch.Generator().manual_seed(1)
 
@@ -112,7 +112,7 @@ def train(name, strategy, window):
     make, batches, options = CASES[name]
     torch.manual_seed(0)
     model = make()
-    options = {"terms": detection_terms(model)} if options is None else options
+    options = {"terms": detection_terms} if options is None else options
     state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
     steps = train_steps(
         state, batches, num_epochs=2, gradient_accumulation_steps=window, strategy=strategy,

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from helpers import piece_tokenizer, questions, rows, tagged_words, tiny_bert, tiny_tokenizer
 from resume_cases import Rows, StatelessStream, built
+from scenes import processor, scenes, tiny_detr
 from torch import nn
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel
@@ -30,7 +31,7 @@ from manualloop import (
 )
 from manualloop.notices import say
 from manualloop.reading.ranks import unsharded
-from manualloop.tasks import answer_windows, tag_words
+from manualloop.tasks import answer_windows, boxes, tag_words
 
 PAGE = Path(__file__).parents[2] / "docs/limits.md"
 ENTRY = re.compile(r"^\| \*\*(.*?)\*\*.*?\| `(.*)` \|.*\|$", re.MULTILINE)
@@ -348,6 +349,11 @@ def lost_answers(folder: Path) -> None:
     prepare_dataloaders(data, tokenizer, preprocess=preprocess)
 
 
+def padded_images(folder: Path) -> None:
+    own = processor("Detr", size={"shortest_edge": 32, "longest_edge": 64})
+    prepare_dataloaders(scenes(2), own, model=tiny_detr(), transform=boxes())
+
+
 TOLD = {
     "a stream that draws without a state": drawing_stream,
     "a shuffle buffer": shuffle_buffer,
@@ -381,6 +387,7 @@ TOLD = {
     "a stream that several processes read": stream_without_numbers,
     "a `transform` of a stream that workers read": transformed_by_workers,
     'weights of NaN that `on_nonfinite="ignore"` lets pass': ignored_nan,
+    "images that are padded to the largest of their batch": padded_images,
 }
 
 

@@ -38,7 +38,7 @@ from manualloop import (
     train_loop,
     train_steps,
 )
-from manualloop.tasks.detection import detection_terms
+from manualloop.tasks import detection_terms
 from manualloop.tasks.task import resolve_task
 
 
@@ -193,8 +193,11 @@ def test_a_loss_that_is_one_mean_is_counted_as_it_averages(kind):
 
 
 SUMS = {
-    "detection": (detection, lambda model: detection_terms(model)),
-    "detection, undeclared": (detection, lambda model: detection_terms(model).__call__),
+    "detection": (detection, lambda model: detection_terms),
+    "detection, undeclared": (
+        detection,
+        lambda model: lambda outputs, batch: detection_terms(outputs, batch),
+    ),
     "pretraining": (pretraining, lambda model: pretraining_terms),
 }
 

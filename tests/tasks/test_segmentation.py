@@ -1,0 +1,191 @@
+"""Semantic segmentation: masks of any size and kind, and class maps at the size of each."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Image
+from PIL import Image as Pil
+from scenes import processor, scenes, tiny_segformer
+
+from manualloop import (
+    DataError,
+    accumulate_gradients,
+    evaluate_loop,
+    predict_loop,
+    prepare_dataloaders,
+    train_loop,
+)
+from manualloop.tasks import images_and_masks, upsampled
+
+SIZE = {"height": 16, "width": 16}
+SEGFORMER = processor("Segformer", size=SIZE)
+MIXED = [(32, 32), (20, 48), (17, 9)]
+
+
+def loader_of(data, model=None, transform=None, split="validation", **options):
+    options = {"processor": SEGFORMER, "batch_size": 6, **options}
+    return prepare_dataloaders(
+        {split: data}, options.pop("processor"), model=model or tiny_segformer(),
+        transform=transform or images_and_masks(), **options,
+    )[split]  # fmt: skip
+
+
+def pictures(num_rows=6, **options):
+    return scenes(num_rows, **options).select_columns(["image", "mask"])
+
+
+@pytest.mark.parametrize("reduces", [False, True])
+def test_without_augmentation_batches_are_the_processor_s_own(reduces):
+    data = pictures(sizes=MIXED)
+    own = processor("Segformer", size=SIZE, do_reduce_labels=reduces)
+    (batch,) = loader_of(data, processor=own)
+    expected = own(
+        data["image"][:],
+        segmentation_maps=[np.array(mask) for mask in data["mask"][:]],
+        return_tensors="pt",
+    )
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+    assert torch.equal(batch["labels"], expected["labels"])
+
+
+@pytest.mark.parametrize("name", ["label", "labels", "annotation", "mask"])
+def test_the_column_of_masks_may_have_any_of_the_usual_names(name):
+    data = pictures()
+    (expected,) = loader_of(data)
+    (batch,) = loader_of(data.rename_column("mask", name) if name != "mask" else data)
+    assert torch.equal(batch["labels"], expected["labels"])
+    lists = Dataset.from_dict(
+        {
+            "image": data["image"][:],
+            name: [np.array(mask).tolist() for mask in data["mask"][:]],
+        }
+    )
+    lists = lists.cast_column("image", Image())
+    for model in (None, tiny_segformer()):  # without it, lists would be several classes a row
+        loaders = prepare_dataloaders(
+            {"validation": lists}, SEGFORMER, model=model, transform=images_and_masks()
+        )
+        (batch,) = loaders["validation"]
+        assert torch.equal(batch["labels"], expected["labels"])
+
+
+def looped_iou(predictions, references, num_classes, ignored):
+    """The mean over classes, pixel by pixel."""
+    both, either = [0] * num_classes, [0] * num_classes
+    for predicted, right in zip(predictions, references, strict=True):
+        for p, r in zip(np.ravel(predicted).tolist(), np.ravel(right).tolist(), strict=True):
+            if r == ignored:
+                continue
+            for number in range(num_classes):
+                both[number] += p == r == number
+                either[number] += number in (p, r)
+    found = [b / e for b, e in zip(both, either, strict=True) if e]
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("reduces", [False, True])
+def test_maps_are_scored_at_the_size_of_their_masks(reduces):
+    data = pictures(sizes=MIXED)
+    own = processor("Segformer", size=SIZE, do_reduce_labels=reduces)
+    model = tiny_segformer().eval()
+    loader = loader_of(data, model, processor=own, batch_size=2)
+    scores = evaluate_loop(model, loader, "mean_iou", decode=upsampled)
+    sizes = [(image.height, image.width) for image in data["image"]]
+    maps = []
+    for batch, start in zip(loader, (0, 2, 4), strict=True):
+        outputs = model(pixel_values=batch["pixel_values"])
+        maps += own.post_process_semantic_segmentation(
+            outputs, target_sizes=sizes[start : start + 2]
+        )
+    masks = [np.array(mask).astype(int) for mask in data["mask"]]
+    if reduces:
+        masks = [np.where((m == 0) | (m == 255), 255, m - 1) for m in masks]
+    expected = looped_iou([m.numpy() for m in maps], masks, 3, 255)
+    assert scores["mean_iou"] == pytest.approx(expected, abs=1e-12)
+    found = predict_loop(model, loader, decode=upsampled)
+    assert all(map(torch.equal, found.predictions, maps))
+    for reference, mask in zip(found.references, masks, strict=True):
+        assert np.array_equal(reference, mask)
+
+
+def test_another_ignored_index_is_that_of_the_config():
+    model = tiny_segformer(semantic_loss_ignore_index=7).eval()
+    data = pictures(sizes=MIXED).map(
+        lambda row: {"mask": Pil.fromarray(np.where(np.array(row["mask"]) == 255, 7, row["mask"])
+                                           .astype(np.uint8))}
+    )  # fmt: skip
+    loader = loader_of(data, model)
+    scores = evaluate_loop(model, loader, "mean_iou", decode=upsampled)
+    found = predict_loop(model, loader, decode=upsampled)
+    expected = looped_iou([m.numpy() for m in found.predictions], found.references, 3, 7)
+    assert scores["mean_iou"] == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(DataError, match="is 255, no class"):
+        list(loader_of(pictures(), model))
+
+
+def test_micro_batches_weigh_by_pixels_that_count():
+    model = tiny_segformer().double().eval()
+    own = processor("Segformer", size=SIZE, do_reduce_labels=True)
+    (batch,) = loader_of(pictures(), model, processor=own)
+    batch = {"pixel_values": batch["pixel_values"].double(), "labels": batch["labels"]}
+    counts = (batch["labels"] != 255).flatten(1).sum(1).tolist()
+    assert len(set(counts)) > 2
+    model(**batch).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    for sizes in ((6,), (1, 1, 4), (3, 2, 1)):
+        model.zero_grad()
+        parts, start = [], 0
+        for size in sizes:
+            parts.append({name: column[start : start + size] for name, column in batch.items()})
+            start += size
+        accumulate_gradients(model, parts)
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_predictions_without_masks_have_the_size_of_their_images():
+    model = tiny_segformer()
+    data = pictures(sizes=MIXED)
+    loader = loader_of(data.remove_columns("mask"), model, split="test", batch_size=4)
+    found = predict_loop(model, loader, decode=upsampled)
+    sizes = [(image.height, image.width) for image in data["image"]]
+    assert [tuple(one.shape) for one in found.predictions] == sizes
+
+
+def test_a_loader_of_ones_own_and_a_training_split_are_scored_by_their_labels():
+    outputs = SimpleNamespace(logits=torch.randn(2, 3, 4, 4))
+    expected = torch.nn.functional.interpolate(outputs.logits, (8, 8), mode="bilinear").argmax(1)
+    found = upsampled(outputs, {"labels": torch.zeros(2, 8, 8)})
+    assert torch.equal(torch.stack(found), expected)
+    one = SimpleNamespace(logits=torch.tensor([[[[-1.0, 2.0]]]]))  # one output, for its sign
+    assert upsampled(one, {"labels": torch.zeros(1, 1, 2)})[0].tolist() == [[0, 1]]
+    model = tiny_segformer()
+    loader = loader_of(pictures(sizes=MIXED), model, split="train")
+    assert "mean_iou" in evaluate_loop(model, loader, "mean_iou", decode=upsampled)
+
+
+def test_mistakes_in_masks_are_refused_in_words():
+    colours = pictures(2).map(lambda row: {"mask": row["mask"].convert("RGB")})
+    with pytest.raises(DataError, match="map of class numbers"):
+        loader_of(colours)
+    smaller = pictures(2).map(lambda row: {"mask": row["mask"].resize((8, 8), 0)})
+    with pytest.raises(DataError, match="32 x 32 pixels, and its mask 8 x 8"):
+        loader_of(smaller)
+    with pytest.raises(DataError, match=r"num_labels=2.*from_pretrained\(name, num_labels=3\)"):
+        loader_of(pictures(4), tiny_segformer(2))
+    with pytest.raises(DataError, match="takes no masks"):
+        loader_of(pictures(2), processor=processor("ViT", size=SIZE))
+    with pytest.raises(DataError, match="return image, mask"):
+        loader_of(pictures(2), transform=images_and_masks(lambda image, mask: image))
+
+
+def test_names_of_the_classes_are_those_of_the_model():
+    names = {0: "ground", 1: "square", 2: "disc"}
+    model = tiny_segformer(id2label=names, label2id={name: n for n, name in names.items()})
+    loader = loader_of(pictures(), model)
+    scores = evaluate_loop(model, loader, "mean_iou", decode=upsampled)
+    assert list(scores.matrices["mean_iou"].rows) == list(names.values())
+    train_loop(model, loader, max_steps=1, progress_bar=False)
