@@ -200,7 +200,11 @@ _LIST: _Meaning = (_is_list, "a list")
 MEANINGS: dict[str, _Meaning] = {
     **dict.fromkeys(("at", "keep", "num_processes", "size"), _COUNT),
     **dict.fromkeys(
-        ("drop_last", "group_by_length", "pin_memory", "preflight", "progress_bar", "verify"), _FLAG
+        (
+            *("drop_last", "group_by_length", "pack", "pin_memory", "preflight"),
+            *("progress_bar", "verify"),
+        ),
+        _FLAG,
     ),
     **dict.fromkeys(("evaluate", "on_step", "function", "train_fn"), _CALLED),
     **dict.fromkeys(("decode", "loss_fn", "postprocess", "terms"), _CALLED),

@@ -234,7 +234,7 @@ def check_batches(
         place = place_of(start)
         _check_columns(model, batch, needs_labels)
         if isinstance(ids := batch.get("input_ids"), Tensor):
-            _check_tokens(model, ids.cpu().numpy(), place)
+            _check_tokens(model, ids.cpu().numpy(), place, batch.get("position_ids"))
         task = resolve_task(model, batch, task)
         labels = batch.get("labels")
         if config_of(model) is not None and task.name != "question_answering":
@@ -384,7 +384,9 @@ def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
         )
 
 
-def _check_tokens(model: nn.Module, ids: np.ndarray[Any, Any], place: Place) -> None:
+def _check_tokens(
+    model: nn.Module, ids: np.ndarray[Any, Any], place: Place, positions: Any = None
+) -> None:
     size = vocab_size(model)
     if size is not None and ids.size and (ids.max() >= size or ids.min() < 0):
         row, *_ = np.argwhere((ids >= size) | (ids < 0))[0]
@@ -395,9 +397,12 @@ def _check_tokens(model: nn.Module, ids: np.ndarray[Any, Any], place: Place) -> 
             "added: model.resize_token_embeddings(len(tokenizer))."
         )
     room = max_length(model)
-    if room is not None and ids.ndim > 1 and ids.shape[1] > room:
+    length = ids.shape[1] if ids.ndim > 1 else 0
+    if isinstance(positions, Tensor) and positions.numel():
+        length = min(length, int(positions.max()) + 1)  # those of packed rows begin anew
+    if room is not None and length > room:
         raise DataError(
-            f"A sequence of {ids.shape[1]} tokens in {place.batch}, but "
+            f"A sequence of {length} tokens in {place.batch}, but "
             f"{model_name(model)} takes {room}. Cut the texts: "
             f"prepare_dataloaders(..., max_length={room}), or tokenizer(..., truncation=True, "
             f"max_length={room})."

@@ -340,8 +340,7 @@ _PREPARED: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
 def was_accelerator_made() -> bool:
     """Tell whether this process has an ``Accelerator`` or its state.
 
-    Seen in accelerate 1.7 to 1.15: ``PartialState._shared_state``. If it is gone, only the state of
-    a whole ``Accelerator`` is recognised.
+    Seen in accelerate 1.7 to 1.15: ``PartialState._shared_state``; without it a state is missed.
     """
     from accelerate.state import PartialState, is_initialized
 
@@ -441,19 +440,22 @@ def part_of_stream(dataset: Any) -> tuple[int, int] | None:
 def tied_patterns(model: nn.Module) -> list[str]:
     """List the patterns of the weights that a model of transformers 4 makes from others.
 
-    Seen in transformers 4.52 to 4.57: ``_tied_weights_keys``; later versions have the public
-    ``all_tied_weights_keys``. If it is gone, a model has none, and the first name of a tensor that
-    has several is its own: the embedding's, which comes before the head's.
+    Seen in transformers 4.52 to 4.57: ``_tied_weights_keys``, and then ``all_tied_weights_keys``.
+    If it is gone, the first name of a tensor that has several is its own: the embedding's.
     """
     return list(getattr(model, "_tied_weights_keys", None) or ())
+
+
+def attention_of(config: Any) -> str | None:
+    """Name a model's attention (seen in transformers 4.52 to 5.24); else it is probed once."""
+    return getattr(config, "_attn_implementation", None)
 
 
 def pads_as_base(tokenizer: Any) -> bool:
     """Tell whether a tokenizer pads as transformers' base class does.
 
-    Seen in transformers 4.52 to 5.24: ``_pad``. If it is gone, nobody can tell, and batches are
-    padded by the tokenizer itself, to the same tensors. An evaluation then does not begin with the
-    longest rows, so that the last digit of its loss may be another.
+    Seen in transformers 4.52 to 5.24: ``_pad``. If it is gone, batches are padded by the tokenizer
+    itself, to the same tensors, and an evaluation does not begin with the longest rows.
     """
     from transformers import PreTrainedTokenizerBase
 

@@ -72,6 +72,12 @@ class Times:
         """Count the tokens of a window, if the host can do so without waiting."""
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            if mask is None and isinstance(batch, Mapping) and "position_ids" in batch:
+                mask = batch.get("input_ids")  # of a pack, which has no padding
+                number = mask.numel() if isinstance(mask, Tensor) else 0
+                self.num_tokens += number
+                self.num_places += number
+                continue
             if not isinstance(mask, Tensor) or mask.device.type != "cpu":
                 continue
             if mask.ndim == 2 and not mask.is_floating_point():  # others are added to the scores

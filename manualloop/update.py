@@ -25,6 +25,7 @@ from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.calls import in_call
 from manualloop.strategy.select import strategy_in_place
+from manualloop.tasks.isolation import require_isolation
 from manualloop.tasks.loss import Term, check_loss, loss_terms, of_model, require_mean
 from manualloop.tasks.otherwise import balances_experts
 from manualloop.tasks.shares import (
@@ -235,6 +236,7 @@ def _terms(
     """Run a micro-batch through the model; return the terms of its loss."""
     inputs = _to_device(batch, strategy, times)
     with strategy.autocast():
+        require_isolation(model, batch, inputs, loss_fn)
         found = loss_terms(model, inputs, counts, loss_fn, terms)
     return [(require_mean(mean), num_items) for mean, num_items in found]
 

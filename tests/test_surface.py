@@ -128,7 +128,8 @@ SIGNATURES = {
     "prepare_dataloaders": (
         "datasets, tokenizer=None, *, model=None, task=None, text_columns=None, "
         "label_column=None, max_length=None, batch_size=8, eval_batch_size=None, "
-        "max_tokens=None, group_by_length=False, pad_to_multiple_of=None, drop_last=False, "
+        "max_tokens=None, pack=False, group_by_length=False, pad_to_multiple_of=None, "
+        "drop_last=False, "
         "collate_fn=None, preprocess=None, transform=None, fill=None, keep=(), num_proc=None, "
         "seed=42, num_workers=0, pin_memory=None"
     ),
@@ -170,13 +171,19 @@ TASK_SIGNATURES: dict[str, str] = {
         "context='context', answers='answers'"
     ),
     "best_spans": (
-        "predictions, kept, *, n_best=20, max_answer_length=30, null_threshold=None, id='id', "
-        "context='context'"
+        "predictions, kept, *, n_best=20, max_answer_length=30, null_threshold=None, "
+        "id='id', context='context'"
     ),
     "boxes": (
         "processor=None, augment=None, *, column='image', objects='objects', box='bbox', "
         "label='category'"
     ),
+    "chat": (
+        "tokenizer, *, column='messages', max_length=None, trains=None, stop=None, "
+        "**template_options"
+    ),
+    "check_isolation": "model",
+    "complete": "tokenizer, prompt='prompt', completion='completion', *, max_length=None",
     "cut": "tokenizer, max_length, column='text'",
     "detected": "processor, *, threshold=0.0",
     "detection_terms": "outputs, batch, *, eos_coefficient=0.1",
@@ -191,6 +198,10 @@ TASK_SIGNATURES: dict[str, str] = {
     "margins": "outputs, batch",
     "mask_tokens": "tokenizer, probability=0.15",
     "pack": "tokenizer, length, column='text'",
+    "preference_pairs": (
+        "tokenizer, *, prompt='prompt', chosen='chosen', rejected='rejected', "
+        "max_length=None, stop=None, **template_options"
+    ),
     "preferred": "predictions, references=None",
     "reference_logps": "model, rows, *, batch_size=8, path=None",
     "reward": "model, batch",

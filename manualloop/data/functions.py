@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,11 +13,12 @@ from torch import nn
 from manualloop.arguments import Checks, all_at_once
 from manualloop.data.collate import require_pad_token
 from manualloop.data.columns import Taking, column_filter, find_label
-from manualloop.data.mapping import Preprocess
+from manualloop.data.mapping import COUNTS, Preprocess
 from manualloop.data.splits import Split, open_split, reference_of
-from manualloop.errors import ConfigError
+from manualloop.errors import ConfigError, DataError
 from manualloop.notices import say
 from manualloop.tasks.counts import Counted, Counting
+from manualloop.tasks.made import Making
 from manualloop.tasks.names import Naming, names_of
 
 ByName = Mapping[str, Callable[..., Any]]
@@ -83,9 +86,14 @@ class Functions(NamedTuple):
         kinds, keep = split.kinds, self.keep
         label = label_column or find_label(kinds)
         kept = tuple(n for n in kinds if n == label or n in keep or self.takes(n, kinds[n]))
-        run = Preprocess(self.preprocess, kept, label, keep)
-        options = {} if split.is_stream else {"num_proc": self.num_proc}
+        counts = isinstance(self.preprocess, Making)
+        options: dict[str, Any] = {} if split.is_stream else {"num_proc": self.num_proc}
+        if counts and not split.is_stream:
+            options["with_indices"] = True
+        run = Preprocess(self.preprocess, kept, label, keep, split.name if counts else None)
         rows = split.rows.map(run, batched=True, remove_columns=list(kinds), **options)
+        if counts:
+            rows = tell_counts(split, rows, self.preprocess)
         made = open_split(split.name, rows, split.key)
         is_new = "labels" in made.kinds and "labels" not in kinds
         made = made._replace(form=split.form, maker="preprocess" if is_new else None)
@@ -172,6 +180,29 @@ def preprocess_all(
     return made
 
 
+def tell_counts(split: Split, rows: Any, function: Any) -> Any:
+    """Log what a function counted while it made the rows of a split, and drop the counts.
+
+    Raises:
+        DataError: It has left out all rows.
+    """
+    if split.is_stream:
+        return rows.remove_columns([COUNTS])  # nobody has read it to its end
+    if len(rows) == 0:
+        raise DataError(
+            f"preprocess= has left out all {len(split.rows)} rows of {split.name}. Look at what it "
+            f"makes of the first: preprocess({split.code}[:1])."
+        )
+    counts: Counter[str] = Counter()
+    for notes in filter(None, rows[COUNTS][:]):
+        counts.update(json.loads(notes))
+    lines = function.describe(counts)
+    if others := len(split.rows) - counts["given"]:
+        lines.append(f"left out as well: {others:,} rows, in batches of which no row is left")
+    say(f"{split.name}: {'; '.join(lines)}")
+    return rows.remove_columns([COUNTS])
+
+
 def functions_of(
     splits: Mapping[Any, Split],
     given: Mapping[str, Any],
@@ -184,7 +215,7 @@ def functions_of(
 
     Args:
         splits: The splits.
-        given: The user's ``preprocess``, ``transform``, ``collate_fn`` and ``num_proc``.
+        given: The user's ``preprocess``, ``transform``, ``collate_fn``, ``num_proc`` and ``pack``.
         keep: Columns that skip the model.
         tokenizer: As in ``prepare_dataloaders``.
         model: As in ``prepare_dataloaders``.
@@ -195,8 +226,13 @@ def functions_of(
         by_key = check(_by_split, argument, given[argument], list(splits)) or {}
         for key, functions in of_split.items():
             functions.append(by_key.get(key))
-    if any(functions[2] is None for functions in of_split.values()):
+    padded = [key for key, split in splits.items() if not (given["pack"] and split.is_train)]
+    if any(of_split[key][2] is None for key in padded):
         check(require_pad_token, tokenizer)
+    if model is not None:
+        for functions in of_split.values():
+            if isinstance(functions[0], Making):
+                functions[0] = functions[0].with_model(model)
     return {
         key: Functions(
             *(preprocess, transform, collate_fn),

@@ -87,7 +87,7 @@ def budgeted_batches(
     """
     generator = torch.Generator().manual_seed(seed + epoch)
     drawn = torch.randperm(len(lengths), generator=generator).numpy()
-    rungs = _rungs_of(lengths, max_tokens)
+    rungs = rungs_of(lengths, max_tokens)
     rows = drawn[np.argsort(-rungs[drawn], kind="stable")]
     longest = int(lengths[rows].argmax())
     rows[[0, longest]] = rows[[longest, 0]]  # the longest row is on the first rung
@@ -139,7 +139,7 @@ def round_up(lengths: _Lengths, multiple: int) -> _Lengths:
     return -(-lengths // multiple) * multiple
 
 
-def _rungs_of(lengths: Ints, most: int) -> Ints:
+def rungs_of(lengths: Ints, most: int) -> Ints:
     """Round lengths up to the next rung of a ladder of 3 % steps, and to at most ``most``."""
     rungs = [1]
     while rungs[-1] < int(lengths.max()):

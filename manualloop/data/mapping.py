@@ -6,13 +6,15 @@ functions cannot be sent to workers that are spawned, as on macOS and Windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from manualloop.data.splits import Rows, fix_of
 from manualloop.errors import DataError
 from manualloop.mistakes import fill_argument, filter_missing, no_tokens_fix
+from manualloop.tasks.made import Making, place_in_batch
 from manualloop.tasks.task import IGNORE_INDEX
 
 QUOTES = '""'  # an empty string, as code
@@ -23,6 +25,9 @@ CUT = "is_cut_off"
 
 ORIGIN = "overflow_to_sample_mapping"
 """Column that tells of which row of a batch each row is made, under transformers' name for it."""
+
+COUNTS = "counts of preprocess"
+"""Column of what ``preprocess`` counts, in the first row of each batch, where ``map`` caches."""
 
 _ENDLESS = 1_000_000  # transformers' number for a tokenizer without a limit is far above
 
@@ -163,20 +168,28 @@ class Preprocess:
         label: The column of labels, which goes if the function returns ``labels``, unless it is
             one of those to keep.
         keep: Columns that skip the model.
+        split: Name of the split in messages; None for a stream, whose rows have no numbers.
     """
 
     function: Callable[[Rows], Rows]
     kept: tuple[str, ...]
     label: str | None
     keep: tuple[str, ...] = ()
+    split: str | None = None
 
-    def __call__(self, rows: Rows) -> Rows:
+    def __call__(self, rows: Rows, numbers: Sequence[int] = ()) -> Rows:
         """Return the columns that stay and those that the function made.
+
+        Args:
+            rows: The rows.
+            numbers: Their numbers in the dataset, where they are known.
 
         Raises:
             DataError: It made more or fewer rows than it got, and nothing tells what of the columns
                 to keep belongs to each.
         """
+        if isinstance(self.function, Making):
+            return self._counted(rows, numbers)
         made = dict(self.function(rows) or {})
         # A function that returns labels may also return more or fewer rows than it got.
         left = [
@@ -195,6 +208,20 @@ class Preprocess:
                 "with the number of the row that each is made of, as a fast tokenizer does."
             )
         return {**{name: rows[name] for name in left}, **made}
+
+    def _counted(self, rows: Rows, numbers: Sequence[int]) -> Rows:
+        """Return what a function made that tells where its rows come from, with its counts."""
+        assert isinstance(self.function, Making)
+
+        def place(row: int) -> str:
+            return f"row {numbers[row]} of {self.split}" if numbers else place_in_batch(row)
+
+        columns, sources, counts = self.function.make(rows, place)
+        others = [name for name in self.keep if name in rows and name not in columns]
+        kept = {name: [rows[name][row] for row in sources] for name in others}
+        counts["given"] = len(next(iter(rows.values())))
+        notes = [json.dumps(counts), *[""] * (len(sources) - 1)][: len(sources)]
+        return {**kept, **columns, COUNTS: notes}
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from manualloop.arguments import all_at_once, check_arguments, is_count
-from manualloop.data.collate import padding_collate_fn, require_pad_token, require_tokenizer
-from manualloop.data.columns import (
-    LABELS,
-)
+from manualloop.data.batching import collates_of, problems_of_packing, tell_packs
+from manualloop.data.collate import require_pad_token, require_tokenizer
+from manualloop.data.columns import LABELS
 from manualloop.data.fetched import as_read
 from manualloop.data.functions import (
     RAW,
@@ -34,17 +33,20 @@ from manualloop.data.kept import (
 )
 from manualloop.data.labels import BY_TOKEN
 from manualloop.data.lengths import lengths_of_rows
-from manualloop.data.mapping import (
-    AsZerosAndOnes,
-    Copy,
-    Encode,
-    RequireHidden,
-)
-from manualloop.data.masks import RowMasks, masks_rows
+from manualloop.data.mapping import AsZerosAndOnes, Copy, Encode, RequireHidden
+from manualloop.data.nested import holds_nested
 from manualloop.data.sampler import ordered_loader
 from manualloop.data.splits import Split, open_splits, reference_of
 from manualloop.data.streamed import TransformedStream, require_one_process
-from manualloop.data.tokens import count_cuts, notes_on, require_tokens, tell_lost, tell_padding
+from manualloop.data.tokens import (
+    count_cuts,
+    notes_on,
+    refuse_doubled,
+    require_tokens,
+    tell_doubled,
+    tell_lost,
+    tell_padding,
+)
 from manualloop.data.transform import (
     Transform,
     TransformedRows,
@@ -76,6 +78,7 @@ def prepare_dataloaders(
     batch_size: int = 8,
     eval_batch_size: int | None = None,
     max_tokens: int | None = None,
+    pack: bool = False,
     group_by_length: bool = False,
     pad_to_multiple_of: int | None = None,
     drop_last: bool = False,
@@ -126,6 +129,11 @@ def prepare_dataloaders(
         max_tokens: Most tokens per batch, padding included, which replaces ``batch_size``. Shuffled
             splits are then grouped by length. The loss is weighted by items, so large and small
             batches count correctly.
+        pack: Whether the rows of a shuffled split are put one after the other, without padding: a
+            batch is one row of at most ``max_tokens`` tokens, with ``position_ids`` that begin at 0
+            in each row and without a mask, by which a causal language model keeps the rows apart.
+            That is proved before the first update (``manualloop.tasks.check_isolation``). Other
+            rows come together in every epoch. Other splits are padded.
         group_by_length: Whether batches of the shuffled splits hold rows of about the same length,
             which saves padding. The order differs from the default one, and is also a function of
             ``(seed, epoch)``.
@@ -174,14 +182,14 @@ def prepare_dataloaders(
         check(_check_arguments, **arguments)
         check(check_arguments, *_MAY_BE_NONE, **{**arguments, "keep": 1})  # of another meaning
         check(require_tokenizer, tokenizer)
-        if collate_fn is None:
+        if collate_fn is None and not pack:
             check(require_pad_token, tokenizer)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    given = {"preprocess": preprocess, "transform": transform, "collate_fn": collate_fn}
+    given = {name: arguments[name] for name in _GIVEN}
     tokenizes = preprocess is None and _reads_text(tokenizer)
 
     splits, functions, found, naming = _look_at(
-        *(datasets, fill or {}, label_column, {**given, "num_proc": num_proc}, keep),
+        *(datasets, fill or {}, label_column, given, keep),
         tokenizer=tokenizer,
         model=model,
         task=task,
@@ -192,19 +200,17 @@ def prepare_dataloaders(
     encode = _encoder(reference_of(splits), texts, tokenizer, max_length, model, tokenizes)
     used = () if label_column is None or isinstance(label_column, str) else tuple(label_column)
     splits, transformed = _prepare_splits(splits, found, encode, functions, model, used, seed)
-    pads = _padding(functions, tokenizer, labels.task, pad_to_multiple_of)
-    loaders = {}
+    makes = tokenizer, labels.task, pad_to_multiple_of, pack, seed
+    collates, loaders = collates_of(splits, functions, *makes), {}
     labelled = tuple(split.key for key, split in splits.items() if key not in found.hidden)
     with all_at_once() as check:
         for key, split in splits.items():
-            collate: Any = functions[key].collate_fn or pads
+            collate = collates[key]
             lengths = check(
                 lengths_of_rows,
                 *(split, texts, labels.task, keep),
                 *(pad_to_multiple_of or 1, max_tokens, group_by_length),
             )
-            if not split.is_train and not split.is_stream and masks_rows(collate):
-                collate = RowMasks(collate, seed)
             rows: Any = transformed.get(key) or as_read(split, collate, seed)
             if kept := kept_columns(split, functions[key], label, key in transformed):
                 collate = KeepingCollate(collate, kept)
@@ -223,10 +229,12 @@ def prepare_dataloaders(
                 lengths=lengths,
                 max_tokens=max_tokens,
                 tells_epoch=key in transformed,
+                packs=pack and split.is_train,
                 collate_fn=collate,
                 num_workers=num_workers,
                 pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             )
+    tell_packs(loaders)
     name_model(model, naming)
     return _finished(loaders, tokenizer)
 
@@ -244,6 +252,7 @@ def _finished(loaders: dict[str, DataLoader[Any]], tokenizer: Any) -> dict[str, 
 
 
 _OBJECTS = ("datasets", "tokenizer")
+_GIVEN = ("preprocess", "transform", "collate_fn", "num_proc", "pack")
 _MAY_BE_NONE = ("model", "text_columns", "label_column", "fill")
 _COUNTS = (
     *("batch_size", "eval_batch_size", "max_length", "max_tokens", "num_proc"),
@@ -267,6 +276,7 @@ def _check_arguments(task: str | None, drop_last: bool, keep: Any, **arguments: 
             "drop_last=True drops a last batch with fewer rows than batch_size, but with "
             "max_tokens batches have no fixed number of rows. Remove one of the two arguments."
         )
+    problems += problems_of_packing(arguments) if arguments["pack"] else []
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -303,6 +313,9 @@ def _look_at(
                 splits, functions, sources = number_sources(splits, functions, *of_classes)
                 splits = preprocess_all(splits, functions, label)
                 label = "labels" if "labels" in reference_of(splits).kinds else label
+            tell_doubled(reference_of(splits), choices["tokenizer"])
+            if holds_nested(reference_of(splits)):
+                choices["task"] = choices["task"] or "causal_lm"
             of_first = functions[next(k for k, s in splits.items() if s is reference_of(splits))]
             number = partial(
                 number_classes,
@@ -409,6 +422,7 @@ def _prepare_split(
         made = split.map(run, remove=left, num_proc=functions.num_proc)
         raw, split = split, count_cuts(made)
         require_tokens(raw, split, encode)
+        refuse_doubled(raw, split, encode)
     if labels.task in BY_TOKEN:
         check_alignment(split)
     kinds = split.kinds
@@ -477,15 +491,3 @@ def _note(
 
 def _taker(model: nn.Module | None) -> str:
     return "" if model is None else f" (not in {model_name(model)}.forward)"
-
-
-def _padding(
-    functions: Mapping[Any, Functions], tokenizer: Any, task: str | None, multiple: int | None
-) -> Any:
-    """Return the function that pads rows; None if no split needs it."""
-    if all(of_split.collate_fn is not None for of_split in functions.values()):
-        return None
-    of_images = image_processor(tokenizer) is not None or any(
-        hasattr(of_split.transform, "fitted") for of_split in functions.values()
-    )
-    return padding_collate_fn(tokenizer, task, multiple, of_images=of_images)

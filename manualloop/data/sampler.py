@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from manualloop.data.grouping import Ints, budgeted_batches, cut, grouped_order, longest_first
+from manualloop.data.packing import cut_sums, packed_batches
 from manualloop.errors import ConfigError, DataError
 
 
@@ -92,8 +93,10 @@ class OrderedBatchSampler:
         lengths: Number of tokens of each row, by which rows are grouped; None does not group them.
         max_tokens: Most tokens per batch, instead of ``batch_size`` rows.
         longest_first: Whether to sort rows by length instead of shuffling them.
+        packs: Whether the rows of a batch become one row of at most ``max_tokens`` tokens.
 
     Attributes:
+        packs: As the argument.
         epoch: Epoch of the next pass.
         num_ranks: Number of ranks that read a batch each, for batches that are grouped by length.
         tells_epoch: Whether batches are ``RowNumbers``, for rows that depend on the epoch.
@@ -119,6 +122,7 @@ class OrderedBatchSampler:
         lengths: Ints | None = None,
         max_tokens: int | None = None,
         longest_first: bool = False,
+        packs: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
@@ -130,7 +134,7 @@ class OrderedBatchSampler:
         self.split = split
         self.lengths = lengths
         self.max_tokens = None if max_tokens is None else int(max_tokens)
-        self.longest_first = longest_first
+        self.longest_first, self.packs = longest_first, packs
         self.epoch, self.num_ranks = 0, 1
         self.tells_epoch = False
         self.epoch_of_rows: int | None = None
@@ -215,9 +219,8 @@ class OrderedBatchSampler:
     def _batches(self, start: int, made: Made, epoch: int) -> Iterator[list[int]]:
         """Yield the batches after ``start`` rows of an order with the settings ``made``."""
         if self.shuffle and made.max_tokens is not None and self.lengths is not None:
-            batches = budgeted_batches(
-                self.lengths, made.max_tokens, made.seed, epoch, made.num_ranks
-            )
+            plan = packed_batches if self.packs else budgeted_batches
+            batches = plan(self.lengths, made.max_tokens, made.seed, epoch, made.num_ranks)
             ends = list(accumulate(map(len, batches)))
             if made.max_tokens == self.max_tokens and start in (0, *ends):
                 yield from batches[bisect_right(ends, start) :]
@@ -229,7 +232,7 @@ class OrderedBatchSampler:
         if self.max_tokens is None or self.lengths is None:
             starts = list(range(0, len(rows), self.batch_size))
         else:
-            starts = cut(self.lengths[rows], self.max_tokens)
+            starts = (cut_sums if self.packs else cut)(self.lengths[rows], self.max_tokens)
         for begin, end in pairwise([*starts, len(rows)]):
             if not self.drop_last or end - begin == self.batch_size:
                 yield rows[begin:end]
@@ -264,6 +267,7 @@ def ordered_loader(
     lengths: Ints | None = None,
     max_tokens: int | None = None,
     tells_epoch: bool = False,
+    packs: bool = False,
     **options: Any,
 ) -> DataLoader[Any]:
     """Make a loader that reads a dataset in the order of ``order``, or a stream in its own.
@@ -283,6 +287,7 @@ def ordered_loader(
         split=split,
         lengths=lengths,
         max_tokens=max_tokens,
+        packs=packs,
     )
     sampler.tells_epoch = tells_epoch
     if len(sampler) == 0:
@@ -356,6 +361,17 @@ def rows_before(loader: Iterable[Any], number: int) -> int:
         return sum(map(len, sampler.batches()[:number]))
     size = getattr(sampler, "batch_size", None)
     return number * size if isinstance(size, int) else 0
+
+
+def count_packed(batch: Any) -> int:
+    """Return the number of rows in a pack, whose positions begin at 0 in each."""
+    return int((batch["position_ids"] == 0).sum())
+
+
+def packs_rows(loader: Any) -> bool:
+    """Tell whether a loader is a prepared one whose batches are packs."""
+    sampler = getattr(loader, "batch_sampler", None)
+    return isinstance(sampler, OrderedBatchSampler) and sampler.packs
 
 
 def set_epoch(loader: Iterable[Any], epoch: int) -> None:

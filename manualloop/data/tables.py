@@ -192,7 +192,9 @@ class TableCollate:
     def _pad(self, table: pa.Table) -> dict[str, Tensor] | None:
         """Return the batch; None if a column cannot be padded here or the lists do not fit."""
         tokenizer = self._tokenizer
-        columns: dict[str, Any] = {name: _read(table.column(name)) for name in table.column_names}
+        columns: dict[str, Any] = {
+            name: read_column(table.column(name)) for name in table.column_names
+        }
         if any(column is None for column in columns.values()):
             return None
         main = tokenizer.model_input_names[0]
@@ -261,7 +263,7 @@ def pad(lists: Lists, width: int, end: int, is_left: bool) -> Tensor:
     return torch.from_numpy(padded)
 
 
-def _read(column: pa.ChunkedArray) -> NDArray[Any] | Lists | None:
+def read_column(column: pa.ChunkedArray) -> NDArray[Any] | Lists | None:
     """Return a column of numbers or of lists of numbers; None for others and for missing values."""
     array = column.combine_chunks()
     if not _is_list(array.type):

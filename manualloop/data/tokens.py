@@ -41,6 +41,52 @@ def require_tokens(raw: Split, split: Split, encode: Encode) -> None:
     )
 
 
+def refuse_doubled(raw: Split, split: Split, encode: Encode) -> None:
+    """Refuse texts that hold the special tokens which the tokenizer puts around a text.
+
+    A rendered chat begins with ``bos_token``: tokenized like any other text it would have two of
+    them, as no text has in generation.
+
+    Raises:
+        DataError: The message has the line that leaves them out of the texts.
+    """
+    if split.is_stream or len(encode.texts) > 1 or split.kinds.get("input_ids") != "list":
+        return
+    column, tokenizer = encode.texts[0], encode.tokenizer
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    for row, ids in enumerate(split.rows[:_NUM_LOOKED_AT]["input_ids"]):
+        if len(ids) > 2 and ids[0] == ids[1] and ids[0] in special:
+            token, change, where = tokenizer.convert_ids_to_tokens(ids[0]), "removeprefix", "begins"
+        elif len(ids) > 2 and ids[-1] == ids[-2] and ids[-1] in special:
+            token, change, where = tokenizer.convert_ids_to_tokens(ids[-1]), "removesuffix", "ends"
+        else:
+            continue
+        text = raw.rows[row][column]
+        if not isinstance(text, str) or getattr(text.strip(), change)(token) == text.strip():
+            continue
+        cell = f'row["{column}"].strip()' if text != text.strip() else f'row["{column}"]'
+        line = raw.fix(f'map(lambda row: {{"{column}": {cell}.{change}("{token}")}})')
+        raise DataError(
+            f"Row {row} of {split.name} {where} with {token!r}, and the tokenizer adds another: "
+            f"{text!r:.80}. If these are chats, train on their messages: preprocess=manualloop."
+            f"tasks.chat(tokenizer). Else leave it out of the texts: {line}."
+        )
+
+
+_NUM_LOOKED_AT = 100
+
+
+def tell_doubled(split: Split, tokenizer: Any) -> None:
+    """Log that rows which were tokenized elsewhere begin with two tokens that begin a text."""
+    ids, bos = split.first.get("input_ids"), getattr(tokenizer, "bos_token_id", None)
+    if bos is not None and isinstance(ids, list) and ids[:2] == [bos, bos]:
+        say(
+            f"the first row of {split.name} begins with {tokenizer.bos_token!r} twice, as no text "
+            "does in generation: a rendered chat has one already. Tokenize it with "
+            "add_special_tokens=False, or its messages with manualloop.tasks.chat(tokenizer)"
+        )
+
+
 def count_cuts(split: Split) -> Split:
     """Count the texts of a tokenized split that were cut off, and drop the column of notes."""
     if CUT not in split.first:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from manualloop.batches import is_spare, model_inputs
+from manualloop.batches import is_spare
 from manualloop.checks import EXPLAINED, explain, explain_loss, require_loader
 from manualloop.data.sampler import num_batches, rows_before, rows_fixed
 from manualloop.errors import DataError, ManualLoopError
@@ -21,6 +21,7 @@ from manualloop.progress import ProgressBar
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy
+from manualloop.tasks.isolation import inputs_of, require_isolation
 from manualloop.tasks.loss import explain_kept
 from manualloop.tasks.otherwise import objection_to
 from manualloop.tasks.task import Task, are_targets, resolve_task
@@ -136,6 +137,7 @@ def _forward(passes: Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
     model, strategy = passes.model, passes.strategy
     inputs = strategy.to_device(batch)
     with strategy.autocast():
+        require_isolation(model, batch, inputs, passes.loss_fn)
         if passes.loss_fn is not None:
             seen: list[Any] = []
             hook = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
@@ -149,7 +151,7 @@ def _forward(passes: Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
             finally:
                 hook.remove()
             return inputs, (seen[-1] if seen else None), loss
-        columns = model_inputs(inputs)
+        columns = inputs_of(model, inputs)
         if passes.runs == "none" or (passes.runs == "labelled" and "labels" not in columns):
             return inputs, None, None
         if passes.leaves_out:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from manualloop.data.sampler import packs_rows
 from manualloop.errors import DataError
 from manualloop.evaluation.columns import (
     columns_of,
@@ -178,6 +179,12 @@ def dataset_rows(loader: Iterable[Any]) -> Iterable[int] | None:
             "known: Predictions.index is None. Read it with num_workers=0 to get them in order."
         )
         return None
+    if packs_rows(loader):
+        raise DataError(
+            "The rows of this loader are packed, several of them in one row of a batch, so there "
+            "would be no prediction for each. Prepare them without pack=True, or under a name that "
+            'does not begin with "train": such splits are not packed.'
+        )
     sampler: Any = getattr(loader, "batch_sampler", None)
     name = type(getattr(sampler, "sampler", sampler) or getattr(loader, "sampler", None)).__name__
     raise DataError(

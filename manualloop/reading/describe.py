@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, SequentialSampler
 
 from manualloop.data.kept import inner_collate, trained_data
 from manualloop.data.labels import origin_of
-from manualloop.data.sampler import OrderedBatchSampler, num_batches
+from manualloop.data.sampler import OrderedBatchSampler, num_batches, packs_rows
 from manualloop.data.transform import transform_of
 from manualloop.errors import DataError
 from manualloop.internals import stored_table
@@ -425,7 +425,14 @@ def place_in(loader: Any, num_samples: int, epoch: int | None = None) -> Place:
     """
     if is_prepared(loader):
         sampler: OrderedBatchSampler = loader.batch_sampler
-        batch = f"{sampler.split} batch {sampler.batch_at(num_samples, epoch)}"
+        number = sampler.batch_at(num_samples, epoch)
+        batch = f"{sampler.split} batch {number}"
+        if sampler.packs:
+            return Place(
+                batch,
+                lambda row: f"{batch} (row ids {_listed(sampler.batches(epoch)[number])})",
+                origin_of(loader),
+            )
         return Place(
             batch,
             lambda row: f"{batch} (row id {sampler.rows(epoch)[num_samples + row]})",
@@ -440,8 +447,18 @@ def place_in(loader: Any, num_samples: int, epoch: int | None = None) -> Place:
     return Place(batch, lambda row: f"row {row} of {batch}", origin)
 
 
+def _listed(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:_NUM_SAMPLED]))
+    return shown if len(numbers) <= _NUM_SAMPLED else f"{shown}, ..."
+
+
 def row_numbers_of(loader: Any) -> Iterable[int] | None:
-    """Return the dataset's numbers of the rows of a loader, in order; None: nobody knows them."""
+    """Return the dataset's numbers of the rows of a loader, in order; None: nobody knows them.
+
+    A pack is one row of its batch, and has no number.
+    """
+    if packs_rows(loader):
+        return None
     if is_prepared(loader):
         rows: Iterable[int] = loader.batch_sampler.rows()
         return rows
@@ -478,7 +495,8 @@ def _facts_of_prepared(loader: Any) -> LoaderFacts:
     sampler, same = loader.batch_sampler, fingerprint(loader)
     if sampler.lengths is not None:
         by_tokens = sampler.max_tokens is not None
-        same["order"] = "max_tokens" if by_tokens else "group_by_length"
+        in_packs = "packs" if sampler.packs else "max_tokens"
+        same["order"] = in_packs if by_tokens else "group_by_length"
         same["row_lengths"] = hashlib.sha256(sampler.lengths.tobytes()).hexdigest()[:16]
     return LoaderFacts(
         same,

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from manualloop.batches import as_spare, is_plain, num_rows
 from manualloop.data.collate import explain_rows
-from manualloop.data.sampler import set_epoch
+from manualloop.data.sampler import count_packed, packs_rows, set_epoch
 from manualloop.errors import DataError
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, set_random_state
@@ -62,7 +62,7 @@ class Reader:
         position: What another reader's ``position`` returned: where the first pass begins.
         strategy: Strategy whose ranks share the batches; None: there is one rank. A loader that
             is sharded already gives each rank its own.
-        count_rows: Function that counts the rows of a batch.
+        count_rows: Function that counts the rows of a batch; None: that of the loader's kind.
 
     Attributes:
         source: The loader.
@@ -83,9 +83,10 @@ class Reader:
         source: Source,
         position: Position | None = None,
         strategy: Strategy | None = None,
-        count_rows: Callable[[Any], int] = num_rows,
+        count_rows: Callable[[Any], int] | None = None,
     ) -> None:
-        self.source, self._strategy, self._count_rows = source, strategy, count_rows
+        self.source, self._strategy = source, strategy
+        self._count_rows = count_rows or (count_packed if packs_rows(source.loader) else num_rows)
         self._facts = source.facts()
         self._identity = identify(source.loader, self._facts)
         self._shard, self._copies = Shard(), 1

@@ -15,6 +15,9 @@ _HOME: dict[str, str] = {
     "answer_windows": "question_answering",
     "best_spans": "answer_spans",
     "boxes": "object_detection",
+    "chat": "chats",
+    "check_isolation": "isolation",
+    "complete": "completions",
     "cut": "plain",
     "detected": "object_detection",
     "detection_terms": "object_detection",
@@ -29,6 +32,7 @@ _HOME: dict[str, str] = {
     "margins": "preferences",
     "mask_tokens": "masking",
     "pack": "plain",
+    "preference_pairs": "pairs",
     "preferred": "preferences",
     "reference_logps": "references",
     "reward": "preferences",
@@ -58,10 +62,13 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.tasks.answer_spans import best_spans as best_spans
     from manualloop.tasks.answer_spans import span_logits as span_logits
     from manualloop.tasks.answer_spans import squad as squad
+    from manualloop.tasks.chats import chat as chat
+    from manualloop.tasks.completions import complete as complete
     from manualloop.tasks.generation import generated as generated
     from manualloop.tasks.generation import source_target as source_target
     from manualloop.tasks.image_classification import images as images
     from manualloop.tasks.infilling import fill_in_middle as fill_in_middle
+    from manualloop.tasks.isolation import check_isolation as check_isolation
     from manualloop.tasks.language_losses import distil as distil
     from manualloop.tasks.language_losses import lm_loss as lm_loss
     from manualloop.tasks.masking import mask_tokens as mask_tokens
@@ -69,6 +76,7 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.tasks.object_detection import boxes as boxes
     from manualloop.tasks.object_detection import detected as detected
     from manualloop.tasks.object_detection import detection_terms as detection_terms
+    from manualloop.tasks.pairs import preference_pairs as preference_pairs
     from manualloop.tasks.plain import cut as cut
     from manualloop.tasks.plain import pack as pack
     from manualloop.tasks.preferences import dpo as dpo

@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from manualloop.batches import Kept, model_inputs
+from manualloop.batches import Kept
 from manualloop.errors import ConfigError, DataError, ModelError
 from manualloop.mistakes import no_head_message, no_labels_message, no_loss_message
+from manualloop.tasks.isolation import inputs_of
 from manualloop.tasks.task import IGNORE_INDEX, Counts
 from manualloop.types import Batch, LossFn, Terms
 
@@ -81,7 +82,7 @@ def loss_terms(
         except TypeError as error:
             explain_kept(error, batch)
             raise
-    outputs = model(**model_inputs(batch))
+    outputs = model(**inputs_of(model, batch))
     if terms is not None:
         return listed_terms(terms(outputs, batch))
     loss = find_loss(outputs)

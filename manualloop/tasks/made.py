@@ -36,7 +36,7 @@ class Made(NamedTuple):
 
 
 @runtime_checkable
-class Counting(Protocol):
+class Making(Protocol):
     """A ``preprocess`` that counts what it does."""
 
     def make(self, rows: Rows, place: Place) -> Made:
@@ -45,7 +45,7 @@ class Counting(Protocol):
     def describe(self, counts: Mapping[str, int]) -> list[str]:
         """Return what was done, in a sentence for each line of the log."""
 
-    def with_model(self, model: nn.Module) -> Counting:
+    def with_model(self, model: nn.Module) -> Making:
         """Return the function with what it wants to know of the model."""
 
 

@@ -1,0 +1,124 @@
+"""How the rows of a split become batches: padded, packed, or by a function of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from manualloop.data.collate import padding_collate_fn
+from manualloop.data.functions import Functions
+from manualloop.data.masks import RowMasks, masks_rows
+from manualloop.data.nested import NestedCollate, holds_nested
+from manualloop.data.packing import fill_of
+from manualloop.data.sampler import OrderedBatchSampler, packs_rows
+from manualloop.data.splits import Split, reference_of
+from manualloop.errors import ConfigError
+from manualloop.notices import say
+from manualloop.tasks.pixels import image_processor
+
+
+def collates_of(
+    splits: Mapping[Any, Split],
+    functions: Mapping[Any, Functions],
+    tokenizer: Any,
+    task: str | None,
+    multiple: int | None,
+    pack: bool,
+    seed: int,
+) -> dict[Any, Any]:
+    """Return the function of each split that makes a batch of rows.
+
+    Args:
+        splits: The splits, prepared.
+        functions: The user's functions of each.
+        tokenizer: As in ``prepare_dataloaders``.
+        task: A key of ``TASKS``; None if it is unknown.
+        multiple: Number of which each padded length is a multiple; None: 1.
+        pack: Whether the splits that are shuffled are packed.
+        seed: Seed of the run.
+
+    Raises:
+        ConfigError: Rows of this kind cannot be packed.
+    """
+    packed = [key for key, split in splits.items() if pack and split.is_train]
+    if packed:
+        _check_packed({key: splits[key] for key in packed}, functions, task)
+    pads: Any = None
+    if any(functions[key].collate_fn is None and key not in packed for key in splits):
+        is_nested = tokenizer is not None and holds_nested(reference_of(splits))
+        if is_nested:
+            pads = NestedCollate(tokenizer, multiple)
+        else:
+            of_images = image_processor(tokenizer) is not None or any(
+                hasattr(of_split.transform, "fitted") for of_split in functions.values()
+            )
+            pads = padding_collate_fn(tokenizer, task, multiple, of_images=of_images)
+    made: dict[Any, Any] = {}
+    for key, split in splits.items():
+        collate: Any = _packing() if key in packed else functions[key].collate_fn or pads
+        is_fixed = not split.is_train and not split.is_stream and masks_rows(collate)
+        made[key] = RowMasks(collate, seed) if is_fixed else collate
+    return made
+
+
+def _packing() -> Any:
+    from manualloop.data.flat import PackCollate  # loads datasets
+
+    return PackCollate()
+
+
+def problems_of_packing(arguments: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the arguments of ``prepare_dataloaders`` where rows are packed."""
+    problems = []
+    if arguments["max_tokens"] is None:
+        problems.append("pack=True needs the number of tokens of a pack: max_tokens=4096.")
+    if arguments["group_by_length"]:
+        problems.append(
+            "pack=True leaves no padding that group_by_length=True could save. Remove "
+            "group_by_length."
+        )
+    if arguments["pad_to_multiple_of"] is not None:
+        problems.append("pack=True pads nothing: remove pad_to_multiple_of.")
+    return problems
+
+
+def _check_packed(
+    splits: Mapping[Any, Split], functions: Mapping[Any, Functions], task: str | None
+) -> None:
+    """Refuse to pack rows that are not those of a causal language model, or a ``collate_fn``.
+
+    Raises:
+        ConfigError: The message tells what to pass instead.
+    """
+    if any(functions[key].collate_fn is not None for key in splits):
+        raise ConfigError(
+            "pack=True and collate_fn= both make the batches of the training split. Remove one of "
+            "the two arguments; transformers' DataCollatorWithFlattening packs rows, too."
+        )
+    if holds_nested(reference_of(splits)):
+        raise ConfigError(
+            "pack=True puts rows one after the other, and each row is several lists of tokens that "
+            "are compared. Use max_tokens without pack."
+        )
+    if task not in (None, "causal_lm"):
+        raise ConfigError(
+            f"pack=True packs the rows of a causal language model, and these are of a {task}. Use "
+            'max_tokens without pack; if the model is one, pass model=model or task="causal_lm".'
+        )
+
+
+def tell_packs(loaders: Mapping[str, DataLoader[Any]]) -> None:
+    """Log how many packs the rows of each packed split become, and how full they are."""
+    for loader in loaders.values():
+        sampler = loader.batch_sampler
+        if not packs_rows(loader) or not isinstance(sampler, OrderedBatchSampler):
+            continue
+        assert sampler.lengths is not None
+        assert sampler.max_tokens is not None
+        fill = fill_of(sampler.lengths, len(sampler), sampler.max_tokens)
+        say(
+            f"{sampler.split}: {sampler.num_rows:,} rows in {len(sampler):,} packs of at most "
+            f"{sampler.max_tokens} tokens, {100 * fill:.1f}% full"
+        )
