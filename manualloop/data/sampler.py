@@ -52,6 +52,9 @@ class Made(NamedTuple):
     num_ranks: int
 
 
+_NUM_NAMED = 16
+
+
 class RowNumbers(list[int]):
     """The row numbers of a batch, with the epoch in which the rows are read.
 
@@ -195,6 +198,14 @@ class OrderedBatchSampler:
     def batch_at(self, num_rows: int, epoch: int | None = None) -> int:
         """Return the number of the batch that begins after ``num_rows`` rows of a pass."""
         return sum(end <= num_rows for end in accumulate(map(len, self.batches(epoch))))
+
+    def row_name(self, num_rows: int, row: int, epoch: int | None = None) -> str:
+        """Name a row of the batch that begins after ``num_rows`` rows of a pass."""
+        if not self.packs:
+            return f"row id {self.rows(epoch)[num_rows + row]}"
+        numbers = self.batches(epoch)[self.batch_at(num_rows, epoch)]  # of which nobody knows which
+        more = ", ..." if len(numbers) > _NUM_NAMED else ""
+        return f"row ids {', '.join(map(str, numbers[:_NUM_NAMED]))}{more}"
 
     def num_left(self) -> int:
         """Return the number of batches in the next pass."""

@@ -425,17 +425,10 @@ def place_in(loader: Any, num_samples: int, epoch: int | None = None) -> Place:
     """
     if is_prepared(loader):
         sampler: OrderedBatchSampler = loader.batch_sampler
-        number = sampler.batch_at(num_samples, epoch)
-        batch = f"{sampler.split} batch {number}"
-        if sampler.packs:
-            return Place(
-                batch,
-                lambda row: f"{batch} (row ids {_listed(sampler.batches(epoch)[number])})",
-                origin_of(loader),
-            )
+        batch = f"{sampler.split} batch {sampler.batch_at(num_samples, epoch)}"
         return Place(
             batch,
-            lambda row: f"{batch} (row id {sampler.rows(epoch)[num_samples + row]})",
+            lambda row: f"{batch} ({sampler.row_name(num_samples, row, epoch)})",
             origin_of(loader),
         )
     size, origin = batch_size_of(loader), origin_of(loader)
@@ -447,16 +440,8 @@ def place_in(loader: Any, num_samples: int, epoch: int | None = None) -> Place:
     return Place(batch, lambda row: f"row {row} of {batch}", origin)
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:_NUM_SAMPLED]))
-    return shown if len(numbers) <= _NUM_SAMPLED else f"{shown}, ..."
-
-
 def row_numbers_of(loader: Any) -> Iterable[int] | None:
-    """Return the dataset's numbers of the rows of a loader, in order; None: nobody knows them.
-
-    A pack is one row of its batch, and has no number.
-    """
+    """Return the dataset's numbers of the rows of a loader, in order; None: nobody knows them."""
     if packs_rows(loader):
         return None
     if is_prepared(loader):
@@ -494,9 +479,8 @@ def facts_of(loader: Any) -> LoaderFacts:
 def _facts_of_prepared(loader: Any) -> LoaderFacts:
     sampler, same = loader.batch_sampler, fingerprint(loader)
     if sampler.lengths is not None:
-        by_tokens = sampler.max_tokens is not None
-        in_packs = "packs" if sampler.packs else "max_tokens"
-        same["order"] = in_packs if by_tokens else "group_by_length"
+        by_tokens = "group_by_length" if sampler.max_tokens is None else "max_tokens"
+        same["order"] = "packs" if sampler.packs else by_tokens
         same["row_lengths"] = hashlib.sha256(sampler.lengths.tobytes()).hexdigest()[:16]
     return LoaderFacts(
         same,
