@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from helpers import whole_and_resumed
+from helpers import tiny_bert, whole_and_resumed
 from torch import nn
 
 from manualloop import (
@@ -417,3 +417,22 @@ def test_what_an_optimizer_keeps_beside_its_state_is_told(kind, is_told, tmp_pat
     told = "not in the checkpoint, though it changes during the run: optimizer.num_calls."
     assert (told in caplog.text) == is_told
     assert ("not in the checkpoint" in caplog.text) == is_told
+
+
+def test_hooks_of_transformers_are_put_on_a_resumed_model_again(tmp_path):
+    """A note that they are there, restored without them, would leave out the hidden states."""
+
+    def loss_fn(model, batch):
+        return model(**batch, output_hidden_states=True).hidden_states[-1].square().mean()
+
+    def make():
+        model = tiny_bert()
+        return TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    batches = [{"input_ids": torch.full((2, 3), number)} for number in (4, 5)]
+    state = make()
+    for _ in train_steps(state, batches, max_steps=1, loss_fn=loss_fn):
+        save_checkpoint(tmp_path, state)
+    resumed = make()
+    load_checkpoint(tmp_path, resumed)
+    assert len([*train_steps(resumed, batches, max_steps=2, loss_fn=loss_fn)]) == 1
