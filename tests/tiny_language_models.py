@@ -26,8 +26,9 @@ def gpt2(**config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sizes = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+        ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = transformers.GPT2Config(**{**sizes, **dropout, **config})
+        config = transformers.GPT2Config(**{**sizes, **dropout, **ends, **config})
         return transformers.GPT2LMHeadModel(config).double()
 
 

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from helpers import TAGS, piece_tokenizer, questions, tagged_words, tiny_bert
+from tiny_language_models import gpt2, padded, paired, pairs_of, rows_of
 from transformers import BertForQuestionAnswering, BertForTokenClassification
 
 from manualloop import (
@@ -25,7 +26,16 @@ from manualloop import (
     prepare_strategy,
     train_loop,
 )
-from manualloop.tasks import answer_windows, span_logits, squad, tag_words
+from manualloop.tasks import (
+    answer_windows,
+    dpo,
+    lm_loss,
+    margins,
+    preferred,
+    span_logits,
+    squad,
+    tag_words,
+)
 
 BATCH_SIZE, NUM_STEPS = 2, 4
 SETTINGS = {
@@ -83,7 +93,35 @@ def question_answering():
     return Job(model, loaders, {}, {"metric": metric, "decode": span_logits})
 
 
-JOBS = {function.__name__: function for function in (token_classification, question_answering)}
+def batches_of(rows, size, collate):
+    return [collate(rows[at : at + size]) for at in range(0, len(rows), size)]
+
+
+def language_model():
+    train, validation = (rows_of([3 + 5 * n % 9 for n in range(k)], seed=k) for k in (19, 7))
+
+    def loaders(batch_size):
+        splits = {"train": train, "validation": validation}
+        return {name: batches_of(rows, batch_size, padded) for name, rows in splits.items()}
+
+    return Job(gpt2(), loaders, {"loss_fn": lm_loss}, {"metric": "perplexity"})
+
+
+def preferences():
+    train, validation = pairs_of(19, seed=1), pairs_of(7, seed=2)
+
+    def loaders(batch_size):
+        splits = {"train": train, "validation": validation}
+        return {name: batches_of(rows, batch_size, paired) for name, rows in splits.items()}
+
+    loss_fn = dpo(0.5, reference=gpt2(initializer_range=0.1))
+    return Job(gpt2(), loaders, {"loss_fn": loss_fn}, {"metric": preferred, "decode": margins})
+
+
+JOBS = {
+    function.__name__: function
+    for function in (token_classification, question_answering, language_model, preferences)
+}
 
 
 def train(job, strategy, batch_size, folder, *, stop=None, **options):
