@@ -68,7 +68,8 @@ def is_blind_to_padding(model: nn.Module) -> bool:
     name = type(model).__name__
     if own_config(model) is None or name.endswith("ForQuestionAnswering"):
         return False
-    return "attention_mask" in forward_columns(model) and not name.startswith(_SEEING_PADDING)
+    takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+    return takes_mask and not name.startswith(_SEEING_PADDING)
 
 
 _SEEING_PADDING = ("Canine", "ConvBert", "FNet", "Nystromformer", "Yoso")

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import PurePath
 from types import (
@@ -251,6 +251,7 @@ def _restore_entries(container: Any, base: Any, before: list[Any]) -> None:
             (base.add if base is set else base.append)(container, entry)
 
 
+@cache
 def is_of_library(module: object) -> bool:
     """Tell whether a module, by its name, belongs to Python or to an installed library."""
     name = module if isinstance(module, str) else ""
@@ -293,8 +294,17 @@ class _Shape(NamedTuple):
 
 def _shape_of(kind: type, shapes: dict[type, _Shape]) -> _Shape:
     if (shape := shapes.get(kind)) is None:
-        shapes[kind] = shape = _describe(kind)
+        if (shape := _LASTING.get(kind)) is None:
+            shape = _describe(kind)
+            module = kind.__module__ if shape.is_of_library else None
+            if getattr(sys.modules.get(module or ""), kind.__name__, None) is kind:
+                _LASTING[kind] = shape
+        shapes[kind] = shape
     return shape
+
+
+_LASTING: dict[type, _Shape] = {}
+"""The types that modules of libraries define, which most searches meet, and which stay anyway."""
 
 
 def _describe(kind: type) -> _Shape:

@@ -7,6 +7,7 @@ import json
 import platform
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -466,6 +467,7 @@ def carried_on(saved: Contract | None, now: Contract) -> Contract:
     return {**now, **kept, "asked": {name: now[name] for name in kept}} if kept else now
 
 
+@cache  # each is read from a file
 def _version(library: str) -> str | None:
     try:
         return importlib.metadata.version(library)

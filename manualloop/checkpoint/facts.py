@@ -85,7 +85,7 @@ def model_facts(model: nn.Module) -> Facts:
             for name, config in (getattr(whole, "peft_config", None) or {}).items()
         },
     }
-    settings = list(_module_settings(whole))
+    settings = _module_settings(whole)
     by_kind: dict[str, Counter[str]] = {}
     for _, kind, name, value in settings:
         by_kind.setdefault(f"{kind}.{name}", Counter())[value] += 1
@@ -136,19 +136,25 @@ def _counted(values: Counter[str]) -> str:
     return ", ".join(f"{value} ({number} times)" for value, number in sorted(values.items())[:9])
 
 
-def _module_settings(model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
-    """Give path, class, name and value of the plain attributes of all modules."""
+def _module_settings(model: nn.Module) -> list[tuple[str, str, str, str]]:
+    """List path, class, name and value of the plain attributes of all modules."""
     modules = dict(model.named_modules())
     moving = {kind: moved_by(kind, "forward") for kind in set(map(type, modules.values()))}
+    found: list[tuple[str, str, str, Any]] = []
     for path, module in modules.items():
         kind = type(module).__name__.removeprefix("FSDP")  # what fully_shard makes of a class
         for name, value in vars(module).items():
             if name.startswith("_") or _MOVES.search(name) or name in moving[type(module)]:
                 continue
-            if (isinstance(value, _SCALARS) and not is_clock(value)) or (
-                isinstance(value, tuple) and all(isinstance(part, _SCALARS) for part in value)
-            ):
-                yield path, kind, name, repr(value)
+            parts = value if isinstance(value, tuple) else (value,)
+            if all(isinstance(part, _SCALARS) for part in parts):
+                found.append((path, kind, name, value))
+    are_clocks = map(is_clock, [value for *_, value in found])
+    return [
+        (path, kind, name, repr(value))
+        for (path, kind, name, value), is_time in zip(found, are_clocks, strict=True)
+        if not is_time
+    ]
 
 
 # What a forward pass changes, or what saves memory and changes no number.
@@ -160,7 +166,7 @@ def _config_facts(config: Any) -> Facts:
     if to_dict is None:
         return {}
     return {
-        key: plain(without_root(value))
+        key: plain(without_root(value) if isinstance(value, str) else value)
         for key, value in to_dict().items()
         if key not in _NO_SETTINGS
     }

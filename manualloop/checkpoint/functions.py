@@ -214,7 +214,7 @@ def _reached(
 
 def moved_by(kind: type, method: str) -> set[str]:
     """Return the attributes that the user's code assigns to in a method: they count something."""
-    code, _ = _reached(_methods_of(kind), [method])
+    code = _users_code(kind, method)
     return {name for function in code for name in facts_of(function.__code__).moved}
 
 
@@ -223,10 +223,18 @@ def method_code(kind: type, method: str) -> str | None:
 
     What the code reads does not count, nor does the code of methods that it does not call.
     """
-    code, _ = _reached(_methods_of(kind), [method])
+    code = _users_code(kind, method)
     search = _Search(set(), {})
     parts = [part for one in code for part in _function_parts(one, search, 0, "")]
     return f"{kind.__qualname__.removeprefix('FSDP')} (code {_digest(parts)})" if code else None
+
+
+def _users_code(kind: type, method: str) -> list[FunctionType]:
+    """Return the user's methods that a method of a class runs."""
+    methods = _methods_of(kind)
+    if all(map(_is_installed, {function.__module__ for _, function in methods})):
+        return []  # which most modules of a model are
+    return _reached(methods, [method])[0]
 
 
 def _text(value: Any, search: _Search, depth: int, uses: _Uses, path: str = "") -> str:

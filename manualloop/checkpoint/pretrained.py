@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Container, Iterator, Mapping
 from copy import copy
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,12 @@ def find_tokenizer(loader: Any) -> Any:
     """
     held = {name: getattr(loader, name, None) for name in ("tokenizer", "collate_fn", "dataset")}
     for _, part in walk(held, skips_empty=True):
-        if not _KINDS.isdisjoint(kind.__name__ for kind in type(part.value).__mro__):
+        if not _KINDS.isdisjoint(map(_NAME, type(part.value).__mro__)):
             return part.value
     return None
+
+
+_NAME = attrgetter("__name__")
 
 
 def save_pretrained(

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from manualloop.errors import ConfigError, ManualLoopError, MetricError
+from manualloop.errors import MetricError
 from manualloop.evaluation.answers import exact_match
 from manualloop.evaluation.detection import mean_average_precision
-from manualloop.evaluation.inputs import Takes, count_rows, require_rows, to_array
+from manualloop.evaluation.forms import (
+    Takes,
+    count_rows,
+    explaining,
+    require_options,
+    require_rows,
+    to_array,
+    to_scores,
+)
 from manualloop.evaluation.probabilities import average_precision, log_loss, roc_auc
-from manualloop.evaluation.results import to_scores
 from manualloop.evaluation.spans import seqeval
 from manualloop.evaluation.texts import bleu, chrf, rouge
 from manualloop.tasks.answers import squad, squad_v2
@@ -61,17 +67,13 @@ class Collected:
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self.name, self.options, self._kind = name, dict(options), COLLECTED[name]
         self.names: Sequence[str] | None = None  # of the classes, where the options hold none
+        self.takes: Takes = self._kind.takes
         accepted = list(inspect.signature(self._kind.function).parameters)[2:]
         require_options(name, options, accepted)
         self._takes_names = "names" in accepted
         self.reset()
         if self._kind.example is not None:
             self._score(*self._kind.example)
-
-    @property
-    def takes(self) -> Takes:
-        """What the metric scores: one entry a row, or probabilities."""
-        return self._kind.takes
 
     @property
     def has_fixed_keys(self) -> bool:
@@ -180,40 +182,3 @@ class Perplexity:
             return Scores(perplexity=math.exp(loss))
         except OverflowError:
             return Scores(perplexity=math.inf)
-
-
-def require_options(name: str, options: Mapping[str, Any], accepted: Sequence[str]) -> None:
-    """Refuse options that a metric does not take.
-
-    Raises:
-        ConfigError: There are some.
-    """
-    if unknown := [option for option in options if option not in accepted]:
-        takes = f"takes {', '.join(accepted)}" if accepted else "takes no options"
-        call = f'load_metric("{name}", {accepted[0]}=...)' if accepted else f'load_metric("{name}")'
-        raise ConfigError(
-            f"The metric {name!r} does not take {', '.join(unknown)}: it {takes}. Write {call}."
-        )
-
-
-_OF_LIBRARIES = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError),
-    ValueError,
-)
-
-
-@contextmanager
-def explaining(name: str) -> Iterator[None]:
-    """Name the metric in the error that a library raises.
-
-    Raises:
-        MetricError: The library raised an error.
-    """
-    try:
-        yield
-    except ManualLoopError:
-        raise
-    except _OF_LIBRARIES as error:
-        raise MetricError(
-            f"{name} cannot score these rows with these options: {type(error).__name__}: {error}"
-        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 from weakref import WeakSet
 
@@ -34,19 +35,21 @@ class Draws:
 
     def __init__(self, model: nn.Module, loader: Any) -> None:
         self._model, self._loader = model, loader
-        self._is_used = model in _SEEN  # and told
 
     def of_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Give the batches, and report if reading them draws random numbers."""
+        """Return the batches, of which the first report if reading them draws random numbers."""
         loader = self._loader
         iterator = iter(batches)
         if not _can_be_remembered(loader) or loader in _SEEN:
-            yield from iterator
-            return
+            return iterator
         _SEEN.add(loader)
+        return chain(self._first_two(iterator, is_loaders=batches is loader), iterator)
+
+    def _first_two(self, iterator: Iterator[Any], *, is_loaders: bool) -> Iterator[Any]:
+        loader = self._loader
         # One that shuffles draws the order when its first batch is read.
         is_plain = isinstance(getattr(loader, "sampler", None), SequentialSampler)
-        skips_first = not is_prepared(loader) and not (is_plain and batches is loader)
+        skips_first = not is_prepared(loader) and not (is_plain and is_loaders)
         draws = getattr(loader, "num_workers", 0) > 0 and _draws_in_workers(loader)
         for number in range(2):
             before = get_random_state(devices=False)
@@ -64,14 +67,10 @@ class Draws:
                 "transform= of prepare_dataloaders, whose splits that are not shuffled also get "
                 "the masks of DataCollatorForLanguageModeling by row."
             )
-        yield from iterator
 
     def before_use(self) -> RandomState | None:
-        """Return the random state before the first batch is used; None before another one."""
-        if self._is_used:
-            return None
-        self._is_used = True
-        return get_random_state()
+        """Return the random state before the first batch is used; None if the model was told of."""
+        return None if self._model in _SEEN else get_random_state()
 
     def after_use(self, before: RandomState | None) -> None:
         """Report if the model has drawn random numbers since."""

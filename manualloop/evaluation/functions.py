@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from manualloop.errors import ConfigError, MetricError
-from manualloop.evaluation.collected import explaining
-from manualloop.evaluation.inputs import Array, Rows, Takes, to_array
+from manualloop.evaluation.forms import Array, Rows, Takes, explaining, to_array, to_scores
 from manualloop.evaluation.reports import class_name
-from manualloop.evaluation.results import to_scores
 from manualloop.evaluation.torch_metrics import as_tensor, is_of_classes, taken_in
 from manualloop.internals import parts_of_scorer
 from manualloop.types import Scores

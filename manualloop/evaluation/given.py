@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manualloop.evaluation.columns import kind_of
-from manualloop.evaluation.inputs import Rows, Takes
+from manualloop.evaluation.forms import Rows, Takes
 from manualloop.evaluation.predictions import Predictions
 from manualloop.evaluation.rows import Ask, Decode
 from manualloop.evaluation.scorers import Scorer, as_metric

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from manualloop.tasks.loss import find_loss
 from manualloop.tasks.task import best_class, is_known_head
 
 
+@dataclass(slots=True)
 class Layout:
     """The axis of the classes in logits with an axis of positions: the last one, or axis 1.
 
@@ -22,22 +24,24 @@ class Layout:
     height, width)``. Of other modules the shape of the labels tells, where one of the two fits
     alone, and otherwise the value of the loss. What a batch has told holds for those after it, in
     which sizes may happen to be the same.
+
+    Attributes:
+        is_second: Whether it is axis 1; None until a batch has told it.
     """
 
-    def __init__(self) -> None:
-        self._is_second: bool | None = None
+    is_second: bool | None = None
 
     def classes_last(self, made: Made, logits: Tensor) -> Tensor:
-        """Return logits with the axis of the classes moved to the end.
+        """Return logits of three axes or more with that of the classes moved to the end.
 
         Raises:
             ModelError: Nothing tells which axis that is.
         """
-        if logits.ndim < 3 or made.task.rules.predict is not best_class:
+        if made.task.rules.predict is not best_class:
             return logits
-        if self._is_second is None:
-            self._is_second = _is_second(made, logits)
-        return logits.movedim(1, -1) if self._is_second else logits
+        if self.is_second is None:
+            self.is_second = _is_second(made, logits)
+        return logits.movedim(1, -1) if self.is_second else logits
 
 
 def _is_second(made: Made, logits: Tensor) -> bool:

@@ -22,21 +22,18 @@ import numpy as np
 
 from manualloop.arguments import check_arguments
 from manualloop.errors import ConfigError, MetricError
-from manualloop.evaluation.collected import (
-    COLLECTED,
-    Collected,
-    Perplexity,
-    explaining,
-    require_options,
-)
-from manualloop.evaluation.inputs import (
+from manualloop.evaluation.collected import COLLECTED, Collected, Perplexity
+from manualloop.evaluation.forms import (
     Array,
     Takes,
     count_rows,
+    explaining,
     require_kind,
+    require_options,
     require_rows,
     show,
     to_array,
+    to_scores,
 )
 from manualloop.evaluation.modules import Module, load_module
 from manualloop.evaluation.reports import (
@@ -46,7 +43,6 @@ from manualloop.evaluation.reports import (
     classification_report,
     confusion_matrix,
 )
-from manualloop.evaluation.results import to_scores
 from manualloop.evaluation.segmentation import IGNORED, mean_iou, pixels_of
 from manualloop.types import Scores
 
@@ -169,6 +165,13 @@ class Metric:
     memory does not grow with the data (beyond 4096 rows that wait to be counted), and scores are
     exact however rows are batched. Continuous metrics (pearson, spearman, mse, mae, glue/stsb) keep
     all rows as float64, which takes 16 bytes for one prediction and one reference.
+
+    Attributes:
+        name: Name of the metric, with its average.
+        options: Arguments of its function by name.
+        names: Names of the classes, where the options hold none.
+        takes: What it scores: class numbers, real numbers, or a class map a row.
+        counts: Whether rows are counted at once, so that their order does not matter.
     """
 
     def __init__(self, name: str, options: Mapping[str, Any] | None = None) -> None:
@@ -176,19 +179,11 @@ class Metric:
         self.names: Sequence[str] | None = None  # of the classes, where the options hold none
         require_options(name, self.options, _OPTIONS.get(name, ()))
         self._continuous = name not in _REPORTS and _KEYS[name][0] in _CONTINUOUS
+        self.takes: Takes = "values" if self._continuous else "classes"
+        if name == "mean_iou":
+            self.takes = "maps"
+        self.counts = not self._continuous
         self.reset()
-
-    @property
-    def takes(self) -> Takes:
-        """What the metric scores: class numbers, real numbers, or a class map a row."""
-        if self.name == "mean_iou":
-            return "maps"
-        return "values" if self._continuous else "classes"
-
-    @property
-    def counts(self) -> bool:
-        """Whether rows are counted at once, so that their order does not matter."""
-        return not self._continuous
 
     @property
     def has_fixed_keys(self) -> bool:
@@ -331,10 +326,11 @@ class Metric:
         with explaining(self.name):
             if self.name in _REPORTS:
                 return _REPORTS[self.name](rows, **options)
-            scores = Scores()
+            found: dict[str, Any] = {}
             for key in _KEYS[self.name]:
-                scores.add(to_scores(key, _FORMULAS[key](rows, **options)))
-            return scores
+                score = _FORMULAS[key](rows, **options)
+                found |= score if isinstance(score, dict) else {key: score}
+            return to_scores(self.name, found)
 
     def _require_classes(self, predictions: Array, references: Array) -> None:
         if (references == -100).any():

@@ -8,8 +8,14 @@ from functools import partial
 from typing import Any
 
 from manualloop.errors import ConfigError, ManualLoopError, MetricError
-from manualloop.evaluation.inputs import Takes, count_rows, require_kind, require_rows, to_array
-from manualloop.evaluation.results import to_scores
+from manualloop.evaluation.forms import (
+    Takes,
+    count_rows,
+    require_kind,
+    require_rows,
+    to_array,
+    to_scores,
+)
 from manualloop.internals import options_of_module
 from manualloop.types import Scores
 

@@ -89,6 +89,7 @@ def each_batch(passes: Passes, use: Callable[[Made], None], bar: str | None, **o
         rows_fixed(passes.loader),
         closing(_numbered(passes.loader, strategy, bar, draws)) as batches,
     ):
+        is_first = True
         for number, batch in batches:
             if strategy.world_size > 1 and is_spare(batch):
                 # Passes that take all ranks: losses of detection add up the boxes of all.
@@ -96,10 +97,12 @@ def each_batch(passes: Passes, use: Callable[[Made], None], bar: str | None, **o
                     inputs, outputs, _ = _forward(passes, batch, number)
                     if passes.terms is not None:
                         passes.terms(outputs, inputs)
-            else:
-                before = draws.before_use()
+            elif is_first:
+                before, is_first = draws.before_use(), False
                 task = _use(passes, batch, number, task, use)
                 draws.after_use(before)
+            else:
+                task = _use(passes, batch, number, task, use)
 
 
 def _use(

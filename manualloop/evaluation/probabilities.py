@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from manualloop.errors import ConfigError, MetricError
-from manualloop.evaluation.inputs import Array
+from manualloop.evaluation.forms import Array
 
 
 def roc_auc(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from manualloop.evaluation.inputs import Array
+from manualloop.evaluation.forms import Array
 from manualloop.types import Matrix, Scores
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from manualloop.batches import Kept, num_rows
 from manualloop.errors import ConfigError, DataError, MetricError, ModelError
-from manualloop.evaluation.inputs import to_array
+from manualloop.evaluation.forms import to_array
 from manualloop.evaluation.layout import Layout, logits_name
 from manualloop.evaluation.losses import Made
 from manualloop.mistakes import scalar_floats_message
@@ -113,7 +113,9 @@ def entries_of(made: Made, ask: Ask, layout: Layout, *, is_sound: bool) -> Entri
     if ask.scores and postprocess is not None:
         logits = _find_logits(made.outputs)
     elif ask.scores or (postprocess is None and decode is None):
-        logits = layout.classes_last(made, found := logits_of(made.outputs, task))
+        logits = found = logits_of(made.outputs, task)
+        if logits.ndim > 2:
+            logits = layout.classes_last(made, logits)
         _require_classes(task, logits, found, made.outputs)
     scores = _probabilities(made, ask, logits, rows)
     num_nan, misfit = 0, None

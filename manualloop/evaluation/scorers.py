@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.collected import Collected, Perplexity
+from manualloop.evaluation.forms import Takes, count_rows, require_rows
 from manualloop.evaluation.functions import Function
-from manualloop.evaluation.inputs import Takes, count_rows, require_rows
 from manualloop.evaluation.metrics import Metric, load_metric
 from manualloop.evaluation.modules import Module, module_of
 from manualloop.evaluation.torch_metrics import TorchMetric

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manualloop.errors import ConfigError, DataError, MetricError
-from manualloop.evaluation.inputs import Rows, to_array
+from manualloop.evaluation.forms import Rows, to_array
 from manualloop.evaluation.metrics import Metric
 from manualloop.evaluation.rows import Ask, Decode, Postprocess
 from manualloop.evaluation.scorers import Scorer, compute_all

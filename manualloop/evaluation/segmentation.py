@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from manualloop.errors import MetricError
-from manualloop.evaluation.inputs import Array, require_kind, to_array
+from manualloop.evaluation.forms import Array, require_kind, to_array
 from manualloop.evaluation.reports import Counted, class_name, classes_of
 from manualloop.types import Matrix, Scores
 

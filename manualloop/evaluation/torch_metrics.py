@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from manualloop.errors import ConfigError
-from manualloop.evaluation.collected import explaining
-from manualloop.evaluation.inputs import Rows, Takes
-from manualloop.evaluation.results import to_scores
+from manualloop.evaluation.forms import Rows, Takes, explaining, to_scores
 from manualloop.types import Scores
 
 # Ends of the names of classes whose subclasses score probabilities.

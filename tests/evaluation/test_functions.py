@@ -13,8 +13,8 @@ from sklearn import metrics as sk
 from torch.nn import functional
 
 from manualloop.errors import ConfigError, MetricError
+from manualloop.evaluation.forms import Rows
 from manualloop.evaluation.functions import Function
-from manualloop.evaluation.inputs import Rows
 
 PREDICTED, RIGHT = np.array([1, 1, 1, 0, 2]), np.array([1, 0, 0, 0, 2])
 SCORES = np.array([[0.2, 0.8], [0.6, 0.4], [0.3, 0.7], [0.9, 0.1]])

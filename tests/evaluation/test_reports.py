@@ -12,8 +12,8 @@ import pytest
 from sklearn import metrics as sk
 
 from manualloop.errors import ConfigError, MetricError
+from manualloop.evaluation.forms import to_scores
 from manualloop.evaluation.metrics import load_metric
-from manualloop.evaluation.results import to_scores
 from manualloop.evaluation.scorers import as_metric
 from manualloop.types import Matrix, Scores
 
@@ -114,7 +114,7 @@ def test_f1_of_each_class_and_other_options() -> None:
     ("name", "options", "message"),
     [
         ("accuracy", {"average": "macro"}, r"does not take average: it takes normalize\."),
-        ("f1", {"multiclass": True}, r"takes labels, names, pos_label, zero_division"),
+        ("f1", {"multiclass": True}, r"takes names, pos_label, zero_division"),
         ("glue/mrpc", {"average": "macro"}, r'takes no options\. Write load_metric\("glue/mrpc"\)'),
         ("pearson", {"method": "x"}, "takes no options"),
         ("perplexity", {"stride": 3}, "takes no options"),
