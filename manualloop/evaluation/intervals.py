@@ -100,25 +100,28 @@ def intervals_of(
     found: dict[str, Interval] = {}
     if scored is not None:
         found = bootstrap(scored, counts, confidence=confidence)
-        for key, interval in found.items():
-            if interval.low == interval.high:
-                _tell(
-                    model,
-                    f"the interval of {key} has no width: it is the same in every resample of the "
-                    f"{inputs.num_rows} rows, which tells nothing of others.",
-                )
+        flat = [key for key, interval in found.items() if interval.low == interval.high]
+        if flat:
+            verbs = "interval of {} has no width: it is" if len(flat) == 1 else _HAVE_NO_WIDTH
+            _tell(
+                model,
+                f"the {verbs.format(_listed(flat))} the same in every resample of the "
+                f"{inputs.num_rows} rows, which tells nothing of others.",
+            )
     if missing := [key for key in expected if key not in found]:
         number = num_calls_for(inputs.num_rows)
         _tell(
             model,
-            f"the intervals of {', '.join(missing)} come from {number} resamples, each scored by a "
+            f"the intervals of {_listed(missing)} come from {number} resamples, each scored by a "
             f"call of {scorer.name}.",
         )
         calls, counts = called(scorer, inputs, missing), np.ones(inputs.num_rows, np.int64)
         found |= bootstrap(calls, counts, confidence=confidence, num_resamples=number)
-    for key, interval in found.items():
-        if interval.num_undefined:
-            _tell(model, f"{key} is not defined in some resamples, which its interval leaves out.")
+    if undefined := [key for key, interval in found.items() if interval.num_undefined]:
+        verbs = "is not defined in some resamples, which its interval leaves out."
+        if len(undefined) > 1:
+            verbs = "are not defined in some resamples, which their intervals leave out."
+        _tell(model, f"{_listed(undefined)} {verbs}")
     return {key: found[key] for key in expected}
 
 
@@ -277,6 +280,16 @@ def num_calls_for(num_rows: int) -> int:
     return int(np.clip(_MOST_CALLED_ROWS // max(1, num_rows), *_CALLS))
 
 
+_HAVE_NO_WIDTH = "intervals of {} have no width: they are"
+
+
+def _listed(keys: Sequence[str]) -> str:
+    """List a few names, and how many more there are."""
+    more = f" and {len(keys) - _NUM_LISTED} more" if len(keys) > _NUM_LISTED else ""
+    return ", ".join(keys[:_NUM_LISTED]) + more
+
+
+_NUM_LISTED = 3
 _TOLD: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 

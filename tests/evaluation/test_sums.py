@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from manualloop import Predictions, compare_predictions, load_metric
+from manualloop import Predictions, compare_predictions, evaluate_loop, load_metric
 from manualloop.evaluation.given import Inputs
 from manualloop.evaluation.intervals import (
     all_of,
@@ -163,3 +164,21 @@ def test_two_models_are_compared_by_sums(
     assert found[key].b == pytest.approx(100 if name == "bleu" else 1)
     assert found[key].low <= found[key].difference <= found[key].high
     assert found[key].test.startswith("all exchanges of predictions")
+
+
+def test_scores_without_width_are_reported_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.nn.functional.one_hot(torch.arange(12) % 4).float()
+    batch = {"x": x, "labels": torch.arange(12) % 4}
+
+    class Echo(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return {"logits": x}
+
+    with caplog.at_level("INFO"):
+        evaluate_loop(Echo(), [batch], "classification_report", confidence=0.9)
+    first, second = [message for message in caplog.messages if "resample" in message]
+    assert first.startswith("the intervals of accuracy, 0_precision, 0_recall and ")
+    assert second == (
+        "0_precision, 0_recall, 0_f1-score and 13 more are not defined in some resamples, which "
+        "their intervals leave out."
+    )
