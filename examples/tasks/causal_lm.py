@@ -15,13 +15,16 @@ def main(quick: bool = False) -> dict[str, float]:
     data = load_docstrings(200 if quick else None)
     tokenizer = train_tokenizer(data["train"]["text"])
     sizes = {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
-    loaders = prepare_dataloaders(data, tokenizer, model=model, preprocess=pack(tokenizer, 64))
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ids))
+    loaders = prepare_dataloaders(
+        data, tokenizer, model=model, preprocess=pack(tokenizer, 64), batch_size=16
+    )
     result = train_loop(
         model,
         loaders["train"],
         prepare_optimizer(model, lr=2e-3),
-        num_epochs=1 if quick else 4,
+        num_epochs=1 if quick else 3,
         num_warmup_steps=0.1,
         evaluate=partial(evaluate_loop, model, loaders["test"], "perplexity"),
         best_metric="perplexity",

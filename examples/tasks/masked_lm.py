@@ -15,9 +15,9 @@ def main(quick: bool = False) -> dict[str, float]:
     data = load_docstrings(200 if quick else None)
     tokenizer = train_tokenizer(data["train"]["text"])
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 256, "max_position_embeddings": 64, "initializer_range": 0.05}
-    model = BertForMaskedLM(BertConfig(len(tokenizer), **sizes))
-    functions = {"preprocess": cut(tokenizer, 64), "transform": mask_tokens(tokenizer)}
+    sizes |= {"intermediate_size": 256, "max_position_embeddings": 32, "initializer_range": 0.05}
+    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes))
+    functions = {"preprocess": cut(tokenizer, 32), "transform": mask_tokens(tokenizer, 0.3)}
     loaders = prepare_dataloaders(
         data, tokenizer, model=model, **functions, batch_size=16, group_by_length=True
     )
@@ -25,7 +25,7 @@ def main(quick: bool = False) -> dict[str, float]:
         model,
         loaders["train"],
         prepare_optimizer(model, lr=2e-3),
-        num_epochs=1 if quick else 12,
+        num_epochs=1 if quick else 5,
         num_warmup_steps=0.1,
         evaluate=partial(evaluate_loop, model, loaders["test"], ["accuracy", "perplexity"]),
         best_metric="loss",

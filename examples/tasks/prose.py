@@ -7,7 +7,7 @@ from math import exp, log
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
-from tokenizers import BertWordPieceTokenizer
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[SEP]", "mask_token": "[MASK]"}
@@ -27,7 +27,8 @@ def train_tokenizer(texts: list[str], *more: str) -> PreTrainedTokenizerFast:
     trained = BertWordPieceTokenizer()
     special = [*SPECIAL.values(), "[CLS]", *more]
     trained.train_from_iterator(texts, 2000, special_tokens=special, show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=trained, **SPECIAL)
+    made = Tokenizer.from_str(trained.to_str())
+    return PreTrainedTokenizerFast(tokenizer_object=made, **SPECIAL)
 
 
 def usual_tokens(batches: list) -> tuple[float, float]:

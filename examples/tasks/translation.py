@@ -22,7 +22,7 @@ def main(quick: bool = False) -> dict[str, float]:
     tokenizer = word_tokenizer([*data["train"]["english"], *data["train"]["german"]])
     sizes = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2, "num_heads": 2}
     ids = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1}
-    model = T5ForConditionalGeneration(T5Config(len(tokenizer), **sizes, **ids))
+    model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **sizes, **ids))
     preprocess = source_target(tokenizer, "english", "german")
     loaders = prepare_dataloaders(data, tokenizer, model=model, preprocess=preprocess)
     decode = generated(tokenizer, num_beams=2, max_new_tokens=8)
