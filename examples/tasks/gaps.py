@@ -11,7 +11,7 @@ def with_gaps(tokenizer, rows):
     made = {"input_ids": [], "labels": []}
     for words in map(str.split, rows["text"]):
         start, end = len(words) // 4, len(words) * 3 // 4
-        prompt = [BEFORE, *words[:start], AFTER, *words[end:], BETWEEN]
+        prompt = [BEFORE, AFTER, *words[end:], BETWEEN, *words[:start]]
         ids = tokenizer.convert_tokens_to_ids([*prompt, *words[start:end], "</s>"])
         made["input_ids"].append(ids)
         made["labels"].append([-100] * len(prompt) + ids[len(prompt) :])

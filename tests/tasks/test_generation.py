@@ -346,6 +346,16 @@ def test_rows_are_those_of_the_scripts(kind, limits):
     assert pickle.loads(pickle.dumps(make))(rows) == found
 
 
+def test_prepare_dataloaders_reports_cuts_and_refuses_a_model_without_an_encoder(caplog):
+    make = source_target(tokenizer(), "source", "target", "", 6, 4)
+    prepare_dataloaders(pairs(9), tokenizer(), model=t5(), preprocess=make)
+    (line,) = [m for m in messages(caplog) if m.startswith("train: 9 rows with")]
+    assert "cut at 6 tokens" in line
+    assert "cut at 4 tokens, where the model learns to stop" in line
+    with pytest.raises(ConfigError, match="Use complete"):
+        prepare_dataloaders(pairs(), tokenizer(), model=DECODERS["Llama"](), preprocess=make)
+
+
 def test_columns_of_dicts_are_named_by_a_dot():
     rows = {"translation": [{"en": "good movie", "de": "very good"}]}
     found = source_target(tokenizer(), "translation.en", "translation.de")(rows)

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from datasets import Dataset
-from helpers import WORDS, tiny_bert, tiny_tokenizer
+from helpers import WORDS, messages, tiny_bert, tiny_tokenizer
 from transformers import BertForMaskedLM, ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from manualloop import (
@@ -154,3 +154,21 @@ def test_the_functions_can_be_sent_to_other_processes():
     for function in (cut(tiny_tokenizer(), 8), pack(tiny_tokenizer(), 8)):
         rows = {"text": documents()}
         assert pickle.loads(pickle.dumps(function))(rows) == function(rows)
+
+
+def test_prepare_dataloaders_reports_what_was_made_and_left_out(caplog):
+    tokenizer = without_frame()
+    data = Dataset.from_dict({"text": [*documents(20), ""]})
+    for make, expected in (
+        (cut(tokenizer, 4), ["cut at 4 tokens", "left out, without text"]),
+        (pack(tokenizer, 7), ["21 documents became", "of 7 tokens", "too few for a row"]),
+    ):
+        made = make.make(data[:], str)
+        caplog.clear()
+        loader = prepare_dataloaders(data, tokenizer, preprocess=make, batch_size=100)["train"]
+        (line,) = [m for m in messages(caplog) if m.startswith("train: 21 documents")]
+        assert all(part in line for part in expected)
+        rows = next(iter(loader))["labels"]
+        assert (rows != -100).sum() == sum(map(len, made.columns["labels"]))
+    with pytest.raises(DataError, match="left out all 21 rows"):
+        prepare_dataloaders(data, tokenizer, preprocess=pack(tokenizer, 4096))
