@@ -17,7 +17,7 @@ from manualloop.tasks import chat
 def main(quick: bool = False) -> dict[str, float]:
     torch.manual_seed(0)
     disable_progress_bars()
-    data = month_chats(100 if quick else 2000)
+    data = month_chats(100 if quick else 1000)
     tokenizer = chat_tokenizer(data)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -29,7 +29,7 @@ def main(quick: bool = False) -> dict[str, float]:
     evaluate = partial(evaluate_loop, model, loaders["validation"], "perplexity")
     baseline = evaluate()["perplexity"]
     optimizer = prepare_optimizer(model, lr=3e-3)
-    result = train_loop(model, loaders["train"], optimizer, num_epochs=3, evaluate=evaluate)
+    result = train_loop(model, loaders["train"], optimizer, num_epochs=2, evaluate=evaluate)
     print(f"perplexity {result.metrics['perplexity']:.3f} (baseline, untrained: {baseline:.1f})")
 
     asked = [{"role": "user", "content": "Which month comes after May ?"}]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import WORDS, messages, rows, tiny_bert, tiny_tokenizer
+from helpers import WORDS, fixes_in, messages, rows, run_fix, tiny_bert, tiny_tokenizer
 from transformers import ByT5Tokenizer
 
-from manualloop import inspect_batch, prepare_dataloaders
+from manualloop import DataError, inspect_batch, prepare_dataloaders
 from manualloop.tasks.names import notes_of
 
 LENGTHS = [1, 3, 4, 5, 9, 30]
@@ -194,3 +194,43 @@ def test_rows_and_labels_that_count_in_no_loss_are_reported(caplog):
 def test_labels_that_count_are_not_reported(columns, caplog):
     prepare_dataloaders({"train": rows(input_ids=[[5, 6]] * 3, **columns)}, tiny_tokenizer())
     assert ignored(caplog) == []
+
+
+def framed(begin: str = "[CLS]", end: str = "[SEP]") -> Any:
+    """A tokenizer with one token that begins every text, and one that ends it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token, tokenizer.eos_token = begin, end
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["[CLS] a b", " [CLS]a", "a b [SEP]", "[CLS] a b [SEP]\n"])
+def test_a_text_that_holds_the_tokens_around_it_is_refused(text):
+    tokenizer = framed()
+    word = WORDS[0]
+    texts = [word, text.replace("a", word), word]
+    data = rows(text=texts, label=[0, 1, 0])
+    with pytest.raises(DataError, match=r"Row 1 of train (begins|ends) with") as caught:
+        prepare_dataloaders(data, tokenizer)
+    assert "manualloop.tasks.chat(tokenizer)" in str(caught.value)
+    fixed = data
+    for _ in range(2):  # one that both begins and ends so takes both lines
+        (line,) = fixes_in(caught.value)
+        fixed = run_fix(line, fixed)
+        try:
+            loader = prepare_dataloaders(fixed, tokenizer)["train"]
+        except DataError as error:
+            caught._excinfo = (type(error), error, error.__traceback__)
+            continue
+        break
+    for batch in loader:
+        ids = batch["input_ids"]
+        assert not (ids[:, :-1] == ids[:, 1:])[ids[:, 1:] != tokenizer.pad_token_id].any()
+
+
+def test_tokens_of_a_rendered_text_are_told(caplog):
+    tokenizer = framed()
+    twice = [tokenizer.cls_token_id] * 2
+    for ids, is_told in (([*twice, 7], True), ([twice[0], 7], False)):
+        caplog.clear()
+        prepare_dataloaders(Dataset.from_dict({"input_ids": [ids]}), tokenizer)
+        assert ("begins with '[CLS]' twice" in caplog.text) == is_told
