@@ -118,9 +118,37 @@ def preferences():
     return Job(gpt2(), loaders, {"loss_fn": loss_fn}, {"metric": preferred, "decode": margins})
 
 
+def packs():
+    """Packs on ranks; in one process several packs of the same order are one batch."""
+    train, validation = (rows_of([3 + 5 * n % 9 for n in range(k)], seed=k) for k in (60, 7))
+    model = gpt2()
+
+    def loaders(batch_size):
+        data = Dataset.from_list(train)
+        whole = prepare_dataloaders(data, model=model, max_tokens=20, pack=True)["train"]
+        splits = {"train": whole, "validation": batches_of(validation, batch_size, padded)}
+        if batch_size == 2 * BATCH_SIZE:
+            splits["train"] = batches_of(list(whole), 2, one_after_the_other)
+        elif batch_size > 2 * BATCH_SIZE:
+            splits["train"] = batches_of(train, batch_size, padded)  # of which rows can be split
+        return splits
+
+    return Job(model, loaders, {"loss_fn": lm_loss}, {"metric": "perplexity"})
+
+
+def one_after_the_other(batches):
+    return {name: torch.cat([batch[name] for batch in batches], dim=1) for name in batches[0]}
+
+
 JOBS = {
     function.__name__: function
-    for function in (token_classification, question_answering, language_model, preferences)
+    for function in (
+        token_classification,
+        question_answering,
+        language_model,
+        preferences,
+        packs,
+    )
 }
 
 

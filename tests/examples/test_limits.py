@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat_styles import tokenizer_for
 from datasets import Dataset
 from helpers import piece_tokenizer, questions, rows, tagged_words, tiny_bert, tiny_tokenizer
 from resume_cases import Rows, StatelessStream, built
@@ -21,6 +22,7 @@ from manualloop import (
     ConfigError,
     NonFiniteError,
     TrainState,
+    accumulate_gradients,
     evaluate_loop,
     load_checkpoint,
     predict_loop,
@@ -31,7 +33,7 @@ from manualloop import (
 )
 from manualloop.notices import say
 from manualloop.reading.ranks import unsharded
-from manualloop.tasks import answer_windows, boxes, tag_words
+from manualloop.tasks import answer_windows, boxes, chat, tag_words
 
 PAGE = Path(__file__).parents[2] / "docs/limits.md"
 ENTRY = re.compile(r"^\| \*\*(.*?)\*\*.*?\| `(.*)` \|.*\|$", re.MULTILINE)
@@ -349,6 +351,36 @@ def lost_answers(folder: Path) -> None:
     prepare_dataloaders(data, tokenizer, preprocess=preprocess)
 
 
+CHAT = [{"role": "user", "content": "2+2 is"}, {"role": "assistant", "content": "four."}]
+
+
+def long_chat(folder: Path) -> None:
+    tokenizer = tokenizer_for("chatml")
+    data = Dataset.from_dict({"messages": [CHAT * 3]})
+    prepare_dataloaders(data, tokenizer, preprocess=chat(tokenizer, max_length=20))
+
+
+def dated_chat(folder: Path) -> None:
+    tokenizer = tokenizer_for("chatml")
+    tokenizer.chat_template = "{{ strftime_now('%d') }}" + tokenizer.chat_template
+    data = Dataset.from_dict({"messages": [CHAT]})
+    prepare_dataloaders(data, tokenizer, preprocess=chat(tokenizer))
+
+
+def unprobed_pack(folder: Path) -> None:
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, input_ids: Any, position_ids: Any, labels: Any) -> Any:
+            return {"loss": self.weight * input_ids.sum()}
+
+    row = torch.tensor([[3, 4, 5]])
+    batch = {"input_ids": row, "labels": row, "position_ids": torch.tensor([[0, 1, 0]])}
+    accumulate_gradients(Summed(), [batch])
+
+
 def padded_images(folder: Path) -> None:
     own = processor("Detr", size={"shortest_edge": 32, "longest_edge": 64})
     prepare_dataloaders(scenes(2), own, model=tiny_detr(), transform=boxes())
@@ -384,6 +416,9 @@ TOLD = {
     "a loader that was sharded by somebody else": sharded_loader,
     "words that are cut off": lost_words,
     "answers that no window holds whole": lost_answers,
+    "answers that do not fit": long_chat,
+    "a chat template with today's date": dated_chat,
+    "packed documents in a model that cannot be probed": unprobed_pack,
     "a stream that several processes read": stream_without_numbers,
     "a `transform` of a stream that workers read": transformed_by_workers,
     'weights of NaN that `on_nonfinite="ignore"` lets pass': ignored_nan,

@@ -117,6 +117,16 @@ def test_models_that_never_keep_documents_apart_are_refused(name):
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_proof_holds_in_every_dtype(dtype):
+    assert check_isolation(model_of("Llama").to(dtype)).is_isolated
+    assert not check_isolation(model_of("OPT").to(dtype)).is_isolated
+    model = model_of("Llama").to(dtype)
+    accumulate_gradients(model, [packed_batch()])
+    with pytest.raises(ModelError):
+        accumulate_gradients(model, [packed_batch()], loss_fn=with_cache)
+
+
 def with_cache(model, batch):
     return model(**batch).loss
 
