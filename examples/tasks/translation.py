@@ -23,13 +23,13 @@ def main(quick: bool = False) -> dict[str, float]:
     sizes = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2, "num_heads": 2}
     ids = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1}
     model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **sizes, **ids))
-    preprocess = source_target(tokenizer, "english", "german")
-    loaders = prepare_dataloaders(data, tokenizer, model=model, preprocess=preprocess)
+    options = {"preprocess": source_target(tokenizer, "english", "german"), "batch_size": 16}
+    loaders = prepare_dataloaders(data, tokenizer, model=model, **options)
     decode = generated(tokenizer, num_beams=2, max_new_tokens=8)
     result = train_loop(
         model,
         loaders["train"],
-        prepare_optimizer(model, lr=3e-3),
+        prepare_optimizer(model, lr=5e-3),
         num_epochs=1 if quick else 15,
         evaluate=partial(evaluate_loop, model, loaders["test"], "bleu", decode=decode),
         evaluate_every="epoch" if quick else "5 epoch",

@@ -7,11 +7,18 @@ import pickle
 import pytest
 import torch
 from datasets import Dataset
-from helpers import messages, rows, tiny_bert, tiny_tokenizer
+from helpers import messages, rows, tiny_bert, tiny_tokenizer, whole_and_resumed
 from scipy.stats import chi2_contingency
 from transformers import BertForMaskedLM, DataCollatorForLanguageModeling
 
-from manualloop import ConfigError, DataError, evaluate_loop, prepare_dataloaders, train_loop
+from manualloop import (
+    ConfigError,
+    DataError,
+    check_accumulation,
+    evaluate_loop,
+    prepare_dataloaders,
+    train_loop,
+)
 from manualloop.data.sampler import set_epoch
 from manualloop.tasks import cut, mask_tokens
 
@@ -121,6 +128,27 @@ def test_training_and_the_names_of_the_columns(caplog):
     )
     train_loop(model, loaders["train"], num_epochs=1, progress_bar=False)
     assert any("using what transform returns: input_ids -> labels" in m for m in messages(caplog))
+
+
+def test_any_split_is_the_same_update_and_a_resumed_run_the_same_run(tmp_path):
+    tok = tokenizer()
+
+    def run(folder, on_step):
+        model = tiny_bert(kind=BertForMaskedLM, vocab_size=len(tok)).double()
+        loader = prepare_dataloaders(
+            rows(12, text=sentences()),
+            tok,
+            model=model,
+            preprocess=cut(tok, 16),
+            transform=mask_tokens(tok),
+            batch_size=4,
+        )["train"]
+        assert check_accumulation(model, next(iter(loader))).gradient_difference < 1e-12
+        torch.manual_seed(1)
+        options = {"checkpoint_dir": folder, "checkpoint_every": 1, "progress_bar": False}
+        return train_loop(model, loader, num_epochs=2, on_step=on_step, **options)
+
+    whole_and_resumed(run, tmp_path, dies_after=4)
 
 
 def test_what_cannot_be_masked_is_refused():
