@@ -28,6 +28,7 @@ from manualloop.checks import (
     explain_loss,
     report_untrained_ends,
 )
+from manualloop.data.kept import columns_read
 from manualloop.errors import ConfigError, DataError
 from manualloop.models import remember_configs
 from manualloop.nonfinite import Watch
@@ -36,7 +37,12 @@ from manualloop.optim import plain_lr, put_into_training
 from manualloop.optimizers.together import as_optimizer
 from manualloop.plan import Settings, Skips, begin_epoch, has_other_size, plan_run, settings_of
 from manualloop.randomness import find_generators, restore_generators, search
-from manualloop.reading.describe import all_facts, digest_of, digests_of_loaders
+from manualloop.reading.describe import (
+    all_facts,
+    digest_of,
+    digests_of_loaders,
+    rows_digest,
+)
 from manualloop.reading.position import read_position
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import Source, source_of, workers_matter
@@ -223,7 +229,11 @@ def contract_of(
     state.optimizer = as_optimizer(state.optimizer)  # somebody may have set a list
     check_run(state, strategy, calls_step=arguments.get("step_fn") is None)
     state.lr_scheduler = require_schedules(state.lr_scheduler, state.optimizer)
-    facts = all_facts(source_of(arguments["train_dataloader"]))
+    loader = arguments["train_dataloader"]
+    facts = all_facts(source_of(loader))
+    read = columns_read(loader, getattr(arguments.get("loss_fn"), "reads", ()))
+    if read is not None:  # the others that skip the model change no number
+        facts.exact["columns that loss_fn reads"] = rows_digest(read)
     if "evaluate" in arguments:
         rows = digests_of_loaders(values_read(arguments["evaluate"]))
         arguments = {**arguments, "evaluated rows": rows}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,21 @@ def trained_data(loader: Any) -> Any:
     collate = getattr(loader, "collate_fn", None)
     skips = collate.skips if isinstance(collate, KeepingCollate) else frozenset()
     return without_columns(dataset, skips)
+
+
+def columns_read(loader: Any, names: Iterable[str]) -> Any:
+    """Return the dataset of a loader with some kept columns alone; None: it keeps none of them.
+
+    Args:
+        loader: The loader.
+        names: Names of columns, such as those that a loss declares to read.
+    """
+    collate = getattr(loader, "collate_fn", None)
+    skips = collate.skips if isinstance(collate, KeepingCollate) else frozenset()
+    dataset = getattr(loader, "dataset", None)
+    dataset = dataset.rows if isinstance(dataset, TransformedRows) else dataset
+    found = [name for name in names if name in skips]
+    return dataset.select_columns(found) if found and hasattr(dataset, "select_columns") else None
 
 
 def without_columns(dataset: Any, names: frozenset[str]) -> Any:

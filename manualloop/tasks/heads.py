@@ -294,7 +294,7 @@ def _head_of(model: nn.Module) -> Head:
     return Head(
         _output_embedding(model),
         scale / (_number(texts, "logits_scaling") or 1.0),
-        _number(texts, "final_logit_softcapping"),
+        _number(texts, "final_logit_softcapping") or _number(texts, "logits_soft_cap"),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,13 @@ class DPO:
         reference: The model that the trained one is compared with; None for the column, or for the
             model without its adapters.
         kind: How margins become losses.
+        reads: Kept columns that it reads, by which a resumed run is compared.
     """
 
     beta: float
     reference: nn.Module | None
     kind: str
+    reads: ClassVar[tuple[str, ...]] = (REFERENCE,)
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         """Return the mean over the pairs of a batch, and their number."""

@@ -7,6 +7,8 @@ import pickle
 
 import pytest
 import torch
+from datasets import Dataset
+from helpers import tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from tiny_language_models import apart, gpt2, gradients, llama, paired, pairs_of
 from torch.nn.functional import logsigmoid
@@ -20,6 +22,7 @@ from manualloop import (
     accumulate_gradients,
     check_accumulation,
     evaluate_loop,
+    prepare_dataloaders,
     train_loop,
     train_steps,
 )
@@ -327,3 +330,33 @@ def test_a_run_with_a_reference_is_resumed_exactly_and_tells_another(tmp_path, c
     interrupted(tmp_path / "other", reference)
     train(tmp_path / "other", other)
     assert any("exact, because models of loss_fn: reference" in line for line in caplog.messages)
+
+
+def test_another_column_is_told_when_a_run_is_resumed(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "manualloop")
+
+    def train(reference, folder, **options):
+        model, data = gpt2(), Dataset.from_list(with_column(reference, PAIRS))
+        keep = {"keep": ("reference",), "batch_size": 2}
+        loaders = prepare_dataloaders({"train": data}, tiny_tokenizer(), model=model, **keep)
+        options = {"num_epochs": 1, "checkpoint_every": 1, "progress_bar": False, **options}
+        return train_loop(
+            model, loaders["train"], loss_fn=dpo(), checkpoint_dir=tmp_path / folder, **options
+        )
+
+    def stop(step):
+        if step.index == 2:
+            raise InterruptedError
+
+    whole = train(llama(seed=1), "whole").state.model
+    ends = {}
+    for seed in (1, 2):
+        with pytest.raises(InterruptedError):
+            train(llama(seed=1), f"resumed {seed}", on_step=stop)
+        caplog.clear()
+        ends[seed] = train(llama(seed=seed), f"resumed {seed}").state.model
+        told = [line for line in caplog.messages if "columns that loss_fn reads" in line]
+        assert len(told) == (seed == 2), told
+    assert all(map(torch.equal, whole.parameters(), ends[1].parameters()))
+    with pytest.raises(CheckpointError, match="columns that loss_fn reads"):
+        train(llama(seed=3), "whole")
