@@ -11,6 +11,7 @@ import torch
 from chat_styles import tokenizer_for
 from datasets import Dataset
 from helpers import piece_tokenizer, questions, rows, tagged_words, tiny_bert, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
 from resume_cases import Rows, StatelessStream, built
 from scenes import processor, scenes, tiny_detr
 from torch import nn
@@ -337,6 +338,27 @@ def ignored_nan(folder: Path) -> None:
     save_checkpoint(folder, state)
 
 
+def beside_an_adapter(folder: Path) -> None:
+    model = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"]))
+    model.base_model.model.classifier.requires_grad_(True)
+    save_checkpoint(folder, state_of(model))
+
+
+def another_reference(folder: Path) -> None:
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        reference = nn.Linear(4, 1)
+        state = state_of(nn.Linear(4, 1))
+        if seed == 2:
+            load_checkpoint(folder, state)
+
+        def loss_fn(model: nn.Module, batch: Any, reference: nn.Module = reference) -> Any:
+            return (model(batch["x"]) - reference(batch["x"]).detach()).square().mean()
+
+        step_once(state, [{"x": torch.ones(2, 4)}] * 2, seed, loss_fn=loss_fn)
+        save_checkpoint(folder, state)
+
+
 def lost_words(folder: Path) -> None:
     tokenizer = piece_tokenizer()
     data = Dataset.from_dict(tagged_words(6))
@@ -401,6 +423,8 @@ TOLD = {
     "an attribute that no checkpoint holds": unsaved_attribute,
     "other surroundings": other_surroundings,
     "scored weights of a sharded model": sharded_average,
+    "weights that PEFT does not read": beside_an_adapter,
+    "another reference of a loss": another_reference,
     "weights in another memory order": other_memory,
     "items that nothing tells": untold_items,
     "an evaluation loss that nothing weighs": untold_evaluation,
@@ -431,6 +455,7 @@ def test_every_limit_of_the_page_has_a_test():
     assert LIMITS.keys() == TOLD.keys()
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.")  # read by peft
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_limit_is_told(name, tmp_path, caplog):
     with caplog.at_level("INFO", logger="manualloop"):
