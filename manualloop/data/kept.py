@@ -94,7 +94,7 @@ def columns_read(loader: Any, names: Iterable[str]) -> Any:
     """
     collate = getattr(loader, "collate_fn", None)
     skips = collate.skips if isinstance(collate, KeepingCollate) else frozenset()
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     dataset = dataset.rows if isinstance(dataset, TransformedRows) else dataset
     found = [name for name in names if name in skips]
     return dataset.select_columns(found) if found and hasattr(dataset, "select_columns") else None
