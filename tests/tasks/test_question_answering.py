@@ -546,6 +546,34 @@ def test_a_run_is_exact(tmp_path):
     assert report.is_exact
 
 
+def test_intervals_are_over_questions_and_not_over_windows():
+    rows = questions(12, 12, none=0.0)
+    data = {"dev": Dataset.from_dict(rows)}
+    tokenizer, model = piece_tokenizer(), qa_model()
+    preprocess = answer_windows(tokenizer, 32, 6)
+    loader = prepare_dataloaders(
+        data, tokenizer, model=model, preprocess=preprocess, keep=KEEP, batch_size=16
+    )["dev"]
+    metric = squad(data["dev"])
+    scores = evaluate_loop(model, loader, metric, decode=span_logits, confidence=0.9)
+    found = predict_loop(model, loader, decode=span_logits)
+    assert len(found) > 24
+    answers = best_spans(found.predictions, found.kept)
+    values = []
+    for name, right in zip(rows["id"], rows["answers"], strict=True):
+        one = load_metric("squad").compute(
+            predictions=[answers[name][0]["text"]], references=[right]
+        )
+        values.append(one["f1"])
+    assert scores["f1"] == pytest.approx(np.mean(values))
+    # The middle 90 % of the means of resampled questions, by draws of our own.
+    draws = np.random.default_rng(0).choice(values, (20_000, len(values))).mean(1)
+    low, high = np.quantile(draws, [0.05, 0.95])
+    spread = np.std(values) / np.sqrt(len(values))
+    assert scores["f1_low"] == pytest.approx(low, abs=0.1 * spread)
+    assert scores["f1_high"] == pytest.approx(high, abs=0.1 * spread)
+
+
 def test_mistakes_are_named():
     rows = questions(6, 11, none=0.0)
     data = Dataset.from_dict(rows)
