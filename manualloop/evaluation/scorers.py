@@ -113,6 +113,10 @@ class _Checked:
     def takes_kept(self) -> bool:
         return any(getattr(scorer, "takes_kept", False) for scorer in self.scorers)
 
+    @property
+    def by_unit(self) -> Any:
+        return getattr(self.scorers[0], "by_unit", None) if len(self.scorers) == 1 else None
+
     def require_predictions(self) -> None:
         for scorer in self.scorers:
             if (require := getattr(scorer, "require_predictions", None)) is not None:
