@@ -10,7 +10,7 @@ from datasets import Dataset as ArrowDataset
 from datasets import concatenate_datasets, interleave_datasets
 from helpers import tiny_tokenizer
 from resume_cases import OwnSampler, Rows, StatelessStream, built
-from test_resume import Trained, check_every_cut
+from test_resume import Trained, check_cuts
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from transformers import DataCollatorForLanguageModeling
 
@@ -164,8 +164,8 @@ def long(make, **options):
         "arrow stream, 2 kept workers",
     ],
 )
-def test_every_cut_point_where_the_last_batch_is_short(make, tmp_path):
-    check_every_cut(make, tmp_path)
+def test_cut_points_where_the_last_batch_is_short(make, cuts, tmp_path):
+    check_cuts(make, tmp_path, cuts)
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_every_cut_point_where_the_last_batch_is_short(make, tmp_path):
     ],
     ids=["rows", "rows, 2 workers", "stream"],
 )
-def test_every_cut_point_of_a_dataset_whose_items_are_batches(make, tmp_path):
-    check_every_cut(make, tmp_path)
+def test_cut_points_of_a_dataset_whose_items_are_batches(make, cuts, tmp_path):
+    check_cuts(make, tmp_path, cuts)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_every_cut_point_of_a_dataset_whose_items_are_batches(make, tmp_path):
     [lambda: built(collate_fn=Masked()), long(lambda: built(collate_fn=Masked(), **TWO))],
     ids=["in the process", "2 workers"],
 )
-def test_every_cut_point_of_the_masking_collator_of_transformers(make, tmp_path):
-    check_every_cut(make, tmp_path)
+def test_cut_points_of_the_masking_collator_of_transformers(make, cuts, tmp_path):
+    check_cuts(make, tmp_path, cuts)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ def test_every_cut_point_of_the_masking_collator_of_transformers(make, tmp_path)
     ],
     ids=["in the process", "2 workers", "2 workers, one of which ends first"],
 )
-def test_every_cut_point_of_a_stream_without_a_state(make, tmp_path, caplog):
+def test_cut_points_of_a_stream_without_a_state(make, cuts, tmp_path, caplog):
     with caplog.at_level("INFO", logger="manualloop"):
-        check_every_cut(make, tmp_path)
+        check_cuts(make, tmp_path, cuts)
     assert "has neither a sampler nor a state_dict()" in caplog.text
 
 
@@ -230,13 +230,13 @@ def test_a_stream_without_a_state_that_draws_in_workers_is_exact_or_says_that_it
     ],
     ids=["prepared", "built", "own generator", "own sampler"],
 )
-def test_every_cut_point_of_a_loader_that_accelerate_has_prepared(make, tmp_path):
-    check_every_cut(lambda: accelerated(make()), tmp_path)
+def test_cut_points_of_a_loader_that_accelerate_has_prepared(make, cuts, tmp_path):
+    check_cuts(lambda: accelerated(make()), tmp_path, cuts)
 
 
 @pytest.mark.parametrize("options", [{}, TWO], ids=["in the process", "2 workers"])
-def test_every_cut_point_of_a_loader_of_a_class_of_the_users(options, tmp_path):
-    check_every_cut(lambda: OwnWay(Rows(), 2, shuffle=True, **options), tmp_path)
+def test_cut_points_of_a_loader_of_a_class_of_the_users(options, cuts, tmp_path):
+    check_cuts(lambda: OwnWay(Rows(), 2, shuffle=True, **options), tmp_path, cuts)
 
 
 def test_an_evaluation_that_draws_and_then_fails_is_made_again_with_the_same_draws(tmp_path):
@@ -262,7 +262,7 @@ def test_parts_of_epochs_fall_due_at_the_same_steps_after_a_resume(every, tmp_pa
     options = {"evaluate_every": every, "log_every": every, "checkpoint_every": every}
     whole = Trained(built, tmp_path / "whole", **options)
     expected = whole.end()
-    for stop in range(2, 7):
+    for stop in (2, 4, 6):
         Trained(built, tmp_path / str(stop), stop_after=stop, **options)
         assert Trained(built, tmp_path / str(stop), **options).end() == expected
 
