@@ -10,14 +10,14 @@ It stands on torch's registration of devices in Python, which torch calls experi
 that moves to it gets its new weights swapped in, where one that moves to cuda gets new data.
 """
 
+import functools
 import sys
-import traceback
 from types import SimpleNamespace
 
 import torch
 from torch import library
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 _READS = {  # whose result the host needs before it continues
@@ -70,9 +70,10 @@ class FarTensor(torch.Tensor):
 
 
 def _run(op, *args, **kwargs):
-    if op._can_decompose():  # in inference mode: else its parts come here
+    can_decompose, views = _about(op)
+    if can_decompose:  # in inference mode: else its parts come here
         return op.decompose(*args, **kwargs)
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = list(_tensors((*args, *kwargs.values())))
     given = {id(t.near): t for t in tensors if isinstance(t, FarTensor)}
     target = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
     if _waits(op, args, kwargs, bool(given), target):
@@ -83,19 +84,36 @@ def _run(op, *args, **kwargs):
     if target == "far":
         kwargs["device"] = "cpu"
     # What is made in inference mode is an inference tensor, but not a view of one made outside.
-    views = any(result.alias_info is not None for result in op._schema.returns)
     is_inference = torch.is_inference_mode_enabled() and not (
         views and not any(t.is_inference() for t in tensors)
     )
     with torch.inference_mode(is_inference):
-        results = op(*_near(args), **_near(kwargs))
+        results = op(*_near(args), **{name: _near(value) for name, value in kwargs.items()})
         if target == "cpu" or not (given or target == "far"):
             return results
+        if isinstance(results, torch.Tensor):
+            return given[id(results)] if id(results) in given else FarTensor(results)
         return tree_map_only(torch.Tensor, lambda r: given.get(id(r), FarTensor(r)), results)
 
 
-def _near(values):
-    return tree_map_only(FarTensor, lambda tensor: tensor.near, values)
+# Every operation comes here, and what is found out about it takes longer than it does.
+@functools.cache
+def _about(op):
+    return op._can_decompose(), any(result.alias_info is not None for result in op._schema.returns)
+
+
+def _tensors(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _near(value):
+    if isinstance(value, FarTensor):
+        return value.near
+    return type(value)(map(_near, value)) if isinstance(value, list | tuple) else value
 
 
 def _waits(op, args, kwargs, is_far, target):
@@ -110,8 +128,10 @@ def _waits(op, args, kwargs, is_far, target):
 
 def _note():
     own = (__file__, torch.__path__[0])
-    stack = traceback.extract_stack(sys._getframe())
-    WAITS.append(next(f.filename for f in reversed(stack) if not f.filename.startswith(own)))
+    frame = sys._getframe()
+    while frame.f_code.co_filename.startswith(own):
+        frame = frame.f_back
+    WAITS.append(frame.f_code.co_filename)
 
 
 _module = SimpleNamespace(

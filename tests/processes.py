@@ -49,15 +49,17 @@ class Script:
         env: All of its environment; that of this process by default.
         cwd: Its working directory.
         is_merged: Whether ``errors`` go to ``output``.
+        terminal: The file descriptor of a terminal that it writes to, instead of both.
     """
 
-    def __init__(self, path, *args, env=None, cwd=None, is_merged=True):
+    def __init__(self, path, *args, env=None, cwd=None, is_merged=True, terminal=None):
         self.returncode = None
         number = 1 if is_merged else 2
         self._files = [tempfile.TemporaryFile("w+") for _ in range(number)]  # noqa: SIM115
         self._connection, theirs = socket.socketpair()
         with theirs:
-            fds = [theirs.fileno(), self._files[0].fileno(), self._files[-1].fileno()]
+            written = [file.fileno() if terminal is None else terminal for file in self._files]
+            fds = [theirs.fileno(), written[0], written[-1]]
             socket.send_fds(_forker()[0], [b"!"], fds)
         request = {
             "argv": [str(path), *map(str, args)],
@@ -148,6 +150,8 @@ def _forker():
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            # Its children hash strings in another way than this process, whatever that was told.
+            env=os.environ | {"PYTHONHASHSEED": "random"},
             start_new_session=True,
         )
 

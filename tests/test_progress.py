@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import struct
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -14,17 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from processes import Script
 from torch import Tensor, nn
 
 from manualloop import SingleDevice, evaluate_loop, predict_loop, progress, train_loop
 from manualloop.progress import ProgressBar
 
 PREAMBLE = """
-    import traceback, types
+    import sys, traceback, types, warnings
     import torch
     from torch import nn
     from manualloop import evaluate_loop, progress, train_loop
 
+    warnings.simplefilter("error")
+    sys.stdout.reconfigure(line_buffering=True)  # as lines of stderr are
     now = 0.0  # a batch takes 20 ms, on any machine
     progress.time = types.SimpleNamespace(monotonic=lambda: now)
 
@@ -50,37 +52,31 @@ PREAMBLE = """
 """
 
 
-def child(body: str) -> list[str]:
-    script = textwrap.dedent(PREAMBLE) + textwrap.dedent(body)
-    return [sys.executable, "-u", "-W", "error", "-c", script]
+def start(folder: Path, body: str, **options: Any) -> Script:
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(PREAMBLE) + textwrap.dedent(body))
+    return Script(path, env={**os.environ, "TERM": "xterm"}, is_merged=False, **options)
 
 
-def environment() -> dict[str, str]:
-    root = str(Path(progress.__file__).parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-
-
-def in_terminal(body: str, columns: int = 100) -> str:
+def in_terminal(folder: Path, body: str, columns: int = 100) -> str:
     """Run a script in a pseudo-terminal; return all that it wrote."""
     pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    with subprocess.Popen(
-        child(body), stdin=writer, stdout=writer, stderr=writer, env=environment()
-    ) as process:
-        os.close(writer)
-        written = b""
-        while True:
-            try:
-                chunk = os.read(reader, 65536)
-            except OSError:  # Linux says so at the end
-                break
-            if not chunk:
-                break
-            written += chunk
+    script = start(folder, body, terminal=writer)
+    os.close(writer)
+    written = b""
+    while True:
+        try:
+            chunk = os.read(reader, 65536)
+        except OSError:  # Linux says so at the end
+            break
+        if not chunk:
+            break
+        written += chunk
     os.close(reader)
-    assert process.returncode == 0, written.decode()
+    assert script.end(600)
+    assert script.returncode == 0, written.decode()
     return written.decode()
 
 
@@ -109,9 +105,10 @@ def screen(written: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def terminal() -> list[str]:
-    """Several runs after each other in one terminal, for a new Python takes seconds."""
+def terminal(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Several runs after each other in one terminal."""
     written = in_terminal(
+        tmp_path_factory.mktemp("terminal"),
         """
         train([batch] * 30, evaluate=evaluate, evaluate_every=10)
         train([batch] * 12 + [boom])
@@ -119,7 +116,7 @@ def terminal() -> list[str]:
         train([batch] * 2, evaluate=lambda: evaluate([batch, boom]))
         train([batch] * 11, progress_bar=False, evaluate=lambda: {"score": 1.0})
         print("END")
-        """
+        """,
     )
     assert "\r" in written.replace("\r\n", "\n")
     assert len(set(re.findall(r"Training: +(\d+)%", written))) > 5  # it moved
@@ -167,14 +164,16 @@ def test_no_bar_in_a_terminal_if_it_is_not_wanted(terminal: list[str]) -> None:
 # A log file ---------------------------------------------------------------------------------------
 
 
-def test_a_log_file_has_lines_and_no_carriage_return() -> None:
+def test_a_log_file_has_lines_and_no_carriage_return(tmp_path: Path) -> None:
     body = """
         train([batch] * 30, evaluate=evaluate, evaluate_every=20)
         train([batch] * 12 + [boom])
         train([boom, batch])
         """
-    done = subprocess.run(child(body), env=environment(), capture_output=True, check=True)
-    log = done.stderr.decode()
+    script = start(tmp_path, body)
+    assert script.end(600)
+    assert script.returncode == 0, script.errors
+    log = script.errors
     assert "\r" not in log
     assert "\x1b" not in log
     assert "%|" not in log

@@ -347,23 +347,48 @@ def run_python(code):
     return result.stdout.strip()
 
 
-def test_importing_the_loop_loads_no_other_library_than_torch():
-    heavy = ("transformers", "datasets", "evaluate", "accelerate", "sklearn", "scipy", "matplotlib")
-    loaded = run_python(
-        "import sys; from manualloop import train_loop, train_steps, evaluate_loop, load_metric, "
-        "prepare_dataloaders, prepare_strategy; "
-        f"print([name for name in {heavy!r} if name in sys.modules])"
-    )
-    assert loaded == "[]"
+IMPORTS = """
+import sys, threading
+
+def loaded(*names):
+    return sorted(set(names) & set(sys.modules))
+
+large = ("transformers", "datasets", "evaluate", "accelerate", "sklearn", "scipy", "matplotlib",
+         "torchmetrics")
+import manualloop
+print(loaded("torch"))
+from manualloop import (evaluate_loop, launch, load_metric, prepare_dataloaders, prepare_strategy,
+                        train_loop, train_steps)
+print(loaded(*large))
+import torch
+print(torch.cuda.is_initialized(), threading.active_count())
+metric = load_metric("glue/mrpc")
+print(loaded(*large))
+metric.compute(predictions=[1], references=[1])
+print(loaded("evaluate"))
+"""
 
 
-def test_importing_the_package_loads_nothing_and_opens_no_device_and_no_connection():
-    assert run_python("import sys, manualloop; print('torch' in sys.modules)") == "False"
-    code = (
-        "import torch, threading; from manualloop import launch, train_loop; "
-        "print(torch.cuda.is_initialized(), threading.active_count())"
-    )
-    assert run_python(code) == "False 1"
+@pytest.fixture(scope="module")
+def after_imports():
+    """What one new process finds after each of several imports."""
+    return run_python(IMPORTS).splitlines()
+
+
+def test_importing_the_package_loads_nothing(after_imports):
+    assert after_imports[0] == "[]"
+
+
+def test_importing_the_loop_loads_no_other_library_than_torch(after_imports):
+    assert after_imports[1] == "[]"
+
+
+def test_importing_the_loop_opens_no_device_and_no_connection(after_imports):
+    assert after_imports[2] == "False 1"
+
+
+def test_a_built_in_metric_loads_no_library_before_it_scores_and_never_evaluate(after_imports):
+    assert after_imports[3:] == ["[]", "[]"]
 
 
 @pytest.mark.parametrize("module", MODULES)

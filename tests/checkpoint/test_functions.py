@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 import time
 from argparse import Namespace
 from collections import deque
@@ -211,7 +210,9 @@ def test_functions_that_refer_to_themselves_end() -> None:
     assert describe_function(loss_fn) == describe_function(loss_fn)
 
 
-def test_functions_are_the_same_in_every_process(tmp_path: Path) -> None:
+def test_functions_are_the_same_in_every_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from manualloop.checkpoint.functions import describe_function\n"
@@ -220,14 +221,11 @@ def test_functions_are_the_same_in_every_process(tmp_path: Path) -> None:
         "    return model(kinds) if batch in {'x', 'y'} else (lambda row: row * 2.5)(batch)\n"
         "print(describe_function(loss_fn))\n"
     )
-    env = {"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)}
-    fresh = subprocess.run(
-        [sys.executable, str(script)], env=env, capture_output=True, text=True, check=True
-    )
-    # The forked process hashes its strings in another way.
-    forked = processes.run(script, env=env, is_merged=False)
-    assert forked.output == fresh.stdout
-    assert fresh.stdout.startswith("loss_fn (code ")
+    runpy.run_path(str(script), run_name="__main__")
+    # The other process hashes its strings in another way.
+    forked = processes.run(script, is_merged=False)
+    assert forked.output == capsys.readouterr().out
+    assert forked.output.startswith("loss_fn (code ")
 
 
 class Experiment:

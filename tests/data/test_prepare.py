@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -322,21 +322,15 @@ for arguments in ({}, {}, {"preprocess": own}):
 """
 
 
-def test_the_cache_of_tokenized_rows_is_found_by_the_next_process(tmp_path):
+def test_the_cache_of_tokenized_rows_is_found_by_the_next_process(tmp_path, capsys):
     """`map` names its files by a hash, which must not depend on the order of a set."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)}
-    fresh = subprocess.run(
-        [sys.executable, "-W", "ignore", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=env,
-    )
-    # The forked process hashes its strings in another way.
+    runpy.run_path(str(script), run_name="__main__")
+    # The other process hashes its strings in another way.
+    env = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
     forked = processes.run(script, env=env, is_merged=False)
-    prints = [fresh.stdout.split(), forked.output.split()]
+    prints = [capsys.readouterr().out.split(), forked.output.split()]
     assert prints[0] == prints[1]
     assert prints[0][0] == prints[0][1] != prints[0][2]
 

@@ -278,7 +278,13 @@ def test_a_confidence_is_between_0_and_1(confidence):
         compare_predictions(*two_models(), "accuracy", confidence=confidence)
 
 
-def test_scores_of_classes_have_their_names():
+@pytest.fixture
+def few_calls(monkeypatch):
+    """Call a metric for few resamples, where its numbers do not matter."""
+    monkeypatch.setattr("manualloop.evaluation.compare.num_calls_for", lambda num_rows: 20)
+
+
+def test_scores_of_classes_have_their_names(few_calls):
     a, b = (replace(table[:40], names=("no", "yes")) for table in two_models())
     found = compare_predictions(a, replace(b, names=None, index=list(range(40))), "f1/none")
     assert list(found.differences) == ["f1_no", "f1_yes"]
@@ -347,7 +353,7 @@ def test_probabilities_are_compared_where_the_classes_are_the_same():
         compare_predictions(replace(a, scores=None), b, "roc_auc")
 
 
-def test_a_score_of_two_built_in_metrics_is_compared_once() -> None:
+def test_a_score_of_two_built_in_metrics_is_compared_once(few_calls):
     references = np.arange(40) % 3
     a = Predictions(np.arange(40), np.where(np.arange(40) % 5, references, 0), None, references)
     b = Predictions(np.arange(40), np.where(np.arange(40) % 7, references, 1), None, references)

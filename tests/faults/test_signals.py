@@ -195,7 +195,8 @@ def test_f09_sigterm_finishes_the_update_saves_and_ends_the_script_with_143(
     check(Run(tmp_path), undisturbed, where, "SIGTERM")
 
 
-@pytest.mark.parametrize("where", sample(WHERE, ("on_step",)))
+@pytest.mark.exhaustive  # of a group with workers the next test has SIGINT, the last one SIGTERM
+@pytest.mark.parametrize("where", WHERE)
 def test_f10_sigterm_to_the_whole_group_leaves_the_workers_alive(where, tmp_path, undisturbed):
     check(Run(tmp_path), undisturbed, where, "SIGTERM", workers=2)
 

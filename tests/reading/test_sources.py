@@ -286,11 +286,19 @@ DRAWING = {
 
 @pytest.mark.parametrize("name", DRAWING)
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"num_workers": 2}, {"num_workers": 1, "persistent_workers": True}],
-    ids=["in the process", "2 workers", "1 kept worker"],
+    ("options", "cut"),
+    [
+        ({}, 2),
+        ({}, 9),
+        pytest.param({"num_workers": 2}, 2, marks=pytest.mark.exhaustive),
+        ({"num_workers": 2}, 9),
+        ({"num_workers": 1, "persistent_workers": True}, 2),
+        pytest.param(
+            {"num_workers": 1, "persistent_workers": True}, 9, marks=pytest.mark.exhaustive
+        ),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("cut", [2, 9])
 def test_generators_wherever_they_are_resume_bit_equal(name, options, cut):
     def run(state, loader, steps=None):
         seen, first = [], state.progress.num_steps

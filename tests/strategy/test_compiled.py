@@ -1,6 +1,7 @@
 """A compiled run: as many compilations however many lengths, the same names, the same numbers."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -46,16 +47,18 @@ def loaders_of():
     return prepare_dataloaders(data, tiny_tokenizer(), batch_size=4, group_by_length=True)
 
 
-def run(strategy, folder=None, **options):
+def run(strategy, folder=None, num_layers=3, scores=True, **options):
     model = tiny_bert(
-        num_hidden_layers=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        num_hidden_layers=num_layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     loaders = loaders_of()
     result = train_loop(
         model,
         loaders["train"],
         strategy=strategy,
-        evaluate=lambda: evaluate_loop(model, loaders["validation"], "accuracy"),
+        evaluate=partial(evaluate_loop, model, loaders["validation"], "accuracy")
+        if scores
+        else None,
         checkpoint_dir=folder,
         progress_bar=False,
         **(options or {"num_epochs": 2}),
@@ -97,7 +100,8 @@ def test_an_accelerator_is_told_where_its_strategy_is_built():
     from accelerate import Accelerator
 
     backend = Counting()
-    run(Accelerated(Accelerator(cpu=True), compile={"backend": backend}), max_steps=2)
+    strategy = Accelerated(Accelerator(cpu=True), compile={"backend": backend})
+    run(strategy, num_layers=2, scores=False, max_steps=1)
     assert backend.num_graphs > 0
 
 
@@ -113,9 +117,10 @@ def test_a_model_that_the_user_has_prepared_is_compiled_too():
 
 
 def test_a_checkpoint_goes_on_compiled_or_not_and_that_is_said(tmp_path, caplog):
-    run(SingleDevice("cpu", compile={"backend": Counting()}), tmp_path, max_steps=3)
+    options = {"num_layers": 2, "scores": False}
+    run(SingleDevice("cpu", compile={"backend": Counting()}), tmp_path, max_steps=3, **options)
     with caplog.at_level("INFO", logger="manualloop"):
-        _, result = run(SingleDevice("cpu"), tmp_path, max_steps=6)
+        _, result = run(SingleDevice("cpu"), tmp_path, max_steps=6, **options)
     assert result.state.progress.num_steps == 6
     assert "not bit-exact, because compile: True -> False" in caplog.text
 
