@@ -40,19 +40,19 @@ _SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "KINETO_", "TORCHINDUCTOR_", "TRITON_")
 
 # The files that take longest, so that none of them is left over for one process at the end.
 _FIRST = (
-    "strategy/test_far_device.py",
     "distributed/test_two_ranks.py",
-    "distributed/test_faults.py",
     "resume/test_resume.py",
-    "distributed/test_launchers.py",
-    "faults/test_signals.py",
+    "distributed/test_faults.py",
+    "strategy/test_far_device.py",
     "resume/test_resume_edges.py",
+    "distributed/test_launchers.py",
+    "faults/test_kills.py",
     "examples/test_notebook.py",
+    "faults/test_signals.py",
     "parity/test_course_loop.py",
     "reading/test_sources.py",
-    "faults/test_kills.py",
     "faults/test_forgeries.py",
-    "test_progress.py",
+    "strategy/test_compiled.py",
     "faults/test_disk.py",
 )
 

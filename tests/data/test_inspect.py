@@ -223,8 +223,16 @@ def read(loader: Any, num: int) -> list[Any]:
     return [batch["x"].tolist() for batch in itertools.islice(loader, num)]
 
 
-@pytest.mark.parametrize("name", LOADERS)
-@pytest.mark.parametrize("num_before", [0, 2, 100])
+@pytest.mark.parametrize(
+    ("name", "num_before"),
+    [
+        pytest.param(
+            name, number, marks=pytest.mark.exhaustive if "worker" in name and number != 2 else ()
+        )
+        for name in LOADERS
+        for number in (0, 2, 100)
+    ],
+)
 def test_a_look_changes_nothing_in_any_loader(name: str, num_before: int) -> None:
     def passes(looks: bool) -> list[Any]:
         torch.manual_seed(0)

@@ -7,6 +7,7 @@ from pickle import loads
 
 import pytest
 import torch
+from bench import CONTEXT
 from datasets import ClassLabel, Features, Sequence, Value
 from helpers import assert_same_batches, rows, tiny_bert, tiny_tokenizer, token_model
 
@@ -57,10 +58,10 @@ def test_everything_that_travels_can_be_sent(name, is_stream):
     assert_same_batches(again, loader)
 
 
-def test_a_stream_is_read_by_spawned_workers():
+def test_a_stream_is_read_by_workers_that_get_it_pickled():
     dataset = rows(8).to_iterable_dataset(num_shards=2)
     loader = prepare_dataloaders(dataset, tiny_tokenizer(), batch_size=4, num_workers=1)["train"]
-    loader.multiprocessing_context = "spawn"
+    loader.multiprocessing_context = CONTEXT  # pickles as spawn does
     model = lambda: tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # noqa: E731
     result = train_loop(model(), loader, max_steps=2, progress_bar=False)
     alone = prepare_dataloaders(dataset, tiny_tokenizer(), batch_size=4)["train"]

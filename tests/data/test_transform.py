@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from bench import CONTEXT
 from datasets import Array3D, ClassLabel, Dataset, Features, Image, Value
 from helpers import messages, rows, tiny_bert, tiny_tokenizer
 from torch import nn
@@ -189,7 +190,7 @@ def test_epochs_reach_workers_that_are_kept(expected):
         collate_fn=prepared.collate_fn,
         num_workers=1,
         persistent_workers=True,
-        multiprocessing_context="spawn",
+        multiprocessing_context=CONTEXT,  # pickles as spawn does
     )
     for epoch in range(2):
         set_epoch(loader, epoch)

@@ -74,7 +74,7 @@ def test_the_committed_notebook_is_clean():
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_rows", [400, pytest.param(0, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("num_rows", [96, pytest.param(0, marks=pytest.mark.exhaustive)])
 def test_the_notebook_runs_on_docstrings(num_rows, tmp_path):
     cells = run_notebook(tmp_path, MANUALLOOP_NUM_ROWS=str(num_rows))
     assert_expected_output(cells, ["loss", "accuracy", "f1_macro"])
