@@ -472,5 +472,8 @@ def are_alike(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(are_alike, one, other))
     if isinstance(one, bool | int | float | str):
+        other = _plain(other)
+        if isinstance(other, Tensor | np.ndarray):
+            return False  # a map of classes in the place of one
         return bool(one == other) or (one != one and other != other)
     return True
