@@ -172,12 +172,17 @@ def _other_prompt(prompt: str, through: str, number: int, message: Message, wher
     )
 
 
-def continuation(tokenizer: Any, text: str) -> list[int]:
+def continuation(tokenizer: Any, text: str, last: int | None = None) -> list[int]:
     """Tokenize a text that continues another, without special tokens around it.
 
     Some tokenizers put a space before the first word of a text, or join it with a line break. So it
     is tokenized behind something else, whose tokens are left out again, and that with which the
-    tokens are the text is believed.
+    tokens are the text is believed. Behind a special token it is tokenized as there.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        last: The token before it, if the text is a part of a prompt.
     """
 
     def ids_of(part: str) -> list[int]:
@@ -185,6 +190,10 @@ def continuation(tokenizer: Any, text: str) -> list[int]:
         return ids
 
     found = None
+    if last is not None and last in getattr(tokenizer, "added_tokens_decoder", {}):
+        token = tokenizer.convert_ids_to_tokens(last)
+        if (ids := ids_of(token + text))[:1] == [last]:
+            return ids[1:]
     for before in ("\n", getattr(tokenizer, "eos_token", None) or "", "."):
         start = ids_of(before)
         if not start or (ids := ids_of(before + text))[: len(start)] != start:
@@ -259,19 +268,19 @@ def _in_parts(
     ids: list[int] = []
     places, begin = [], 0
     for start, end in spans:
-        ids += _part(tokenizer, text, begin, start)
+        ids += _part(tokenizer, text, begin, start, ids[-1] if ids else None)
         first = len(ids)
         ids += _part(tokenizer, text, start, end)
         places.append((first, len(ids)))
         begin = end
-    return ids + _part(tokenizer, text, begin, len(text)), places
+    return ids + _part(tokenizer, text, begin, len(text), ids[-1] if ids else None), places
 
 
-def _part(tokenizer: Any, text: str, begin: int, end: int) -> list[int]:
+def _part(tokenizer: Any, text: str, begin: int, end: int, last: int | None = None) -> list[int]:
     if begin == end:
         return []
     if begin:
-        return continuation(tokenizer, text[begin:end])
+        return continuation(tokenizer, text[begin:end], last)
     ids: list[int] = tokenizer(text[:end], add_special_tokens=False)["input_ids"]
     return ids
 

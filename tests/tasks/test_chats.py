@@ -6,7 +6,8 @@ import pickle
 import random
 
 import pytest
-from chat_styles import CHATML, QWEN3, STYLES, random_chat, tokenizer_for, without_marks
+from chat_styles import CHATML, QWEN3, STYLES, random_chat, tokenizer_for, without_marks, words
+from tokenizers import decoders, pre_tokenizers, processors
 from transformers import ByT5Tokenizer
 
 from manualloop import ConfigError, DataError
@@ -102,6 +103,45 @@ def test_a_token_across_a_border_is_cut_there(style, answer):
     start = next(n for n, label in enumerate(labels) if label != -100)
     prompt = tokenizer.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
     assert ids[:start] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+PLAIN = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'user: ' + m['content'] + border }}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trimmed", "words", "always"])
+@pytest.mark.parametrize("border", ["\n\n", "\nassistant: ", "\nassistant:", " "])
+def test_borders_in_plain_text_are_those_of_generation(kind, border):
+    tokenizer = tokenizer_for("llama2", "bytes" if kind in ("bytes", "trimmed") else "words")
+    if kind == "trimmed":  # offsets that leave out the space of a word
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    elif kind == "always":  # a space before each part of a text, and words with line breaks
+        space = {"prepend_scheme": "always"}
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(**space)
+        tokenizer.backend_tokenizer.decoder = decoders.Metaspace(**space)
+    tokenizer.chat_template = PLAIN
+    preprocess, options = chat(tokenizer, border=border), {"border": border, "tokenize": False}
+    generator = random.Random(0)
+    for _ in range(6):
+        roles = ("user", "assistant") * generator.randint(1, 3)
+        pads = [generator.choice(["", " ", "\n", "  ", "\n\n"]) for _ in range(2 * len(roles))]
+        messages = [
+            {"role": role, "content": pads.pop() + words(generator, 5) + pads.pop()}
+            for role in roles
+        ]
+        made = preprocess({"messages": [messages]})
+        ids, labels = made["input_ids"][0], made["labels"][0]
+        prompt = tokenizer.apply_chat_template(messages[:1], **options)
+        head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert ids[: len(head)] == head
+        assert labels[: len(head)] == [-100] * len(head)
+        assert labels[len(head)] != -100
+        assert labels.count(tokenizer.eos_token_id) == len(roles) // 2
+        whole = tokenizer.apply_chat_template(messages, **options)
+        as_whole = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == tokenizer.decode(as_whole)
 
 
 def test_a_tokenizer_without_offsets_gives_the_same_labels():
