@@ -9,8 +9,14 @@ from datasets import Dataset
 from helpers import messages
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from manualloop import DataError, evaluate_loop, prepare_dataloaders, train_loop
-from manualloop.tasks import chat, complete, preference_pairs
+from manualloop import (
+    DataError,
+    check_accumulation,
+    evaluate_loop,
+    prepare_dataloaders,
+    train_loop,
+)
+from manualloop.tasks import chat, complete, dpo, preference_pairs, reward
 
 ASK = [{"role": "user", "content": "What is 2+2?"}]
 GOOD = [{"role": "assistant", "content": "four."}]
@@ -145,10 +151,13 @@ def margin(model, batch):
     return torch.nn.functional.softplus(scores[:, 1] - scores[:, 0]).mean(), len(scores)
 
 
-@pytest.mark.parametrize("head", [LlamaForCausalLM, LlamaForSequenceClassification])
-def test_a_loss_of_pairs_trains_and_is_evaluated(head, tmp_path):
+@pytest.mark.parametrize("loss", ["margin", "dpo", "reward"])
+def test_a_loss_of_pairs_trains_and_is_evaluated(loss):
     tokenizer = tokenizer_for("zephyr")
+    head = LlamaForSequenceClassification if loss == "reward" else LlamaForCausalLM
     model = tiny_llama(tokenizer, head)
+    reference = tiny_llama(tokenizer)
+    loss_fn = {"margin": margin, "reward": reward, "dpo": dpo(reference=reference)}[loss]
     data = Dataset.from_dict({name: cells * 3 for name, cells in TEXTS.items()})
     loaders = prepare_dataloaders(
         {"train": data, "validation": data},
@@ -157,10 +166,15 @@ def test_a_loss_of_pairs_trains_and_is_evaluated(head, tmp_path):
         batch_size=2,
         preprocess=preference_pairs(tokenizer),
     )
-    result = train_loop(model, loaders["train"], loss_fn=margin, num_epochs=1, progress_bar=False)
+    result = train_loop(model, loaders["train"], loss_fn=loss_fn, num_epochs=1, progress_bar=False)
     assert result.state.progress.num_steps == 3
-    scores = evaluate_loop(model, loaders["validation"], loss_fn=margin)
+    scores = evaluate_loop(model, loaders["validation"], loss_fn=loss_fn)
     assert 0 < scores["loss"] < 2
+    wide = prepare_dataloaders(
+        data, tokenizer, model=model, batch_size=4, preprocess=preference_pairs(tokenizer)
+    )
+    batch = next(iter(wide["train"]))
+    assert check_accumulation(model.double(), batch, loss_fn=loss_fn).is_exact
 
 
 def test_lists_that_do_not_fit_are_refused():
