@@ -302,7 +302,11 @@ def declared_items(function: Any) -> Callable[[Any], Counts] | None:
     """
     while (items := getattr(function, "items", None)) is None and isinstance(function, partial):
         function = function.func
-    return partial(_count_declared, items) if callable(items) else None
+    is_dict = getattr(type(function), "items", None) in _OF_DICTS
+    return partial(_count_declared, items) if callable(items) and not is_dict else None
+
+
+_OF_DICTS = (dict.items, Mapping.items, nn.ModuleDict.items, nn.ParameterDict.items)
 
 
 def _count_declared(items: Callable[[Any], Any], batch: Any) -> Counts:

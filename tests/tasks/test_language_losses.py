@@ -133,7 +133,8 @@ def test_packed_rows_stay_apart():
     assert float(packed.detach()) == pytest.approx(total / items, rel=1e-12)
 
 
-@pytest.mark.exhaustive  # dynamo takes seconds
+@pytest.mark.exhaustive  # dynamo takes seconds, and warns of what it looks at
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_compiled_models_and_the_proof_is_not_compiled_in(pieces):
     model = llama()
     expected = both(model, BATCH)[0]

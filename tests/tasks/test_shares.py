@@ -306,6 +306,46 @@ def test_items_that_are_declared_plan_the_window_and_are_not_waited_for():
         accumulate_gradients(linear(), parts, loss_fn=otherwise)
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """A loss of pairs with a setting, which declares its items."""
+
+    margin: float
+
+    def __call__(self, model, batch):
+        better, worse = model(batch["x"]).reshape(-1, 2).unbind(1)
+        return F.softplus(self.margin + worse - better).mean()
+
+    def items(self, batch):
+        return len(batch["x"]) // 2
+
+
+class OfParts(nn.ModuleDict):
+    """A loss that is a dict of modules: its ``items`` are its entries."""
+
+    def forward(self, model, batch):
+        return self["loss"](model(batch["x"]), torch.zeros_like(batch["x"][:, :1]))
+
+
+class Noted(dict):
+    """The same of a dict."""
+
+    def __call__(self, model, batch):
+        return model(batch["x"]).square().mean()
+
+
+def test_objects_declare_items_and_dicts_do_not():
+    parts = [{"x": x} for x, _ in data(4, 6, 2)]
+    whole, split = linear(), linear()
+    Ranking(0.2)(whole, {"x": torch.cat([part["x"] for part in parts])}).backward()
+    update = accumulate_gradients(split, parts, loss_fn=Ranking(0.2))
+    assert update.num_items == 6
+    torch.testing.assert_close(gradient(split), gradient(whole), rtol=1e-12, atol=1e-14)
+    for loss_fn in (OfParts({"loss": nn.MSELoss()}), Noted()):
+        update = accumulate_gradients(linear(), parts, loss_fn=loss_fn)
+        assert update.num_items == 12
+
+
 def test_a_state_that_is_updated_by_hand_decides_for_each_update():
     model = linear()
     state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
