@@ -379,6 +379,8 @@ def _moved(made: Made, predicted: Tensor) -> str | None:
         return None
     if logits.shape[:-1] != predicted.shape or not bool((logits.argmax(-1) == predicted).all()):
         return None
+    if not bool((predicted[..., 1:] != predicted[..., :-1]).any()):  # the same in any place
+        return None
     return "each prediction is that of the next token, whose label stands one place after it"
 
 

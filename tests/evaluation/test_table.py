@@ -349,6 +349,8 @@ def test_predictions_of_next_tokens_do_not_stand_beside_their_labels():
     assert got(EchoForCausalLM(), [batch], postprocess=plainly)[0] is not None  # may move them
     moved = lambda o, b: nn.functional.pad(plainly(o, b)[:, :-1], (1, 0), value=9)  # noqa: E731
     assert evaluate_loop(EchoForCausalLM(), [batch], "accuracy", postprocess=moved)
+    constant = {"x": one_hot(0 * ids), "labels": ids}  # of which nobody can tell
+    assert evaluate_loop(EchoForCausalLM(), [constant], "accuracy", postprocess=plainly)
 
 
 def test_decoded_rows_of_other_lengths_are_counted():
