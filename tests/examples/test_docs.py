@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers import rows, tiny_bert, tiny_tokenizer
+from tiny_language_models import llama
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import manualloop
@@ -104,7 +105,8 @@ def hub(monkeypatch):
 
 def test_the_readme_runs(hub, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
-    ten_lines, resumable, best, _verify, loop, check = [block.values[0] for block in BLOCKS[:6]]
+    blocks = [block.values[0] for block in BLOCKS[:7]]
+    ten_lines, resumable, best, _verify, loop, chats, check = blocks
     names = vars(manualloop) | {name: getattr(manualloop, name) for name in manualloop.__all__}
     exec(ten_lines, names)
     assert "using sentence1, sentence2 -> labels; dropped: idx" in caplog.text
@@ -120,6 +122,14 @@ def test_the_readme_runs(hub, tmp_path, monkeypatch, capsys, caplog):
     names["batch"] = next(iter(names["loaders"]["train"]))
     exec(check, names)
     assert "Any split is the same update." in capsys.readouterr().out
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "tasks"))
+    from months import chat_tokenizer, month_chats
+
+    data = month_chats(20)
+    tokenizer = chat_tokenizer(data)
+    model = llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    exec(chats, names | {"data": data, "tokenizer": tokenizer, "model": model})
+    assert (tmp_path / "runs/sft").is_dir()
 
 
 def test_the_script_on_hardware_runs(hub, tmp_path, monkeypatch):
