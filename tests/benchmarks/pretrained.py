@@ -42,6 +42,7 @@ from transformers import (
 from transformers.utils import logging
 
 from manualloop import evaluate_loop, prepare_dataloaders, prepare_optimizer, train_loop
+from manualloop.tasks import tag_words
 
 NUM_EPOCHS, LR = 3, 5e-5
 SEED_OF_ORDER = 42  # of the first run; each has another head, order and dropout
@@ -220,20 +221,9 @@ def manualloop(job, tokenizer, model, warmup, **options):
 
 def prepared(job, tokenizer, model, **options):
     if not job.texts:
-        options["preprocess"] = partial(label_first_tokens, tokenizer)
+        options["preprocess"] = tag_words(tokenizer, "words", "tags")
     options |= {"model": model, "batch_size": job.batch_size, "seed": SEED_OF_ORDER + job.seed}
     return prepare_dataloaders(job.datasets, tokenizer, **options)
-
-
-def label_first_tokens(tokenizer, rows):
-    """Return tokens, and the tag of each word as the label of its first token."""
-    made = tokenizer(rows["words"], truncation=True, is_split_into_words=True)
-    labels = []
-    for row, tags in enumerate(rows["tags"]):
-        words = made.word_ids(row)
-        firsts = [words.index(word) if word is not None else None for word in words]
-        labels.append([-100 if n != first else tags[words[n]] for n, first in enumerate(firsts)])
-    return {**made, "labels": labels}
 
 
 def trainer(job, tokenizer, model, warmup):
@@ -283,7 +273,9 @@ def child(task, name, seed, args):
     assert model.seen["rows"] == NUM_EPOCHS * len(job.datasets["train"]), model.seen
     real = NUM_EPOCHS * sum(map(len, tokenized_by_hand(job, tokenizer)["input_ids"][:]))
     validation = prepared(job, tokenizer, model)["validation"]
-    scores = evaluate_loop(model, validation, TASKS[task].metric, confidence=0.95)
+    # Intervals of seqeval come from a thousand calls of it, and one of a task is shown.
+    confidence = 0.95 if (name, seed) == ("manualloop", 0) else None
+    scores = evaluate_loop(model, validation, TASKS[task].metric, confidence=confidence)
     told = {"scores": scores, "seconds": seconds, "padding": 1 - real / seen}
     print(json.dumps({**told, "weights": digest(model), "num_rows": len(job.datasets["train"])}))
 
