@@ -99,15 +99,18 @@ def inputs_of(model: nn.Module, batch: Any) -> Any:
     Where documents are told apart by their positions, they are only without a cache.
     """
     columns = model_inputs(batch)
-    if not isinstance(columns, Mapping) or not _is_marked(columns) or "use_cache" in columns:
+    if not _is_marked(columns) or "use_cache" in columns:
         return columns
-    return {**columns, "use_cache": False} if _takes_cache(model) else columns
+    if columns.get("attention_mask") is not None or not _takes_cache(model):
+        return columns
+    return {**columns, "use_cache": False}
 
 
-def _is_marked(columns: Mapping[str, Any]) -> bool:
-    if columns.get("attention_mask") is not None:
+def _is_marked(batch: Any) -> bool:
+    """Tell whether a batch has a column by which documents may be told apart."""
+    if type(batch) is not dict and not isinstance(batch, Mapping):
         return False
-    return "position_ids" in columns or "cu_seq_lens_q" in columns or "seq_idx" in columns
+    return "position_ids" in batch or "seq_idx" in batch or "cu_seq_lens_q" in batch
 
 
 def _takes_cache(model: nn.Module) -> bool:
@@ -155,7 +158,7 @@ def require_isolation(
     Raises:
         ModelError: The documents are not kept apart.
     """
-    if not isinstance(batch, Mapping) or not any(mark in batch for mark in _MARKS):
+    if not _is_marked(batch):
         return
     known, key = _known(model), _key_of(model, batch, loss_fn)
     if known.get(key) or not isinstance(batch.get("input_ids"), Tensor):

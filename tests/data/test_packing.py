@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from manualloop import (
     ConfigError,
     DataError,
+    NonFiniteError,
     TrainState,
     evaluate_loop,
     predict_loop,
@@ -210,6 +211,30 @@ def test_the_position_counts_rows():
     left = list(other)
     assert [r for batch in left for r in batch] == [r for batch in batches[3:] for r in batch]
     assert max(sum(len(ROWS[row]) for row in batch) for batch in left) <= 50
+
+
+def test_packs_need_no_pad_token():
+    from helpers import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    assert len(packed(tokenizer=tokenizer)["train"]) > 1
+    with pytest.raises(DataError, match="no pad token"):
+        packed({"train": data_of(), "validation": data_of()}, tokenizer=tokenizer)
+
+
+def test_a_row_of_a_pack_is_named_with_the_others(caplog):
+    model = tiny_llama()
+    loader = packed(model=model)["train"]
+
+    def nan(model, batch):
+        loss, num_items = exact(model, batch)
+        return loss * float("nan"), num_items
+
+    with pytest.raises(NonFiniteError) as caught:
+        train_loop(model, loader, loss_fn=nan, max_steps=1, progress_bar=False)
+    rows = ", ".join(map(str, loader.batch_sampler.batches()[0]))
+    assert f"train batch 0 (row ids {rows})" in str(caught.value)
 
 
 def test_ranks_get_as_many_packs():
