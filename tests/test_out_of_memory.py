@@ -6,10 +6,12 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_language_models import gpt2, padded, paired, pairs_of, rows_of
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from manualloop import TrainState, apply_update, prepare_strategy, train_loop, train_steps
+from manualloop.tasks import distil, dpo, lm_loss
 
 NUM_ROWS = 32
 
@@ -192,6 +194,25 @@ def test_nothing_is_split_where_rows_may_be_compared(kind, caplog):
     apply_update(state, parts[-1:] if len(parts) > 1 else [{k: v[:7] for k, v in X.items()}],
                  prepare_strategy("cpu"), **options)  # fmt: skip
     assert model.num_calls == (1 if layer is getattr(model, "linear", None) else 2)  # its hooks
+
+
+@pytest.mark.parametrize("kind", ["lm_loss", "dpo", "distil"])
+def test_losses_that_compare_no_rows_may_be_split(kind, caplog):
+    rows = {"dpo": pairs_of(7)}.get(kind, rows_of((5, 9, 4, 7, 3, 8, 6)))
+    collate = paired if kind == "dpo" else padded
+    other = gpt2(initializer_range=0.1)
+    loss_fn = {"lm_loss": lm_loss, "dpo": dpo(reference=other), "distil": distil(other)}[kind]
+    ends = []
+    for max_rows in (10**9, 4):  # dpo has two rows a pair
+        model = gpt2()
+        model.num_calls = 0
+        limited(model, model.transformer.wte, max_rows)
+        state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for _ in train_steps(state, [collate(rows)], max_steps=2, loss_fn=loss_fn):
+            pass
+        ends.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+    assert "out of memory with 7 rows" in caplog.text
 
 
 def test_frozen_batch_normalisation_may_be_split():

@@ -341,7 +341,7 @@ def _prove(model: nn.Module, head: Head, batch: Any) -> bool:
                 if not abs(found - own) <= tolerance * max(abs(own), 1):
                     raise ModelError(_other_message(model, found, own, int(kept.sum()), gain))
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, ManualLoopError):
+        if isinstance(error, ManualLoopError | torch.OutOfMemoryError):
             raise
         raise ModelError(
             _unknown_message(model, f"it does not run on a row of the batch ({error!r:.200})")

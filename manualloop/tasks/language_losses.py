@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
@@ -56,6 +56,7 @@ def _items(batch: Any) -> int:
 
 
 lm_loss.items = _items  # type: ignore[attr-defined]
+lm_loss.compares_rows = False  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,13 @@ class Distillation:
         teacher: The model that is imitated.
         temperature: Number by which the logits of both are divided.
         alpha: Share of the teacher in the loss.
+        compares_rows: Whether the loss of a row depends on the rows beside it.
     """
 
     teacher: nn.Module
     temperature: float
     alpha: float
+    compares_rows: ClassVar[bool] = False
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         """Return the mean over the labelled tokens of a batch, and their number."""

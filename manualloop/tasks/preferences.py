@@ -36,12 +36,14 @@ class DPO:
             model without its adapters.
         kind: How margins become losses.
         reads: Kept columns that it reads, by which a resumed run is compared.
+        compares_rows: Whether the loss of a row depends on the rows beside it.
     """
 
     beta: float
     reference: nn.Module | None
     kind: str
     reads: ClassVar[tuple[str, ...]] = (REFERENCE,)
+    compares_rows: ClassVar[bool] = False
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         """Return the mean over the pairs of a batch, and their number."""
@@ -176,6 +178,7 @@ def _pairs(batch: Any) -> int:
 
 
 reward.items = _pairs  # type: ignore[attr-defined]
+reward.compares_rows = False  # type: ignore[attr-defined]
 
 
 def margins(outputs: Any, batch: Any) -> list[float]:

@@ -32,9 +32,11 @@ def doubt_about_splitting(
     terms: Terms | None,
 ) -> str | None:
     """Return why smaller batches might be another update; None if it is known that they are not."""
-    if loss_fn is not None or terms is not None:
+    is_declared = getattr(loss_fn, "compares_rows", True) is False
+    if (loss_fn is not None or terms is not None) and not is_declared:
         return f"nothing tells whether {'terms' if loss_fn is None else 'loss_fn'} compares rows"
-    if not _has_known_loss(model) or task is None or task.objection:
+    is_known = is_declared or (_has_known_loss(model) and task is not None and not task.objection)
+    if not is_known or task is None:
         return f"nothing tells whether the loss of {model_name(model)} compares rows"
     if layer := batch_statistics(model):
         return f"{layer} computes statistics over the batch"
