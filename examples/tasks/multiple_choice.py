@@ -1,39 +1,41 @@
-"""How does a docstring continue? One of four endings has its words in their order."""
+"""Which of four answers fits a question? One is a person, the others a place, a time, a way."""
 
-import ast
 import random
 from functools import partial
 
 import torch
 from datasets import Dataset
-from stdlib import functions, small_bert, train_tokenizer
+from journeys import REST, WHEN, WHERE, WHO
+from stdlib import small_bert, train_tokenizer
 from transformers import BertForMultipleChoice
 
 from manualloop import evaluate_loop, prepare_dataloaders, prepare_optimizer, train_loop
 from manualloop.tasks import flatten_choices
 
+HOW = ["by train", "on foot", "by boat", "in a balloon", "by bicycle", "with friends"]
+ASKED = {"Who travelled?": WHO, "Where to?": WHERE, "When was it?": WHEN, "How did they go?": HOW}
 
-def example(words: list[str], draw: random.Random) -> dict:
-    half, label = min(len(words) // 2, 8), draw.randrange(4)
-    right = words[half : half + 12]
-    endings = [" ".join(draw.sample(right, len(right))) for _ in range(3)]
-    endings.insert(label, " ".join(right))
-    return {"start": " ".join(words[:half]), "endings": endings, "label": label}
+
+def example(draw: random.Random) -> dict:
+    asked = draw.choice([*ASKED])
+    answers = {question: draw.choice(words) for question, words in ASKED.items()}
+    endings = draw.sample([*answers.values()], 4)
+    start = f"{draw.choice(REST)}. {asked}"
+    return {"start": start, "endings": endings, "label": endings.index(answers[asked])}
 
 
 def main(quick: bool = False) -> dict[str, float]:
     torch.manual_seed(42)
-    texts = sorted({ast.get_docstring(node) or "" for node in functions()})
-    draw, long = random.Random(0), [text.split() for text in texts if len(text.split()) >= 8]
-    rows = [example(words, draw) for words in long[: 500 if quick else None]]
-    data = Dataset.from_list(rows).train_test_split(200, seed=0)
-    tokenizer = train_tokenizer([" ".join(words) for words in long], 2000)
+    draw, sizes = random.Random(0), {"train": 200 if quick else 2000, "test": 200}
+    data = {k: Dataset.from_list([example(draw) for _ in range(n)]) for k, n in sizes.items()}
+    words = [*data["train"]["start"], *WHO, *WHERE, *WHEN, *HOW]
+    tokenizer = train_tokenizer(words, 300)
     model = BertForMultipleChoice(small_bert(len(tokenizer)))
     preprocess = flatten_choices(tokenizer, first="start", second="endings")
     loaders = prepare_dataloaders(data, tokenizer, model=model, preprocess=preprocess)
     evaluate = partial(evaluate_loop, model, loaders["test"], "accuracy")
-    optimizer = prepare_optimizer(model, lr=1e-3)
-    options = {"num_epochs": 1 if quick else 3, "best_metric": "accuracy"}
+    optimizer, options = prepare_optimizer(model, lr=1e-3), {"best_metric": "accuracy"}
+    options["num_epochs"] = 1 if quick else 3
     result = train_loop(model, loaders["train"], optimizer, evaluate=evaluate, **options)
     print(f"accuracy {result.metrics['accuracy']:.3f}\nbaseline, one of four at random: 0.250")
     return result.metrics

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections import Counter
+from itertools import islice
 
 from datasets import Dataset, DatasetDict
 from stdlib import functions
@@ -24,8 +25,8 @@ def tagged(node: ast.FunctionDef) -> dict[str, list[str]]:
 
 
 def load_signatures(num_rows: int | None = None) -> DatasetDict:
-    rows = [tagged(node) for node in functions() if len(node.args.args) > 1]
-    return Dataset.from_list(rows[:num_rows]).train_test_split(300, seed=0)
+    rows = (tagged(node) for node in functions() if len(node.args.args) > 1)
+    return Dataset.from_list([*islice(rows, num_rows)]).train_test_split(300, seed=0)
 
 
 def usual_tags(data: DatasetDict) -> float:

@@ -2,6 +2,7 @@
 
 import ast
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import BertWordPieceTokenizer, Tokenizer
@@ -15,14 +16,13 @@ MODULES = (
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 
 
-def functions() -> list[ast.FunctionDef]:
+def functions() -> Iterator[ast.FunctionDef]:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    trees = []
     for module in MODULES.split():
         for path in (stdlib / f"{module}.py", *sorted((stdlib / module).rglob("*.py"))):
             if path.is_file() and "test" not in str(path.relative_to(stdlib)):
-                trees.append(ast.parse(path.read_bytes()))
-    return [node for t in trees for node in ast.walk(t) if isinstance(node, ast.FunctionDef)]
+                nodes = ast.walk(ast.parse(path.read_bytes()))
+                yield from (node for node in nodes if isinstance(node, ast.FunctionDef))
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
