@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,8 +115,37 @@ def check_arguments(*optional: str, **arguments: Any) -> None:
             else:
                 got = f"got a {type(value).__name__}"
             problems.append(f"{name} must be {wanted}, {got}.")
+        elif name in CALLS:
+            functions = value.values() if isinstance(value, Mapping) else [value]
+            problems += [p for one in functions if (p := problem_of_call(name, one))]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+CALLS = {
+    "evaluate": (),
+    "on_step": ("step",),
+    **dict.fromkeys(("collate_fn", "preprocess"), ("rows",)),
+    **dict.fromkeys(("decode", "postprocess", "terms"), ("outputs", "batch")),
+    "loss_fn": ("model", "batch"),
+    "step_fn": ("state", "batches", "strategy"),
+    "transform": ("row", "generator"),
+}
+"""With which arguments the functions of the user are called."""
+
+
+def problem_of_call(name: str, function: Any) -> str | None:
+    """Tell why a function cannot be called as it will be; None if it can, or if nobody knows."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of C, or no function
+        return None
+    try:
+        signature.bind(*CALLS[name])
+    except TypeError as error:
+        call = f"{name}({', '.join(CALLS[name])})"
+        return f"{name} will be called as {call}, but it takes {signature}: {error}."
+    return None
 
 
 _Meaning = tuple[Callable[[Any], bool], str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from manualloop.arguments import all_at_once, check_arguments, is_count, is_positive
+from manualloop.arguments import (
+    all_at_once,
+    check_arguments,
+    is_count,
+    is_positive,
+    problem_of_call,
+)
 from manualloop.checkpoint.manifest import metric_name
 from manualloop.errors import ConfigError
 from manualloop.evaluation.trial import try_evaluation
@@ -240,6 +246,7 @@ def train_loop(
         check(check_arguments, extras=extras, progress_bar=progress_bar, preflight=preflight)
         optimizer = check(_optimizer, model, optimizer)
         check(_check_schedules, lr_scheduler, optimizer, known.num_steps, num_warmup_steps)
+    _tell_unused(arguments)
     given = {name: arguments[name] for name in _SAME_ON_RANKS} | ends | settings._asdict()
     agree(strategy, "train_loop", checkpoint_dir=checkpoint_dir and Path(checkpoint_dir), **given)
     schedule = _schedules(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
@@ -450,5 +457,15 @@ def _check_evaluation(
         problems.append(
             f"on_step is a {type(on_step).__name__}. Pass a function: on_step=lambda step: ...."
         )
+    for name, function in (("evaluate", evaluate), ("on_step", on_step)):
+        # A partial of evaluate_loop is tried on a batch.
+        if callable(function) and not isinstance(function, partial):
+            problems += filter(None, [problem_of_call(name, function)])
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _tell_unused(arguments: Mapping[str, Any]) -> None:
+    for name, needed in (("evaluate_every", "evaluate"), ("checkpoint_every", "checkpoint_dir")):
+        if arguments[needed] is None and arguments[name] != "epoch":
+            say(f"{name}={arguments[name]!r} has no effect without {needed}=.")

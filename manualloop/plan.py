@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from manualloop.arguments import is_count, is_positive
+from manualloop.arguments import is_count, is_positive, problem_of_call
 from manualloop.checks import require_loader
 from manualloop.errors import ConfigError, DataError
 from manualloop.notices import say
@@ -116,6 +116,8 @@ def _problems_of(settings: Settings) -> Iterator[str]:
         if function is not None and not callable(function):
             kind = type(function).__name__
             yield f"{name} is a {kind}. Pass a function: {name}=lambda {arguments}: ...."
+        elif function is not None and (problem := problem_of_call(name, function)) is not None:
+            yield problem
     if step_fn is not None and any(x is not None for x in (loss_fn, terms, max_grad_norm)):
         yield (
             "step_fn replaces the whole update, so loss_fn, terms and max_grad_norm would be "

@@ -4,6 +4,8 @@ import math
 import os
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from manualloop import (
     train_loop,
     train_steps,
 )
-from manualloop.arguments import all_at_once, is_count, is_positive
+from manualloop.arguments import all_at_once, check_arguments, is_count, is_positive
 
 
 def loss_fn(model, batch):
@@ -221,3 +223,67 @@ def test_other_errors_pass_and_one_error_is_raised_as_it_is():
     with pytest.raises(KeyError), all_at_once() as check:
         check(fail)
         raise KeyError  # what fails inside the block is not hidden
+
+
+WRONG_CALLS = {
+    "on_step": lambda: None,
+    "evaluate": lambda model: {},
+    "loss_fn": lambda batch: 0,
+    "terms": lambda outputs: [],
+    "step_fn": lambda state, batches: None,
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_a_function_that_cannot_be_called_is_refused_before_the_first_update(name: str) -> None:
+    """An evaluation may be due after hours."""
+    seen: list[int] = []
+
+    def loss_fn(model: Any, batch: Any) -> Any:
+        seen.append(1)
+        return model(batch["x"]).mean()
+
+    options = {} if name in ("terms", "step_fn") else {"loss_fn": loss_fn}
+    with pytest.raises(ConfigError, match=f"^{name} will be called as {name}\\("):
+        train_loop(
+            torch.nn.Linear(1, 1),
+            [{"x": torch.ones(2, 1)}],
+            num_epochs=1,
+            progress_bar=False,
+            **{**options, name: WRONG_CALLS[name]},
+        )
+    assert seen == []
+
+
+def test_functions_of_every_kind_can_be_called() -> None:
+    class Function:
+        def __call__(self, model: Any, batch: Any, weight: float = 1.0) -> None:
+            pass
+
+        def method(self, *arguments: Any) -> None:
+            pass
+
+    functions = [
+        *(Function(), Function().method, torch.nn.Identity(), torch.nn.functional.mse_loss, max),
+        *(partial(lambda model, batch, scale: None, scale=2), lambda *arguments, **options: None),
+    ]
+    for function in functions:
+        check_arguments(loss_fn=function)
+    with pytest.raises(ConfigError, match=r"transform will be called as transform\(row, generator"):
+        check_arguments(transform={"train": lambda row, generator: row, "dev": lambda row: row})
+
+
+def test_a_cadence_without_effect_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    train_loop(
+        torch.nn.Linear(1, 1),
+        [{"x": torch.ones(2, 1)}],
+        num_epochs=1,
+        loss_fn=lambda model, batch: model(batch["x"]).mean(),
+        checkpoint_every=3,
+        evaluate_every="0.5 epoch",
+        progress_bar=False,
+    )
+    assert [line for line in caplog.messages if "no effect" in line] == [
+        "evaluate_every='0.5 epoch' has no effect without evaluate=.",
+        "checkpoint_every=3 has no effect without checkpoint_dir=.",
+    ]
