@@ -27,7 +27,7 @@ def main(quick: bool = False) -> dict[str, float]:
     data = data.select(range(200 if quick else len(data))).train_test_split(0.2, seed=0)
     sizes = {"image_size": 8, "patch_size": 2, "hidden_size": 64, "intermediate_size": 128}
     config = ViTConfig(**sizes, num_channels=1, num_hidden_layers=2, num_attention_heads=4)
-    config.num_labels, num_epochs = 10, 1 if quick else 6
+    config.num_labels, num_epochs = 10, 1 if quick else 12
     model = ViTForImageClassification(config)
     processor = ViTImageProcessor(do_resize=False, image_mean=[0.5], image_std=[0.5])
     loaders = prepare_dataloaders(data, processor, model=model, batch_size=32,

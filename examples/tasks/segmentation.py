@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import torch
 from PIL.ImageOps import mirror
 from scenes import NAMES, load_scenes
@@ -33,10 +34,11 @@ def main(quick: bool = False) -> dict[str, float]:
     transform = {"train": images_and_masks(flip), "validation": images_and_masks()}
     loaders = prepare_dataloaders(data, processor, model=model, transform=transform, batch_size=16)
     evaluate = partial(evaluate_loop, model, loaders["validation"], "mean_iou", decode=upsampled)
-    before = evaluate()["mean_iou"]
-    run = {"num_epochs": 1 if quick else 6, "evaluate": evaluate, "best_metric": "mean_iou"}
+    ground = sum((np.array(mask) == 0).mean() for mask in data["validation"]["mask"])
+    ground = ground / len(data["validation"]) / 4  # the ground's; that of the others is 0
+    run = {"num_epochs": 1 if quick else 12, "evaluate": evaluate, "best_metric": "mean_iou"}
     result = train_loop(model, loaders["train"], prepare_optimizer(model, lr=2e-3), **run)
-    print(f"mean IoU {result.metrics['mean_iou']:.3f} (baseline, before training: {before:.3f})")
+    print(f"mean IoU {result.metrics['mean_iou']:.3f} (baseline, ground alone: {ground:.3f})")
     return result.metrics
 
 
