@@ -45,7 +45,7 @@ def save_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) 
         tensors = _tensors_of(model, weights, active[0])
         config.inference_mode = True
         config.save_pretrained(folder)
-        for _ in save_tensors(tensors, folder, STEM, max_bytes=None):
+        for _ in save_tensors(tensors, folder, STEM, is_split=False):
             pass
     except Exception as error:  # kinds of adapters are many, and the weights are saved anyway
         _tell(model, f"it could not be written ({error!r:.150})")

@@ -98,7 +98,7 @@ def save_tensors(
     folder: Path,
     stem: str,
     *,
-    max_bytes: int | None = MAX_FILE_BYTES,
+    is_split: bool = True,
 ) -> Iterator[Path]:
     """Write ``stem.safetensors``, or several parts and their index; yield each file written.
 
@@ -108,7 +108,7 @@ def save_tensors(
         tensors: Tensors on any device. Those that share memory are each written in full.
         folder: An existing folder.
         stem: First part of the names of the files.
-        max_bytes: Size at which a new file begins; None writes one file.
+        is_split: Whether a new file begins at ``MAX_FILE_BYTES``; False writes one file.
 
     Raises:
         OSError: The disk is full, the folder read-only, ...
@@ -116,7 +116,7 @@ def save_tensors(
             of a class that wraps others.
     """
     require_places(tensors)
-    parts = [dict(tensors)] if max_bytes is None else list(_split(tensors, max_bytes))
+    parts = list(_split(tensors, MAX_FILE_BYTES)) if is_split else [dict(tensors)]
     if len(parts) == 1:
         path = folder / f"{stem}.safetensors"
         _save(parts[0], path)
