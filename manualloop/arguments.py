@@ -126,7 +126,7 @@ CALLS = {
     "evaluate": (),
     "on_step": ("step",),
     **dict.fromkeys(("collate_fn", "preprocess"), ("rows",)),
-    **dict.fromkeys(("decode", "postprocess", "terms"), ("outputs", "batch")),
+    "terms": ("outputs", "batch"),
     "loss_fn": ("model", "batch"),
     "step_fn": ("state", "batches", "strategy"),
     "transform": ("row", "generator"),
