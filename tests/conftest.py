@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+# Checkpoints are forced to the disk, and the tests make thousands: in memory that takes no time.
+_MEMORY = Path("/dev/shm")
+if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4e9:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
 collect_ignore = ["far_device.py"]  # imported for its doctests, it would be everybody's device
 
@@ -48,6 +54,7 @@ _FIRST = (
     "distributed/test_launchers.py",
     "faults/test_kills.py",
     "examples/test_notebook.py",
+    "examples/test_tasks.py",
     "faults/test_signals.py",
     "parity/test_course_loop.py",
     "reading/test_sources.py",
