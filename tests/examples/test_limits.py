@@ -366,6 +366,12 @@ def lost_words(folder: Path) -> None:
     prepare_dataloaders(data, tokenizer, preprocess=preprocess)
 
 
+def padded_by_batch(folder: Path) -> None:
+    tokenizer = piece_tokenizer()
+    preprocess = answer_windows(tokenizer, max_length=40, stride=4, pad=False)
+    prepare_dataloaders(Dataset.from_dict(questions(6)), tokenizer, preprocess=preprocess)
+
+
 def lost_answers(folder: Path) -> None:
     tokenizer = piece_tokenizer()
     data = Dataset.from_dict(questions(40, none=0.0))
@@ -440,6 +446,7 @@ TOLD = {
     "a loader that was sharded by somebody else": sharded_loader,
     "words that are cut off": lost_words,
     "answers that no window holds whole": lost_answers,
+    "windows padded by batch": padded_by_batch,
     "answers that do not fit": long_chat,
     "a chat template with today's date": dated_chat,
     "packed documents in a model that cannot be probed": unprobed_pack,
