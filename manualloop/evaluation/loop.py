@@ -23,6 +23,7 @@ from manualloop.evaluation.scorers import as_metric, parts_of
 from manualloop.evaluation.scoring import ask_for, counts, merge_counts, score, tally
 from manualloop.evaluation.table import read_table
 from manualloop.models import is_blind_to_padding, is_sharded, sample_weights
+from manualloop.randomness import random_states_kept
 from manualloop.reading.ranks import unsharded
 from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy, on_main, prepare_model
@@ -223,7 +224,8 @@ def _evaluate(
     scores = Scores() if loss is None else Scores(loss=loss)
     scores.names = names
     if scorers:
-        found = on_main(strategy, partial(score, table, scorers, loss))
+        with random_states_kept(devices=False):  # some libraries draw when they are imported
+            found = on_main(strategy, partial(score, table, scorers, loss))
         if "loss" in scores and "loss" in found:
             raise MetricError(
                 f"A metric has a score 'loss', which is the key of the model's loss ({loss:.4g}). "

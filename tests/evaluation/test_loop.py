@@ -706,3 +706,17 @@ def test_other_errors_pass_as_they_are_also_without_labels() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         predict_loop(Broken(), [{"x": torch.ones(2)}])
+
+
+def test_a_metric_that_draws_leaves_the_random_states_as_they_were():
+    """So does a library that draws when the first evaluation imports it."""
+
+    def noisy(predictions, references):
+        return {"noise": random.random() + float(np.random.rand()) + float(torch.rand(()))}
+
+    model = tiny_bert()
+    loader = prepare_dataloaders({"dev": rows(4)}, tiny_tokenizer(), model=model)["dev"]
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    evaluate_loop(model, loader, noisy, progress_bar=False)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert before == after
