@@ -52,6 +52,7 @@ DOORS = {
     "rouge_score": set(),
     "pycocotools": set(),
     "matplotlib": {"run.plot"},
+    "peft": {"checkpoint.adapters"},
     "safetensors": {"checkpoint.tensors"},
 }
 
