@@ -52,7 +52,6 @@ DOORS = {
     "rouge_score": set(),
     "pycocotools": set(),
     "matplotlib": {"run.plot"},
-    "peft": {"checkpoint.adapters"},
     "safetensors": {"checkpoint.tensors"},
 }
 

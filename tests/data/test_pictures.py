@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as Pil
-from scenes import NAMES, processor, scenes, tiny_detr, tiny_segformer, tiny_vit, tiny_yolos
+from tiny_scenes import NAMES, processor, scenes, tiny_detr, tiny_segformer, tiny_vit, tiny_yolos
 
 from manualloop import inspect_batch, prepare_dataloaders
 from manualloop.data.pictures import colour_of, pictures_of

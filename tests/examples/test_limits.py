@@ -13,7 +13,7 @@ from datasets import Dataset
 from helpers import piece_tokenizer, questions, rows, tagged_words, tiny_bert, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from resume_cases import Rows, StatelessStream, built
-from scenes import processor, scenes, tiny_detr
+from tiny_scenes import processor, scenes, tiny_detr
 from torch import nn
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel

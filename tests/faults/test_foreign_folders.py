@@ -89,8 +89,8 @@ def folder_of_that_name(path, precious):
 def listening(path, precious):
     # The path of a socket has at most 108 bytes.
     with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as server:
-        server.bind(f"{short}/socket")
-        shutil.move(f"{short}/socket", path)
+        os.symlink(path.parent, f"{short}/folder")
+        server.bind(f"{short}/folder/{path.name}")
 
 
 def endless(path, precious):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Array2D, ClassLabel, Dataset, Features, Sequence, Value
-from scenes import NAMES, processor, scenes, tiny_vit
+from tiny_scenes import NAMES, processor, scenes, tiny_vit
 
 from manualloop import ConfigError, evaluate_loop, predict_loop, prepare_dataloaders
 from manualloop.tasks import images

@@ -7,7 +7,15 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from helpers import messages
-from scenes import FEATURES, NAMES, flipped_with_boxes, processor, scenes, tiny_detr, tiny_yolos
+from tiny_scenes import (
+    FEATURES,
+    NAMES,
+    flipped_with_boxes,
+    processor,
+    scenes,
+    tiny_detr,
+    tiny_yolos,
+)
 from torch import nn
 
 from manualloop import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import messages, whole_and_resumed
 from PIL import Image as Pil
-from scenes import (
+from tiny_scenes import (
     flipped,
     flipped_with_boxes,
     flipped_with_mask,

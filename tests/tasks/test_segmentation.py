@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from PIL import Image as Pil
-from scenes import processor, scenes, tiny_segformer
+from tiny_scenes import processor, scenes, tiny_segformer
 
 from manualloop import (
     DataError,
