@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch import nn
@@ -69,7 +70,8 @@ def fit_transforms(
         if getattr(fitted, "numbers", None) is not None:
             renumbered.append(splits[key].name)
     for key, objects in boxes.items():
-        _tell_boxes(splits[key], objects)
+        if not splits[key].is_stream:
+            _tell_boxes(splits[key], objects)
     if names is None and any(hasattr(functions[key].transform, "mask_among") for key in fitting):
         names = names_of(model)  # masks hold numbers without names
     return splits, functions, Naming(names, tuple(renumbered), is_numbered=True)
@@ -106,8 +108,13 @@ class _Objects(NamedTuple):
 def _objects_of(split: Split, transform: Any) -> _Objects | None:
     """Describe the boxes of a split; None if it has none, or nobody can tell."""
     column = getattr(transform, "objects", None)
-    if column is None or column not in split.kinds or split.is_stream:
+    if column is None or column not in split.kinds:
         return None
+    if split.is_stream:
+        feature = _feature((split.rows.features or {}).get(column), transform.label)
+        own = tuple(getattr(feature, "names", None) or ())
+        own_names = own if own and not are_numbers(own) else None
+        return _Objects(own_names, None, np.zeros(0, np.int64), 0, 0)
     stored, numbers = stored_table(split.rows.select_columns([column]))
     array = stored.table.column(column).combine_chunks()
     array = array if numbers is None else array.take(pa.array(numbers))

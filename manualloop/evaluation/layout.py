@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from manualloop.errors import ModelError
 from manualloop.evaluation.losses import Made
+from manualloop.notices import say
 from manualloop.tasks.loss import find_loss
 from manualloop.tasks.task import best_class, is_known_head
 
@@ -55,16 +56,28 @@ def _is_second(made: Made, logits: Tensor) -> bool:
         if not all(fits):
             return fits == [False, True]  # if none fits, both shapes are told later
         found = _by_loss(made, logits, labels)
+    if found is None and logits.ndim == 3:  # words of sentences, more often than signals
+        say(
+            f"{_doubt(logits, labels)}: the last axis is taken. If it is axis 1, pass "
+            f"postprocess=lambda outputs, batch: {logits_name(made.outputs)}.argmax(1)."
+        )
+        return False
     if found is None:
         name = logits_name(made.outputs)
-        beside = "" if labels is None else f", beside labels of shape {tuple(labels.shape)},"
         raise ModelError(
-            f"Nothing tells whether the last axis of the logits of shape {tuple(logits.shape)}"
-            f"{beside} holds the classes, or axis 1, as torch's cross_entropy wants it. For the "
-            f"last one pass postprocess=lambda outputs, batch: {name}.argmax(-1); for axis 1 "
-            f"postprocess=lambda outputs, batch: {name}.argmax(1)."
+            f"N{_doubt(logits, labels)[1:]}. For the last one pass postprocess=lambda outputs, "
+            f"batch: {name}.argmax(-1); for axis 1 postprocess=lambda outputs, batch: "
+            f"{name}.argmax(1)."
         )
     return found
+
+
+def _doubt(logits: Tensor, labels: Tensor | None) -> str:
+    beside = "" if labels is None else f", beside labels of shape {tuple(labels.shape)},"
+    return (
+        f"nothing tells whether the last axis of the logits of shape {tuple(logits.shape)}{beside} "
+        "holds the classes, or axis 1, as torch's cross_entropy wants it"
+    )
 
 
 def _without_classes(values: Tensor) -> tuple[torch.Size, torch.Size]:

@@ -144,6 +144,10 @@ def entries_of(made: Made, ask: Ask, layout: Layout, *, is_sound: bool) -> Entri
                 f"{rows} rows. Let postprocess return one for each row, such as "
                 "outputs.logits.argmax(-1)."
             )
+        if labels is None and postprocess is None and task.name == "token_classification":
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            if isinstance(mask, Tensor) and mask.shape == predicted.shape:
+                predicted = predicted.masked_fill(mask.to(predicted.device) == 0, IGNORE_INDEX)
         if labels is not None:
             if postprocess is None:
                 _require_rows_of_targets(task, predicted, labels)

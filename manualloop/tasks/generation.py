@@ -367,7 +367,11 @@ def _pad_left(prompts: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
 def _counts_prompt(config: Any) -> bool:
     """Tell whether an option looks at the tokens of the prompt, padding included."""
     return getattr(config, "repetition_penalty", None) not in (None, 1.0) or any(
-        getattr(config, name, None) for name in ("no_repeat_ngram_size", "sequence_bias")
+        getattr(config, name, None)
+        for name in (
+            *("no_repeat_ngram_size", "sequence_bias", "min_length", "forced_bos_token_id"),
+            *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
+        )
     )
 
 

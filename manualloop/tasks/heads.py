@@ -127,6 +127,7 @@ def hidden_states(model: nn.Module, batch: Any, num_tokens: int) -> tuple[Tensor
     inputs = {name: c for name, c in model_inputs(batch).items() if name not in _LABELS}
     inputs |= _without_cache(model)
     if _is_compiled(model):  # with a hook that it would keep
+        _require_states(model, inputs)
         outputs = model(**inputs, output_hidden_states=True, logits_to_keep=1)
         seen = list(getattr(outputs, "hidden_states", None) or ())
     else:
@@ -144,6 +145,30 @@ def hidden_states(model: nn.Module, batch: Any, num_tokens: int) -> tuple[Tensor
     if not seen or not isinstance(seen[-1], Tensor):
         raise ModelError(_unknown_message(model, "its head is not called with hidden states"))
     return seen[-1][..., -num_tokens:, :], outputs  # a soft prompt stands before the tokens
+
+
+_STATES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _require_states(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Refuse a compiled model whose head gets other states than the last of its outputs."""
+    inner = unwrap_model(model, adapters=False)
+    if _STATES.get(inner):
+        return
+    seen: list[Tensor] = []
+    hook = _output_embedding(model).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        with evaluation_mode(inner, next(inner.parameters()).device), _not_compiled():
+            states = inner(**inputs, output_hidden_states=True).hidden_states
+    finally:
+        hook.remove()
+    if not seen or not states or not torch.equal(seen[-1], states[-1]):
+        raise ModelError(
+            _unknown_message(
+                model, "compiled, it shows other states than its head gets. Leave it uncompiled"
+            )
+        )
+    _STATES[inner] = True
 
 
 def _output_embedding(model: nn.Module) -> nn.Module:

@@ -168,7 +168,8 @@ class FillInMiddle:
             first, second = (int(place * (len(text) + 1)) for place in places)
             texts = [text[:first], text[first:second], text[second:]]
             parts = [self._ids(part) if part else [] for part in texts]
-            if list(map(self._text, parts)) == texts:
+            whole = [token for part in parts for token in part]  # some put a space before each
+            if list(map(self._text, parts)) == texts and self._text(whole) == text:
                 return parts
         first, second = (int(place * (len(ids) + 1)) for place in places)
         return [ids[:first], ids[first:second], ids[second:]]

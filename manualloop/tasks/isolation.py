@@ -177,12 +177,16 @@ def require_isolation(
 
 def _key_of(model: nn.Module, batch: Mapping[str, Any], loss_fn: Any) -> tuple[Any, ...]:
     """Return what decides whether documents are kept apart, besides the model."""
+    parts: list[Any] = []  # a loss may hold other models, whose documents may see each other
     while isinstance(loss_fn, partial):
+        parts += [*loss_fn.args, *loss_fn.keywords.values()]
         loss_fn = loss_fn.func
+    parts += getattr(loss_fn, "__dict__", {}).values()
+    held = tuple(id(part) for part in parts if isinstance(part, nn.Module))
     form = tuple(name for name in (*_MARKS, "attention_mask") if batch.get(name) is not None)
     attention = attention_of(config_of(model))
     function = None if loss_fn is None else getattr(loss_fn, "__code__", type(loss_fn))
-    return form, attention, function, type(model)
+    return form, attention, function, type(model), held
 
 
 def _find_packed(batch: Mapping[str, Any]) -> _Packed | None:

@@ -142,6 +142,7 @@ class Boxes:
         if self.augment is not None:
             image, found = self._augmented(image, found, generator)
         size = size_of(image)
+        found = found.moved(found.corners, size)
         more = {"annotations": found.as_coco(row.get("image_id"))} if is_labelled else {}
         made = processed(self.processor, image, **more)
         if is_labelled:

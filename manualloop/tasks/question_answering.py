@@ -266,6 +266,8 @@ class _Window(NamedTuple):
             return self.nothing, self.nothing
         if not (self.starts[0] <= span.start and span.end <= self.ends[-1]):
             return self.nothing, self.nothing
-        first = bisect_right(self.starts, span.start) - 1
-        last = bisect_left(self.ends, span.end)
+        first = bisect_right(self.ends, span.start)
+        last = bisect_left(self.starts, span.end) - 1
+        if first > last:
+            return self.nothing, self.nothing
         return self.inside[first], self.inside[last]

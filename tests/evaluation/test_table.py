@@ -229,7 +229,7 @@ def test_the_classes_are_where_torchs_loss_has_them(is_second, shape, num_classe
 
 @pytest.mark.parametrize("is_second", [True, False])
 def test_an_axis_that_nothing_tells_is_refused_with_both_fixes(is_second):
-    batch, classes = images_of((2, 4), 4, is_second)
+    batch, classes = images_of((2, 4, 4), 4, is_second)
     model = Scorer(is_second, with_loss=False)
     own = lambda model, batch: 0 * model(batch["x"])["logits"].mean()  # noqa: E731
     for options in ({}, {"loss_fn": own}):
@@ -241,6 +241,16 @@ def test_an_axis_that_nothing_tells_is_refused_with_both_fixes(is_second):
     assert plain(predictions) == classes.tolist()
     with pytest.raises(ModelError, match="last axis of the logits"):
         predict_loop(model, [{"x": batch["x"]}])
+
+
+def test_of_sentences_the_last_axis_is_taken_and_that_is_told(caplog):
+    batch, classes = images_of((2, 4), 4, is_second=False)
+    model = Scorer(is_second=False, with_loss=False)
+    predictions, _ = got(model, [batch], decode=None)
+    kept = batch["labels"] != -100
+    assert plain(predictions) == [row[of].tolist() for row, of in zip(classes, kept, strict=True)]
+    assert caplog.text.count("the last axis is taken") == 1
+    assert "argmax(1)" in caplog.text
 
 
 @pytest.mark.parametrize("is_second", [True, False])

@@ -189,7 +189,7 @@ def test_padding_that_a_model_sees_is_left_out_and_reported(caplog):
 
 @pytest.mark.parametrize(
     "options",
-    [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}],
+    [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}, {"min_length": 5}],
     ids=lambda it: next(iter(it)),
 )
 def test_options_that_look_at_the_prompt_do_not_see_padding(options):

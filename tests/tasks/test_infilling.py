@@ -178,3 +178,24 @@ def test_what_cannot_be_filled_is_refused():
         fill_in_middle(tokenizer)({"input_ids": [4, 5], "labels": [-100, 5]}, torch.Generator())
     with pytest.raises(DataError, match="Tokenize first"):
         fill_in_middle(tokenizer)({"text": "good"}, torch.Generator())
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_tokenizers_that_put_a_space_before_a_text_put_none_into_a_word(scheme):
+    text = "def foobar(number): return number plus foobar of nothing else at all"
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    special = ["<unk>", "</s>", "<PRE>", "<SUF>", "<MID>"]
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=special, show_progress=False)
+    backend.train_from_iterator([text] * 5, trainer)
+    ends = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **ends)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    fill = fill_in_middle(tokenizer, rate=1.0, spm_rate=1.0, max_length=500)
+    middle = tokenizer.convert_tokens_to_ids("<MID>")
+    for seed in range(20):
+        row = {"input_ids": ids, "labels": ids}
+        made = list(fill(row, torch.Generator().manual_seed(seed))["input_ids"])
+        written = tokenizer.decode(made[made.index(middle) + 1 :], skip_special_tokens=True)
+        assert text.startswith(written)

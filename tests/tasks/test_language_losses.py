@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_language_models import VOCAB, apart, gpt2, gradients, llama, of_kind, padded, rows_of
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, RobertaConfig, RobertaForCausalLM
 
 from manualloop import (
     ConfigError,
@@ -341,3 +341,15 @@ def test_distil_refuses_what_cannot_be_meant():
     with pytest.raises(ConfigError, match="not a model"):
         distil("gpt2")
     assert pickle.loads(pickle.dumps(lm_loss)) is lm_loss
+
+
+def test_a_compiled_model_whose_head_hides_a_layer_is_refused():
+    sizes = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "pad_token_id": 0}
+    depth = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 40}
+    config = RobertaConfig(**sizes, **depth, is_decoder=True)
+    model = RobertaForCausalLM(config).double().eval()
+    batch = padded(rows_of((9, 4, 12)))
+    lm_loss(model, batch)
+    with pytest.raises(ModelError, match="Leave it uncompiled"):
+        lm_loss(torch.compile(model, backend="eager"), batch)
+    torch.compiler.reset()

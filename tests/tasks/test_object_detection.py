@@ -437,3 +437,43 @@ def test_map_is_that_of_plain_loops():
     expected = looped_map(predictions, references, np.arange(0.5, 1, 0.05))
     assert scores["map"] == pytest.approx(expected, abs=1e-6)
     assert 0 < scores["map"] < 1
+
+
+def test_boxes_are_scored_as_far_as_they_are_in_the_image():
+    made = scenes(2)
+    objects = [{"bbox": [box], "category": [1]} for box in ([20, 20, 40, 40], [-5, 2, 15, 9])]
+    kinds = {"bbox": Sequence(Sequence(Value("float32"))), "category": Sequence(Value("int64"))}
+    features = Features({"image": Image(), "objects": kinds})
+    data = Dataset.from_dict({"image": made["image"][:], "objects": objects}, features=features)
+    options = {"model": tiny_yolos(), "transform": boxes(YOLOS), "batch_size": 2}
+    (batch,) = prepare_dataloaders({"test": data}, YOLOS, **options)["test"]
+    logits, corners = torch.full((2, 1, 3), -9.0), torch.zeros(2, 1, 4)
+    for row, labels in enumerate(batch["labels"]):  # a detector that finds what it is trained on
+        logits[row, 0, labels["class_labels"]] = 30.0
+        corners[row, 0] = labels["boxes"][0]
+    outputs = SimpleNamespace(logits=logits, pred_boxes=corners)
+    found, right = detected(YOLOS, threshold=0.5)(outputs, batch)
+    assert load_metric("map").compute(predictions=found, references=right)["map"] == 1
+
+
+def test_a_stream_has_the_classes_of_the_others():
+    data = scenes(4).select_columns(["image", "objects"])
+    names = data.features["objects"]["category"].feature.names
+    kinds = data.features.copy()
+    kinds["objects"] = {**kinds["objects"], "category": Sequence(ClassLabel(names=names[::-1]))}
+    turned = data.map(
+        lambda row: {
+            "objects": {
+                **row["objects"],
+                "category": [len(names) - 1 - n for n in row["objects"]["category"]],
+            }
+        },
+        features=kinds,
+    )
+    found = []
+    for test in (data, turned, turned.to_iterable_dataset()):
+        splits, transform = {"train": data, "test": test}, boxes(YOLOS)
+        loaders = prepare_dataloaders(splits, YOLOS, model=tiny_yolos(), transform=transform)
+        rows = [row for batch in loaders["test"] for row in batch["labels"]]
+        found.append([row["class_labels"].tolist() for row in rows])
+    assert found[0] == found[1] == found[2]

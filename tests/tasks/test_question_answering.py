@@ -13,7 +13,8 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import messages, piece_tokenizer, questions, tiny_bert, whole_and_resumed
-from transformers import BertForQuestionAnswering, ByT5Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertForQuestionAnswering, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from manualloop import (
     ConfigError,
@@ -612,3 +613,19 @@ def test_they_can_be_sent_to_other_processes():
     logits = random_logits(made, np.random.default_rng(0), 0)
     scores = metric(logits, None, kept)
     assert pickle.loads(pickle.dumps(metric))(logits, None, kept) == scores
+
+
+def test_a_character_of_several_tokens_is_covered_by_all_of_them():
+    answered = {"question": ["x"], "answers": [{"text": ["年"], "answer_start": [2]}]}
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    numbers = {name: number for number, name in enumerate(["<s>", "<pad>", "</s>", *letters])}
+    backend = Tokenizer(models.BPE(numbers, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    names = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    made = answer_windows(tokenizer, 48, 4)(answered | {"context": ["a 年 b"]})
+    start, end = made["start_positions"][0], made["end_positions"][0]
+    offsets = made["offset_mapping"][0]
+    assert end - start == 2  # three bytes
+    assert (offsets[start][0], offsets[end][1]) == (2, 3)

@@ -363,3 +363,16 @@ def test_a_model_with_too_few_classes_is_refused():
             prepare_dataloaders(
                 {"train": rows}, tokenizer, model=model, preprocess=tag_words(tokenizer)
             )
+
+
+def test_predictions_of_rows_without_tags_hold_no_padding():
+    rows, tokenizer = dataset(8), piece_tokenizer()
+    untagged = rows.remove_columns("ner_tags")
+    lengths = [len(ids) for ids in tokenizer(rows["tokens"][:], is_split_into_words=True).input_ids]
+    for size in (1, 8):
+        model = tiny_bert(6, BertForTokenClassification, vocab_size=32)
+        options = {"preprocess": tag_words(tokenizer), "eval_batch_size": size}
+        data = {"train": rows, "test": untagged}
+        loaders = prepare_dataloaders(data, tokenizer, model=model, **options)
+        table = predict_loop(model, loaders["test"])
+        assert [len(table[row]["prediction"]) for row in range(8)] == lengths
