@@ -21,6 +21,7 @@ from manualloop.strategy.base import Strategy
 AnyDecode: TypeAlias = "Decode | Callable[[Any, Any, nn.Module], Any]"
 """A ``decode`` of the user's: one with a parameter ``model`` gets the model that is evaluated."""
 
+_CACHE = ("past_key_values", "cache")  # of transformers; the second since 5.24
 _WIDTH = 100  # characters of a text that a line shows
 
 
@@ -120,7 +121,8 @@ def _right_padding_refused(model: nn.Module) -> Iterator[None]:
         seen.append(mask)
         ends_in_padding = (seen[0][:, -1] == 0) & seen[0].any(1)
         if len(seen) == 1:  # without a cache it may be no more than a forward pass
-            is_refused = columns.get("past_key_values") is not None and ends_in_padding.any()
+            fills_cache = any(columns.get(name) is not None for name in _CACHE)
+            is_refused = fills_cache and ends_in_padding.any()
         else:
             is_next = mask.shape == (len(seen[0]), seen[0].shape[1] + 1)
             is_refused = is_next and (mask[ends_in_padding, -1] != 0).any()
