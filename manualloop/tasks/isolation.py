@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +182,7 @@ def _key_of(model: nn.Module, batch: Mapping[str, Any], loss_fn: Any) -> tuple[A
         parts += [*loss_fn.args, *loss_fn.keywords.values()]
         loss_fn = loss_fn.func
     parts += getattr(loss_fn, "__dict__", {}).values()
-    held = tuple(id(part) for part in parts if isinstance(part, nn.Module))
+    held = tuple(ref(part) for part in parts if isinstance(part, nn.Module))
     form = tuple(name for name in (*_MARKS, "attention_mask") if batch.get(name) is not None)
     attention = attention_of(config_of(model))
     function = None if loss_fn is None else getattr(loss_fn, "__code__", type(loss_fn))

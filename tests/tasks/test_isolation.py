@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from tiny_language_models import llama
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening
 
@@ -15,7 +16,7 @@ from manualloop import (
     prepare_dataloaders,
     train_loop,
 )
-from manualloop.tasks import check_isolation
+from manualloop.tasks import check_isolation, distil, isolation
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -260,3 +261,12 @@ def test_positions_decide_how_long_a_sequence_is():
         data, model=model, batch_size=5, collate_fn=DataCollatorWithFlattening()
     )
     train_loop(model, loaders["train"], max_steps=1, progress_bar=False)
+
+
+def test_the_verdict_on_one_teacher_is_not_that_of_another():
+    model, batch = llama(), {"position_ids": torch.zeros(1, 3)}
+    first, second = (isolation._key_of(model, batch, distil(llama())) for _ in range(2))
+    teacher = llama()
+    same = [isolation._key_of(model, batch, distil(teacher)) for _ in range(2)]
+    assert first != second
+    assert same[0] == same[1] != first
