@@ -268,7 +268,11 @@ def _show_row(tensors: Mapping[str, Tensor], number: int, tokenizer: Any) -> dic
         ids = tensors["input_ids"][number]
         if (mask := tensors.get("attention_mask")) is not None:
             ids = ids[mask[number].bool()]
-        row["input_ids"] = ids.tolist() if tokenizer is None else tokenizer.decode(ids)
+        if tokenizer is None:
+            row["input_ids"] = ids.tolist()
+        else:
+            texts = [tokenizer.decode(part) for part in ids.reshape(-1, ids.shape[-1])]
+            row["input_ids"] = texts if ids.ndim > 1 else texts[0]
     if "labels" in tensors and tensors["labels"].ndim < 3:  # the map of an image is drawn
         row["labels"] = tensors["labels"][number].tolist()
     decode = (lambda ids: str(ids)) if tokenizer is None else tokenizer.decode

@@ -186,7 +186,9 @@ def _position_losses(outputs: Any, batch: Batch) -> list[Tensor]:
 
 def find_loss(outputs: Any) -> Any:
     """Return the loss among a model's outputs; None if there is none."""
-    return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    # An attribute that was set later is no entry of what older versions of transformers return.
+    return getattr(outputs, "loss", None) if loss is None else loss
 
 
 def no_loss(model: nn.Module, batch: Batch, outputs: Any) -> ModelError | DataError:

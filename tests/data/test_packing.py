@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from helpers import messages, whole_and_resumed
+from tiny_language_models import needs_packs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from manualloop import (
@@ -144,6 +145,7 @@ def test_a_batch_is_its_rows_one_after_the_other(kind, caplog):
     assert "40 rows in" in "".join(messages(caplog))
 
 
+@needs_packs
 def test_other_splits_are_padded_and_predicted_in_their_order():
     from helpers import tiny_tokenizer
 
@@ -163,6 +165,7 @@ def test_other_splits_are_padded_and_predicted_in_their_order():
         predict_loop(model, loaders["train"])
 
 
+@needs_packs
 def test_an_epoch_in_packs_is_the_update_of_all_rows():
     from helpers import tiny_tokenizer
 
@@ -179,6 +182,7 @@ def test_an_epoch_in_packs_is_the_update_of_all_rows():
     assert float((found[0] - found[1]).abs().max()) < 1e-12
 
 
+@needs_packs
 def test_a_run_resumes_inside_an_epoch(tmp_path):
     def run(folder, **options):
         model = tiny_llama()
@@ -297,6 +301,7 @@ def test_rows_that_cannot_be_packed_are_refused():
         list(packed(data_of(token_type_ids=list(range(40))), model=None, task="causal_lm")["train"])
 
 
+@needs_packs
 def test_chats_are_packed(caplog):
     from chat_styles import random_chat, tokenizer_for
 

@@ -489,7 +489,7 @@ def test_a_wrong_label_of_a_transform_is_to_be_fixed_there(value, found, by_mode
 
 
 def test_a_wrong_label_that_a_transform_passes_on_is_to_be_fixed_in_the_dataset():
-    table = numbers().map(lambda row: {"label": row["label"] + 1})
+    table = numbers().map(lambda row: {"label": row["label"] + 1}, remove_columns="x")
     loader = prepare_dataloaders(
         {"train": table}, transform=lambda row, generator: {**row, "input_ids": [5, 6]}
     )["train"]

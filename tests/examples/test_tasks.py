@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from tiny_language_models import needs_packs
 
 TASKS = Path(__file__).parents[2] / "examples" / "tasks"
 EXAMPLES = {path.stem: path for path in sorted(TASKS.glob("*.py"))}
@@ -16,7 +17,9 @@ def test_an_example_is_short(name):
     assert len([line for line in lines if line.strip()]) <= 40
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs_packs) if n == "chat" else n for n in RUN]
+)
 def test_an_example_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(TASKS))

@@ -326,7 +326,9 @@ class ParentRemoved:
             seen += 1
             inner(descriptor)
             if seen == self.number:
-                shutil.rmtree(self.folder)
+                # At once: a file that a thread adds meanwhile would leave half of the folder.
+                os.rename(self.folder, f"{self.folder}-deleted")
+                shutil.rmtree(f"{self.folder}-deleted", ignore_errors=True)
 
         os.fsync = fsync
 

@@ -31,7 +31,7 @@ def bytes_tokenizer():
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", extra_special_tokens=[]
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>"
     )
 
 

@@ -7,7 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny_language_models import VOCAB, apart, gpt2, gradients, llama, of_kind, padded, rows_of
+from tiny_language_models import (
+    VOCAB,
+    apart,
+    gpt2,
+    gradients,
+    llama,
+    needs_packs,
+    of_kind,
+    padded,
+    rows_of,
+)
 from transformers import LlamaForCausalLM, RobertaConfig, RobertaForCausalLM
 
 from manualloop import (
@@ -117,6 +127,7 @@ def test_a_soft_prompt_before_the_tokens():
     assert apart(found, gradient) < 1e-12
 
 
+@needs_packs
 def test_packed_rows_stay_apart():
     """Restarted positions without a mask keep documents apart only without a cache."""
     rows = rows_of((5, 9, 3))
@@ -347,7 +358,7 @@ def test_a_compiled_model_whose_head_hides_a_layer_is_refused():
     sizes = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "pad_token_id": 0}
     depth = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 40}
     config = RobertaConfig(**sizes, **depth, is_decoder=True)
-    model = RobertaForCausalLM(config).double().eval()
+    model = RobertaForCausalLM(config).eval()
     batch = padded(rows_of((9, 4, 12)))
     lm_loss(model, batch)
     with pytest.raises(ModelError, match="Leave it uncompiled"):
