@@ -69,11 +69,6 @@ class Evaluations:
                 f"write best_metric={sign + self.best_metric!r})."
             )
 
-    @property
-    def has_best_metric(self) -> bool:
-        """Whether the last evaluation has the metric that decides."""
-        return self.best_metric is not None and metric_name(self.best_metric) in self.last
-
     def _is_better(self) -> bool:
         if self.best_metric is None:
             return True
