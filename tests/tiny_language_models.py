@@ -6,7 +6,7 @@ import transformers
 
 needs_packs = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 53),
-    reason=f"transformers {transformers.__version__} never tells documents apart by their positions",
+    reason=f"transformers {transformers.__version__} does not tell documents apart by positions",
 )
 
 VOCAB = 41

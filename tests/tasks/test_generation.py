@@ -305,7 +305,7 @@ def test_what_cannot_be_continued_is_refused():
         predict_loop(model, loader, decode=decode)
     ids = torch.tensor([[4, 5, 6, 3]])
     packed = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 0, 1]])}
-    with pytest.raises((DataError, ModelError), match="no attention_mask|see each other"):
+    with pytest.raises((DataError, ModelError), match=r"no attention_mask|see each other"):
         predict_loop(model, [packed], decode=decode)
     loader = prepare_dataloaders({"dev": answers()}, tokenizer())["dev"]
     with pytest.raises(ConfigError, match=r"max_new_tokens=32\)") as error:
