@@ -148,10 +148,27 @@ class Boxes:
         if is_labelled:
             made["labels"] = dict(made["labels"])
         kept = {
-            SIZE: sides_of_frame(made, size),
+            SIZE: self._frame(made, image, size),
             OBJECTS: found.as_reference() if is_labelled else None,
         }
         return {**made, **{name: kept[name] for name in self.made}}
+
+    def _frame(
+        self, made: Mapping[str, Any], image: Any, size: tuple[int, int]
+    ) -> tuple[float, float]:
+        """Return the size of what the model sees, in pixels of the image."""
+        if "pixel_mask" in made or not getattr(self.processor, "do_pad", False):
+            return sides_of_frame(made, size)
+        # Slow processors of transformers 4 pad and return no mask: a box around all tells the rest.
+        whole = _Objects(
+            np.array([[0.0, 0.0, size[1], size[0]]]),
+            np.zeros(1, np.int64),
+            np.array([float(size[0] * size[1])]),
+            np.zeros(1, np.int64),
+        )
+        boxes = processed(self.processor, image, annotations=whole.as_coco(0))["labels"]["boxes"]
+        width, height = boxes[0, 2:].tolist()
+        return size[0] / height, size[1] / width
 
     def _found(self, objects: Any) -> _Objects:
         """Return the boxes of an image.
