@@ -213,6 +213,8 @@ def _readable(image: Any) -> tuple[Any, dict[str, Any]]:
     A processor divides by 255, whatever the numbers are.
     """
     if is_pil(image):
+        if image.mode == "L":  # transformers 4 does not read a gray image without its channel
+            return np.asarray(image)[..., None], {"input_data_format": "channels_last"}
         return image, {}
     if not isinstance(image, Tensor | np.ndarray):
         raise DataError(
