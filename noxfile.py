@@ -80,6 +80,14 @@ def tests_newest(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site/, strictly and without a network; open site/index.html."""
+    install(session, group="docs")
+    session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs)
+    session.run("python", "tests/examples/check_site.py", "site")
+
+
+@nox.session
 def faults(session: nox.Session) -> None:
     """Inject every fault and interrupt at every point; `tests` runs some of these cases."""
     install(session, "-e", ".[metrics,plot]", group="test")

@@ -1,16 +1,22 @@
-"""README and docs: their code fits the package, and what they point to exists."""
+"""README and docs: every Python block runs, and what the pages point to exists.
+
+The blocks of a page share one namespace and run in the order of the page, as they stand. What they
+would download comes from stand_ins.py. A block that cannot run has a line before it that tells why:
+
+    <!-- not run: it needs eight GPUs -->
+"""
 
 import ast
 import inspect
 import re
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
-import datasets
 import pytest
 import torch
-import transformers
-from helpers import rows, tiny_bert, tiny_tokenizer
-from tiny_language_models import llama
+from helpers import tiny_bert
+from stand_ins import stand_in
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import manualloop
@@ -20,21 +26,83 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
-BLOCKS = [
-    pytest.param(block, id=f"{page}-{number}")
-    for page, text in PAGES.items()
-    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S), start=1)
+
+
+class Block(NamedTuple):
+    """Python code of a page.
+
+    Attributes:
+        line: Number of lines of the page before its code.
+        code: The code.
+        reason: Why it is not run; empty if it is.
+    """
+
+    line: int
+    code: str
+    reason: str
+
+
+def blocks_of(text):
+    pattern = r"^(?:<!-- not run: (.*?) -->\n\n?)?```python\n(.*?)^```$"
+    return [
+        Block(text[: found.start(2)].count("\n"), found[2], found[1] or "")
+        for found in re.finditer(pattern, text, re.M | re.S)
+    ]
+
+
+BLOCKS = {page: blocks_of(text) for page, text in PAGES.items()}
+# What a page promises that its blocks print or log.
+PRINTED = {
+    "README.md": [
+        r"using sentence1, sentence2 -> labels; dropped: idx",
+        r"\{'loss': .*, 'accuracy': .*, 'f1': .*\}\n",
+        r"equal to the last bit: batches, losses, history",
+        r"Any split is the same update\.",
+    ],
+}
+ALL_BLOCKS = [
+    pytest.param(block.code, id=f"{page}-{number}")
+    for page, blocks in BLOCKS.items()
+    for number, block in enumerate(blocks, start=1)
 ]
 in_a_checkout = pytest.mark.skipif(
     not (ROOT / "noxfile.py").exists(), reason="the installed wheel is tested without the checkout"
 )
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+def run_page(page, names=None, only=None):
+    """Run the blocks of a page in one namespace, and return it."""
+    names = {"__name__": "__main__"} if names is None else names
+    for block in BLOCKS[page] if only is None else only:
+        if not block.reason:
+            code = compile("\n" * block.line + block.code, page, "exec")  # errors name its lines
+            exec(code, names)
+    return names
+
+
+@pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks])
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    stand_in(PAGES[page], monkeypatch)
+    run_page(page)
+    printed = capsys.readouterr().out + caplog.text
+    for pattern in PRINTED.get(page, ()):
+        assert re.search(pattern, printed), printed
+
+
+def test_no_block_hides():
+    for page, text in PAGES.items():
+        fences = re.findall(r"^ *(?:`{3,}|~{3,}) *(?:python|py)\b", text, re.M | re.I)
+        assert len(fences) == len(BLOCKS[page]), f"{page}: begin a block with ```python"
+        assert all(len(block.reason.split()) > 2 for block in BLOCKS[page] if block.reason)
+
+
+@pytest.mark.parametrize("block", ALL_BLOCKS)
 def test_code_imports_public_names_and_passes_arguments_that_exist(block):
     for node in ast.walk(ast.parse(block)):
-        if isinstance(node, ast.ImportFrom) and node.module == "manualloop":
-            assert {alias.name for alias in node.names} <= set(manualloop.__all__)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("manualloop"):
+            public = import_module(node.module).__all__
+            assert {alias.name for alias in node.names} <= set(public)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.func.id not in manualloop.__all__:
                 continue
@@ -82,67 +150,9 @@ def test_modules_that_the_plan_names_exist():
     assert [n for n in named if not any(module.endswith(f"/{n}") for module in modules)] == []
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """The hub's MRPC, BERT and its tokenizer, as small ones that need no network."""
-    pairs = {
-        split: rows(
-            sentence1=["good movie", "bad plot", "very dull acting"] * 4,
-            sentence2=["fine movie", "good plot", "a very bad movie"] * 4,
-            label=[1, 0, 0] * 4,
-            idx=list(range(12)),
-        )
-        for split in ("train", "validation")
-    }
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(pairs))
-    for name, made in (
-        ("AutoTokenizer", tiny_tokenizer),
-        ("AutoModelForSequenceClassification", tiny_bert),
-    ):
-        load = staticmethod(lambda name, made=made, **options: made(**options))
-        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", load)
-
-
-def test_the_readme_runs(hub, tmp_path, monkeypatch, capsys, caplog):
-    monkeypatch.chdir(tmp_path)
-    blocks = [block.values[0] for block in BLOCKS[:7]]
-    ten_lines, resumable, best, _verify, loop, chats, check = blocks
-    names = vars(manualloop) | {name: getattr(manualloop, name) for name in manualloop.__all__}
-    exec(ten_lines, names)
-    assert "using sentence1, sentence2 -> labels; dropped: idx" in caplog.text
-    assert re.match(r"\{'loss': .*, 'accuracy': .*, 'f1': .*\}\n", capsys.readouterr().out)
-    exec(resumable, names)
-    assert (tmp_path / "runs/mrpc/step-00000006/config.json").exists()
-    exec(best, names)
-    assert names["model"].num_labels == 2
-    names["ema"] = AveragedModel(names["model"])
-    names["optimizer"] = manualloop.prepare_optimizer(names["model"])
-    exec(loop, names)
-    assert names["step"].index == 6
-    names["batch"] = next(iter(names["loaders"]["train"]))
-    exec(check, names)
-    assert "Any split is the same update." in capsys.readouterr().out
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "tasks"))
-    from months import chat_tokenizer, month_chats
-
-    data = month_chats(20)
-    tokenizer = chat_tokenizer(data)
-    model = llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    exec(chats, names | {"data": data, "tokenizer": tokenizer, "model": model})
-    assert (tmp_path / "runs/sft").is_dir()
-
-
-def test_the_script_on_hardware_runs(hub, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    script = next(block.values[0] for block in BLOCKS if "def main" in block.values[0])
-    exec(script, {"__name__": "__main__"})
-    assert (tmp_path / "runs/mrpc/step-00000009").is_dir()
-
-
 def test_the_ways_to_change_a_run_work(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    page = [block.values[0] for block in BLOCKS if block.id.startswith("docs/resume.md")]
-    begin, extend, cycle, rate, average, anew, second = page
+    _setup, begin, extend, cycle, rate, average, anew, second = BLOCKS["docs/resume.md"]
     loaders = {name: BATCHES[name] for name in ("train", "second")}
 
     def run(block):
@@ -154,8 +164,8 @@ def test_the_ways_to_change_a_run_work(tmp_path, monkeypatch, caplog):
         names["train_loop"] = lambda *args, **options: manualloop.train_loop(
             *args, **options, on_step=lambda step: rates.append(step.lr), progress_bar=False
         )
-        exec(block, names)
-        exec(block, names)  # a script that is started again
+        run_page("docs/resume.md", names, [block])
+        run_page("docs/resume.md", names, [block])  # a script that is started again
         lines = [message for message in caplog.messages if "->" in message]
         return names, rates, lines
 
