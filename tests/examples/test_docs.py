@@ -1,7 +1,7 @@
 """README and docs: every Python block runs, and what the pages point to exists.
 
-The blocks of a page share one namespace and run in the order of the page, as they stand. What they
-would download comes from stand_ins.py. A block that cannot run has a line before it that tells why:
+The blocks of a page share one namespace and run in the order of the page, as they stand and as the
+cells of a notebook do. What they would download comes from stand_ins.py. A block that cannot run has a line before it that tells why:
 
     <!-- not run: it needs eight GPUs -->
 """
@@ -9,6 +9,7 @@ would download comes from stand_ins.py. A block that cannot run has a line befor
 import ast
 import inspect
 import re
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +84,7 @@ def run_page(page, names=None, only=None):
 @pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks])
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)  # as in a notebook
     stand_in(PAGES[page], monkeypatch)
     run_page(page)
     printed = capsys.readouterr().out + caplog.text
