@@ -1,7 +1,8 @@
 """README and docs: every Python block runs, and what the pages point to exists.
 
 The blocks of a page share one namespace and run in the order of the page, as they stand and as the
-cells of a notebook do. What they would download comes from stand_ins.py. A block that cannot run has a line before it that tells why:
+cells of a notebook do. What they would download comes from stand_ins.py. A block that cannot run
+has a line before it that tells why:
 
     <!-- not run: it needs eight GPUs -->
 """
