@@ -19,13 +19,16 @@ import datasets
 import numpy as np
 import transformers
 from datasets import Dataset, DatasetDict
-from helpers import bert_config, tagged_words
+from helpers import bert_config
 from PIL import Image
 from tiny_scenes import processor, scenes, tiny, tiny_segformer, tiny_vit, tiny_yolos
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 LENGTH = 2048  # of positions, so that no page is cut off by a stand-in
 WORDS = ["a", "good", "bad", "very", "dull", "fine", "movie", "plot", "was", "not", "the", "film"]
+
+
+LINES = ["a very dull film", "not a bad plot but the acting was fine", "Anna was in Essen"]
 
 
 # ---------------------------------------------------------------- from_pretrained
@@ -185,7 +188,7 @@ def _squad() -> DatasetDict:
 
 
 def _wmt(pair: str) -> DatasetDict:
-    rows = [{"translation": {"en": f"the {n}", "ro": f"{n} ul"}} for n in WORDS[:6]]
+    rows = [{"translation": {"en": f"the {n}", "ro": f"{n} ul"}} for n in WORDS[:2]]
     return DatasetDict({name: Dataset.from_list(rows) for name in ("train", "validation")})
 
 
@@ -239,19 +242,16 @@ def _write_images(folder: str) -> None:
 
 def _write_texts(folder: str) -> None:
     Path(folder).mkdir()
-    Path(folder, "1.txt").write_text("\n".join(sentences(120, len(folder))))
+    Path(folder, "1.txt").write_text("\n".join(sentences(300, len(folder))))
 
 
 def _write_tags(folder: str) -> None:
     Path(folder).mkdir()
-    rows = tagged_words(8)
-    listed = [dict(zip(rows, cells, strict=True)) for cells in zip(*rows.values(), strict=True)]
-    for row in listed:
-        row["tokens"] = [word.strip() or "a" for word in row["tokens"]] or ["a"]
-        row["ner_tags"] = row["ner_tags"] or ["O"]
-        row["ner_tags"] += ["O"] * (len(row["tokens"]) - len(row["ner_tags"]))
+    kinds = ("PER", "LOC", "ORG", "MISC")
+    tags = ["O", *(f"{place}-{kind}" for kind in kinds for place in "BI")]
+    rows = [{"tokens": text.split(), "ner_tags": tags[: len(text.split())]} for text in LINES]
     for split in ("train", "validation"):
-        _write_lines(f"{folder}/{split}.jsonl", listed)
+        _write_lines(f"{folder}/{split}.jsonl", rows)
 
 
 def _write_choices(folder: str) -> None:

@@ -82,6 +82,12 @@ def run_page(page, names=None, only=None):
     return names
 
 
+@pytest.mark.filterwarnings(
+    "ignore:'pin_memory' argument",  # the Trainer's default, on a machine without a GPU
+    "ignore:Tokenizer does not support real words",  # the one of bytes that stands in
+    "ignore:Anomaly Detection has been enabled",  # torch, where a page shows how
+    "ignore:.*(gradient_checkpointing|is_gradient_checkpointing).* is deprecated:FutureWarning",
+)
 @pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks])
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
