@@ -10,8 +10,7 @@ import numpy as np
 
 from manualloop.errors import DataError
 from manualloop.tasks.counts import Counted, limit_of, shares
-
-Rows = Mapping[str, Sequence[Any]]
+from manualloop.tasks.made import Rows
 
 Texts: TypeAlias = "str | Sequence[str] | Callable[[Mapping[str, Any]], str | Sequence[str]]"
 """A column of texts or of lists of them, columns of one text for each choice, or a function."""

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from manualloop.errors import ConfigError, DataError
 from manualloop.tasks.counts import Counted, limit_of, shares
-
-Rows = Mapping[str, Sequence[Any]]
+from manualloop.tasks.made import Rows
 
 
 def answer_windows(

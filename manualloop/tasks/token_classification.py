@@ -12,9 +12,8 @@ from typing import Any
 
 from manualloop.errors import DataError
 from manualloop.tasks.counts import Counted, limit_of, shares
+from manualloop.tasks.made import Rows
 from manualloop.tasks.task import IGNORE_INDEX
-
-Rows = Mapping[str, Sequence[Any]]
 
 _PROBE = -1  # no token has this number
 

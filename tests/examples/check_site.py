@@ -1,4 +1,6 @@
-"""Check that the built documentation loads nothing from elsewhere: `python check_site.py site`.
+"""Check that the built site loads nothing from elsewhere, and that it has all types it names.
+
+    python tests/examples/check_site.py site
 
 A reader's browser then asks nobody but the place that serves the site, which may be a folder.
 """
@@ -52,6 +54,12 @@ def loads_of(path: Path) -> list[str]:
     return parser.found
 
 
+def types_without_entry(site: Path) -> set[str]:
+    """Return types of signatures that no page of the reference describes."""
+    pattern = r'<span title="(manualloop\.[\w.]*\.[A-Z]\w*)"'
+    return {name for path in site.rglob("*.html") for name in re.findall(pattern, path.read_text())}
+
+
 def main(site: Path) -> None:
     files = [path for path in sorted(site.rglob("*")) if path.suffix in (".html", ".css")]
     found = [
@@ -63,6 +71,8 @@ def main(site: Path) -> None:
     print(f"{len(files)} pages and style sheets, {len(found)} addresses outside of the site")
     if found or not files:
         sys.exit("\n".join(dict.fromkeys(found)) or f"{site} is empty")
+    if missing := types_without_entry(site):
+        sys.exit(f"docs/reference/types.md has no entry for {', '.join(sorted(missing))}")
 
 
 if __name__ == "__main__":
