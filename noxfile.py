@@ -125,6 +125,13 @@ def benchmarks(session: nox.Session) -> None:
 
 
 @nox.session
+def mistakes(session: nox.Session) -> None:
+    """Give forty mistakes to manualloop and to transformers' Trainer; print both as a table."""
+    install(session, "-e", ".[metrics,plot]", group="test")
+    session.run("python", "tests/benchmarks/forty_mistakes.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def pretrained(session: nox.Session) -> None:
     """Fine-tune real weights beside the course's loop and the Trainer; print a table."""
     install(session, "-e", ".[metrics,plot]")

@@ -29,6 +29,7 @@ _HOME = {
     "NonFiniteError": "errors",
     "Predictions": "evaluation.predictions",
     "PredictionsComparison": "evaluation.compare",
+    "PreflightReport": "forecast.report",
     "ResumeReport": "verify",
     "RunComparison": "run.compare",
     "SingleDevice": "strategy.single",
@@ -51,6 +52,7 @@ _HOME = {
     "load_checkpoint": "checkpoint.api",
     "load_metric": "evaluation.metrics",
     "predict_loop": "evaluation.predict",
+    "preflight": "forecast.api",
     "prepare_dataloaders": "data.prepare",
     "prepare_optimizer": "optim",
     "prepare_scheduler": "schedules",
@@ -99,6 +101,8 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.evaluation.metrics import load_metric as load_metric
     from manualloop.evaluation.predict import predict_loop as predict_loop
     from manualloop.evaluation.predictions import Predictions as Predictions
+    from manualloop.forecast.api import preflight as preflight
+    from manualloop.forecast.report import PreflightReport as PreflightReport
     from manualloop.loop import TrainResult as TrainResult
     from manualloop.loop import train_loop as train_loop
     from manualloop.optim import prepare_optimizer as prepare_optimizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -43,8 +44,11 @@ class Checks:
 
 
 @contextmanager
-def all_at_once() -> Iterator[Checks]:
+def all_at_once(note: str = "") -> Iterator[Checks]:
     """Raise the errors of several checks as one, at the end of the block.
+
+    Args:
+        note: Sentence behind an error whose lines are about a ``dataset``.
 
     Raises:
         ManualLoopError: The error has the class of the first one, and a line for every problem.
@@ -62,12 +66,24 @@ def all_at_once() -> Iterator[Checks]:
     eps must be above 0, got 0.
     """
     checks = Checks()
-    yield checks
-    if len(checks.errors) == 1:
-        raise checks.errors[0]
-    if checks.errors:
-        lines = dict.fromkeys("\n".join(map(str, checks.errors)).split("\n"))
-        raise type(checks.errors[0])("\n".join(lines)) from checks.errors[0]
+    try:
+        yield checks
+        _raise(checks.errors)
+    except ManualLoopError as error:
+        if not note or not _OF_DATASET.search(str(error)):
+            raise
+        raise type(error)(f"{error}{note}") from (error.__cause__ or error)
+
+
+_OF_DATASET = re.compile(r"\bdataset[.\[]")
+
+
+def _raise(errors: Sequence[ManualLoopError]) -> None:
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        lines = dict.fromkeys("\n".join(map(str, errors)).split("\n"))
+        raise type(errors[0])("\n".join(lines)) from errors[0]
 
 
 def is_count(value: Any) -> bool:

@@ -71,6 +71,16 @@ def fields_of(value: Any, *, is_whole: bool = True) -> Mapping[str, Any] | None:
     return found or None
 
 
+def columns_of(batch: Any) -> Mapping[str, Any]:
+    """Return the columns of a batch by name; those of a list or tuple by their number.
+
+    >>> columns_of((1, 2))
+    {'0': 1, '1': 2}
+    """
+    listed = batch if isinstance(batch, list | tuple) else ()
+    return fields_of(batch) or {str(number): one for number, one in enumerate(listed)}
+
+
 def _names(slots: Any) -> Iterable[str]:
     names = (slots,) if isinstance(slots, str) else slots or ()
     return [name for name in names if name not in ("__dict__", "__weakref__")]

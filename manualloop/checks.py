@@ -17,22 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from manualloop.batches import fields_of, model_inputs
+from manualloop.batches import columns_of, model_inputs
 from manualloop.data.labels import BY_TOKEN, check_class_ids, warn_of_classes_as_values
 from manualloop.data.splits import fix_all, fix_of
 from manualloop.errors import ConfigError, DataError, ManualLoopError, ModelError
 from manualloop.internals import unwrap_optimizer
 from manualloop.mistakes import (
     arrays_message,
+    device_message,
     filter_missing,
     integers_call,
     misaligned_message,
+    no_class_message,
     no_head_message,
     no_items_message,
     no_labels_message,
     scalar_floats_message,
     targets_message,
     text_message,
+    type_message,
 )
 from manualloop.models import (
     config_of,
@@ -233,6 +236,7 @@ def check_batches(
     for batch, start in zip(batches, starts, strict=True):
         place = place_of(start)
         _check_columns(model, batch, needs_labels)
+        _check_devices(model, batch, place)
         if isinstance(ids := batch.get("input_ids"), Tensor):
             _check_tokens(model, ids.cpu().numpy(), place, batch.get("position_ids"))
         task = resolve_task(model, batch, task)
@@ -298,12 +302,14 @@ def explain_loss(
     """
     text = str(error)
     is_of_arrays = isinstance(error, AttributeError | TypeError) and _NO_TENSOR.search(text)
+    if "same device" in text:
+        for batch, start in zip(batches, starts, strict=True):
+            _check_devices(model, batch, place_of(start), error)
     found = _NO_CLASS.search(text)
     if found is None and not is_of_arrays and not _NO_TYPE.search(text):
         return
     for batch, start in zip(batches, starts, strict=True):
-        place, listed = place_of(start), batch if isinstance(batch, list | tuple) else ()
-        columns = fields_of(batch) or {str(number): one for number, one in enumerate(listed)}
+        place, columns = place_of(start), columns_of(batch)
         if is_of_arrays:
             if (message := arrays_message(batch, model_inputs(columns), place.batch)) is not None:
                 raise DataError(message) from error
@@ -314,14 +320,14 @@ def explain_loss(
                 continue
             if found is None:
                 if labels.dtype != torch.int64 and _LABELS.search(str(name)):
-                    raise DataError(_type_message(labels, place, str(name))) from error
+                    raise DataError(type_message(labels, place, str(name))) from error
                 continue
             if name == "labels" and (classes := num_labels(model)) is not None:
                 _check_from(error, labels, classes, place)
             wrong = (labels == int(found[1])).reshape(len(labels), -1).any(dim=1)
             if bool(wrong.any()):
                 row = place.row(int(wrong.nonzero()[0]))
-                raise DataError(_no_class_message(int(found[1]), row, str(name))) from error
+                raise DataError(no_class_message(int(found[1]), row, str(name))) from error
 
 
 _NO_CLASS = re.compile(r"Target (-?\d+) is out of bounds")
@@ -339,16 +345,6 @@ def _check_from(error: Exception, labels: Tensor, classes: int, place: Place) ->
         )
     except DataError as mistake:
         raise mistake from error
-
-
-def _no_class_message(label: int, row: str, column: str) -> str:
-    fix = f"build the model with more outputs (at least {label + 1})"
-    if label < 0:
-        fix = f"leave such labels out of the loss: cross_entropy(..., ignore_index={label})"
-    return (
-        f"Label {label} in {row}, column {column!r}, is not a class of the loss: classes are 0 to "
-        f"the number of outputs - 1. Correct the label, or {fix}."
-    )
 
 
 def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
@@ -382,6 +378,17 @@ def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
             f'Leave them out: dataset.remove_columns("{unknown[0]}"), or '
             "prepare_dataloaders(dataset, tokenizer, model=model)."
         )
+
+
+def _check_devices(
+    model: nn.Module, batch: Any, place: Place, error: Exception | None = None
+) -> None:
+    """Refuse tensors on an accelerator beside a model on the CPU, where nothing moves batches."""
+    if (weight := next(model.parameters(), None)) is None or weight.device.type != "cpu":
+        return
+    for name, column in columns_of(batch).items():
+        if isinstance(column, Tensor) and column.device.type != "cpu":
+            raise DataError(device_message(model, name, column, place)) from error
 
 
 def _check_tokens(
@@ -420,14 +427,7 @@ def _check_type(labels: Any, task: Task, place: Place) -> None:
     if not isinstance(labels, Tensor) or labels.is_floating_point() or task.rules.float_labels:
         return
     if labels.dtype != torch.int64:
-        raise DataError(_type_message(labels, place, "labels"))
-
-
-def _type_message(labels: Tensor, place: Place, column: str) -> str:
-    return (
-        f"{column!r} of {place.batch} are {str(labels.dtype).removeprefix('torch.')}, and the loss "
-        f'takes int64. Convert them: {{**batch, "{column}": batch["{column}"].long()}}.'
-    )
+        raise DataError(type_message(labels, place, "labels"))
 
 
 def _check_labels(

@@ -241,11 +241,11 @@ def train_loop(
             check(parse, "checkpoint_every", checkpoint_every),
         )
         max_seconds = check(parse_seconds, "max_time", max_time)
-        check(_check_evaluation, evaluate, best_metric, patience, on_step)
+        check(check_evaluation, evaluate, best_metric, patience, on_step)
         check(check_folder, checkpoint_dir, resume, keep_checkpoints)
         check(check_arguments, extras=extras, progress_bar=progress_bar, preflight=preflight)
-        optimizer = check(_optimizer, model, optimizer)
-        check(_check_schedules, lr_scheduler, optimizer, known.num_steps, num_warmup_steps)
+        optimizer = check(optimizer_of, model, optimizer)
+        check(check_schedules, lr_scheduler, optimizer, known.num_steps, num_warmup_steps)
     _tell_unused(arguments)
     given = {name: arguments[name] for name in _SAME_ON_RANKS} | ends | settings._asdict()
     agree(strategy, "train_loop", checkpoint_dir=checkpoint_dir and Path(checkpoint_dir), **given)
@@ -274,7 +274,7 @@ def train_loop(
         stack.enter_context(closing(steps))
         if goes_on(state.progress, plan):
             run.rehearse()
-            _try_evaluation(evaluate if preflight else None, best_metric)
+            try_metrics(evaluate if preflight else None, best_metric)
         if folder is not None:
             stack.enter_context(stopping.watching_signals())
         run.catch_up()
@@ -312,7 +312,8 @@ _SAME_ON_RANKS = (
 """Arguments that decide when the ranks of a run exchange something."""
 
 
-def _optimizer(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None) -> Optimizer:
+def optimizer_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None) -> Optimizer:
+    """Return one optimizer for those that ``train_loop`` was given, or for none."""
     return prepare_optimizer(model) if optimizer is None else as_optimizer(optimizer)
 
 
@@ -385,9 +386,10 @@ def _schedule(
     )
 
 
-def _check_schedules(
+def check_schedules(
     lr_scheduler: Any, optimizer: Any, num_steps: int, num_warmup_steps: float
 ) -> None:
+    """Refuse schedules of ``train_loop`` that do not fit its optimizers or its length."""
     if optimizer is None:  # there is none to be made of the model
         _check_schedule(lr_scheduler, None, num_steps, num_warmup_steps)
         return
@@ -416,7 +418,7 @@ def _check_schedule(
         )
 
 
-def _try_evaluation(evaluate: object, best_metric: str | None) -> None:
+def try_metrics(evaluate: object, best_metric: str | None) -> None:
     """Try ``evaluate`` on one batch, if it can be looked into, and look for ``best_metric``.
 
     Raises:
@@ -434,9 +436,10 @@ def _try_evaluation(evaluate: object, best_metric: str | None) -> None:
     )
 
 
-def _check_evaluation(
+def check_evaluation(
     evaluate: object, best_metric: object, patience: object, on_step: object
 ) -> None:
+    """Refuse functions and names of ``train_loop`` that cannot be meant, all of them at once."""
     problems = []
     if evaluate is not None and not callable(evaluate):
         problems.append(

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from manualloop.models import forward_columns, unwrap_model
-from manualloop.types import Batch
+from manualloop.models import forward_columns, model_name, unwrap_model
+from manualloop.types import Batch, Place
 
 
 def text_message(
@@ -294,6 +294,34 @@ def misaligned_message(num_labels: int, num_tokens: int, where: str) -> str:
         "the tokens, with -100 for special tokens: for words and tags preprocess="
         "manualloop.tasks.tag_words(tokenizer, words, tags) does. Let the collator pad both: "
         "transformers' DataCollatorForTokenClassification(tokenizer)."
+    )
+
+
+def no_class_message(label: int, row: str, column: str) -> str:
+    """Return the message about a label that is no class of a loss of the user's own."""
+    fix = f"build the model with more outputs (at least {label + 1})"
+    if label < 0:
+        fix = f"leave such labels out of the loss: cross_entropy(..., ignore_index={label})"
+    return (
+        f"Label {label} in {row}, column {column!r}, is not a class of the loss: classes are 0 to "
+        f"the number of outputs - 1. Correct the label, or {fix}."
+    )
+
+
+def type_message(labels: Tensor, place: Place, column: str) -> str:
+    """Return the message about labels of a type that the loss does not take."""
+    return (
+        f"{column!r} of {place.batch} are {str(labels.dtype).removeprefix('torch.')}, and the loss "
+        f'takes int64. Convert them: {{**batch, "{column}": batch["{column}"].long()}}.'
+    )
+
+
+def device_message(model: nn.Module, column: object, tensor: Tensor, place: Place) -> str:
+    """Return the message about a tensor on an accelerator beside a model on the CPU."""
+    return (
+        f"Column {column!r} of {place.batch} is on {tensor.device}, and {model_name(model)} is on "
+        "cpu. Leave it to the loop to move batches to the model, and make tensors where they are "
+        'loaded: device="cpu".'
     )
 
 

@@ -7,6 +7,7 @@ checkpoint holds its place; the length is that of the run at hand.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
@@ -17,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from manualloop.arguments import check_arguments
 from manualloop.errors import ConfigError
 from manualloop.internals import unwrap_optimizer
+from manualloop.notices import say
 from manualloop.optimizers.together import as_schedule, each, for_each
 
 _FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")
@@ -268,11 +270,13 @@ def require_length(lr_scheduler: Any, num_left: int) -> None:
     """Refuse a schedule that cannot be stepped as often as a run needs it.
 
     Raises:
-        ConfigError: A ``OneCycleLR``, perhaps inside of another schedule, ends before the run.
+        ConfigError: A ``OneCycleLR``, perhaps inside of another schedule, ends before the run, or
+            a schedule was built for less than nine tenths of it.
     """
     if not isinstance(lr_scheduler, LRScheduler):
         return
     place = getattr(lr_scheduler, "last_epoch", 0)
+    _compare_lengths(lr_scheduler, place, place + num_left)
     for end, total in _ends(lr_scheduler.state_dict(), place, place + num_left):
         if end <= total:
             continue
@@ -289,6 +293,34 @@ def require_length(lr_scheduler: Any, num_left: int) -> None:
             f'{num_left}). A schedule given by name, such as "cosine", can be extended: see '
             "docs/resume.md."
         )
+
+
+def _compare_lengths(schedule: LRScheduler, place: int, end: int) -> None:
+    """Compare the length that a schedule of transformers was built for with that of the run.
+
+    Beyond its length it gives a rate of 0, or begins again. A difference of a few updates, as of
+    epochs that were rounded down, and that of a resumed run, are reported.
+    """
+    if not isinstance(schedule, LambdaLR):
+        return
+    totals = [getattr(one, "keywords", {}).get("num_training_steps") for one in schedule.lr_lambdas]
+    total = min((total for total in totals if isinstance(total, int)), default=end)
+    if total >= end:
+        return
+    known = getattr(schedule.lr_lambdas[0], "func", None)
+    found = _NAME.match(getattr(known, "__name__", ""))
+    name = getattr(schedule, "settings", {}).get("name") or (found[1] if found else "linear")
+    message = (
+        f"The schedule was built for num_training_steps={total} updates, and the run has {end}. "
+        f'Build it for all of them: prepare_scheduler(optimizer, "{name}", num_training_steps='
+        f'{end}), or name it: lr_scheduler="{name}".'
+    )
+    if not place and total < 0.9 * end:
+        raise ConfigError(message)
+    say(message)
+
+
+_NAME = re.compile(r"_get_([a-z]+)_schedule")
 
 
 def _ends(state: Mapping[str, Any], place: int, end: int) -> Iterator[tuple[int, int]]:

@@ -22,6 +22,7 @@ MODULES = {
 
 # The rows of the plan: a room imports only rooms of the rows below its own.
 ROWS = [
+    ["forecast"],
     ["loop", "verify"],
     ["steps"],
     ["nonfinite", "plan", "step_fn"],
@@ -70,6 +71,7 @@ PUBLIC_NAMES = [
     "NonFiniteError",
     "Predictions",
     "PredictionsComparison",
+    "PreflightReport",
     "ResumeReport",
     "RunComparison",
     "SingleDevice",
@@ -92,6 +94,7 @@ PUBLIC_NAMES = [
     "load_checkpoint",
     "load_metric",
     "predict_loop",
+    "preflight",
     "prepare_dataloaders",
     "prepare_optimizer",
     "prepare_scheduler",
@@ -124,6 +127,12 @@ SIGNATURES = {
     "load_metric": "name, config=None, **options",
     "predict_loop": (
         "model, dataloader, *, strategy=None, postprocess=None, decode=None, progress_bar=False"
+    ),
+    "preflight": (
+        "model, loaders, optimizer=None, lr_scheduler='linear', *, num_epochs=None, "
+        "max_steps=None, num_warmup_steps=0, gradient_accumulation_steps=1, max_grad_norm=None, "
+        "loss_fn=None, terms=None, step_fn=None, strategy=None, extras=None, evaluate=None, "
+        "best_metric=None, checkpoint_dir=None, keep_checkpoints=2, **others"
     ),
     "prepare_dataloaders": (
         "datasets, tokenizer=None, *, model=None, task=None, text_columns=None, "

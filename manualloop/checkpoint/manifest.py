@@ -339,6 +339,21 @@ def is_lower_better(best_metric: str) -> bool:
     return _LOWER.fullmatch(best_metric.lower()) is not None and not is_negated
 
 
+def is_known(name: str) -> bool:
+    """Tell whether everybody knows which value of a metric is the best.
+
+    >>> [is_known(name) for name in ("val_loss", "f1_macro", "eval_accuracy", "gap")]
+    [True, True, True, False]
+    """
+    return any(kind.fullmatch(name.lower()) is not None for kind in (_LOWER, _HIGHER))
+
+
 _LOWER = re.compile(
     r"(.*[_/])?(loss|perplexity|error|error_rate|mse|mae|rmse|wer|cer)(_low|_high)?", re.DOTALL
+)
+_HIGHER = re.compile(
+    r"(.*[_/])?(accuracy|f1|precision|recall|roc_auc|auc|matthews_correlation|pearson|spearmanr|"
+    r"exact_match|bleu|chrf|rouge\w+|mean_iou|map)([_/](none|macro|micro|weighted|samples))?"
+    r"(_low|_high)?",
+    re.DOTALL,
 )

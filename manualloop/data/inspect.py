@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -217,6 +218,17 @@ def first_batch(loader: Any) -> Any:
     Raises:
         DataError: Its batches can be read only once.
     """
+    with reading(loader) as batches:
+        return next(batches, None)
+
+
+@contextmanager
+def reading(loader: Any) -> Iterator[Iterator[Any]]:
+    """Give the batches of a pass from its start, and leave the loader as it was afterwards.
+
+    Raises:
+        DataError: Its batches can be read only once.
+    """
     if hasattr(type(loader), "__next__"):
         raise DataError(_read_once_message("", loader))
     parts = [part.value for _, part in walk({"loader": loader})]
@@ -233,7 +245,7 @@ def first_batch(loader: Any) -> Any:
             for path, part in walk({"loader": loader}):
                 if id(part.value) in iterators:  # it was there before iter()
                     raise DataError(_read_once_message(f" at {path}", part.value))
-            return next(batches, None)
+            yield batches
         finally:
             restore()
 

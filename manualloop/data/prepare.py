@@ -16,6 +16,7 @@ from manualloop.data.batching import collates_of, problems_of_packing, tell_pack
 from manualloop.data.collate import require_pad_token, require_tokenizer
 from manualloop.data.columns import LABELS
 from manualloop.data.fetched import as_read
+from manualloop.data.files import note_on_sources
 from manualloop.data.functions import (
     RAW,
     ByName,
@@ -110,7 +111,8 @@ def prepare_dataloaders(
     Args:
         datasets: A ``DatasetDict``, any mapping from split to dataset, or a single dataset, which
             becomes the split "train". A dataset is a ``datasets.Dataset`` or ``IterableDataset``
-            as ``load_dataset`` returns it, raw or with ``input_ids``.
+            as ``load_dataset`` returns it, raw or with ``input_ids``; a ``pandas.DataFrame``; or
+            the path of a CSV, TSV, JSON or Parquet file.
         tokenizer: Tokenizer, which also pads, or image processor, which the transforms of images in
             ``manualloop.tasks`` take; None if the rows can be stacked as they are.
         model: Model whose ``forward`` decides which columns are kept. Without it the tokenizer's
@@ -199,11 +201,12 @@ def prepare_dataloaders(
     (texts, label), labels = found.columns, found.labels
     encode = _encoder(reference_of(splits), texts, tokenizer, max_length, model, tokenizes)
     used = () if label_column is None or isinstance(label_column, str) else tuple(label_column)
-    splits, transformed = _prepare_splits(splits, found, encode, functions, model, used, seed)
+    note = note_on_sources(datasets)
+    splits, transformed = _prepare_splits(splits, found, encode, functions, model, used, seed, note)
     makes = tokenizer, labels.task, pad_to_multiple_of, pack, seed
     collates, loaders = collates_of(splits, functions, *makes), {}
     labelled = tuple(split.key for key, split in splits.items() if key not in found.hidden)
-    with all_at_once() as check:
+    with all_at_once(note) as check:
         for key, split in splits.items():
             collate = collates[key]
             lengths = check(
@@ -297,7 +300,7 @@ def _look_at(
     from manualloop.data.survey import Choices, survey
 
     fitted = Naming()
-    with all_at_once() as check:
+    with all_at_once(note_on_sources(datasets)) as check:
         splits = open_splits(datasets, check)
         if splits:
             splits = fill_cells(splits, fill, label_column, check)
@@ -366,6 +369,7 @@ def _prepare_splits(
     model: nn.Module | None,
     used: Sequence[str],
     seed: int,
+    note: str,
 ) -> tuple[dict[Any, Split], dict[Any, TransformedRows | TransformedStream]]:
     """Tokenize and prune all splits, try the transforms, and report which columns are used.
 
@@ -375,7 +379,7 @@ def _prepare_splits(
     prepared: dict[Any, Split] = {}
     transformed: dict[Any, TransformedRows | TransformedStream] = {}
     notes: dict[str, list[str]] = {}
-    with all_at_once() as check:
+    with all_at_once(note) as check:
         for key, split in splits.items():
             raw = [name for name in split.kinds if name not in used]
             hidden = found.hidden.get(key)

@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from manualloop.arguments import Checks
+from manualloop.data.files import read_rows
 from manualloop.errors import DataError
 
 TEXT_KINDS = ("text", "texts")
@@ -180,10 +181,12 @@ def open_splits(datasets: Any, check: Checks) -> dict[Any, Split]:
 
 
 def _open(name: str, rows: Any, key: str | None) -> Split:
+    rows = read_rows(name, rows)
     if not hasattr(rows, "features") or not hasattr(rows, "map"):
         raise DataError(
-            f"{name} is a {type(rows).__name__}, not a datasets.Dataset. Load files with "
-            "datasets.load_dataset, or build one from rows: datasets.Dataset.from_list(rows)."
+            f"{name} is a {type(rows).__name__}, not a datasets.Dataset. Pass one, a "
+            "pandas.DataFrame or the path of a CSV, JSON or Parquet file, or build one from rows: "
+            "datasets.Dataset.from_list(rows)."
         )
     form = getattr(rows, "format", {})  # a stream has none
     if form.get("type") == "custom":

@@ -100,6 +100,11 @@ def as_tables(rows: datasets.Dataset) -> Dataset:
     return kept
 
 
+def from_frame(frame: Any) -> datasets.Dataset:
+    """Return the rows of a ``pandas.DataFrame`` as a dataset, without its index."""
+    return datasets.Dataset.from_pandas(frame, preserve_index=False)
+
+
 def with_classes(features: Any, column: str, names: Sequence[str]) -> Any:
     """Return features whose column, or the lists in it, are classes with names; None of None."""
     if features is None:

@@ -213,10 +213,13 @@ def _numbered(
     finally:
         progress.close(number)
     if number == 0:
-        raise DataError(
-            "No rows to evaluate: the loader gave 0 batches. Check the filter of the dataset, and "
-            "that the loader is not a generator that has already been read."
-        )
+        raise DataError(NO_ROWS)
+
+
+NO_ROWS = (
+    "No rows to evaluate: the loader gave 0 batches. Check the filter of the dataset, and that the "
+    "loader is not a generator that has already been read."
+)
 
 
 def _in_common_order(loader: Iterable[Any], strategy: Strategy) -> Generator[Any, None, None]:

@@ -16,10 +16,11 @@ from manualloop.errors import ConfigError, DataError
 from manualloop.evaluation.functions import accepts_kept
 from manualloop.evaluation.loop import evaluate_loop, named_loaders
 from manualloop.evaluation.metrics import BuiltIn, load_metric
+from manualloop.evaluation.passes import NO_ROWS
 from manualloop.evaluation.scorers import as_metric, parts_of
 from manualloop.evaluation.scoring import ask_for
 from manualloop.objects import remember
-from manualloop.strategy.base import prepare_model
+from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.names import class_names
 from manualloop.tasks.task import IGNORE_INDEX
@@ -79,7 +80,7 @@ def try_evaluation(evaluate: object) -> Found | None:
     names: list[str] = []
     are_fixed = True
     for prefix, loader in named_loaders(loaders).items():
-        batch = _batch_of(loader)
+        batch = _batch_of(loader, strategy)
         if batch is None:
             return None
         bound.arguments |= {"eval_dataloader": [batch] * strategy.world_size, "progress_bar": False}
@@ -107,12 +108,18 @@ def _own_metrics(metric: Any) -> tuple[list[BuiltIn], bool]:
     return own, len(own) == len(parts)
 
 
-def _batch_of(loader: Iterable[Any]) -> Any:
-    """Return the first batch; None if a look would use it up, or if it has no label to score."""
+def _batch_of(loader: Iterable[Any], strategy: Strategy) -> Any:
+    """Return the first batch; None if a look would use it up, or if it has no label to score.
+
+    Raises:
+        DataError: There is no batch.
+    """
     try:
         batch = first_batch(loader)
     except DataError:
         return None
+    if batch is None and strategy.world_size == 1:  # of several ranks others may have one
+        raise DataError(NO_ROWS)
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if isinstance(labels, Tensor) and not bool((labels != IGNORE_INDEX).any()):
         return None

@@ -6,7 +6,13 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from manualloop.checkpoint.manifest import has_sign, is_lower_better, metric_name, score
+from manualloop.checkpoint.manifest import (
+    has_sign,
+    is_known,
+    is_lower_better,
+    metric_name,
+    score,
+)
 from manualloop.errors import ConfigError
 from manualloop.notices import say
 from manualloop.types import Record
@@ -61,12 +67,21 @@ class Evaluations:
             self.num_since_best += 1
 
     def tell_direction(self) -> None:
-        """Log which value is the best, unless a sign has decided it."""
-        if self.best_metric is not None and not has_sign(self.best_metric):
-            which, sign = ("lowest", "+") if self.is_lower_better else ("highest", "-")
+        """Log which value is the best, unless a sign has decided it as one would expect."""
+        if self.best_metric is None:
+            return
+        which, sign = ("lowest", "+") if self.is_lower_better else ("highest", "-")
+        name = metric_name(self.best_metric)
+        if not has_sign(self.best_metric):
             say(
-                f"the best evaluation is the one with the {which} {self.best_metric} (otherwise "
-                f"write best_metric={sign + self.best_metric!r})."
+                f"the best evaluation is the one with the {which} {name} (otherwise "
+                f"write best_metric={sign + name!r})."
+            )
+        elif self.is_lower_better != is_lower_better(name) and is_known(name):
+            other = "highest" if self.is_lower_better else "lowest"
+            say(
+                f"best_metric={self.best_metric!r} takes the {which} {name} for the best, which is "
+                f"the worst model. The {other} is best_metric={name!r}."
             )
 
     def _is_better(self) -> bool:

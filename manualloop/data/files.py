@@ -1,0 +1,158 @@
+"""Datasets from a user's own files and frames: CSV, TSV, JSON, Parquet, ``pandas.DataFrame``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manualloop.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SEPARATORS = ",;\t|"
+_BYTES_OF_HEADER = 65_536
+
+
+def read_rows(name: str, source: Any) -> Any:
+    """Return the dataset of a split: one that is given, or one made of a file or a frame.
+
+    Args:
+        name: Name of the split, for messages.
+        source: The path of a file, a frame, or anything else, which is returned as it is.
+
+    Raises:
+        DataError: The file is missing, is of another kind, or cannot be read.
+    """
+    if isinstance(source, str | os.PathLike):
+        source = _read_file(name, Path(source))
+    if type(source).__name__ != "DataFrame" or not hasattr(source, "columns"):
+        return source
+    from manualloop.data.tables import from_frame
+
+    with _explaining(f"The table of {name}"):
+        return from_frame(source)
+
+
+def note_on_sources(datasets: Any) -> str:
+    """Return the sentence that tells what ``dataset`` is in the lines of a message.
+
+    It is empty where the caller has passed datasets, and such a variable is likely to be there.
+
+    >>> note_on_sources({"train": "rows.csv"})
+    ' Here dataset = {"train": datasets.Dataset.from_csv("rows.csv")}.'
+    """
+    if isinstance(datasets, Mapping):
+        made = {str(name): _code_of(rows) for name, rows in datasets.items()}
+        if not any(made.values()):
+            return ""
+        pairs = [f'"{name}": {code or "..."}' for name, code in made.items()]
+        return f" Here dataset = {{{', '.join(pairs)}}}."
+    code = _code_of(datasets)
+    return f" Here dataset = {code}." if code else ""
+
+
+def _code_of(source: Any) -> str:
+    """Return the code that makes a dataset of a file or a frame; empty for anything else."""
+    if type(source).__name__ == "DataFrame":
+        return "datasets.Dataset.from_pandas(frame, preserve_index=False)"
+    if not isinstance(source, str | os.PathLike):
+        return ""
+    path = Path(source)
+    kind = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+    maker, option = f"from_{kind.get(path.suffix.lower(), 'csv')}", ""
+    if maker == "from_csv":
+        separator = _separator_in(path) if path.is_file() else "\t" if ".tsv" in path.name else ","
+        option = "" if separator == "," else f", sep={_quoted(separator)}"
+    return f'datasets.Dataset.{maker}("{path}"{option})'
+
+
+def _quoted(separator: str) -> str:
+    return '"\\t"' if separator == "\t" else f'"{separator}"'
+
+
+def _separator_in(path: Path) -> str:
+    """Return what separates the cells of a table of text, by its header."""
+    with path.open("rb") as file:
+        header = file.readline(_BYTES_OF_HEADER).decode("latin-1")
+    return max(_SEPARATORS, key=header.count)
+
+
+def _read_file(name: str, path: Path) -> Any:
+    import pandas
+
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no file"
+        raise DataError(
+            f"{name} is the path {str(path)!r}, and there is {found}. Pass the path of a CSV, "
+            "JSON or Parquet file, or load a dataset: datasets.load_dataset(...)."
+        )
+    kind = path.suffix.lower()
+    with _explaining(str(path)):
+        if kind in (".csv", ".tsv", ".txt"):
+            return _read_csv(path)
+        if kind in (".json", ".jsonl", ".ndjson"):
+            return pandas.read_json(path, lines=_is_lines(path))
+        if kind in (".parquet", ".pq"):
+            return pandas.read_parquet(path)
+    raise DataError(
+        f"{name} is the file {str(path)!r}, whose kind {kind!r} is unknown. Pass a .csv, .tsv, "
+        ".json, .jsonl or .parquet file, or a pandas.DataFrame."
+    )
+
+
+def _read_csv(path: Path) -> Any:
+    """Read a table of text, whose header tells how its cells are separated."""
+    import pandas
+
+    return pandas.read_csv(path, sep=_separator_in(path), encoding=_encoding_of(path))
+
+
+def _encoding_of(path: Path) -> str:
+    """Return the encoding of a text file, which is UTF-8 or, by its first bytes, UTF-16.
+
+    Raises:
+        DataError: It is another one, which the bytes do not tell.
+    """
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    try:
+        content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        separator = _separator_in(path)
+        option = "" if separator == "," else f", sep={_quoted(separator)}"
+        raise DataError(
+            f"{path} is not UTF-8: byte {content[error.start]:#04x} in line {line}. Older Windows "
+            f"programs write cp1252; read it so, and pass the frame: pandas.read_csv("
+            f'"{path}"{option}, encoding="cp1252").'
+        ) from error
+    return "utf-8-sig"
+
+
+def _is_lines(path: Path) -> bool:
+    """Tell whether a JSON file has an object in each line, instead of one list."""
+    with path.open("rb") as file:
+        return not file.read(_BYTES_OF_HEADER).lstrip().startswith(b"[")
+
+
+@contextmanager
+def _explaining(what: str) -> Iterator[None]:
+    """Name the file in the error of a library that cannot read it.
+
+    Raises:
+        DataError: The library raised an error.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{what} cannot be read: {type(error).__name__}: {error}. Look at its first rows: "
+            "print(open(path).read(500)), or make columns of one kind: frame.astype(str)."
+        ) from error
