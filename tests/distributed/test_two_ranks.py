@@ -34,6 +34,7 @@ FIRST = [
 ]
 SECOND = [
     "another_run",
+    "before_a_run",
     "beside_training",
     "own_generators",
     "two_optimizers",

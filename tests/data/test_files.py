@@ -1,0 +1,136 @@
+"""Files and frames of a user's own: read as they are, or refused with the line that reads them."""
+
+import datasets
+import pandas
+import pytest
+from helpers import fixes_in, labels_of, run_fix, tiny_bert, tiny_tokenizer
+
+from manualloop import DataError, prepare_dataloaders
+
+TEXTS = ["good movie", "bad plot", "fine", "very dull", "good", "bad"]
+FRAME = pandas.DataFrame(
+    {"id": range(6), "text": TEXTS, "label": ["pos", "neg", "pos", "neg", "pos", "neg"]}
+)
+
+
+def written(folder, name, frame=FRAME):
+    """A file of the frame, by the ending of its name and what stands before it."""
+    path = folder / name
+    if name.endswith(".parquet"):
+        frame.to_parquet(path)
+    elif name.endswith((".jsonl", ".json")):
+        frame.to_json(path, orient="records", lines=name.endswith("l"))
+    else:
+        separators = {"semicolon": ";", "tab": "\t", "pipe": "|", "rows.tsv": "\t"}
+        separator = next((s for kind, s in separators.items() if kind in name), ",")
+        encoding = next((e for e in ("utf-8-sig", "utf-16", "cp1252") if e in name), "utf-8")
+        frame.to_csv(path, index="index" in name, sep=separator, encoding=encoding)
+    return path
+
+
+FILES = [
+    *("rows.csv", "semicolon.csv", "tab.csv", "pipe.txt", "rows.tsv", "index.csv"),
+    *("utf-8-sig.csv", "utf-16.csv", "rows.json", "rows.jsonl", "rows.parquet"),
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_read_as_the_dataset_of_its_rows(name, tmp_path):
+    path = written(tmp_path, name)
+    expected = prepare_dataloaders(datasets.Dataset.from_pandas(FRAME), tiny_tokenizer())
+    for given in (path, str(path), {"train": path}):
+        loaders = prepare_dataloaders(given, tiny_tokenizer(), model=tiny_bert())
+        assert labels_of(loaders["train"]) == labels_of(expected["train"])
+
+
+def test_a_frame_is_read_without_its_index(caplog):
+    frame = FRAME.sample(frac=1.0, random_state=1)
+    loaders = prepare_dataloaders({"train": frame, "test": FRAME}, tiny_tokenizer(), keep="id")
+    assert labels_of(loaders["test"]) == [1, 0, 1, 0, 1, 0]
+    assert next(iter(loaders["test"]))["id"] == [0, 1, 2, 3, 4, 5]
+    assert "__index_level_0__" not in caplog.text
+
+
+def test_all_problems_of_a_file_come_in_one_message_whose_lines_run(tmp_path):
+    frame = FRAME.copy()
+    frame.loc[1, "text"] = None
+    frame.loc[4, "label"] = None
+    path = written(tmp_path, "semicolon.csv", frame)
+    with pytest.raises(DataError) as refused:
+        prepare_dataloaders({"train": path}, tiny_tokenizer())
+    message = str(refused.value)
+    assert "Row 1 of train has text=None" in message
+    assert "Row 4 of train has label=None" in message
+    made = message.rpartition(" Here dataset = ")[2].removesuffix(".")
+    assert made == f'{{"train": datasets.Dataset.from_csv("{path}", sep=";")}}'
+    dataset = eval(made, {"datasets": datasets})
+    for line in fixes_in(message):
+        dataset = run_fix(line, dataset)
+    loaders = prepare_dataloaders(dataset, tiny_tokenizer())
+    assert sorted(labels_of(loaders["train"])) == [0, 0, 1, 1]
+
+
+def test_the_lines_for_a_single_file_and_a_frame_run(tmp_path):
+    frame = FRAME.copy()
+    frame.loc[4, "label"] = None
+    path = written(tmp_path, "rows.jsonl", frame)
+    for given, code in (
+        (path, f'datasets.Dataset.from_json("{path}")'),
+        (frame, "datasets.Dataset.from_pandas(frame, preserve_index=False)"),
+    ):
+        with pytest.raises(DataError) as refused:
+            prepare_dataloaders(given, tiny_tokenizer())
+        assert str(refused.value).endswith(f" Here dataset = {code}.")
+        dataset = eval(code, {"datasets": datasets, "frame": frame})
+        (line,) = fixes_in(refused.value)
+        assert len(prepare_dataloaders(run_fix(line, dataset), tiny_tokenizer())["train"]) == 1
+
+
+def test_an_old_encoding_is_refused_with_the_line_that_reads_it(tmp_path):
+    frame = FRAME.copy()
+    frame.loc[3, "text"] = "trop mauvais, déjà vu"
+    path = written(tmp_path, "cp1252-semicolon.csv", frame)
+    with pytest.raises(DataError, match="is not UTF-8: byte 0xe9 in line 5") as refused:
+        prepare_dataloaders(path, tiny_tokenizer())
+    line = "pandas.read_csv" + str(refused.value).rpartition("pandas.read_csv")[2].removesuffix(".")
+    read = eval(line, {"pandas": pandas})
+    assert read["text"][3] == "trop mauvais, déjà vu"
+    assert prepare_dataloaders(read, tiny_tokenizer())
+
+
+REFUSED = {
+    "missing.csv": "there is no file",
+    "": "there is a folder",
+    "rows.xlsx": "whose kind '.xlsx' is unknown",
+    "ragged.csv": "cannot be read: ParserError",
+    "empty.csv": "cannot be read: EmptyDataError",
+    "broken.json": "cannot be read: ValueError",
+    "broken.parquet": "cannot be read: ",
+}
+CONTENTS = {
+    "rows.xlsx": "PK",
+    "ragged.csv": "a,b\n1,2\n1,2,3,4\n",
+    "empty.csv": "",
+    "broken.json": "[{",
+    "broken.parquet": "PAR1",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_is_named(name, tmp_path):
+    if name in CONTENTS:
+        (tmp_path / name).write_text(CONTENTS[name])
+    with pytest.raises(DataError, match=REFUSED[name]):
+        prepare_dataloaders({"train": tmp_path / name}, tiny_tokenizer())
+
+
+def test_a_column_of_mixed_kinds_is_named():
+    frame = FRAME.assign(label=["pos", 1, "pos", 2.5, "pos", "neg"])
+    with pytest.raises(DataError, match="The table of train cannot be read: Arrow"):
+        prepare_dataloaders(frame, tiny_tokenizer())
+
+
+def test_a_file_of_a_header_alone_has_0_rows(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    with pytest.raises(DataError, match="train has 0 rows"):
+        prepare_dataloaders(tmp_path / "rows.csv", tiny_tokenizer())
