@@ -110,7 +110,9 @@ PAD = DataCollatorWithPadding(tiny_tokenizer())
 
 def prepared(model: nn.Module | None = None, dataset: Any = None, **options: Any) -> Any:
     """Loaders of some sentences, as ``prepare_dataloaders`` makes them."""
-    return prepare_dataloaders(dataset or rows(), tiny_tokenizer(), model=model, **options)
+    return prepare_dataloaders(
+        rows() if dataset is None else dataset, tiny_tokenizer(), model=model, **options
+    )
 
 
 def labelled(**columns: list[Any]) -> Dataset:
@@ -601,13 +603,13 @@ def _(train):
 
 @mistake(
     "a metric gets logits for classes",
-    *(MetricError, "accuracy expects integers, got float scores of shape (4, 2)", "batch 0"),
-    line="logits.argmax(-1)",
+    *(MetricError, "accuracy scores a prediction for each label, and in batch 0 the shape of the"),
+    *("predictions is (4, 2)", "that of the labels (4,)"),
+    line="Leave postprocess out",
     whole_runs=True,
 )
 def _(fit, model, line):
-    def predict(outputs, batch):
-        return value(line, logits=outputs.logits)
+    predict = None if line else lambda outputs, batch: outputs.logits
 
     fit(model, prepared(model)["train"], **scored(model, postprocess=predict))
 
@@ -868,7 +870,7 @@ def _(train):
 
 @mistake(
     "batches are on another device than the model",
-    *(DataError, "Column 'input_ids' of batch 0 is on meta", "BertForSequenceClassification is on"),
+    *(DataError, "Column 'input_ids' of a batch is on meta", "BertForSequenceClassification is on"),
     line='device="cpu"',
 )
 def _(fit, model, line):

@@ -544,3 +544,69 @@ def test_an_object_of_a_lambda_lr_is_loaded_and_not_called() -> None:
     resumed.load_state_dict(state.state_dict())
     assert resumed.lr_scheduler.get_last_lr() == [0.25]
     assert step(resumed) == step(state) == [0.125]
+
+
+# A schedule that was built for fewer updates than the run has. ------------------------------------
+
+
+def of_length(name: str, total: int) -> Callable[[Any], Any]:
+    """A schedule of transformers, by its own function and by ours."""
+    if name.startswith("ours "):
+        return lambda o: prepare_scheduler(o, name.removeprefix("ours "), num_training_steps=total)
+    return lambda o: get_scheduler(name, o, 0, total)
+
+
+def train_ten(make: Callable[[Any], Any], folder: Path | None = None, **length: Any) -> Any:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return train_loop(
+        model,
+        [{"x": torch.ones(2, 1)}] * 10,
+        optimizer,
+        make(optimizer),
+        loss_fn=lambda model, batch: model(batch["x"]).mean(),
+        progress_bar=False,
+        checkpoint_dir=folder,
+        **(length or {"num_epochs": 1}),
+    )
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "ours linear", "ours cosine", "polynomial"])
+def test_a_schedule_for_less_than_the_run_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="num_training_steps=5 updates, and the run has 10") as e:
+        train_ten(of_length(name, 5))
+    line = str(e.value).partition("for all of them: ")[2].partition(", or name it")[0]
+    assert name.removeprefix("ours ") in line or name == "polynomial"
+    names = {"prepare_scheduler": prepare_scheduler}
+    assert train_ten(lambda optimizer: eval(line, {**names, "optimizer": optimizer}))
+
+
+def test_a_schedule_that_is_a_little_short_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert train_ten(of_length("linear", 9))
+    assert "was built for num_training_steps=9 updates, and the run has 10." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        of_length("linear", 10),
+        of_length("linear", 30),
+        of_length("constant", 1),
+        of_length("constant_with_warmup", 5),
+        of_length("inverse_sqrt", 5),
+        lambda optimizer: torchs.LambdaLR(optimizer, lambda step: 0.9**step),
+        lambda optimizer: torchs.StepLR(optimizer, 2),
+        lambda optimizer: None,
+    ],
+)
+def test_other_schedules_are_taken(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert train_ten(make)
+    assert "was built for" not in caplog.text
+
+
+def test_a_run_that_is_extended_goes_beyond_its_schedule_with_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_ten(of_length("linear", 10), tmp_path)
+    train_ten(of_length("linear", 10), tmp_path, num_epochs=2)
+    assert "was built for num_training_steps=10 updates, and the run has 20." in caplog.text

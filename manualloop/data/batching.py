@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+from torch import nn
 from torch.utils.data import DataLoader
 
 from manualloop.data.collate import padding_collate_fn
@@ -15,6 +17,7 @@ from manualloop.data.packing import fill_of
 from manualloop.data.sampler import OrderedBatchSampler, packs_rows
 from manualloop.data.splits import Split, reference_of
 from manualloop.errors import ConfigError
+from manualloop.models import accepts
 from manualloop.notices import say
 from manualloop.tasks.pixels import image_processor
 
@@ -27,6 +30,7 @@ def collates_of(
     multiple: int | None,
     pack: bool,
     seed: int,
+    model: nn.Module | None,
 ) -> dict[Any, Any]:
     """Return the function of each split that makes a batch of rows.
 
@@ -38,6 +42,7 @@ def collates_of(
         multiple: Number of which each padded length is a multiple; None: 1.
         pack: Whether the splits that are shuffled are packed.
         seed: Seed of the run.
+        model: The model; None if it is unknown.
 
     Raises:
         ConfigError: Rows of this kind cannot be packed.
@@ -55,12 +60,20 @@ def collates_of(
                 hasattr(of_split.transform, "fitted") for of_split in functions.values()
             )
             pads = padding_collate_fn(tokenizer, task, multiple, of_images=of_images)
+        if model is not None and not accepts(model, "attention_mask"):
+            pads = partial(_without_mask, collate=pads)
     made: dict[Any, Any] = {}
     for key, split in splits.items():
         collate: Any = _packing() if key in packed else functions[key].collate_fn or pads
         is_fixed = not split.is_train and not split.is_stream and masks_rows(collate)
         made[key] = RowMasks(collate, seed) if is_fixed else collate
     return made
+
+
+def _without_mask(rows: Any, *, collate: Callable[[Any], Mapping[str, Any]]) -> dict[str, Any]:
+    """Make a batch without the mask that padding adds, for a model that does not take it."""
+    batch = collate(rows)
+    return {name: column for name, column in batch.items() if name != "attention_mask"}
 
 
 def _packing() -> Any:

@@ -203,7 +203,7 @@ def prepare_dataloaders(
     used = () if label_column is None or isinstance(label_column, str) else tuple(label_column)
     note = note_on_sources(datasets)
     splits, transformed = _prepare_splits(splits, found, encode, functions, model, used, seed, note)
-    makes = tokenizer, labels.task, pad_to_multiple_of, pack, seed
+    makes = tokenizer, labels.task, pad_to_multiple_of, pack, seed, model
     collates, loaders = collates_of(splits, functions, *makes), {}
     labelled = tuple(split.key for key, split in splits.items() if key not in found.hidden)
     with all_at_once(note) as check:

@@ -354,3 +354,25 @@ def test_labels_that_preprocess_returns_are_to_be_corrected_there(task: str) -> 
         )
     assert "preprocess=" in str(error.value)
     assert "dataset" not in str(error.value)
+
+
+def test_a_model_that_takes_no_mask_gets_none():
+    class NoMask(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(20, 2)
+
+        def forward(self, input_ids, labels=None):
+            logits = self.embedding(input_ids).mean(dim=1)
+            return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    class AnyColumn(NoMask):
+        def forward(self, input_ids, labels=None, **columns):
+            assert "attention_mask" in columns
+            return super().forward(input_ids, labels)
+
+    for model in (NoMask(), AnyColumn()):
+        loaders = prepare_dataloaders(rows(), tiny_tokenizer(), model=model)
+        batch = next(iter(loaders["train"]))
+        assert ("attention_mask" in batch) == isinstance(model, AnyColumn)
+        assert train_loop(model, loaders["train"], num_epochs=1, progress_bar=False).state

@@ -281,6 +281,16 @@ def test_a_lambda_has_a_key_that_can_be_read(metric):
     assert "metric" in evaluate_loop(Classifier(), loader(), metric)
 
 
+@pytest.mark.parametrize("is_one_of_two", [False, True])
+def test_a_loader_without_a_batch_is_refused_before_the_first_update(is_one_of_two):
+    model = Classifier()
+    empty = DataLoader(torch.utils.data.Subset(Rows(), []), 4)
+    loaders = {"a": loader(), "b": empty} if is_one_of_two else empty
+    with pytest.raises(DataError, match="No rows to evaluate: the loader gave 0 batches"):
+        train(partial(evaluate_loop, model, loaders), model)
+    assert model.calls == 0
+
+
 class Given(nn.Module):
     def __init__(self, has_loss):
         super().__init__()

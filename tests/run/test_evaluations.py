@@ -67,6 +67,25 @@ def test_a_metric_that_is_missing_is_named():
         Evaluations("f1").add({"loss": 1.0, "accuracy": 0.5})
 
 
+@pytest.mark.parametrize(
+    ("best_metric", "says"),
+    [
+        ("+loss", "takes the highest loss for the best, which is the worst model. The lowest is"),
+        ("-eval_accuracy", "takes the lowest eval_accuracy for the best, which is the worst"),
+        ("-f1/macro", "The highest is best_metric='f1/macro'."),
+        ("loss", "the best evaluation is the one with the lowest loss"),
+        ("-gap", None),  # nobody knows
+        ("-loss", None),
+        ("+f1", None),
+        (None, None),
+    ],
+)
+def test_the_direction_is_told_where_it_is_not_as_one_would_expect(best_metric, says, caplog):
+    with caplog.at_level("INFO", logger="manualloop"):
+        Evaluations(best_metric).tell_direction()
+    assert (says in caplog.text) if says else caplog.text == ""
+
+
 # Runs ---------------------------------------------------------------------------------------------
 
 
