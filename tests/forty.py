@@ -243,7 +243,7 @@ class Logits(nn.Module):
 
 @for_trainer
 def _(train):
-    train(Logits(), labelled(), PAD)
+    train(Logits(), labelled().select_columns(["input_ids", "labels"]))
 
 
 @mistake(

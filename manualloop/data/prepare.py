@@ -189,7 +189,6 @@ def prepare_dataloaders(
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     given = {name: arguments[name] for name in _GIVEN}
     tokenizes = preprocess is None and _reads_text(tokenizer)
-
     splits, functions, found, naming = _look_at(
         *(datasets, fill or {}, label_column, given, keep),
         tokenizer=tokenizer,

@@ -8,6 +8,7 @@ For each: what the user sees, and after how many updates. Nothing is judged but 
 
 import argparse
 import logging
+import re
 import sys
 import tempfile
 import warnings
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from forty import FORTY, folder_of_another_run
 from mistakes import by_train_loop
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 MOST = 110  # characters of a message
 
@@ -44,14 +45,17 @@ class Outcome(NamedTuple):
             return "told" if self.text else "silent"
         return "after updates" if self.num_updates else "before"
 
+    def _updates(self) -> str:
+        return "1 update" if self.num_updates == 1 else f"{self.num_updates} updates"
+
     def cell(self) -> str:
         text = self.text if len(self.text) <= MOST else f"{self.text[:MOST]} ..."
-        text = text.replace("|", "\\|").replace("<", "&lt;")
+        text = text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
         if self.kind == "silent":
-            return f"**nothing**: {self.num_updates} updates"
+            return f"**nothing**, {self._updates()}"
         if self.kind == "told":
             return f"a line: {text}"
-        late = f" **after {self.num_updates} updates**" if self.num_updates else ""
+        late = f" **after {self._updates()}**" if self.num_updates else ""
         return f"`{self.error}`{late}: {text}"
 
 
@@ -87,6 +91,8 @@ def outcome_of(script: Any, parts: tuple[str, ...]) -> Outcome:
             logger.removeHandler(lines)
     if error is not None:
         text = next((line for line in str(error).splitlines() if line.strip()), "")
+        for folder in (tempfile.gettempdir(), str(Path.cwd())):
+            text = re.sub(rf"{re.escape(folder)}/\w+", "runs/own", text)
         return Outcome(len(updates), type(error).__name__, " ".join(text.split()))
     found = [line for _, line in lines.records] + [str(w.message) for w in warned]
     told = [line for line in found if any(part in line for part in parts)]
@@ -129,6 +135,7 @@ def train_with_trainer(updates: list[Any]) -> Any:
             eval_dataset=eval_dataset,
             optimizers=optimizers,
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         if not counts:
             updates.clear()
