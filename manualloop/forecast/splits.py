@@ -158,7 +158,8 @@ def summarize(
         read: Some batches that were read, for what nothing else tells.
         task: The task; None if no batch has told it.
     """
-    notes, dataset = notes_of(loader), getattr(loader, "dataset", None)
+    notes = notes_of(loader)
+    dataset: Any = getattr(loader, "dataset", None)
     rows = len(dataset) if hasattr(dataset, "__len__") else None
     padding, num_tokens = _padding_in(read), None
     if plan is not None:
@@ -207,11 +208,11 @@ _MOST_LABELS = 20_000_000
 
 def _labels_of(loader: Any, read: Sequence[Any]) -> tuple[NDArray[Any] | None, int]:
     """Return the labels of a split, of its table or of the batches that were read, and rows."""
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     names = getattr(dataset, "column_names", None) or ()
     if "labels" in names and hasattr(dataset, "with_format") and hasattr(dataset, "__len__"):
         with suppress(ArithmeticError, LookupError, TypeError, ValueError):
-            return _column(dataset), len(dataset)  # type: ignore[arg-type]
+            return _column(dataset), len(dataset)
     found = [batch.get("labels") for batch in read if isinstance(batch, Mapping)]
     tensors = [labels for labels in found if isinstance(labels, Tensor)]
     if not tensors:
@@ -267,10 +268,10 @@ _MOST_ROWS = 200_000
 
 def _tokens_of(loader: Any) -> list[bytes] | None:
     """Return the tokens of each row of a table; None where there is no table of tokens."""
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if "input_ids" not in (getattr(dataset, "column_names", None) or ()):
         return None
-    if not hasattr(dataset, "with_format") or not 0 < len(dataset) <= _MOST_ROWS:  # type: ignore[arg-type]
+    if not hasattr(dataset, "with_format") or not 0 < len(dataset) <= _MOST_ROWS:
         return None
     with suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         table: Any = dataset.select_columns(["input_ids"]).with_format("arrow")[:]
