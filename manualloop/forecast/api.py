@@ -98,7 +98,8 @@ def preflight(
     It leaves no trace: weights, gradients, buffers, modes, configs, random states and the positions
     of loaders are what they were, so that a run after it has the bits of a run without it. Only the
     model moves to the device of the strategy, as in ``train_loop``, and the peak of torch's memory
-    statistics on a CUDA device begins anew. With several processes call it on each.
+    statistics on a CUDA device begins anew. With several processes call it on each; the model then
+    has the weights of rank 0 on all of them, as it has in ``train_loop``.
 
     Args:
         model: The model.

@@ -23,10 +23,11 @@ def loss_fn(model, batch):
 
 
 def run(strategy, *, looks, given):
-    torch.manual_seed(7 + strategy.rank)
-    x, y = torch.randn(22, 3, generator=torch.Generator().manual_seed(0)), torch.arange(22) % 2
-    loader = DataLoader(TensorDataset(x, y), batch_size=3, shuffle=True)
+    torch.manual_seed(7)
     model = Net()
+    torch.manual_seed(7 + strategy.rank)
+    x, y = torch.randn(23, 3, generator=torch.Generator().manual_seed(0)), torch.arange(23) % 2
+    loader = DataLoader(TensorDataset(x, y), batch_size=3, shuffle=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) if given else None
     options = {"num_epochs": 2, "gradient_accumulation_steps": 2, "loss_fn": loss_fn}
     report = None
