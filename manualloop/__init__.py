@@ -12,7 +12,7 @@ Public names are loaded when they are first used, so importing this package impo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Accelerated": "strategy.accelerated",
@@ -76,7 +76,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*__all__, "__version__"])  # of a completion, without modules and private names
 
 
 if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__

@@ -141,6 +141,7 @@ def check_arguments(*optional: str, **arguments: Any) -> None:
 CALLS = {
     "evaluate": (),
     "on_step": ("step",),
+    "trackers": ("record",),
     **dict.fromkeys(("collate_fn", "preprocess"), ("rows",)),
     "terms": ("outputs", "batch"),
     "loss_fn": ("model", "batch"),

@@ -32,6 +32,7 @@ from manualloop.optimizers.together import as_optimizer, each, for_each
 from manualloop.plan import plan_run, settings_of
 from manualloop.run.agreement import agree_at_updates, counted
 from manualloop.run.cadence import Cadence, parse_cadence
+from manualloop.run.delivery import check_trackers
 from manualloop.run.evaluations import require_metric
 from manualloop.run.folder import check_folder, open_run_folder
 from manualloop.run.report import Report, ends_of_intervals
@@ -44,7 +45,7 @@ from manualloop.strategy.base import Strategy
 from manualloop.strategy.calls import agree, in_call
 from manualloop.strategy.select import strategy_for
 from manualloop.times import Times, parse_seconds
-from manualloop.types import LossFn, OnNonfinite, Plan, Record, Step, Terms
+from manualloop.types import LossFn, OnNonfinite, Plan, Record, Step, Terms, Tracker
 from manualloop.update import StepFn
 
 
@@ -131,6 +132,7 @@ def train_loop(
     keep_checkpoints: int = 2,
     resume: bool | Literal["auto"] = "auto",
     on_step: Callable[[Step], object] | None = None,
+    trackers: Sequence[Tracker] = (),
     log_every: Cadence = 50,
     progress_bar: bool = True,
     preflight: bool = True,
@@ -200,6 +202,9 @@ def train_loop(
         resume: ``"auto"`` resumes if the folder holds a checkpoint, and returns at once if that is
             of a finished run. True requires a checkpoint, False requires that there is none.
         on_step: Function that is called with every step, before an evaluation.
+        trackers: Functions that are called with each record of ``history`` on rank 0, in order and
+            each record once over all processes of the run, such as those of
+            ``manualloop.tracking``. A record is a dict; see ``docs/tracking.md``.
         log_every: Interval of training records in ``history``, as for ``evaluate_every``. The first
             and the last step are always recorded.
         progress_bar: Whether to show progress, as a bar in a terminal or notebook and as lines in a
@@ -235,14 +240,11 @@ def train_loop(
         plan = check(plan_run, train_dataloader, settings, world_size=strategy.world_size, **ends)
         known = plan or Plan(sys.maxsize, None, 1)  # its error is raised below: any length will do
         parse = partial(parse_cadence, num_steps_per_epoch=known[2], agreement=agreement)
-        due = Due(
-            check(parse, "log_every", log_every),
-            check(parse, "evaluate_every", evaluate_every),
-            check(parse, "checkpoint_every", checkpoint_every),
-        )
+        due = Due(*(check(parse, name, arguments[name]) for name in _CADENCES))
         max_seconds = check(parse_seconds, "max_time", max_time)
         check(check_evaluation, evaluate, best_metric, patience, on_step)
         check(check_folder, checkpoint_dir, resume, keep_checkpoints)
+        check(check_trackers, trackers)
         check(check_arguments, extras=extras, progress_bar=progress_bar, preflight=preflight)
         optimizer = check(optimizer_of, model, optimizer)
         check(check_schedules, lr_scheduler, optimizer, known.num_steps, num_warmup_steps)
@@ -258,7 +260,9 @@ def train_loop(
             open_run_folder(checkpoint_dir, state, strategy, resume, keep_checkpoints, best_metric)
         )
         report = Report(plan, shown=progress_bar and strategy.is_main)
-        run = Run(state, report, folder, stopping, evaluate, best_metric, patience, strategy)
+        run = Run(
+            state, report, folder, stopping, evaluate, best_metric, patience, strategy, trackers
+        )
         stack.callback(run.close)
         run.resume(train_dataloader, on_step, contract)
         steps = start_steps(
@@ -275,6 +279,7 @@ def train_loop(
         if goes_on(state.progress, plan):
             run.rehearse()
             try_metrics(evaluate if preflight else None, best_metric)
+        run.open_trackers(contract, arguments)
         if folder is not None:
             stack.enter_context(stopping.watching_signals())
         run.catch_up()
@@ -326,6 +331,9 @@ def _schedules(
     ]
 
 
+_CADENCES = ("log_every", "evaluate_every", "checkpoint_every")
+
+
 class Due(NamedTuple):
     """The cadences of a run, each a function of a step and the place behind it.
 
@@ -352,9 +360,9 @@ def _follow(
     is_first = True
     for step in steps:
         is_last = step is not None and step.is_last
-        is_logged = due.log(step, pace)
+        is_logged = due.log(step, pace) or is_last or (step is not None and step.index == 1)
         if step is not None:
-            report.add(step, pace, closes=is_logged or step.index == 1 or is_last)
+            report.add(step, pace, closes=is_logged)
             if on_step is not None:
                 on_step(step)
             if is_first:  # with the states that the first update has made
@@ -367,6 +375,8 @@ def _follow(
             run.evaluate()
         if due.save(step, pace) or is_last or (is_evaluated and run.is_best):
             run.save()
+        if is_logged or is_evaluated:
+            run.track()
         run.stopped_by = run.reason_to_stop()
         if run.stopped_by is not None:
             run.save()  # unless that was done just now

@@ -237,6 +237,25 @@ def _restored(
 
 Record: TypeAlias = dict[str, Any]
 
+Tracker: TypeAlias = Callable[[Record], object]
+"""A function that is called with each record of a run; see ``docs/tracking.md``."""
+
+
+class TrackedRun(NamedTuple):
+    """What a tracker is told of a run before its first record.
+
+    Attributes:
+        id: Text that tells this run from all others, the same in all its processes.
+        name: Name of the folder of its checkpoints; None without one.
+        records: Records of the run so far, oldest first: those that its checkpoint knows.
+        config: Settings of the run by name, numbers and texts; ``model_config`` is a dict.
+    """
+
+    id: str
+    name: str | None
+    records: list[Record]
+    config: dict[str, Any]
+
 
 class Plan(NamedTuple):
     """How long a run is.

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import manualloop.run.delivery as delivery
 import manualloop.steps as training
 import manualloop.update as update
 from manualloop.arguments import check_arguments
@@ -428,6 +429,7 @@ def _write_trace(function: Any, directory: Path, at: int | None, path: Path) -> 
             os.kill(os.getpid(), signal.SIGTERM)
 
     vars(training)["group"] = group_and_note  # this process trains and ends
+    vars(delivery)["IS_ON"] = False
     try:
         result = train_fn(checkpoint_dir=directory, on_step=on_step)
         if not steps or not directory.exists():
@@ -435,8 +437,7 @@ def _write_trace(function: Any, directory: Path, at: int | None, path: Path) -> 
                 "train_fn has not passed its options on: def train_fn(**options): ... return "
                 "train_loop(..., **options)."
             )
-        trace: dict[str, Any] = {"steps": steps, "end": _describe_end(result)}
-        trace["rest"] = _digest_rest(given)
+        trace = {"steps": steps, "end": _describe_end(result), "rest": _digest_rest(given)}
     except (Exception, SystemExit) as error:
         trace = {"error": traceback.format_exc()}
         if at is not None and getattr(error, "code", None) == 128 + signal.SIGTERM:
@@ -444,16 +445,13 @@ def _write_trace(function: Any, directory: Path, at: int | None, path: Path) -> 
     path.write_text(json.dumps(trace))
 
 
-def _digest_rest(given: Iterator[Any]) -> list[str]:
+def _digest_rest(given: Iterator[Any], num_batches: int = 8) -> list[str]:
     """Read the first batches after the last step."""
     found = []
     with suppress(Exception):  # of the loader: that it comes at the same batch is compared as well
-        for item in islice(given, _NUM_BATCHES_AFTER):
+        for item in islice(given, num_batches):
             found.append(_digest(item.batch))
     return found
-
-
-_NUM_BATCHES_AFTER = 8
 
 
 def _describe_end(result: Any) -> dict[str, str]:

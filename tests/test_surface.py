@@ -12,6 +12,7 @@ import pytest
 
 import manualloop
 import manualloop.tasks
+import manualloop.tracking
 
 PACKAGE = Path(manualloop.__file__).parent
 MODULES = {
@@ -26,14 +27,14 @@ ROWS = [
     ["loop", "verify"],
     ["steps"],
     ["nonfinite", "plan", "step_fn"],
-    ["update", "evaluation", "run"],
+    ["update", "evaluation", "run", "tracking"],
     ["checks", "reading", "checkpoint"],
     ["data"],
     ["tasks"],
     ["mistakes", "strategy", "state"],
     ["optim", "schedules"],
     ["arguments", "batches", "models", "optimizers", "times"],
-    ["errors", "types", "notices", "progress", "randomness"],
+    ["deprecation", "errors", "types", "notices", "progress", "randomness"],
     ["objects", "internals"],
 ]
 
@@ -54,6 +55,10 @@ DOORS = {
     "pycocotools": set(),
     "matplotlib": {"run.plot"},
     "safetensors": {"checkpoint.tensors"},
+    "tensorboard": set(),  # it and the next three by tracking.records.load
+    "wandb": set(),
+    "mlflow": set(),
+    "trackio": set(),
 }
 
 PUBLIC_NAMES = [
@@ -160,7 +165,7 @@ SIGNATURES = {
         "strategy=None, "
         "extras=None, evaluate=None, evaluate_every='epoch', best_metric=None, patience=None, "
         "checkpoint_dir=None, checkpoint_every='epoch', keep_checkpoints=2, resume='auto', "
-        "on_step=None, log_every=50, progress_bar=True, preflight=True"
+        "on_step=None, trackers=(), log_every=50, progress_bar=True, preflight=True"
     ),
     "train_steps": (
         "state, train_dataloader, *, num_epochs=None, max_steps=None, "
@@ -229,6 +234,15 @@ TASK_SIGNATURES: dict[str, str] = {
     "upsampled": "outputs, batch",
 }
 
+# Of manualloop.tracking.
+TRACKER_SIGNATURES = {
+    "csv_file": "path",
+    "mlflow": "experiment=None, *, name=None, tracking_uri=None, config=None, tags=None",
+    "tensorboard": "directory, *, config=None",
+    "trackio": "project, *, name=None, config=None, **options",
+    "wandb": "project=None, *, name=None, config=None, **options",
+}
+
 
 def imports_of(path):
     """Yield the modules that a file imports at run time, wherever in it that stands."""
@@ -276,7 +290,7 @@ def test_no_package_has_a_circle_of_imports():
 
 def test_packages_have_empty_init_files():
     found = {path.parent.name for path in PACKAGE.rglob("*/__init__.py") if path.read_text()}
-    assert found == {"tasks"}  # whose names are public
+    assert found == {"tasks", "tracking"}  # whose names are public
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -294,7 +308,10 @@ def test_public_names_are_frozen_sorted_and_documented():
         manualloop.no_such_name  # noqa: B018
 
 
-@pytest.mark.parametrize("package", [manualloop, manualloop.tasks], ids=lambda it: it.__name__)
+PACKAGES = [manualloop, manualloop.tasks, manualloop.tracking]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda it: it.__name__)
 def test_type_checkers_see_the_public_names(package):
     source = ast.parse(Path(package.__file__).read_text())
     typed = {
@@ -311,6 +328,26 @@ def test_type_checkers_see_the_public_names(package):
         assert module.removeprefix(f"{package.__name__}.") == package._HOME[name]
 
 
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda it: it.__name__)
+def test_completion_shows_the_public_names_alone(package):
+    expected = sorted([*package.__all__, *(["__version__"] if package is manualloop else [])])
+    assert dir(package) == expected
+    jedi = pytest.importorskip("jedi")  # which completes in IPython and Jupyter
+    completions = jedi.Interpreter("package.", [{"package": package}]).complete()
+    shown = {completion.name for completion in completions}
+    assert {name for name in shown if not name.startswith("__")} == set(package.__all__)
+
+
+def test_every_public_method_and_property_has_a_docstring():
+    without = []
+    for kind in filter(inspect.isclass, (getattr(manualloop, name) for name in PUBLIC_NAMES)):
+        for name, member in vars(kind).items():
+            function = getattr(member, "__func__", getattr(member, "fget", member))
+            if not name.startswith("_") and inspect.isfunction(function):
+                without += [] if inspect.getdoc(function) else [f"{kind.__name__}.{name}"]
+    assert without == []
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures_are_frozen(name):
     assert signature_of(getattr(manualloop, name)) == f"({SIGNATURES[name]})"
@@ -322,12 +359,17 @@ def signature_of(function):
     return str(signature.replace(parameters=bare, return_annotation=signature.empty))
 
 
-def test_functions_of_tasks_are_frozen_sorted_and_documented():
-    names = manualloop.tasks.__all__
-    assert names == sorted(names) == sorted(TASK_SIGNATURES)
+@pytest.mark.parametrize(
+    ("package", "signatures"),
+    [(manualloop.tasks, TASK_SIGNATURES), (manualloop.tracking, TRACKER_SIGNATURES)],
+    ids=["tasks", "tracking"],
+)
+def test_functions_of_packages_are_frozen_sorted_and_documented(package, signatures):
+    names = package.__all__
+    assert names == sorted(names) == sorted(signatures)
     for name in names:
-        function = getattr(manualloop.tasks, name)
-        assert signature_of(function) == f"({TASK_SIGNATURES[name]})", name
+        function = getattr(package, name)
+        assert signature_of(function) == f"({signatures[name]})", name
         for argument in inspect.signature(function).parameters:
             documented = re.search(rf"^ *\**{argument}: ", function.__doc__, re.MULTILINE)
             assert documented, f"{name}: {argument}"

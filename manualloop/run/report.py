@@ -73,6 +73,16 @@ class History:
         if len(self._losses) >= _NUM_UNSTACKED:
             self._losses = [torch.cat([loss.reshape(-1) for loss in self._losses])]
 
+    @property
+    def num_complete(self) -> int:
+        """Number of records before the first whose loss has not landed."""
+        if not self._pending:
+            return len(self.records)
+        first, number = self._pending[0][0], len(self.records) - 1
+        while self.records[number] is not first:
+            number -= 1
+        return number
+
     def has_open_interval(self) -> bool:
         """Tell whether there were steps since the last record of training."""
         return bool(self._num_items) or self._interval.num_steps > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
@@ -18,6 +18,8 @@ from manualloop.notices import say
 from manualloop.optim import require_initialized
 from manualloop.reading.sources import source_of
 from manualloop.reading.streams import cannot_rewind
+from manualloop.run.delivery import Delivery
+from manualloop.run.described import describe_settings
 from manualloop.run.evaluations import Evaluations, read_metrics
 from manualloop.run.folder import RunFolder
 from manualloop.run.interruption import BeforeEvaluation
@@ -25,7 +27,8 @@ from manualloop.run.report import Report
 from manualloop.run.scored import Scored, watching
 from manualloop.run.stopping import EvaluationStopped, Stopping
 from manualloop.state import TrainState, goes_on
-from manualloop.strategy.base import Strategy
+from manualloop.strategy.base import Strategy, on_main
+from manualloop.types import Tracker
 
 
 class Run:
@@ -46,6 +49,7 @@ class Run:
         best_metric: str | None,
         patience: int | None,
         strategy: Strategy,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self.evaluations = Evaluations(best_metric)
         self.stopped_by: str | None = None
@@ -59,6 +63,11 @@ class Run:
         self._saved: object = None
         self._scored = Scored()
         self._told: set[str] = set()
+        self._delivery = Delivery(
+            trackers if strategy.is_main else (), folder.directory if folder else None
+        )
+        self._num_known = 0  # records that a checkpoint knows
+        self._has_ended = False
         self._loader: Iterable[Any] = ()
 
     @property
@@ -114,9 +123,36 @@ class Run:
             self.evaluations.restore(notes["evaluations"], records)
             self._evaluated_step, self._is_pending = notes["evaluated_step"], notes["is_pending"]
             self._report.restore(notes["report"], records, self._state.progress.num_steps)
-            self._saved = self._fingerprint()
+            self._saved, self._num_known = self._fingerprint(), len(records)
         if goes_on(self._state.progress, self._report.plan):
             folder.check_space()
+
+    def open_trackers(self, contract: Contract, arguments: Mapping[str, Any]) -> None:
+        """Open the trackers of the run, on rank 0. Collective.
+
+        Args:
+            contract: The contract of the run.
+            arguments: All arguments of ``train_loop``.
+
+        Raises:
+            ConfigError: One of them cannot be opened.
+        """
+        if not arguments["trackers"]:
+            return
+        plan = self._report.plan
+        settings = describe_settings(self._state, plan, contract, arguments)
+        records = self._report.history.records
+        goes_further = goes_on(self._state.progress, plan) and not self._is_out_of_patience()
+        is_finished = not (goes_further or self._is_pending)
+        on_main(
+            self._strategy,
+            lambda: self._delivery.open(records, settings, is_finished=is_finished),
+        )
+
+    def track(self) -> None:
+        """Send the records that are due to the trackers."""
+        history = self._report.history
+        self._delivery.deliver(history.records, history.num_complete, self._num_known)
 
     def catch_up(self) -> None:
         """Make the evaluation that the previous process had no time for."""
@@ -234,7 +270,8 @@ class Run:
         begin = perf_counter()
         self._folder.save(notes, self._report.history.records, metrics, scored)
         self._state.times.checkpoint += perf_counter() - begin
-        self._saved = self._fingerprint()
+        self._saved, self._num_known = self._fingerprint(), len(self._report.history.records)
+        self.track()
 
     def _notes(self) -> dict[str, Any]:
         return {
@@ -265,6 +302,7 @@ class Run:
         if self._evaluate is not None and self._evaluated_step != num_steps:
             self.evaluate()
         self.save()
+        self._has_ended = True
         self._advise()
 
     def _advise(self) -> None:
@@ -289,7 +327,19 @@ class Run:
         return best if self.evaluations.best_metric is not None else None, last
 
     def close(self) -> None:
-        """Close the bar, and write the records since the last checkpoint."""
+        """Close the bar and the trackers, and write the records since the last checkpoint."""
+        try:
+            self._close()
+        finally:
+            history = self._report.history
+            self._delivery.close(
+                history.records,
+                history.num_complete,
+                self._num_known,
+                is_finished=self._has_ended,
+            )
+
+    def _close(self) -> None:
         self._report.close()
         if self._state.reader is not None:
             self._state.reader.close()

@@ -102,6 +102,7 @@ class Accelerated:
                     setattr(model, name, None)
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """Put a model and its optimizer where they run; return prepared ones as they are."""
         if self._shards and self._held(model) is None:
             compile_model(model, self.compile)
             # Sharding replaces the parameters, so that the optimizer needs the new ones.
@@ -120,6 +121,7 @@ class Accelerated:
         return model, optimizer if is_prepared else as_optimizer(held)
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Put a model where it runs; return a prepared one as it is."""
         prepared = self._held(model)
         if prepared is None and self._shards:
             raise DistributedError(
@@ -157,13 +159,16 @@ class Accelerated:
             self._prepared.append((inner, prepared))
 
     def to_device(self, batch: Any) -> Any:
+        """Copy a batch to the device without waiting for the copy."""
         return batch if self.device.type == "cpu" else move(batch, self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which forward passes run."""
         context: AbstractContextManager[Any] = self.accelerator.autocast()
         return context
 
     def hold_gradients(self, model: nn.Module, hold: bool) -> AbstractContextManager[Any]:
+        """Return the context of a micro-batch; with ``hold`` gradients are not reduced yet."""
         if not hold or self.world_size == 1:
             return nullcontext()
         if hasattr(model, "set_requires_gradient_sync"):  # of fully_shard
@@ -172,6 +177,7 @@ class Accelerated:
         return context
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Add up a tensor over all ranks. Collective."""
         try:
             total: Tensor = self.accelerator.reduce(values)
         except RuntimeError as error:
@@ -180,11 +186,13 @@ class Accelerated:
         return total
 
     def sum_counts(self, counts: Sequence[float]) -> list[float]:
+        """Add up numbers of the host over all ranks. Collective."""
         if self.world_size == 1:
             return list(counts)
         return strategy_of_call(self, "strategy.sum_counts").sum_counts(counts)
 
     def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in the order of ranks. Collective."""
         if self.world_size == 1:
             return [value]
         if isinstance(value, Tagged):
@@ -199,13 +207,16 @@ class Accelerated:
         return values
 
     def explain(self, error: BaseException) -> None:
+        """Raise an error that names the rank that is gone, if that is why a call failed."""
         if self._hosts is not None:
             self._hosts.explain(error)
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of the parameters."""
         self.accelerator.backward(loss)
 
     def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        """Scale the gradients down to a norm of at most ``max_norm``; return the norm before."""
         scaler = self.accelerator.scaler
         if scaler is not None and isinstance(optimizer, Optimizers):
             # All at once: what overflows in one of them is noted for all.
@@ -215,9 +226,11 @@ class Accelerated:
 
     @property
     def scales_losses(self) -> bool:
+        """Whether gradients overflow now and then as a matter of course, which skips an update."""
         return self.accelerator.scaler is not None
 
     def apply(self, optimizer: Optimizer) -> bool:
+        """Make the update; return whether it was made, which an overflow prevents."""
         # Not AcceleratedOptimizer.step_was_skipped: a fused optimizer is always called, and skips
         # inside its kernel.
         if self.accelerator.scaler is None:
@@ -233,10 +246,12 @@ class Accelerated:
         return was_made()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold of the strategy: the loss scale, if there is one."""
         scaler = self.accelerator.scaler
         return {} if scaler is None else scaler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned."""
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state_dict)
 

@@ -65,6 +65,7 @@ class SingleDevice:
         return self.precision
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """Put a model and its optimizer where they run; return prepared ones as they are."""
         parameters = parameters_of(optimizer)
         before = [parameter.device for parameter in parameters]
         model = self.prepare_model(model)
@@ -74,6 +75,7 @@ class SingleDevice:
         return model, optimizer
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Put a model where it runs; return a prepared one as it is."""
         STRATEGY_OF[model] = lambda: self
         model = model.to(self.device)
         if self.compile:
@@ -81,42 +83,53 @@ class SingleDevice:
         return model
 
     def to_device(self, batch: Any) -> Any:
+        """Copy a batch to the device without waiting for the copy."""
         return batch if self.device.type == "cpu" else move(batch, self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which forward passes run."""
         if self._dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
 
     def hold_gradients(self, model: nn.Module, hold: bool) -> AbstractContextManager[Any]:
+        """Return a context without effect: there are no gradients to reduce."""
         return nullcontext()
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Return a tensor as it is: there is one rank."""
         return values
 
     def sum_counts(self, counts: Sequence[float]) -> list[float]:
+        """Return numbers as they are: there is one rank."""
         return list(counts)
 
     def gather(self, value: Any) -> list[Any]:
+        """Return the value of the only rank in a list."""
         return [value]
 
     def explain(self, error: BaseException) -> None:
+        """Do nothing: no rank can be gone."""
         pass
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of the parameters."""
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
 
     def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        """Scale the gradients down to a norm of at most ``max_norm``; return the norm before."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         return whole_tensor(nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm))
 
     @property
     def scales_losses(self) -> bool:
+        """Whether gradients overflow now and then as a matter of course, which skips an update."""
         return self.scaler is not None
 
     def apply(self, optimizer: Optimizer) -> bool:
+        """Make the update; return whether it was made, which an overflow prevents."""
         if self.scaler is None:
             step_optimizer(optimizer)
             return True
@@ -126,8 +139,10 @@ class SingleDevice:
         return was_made()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold of the strategy: the loss scale, if there is one."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned."""
         if self.scaler is not None:
             self.scaler.load_state_dict(state_dict)

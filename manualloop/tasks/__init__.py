@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted(__all__)  # of a completion, without modules and private names
 
 
 if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__

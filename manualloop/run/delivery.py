@@ -1,0 +1,305 @@
+"""The delivery of a run's records to its trackers: in order, each of them once.
+
+A record beyond the newest checkpoint belongs to work that a kill would lose, and that the resumed
+run makes again. So there are two kinds of trackers. One whose ``open_run`` brings its backend back
+to the records of the checkpoint says so by ``is_live``, and gets each record when it is complete.
+Every other one gets a record when a checkpoint knows it.
+
+Where a tracker stands is asked of the tracker: ``open_run`` returns how many records its backend
+has. Of a function without ``open_run`` it is noted in ``tracking.json``, after each record.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from manualloop.arguments import problem_of_call
+from manualloop.checkpoint.files import read_regular
+from manualloop.checkpoint.nested import parse_json
+from manualloop.errors import CheckpointError, ConfigError, ManualLoopError
+from manualloop.notices import say
+from manualloop.types import Record, TrackedRun, Tracker
+
+TRACKING = "tracking.json"
+_MAX_BYTES = 1 << 20
+_SECONDS_BETWEEN_TRIES = 60.0
+
+IS_ON = True
+"""Whether runs of this process send records: a rehearsal such as ``verify_resume`` sends none."""
+
+
+class Notes(NamedTuple):
+    """The content of ``tracking.json``.
+
+    Attributes:
+        id: The id of the run.
+        directory: The folder it was written in, by which a copy of it is told.
+        delivered: Number of records that each tracker has, by its name.
+    """
+
+    id: str
+    directory: str
+    delivered: dict[str, int]
+
+
+@dataclass
+class _Receiver:
+    """A tracker and how far it is.
+
+    Attributes:
+        function: The tracker.
+        name: Its name in messages and notes.
+        position: Number of records it has.
+        is_open: Whether it takes records.
+        is_live: Whether it takes them before a checkpoint knows them.
+        is_noted: Whether its position is noted after each record.
+        error: What it raised at the next record, or None.
+        next_try: Time before which that record is not sent again.
+    """
+
+    function: Tracker
+    name: str
+    position: int = 0
+    is_open: bool = False
+    is_live: bool = False
+    is_noted: bool = False
+    error: Exception | None = None
+    next_try: float = 0.0
+
+
+class Delivery:
+    """The trackers of a run.
+
+    Args:
+        trackers: Functions of a record; none on other ranks than 0.
+        directory: Folder of the run's checkpoints; None without one.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker], directory: Path | None) -> None:
+        trackers = trackers if IS_ON else ()
+        names = _names_of(trackers)
+        self._receivers = [_Receiver(*pair) for pair in zip(trackers, names, strict=True)]
+        self._directory = directory
+        self._notes = Notes(secrets.token_hex(8), str(directory), {})
+        self._is_told = False  # that the notes cannot be written
+
+    def open(self, records: list[Record], config: dict[str, Any], *, is_finished: bool) -> None:
+        """Open the trackers, and send them what they lack of the records so far.
+
+        Args:
+            records: Records of the run that its checkpoint knows.
+            config: Settings of the run by name.
+            is_finished: Whether there will be no others. A tracker that has all of them stays
+                closed.
+
+        Raises:
+            ConfigError: A tracker cannot be opened.
+        """
+        if not self._receivers:
+            return
+        if self._directory is not None:
+            self._notes = _read(self._directory) or self._notes
+            self._write()
+        run = TrackedRun(self._notes.id, self._directory and self._directory.name, records, config)
+        for receiver in self._receivers:
+            receiver.position = self._notes.delivered.get(receiver.name, 0)
+            if not is_finished or receiver.position < len(records):
+                self._open(receiver, run)
+            if receiver.is_open and (num_more := receiver.position - len(records)) > 0:
+                say(
+                    f"{receiver.name} has {num_more} records of steps behind the checkpoint that "
+                    "the run resumes from. They stay, and are not sent again."
+                )
+        self.deliver(records, len(records), len(records))
+
+    def _open(self, receiver: _Receiver, run: TrackedRun) -> None:
+        opener = getattr(receiver.function, "open_run", None)
+        position = None
+        if opener is not None:
+            try:
+                position = opener(run._replace(records=[dict(record) for record in run.records]))
+            except ManualLoopError:
+                raise
+            except Exception as error:
+                raise ConfigError(
+                    f"{receiver.name} cannot be opened: {error or repr(error)}. Fix that, or leave "
+                    "it out of trackers."
+                ) from error
+        is_kept = self._directory is not None
+        receiver.is_live = not is_kept or bool(getattr(receiver.function, "is_live", False))
+        receiver.is_noted = is_kept and position is None
+        receiver.position = receiver.position if position is None else position
+        receiver.is_open = True
+
+    def deliver(
+        self, records: list[Record], num_complete: int, num_known: int, *, is_last: bool = False
+    ) -> None:
+        """Send records that are due. What a tracker raises ends no run: it gets the record later.
+
+        Args:
+            records: Records of the run, oldest first.
+            num_complete: Number of those before the first whose loss is not known yet.
+            num_known: Number of those that a checkpoint knows.
+            is_last: Whether this is the last try.
+        """
+        for receiver in self._receivers:
+            end = num_complete if receiver.is_live else num_known
+            is_due = is_last or time.monotonic() >= receiver.next_try
+            if receiver.is_open and receiver.position < end and is_due:
+                self._send(receiver, records, end)
+
+    def _send(self, receiver: _Receiver, records: list[Record], end: int) -> None:
+        while receiver.position < end:
+            record = records[receiver.position]
+            try:
+                receiver.function(dict(record))
+            except Exception as error:
+                if receiver.error is None:
+                    say(
+                        f"{receiver.name} raised {error!r:.300} at the record of step "
+                        f"{record['step']}. The run continues, and this record and those after it "
+                        "are sent again later."
+                    )
+                receiver.error = error
+                receiver.next_try = time.monotonic() + _SECONDS_BETWEEN_TRIES
+                return
+            receiver.position += 1
+            if receiver.is_noted:
+                self._note(receiver, receiver.position)
+        if receiver.error is not None:
+            say(f"{receiver.name} has taken the records that it had refused.")
+            receiver.error = None
+
+    def close(
+        self, records: list[Record], num_complete: int, num_known: int, *, is_finished: bool
+    ) -> None:
+        """Send what is due, for the last time, and close the trackers.
+
+        Args:
+            records: Records of the run, oldest first.
+            num_complete: Number of those before the first whose loss is not known.
+            num_known: Number of those that a checkpoint knows.
+            is_finished: Whether the run has come to its end.
+        """
+        self.deliver(records, num_complete, num_known, is_last=True)
+        for receiver in self._receivers:
+            if not receiver.is_open:
+                continue
+            receiver.is_open = False
+            try:
+                getattr(receiver.function, "close_run", lambda is_finished: None)(is_finished)
+            except Exception as error:
+                say(f"{receiver.name} raised {error!r:.300} when it was closed.")
+                receiver.error = error
+            if receiver.position < (end := num_complete if receiver.is_live else num_known):
+                self._tell_missing(receiver, end - receiver.position, end, records)
+            if self._directory is not None and (receiver.is_noted or receiver.error is None):
+                self._note(receiver, min(receiver.position, num_known))
+
+    def _tell_missing(
+        self, receiver: _Receiver, num_missing: int, end: int, records: list[Record]
+    ) -> None:
+        line = (
+            f"{receiver.name} lacks {num_missing} of {end} records, from step "
+            f"{records[receiver.position]['step']} on ({receiver.error!r:.300})."
+        )
+        if self._directory is not None:
+            line += f" They are in {self._directory}, and the same command sends them."
+        say(line)
+
+    def _note(self, receiver: _Receiver, position: int) -> None:
+        if self._notes.delivered.get(receiver.name) != position:
+            self._notes.delivered[receiver.name] = position
+            self._write()
+
+    def _write(self) -> None:
+        """Write the notes, whole or not at all."""
+        assert self._directory is not None
+        path = self._directory / TRACKING
+        aside = path.with_name(f".{TRACKING}.tmp")
+        try:
+            with open(aside, "wb") as file:
+                file.write(json.dumps(self._notes._asdict()).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except OSError as error:
+            if not self._is_told:
+                say(f"{path} cannot be written ({error}): trackers may get records twice.")
+            self._is_told = True
+
+
+def _read(directory: Path) -> Notes | None:
+    """Return the notes of a run; None if there are none, or if the folder is a copy of another."""
+    try:
+        content = parse_json(read_regular(directory / TRACKING, _MAX_BYTES)[0])
+        notes = Notes(str(content["id"]), content["directory"], content["delivered"])
+        if not all(type(number) is int and number >= 0 for number in notes.delivered.values()):
+            raise ValueError("a position is no number")
+    except FileNotFoundError:
+        return None
+    except (CheckpointError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        say(f"{directory / TRACKING} cannot be read ({error!r:.200}): trackers begin a new run.")
+        return None
+    if notes.directory != str(directory):
+        with suppress(Exception):  # the other may be gone, or unreadable
+            other = parse_json(read_regular(Path(notes.directory) / TRACKING, _MAX_BYTES)[0])
+            if other["id"] == notes.id:
+                return None  # which still exists
+    return notes._replace(directory=str(directory))
+
+
+def _names_of(trackers: Sequence[Tracker]) -> list[str]:
+    """Return a name for each tracker, which is the same when the script is started again."""
+    names: list[str] = []
+    counts: Counter[str] = Counter()
+    for tracker in trackers:
+        function: Any = tracker
+        while isinstance(function, partial):
+            function = function.func
+        name = getattr(function, "__qualname__", None) or repr(function)
+        if " at 0x" in name:
+            name = type(function).__qualname__
+        counts[name] += 1
+        names.append(name if counts[name] == 1 else f"{name} ({counts[name]})")
+    return names
+
+
+def check_trackers(trackers: object) -> None:
+    """Check the argument ``trackers`` of ``train_loop``.
+
+    Raises:
+        ConfigError: It is not a list of functions that can be called with a record.
+    """
+    if not isinstance(trackers, list | tuple):
+        raise ConfigError(
+            f"trackers is a {type(trackers).__name__}, not a list of functions. Write a list, also "
+            'of one: trackers=[csv_file("history.csv")].'
+        )
+    problems = []
+    for tracker in trackers:
+        if inspect.isfunction(tracker) and tracker.__module__.startswith("manualloop.tracking."):
+            problems.append(
+                f"trackers holds the function {tracker.__name__} itself. Call it: "
+                f"trackers=[{tracker.__name__}(...)]."
+            )
+        elif not callable(tracker) or isinstance(tracker, type):
+            problems.append(
+                f"trackers holds {tracker!r:.60}, which is no function. Pass functions of a "
+                "record: trackers=[lambda record: ...]."
+            )
+        else:
+            problems += filter(None, [problem_of_call("trackers", tracker)])
+    if problems:
+        raise ConfigError("\n".join(problems))

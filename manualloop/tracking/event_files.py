@@ -1,0 +1,99 @@
+"""Records as scalars in the event files of TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from manualloop.checkpoint.folders import local_folder
+from manualloop.tracking.records import Numbers, load
+from manualloop.types import Record, TrackedRun, Tracker
+
+
+def tensorboard(
+    directory: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None
+) -> Tracker:
+    """Show a run in TensorBoard: ``tensorboard --logdir runs``.
+
+    Scalars have the names that the Trainer gives them, such as ``train/loss`` and ``eval/f1``, over
+    the updates. The settings of the run are a text, and the hyperparameters of its tab HPARAMS. A
+    resumed run writes its event file again up to the checkpoint, with the times of the first one.
+
+    Args:
+        directory: Folder of the event files. Each run has its own, usually inside one ``--logdir``.
+        config: Settings of yours that are shown beside those of the run.
+
+    Raises:
+        ImportError: TensorBoard is missing: ``pip install "manualloop[tensorboard]"``.
+    """
+    load("tensorboard", "tensorboard")
+    writer = load("torch.utils.tensorboard", "tensorboard")
+    return _EventFile(local_folder(directory, "directory"), dict(config or {}), writer)
+
+
+class _EventFile:
+    is_live = True  # what is behind the checkpoint is written again by open_run
+
+    def __init__(self, directory: Path, config: dict[str, Any], module: Any) -> None:
+        self._directory, self._config, self._module = directory, config, module
+        self._numbers = Numbers("tensorboard")
+        self._writer: Any = None
+
+    def __repr__(self) -> str:
+        return f"tensorboard({str(self._directory)!r})"
+
+    def open_run(self, run: TrackedRun) -> int:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        suffix = f".{run.id}"
+        before = sorted(self._directory.glob(f"events.out.tfevents.*{suffix}"))
+        times = _times(before)
+        for path in before:
+            path.unlink()
+        self._writer = self._module.SummaryWriter(
+            str(self._directory),
+            purge_step=0,  # hides what a TensorBoard that is running has read of those files
+            flush_secs=10,
+            filename_suffix=suffix,
+        )
+        self._write_settings(run.config | self._config)
+        for record in run.records:
+            self._write(record, times)
+        self._writer.flush()
+        return len(run.records)
+
+    def __call__(self, record: Record) -> None:
+        self._write(record, {})
+
+    def close_run(self, is_finished: bool) -> None:
+        self._writer.close()
+
+    def _write(self, record: Record, times: Mapping[tuple[str, int], float]) -> None:
+        step = record["step"]
+        for name, value in self._numbers(record).items():
+            time = times.get((name, step))
+            self._writer.add_scalar(name, value, step, walltime=time, double_precision=True)
+
+    def _write_settings(self, settings: dict[str, Any]) -> None:
+        text = json.dumps(settings, indent=2, default=str)
+        self._writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), 0)
+        plain = {n: v for n, v in settings.items() if isinstance(v, bool | int | float | str)}
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(plain, {"train/loss": None}):
+            self._writer.file_writer.add_summary(summary, 0)
+
+
+def _times(paths: list[Path]) -> dict[tuple[str, int], float]:
+    """Return when each scalar of some event files was written, by its name and step."""
+    if not paths:
+        return {}
+    loader = load("tensorboard.backend.event_processing.event_file_loader", "tensorboard")
+    return {
+        (value.tag, event.step): event.wall_time
+        for path in paths
+        for event in loader.EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+    }
