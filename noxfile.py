@@ -43,9 +43,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types of the package."""
+    """Check the types of the package, and of code as users write it, which pyright checks, too."""
     install(session, "-e", ".[metrics,plot]", group="types")
-    session.run("mypy", "--strict", "manualloop", *session.posargs)
+    session.run("mypy", "--strict", "manualloop", "tests/typing", *session.posargs)
+    session.run("pyright", "tests/typing")
 
 
 @nox.session

@@ -123,7 +123,7 @@ def train_loop(
     on_nonfinite: OnNonfinite = "raise",
     strategy: Strategy | None = None,
     extras: dict[str, Any] | None = None,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[], Mapping[str, Any]] | None = None,
     evaluate_every: Cadence = "epoch",
     best_metric: str | None = None,
     patience: int | None = None,

@@ -56,7 +56,7 @@ def evaluate_loop(
     terms: Terms | None = None,
     confidence: float | None = None,
     progress_bar: bool = False,
-) -> dict[str, float]:
+) -> Scores:
     """Score a model on every row of a loader.
 
     One pass over the loader makes a table with one entry a row, in the order of the dataset, and

@@ -45,7 +45,7 @@ class Run:
         report: Report,
         folder: RunFolder | None,
         stopping: Stopping,
-        evaluate: Callable[[], dict[str, float]] | None,
+        evaluate: Callable[[], Mapping[str, Any]] | None,
         best_metric: str | None,
         patience: int | None,
         strategy: Strategy,
