@@ -137,17 +137,17 @@ class Run:
         Raises:
             ConfigError: One of them cannot be opened.
         """
-        if not arguments["trackers"]:
-            return
         plan = self._report.plan
-        settings = describe_settings(self._state, plan, contract, arguments)
-        records = self._report.history.records
         goes_further = goes_on(self._state.progress, plan) and not self._is_out_of_patience()
         is_finished = not (goes_further or self._is_pending)
-        on_main(
-            self._strategy,
-            lambda: self._delivery.open(records, settings, is_finished=is_finished),
-        )
+
+        def open_all() -> None:
+            if arguments["trackers"]:
+                settings = describe_settings(self._state, plan, contract, arguments)
+                records = self._report.history.records
+                self._delivery.open(records, settings, is_finished=is_finished)
+
+        on_main(self._strategy, open_all)  # also without trackers: another rank may have some
 
     def track(self) -> None:
         """Send the records that are due to the trackers."""

@@ -131,6 +131,27 @@ def check_step_fn(strategy, folder):
     assert (seen + again, stopped_by) == (WHOLE, "num_epochs")
 
 
+class Unwritable:
+    """A tracker that cannot be opened."""
+
+    def open_run(self, run):
+        raise OSError("read-only file system")
+
+    def __call__(self, record):
+        raise AssertionError(record)
+
+
+def check_trackers(strategy, folder):
+    """Rank 0 alone calls them. That one cannot be opened there ends the run on all ranks."""
+    seen = []
+    trackers = [seen.append] if strategy.is_main else []  # as a script may write it
+    train(strategy, folder / "tracked", trackers=trackers, log_every=2)
+    train(strategy, folder / "again", trackers=[seen.append] if strategy.rank else [], log_every=2)
+    expected = [1, 2, 4, 6, 8] if strategy.is_main else []
+    assert [record["step"] for record in seen] == expected
+    assert same_on_all(strategy, train(strategy, trackers=[Unwritable()])) == ([], None)
+
+
 def check_nested(strategy):
     ends = []
 
@@ -185,6 +206,7 @@ def main(folder):
     check_exception(strategy, folder)
     check_clock(strategy)
     check_step_fn(strategy, folder)
+    check_trackers(strategy, folder)
     check_nested(strategy)
     check_collectives(strategy)
     assert set(vars(strategy)) == before
