@@ -268,9 +268,8 @@ def _names_of(trackers: Sequence[Tracker]) -> list[str]:
         function: Any = tracker
         while isinstance(function, partial):
             function = function.func
-        name = getattr(function, "__qualname__", None) or repr(function)
-        if " at 0x" in name:
-            name = type(function).__qualname__
+        name = getattr(function, "tracker_name", None)  # of this package: with what it writes to
+        name = name or getattr(function, "__qualname__", type(function).__qualname__)
         counts[name] += 1
         names.append(name if counts[name] == 1 else f"{name} ({counts[name]})")
     return names
@@ -289,7 +288,8 @@ def check_trackers(trackers: object) -> None:
         )
     problems = []
     for tracker in trackers:
-        if inspect.isfunction(tracker) and tracker.__module__.startswith("manualloop.tracking."):
+        module = getattr(tracker, "__module__", None) or ""
+        if inspect.isfunction(tracker) and module.startswith("manualloop.tracking."):
             problems.append(
                 f"trackers holds the function {tracker.__name__} itself. Call it: "
                 f"trackers=[{tracker.__name__}(...)]."

@@ -33,7 +33,7 @@ def csv_file(path: str | os.PathLike[str]) -> Tracker:
     ...     tracker.open_run(TrackedRun("4f2a", None, [], {}))
     ...     tracker({"step": 1, "epoch": 0.5, "loss": 0.7})
     ...     tracker.close_run(True)
-    ...     print(open(folder + "/history.csv").read().strip())
+    ...     print(Path(folder, "history.csv").read_text().strip())
     0
     run,step,epoch,loss
     4f2a,1,0.5,0.7
@@ -49,7 +49,8 @@ class _CsvFile:
         self._columns: list[str] = []
         self._file: TextIO | None = None
 
-    def __repr__(self) -> str:
+    @property
+    def tracker_name(self) -> str:
         return f"csv_file({str(self._path)!r})"
 
     def open_run(self, run: TrackedRun) -> int:

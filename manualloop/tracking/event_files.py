@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ class _EventFile:
         self._numbers = Numbers("tensorboard")
         self._writer: Any = None
 
-    def __repr__(self) -> str:
+    @property
+    def tracker_name(self) -> str:
         return f"tensorboard({str(self._directory)!r})"
 
     def open_run(self, run: TrackedRun) -> int:
@@ -50,11 +53,10 @@ class _EventFile:
         suffix = f".{run.id}"
         before = sorted(self._directory.glob(f"events.out.tfevents.*{suffix}"))
         times = _times(before)
-        for path in before:
-            path.unlink()
+        _make_way(before)
         self._writer = self._module.SummaryWriter(
             str(self._directory),
-            purge_step=0,  # hides what a TensorBoard that is running has read of those files
+            purge_step=0,  # hides the events of the file before
             flush_secs=10,
             filename_suffix=suffix,
         )
@@ -73,8 +75,7 @@ class _EventFile:
     def _write(self, record: Record, times: Mapping[tuple[str, int], float]) -> None:
         step = record["step"]
         for name, value in self._numbers(record).items():
-            time = times.get((name, step))
-            self._writer.add_scalar(name, value, step, walltime=time, double_precision=True)
+            self._writer.add_scalar(name, value, step, walltime=times.get((name, step)))
 
     def _write_settings(self, settings: dict[str, Any]) -> None:
         text = json.dumps(settings, indent=2, default=str)
@@ -84,6 +85,25 @@ class _EventFile:
 
         for summary in hparams(plain, {"train/loss": None}):
             self._writer.file_writer.add_summary(summary, 0)
+
+
+def _make_way(files: list[Path]) -> None:
+    """Let the next event file be read after those of earlier processes, and remove old ones.
+
+    TensorBoard reads files in the order of their names, which begin with the second in which they
+    were made. It never leaves a file that is deleted while it reads it, so the newest one stays.
+    """
+    for path in files[:-1]:
+        path.unlink()
+    deadline = time.monotonic() + 2.0
+    while files and _next_name() <= files[-1].name:
+        if time.monotonic() > deadline:  # the clock was set back
+            files.pop().unlink()
+        time.sleep(0.01)
+
+
+def _next_name() -> str:
+    return f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}."
 
 
 def _times(paths: list[Path]) -> dict[tuple[str, int], float]:

@@ -62,7 +62,8 @@ class _MlflowRun:
         self._run_id = ""
         self._seen: set[tuple[str, int]] | None = set()
 
-    def __repr__(self) -> str:
+    @property
+    def tracker_name(self) -> str:
         return f"mlflow({self._experiment!r}, name={self._name!r})"
 
     def open_run(self, run: TrackedRun) -> int:

@@ -49,7 +49,8 @@ class _TrackioRun:
         self._numbers = Numbers("trackio")
         self._run: Any = None
 
-    def __repr__(self) -> str:
+    @property
+    def tracker_name(self) -> str:
         return f"trackio({self._project!r}, name={self._name!r})"
 
     def open_run(self, run: TrackedRun) -> int | None:

@@ -52,7 +52,8 @@ class _WandbRun:
         self._number = 0
         self.is_live = False
 
-    def __repr__(self) -> str:
+    @property
+    def tracker_name(self) -> str:
         return f"wandb(project={self._project!r}, name={self._name!r})"
 
     def open_run(self, run: TrackedRun) -> int:

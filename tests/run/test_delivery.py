@@ -418,8 +418,8 @@ def test_the_settings_of_the_run_are_plain_values(tmp_path):
 
 def test_a_tracker_of_the_package_is_named_by_what_it_writes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert repr(csv_file("x.csv")) == f"csv_file({str(tmp_path / 'x.csv')!r})"
-    assert repr(tensorboard("runs")) == f"tensorboard({str(tmp_path / 'runs')!r})"
+    assert csv_file("x.csv").tracker_name == f"csv_file({str(tmp_path / 'x.csv')!r})"
+    assert tensorboard("runs").tracker_name == f"tensorboard({str(tmp_path / 'runs')!r})"
 
 
 def test_nothing_of_a_tracker_outlives_the_run(tmp_path):
