@@ -111,7 +111,8 @@ class Delivery:
         if self._directory is not None:
             self._notes = _read(self._directory) or self._notes
             self._write()
-        run = TrackedRun(self._notes.id, self._directory and self._directory.name, records, config)
+        name = None if self._directory is None else self._directory.name
+        run = TrackedRun(self._notes.id, name, records, config)
         for receiver in self._receivers:
             receiver.position = self._notes.delivered.get(receiver.name, 0)
             if not is_finished or receiver.position < len(records):
@@ -268,8 +269,8 @@ def _names_of(trackers: Sequence[Tracker]) -> list[str]:
         function: Any = tracker
         while isinstance(function, partial):
             function = function.func
-        name = getattr(function, "tracker_name", None)  # of this package: with what it writes to
-        name = name or getattr(function, "__qualname__", type(function).__qualname__)
+        qualname = getattr(function, "__qualname__", type(function).__qualname__)
+        name = str(getattr(function, "tracker_name", qualname))  # of ours, with what it writes to
         counts[name] += 1
         names.append(name if counts[name] == 1 else f"{name} ({counts[name]})")
     return names

@@ -81,9 +81,8 @@ class _EventFile:
         text = json.dumps(settings, indent=2, default=str)
         self._writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), 0)
         plain = {n: v for n, v in settings.items() if isinstance(v, bool | int | float | str)}
-        from torch.utils.tensorboard.summary import hparams
-
-        for summary in hparams(plain, {"train/loss": None}):
+        hparams = self._module.summary.hparams(plain, {"train/loss": None})
+        for summary in hparams:
             self._writer.file_writer.add_summary(summary, 0)
 
 

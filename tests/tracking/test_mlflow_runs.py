@@ -11,7 +11,8 @@ from manualloop.tracking import mlflow
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # else MLflow wants a database
     return (tmp_path / "mlruns").as_uri()
 
 

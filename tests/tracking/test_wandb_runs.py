@@ -1,7 +1,7 @@
 """Records as rows of a run of W&B, read back from the files that it writes offline."""
 
 import pytest
-from tracked_runs import killed, killed_at_step, train
+from tracked_runs import FORK, killed, killed_at_step, train
 
 pytest.importorskip("wandb")
 from wandb_files import read_config, read_rows
@@ -18,15 +18,11 @@ QUIET = {
 }
 
 
-@pytest.fixture
-def tracker(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-
-    def make(**options):
-        return wandb("tests", settings=QUIET, **options)
-
-    return make
+def tracked(folder, connection=None, on_step=None, log_every=3, **options):
+    """Run with a tracker, in a process of its own: W&B leaves settings in the environment."""
+    tracker = wandb("tests", settings=QUIET, mode="offline", dir=str(folder), **options)
+    result = train(folder / "run", [tracker], on_step, log_every=log_every)
+    connection.send(result.history)
 
 
 def newest(folder):
@@ -50,13 +46,19 @@ def expected_of(history):
     return rows
 
 
-def test_a_killed_run_has_each_row_once_and_its_settings(tracker, tmp_path):
-    killed(train, tmp_path / "run", [tracker()], killed_at_step(8), log_every=1)
+def test_a_killed_run_has_each_row_once_and_its_settings(tmp_path):
+    killed(tracked, tmp_path, on_step=killed_at_step(8), log_every=1)
     first = newest(tmp_path)
-    result = train(tmp_path / "run", [tracker(name="mine", config={"data": "mrpc"})], log_every=3)
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(
+        target=tracked, args=(tmp_path, theirs), kwargs={"name": "mine", "config": {"data": "mrpc"}}
+    )
+    process.start()
+    history = ours.recv()
+    process.join(600)
     second = newest(tmp_path)
     assert first != second
     assert first.name == second.name  # the same run
-    assert read_rows(second) == expected_of(result.history)
+    assert read_rows(second) == expected_of(history)
     config = read_config(second)
     assert (config["data"], config["num_parameters"], config["optimizer"]) == ("mrpc", 3, "SGD")
