@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+__all__ = ["renamed", "renamed_keyword"]
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
