@@ -1,10 +1,10 @@
 from functools import partial
 
 from datasets import load_dataset
-from manualloop.tracking import tensorboard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from manualloop import evaluate_loop, prepare_dataloaders, train_loop
+from manualloop.tracking import tensorboard
 
 tokenizer = AutoTokenizer.from_pretrained("bert-base-uncased")
 model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased", num_labels=2)
