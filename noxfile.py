@@ -112,6 +112,14 @@ def exhaustive(session: nox.Session) -> None:
 
 
 @nox.session
+def browser(session: nox.Session) -> None:
+    """Test the report in chromium; MANUALLOOP_AXE names the file axe.min.js of axe-core."""
+    install(session, "-e", ".[metrics,plot]", group="browser")
+    path = "tests/report/test_page_in_browser.py"
+    session.run("pytest", "-m", "", path, *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def quantized(session: nox.Session) -> None:
     """Test adapters on weights quantized by bitsandbytes, which prints when imported."""
     install(session, "-e", ".[metrics,plot]", group="quantized")

@@ -62,6 +62,8 @@ _HOME = {
     "train_steps": "steps",
     "verify_resume": "verify",
     "windows": "update",
+    "write_model_card": "report.card",
+    "write_report": "report.page",
 }
 
 __all__ = list(_HOME)
@@ -106,6 +108,8 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.loop import TrainResult as TrainResult
     from manualloop.loop import train_loop as train_loop
     from manualloop.optim import prepare_optimizer as prepare_optimizer
+    from manualloop.report.card import write_model_card as write_model_card
+    from manualloop.report.page import write_report as write_report
     from manualloop.run.compare import RunComparison as RunComparison
     from manualloop.run.compare import compare_runs as compare_runs
     from manualloop.schedules import prepare_scheduler as prepare_scheduler

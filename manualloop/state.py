@@ -18,7 +18,7 @@ from manualloop.optimizers.together import as_optimizer, as_schedule, each
 from manualloop.randomness import generator_states, is_generator, restore_generators
 from manualloop.schedules import follow_functions
 from manualloop.times import Times
-from manualloop.types import Plan
+from manualloop.types import Plan, SplitNotes
 
 
 @dataclass(slots=True)
@@ -124,6 +124,7 @@ class TrainState:
         baseline: How the run has found its model; see ``manualloop.checkpoint.changes``.
         tokenizer: Tokenizer or processor of the loader, which is saved beside the weights.
         class_names: Names of the classes, which are saved beside the weights.
+        splits: Notes on the splits that the loader was prepared with, by name; not saved.
         has_told: Whether what changes and is not saved was logged.
 
     >>> import torch
@@ -156,6 +157,7 @@ class TrainState:
     has_told: bool = field(default=False, init=False, repr=False)
     tokenizer: Any = field(default=None, init=False, repr=False)
     class_names: tuple[str, ...] | None = field(default=None, init=False, repr=False)
+    splits: Mapping[str, SplitNotes] = field(default_factory=dict, init=False, repr=False)
     times: Times = field(default_factory=Times, init=False, repr=False)
     task: Any = field(default=None, init=False, repr=False)
     pace: Pace = field(default_factory=Pace, init=False, repr=False)

@@ -293,19 +293,38 @@ class Origin(NamedTuple):
 
 
 class SplitNotes(NamedTuple):
-    """What ``prepare_dataloaders`` notes about a split beside its rows.
+    """What ``prepare_dataloaders`` notes about a split beside its rows, as plain data.
+
+    What nobody knows, such as the number of rows of a stream, is None.
 
     Attributes:
         names: Name of each class, by its number in ``labels``; None if the data have no names.
         num_cut: Number of texts that were cut off; None if nobody knows.
         num_texts: Number of texts.
         max_length: Number of tokens at which they are cut off; None if they are not.
+        num_rows: Number of rows.
+        columns: Columns of the user's dataset.
+        texts: Those of them that are tokenized.
+        label: The one that holds the labels; None if there is none.
+        num_per_class: Number of labels of each class, by its number; None for other tasks.
+        quantiles: Labels that are values: the least, the quartiles and the greatest.
+        lengths: Tokens of a row: the least, the median, the 95th percentile and the greatest.
+        source: Name of the dataset on the hub, and of its configuration; None if it is not known
+            to be from there.
     """
 
     names: tuple[str, ...] | None = None
     num_cut: int | None = None
     num_texts: int = 0
     max_length: int | None = None
+    num_rows: int | None = None
+    columns: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    label: str | None = None
+    num_per_class: tuple[int, ...] | None = None
+    quantiles: tuple[float, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+    source: tuple[str, str | None] | None = None
 
 
 class Place(NamedTuple):

@@ -25,7 +25,7 @@ MODULES = {
 ROWS = [
     ["forecast"],
     ["loop", "verify"],
-    ["steps"],
+    ["steps", "report"],
     ["nonfinite", "plan", "step_fn"],
     ["update", "evaluation", "run", "tracking"],
     ["checks", "reading", "checkpoint"],
@@ -59,6 +59,9 @@ DOORS = {
     "wandb": set(),
     "mlflow": set(),
     "trackio": set(),
+    "jinja2": {"report.page"},
+    "markupsafe": {"report.page", "report.parts", "report.svg"},
+    "huggingface_hub": {"report.card"},
 }
 
 PUBLIC_NAMES = [
@@ -109,6 +112,8 @@ PUBLIC_NAMES = [
     "train_steps",
     "verify_resume",
     "windows",
+    "write_model_card",
+    "write_report",
 ]
 
 SIGNATURES = {
@@ -175,6 +180,10 @@ SIGNATURES = {
     ),
     "verify_resume": "train_fn, *, at",
     "windows": "loader, size, *, skip=0",
+    "write_model_card": (
+        "result, folder, *, license=None, language=None, dataset=None, base_model=None"
+    ),
+    "write_report": "result, path, predictions=None, *, rows=None",
 }
 
 

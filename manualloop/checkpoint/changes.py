@@ -29,7 +29,7 @@ from manualloop.notices import say
 from manualloop.objects import is_of_library, numbers_in
 from manualloop.optimizers.together import each
 from manualloop.state import TrainState
-from manualloop.tasks.names import learn_names
+from manualloop.tasks.names import learn_names, splits_of
 
 _OWN = {*vars(nn.Module()), "training"}
 """Attributes that every module has."""
@@ -62,7 +62,7 @@ class Baseline(NamedTuple):
 
 
 def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
-    """Note how a run finds its model and its functions, and tokenizer and classes of its loader.
+    """Note how a run finds its model and its functions, and what its loader was prepared with.
 
     Raises:
         DataError: A number means one class in the model and another one in the loader.
@@ -74,6 +74,7 @@ def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
     kept = {path: _mark(value) for path, value in _kept_by_optimizers(state)}
     state.baseline = state.baseline._replace(functions=functions, numbers=numbers, optimizers=kept)
     state.tokenizer = find_tokenizer(loader) or state.tokenizer
+    state.splits = splits_of(loader) or state.splits
 
 
 def forget_functions(state: TrainState) -> None:

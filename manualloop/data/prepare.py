@@ -36,12 +36,12 @@ from manualloop.data.labels import BY_TOKEN
 from manualloop.data.lengths import lengths_of_rows
 from manualloop.data.mapping import AsZerosAndOnes, Copy, Encode, RequireHidden
 from manualloop.data.nested import holds_nested
+from manualloop.data.notes import notes_on
 from manualloop.data.sampler import ordered_loader
 from manualloop.data.splits import Split, open_splits, reference_of
 from manualloop.data.streamed import TransformedStream, require_one_process
 from manualloop.data.tokens import (
     count_cuts,
-    notes_on,
     refuse_doubled,
     require_tokens,
     tell_doubled,
@@ -58,7 +58,7 @@ from manualloop.errors import ConfigError, DataError
 from manualloop.models import max_length as model_max_length
 from manualloop.models import model_name
 from manualloop.notices import say
-from manualloop.tasks.names import Naming, name_model
+from manualloop.tasks.names import Naming, name_model, notes_of
 from manualloop.tasks.pixels import image_processor
 from manualloop.tasks.task import TASKS
 from manualloop.types import Origin
@@ -200,6 +200,7 @@ def prepare_dataloaders(
     (texts, label), labels = found.columns, found.labels
     encode = _encoder(reference_of(splits), texts, tokenizer, max_length, model, tokenizes)
     used = () if label_column is None or isinstance(label_column, str) else tuple(label_column)
+    columns = {key: [name for name in split.kinds if name != RAW] for key, split in splits.items()}
     note = note_on_sources(datasets)
     splits, transformed = _prepare_splits(splits, found, encode, functions, model, used, seed, note)
     makes = tokenizer, labels.task, pad_to_multiple_of, pack, seed, model
@@ -219,7 +220,7 @@ def prepare_dataloaders(
             check(require_one_process, rows, num_workers)
             hidden, maker = found.hidden.get(key), functions[key].maker_of(split, rows, model)
             rows.origin_of_labels = Origin(label or "labels", split.key, labelled, hidden, maker)
-            rows.split_notes = notes_on(split, encode, naming.names)
+            rows.split_notes = notes_on(split, encode, naming.names, found, columns[key])
             loaders[key] = check(
                 ordered_loader,
                 rows,
@@ -236,7 +237,6 @@ def prepare_dataloaders(
                 num_workers=num_workers,
                 pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             )
-    tell_packs(loaders)
     name_model(model, naming)
     return _finished(loaders, tokenizer)
 
@@ -246,10 +246,12 @@ def _reads_text(tokenizer: Any) -> bool:
 
 
 def _finished(loaders: dict[str, DataLoader[Any]], tokenizer: Any) -> dict[str, DataLoader[Any]]:
-    """Report on loaders, and let them know the tokenizer, which a checkpoint has beside weights."""
+    """Report on loaders, and let each know the tokenizer and the notes on all splits."""
+    tell_packs(loaders)
     tell_padding(loaders.values())
+    splits = {str(name): notes_of(loader) for name, loader in loaders.items()}
     for loader in loaders.values():
-        loader.__dict__["tokenizer"] = tokenizer
+        loader.__dict__.update(tokenizer=tokenizer, splits=splits)
     return loaders
 
 

@@ -16,7 +16,6 @@ from manualloop.mistakes import no_tokens_fix
 from manualloop.notices import say
 from manualloop.tasks.counts import share_of
 from manualloop.tasks.task import IGNORE_INDEX
-from manualloop.types import SplitNotes
 
 
 def require_tokens(raw: Split, split: Split, encode: Encode) -> None:
@@ -96,13 +95,6 @@ def count_cuts(split: Split) -> Split:
     number = None if split.is_stream else count_true(split, CUT)
     split = split.select([name for name in split.kinds if name != CUT])
     return split._replace(num_cut=number)
-
-
-def notes_on(split: Split, encode: Encode | None, names: tuple[str, ...] | None) -> SplitNotes:
-    """Return the notes on a prepared split."""
-    if encode is None or split.num_cut is None:
-        return SplitNotes(names)
-    return SplitNotes(names, split.num_cut, len(split.rows), encode.limit)
 
 
 def tell_lost(splits: Iterable[Split], encode: Encode | None, task: str | None) -> None:

@@ -19,6 +19,7 @@ from manualloop.internals import stored_table
 from manualloop.tasks.task import IGNORE_INDEX
 
 _ROWS_AT_ONCE = 10_000
+_MOST_CLASSES = 1_000_000
 
 
 class Values(NamedTuple):
@@ -130,6 +131,49 @@ def count_true(split: Split, column: str) -> int:
     if numbers is not None:
         whole = whole.take(pa.array(numbers))
     return int(pc.sum(whole).as_py() or 0)
+
+
+def count_classes(split: Split, column: str, *, is_by_column: bool) -> Ints | None:
+    """Count the labels of each class in a column of class numbers, or of lists of these.
+
+    Args:
+        split: The split.
+        column: The column.
+        is_by_column: Whether each row has a 0 or a 1 for each class instead.
+
+    Returns:
+        A count for each class number up to the greatest that occurs; None if rows of 0 and 1 differ
+        in length, or the column holds no numbers, or such as can be no classes.
+    """
+    total = np.zeros(0, np.int64)
+    for part in _parts_of(split, column):
+        found = _walk(part)
+        if (leaves := _numbers(found.leaves)) is None:
+            return None
+        if is_by_column:
+            width = int(found.lengths[0]) if len(found.lengths) else 0
+            if not width or (found.lengths != width).any():
+                return None
+            counts = (leaves.reshape(-1, width) > 0.5).sum(axis=0)
+        elif leaves.max(initial=0) > _MOST_CLASSES:
+            return None
+        else:
+            counts = np.bincount(leaves[leaves >= 0].astype(np.int64))
+        longer, shorter = sorted((total, counts), key=len, reverse=True)
+        total = longer + np.pad(shorter, (0, len(longer) - len(shorter)))
+    return total
+
+
+def numbers_in(split: Split, column: str) -> NDArray[np.float64]:
+    """Return the numbers in a column, without missing ones."""
+    found = [_walk(part).leaves.drop_null() for part in _parts_of(split, column)]
+    numbers = [part for leaves in found if (part := _numbers(leaves)) is not None]
+    return np.concatenate([np.zeros(0), *numbers])
+
+
+def _parts_of(split: Split, column: str) -> list[pa.Array]:
+    whole, numbers = _stored(split, column)
+    return _in_parts(whole if numbers is None else whole.take(pa.array(numbers)))
 
 
 def count_ignored(split: Split, column: str) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from manualloop.arguments import check_arguments
 from manualloop.evaluation.decoding import AnyDecode, uses_outputs, with_model
+from manualloop.evaluation.inputs import Inputs
 from manualloop.evaluation.loop import longest_first
 from manualloop.evaluation.passes import passes_of
 from manualloop.evaluation.predictions import Predictions, dataset_rows
@@ -93,4 +94,5 @@ def predict_loop(
         table.column("references"),
         {name: column.rows(table.order) for name, column in table.kept.items()},
         names,
+        Inputs(dataloader),
     )

@@ -24,6 +24,7 @@ from manualloop.evaluation.columns import (
     to_pandas,
     to_parquet,
 )
+from manualloop.evaluation.inputs import Inputs
 from manualloop.notices import say
 from manualloop.reading.sources import source_of
 
@@ -50,6 +51,7 @@ class Predictions:
             causal language model are moved by one token, beside what predicts them.
         kept: Columns of the dataset that were kept, by name.
         names: Names of the classes in the order of their numbers; None if they have none.
+        inputs: What finds the texts of rows in the dataset, as long as that exists.
 
     >>> table = Predictions(np.arange(3), np.array([1, 0, 1]), None, None, {"id": ["a", "b", "c"]},
     ...                     ("negative", "positive"))
@@ -67,6 +69,7 @@ class Predictions:
     references: NDArray[Any] | list[Any] | None
     kept: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     names: tuple[str, ...] | None = None
+    inputs: Inputs = field(default_factory=Inputs)
 
     def __len__(self) -> int:
         return len(self.predictions)

@@ -13,10 +13,12 @@ are counted.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from manualloop.checkpoint.files import open_regular, require_regular
 from manualloop.checkpoint.nested import as_json, from_json, parse_json
 from manualloop.errors import CheckpointError
 from manualloop.notices import say
+from manualloop.times import Times
 
 HISTORY = "history.jsonl"
 _FROM, _KNOWN = "from_step", "num_records"
@@ -150,6 +153,33 @@ def read_history(directory: Path, num_records: int | None = None) -> list[dict[s
     if len(found) < expected:
         _tell_missing(directory / HISTORY, expected - len(found), unreadable)
     return [found[n] for n in sorted(found)]
+
+
+def read_times(directory: Path) -> list[Times]:
+    """Return where the time of each process of a run went, as far as they could write it.
+
+    Args:
+        directory: Folder of the run's checkpoints.
+
+    Raises:
+        CheckpointError: The file is a link, a pipe, ..., or too large for a history.
+    """
+    known = [field.name for field in fields(Times)]
+    found = [
+        read[1]["times"]
+        for line in _lines(directory)
+        if (read := _read(line))
+        if "times" in read[1]
+    ]
+    return [
+        Times(**{name: times[name] for name in known})
+        for times in found
+        if isinstance(times, dict) and all(_is_amount(times.get(name)) for name in known)
+    ]
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def _lines(directory: Path) -> Iterator[bytes]:

@@ -113,6 +113,14 @@ def notes_of(loader: Any) -> SplitNotes:
     return notes if isinstance(notes, SplitNotes) else SplitNotes()
 
 
+def splits_of(loader: Any) -> dict[str, SplitNotes]:
+    """Return the notes on all splits that a loader was prepared with, by name; of others none."""
+    splits = getattr(loader, "splits", None)
+    if not isinstance(splits, dict):
+        return {}
+    return {name: notes for name, notes in splits.items() if isinstance(notes, SplitNotes)}
+
+
 def names_of(model: nn.Module | None) -> Names | None:
     """Return the names of a model's classes, of its config or of its data; None if it has none."""
     if model is None or (names := names_in_config(model)) is not None:
