@@ -51,6 +51,7 @@ _HOME = {
     "launch": "strategy.launch",
     "load_checkpoint": "checkpoint.api",
     "load_metric": "evaluation.metrics",
+    "plot_history": "run.plot",
     "predict_loop": "evaluation.predict",
     "preflight": "forecast.api",
     "prepare_dataloaders": "data.prepare",
@@ -112,6 +113,7 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.report.page import write_report as write_report
     from manualloop.run.compare import RunComparison as RunComparison
     from manualloop.run.compare import compare_runs as compare_runs
+    from manualloop.run.plot import plot_history as plot_history
     from manualloop.schedules import prepare_scheduler as prepare_scheduler
     from manualloop.state import TrainState as TrainState
     from manualloop.steps import train_steps as train_steps

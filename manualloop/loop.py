@@ -36,9 +36,10 @@ from manualloop.run.cadence import Cadence, parse_cadence
 from manualloop.run.delivery import check_trackers
 from manualloop.run.evaluations import require_metric
 from manualloop.run.folder import check_folder, open_run_folder
-from manualloop.run.report import Report, ends_of_intervals
+from manualloop.run.report import Report
 from manualloop.run.run import Run
 from manualloop.run.stopping import Stopping
+from manualloop.run.table import ends_of_intervals
 from manualloop.schedules import check_schedule, prepare_scheduler
 from manualloop.state import Pace, TrainState, goes_on
 from manualloop.steps import contract_of, start_steps
@@ -96,14 +97,16 @@ class TrainResult:
         return DataFrame(self.history)
 
     def plot(self) -> Any:
-        """Draw loss, learning rate and evaluations over the steps; return matplotlib's figure.
+        """Draw losses, scores and the learning rate over the steps; return matplotlib's figure.
+
+        The best step is marked. ``plot_history`` draws several runs.
 
         Raises:
             ImportError: matplotlib is missing: ``pip install manualloop[plot]``.
         """
         from manualloop.run.plot import plot_history
 
-        return plot_history(self.history)
+        return plot_history(self)
 
     def report(
         self, path: str | os.PathLike[str], predictions: Predictions | None = None, **options: Any
@@ -275,7 +278,7 @@ def train_loop(
         folder = stack.enter_context(
             open_run_folder(checkpoint_dir, state, strategy, resume, keep_checkpoints, best_metric)
         )
-        report = Report(plan, shown=progress_bar and strategy.is_main)
+        report = Report(plan, max_seconds, **_shown(arguments, strategy))
         run = Run(
             state, report, folder, stopping, evaluate, best_metric, patience, strategy, trackers
         )
@@ -305,6 +308,18 @@ def train_loop(
     if folder is not None:
         stopping.raise_signal(run.place, strategy)
     return _result(state, run, report)
+
+
+def _shown(arguments: Mapping[str, Any], strategy: Strategy) -> dict[str, Any]:
+    """Return what decides what a run shows of itself."""
+    return {
+        "shown": arguments["progress_bar"] and strategy.is_main,
+        "best_metric": arguments["best_metric"],
+        "pauses": {
+            "evaluating": arguments["evaluate_every"],
+            "saving": arguments["checkpoint_every"],
+        },
+    }
 
 
 def _result(state: TrainState, run: Run, report: Report) -> TrainResult:

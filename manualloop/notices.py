@@ -1,14 +1,24 @@
 """Messages to the user, as records of the logger "manualloop".
 
 Messages such as "using sentence1, sentence2 -> labels" are part of a result, so they are shown by
-default. If the program has set up logging itself, they go where it sends INFO records.
-``logging.getLogger("manualloop").setLevel("WARNING")`` silences them.
+default: on stdout, where they stand between the lines that the program prints, and where notebooks
+do not draw them in red. If the program has set up logging itself, they go where it sends INFO
+records. ``logging.getLogger("manualloop").setLevel("WARNING")`` silences them.
 """
 
 import logging
 import os
 
+from manualloop import screen
+
 logger = logging.getLogger("manualloop")
+
+
+class _OnScreen(logging.Handler):
+    """Writes records to the stdout of the moment, above a bar that is drawn there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        screen.write(self.format(record))
 
 
 def say(message: str, *, from_every_rank: bool = False) -> None:
@@ -27,7 +37,7 @@ def say(message: str, *, from_every_rank: bool = False) -> None:
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
-        handler = logging.StreamHandler()
+        handler = _OnScreen()
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
         logger.addHandler(handler)
     logger.info(message)

@@ -556,4 +556,4 @@ def test_patience_counts_an_evaluation_once(tmp_path: Path) -> None:
 
 def test_a_bar_that_grows_with_the_epochs(capsys: pytest.CaptureFixture[str]) -> None:
     train(Lengths(2, 4, 6), None, progress_bar=True)
-    assert "step 12/12 (100%)" in capsys.readouterr().err
+    assert "step 12/12 (100%)" in capsys.readouterr().out

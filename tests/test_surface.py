@@ -35,7 +35,7 @@ ROWS = [
     ["optim", "schedules"],
     ["arguments", "batches", "models", "optimizers", "times"],
     ["deprecation", "errors", "types", "notices", "progress", "randomness"],
-    ["objects", "internals"],
+    ["objects", "internals", "screen"],
 ]
 
 # One door per dependency.
@@ -45,7 +45,7 @@ DOORS = {
     "transformers": {"data.collate", "schedules", "internals"},
     "evaluate": {"evaluation.modules"},
     "peft": {"checkpoint.adapters"},
-    "tqdm": {"progress"},
+    "tqdm": {"screen"},
     "sklearn": {"evaluation.metrics", "evaluation.probabilities", "evaluation.reports"},
     "scipy": {"evaluation.metrics", "evaluation.weighted", "evaluation.compare"},
     "torchmetrics": set(),
@@ -101,6 +101,7 @@ PUBLIC_NAMES = [
     "launch",
     "load_checkpoint",
     "load_metric",
+    "plot_history",
     "predict_loop",
     "preflight",
     "prepare_dataloaders",
@@ -135,6 +136,7 @@ SIGNATURES = {
     "launch": "function, args=(), *, num_processes=None, mixed_precision=None, use_port=None",
     "load_checkpoint": "checkpoint_dir, state, *, which='last', strategy=None, verify=True",
     "load_metric": "name, config=None, **options",
+    "plot_history": "*results, labels=None",
     "predict_loop": (
         "model, dataloader, *, strategy=None, postprocess=None, decode=None, progress_bar=False"
     ),

@@ -302,6 +302,13 @@ def _evaluations(value: Any, path: str) -> None:
     (items(by_name(_metric)) if isinstance(value, list) else _EVALUATIONS)(value, path)
 
 
+def _row(value: Any, path: str) -> None:
+    """Check an evaluation in the table: step, loss of the training, learning rate."""
+    items(maybe(number))(value, path)
+    if len(value) != 3 or type(value[0]) is not int:
+        raise _refuse(value, path, "a step, a loss and a learning rate")
+
+
 _NOTES = fields(
     {
         "evaluations": _evaluations,
@@ -309,6 +316,7 @@ _NOTES = fields(
         "is_pending": flag,
         "report": fields(
             {"interval": _either("losses", _LOSSES, _INTERVAL), "epoch": finite},
+            {"since": _INTERVAL, "rows": items(_row), "lr": maybe(number)},
         ),
         "num_records": whole(),
     }

@@ -17,7 +17,7 @@ from manualloop.errors import DataError, ManualLoopError
 from manualloop.evaluation.draws import Draws
 from manualloop.evaluation.losses import Made
 from manualloop.models import accepts, evaluation_mode, is_sharded
-from manualloop.progress import ProgressBar
+from manualloop.progress import ProgressBar, is_watched
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy
@@ -77,7 +77,7 @@ def each_batch(passes: Passes, use: Callable[[Made], None], bar: str | None, **o
     Args:
         passes: The loader, the model and how to run it.
         use: Function of the results of a batch.
-        bar: Title of a progress bar; None shows none.
+        bar: Title of a progress bar; None shows one in a run that shows its own, and else none.
         owners: Objects that may hold random generators, beside those of the passes.
     """
     model, strategy = passes.model, passes.strategy
@@ -199,8 +199,8 @@ def _numbered(
         DataError: There is no batch.
     """
     require_loader(loader)
-    shown = bar is not None and strategy.is_main
-    progress = ProgressBar(num_batches(loader), name=bar or "", unit="batch", shown=shown)
+    shown = strategy.is_main and (bar is not None or is_watched())
+    progress = ProgressBar(num_batches(loader), name=bar or "Evaluating", unit="batch", shown=shown)
     number = 0
     try:
         comes_in_order = strategy.world_size == 1 and getattr(loader, "in_order", True)

@@ -67,6 +67,40 @@ updates (200), "epoch", "0.25 epoch", or a time ("10 min").
     return partial(_is_behind, amount.denominator, amount.numerator)
 
 
+def num_due(
+    cadence: Cadence,
+    done: int,
+    total: int | None,
+    num_steps_per_epoch: int | None,
+    seconds_per_step: float,
+) -> int:
+    """Estimate how often something is still due in a run, of which the last update always is.
+
+    Args:
+        cadence: A cadence that ``parse_cadence`` takes.
+        done: Number of updates that are done.
+        total: Number of updates of the whole run; None if it is unknown.
+        num_steps_per_epoch: Updates per epoch; None if the data has no length.
+        seconds_per_step: Seconds that an update takes.
+
+    >>> num_due(200, 500, 1000, None, 0.1), num_due("epoch", 500, 1000, 300, 0.1)
+    (3, 3)
+    >>> num_due("10 s", 500, 1000, None, 0.1)
+    6
+    """
+    if total is None or done >= total:
+        return 0
+    parts = None if isinstance(cadence, int) else TIME_OR_EPOCHS.fullmatch(cadence)
+    amount = Fraction(parts[1] or 1) if parts else Fraction(cadence)
+    if parts and parts[2] in SECONDS:
+        seconds = float(amount * SECONDS[parts[2]])
+        return int((total - done) * seconds_per_step / seconds) + 1
+    if parts:
+        amount *= num_steps_per_epoch or total
+    is_last_due = total % amount == 0
+    return int(total // amount) - int(done // amount) + (not is_last_due)
+
+
 def _is_behind(parts: int, epochs: int, step: Step | None, pace: Pace) -> bool:
     """Tell whether an update is the first behind a multiple of ``epochs / parts`` epochs.
 

@@ -1,21 +1,27 @@
-"""The history and the progress bar of a run: losses are read late and averaged by items."""
+"""The history and the progress of a run: losses are read late and averaged by items."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manualloop.progress import ProgressBar
+from manualloop import screen
+from manualloop.progress import ProgressBar, typical
+from manualloop.run.cadence import Cadence, num_due
+from manualloop.run.table import Row, Table
 from manualloop.state import Pace
 from manualloop.strategy.transfer import LateTensor
 from manualloop.types import Plan, Record, Step
 
 _NUM_UNSTACKED = 256  # a 0-d CUDA tensor occupies 512 bytes
+_NUM_EARLIER = 20  # evaluations of earlier processes that are shown
 
 
 @dataclass
@@ -61,6 +67,7 @@ class History:
         self.records: list[Record] = []
         self.last_loss: float | None = None
         self._interval = Interval()  # steps since the last record whose losses were read
+        self._since = Interval()  # the same since the last evaluation
         self._losses: list[Tensor] = []  # of the steps after those
         self._num_items: list[float] = []
         self._pending: list[tuple[Record, LateTensor | None, Interval, list[float]]] = []
@@ -105,17 +112,38 @@ class History:
         """Make a record of an evaluation after so many updates."""
         values = {f"eval_{name}": value for name, value in metrics.items()}
         self.records.append({"step": step, "epoch": epoch, **values})
+        self._since = Interval()
 
     def open_interval(self) -> dict[str, Any]:
         """Return the sums over the steps since the last record, waiting for their losses."""
-        losses = [value for loss in self._losses for value in loss.reshape(-1).tolist()]
-        self._interval.add(losses, self._num_items)
+        losses = [loss.reshape(-1) for loss in self._losses]
+        values = torch.cat(losses).tolist() if losses else []
+        for interval in (self._interval, self._since):
+            interval.add(values, self._num_items)
         self._losses, self._num_items = [], []
         return asdict(self._interval)
 
-    def restore(self, records: list[Record], interval: Mapping[str, Any]) -> None:
-        """Continue from records, and from what ``open_interval`` returned."""
+    def since_evaluation(self) -> Interval:
+        """Return the sums over the steps since the last evaluation, waiting for their losses."""
+        self.collect(wait=True)
+        self.open_interval()
+        return self._since
+
+    def restore(
+        self,
+        records: list[Record],
+        interval: Mapping[str, Any],
+        since: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Continue from records, and from what ``open_interval`` returned.
+
+        Args:
+            records: The records.
+            interval: The sums since the last record.
+            since: The sums since the last evaluation.
+        """
         self.records = records
+        self._since = Interval(**(since or {}))
         if "losses" in interval:  # release 0.1.0 kept each loss
             self._interval = Interval()
             self._interval.add(interval["losses"], interval["num_items"])
@@ -131,50 +159,95 @@ class History:
             values = late.read() if late else []
             if "grad_norm" in record:
                 record["grad_norm"] = values.pop()
+            self._since.add(values, num_items)
             interval.add(values, num_items)
             record["num_items"] = interval.num_items
             record["loss"] = self.last_loss = interval.mean
 
 
 class Report:
-    """Collects the history of a run and shows its progress.
+    """Collects the history of a run and shows its progress, and its evaluations as a table.
 
     Args:
         plan: Length of the run.
-        shown: Whether the progress bar is drawn.
+        max_seconds: Seconds after which the run ends; None for no limit.
+        shown: Whether anything is shown.
+        best_metric: As in ``train_loop``.
+        pauses: How often steps wait for "evaluating" and for "saving".
 
     Attributes:
         history: History of the run.
         plan: Length of the run.
     """
 
-    def __init__(self, plan: Plan, *, shown: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        max_seconds: float | None = None,
+        *,
+        shown: bool,
+        best_metric: str | None = None,
+        pauses: Mapping[str, Cadence] | None = None,
+    ) -> None:
         self.history = History()
         self.plan, self._shown = plan, shown
+        self._pauses, self._max_seconds = pauses or {}, max_seconds
+        self._table = Table(best_metric)
         self._bar = ProgressBar(plan.num_steps, name="Training", unit="step", shown=False)
         self._step: Step | None = None
-        self._position = 0
+        self._lr_before: float | None = None  # of the last step of an earlier process
+        self._position = self._num_written = 0
         self._epoch = 0.0
 
     def restore(self, notes: Mapping[str, Any], records: list[Record], num_steps: int) -> None:
         """Continue from what ``notes`` returned, after ``num_steps`` steps."""
-        self.history.restore(records, notes["interval"])
-        self._epoch, self._position = notes["epoch"], num_steps
+        self.history.restore(records, notes["interval"], notes.get("since"))
+        self._epoch, self._position, self._lr_before = notes["epoch"], num_steps, notes.get("lr")
+        known = {step: (loss, lr) for step, loss, lr in notes.get("rows", ())}
+        for record in records:
+            if "lr" not in record:  # an evaluation
+                metrics = {name[5:]: value for name, value in record.items() if name[:5] == "eval_"}
+                loss, lr = known.get(record["step"], (None, None))
+                self._table.add(
+                    record["step"], record["epoch"], metrics, loss=loss, lr=lr, seconds=None
+                )
 
     def open(self) -> None:
-        """Show the bar."""
+        """Show the evaluations of earlier processes, and the bar."""
+        rows = self._table.rows[-_NUM_EARLIER:]
+        if self._shown and screen.notebook() is None and rows:
+            if len(rows) < len(self._table.rows):
+                screen.write(f"({len(self._table.rows) - len(rows)} earlier evaluations)")
+            self._write(rows)
         self._bar = ProgressBar(
             self.plan.num_steps,
             name="Training",
             unit="step",
             initial=self._position,
             shown=self._shown,
+            above=self._table.above,
+            seconds_due=self._seconds_due,
+            max_seconds=self._max_seconds,
         )
 
     def notes(self) -> dict[str, Any]:
         """Complete the history, and return what ``restore`` needs. Waits for the device."""
         self.history.collect(wait=True)
-        return {"interval": self.history.open_interval(), "epoch": self._epoch}
+        interval = self.history.open_interval()
+        rows = self._table.rows[-_NUM_EARLIER:]
+        if self._table.best is not None and self._table.best not in rows:
+            rows = [self._table.best, *rows]
+        return {
+            "interval": interval,
+            "epoch": self._epoch,
+            "since": asdict(self.history.since_evaluation()),
+            "rows": [[row.step, row.loss, row.lr] for row in rows],
+            "lr": self._lr,
+        }
+
+    @property
+    def _lr(self) -> float | None:
+        return self._lr_before if self._step is None else float(self._step.lr)
 
     def add(self, step: Step, pace: Pace, *, closes: bool) -> None:
         """Add a step, after which the run is at ``pace``; with ``closes``, make a record."""
@@ -187,55 +260,65 @@ class Report:
         if closes:
             self.end_interval()
         if self._bar.is_due():
-            self._bar.show(step.index, self._facts())
+            self._bar.show(step.index, *self._facts())
 
     def end_interval(self) -> None:
         """Make a record of the steps since the last record, if there are any."""
         if self._step is not None and self.history.has_open_interval():
             self.history.close_interval(self._step, self._epoch)
 
-    def add_evaluation(self, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Add an evaluation after ``num_steps`` steps."""
+    @contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """Show that steps wait for "evaluating" or "saving" in a block."""
+        with self._bar.paused_for(what, self._position, *self._facts()):
+            yield
+
+    def add_evaluation(self, num_steps: int, metrics: Mapping[str, Any]) -> None:
+        """Add an evaluation after ``num_steps`` steps, and show it."""
+        since = self.history.since_evaluation()
         self.history.add_evaluation(num_steps, self._epoch, metrics)
-        found = ends_of_intervals(metrics)
-        ends = {end for pair in found.values() for end in pair}
-        scores = "  ".join(
-            f"{name} {_short(value)}" + _interval(metrics, found.get(name))
-            for name, value in metrics.items()
-            if _is_short(value) and name not in ends
+        row = self._table.add(
+            num_steps,
+            self._epoch,
+            metrics,
+            loss=since.mean if since.num_steps else None,
+            lr=self._lr,
+            seconds=self._bar.seconds,
         )
-        self._bar.write(f"step {num_steps}  epoch {self._epoch:.2f}  {scores}")
+        if self._bar.kind == "notebook":
+            self._bar.redraw()
+        elif self._bar.kind is not None:
+            self._write([row])
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        """Write rows of the table: aligned in a terminal, lines that stand alone in a log."""
+        if screen.num_written() != self._num_written:
+            self._table.forget_header()
+        if screen.is_terminal(sys.stdout):
+            width, colours = screen.num_columns(sys.stdout), screen.has_colours(sys.stdout)
+            lines = self._table.lines(rows, width, colours=colours)
+        else:
+            lines = [self._table.log_line(row) for row in rows]
+        screen.write("\n".join(lines))
+        self._num_written = screen.num_written()
 
     def close(self) -> None:
         """Complete the history and close the bar."""
         self.history.collect(wait=True)
-        self._bar.close(self._position, self._facts())
+        self._bar.close(self._position, *self._facts())
 
-    def _facts(self) -> str:
+    def _facts(self) -> tuple[str, ...]:
         if self._step is None:
-            return ""
+            return ()
         loss = self.history.last_loss
-        shown = "" if loss is None else f"loss={loss:.4f}, "
-        return f"{shown}lr={float(self._step.lr):.2e}"
+        return (*(() if loss is None else (f"loss={loss:.4f}",)), f"lr={float(self._step.lr):.2e}")
 
-
-def ends_of_intervals(names: Collection[str]) -> dict[str, tuple[str, str]]:
-    """Return the names of the ends of each score's interval, by the name of the score.
-
-    >>> ends_of_intervals({"f1": 0.8, "f1_low": 0.7, "f1_high": 0.9, "loss": 0.4, "lr_low": 1})
-    {'f1': ('f1_low', 'f1_high')}
-    """
-    pairs = ((name, (f"{name}_low", f"{name}_high")) for name in names)
-    return {name: ends for name, ends in pairs if all(end in names for end in ends)}
-
-
-def _interval(metrics: Mapping[str, Any], ends: tuple[str, str] | None) -> str:
-    return "" if ends is None else f" ({' to '.join(_short(metrics[end]) for end in ends)})"
-
-
-def _is_short(value: Any) -> bool:
-    return isinstance(value, float | int | str)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    def _seconds_due(self, position: int, seconds_per_step: float) -> float:
+        """Return how long the evaluations and saves take that are still to come."""
+        total = 0.0
+        for what, cadence in self._pauses.items():
+            if before := self._bar.pauses.get(what):
+                length = self.plan.num_steps_per_epoch
+                number = num_due(cadence, position, self._bar.total, length, seconds_per_step)
+                total += number * typical(before)
+        return total

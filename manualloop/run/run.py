@@ -172,6 +172,7 @@ class Run:
         was_training = self._state.model.training
         try:
             with (
+                self._report.waiting_for("evaluating"),
                 watching(self._state, **self._state.holders) as self._scored,
                 self._stopping.evaluating(),
             ):
@@ -263,12 +264,16 @@ class Run:
         """Save the run, if it has a folder and has changed since it was last saved."""
         if self._folder is None or self._saved == self._fingerprint():
             return
+        with self._report.waiting_for("saving"):
+            self._save(self._folder)
+
+    def _save(self, folder: RunFolder) -> None:
         notes = self._notes() | {"report": self._report.notes()}
         is_evaluated = self._evaluated_step == self._state.progress.num_steps
         metrics = self.metrics if is_evaluated else {}
         scored = self._scored.weights if is_evaluated else None
         begin = perf_counter()
-        self._folder.save(notes, self._report.history.records, metrics, scored)
+        folder.save(notes, self._report.history.records, metrics, scored)
         self._state.times.checkpoint += perf_counter() - begin
         self._saved, self._num_known = self._fingerprint(), len(self._report.history.records)
         self.track()

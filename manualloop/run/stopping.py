@@ -135,7 +135,11 @@ class Stopping:
         self.cause, self._received = signal.Signals(number).name, number
         self._since = time.monotonic()
         if number == signal.SIGINT:  # not by a log record, whose lock may be held
-            os.write(2, b"\nmanualloop: finishing this update; Ctrl-C again ends at once.\n")
+            terminal_or_log = 2 if os.isatty(2) else 1  # a notebook shows the former in red
+            os.write(
+                terminal_or_log,
+                b"\nmanualloop: finishing this update; Ctrl-C again ends at once.\n",
+            )
         if self._is_evaluating:
             self._is_evaluating = False
             raise EvaluationStopped

@@ -1,5 +1,7 @@
 """Several runs in the same ranks: what one rank wishes ends one run, on all ranks, and no other."""
 
+import contextlib
+import io
 import os
 import signal
 import time
@@ -7,7 +9,14 @@ from itertools import pairwise
 
 import torch
 
-from manualloop import TrainState, apply_update, prepare_strategy, train_loop, train_steps
+from manualloop import (
+    TrainState,
+    apply_update,
+    evaluate_loop,
+    prepare_strategy,
+    train_loop,
+    train_steps,
+)
 
 NUM_STEPS = 8
 
@@ -39,9 +48,8 @@ def train(strategy, folder=None, model=None, **options):
             num_epochs=1,
             checkpoint_dir=folder,
             on_step=on_step,
-            progress_bar=False,
             strategy=strategy,
-            **options,
+            **{"progress_bar": False, **options},
         )
     except (KeyboardInterrupt, SystemExit, ValueError):
         return seen, None
@@ -165,6 +173,20 @@ def check_nested(strategy):
     assert ends == ["max_time"] * 3
 
 
+def check_table(strategy):
+    """Rank 0 shows each evaluation once, whatever evaluates it; the others show nothing."""
+    model, shown = torch.nn.Linear(4, 1), io.StringIO()
+
+    def evaluate():
+        return evaluate_loop(model, batches(strategy), loss_fn=loss_fn, strategy=strategy)
+
+    with contextlib.redirect_stdout(shown):
+        train(strategy, model=model, evaluate=evaluate, evaluate_every=3, progress_bar=True)
+    lines = [line.split("  ")[0].partition(",")[0] for line in shown.getvalue().splitlines()]
+    rows = ["step 3", "step 6", "step 8", "Training: step 8/8 (100%)"]
+    assert lines == (rows if strategy.is_main else []), shown.getvalue()
+
+
 def check_collectives(strategy):
     """A run needs as many reductions a step as train_steps, and leaves it none of its own."""
     counts, inner = [0], torch.distributed.all_reduce
@@ -208,5 +230,6 @@ def main(folder):
     check_step_fn(strategy, folder)
     check_trackers(strategy, folder)
     check_nested(strategy)
+    check_table(strategy)
     check_collectives(strategy)
     assert set(vars(strategy)) == before

@@ -123,9 +123,10 @@ def digest(result):
 
 def _child(pipe, folder, log, fault, changes):
     torch.set_num_threads(1)
-    errors = os.open(f"{folder}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(errors, 2)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    printed = os.open(f"{folder}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(printed, number)
+    sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     if fault is not None:
         fault()
     try:
@@ -160,8 +161,8 @@ def run(folder, log=None, fault=None, **changes):
 
 
 def messages(folder):
-    """What the processes of a folder have written to stderr."""
-    path = Path(f"{folder}.err")
+    """What the processes of a folder have printed."""
+    path = Path(f"{folder}.out")
     return path.read_text() if path.exists() else ""
 
 

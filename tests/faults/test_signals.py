@@ -132,7 +132,8 @@ class Run:
         lines = self.process.output.splitlines()
         assert lines, self.process.errors
         assert lines[-1] == "atexit ran", self.process.errors
-        self.result = json.loads(lines[0]) if lines[0].startswith("{") else None
+        results = [json.loads(line) for line in lines if line.startswith("{")]
+        self.result = results[0] if results else None
         return self.result
 
     def steps(self):
@@ -171,8 +172,9 @@ def check(script, undisturbed, place, number, workers=0):
         assert script.process.returncode == status, errors
     step = 6 if place == "save" else 4
     assert (script.folder / f"step-{step:08}").is_dir()
-    assert f"{number}: ended after step {step}. The same command resumes there, from " in errors
-    assert str(script.folder) in errors
+    printed = script.process.output
+    assert f"{number}: ended after step {step}. The same command resumes there, from " in printed
+    assert str(script.folder) in printed
     assert not list(script.folder.glob(".*"))
     expected, steps = undisturbed(workers)
     finished = script.run("nothing", "SIGTERM", workers)

@@ -142,13 +142,13 @@ def test_patience_counts_on_where_the_other_process_stopped(tmp_path):
 
 def test_a_checkpoint_does_not_grow_with_the_evaluations_and_steps_before_it(tmp_path):
     sizes = {}
-    for steps in (16, 64):
+    for steps in (24, 64):  # the newest twenty are kept, and the best
         scores = ({"f1": 0.25} for _ in range(steps))
         run(folder := tmp_path / str(steps), scores, steps, best_metric="f1", log_every="1 h")
         (last,) = folder.glob(f"step-{steps:08}")
         state = json.loads((last / "state.json").read_bytes())["run"]
         sizes[steps] = len(json.dumps(state)) - len(str(steps))
-    assert sizes[64] < sizes[16] + 20  # longer numbers
+    assert sizes[64] < sizes[24] + 200  # longer numbers
 
 
 def test_records_have_the_same_bits_however_often_a_run_was_saved(tmp_path):

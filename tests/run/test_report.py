@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 import sys
 import weakref
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import Adafactor
 
-from manualloop import Step, train_loop
+from manualloop import ConfigError, Step, plot_history, train_loop
 from manualloop.run import report as history
-from manualloop.run.plot import plot_history
 from manualloop.run.report import History
 from manualloop.strategy.transfer import LateTensor
-from manualloop.types import Plan
 
 
 def step(
@@ -263,6 +264,62 @@ def test_the_history_of_a_run() -> None:
     assert [one["step"] for one in result.history] == sorted(one["step"] for one in result.history)
 
 
+def test_the_table_has_the_loss_since_the_evaluation_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However the records of the log lie, and wherever the run was interrupted."""
+    sizes = [4, 1, 7, 2, 3, 5, 6]
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"x": torch.randn(size, 2, generator=generator)} for size in sizes]
+    losses: list[float] = []
+
+    def train(folder: Path | None, **options: Any) -> None:
+        torch.manual_seed(0)
+        train_loop(
+            nn.Linear(2, 1),
+            batches,
+            num_epochs=3,
+            loss_fn=lambda model, batch: (model(batch["x"]) ** 2).mean(),
+            evaluate=lambda: {"score": 0.5},
+            evaluate_every=5,
+            checkpoint_dir=folder,
+            **options,
+        )
+
+    def rows() -> list[str]:
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+
+    def without_time(row: str) -> str:
+        return row.partition("  time")[0]
+
+    for log_every in (3, 5, 8):
+        losses.clear()
+        train(None, log_every=log_every, on_step=lambda step: losses.append(step.loss.item()))
+        whole = rows()
+        for (begin, end), row in zip(pairwise([0, 5, 10, 15, 20, 21]), whole, strict=True):
+            items = (sizes * 3)[begin:end]
+            mean = sum(a * b for a, b in zip(losses[begin:end], items, strict=True)) / sum(items)
+            assert f"step {end}  " in row
+            assert f"  train loss {mean:.4f}  " in row
+        for at in (7, 10, 20):
+            folder = tmp_path / f"{log_every} {at}"
+
+            def stop(step: Step, at: int = at) -> None:
+                if step.index == at:
+                    signal.raise_signal(signal.SIGINT)
+
+            with pytest.raises(KeyboardInterrupt):
+                train(folder, log_every=log_every, on_step=stop)
+            before = rows()
+            train(folder, log_every=log_every)
+            after = rows()
+            # Those of the process before are shown once, without their times.
+            assert after[: len(before)] == list(map(without_time, before))
+            assert list(map(without_time, after)) == list(map(without_time, whole))
+            train(folder, log_every=log_every)  # it is finished, and shows its table
+            assert rows() == list(map(without_time, whole))
+
+
 # Curves -------------------------------------------------------------------------------------------
 
 RECORDS = [
@@ -335,15 +392,80 @@ def test_intervals_are_bands_around_the_curves() -> None:
     plot_history([*RECORDS, {**RECORDS[1], **texts}])  # a text is no end of a band
 
 
-def test_the_line_of_an_evaluation_has_its_intervals(capsys: pytest.CaptureFixture[str]) -> None:
-    report = history.Report(Plan(10, 1, None), shown=True)
-    report.open()
-    metrics = {"loss": 0.5, "f1": 0.8, "f1_low": 0.71234, "f1_high": 0.9, "count_low": 3}
-    report.add_evaluation(4, metrics)
-    report.close()
-    line = "step 4  epoch 0.00  loss 0.5000  f1 0.8000 (0.7123 to 0.9000)  count_low 3"
-    assert line in capsys.readouterr().err
-    assert report.history.records[-1]["eval_f1_low"] == 0.71234
+def test_the_best_step_is_marked() -> None:
+    pytest.importorskip("matplotlib")
+    figure = plot_history(SimpleNamespace(history=RECORDS, best_step=10, last_checkpoint=None))
+    for axis in figure.axes:
+        (line,) = [line for line in axis.lines if list(line.get_xdata()) == [10, 10]]
+        assert line.get_linestyle() != "-"
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == ["training", "evaluation", "best: step 10"]
+    result = train_loop(
+        nn.Linear(1, 1),
+        [{"x": torch.ones(1, 1)}] * 3,
+        num_epochs=2,
+        loss_fn=lambda model, batch: model(batch["x"]).mean(),
+        evaluate=iter([{"f1": 0.9}, {"f1": 0.5}]).__next__,
+        best_metric="f1",
+        progress_bar=False,
+    )
+    assert [list(axis.lines[-1].get_xdata()) for axis in result.plot().axes] == [[3, 3]] * 3
+
+
+def test_several_runs_are_compared_panel_by_panel() -> None:
+    pytest.importorskip("matplotlib")
+    longer = [*RECORDS, {"step": 20, "epoch": 2.0, "loss": 0.5, "lr": 0.0, "num_items": 8}]
+    folder = Path("runs/second/step-00000010")
+    second = SimpleNamespace(history=longer, best_step=10, last_checkpoint=folder)
+    figure = plot_history(RECORDS, second)
+    found = curves(figure)
+    assert list(found) == ["training loss", "evaluation loss", "f1", "accuracy", "learning rate"]
+    assert found["training loss"] == {
+        "run 1": [(1, 2.0), (10, 1.0)],
+        "second": [(1, 2.0), (10, 1.0), (20, 0.5)],
+        "best step": [],
+    }
+    assert found["f1"]["run 1"] == [(5, 0.6), (10, 0.8)]
+    stars = [[line for line in axis.lines if line.get_marker() == "*"] for axis in figure.axes]
+    assert [[line.get_xydata().tolist() for line in found] for found in stars] == [
+        *([[]], [[[10, 1.2]]], [[[10, 0.8]]], [[[10, 0.9]]], [])
+    ]
+    # No two curves look alike, in print neither.
+    for axis in figure.axes:
+        assert len({line.get_linestyle() for line in axis.lines[:2]}) == 2
+        assert len({line.get_color() for line in axis.lines[:2]}) == 2
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == ["run 1", "second", "best step"]
+    figure = plot_history(RECORDS, second, labels=["small", "large"])
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == ["small", "large", "best step"]
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_runs_without_evaluations_beside_others_and_more_than_there_are_colours() -> None:
+    pytest.importorskip("matplotlib")
+    assert list(curves(plot_history(RECORDS[:1], []))) == ["training loss", "learning rate"]
+    figure = plot_history(*[RECORDS] * 16)
+    looks = {
+        (line.get_color(), line.get_linestyle(), line.get_marker()) for line in figure.axes[1].lines
+    }
+    assert len(looks) == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "labels", "message"),
+    [
+        ((), None, "There is nothing to plot"),
+        (([SimpleNamespace(history=[])],), None, "plot_history got a list as argument 1"),
+        ((RECORDS, "history.jsonl"), None, "got a str as argument 2"),
+        ((RECORDS, {"step": 1}), None, "got a dict as argument 2"),
+        ((RECORDS, RECORDS), ["one"], "There are 2 results and 1 labels"),
+    ],
+)
+def test_what_cannot_be_plotted_is_refused(arguments: Any, labels: Any, message: str) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ConfigError, match=message):
+        plot_history(*arguments, labels=labels)
 
 
 def test_curves_show_themselves_in_a_notebook() -> None:
