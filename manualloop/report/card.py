@@ -28,7 +28,7 @@ from manualloop.report.facts import (
 from manualloop.report.page import check_result, on_first_rank, write_file
 from manualloop.report.parts import Cell, Facts, Table
 from manualloop.report.text import clean, duration, number
-from manualloop.run.report import ends_of_intervals
+from manualloop.run.table import ends_of_intervals
 
 _MARK = "<!-- Written by manualloop; digest of the rest: {} -->"
 _MARKED = re.compile(r"<!-- Written by manualloop; digest of the rest: ([0-9a-f]{16}) -->\n")

@@ -10,7 +10,7 @@ from typing import Any
 from manualloop.report.parts import Cell, Chart, Charts, Details, Part, Section, Table, Text
 from manualloop.report.svg import Band, Line, Point, line_chart, thin
 from manualloop.report.text import number, shorten
-from manualloop.run.report import ends_of_intervals
+from manualloop.run.table import ends_of_intervals
 from manualloop.types import Record
 
 _MOST_CHARTS = 8

@@ -15,7 +15,7 @@ from manualloop.models import model_name, unwrap_model
 from manualloop.report.parts import Cell, Code, Details, Facts, Part, Section, Table, Text, Tile
 from manualloop.report.text import amount, duration, number, percent, shorten
 from manualloop.run.history_file import read_times
-from manualloop.run.report import ends_of_intervals
+from manualloop.run.table import ends_of_intervals
 from manualloop.state import TrainState
 from manualloop.times import Times
 from manualloop.types import Record, SplitNotes
