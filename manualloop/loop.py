@@ -36,7 +36,7 @@ from manualloop.run.cadence import Cadence, parse_cadence
 from manualloop.run.delivery import check_trackers
 from manualloop.run.evaluations import require_metric
 from manualloop.run.folder import check_folder, open_run_folder
-from manualloop.run.report import Report
+from manualloop.run.report import Report, report_of
 from manualloop.run.run import Run
 from manualloop.run.stopping import Stopping
 from manualloop.run.table import ends_of_intervals
@@ -97,9 +97,7 @@ class TrainResult:
         return DataFrame(self.history)
 
     def plot(self) -> Any:
-        """Draw losses, scores and the learning rate over the steps; return matplotlib's figure.
-
-        The best step is marked. ``plot_history`` draws several runs.
+        """Draw losses, scores and the learning rate, with the best step; return the figure.
 
         Raises:
             ImportError: matplotlib is missing: ``pip install manualloop[plot]``.
@@ -278,7 +276,7 @@ def train_loop(
         folder = stack.enter_context(
             open_run_folder(checkpoint_dir, state, strategy, resume, keep_checkpoints, best_metric)
         )
-        report = Report(plan, max_seconds, **_shown(arguments, strategy))
+        report = report_of(plan, max_seconds, arguments, is_main=strategy.is_main)
         run = Run(
             state, report, folder, stopping, evaluate, best_metric, patience, strategy, trackers
         )
@@ -308,18 +306,6 @@ def train_loop(
     if folder is not None:
         stopping.raise_signal(run.place, strategy)
     return _result(state, run, report)
-
-
-def _shown(arguments: Mapping[str, Any], strategy: Strategy) -> dict[str, Any]:
-    """Return what decides what a run shows of itself."""
-    return {
-        "shown": arguments["progress_bar"] and strategy.is_main,
-        "best_metric": arguments["best_metric"],
-        "pauses": {
-            "evaluating": arguments["evaluate_every"],
-            "saving": arguments["checkpoint_every"],
-        },
-    }
 
 
 def _result(state: TrainState, run: Run, report: Report) -> TrainResult:

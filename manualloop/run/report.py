@@ -165,6 +165,20 @@ class History:
             record["loss"] = self.last_loss = interval.mean
 
 
+def report_of(
+    plan: Plan, max_seconds: float | None, arguments: Mapping[str, Any], *, is_main: bool
+) -> Report:
+    """Make the report of a run by the arguments of ``train_loop``."""
+    pauses = {"evaluating": "evaluate_every", "saving": "checkpoint_every"}
+    return Report(
+        plan,
+        max_seconds,
+        shown=arguments["progress_bar"] and is_main,
+        best_metric=arguments["best_metric"],
+        pauses={what: arguments[name] for what, name in pauses.items()},
+    )
+
+
 class Report:
     """Collects the history of a run and shows its progress, and its evaluations as a table.
 
