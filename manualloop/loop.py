@@ -224,8 +224,7 @@ def train_loop(
             ``manualloop.tracking``. A record is a dict; see ``docs/tracking.md``.
         log_every: Interval of training records in ``history``, as for ``evaluate_every``. The first
             and the last step are always recorded.
-        progress_bar: Whether to show progress, as a bar in a terminal or notebook and as lines in a
-            log file.
+        progress_bar: Whether to show a table of the evaluations and a bar (docs/watching.md).
         preflight: Whether to check the first window before its update.
 
     Returns:
