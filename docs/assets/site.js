@@ -1,2 +1,10 @@
 // The theme leaves the dialog of the search without a name.
 document.querySelector(".md-search")?.setAttribute("aria-label", "Search");
+
+// A long name in a narrow table breaks behind an underscore, and nowhere else.
+for (const code of document.querySelectorAll(".md-typeset td code")) {
+  for (const text of [...code.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE)) {
+    const parts = text.data.split(/(?<=_|\(|=|\.)(?=\w)/);
+    text.replaceWith(...parts.flatMap((part, n) => (n ? [document.createElement("wbr"), part] : [part])));
+  }
+}
