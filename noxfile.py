@@ -86,7 +86,7 @@ def docs(session: nox.Session) -> None:
     install(session, group="docs")
     quiet = {"NO_MKDOCS_2_WARNING": "1"}
     session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env=quiet)
-    session.run("python", "tests/examples/check_site.py", "site")
+    session.run("python", "docs/tools/check_site.py", "site")
 
 
 @nox.session

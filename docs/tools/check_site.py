@@ -1,6 +1,6 @@
 """Check that the built site loads nothing from elsewhere, and that it has all types it names.
 
-    python tests/examples/check_site.py site
+    python docs/tools/check_site.py site
 
 A reader's browser then asks nobody but the place that serves the site, which may be a folder.
 """
@@ -33,6 +33,7 @@ class Loads(HTMLParser):
         self.found: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note what a tag loads."""
         values = dict(attrs)
         if tag == "link" and values.get("rel") in ("canonical", "next", "prev", "alternate"):
             return
@@ -41,10 +42,12 @@ class Loads(HTMLParser):
 
 
 def is_elsewhere(address: str) -> bool:
+    """Tell whether an address is outside of the site."""
     return bool(re.match(r"\s*[\"']?(?:[a-z]+:)?//", address, re.I))
 
 
 def loads_of(path: Path) -> list[str]:
+    """Return the addresses that a page or a style sheet loads."""
     text = path.read_text()
     if path.suffix == ".css":
         found = re.findall(r"url\(([^)]*)\)|@import\s+[\"']([^\"']*)", text)
@@ -61,6 +64,7 @@ def types_without_entry(site: Path) -> set[str]:
 
 
 def main(site: Path) -> None:
+    """Print what was looked at; end with an error if something is wrong."""
     files = [path for path in sorted(site.rglob("*")) if path.suffix in (".html", ".css")]
     found = [
         f"{path.relative_to(site)}: {address}"
