@@ -32,6 +32,7 @@ from manualloop.mistakes import (
     no_head_message,
     no_items_message,
     no_labels_message,
+    no_pad_message,
     scalar_floats_message,
     targets_message,
     text_message,
@@ -41,21 +42,20 @@ from manualloop.models import (
     config_of,
     forward_columns,
     is_sharded,
-    max_length,
     model_name,
     num_labels,
     problem_type,
     takes_any_column,
     unwrap_model,
-    vocab_size,
 )
 from manualloop.notices import logger, say
 from manualloop.optim import parameters_of, require_trainable
 from manualloop.optimizers.together import class_of, each
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
-from manualloop.tasks.endings import untrained_ends
+from manualloop.tasks.endings import report_untrained_ends
 from manualloop.tasks.task import Task, infer_task, resolve_task, wrong_target
+from manualloop.tasks.tokens import check_tokens, is_of_tokens, refuse_copies
 from manualloop.types import Place
 
 
@@ -237,8 +237,8 @@ def check_batches(
         place = place_of(start)
         _check_columns(model, batch, needs_labels)
         _check_devices(model, batch, place)
-        if isinstance(ids := batch.get("input_ids"), Tensor):
-            _check_tokens(model, ids.cpu().numpy(), place, batch.get("position_ids"))
+        if isinstance(batch.get("input_ids"), Tensor):
+            check_tokens(model, batch, place)
         task = resolve_task(model, batch, task)
         labels = batch.get("labels")
         if config_of(model) is not None and task.name != "question_answering":
@@ -250,15 +250,9 @@ def check_batches(
     if needs_labels and needs_items and num_items == 0:
         raise DataError(no_items_message(batches, first.batch))
     if needs_items:
+        if needs_labels and task is not None and task.name == "masked_lm":
+            refuse_copies(model, batches, first)
         report_untrained_ends(model, batches, tokenizer=tokenizer)
-
-
-def report_untrained_ends(
-    model: nn.Module, batches: Sequence[Any], *places: Any, tokenizer: Any = None
-) -> None:
-    """Log that a causal language model does not learn to end a text, if that is so."""
-    if infer_task(model) == "causal_lm" and (line := untrained_ends(model, batches, tokenizer)):
-        say(line)
 
 
 EXPLAINED = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
@@ -301,6 +295,10 @@ def explain_loss(
             is no tensor.
     """
     text = str(error)
+    if _NO_PAD.search(text):
+        raise ModelError(no_pad_message(model)) from error
+    if is_of_tokens(error):
+        _explain_tokens(error, model, batches, place_of, starts)
     is_of_arrays = isinstance(error, AttributeError | TypeError) and _NO_TENSOR.search(text)
     if "same device" in text:
         for batch, start in zip(batches, starts, strict=True):
@@ -335,7 +333,23 @@ _NO_TYPE = re.compile(
     r"not implemented for '(Int|Short|Char|Byte|Bool)'|expected \w+ \w+ (to be )?Long"
 )
 _NO_TENSOR = re.compile(r"ndarray|numpy|'list'|not list|'(int|tuple)' object is not callable")
+_NO_PAD = re.compile("no padding token is defined")
 _LABELS = re.compile("label|target|class|^y$|^1$", re.IGNORECASE)
+
+
+def _explain_tokens(
+    error: Exception,
+    model: nn.Module,
+    batches: Sequence[Any],
+    place_of: Callable[[int], Place],
+    starts: Sequence[int],
+) -> None:
+    for batch, start in zip(batches, starts, strict=True):
+        if isinstance(batch, Mapping):
+            try:
+                check_tokens(model, batch, place_of(start))
+            except DataError as mistake:
+                raise mistake from error
 
 
 def _check_from(error: Exception, labels: Tensor, classes: int, place: Place) -> None:
@@ -389,31 +403,6 @@ def _check_devices(
     for name, column in columns_of(batch).items():
         if isinstance(column, Tensor) and column.device.type != "cpu":
             raise DataError(device_message(model, name, column, place)) from error
-
-
-def _check_tokens(
-    model: nn.Module, ids: np.ndarray[Any, Any], place: Place, positions: Any = None
-) -> None:
-    size = vocab_size(model)
-    if size is not None and ids.size and (ids.max() >= size or ids.min() < 0):
-        row, *_ = np.argwhere((ids >= size) | (ids < 0))[0]
-        token = int(ids[(ids >= size) | (ids < 0)][0])
-        raise DataError(
-            f"Token id {token} in {place.row(int(row))} is beyond the vocabulary of "
-            f"{model_name(model)}: vocab_size {size}. Tokenizer and model differ; if tokens were "
-            "added: model.resize_token_embeddings(len(tokenizer))."
-        )
-    room = max_length(model)
-    length = ids.shape[1] if ids.ndim > 1 else 0
-    if isinstance(positions, Tensor) and positions.numel():
-        length = min(length, int(positions.max()) + 1)  # those of packed rows begin anew
-    if room is not None and length > room:
-        raise DataError(
-            f"A sequence of {length} tokens in {place.batch}, but "
-            f"{model_name(model)} takes {room}. Cut the texts: "
-            f"prepare_dataloaders(..., max_length={room}), or tokenizer(..., truncation=True, "
-            f"max_length={room})."
-        )
 
 
 def _check_type(labels: Any, task: Task, place: Place) -> None:

@@ -262,6 +262,15 @@ def no_items_message(batches: Sequence[Mapping[str, Any]], place: str) -> str:
     )
 
 
+def no_pad_message(model: nn.Module) -> str:
+    """Return the message about a classifier that predicts from the last token of a row."""
+    return (
+        f"{type(unwrap_model(model)).__name__} predicts from the last token of a row before the "
+        "padding, and its config names no pad token, so it takes no batch of several rows. Name "
+        "that of the tokenizer: model.config.pad_token_id = tokenizer.pad_token_id."
+    )
+
+
 def no_head_message(model: nn.Module) -> str:
     """Return the message about a model whose forward pass ignores labels."""
     model = unwrap_model(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -92,12 +92,11 @@ def prepare_optimizer(
         fused=fused,
         param_groups=param_groups,
     )
-    numbers_fit = all(number >= 0 for number in (lr, weight_decay, eps))
-    if not numbers_fit or not all(0 <= beta < 1 for beta in betas):
-        raise ConfigError(
-            f"lr={lr}, weight_decay={weight_decay} and eps={eps} must be at least 0, and "
-            f"betas={betas} in [0, 1). Write prepare_optimizer(model, lr=5e-5)."
-        )
+    param_groups = None if param_groups is None else [dict(group) for group in param_groups]
+    given = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "betas": betas}
+    _check_numbers(given, "prepare_optimizer(model, {})")
+    for number, group in enumerate(param_groups or ()):
+        _check_numbers(group, f"param_groups[{number}].update({{}})")
     if name not in ("adamw", "muon+adamw"):
         raise ConfigError(f'name={name!r} is neither "adamw" nor "muon+adamw".')
     kernel = (_has_fused_kernel(model) or None) if fused == "auto" else fused
@@ -108,9 +107,9 @@ def prepare_optimizer(
         trainable = [parameter for parameter in trainable if id(parameter) not in in_muon]
     if param_groups is None:
         param_groups = _decay_groups(trainable, weight_decay)
-    groups = [dict(group) for group in param_groups]  # torch writes the defaults into them
+    # torch writes the defaults into them.
     adamw = torch.optim.AdamW(
-        groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=kernel
+        param_groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=kernel
     )
     if not matrices:
         return adamw
@@ -119,6 +118,33 @@ def prepare_optimizer(
         muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
         adamw,
     ]
+
+
+_RIGHT = {"lr": "5e-5", "weight_decay": "0.01", "eps": "1e-8", "betas": "(0.9, 0.999)"}
+
+
+def _check_numbers(given: Mapping[str, Any], call: str) -> None:
+    """Refuse numbers of an optimizer that are out of their range.
+
+    Args:
+        given: The numbers by their names, among others.
+        call: Code with a place for the right ones.
+
+    Raises:
+        ConfigError: The message names those that are wrong.
+    """
+    problems, fixes = [], []
+    for name in [name for name in _RIGHT if name in given]:
+        value, wanted = given[name], "at least 0 and finite"
+        if name == "betas":
+            is_right, wanted = all(0 <= beta < 1 for beta in value), "in [0, 1)"
+        else:
+            is_right = 0 <= value < math.inf
+        if not is_right:
+            problems.append(f"{name}={value} must be {wanted}")
+            fixes.append(f"{name}={_RIGHT[name]}")
+    if problems:
+        raise ConfigError(f"{', '.join(problems)}. Write {call.format(', '.join(fixes))}.")
 
 
 def _hidden_matrices(

@@ -26,7 +26,6 @@ from manualloop.checks import (
     check_run,
     explain,
     explain_loss,
-    report_untrained_ends,
 )
 from manualloop.data.kept import columns_read
 from manualloop.errors import ConfigError, DataError
@@ -53,7 +52,7 @@ from manualloop.strategy.base import Strategy, prepare
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.endings import tokenizer_of
-from manualloop.tasks.loss import of_model
+from manualloop.tasks.loss import check_own_loss, of_model
 from manualloop.types import LossFn, OnNonfinite, Plan, Step, Terms, Update, Window
 from manualloop.update import StepFn, apply_update, drop_gradients, group
 
@@ -200,7 +199,11 @@ def start_steps(
         )
     check: Any = partial(check_batches, needs_labels=terms is None)
     if own_loss:
-        check = report_untrained_ends
+        check = partial(
+            check_own_loss,
+            loss_fn=loss_fn,
+            strategy=strategy if state.progress.num_steps == 0 else None,
+        )
     check = partial(check, tokenizer=tokenizer_of(train_dataloader))
     return _train_steps(
         state,

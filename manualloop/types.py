@@ -283,6 +283,8 @@ class Origin(NamedTuple):
         keys: Keys of all splits that have labels.
         hidden: The forms in which they are hidden; None if they are not.
         maker: Name of the argument whose function returns them; None for those of the dataset.
+        cut: Call that cuts rows at "{room}" tokens, of the function that made them; None: the
+            tokenizer did.
     """
 
     column: str = "labels"
@@ -290,6 +292,7 @@ class Origin(NamedTuple):
     keys: tuple[str | None, ...] = (None,)
     hidden: str | None = None
     maker: str | None = None
+    cut: str | None = None
 
 
 class SplitNotes(NamedTuple):

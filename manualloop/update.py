@@ -28,6 +28,7 @@ from manualloop.strategy.select import strategy_in_place
 from manualloop.tasks.isolation import require_isolation
 from manualloop.tasks.loss import Term, check_loss, loss_terms, of_model, require_mean
 from manualloop.tasks.otherwise import balances_experts
+from manualloop.tasks.padding import require_padding_unseen
 from manualloop.tasks.shares import (
     Shares,
     count_ahead,
@@ -237,6 +238,7 @@ def _terms(
     inputs = _to_device(batch, strategy, times)
     with strategy.autocast():
         require_isolation(model, batch, inputs, loss_fn)
+        require_padding_unseen(model, batch, inputs, loss_fn)
         found = loss_terms(model, inputs, counts, loss_fn, terms)
     return [(require_mean(mean), num_items) for mean, num_items in found]
 

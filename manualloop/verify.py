@@ -26,7 +26,7 @@ import manualloop.run.delivery as delivery
 import manualloop.steps as training
 import manualloop.update as update
 from manualloop.arguments import check_arguments
-from manualloop.batches import rebuild, split_batch
+from manualloop.batches import rebuild
 from manualloop.errors import ConfigError, DataError, DistributedError
 from manualloop.models import (
     batch_statistics,
@@ -40,6 +40,7 @@ from manualloop.strategy.calls import begin_call
 from manualloop.strategy.launch import num_launched
 from manualloop.strategy.select import strategy_for
 from manualloop.strategy.single import SingleDevice
+from manualloop.tasks.isolation import rows_or_documents
 from manualloop.tasks.loss import check_loss
 from manualloop.types import LossFn, Step, Terms, Update, Window
 from manualloop.update import accumulate_gradients
@@ -121,7 +122,7 @@ def check_accumulation(
         model: The model to check.
         batch: A batch of at least two rows; rows of different lengths show most. Every column that
             has one entry for each row is split: tensors and lists, also in nested dicts and
-            objects.
+            objects; a pack into its documents.
         loss_fn: As in ``train_steps``.
         terms: As in ``train_steps``.
         strategy: Device, precision and ranks; None takes the strategy that prepared the model, or
@@ -143,7 +144,7 @@ def check_accumulation(
     )
     check_loss(loss_fn, terms)
     model = prepare_model(strategy, model)
-    rows = split_batch(batch, 1)
+    rows = rows_or_documents(batch)
     if len(rows) < 2:
         raise DataError("A batch of one row cannot be split. Pass a batch of several rows.")
     statistics = batch_statistics(model)
@@ -247,8 +248,7 @@ def _measure_in_float64(
         copied = copy.deepcopy(unwrap_model(model, adapters=False)).to(device, torch.float64)
         copied.zero_grad()
         batch = _as_float64(batch)
-        rows = split_batch(batch, 1)
-        alone = SingleDevice(device)
+        rows, alone = rows_or_documents(batch), SingleDevice(device)
         return _measure(copied, batch, rows, alone, loss_fn=loss_fn, terms=terms)
     return None
 

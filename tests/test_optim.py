@@ -141,3 +141,16 @@ def test_nothing_to_train() -> None:
         prepare_optimizer(model)
     with pytest.raises(ModelError, match="0 trainable parameters of 0"):
         prepare_optimizer(nn.ReLU())
+
+
+def test_numbers_out_of_range_are_named_alone_also_those_of_groups() -> None:
+    model = make_model()
+    with pytest.raises(ConfigError, match=r"^lr=-1 must be at least 0 and finite. Write") as error:
+        prepare_optimizer(model, lr=-1)
+    eval(str(error.value).partition("Write ")[2].removesuffix("."))
+    groups = [{"params": list(model[:2].parameters())}, {"params": list(model[2:].parameters())}]
+    groups[1] |= {"lr": -1, "weight_decay": math.inf}
+    with pytest.raises(ConfigError, match=r"lr=-1 .*weight_decay=inf") as error:
+        prepare_optimizer(model, param_groups=groups)
+    exec(str(error.value).partition("Write ")[2].removesuffix("."), {"param_groups": groups})
+    assert prepare_optimizer(model, param_groups=groups).param_groups[1]["lr"] == 5e-5

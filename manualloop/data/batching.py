@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -50,21 +51,25 @@ def collates_of(
     packed = [key for key, split in splits.items() if pack and split.is_train]
     if packed:
         _check_packed({key: splits[key] for key in packed}, functions, task)
-    pads: Any = None
-    if any(functions[key].collate_fn is None and key not in packed for key in splits):
-        is_nested = tokenizer is not None and holds_nested(reference_of(splits))
-        if is_nested:
-            pads = NestedCollate(tokenizer, multiple)
-        else:
-            of_images = image_processor(tokenizer) is not None or any(
-                hasattr(of_split.transform, "fitted") for of_split in functions.values()
-            )
-            pads = padding_collate_fn(tokenizer, task, multiple, of_images=of_images)
-        if model is not None and not accepts(model, "attention_mask"):
-            pads = partial(_without_mask, collate=pads)
+    padded = [k for k in splits if functions[k].collate_fn is None and k not in packed]
+    pads: dict[Any, Any] = {}
+    if padded and tokenizer is not None and holds_nested(reference_of(splits)):
+        pads = dict.fromkeys(padded, NestedCollate(tokenizer, multiple))
+    elif padded:
+        of_images = image_processor(tokenizer) is not None or any(
+            hasattr(of_split.transform, "fitted") for of_split in functions.values()
+        )
+        sides = _sides({k: splits[k] for k in padded}, functions, tokenizer, task)
+        makers = {
+            id(one): padding_collate_fn(one, task, multiple, of_images=of_images)
+            for one in sides.values()
+        }
+        pads = {key: makers[id(one)] for key, one in sides.items()}
+    if model is not None and not accepts(model, "attention_mask"):
+        pads = {key: partial(_without_mask, collate=one) for key, one in pads.items()}
     made: dict[Any, Any] = {}
     for key, split in splits.items():
-        collate: Any = _packing() if key in packed else functions[key].collate_fn or pads
+        collate: Any = _packing() if key in packed else functions[key].collate_fn or pads[key]
         is_fixed = not split.is_train and not split.is_stream and masks_rows(collate)
         made[key] = RowMasks(collate, seed) if is_fixed else collate
     return made
@@ -74,6 +79,39 @@ def _without_mask(rows: Any, *, collate: Callable[[Any], Mapping[str, Any]]) -> 
     """Make a batch without the mask that padding adds, for a model that does not take it."""
     batch = collate(rows)
     return {name: column for name, column in batch.items() if name != "attention_mask"}
+
+
+_WRITTEN = ("causal_lm", "seq2seq_lm")
+
+
+def _sides(
+    splits: Mapping[Any, Split],
+    functions: Mapping[Any, Functions],
+    tokenizer: Any,
+    task: str | None,
+) -> dict[Any, Any]:
+    """Return the tokenizer by which each split is padded: on the right, if texts are learned.
+
+    Only generation needs the padding on the left. In training some models would number positions
+    from it, and the decoder of an encoder-decoder would read it.
+    """
+    sides = dict.fromkeys(splits, tokenizer)
+    if task not in _WRITTEN or getattr(tokenizer, "padding_side", None) != "left":
+        return sides
+    learned = [
+        key
+        for key, split in splits.items()
+        if "labels" in split.kinds or functions[key].transform is not None
+    ]
+    if not learned:
+        return sides
+    other = copy(tokenizer)
+    other.padding_side = "right"
+    say(
+        f"{', '.join(splits[key].name for key in learned)}: rows with labels are padded on the "
+        'right, though tokenizer.padding_side is "left", which only generation needs'
+    )
+    return sides | dict.fromkeys(learned, other)
 
 
 def _packing() -> Any:

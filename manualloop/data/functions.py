@@ -17,7 +17,6 @@ from manualloop.data.mapping import COUNTS, Preprocess
 from manualloop.data.splits import Split, open_split, reference_of
 from manualloop.errors import ConfigError, DataError
 from manualloop.notices import say
-from manualloop.tasks.counts import Counted, Counting
 from manualloop.tasks.made import Making
 from manualloop.tasks.names import Naming, names_of
 
@@ -49,6 +48,15 @@ class Functions(NamedTuple):
     keep: tuple[str, ...]
     num_proc: int | None = None
     makes: tuple[str, ...] = ()
+
+    @property
+    def cut(self) -> str | None:
+        """The call that cuts rows at ``{room}`` tokens; None if ``prepare_dataloaders`` does."""
+        made = (self.preprocess, self.transform)
+        calls = [call for function in made if (call := getattr(function, "cut_call", None))]
+        if not calls and self.preprocess is not None:
+            return "let preprocess call tokenizer(..., truncation=True, max_length={room})"
+        return " and ".join(calls) or None
 
     @property
     def are_given(self) -> bool:
@@ -158,26 +166,44 @@ def preprocess_all(
         label_column: The column of labels; None finds it.
 
     Raises:
-        DataError: A function refuses what it has counted.
+        DataError: Rows have different numbers of choices, or a function has left out all of them.
     """
     made = {key: functions[key].preprocessed(split, label_column) for key, split in splits.items()}
-    counted: dict[int, dict[str, Counted]] = {}
-    counting = {id(f.preprocess): f.preprocess for f in functions.values()}
-    for key, split in made.items():
-        function = functions[key].preprocess
-        if isinstance(function, Counting):
-            names = [name for name in function.counts if name in split.kinds]
-            if names and not split.is_stream:
-                columns = {name: np.asarray(split.rows[name][:], np.int64) for name in names}
-                of_function = counted.setdefault(id(function), {})
-                of_function[split.name] = Counted(len(splits[key].rows), columns)
-            made[key] = split.select([name for name in split.kinds if name not in names])
-    for number, found in counted.items():
-        function = counting[number]
-        assert isinstance(function, Counting)
-        if line := function.tell(found):
-            say(line)
+    for split in made.values():
+        _require_same_choices(split)
     return made
+
+
+_MOST_LISTED = 100
+
+
+def _require_same_choices(split: Split) -> None:
+    """Refuse rows of several lists of tokens that have more or fewer than most have.
+
+    Raises:
+        DataError: The message leaves them out.
+    """
+    ids = split.first.get("input_ids")
+    if split.is_stream or not isinstance(ids, list) or not ids or not isinstance(ids[0], list):
+        return
+    from manualloop.data.values import lengths_of  # loads pyarrow
+
+    if (numbers := lengths_of(split, "input_ids")) is None:
+        return
+    usual = int(np.bincount(numbers).argmax())
+    if not len(others := np.flatnonzero(numbers != usual)):
+        return
+    line = "Leave them out with dataset.select."
+    if len(others) <= _MOST_LISTED:
+        left = split.fix(
+            f"select([n for n in range({len(numbers)}) if n not in {set(others.tolist())}])"
+        )
+        line = f"Leave them out: {left}."
+    raise DataError(
+        f"Row {others[0]} of {split.name} has {numbers[others[0]]} choices, and most rows have "
+        f"{usual}; a batch holds as many choices of each row. Rows with another number: "
+        f"{len(others)} of {len(numbers)}. {line}"
+    )
 
 
 def tell_counts(split: Split, rows: Any, function: Any) -> Any:
@@ -199,8 +225,27 @@ def tell_counts(split: Split, rows: Any, function: Any) -> Any:
     lines = function.describe(counts)
     if others := len(split.rows) - counts["given"]:
         lines.append(f"left out as well: {others:,} rows, in batches of which no row is left")
-    say(f"{split.name}: {'; '.join(lines)}")
+    if lines:
+        say(f"{split.name}: {'; '.join(lines)}")
     return rows.remove_columns([COUNTS])
+
+
+def problems_of_cutting(arguments: Mapping[str, Any]) -> list[str]:
+    """Return that ``max_length`` cuts no row that ``preprocess`` makes, where both are given."""
+    function, room = arguments["preprocess"], arguments["max_length"]
+    if function is None or room is None:
+        return []
+    functions = list(function.values()) if isinstance(function, Mapping) else [function]
+    found = {getattr(one, "cut_call", None) for one in functions}
+    calls = sorted(call for call in found if isinstance(call, str))
+    fix = f"Cut rows there: tokenizer(..., truncation=True, max_length={room})."
+    if calls:
+        shown = " and ".join(call.format(room=room) for call in calls)
+        fix = f"Cut the rows where they are made: preprocess={shown}."
+    return [
+        f"max_length={room} cuts texts that are tokenized here, and with preprocess= none are: it "
+        f"would cut nothing. {fix}"
+    ]
 
 
 def functions_of(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from manualloop.data.grouping import Ints, round_up
 from manualloop.data.labels import BY_TOKEN
+from manualloop.data.nested import holds_nested
 from manualloop.data.splits import Split
 from manualloop.errors import ConfigError, DataError
 
@@ -18,25 +19,34 @@ def lengths_of_rows(
     multiple: int,
     max_tokens: int | None,
     group_by_length: bool,
+    cut: str | None = None,
 ) -> Ints | None:
     """Return the number of tokens of each row, int64 ``(rows,)``; None if the order ignores it.
 
+    A row of several lists has the tokens of all of them, each padded to the longest.
+
     Raises:
-        ConfigError: The split is a stream, or has no column of lists of numbers.
+        ConfigError: The split is a stream, or has no column of lists of numbers, or a row has more
+            tokens than a batch.
         DataError: A row has no tokens.
     """
     if max_tokens is None and not (group_by_length and split.is_train):
         return None
-    lengths = None
+    lengths, num_lists = None, 1
     if hasattr(split.rows, "__len__"):
         from manualloop.data.tables import as_tables
+        from manualloop.data.values import longest_in
 
         kinds = split.kinds
         lists = [name for name in kinds if kinds[name] == "list" and name not in keep]
         names = ["input_ids"] if "input_ids" in lists else lists[:1]
-        if "labels" in lists and (task in BY_TOKEN or task == "seq2seq_lm"):
-            names.append("labels")
-        lengths = as_tables(split.rows).lengths(names)
+        if holds_nested(split):
+            num_lists = len(split.first["input_ids"])
+            lengths = longest_in(split, "input_ids")
+        else:
+            if "labels" in lists and (task in BY_TOKEN or task == "seq2seq_lm"):
+                names.append("labels")
+            lengths = as_tables(split.rows).lengths(names)
     if lengths is None:
         asked = "group_by_length=True" if max_tokens is None else f"max_tokens={max_tokens}"
         raise ConfigError(
@@ -51,4 +61,14 @@ def lengths_of_rows(
             f"Row {row} of {split.name} has no tokens, so grouping by length would make a batch "
             f"without tokens. Filter such rows out: {line}."
         )
-    return round_up(lengths, multiple)
+    lengths = num_lists * round_up(lengths, multiple)
+    row = int(lengths.argmax())
+    if max_tokens is not None and lengths[row] > max_tokens:
+        shorter = f"Use max_length={max_tokens}"
+        if cut is not None:
+            shorter = f"Cut rows where they are made, {cut.format(room=max_tokens // num_lists)},"
+        raise ConfigError(
+            f"Row {row} of {split.name} has {lengths[row]} tokens, but a batch holds at most "
+            f"max_tokens={max_tokens}. {shorter} or use a larger max_tokens."
+        )
+    return lengths

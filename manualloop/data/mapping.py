@@ -16,6 +16,7 @@ from manualloop.errors import DataError
 from manualloop.mistakes import fill_argument, filter_missing, no_tokens_fix
 from manualloop.tasks.made import Making, place_in_batch
 from manualloop.tasks.task import IGNORE_INDEX
+from manualloop.tasks.texts import are_cut
 
 QUOTES = '""'  # an empty string, as code
 
@@ -109,19 +110,13 @@ class Encode:
 
     def _are_cut(self, rows: Rows, encoded: Rows) -> list[bool] | None:
         """Tell for each text whether tokens of it were left out; None if nobody knows."""
-        if encodings := getattr(encoded, "encodings", None):
-            return [bool(encoding.overflowing) for encoding in encodings]
-        if getattr(self.tokenizer, "is_fast", True) or self.limit is None:
+        is_told = bool(getattr(encoded, "encodings", None))
+        if not is_told and (getattr(self.tokenizer, "is_fast", True) or self.limit is None):
             return None
-        # A tokenizer in Python does not tell: those that may be cut off are tokenized whole.
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        options = {**self.options, "truncation": False, "max_length": None, "verbose": False}
-        return [
-            length >= self.limit
-            and len(self.tokenizer(*(rows[n][row] for n in self.texts), **options)["input_ids"])
-            > length
-            for row, length in enumerate(lengths)
-        ]
+        options = {k: v for k, v in self.options.items() if k not in ("truncation", "max_length")}
+        names = ("text", "text_pair")
+        texts = {name: rows[column] for name, column in zip(names, self.texts, strict=False)}
+        return are_cut(self.tokenizer, encoded, self.limit, texts, **options)
 
     def filter_call(self) -> str:
         """Return the call that filters out rows of which the tokenizer makes no token."""

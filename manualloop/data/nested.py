@@ -29,8 +29,10 @@ def _is_nested(value: Any) -> bool:
 class NestedCollate:
     """A ``collate_fn`` that pads rows of several lists of tokens to ``(rows, lists, tokens)``.
 
+    They are padded on the right: only generation needs the left.
+
     Args:
-        tokenizer: Tokenizer whose padding token and padding side are used.
+        tokenizer: Tokenizer whose padding token is used.
         pad_to_multiple_of: Number of which the padded length is a multiple.
     """
 
@@ -65,12 +67,10 @@ class NestedCollate:
         return batch
 
     def _pad(self, cells: list[Any], width: int, end: int) -> Tensor:
-        is_left = self._tokenizer.padding_side == "left"
         padded = torch.full((len(cells), len(cells[0]), width), end)
         for row, lists in enumerate(cells):
             for number, values in enumerate(lists):
-                start = width - len(values) if is_left else 0
-                padded[row, number, start : start + len(values)] = torch.tensor(values)
+                padded[row, number, : len(values)] = torch.tensor(values)
         return padded
 
 

@@ -24,6 +24,7 @@ from manualloop.data.functions import (
     functions_of,
     number_sources,
     preprocess_all,
+    problems_of_cutting,
 )
 from manualloop.data.kept import (
     KeepingCollate,
@@ -208,18 +209,19 @@ def prepare_dataloaders(
     labelled = tuple(split.key for key, split in splits.items() if key not in found.hidden)
     with all_at_once(note) as check:
         for key, split in splits.items():
-            collate = collates[key]
+            collate, cut = collates[key], functions[key].cut
             lengths = check(
                 lengths_of_rows,
-                *(split, texts, labels.task, keep),
-                *(pad_to_multiple_of or 1, max_tokens, group_by_length),
+                *(split, texts, labels.task, keep, pad_to_multiple_of or 1),
+                *(max_tokens, group_by_length, cut),
             )
             rows: Any = transformed.get(key) or as_read(split, collate, seed)
             if kept := kept_columns(split, functions[key], label, key in transformed):
                 collate = KeepingCollate(collate, kept)
             check(require_one_process, rows, num_workers)
             hidden, maker = found.hidden.get(key), functions[key].maker_of(split, rows, model)
-            rows.origin_of_labels = Origin(label or "labels", split.key, labelled, hidden, maker)
+            origin = label or "labels", split.key, labelled, hidden, maker, cut
+            rows.origin_of_labels = Origin(*origin)
             rows.split_notes = notes_on(split, encode, naming.names, found, columns[key])
             loaders[key] = check(
                 ordered_loader,
@@ -280,6 +282,7 @@ def _check_arguments(task: str | None, drop_last: bool, keep: Any, **arguments: 
             "drop_last=True drops a last batch with fewer rows than batch_size, but with "
             "max_tokens batches have no fixed number of rows. Remove one of the two arguments."
         )
+    problems += problems_of_cutting(arguments)
     problems += problems_of_packing(arguments) if arguments["pack"] else []
     if problems:
         raise ConfigError("\n".join(problems))
@@ -413,7 +416,7 @@ def _prepare_split(
     hidden: str | None,
 ) -> Split:
     """Name the labels, tokenize, and check what came of it."""
-    from manualloop.data.survey import check_alignment
+    from manualloop.data.survey import check_alignment, check_inputs
 
     texts, labels = found.columns.texts, found.labels
     takes = functions.takes
@@ -428,6 +431,7 @@ def _prepare_split(
         raw, split = split, count_cuts(made)
         require_tokens(raw, split, encode)
         refuse_doubled(raw, split, encode)
+    check_inputs(split)
     if labels.task in BY_TOKEN:
         check_alignment(split)
     kinds = split.kinds

@@ -373,6 +373,44 @@ def _refuse_texts(splits: Sequence[Split], found: Sequence[Values | None], colum
     raise DataError(f"{head} Turn them into class numbers: {fix_all(keys, fix)}.")
 
 
+def check_inputs(split: Split) -> None:
+    """Refuse tokens that are no whole numbers, and a mask that is longer or shorter than they.
+
+    Padding would hide both. Only the first row of a stream is checked.
+
+    Raises:
+        DataError: The message has the line that fixes the split.
+    """
+    kinds, tokens = split.kinds, split.first.get("input_ids")
+    if "input_ids" not in kinds or not isinstance(tokens, list):
+        return
+    leaf: Any = tokens
+    while isinstance(leaf, list) and leaf:
+        leaf = leaf[0]
+    if isinstance(leaf, float):
+        feature = 'datasets.Value("int64")'
+        for _ in range(_depth_of(tokens)):
+            feature = f"datasets.Sequence({feature})"
+        line = split.fix(f'cast_column("input_ids", {feature})')
+        raise DataError(
+            f"input_ids of {split.name} are numbers with a point, {leaf!r} in row 0, and tokens "
+            f"are whole numbers. Convert them: {line}."
+        )
+    if kinds.get("attention_mask") != "list" or _depth_of(tokens) > 1:
+        return
+    if (row := first_misaligned(split, "attention_mask")) is not None:
+        found = split.rows[row] if row else split.first
+        raise DataError(
+            f"Row {row} of {split.name} has {len(found['input_ids'])} input_ids and an "
+            f"attention_mask of {len(found['attention_mask'])}, so nothing tells which tokens it "
+            f"hides. Leave it out: {split.fix('remove_columns(' + repr('attention_mask') + ')')}."
+        )
+
+
+def _depth_of(value: Any) -> int:
+    return 1 + _depth_of(value[0]) if isinstance(value, list) and value else 0
+
+
 def check_alignment(split: Split) -> None:
     """Refuse token labels whose number differs from the number of tokens.
 

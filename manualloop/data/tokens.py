@@ -14,7 +14,7 @@ from manualloop.data.splits import Split
 from manualloop.errors import DataError
 from manualloop.mistakes import no_tokens_fix
 from manualloop.notices import say
-from manualloop.tasks.counts import share_of
+from manualloop.tasks.made import share_of
 from manualloop.tasks.task import IGNORE_INDEX
 
 

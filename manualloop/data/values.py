@@ -302,3 +302,14 @@ def lengths_of(split: Split, column: str) -> Ints | None:
     lengths = pc.list_value_length(stored.table.column(column)).fill_null(0).to_numpy()
     found: Ints = lengths.astype(np.int64)
     return found if numbers is None else found[numbers]
+
+
+def longest_in(split: Split, column: str) -> Ints:
+    """Return the length of the longest of the lists in each row of a column."""
+    stored, numbers = stored_table(split.rows)
+    lists = stored.table.column(column).combine_chunks()
+    outer = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
+    inner = pc.list_value_length(lists.flatten()).fill_null(0).to_numpy().astype(np.int64)
+    starts = np.cumsum(outer) - outer
+    found: Ints = np.maximum.reduceat(inner, starts)
+    return found if numbers is None else found[numbers]

@@ -203,6 +203,7 @@ def _evaluate(
     )
     if not uses_outputs(functions.decode):
         passes = replace(passes, runs="labelled")
+    passes = replace(passes, lets_write=getattr(functions.decode, "takes_model", False))
     table, losses = read_table(
         passes,
         ask_for(of_rows, functions.postprocess, functions.decode),

@@ -24,6 +24,7 @@ from manualloop.strategy.base import Strategy
 from manualloop.tasks.isolation import inputs_of, require_isolation
 from manualloop.tasks.loss import explain_kept
 from manualloop.tasks.otherwise import objection_to
+from manualloop.tasks.padding import require_padding_unseen
 from manualloop.tasks.task import Task, are_targets, resolve_task
 from manualloop.types import LossFn, Terms
 
@@ -41,6 +42,7 @@ class Passes:
         leaves_out: Columns that skip the model.
         predicts: Whether predictions are made by the rule of the task.
         runs: Batches of which the outputs are used, where ``decode`` does not use them.
+        lets_write: Whether ``decode`` gets the model, which may continue rows padded on the left.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class Passes:
     leaves_out: frozenset[str]
     predicts: bool
     runs: Literal["all", "labelled", "none"] = "all"
+    lets_write: bool = False
 
 
 def passes_of(
@@ -142,6 +145,7 @@ def _forward(passes: Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
     with strategy.autocast():
         require_isolation(model, batch, inputs, passes.loss_fn)
         if passes.loss_fn is not None:
+            require_padding_unseen(model, batch, inputs, passes.loss_fn)
             seen: list[Any] = []
             hook = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
             try:
@@ -157,6 +161,8 @@ def _forward(passes: Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
         columns = inputs_of(model, inputs)
         if passes.runs == "none" or (passes.runs == "labelled" and "labels" not in columns):
             return inputs, None, None
+        if "labels" in columns or not passes.lets_write:
+            require_padding_unseen(model, batch, inputs)
         if passes.leaves_out:
             columns = {name: c for name, c in columns.items() if name not in passes.leaves_out}
         try:

@@ -77,6 +77,7 @@ def predict_loop(
     if not uses_outputs(decode):
         passes = replace(passes, runs="none")
     decode = with_model(decode, model, strategy)
+    passes = replace(passes, lets_write=getattr(decode, "takes_model", False))
     table, _ = read_table(
         passes,
         Ask(postprocess, decode, references=False, scores=None, kept=True, aligned=False),

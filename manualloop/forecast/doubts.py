@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from manualloop.forecast.chance import doubt_about_start
 from manualloop.forecast.report import PreflightReport, size
 from manualloop.forecast.splits import missing_classes
-from manualloop.tasks.counts import share_of
+from manualloop.tasks.made import share_of
 
 
 def doubts_about(report: PreflightReport) -> Iterator[str]:

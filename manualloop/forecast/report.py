@@ -10,7 +10,7 @@ from manualloop.forecast.chance import Chance
 from manualloop.forecast.passes import LargestBatch
 from manualloop.forecast.sizes import Parameters
 from manualloop.forecast.splits import SplitSummary
-from manualloop.tasks.counts import share_of
+from manualloop.tasks.made import share_of
 
 _NUM_CLASSES_SHOWN = 12
 

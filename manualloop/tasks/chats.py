@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -120,6 +120,7 @@ class Chat:
     stops: frozenset[int]
     options: Mapping[str, Any] = field(default_factory=dict)
     known: frozenset[int] = frozenset()
+    cut_call: ClassVar[str] = "chat(tokenizer, max_length={room})"
 
     def __call__(self, rows: Rows) -> dict[str, list[Any]]:
         """Return ``input_ids`` and ``labels``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from manualloop.tasks.chats import add_row, describe_left, describe_stops, learn
 from manualloop.tasks.made import Made, Place, Rows, counted, place_in_batch
 from manualloop.tasks.rendering import Encoded, continuation, stops_of
 from manualloop.tasks.task import IGNORE_INDEX
+from manualloop.tasks.texts import require_columns
 
 
 def complete(
@@ -76,6 +77,7 @@ class Complete:
     completion: str
     max_length: int | None
     known: frozenset[int] = frozenset()
+    cut_call: ClassVar[str] = "complete(tokenizer, max_length={room})"
 
     def __call__(self, rows: Rows) -> dict[str, list[Any]]:
         """Return ``input_ids`` and ``labels``."""
@@ -114,19 +116,6 @@ class Complete:
             lines.append(f"cut off at the beginning: {counted(counts['cut'], 'prompt')}")
         lines += describe_left(counts, self.max_length, "completion")
         return [*lines, *describe_stops(self.tokenizer, counts, self.known)]
-
-
-def require_columns(rows: Rows, names: tuple[str, ...], arguments: str) -> None:
-    """Refuse rows without a column that was named.
-
-    Raises:
-        DataError: The message lists the columns that there are.
-    """
-    if missing := [name for name in names if name not in rows]:
-        raise DataError(
-            f"There is no column {missing[0]!r}. The columns: {', '.join(rows)}. Name them in "
-            f"{arguments}."
-        )
 
 
 def require_text(value: Any, where: str, column: str) -> None:

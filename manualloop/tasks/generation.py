@@ -72,6 +72,7 @@ class SourceTarget:
     prefix: str
     max_length: int | None
     max_target_length: int | None
+    cut_call: ClassVar[str] = "source_target(tokenizer, ..., max_length={room})"
 
     def __call__(self, rows: Rows) -> dict[str, list[Any]]:
         """Return tokens and labels of a batch of rows."""
@@ -460,7 +461,10 @@ def _settings(
     if config.max_new_tokens is not None:
         config.max_new_tokens = num_new  # else transformers takes it from the model's config
     config.max_length = num_new + 1
-    return config, config.update(**given)
+    more = config.update(**given)
+    if config.stop_strings is not None:
+        more = {"tokenizer": tokenizer, **more}
+    return config, more
 
 
 def _stop_tokens(given: Any, tokenizer: Any, are_chosen: bool) -> Iterator[int]:

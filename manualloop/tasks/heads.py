@@ -26,6 +26,7 @@ from manualloop.internals import children_of, compiled_in_place, compiled_module
 from manualloop.models import config_of, evaluation_mode, forward_columns, model_name, unwrap_model
 from manualloop.tasks.loss import find_loss
 from manualloop.tasks.task import IGNORE_INDEX, infer_task
+from manualloop.tasks.tokens import is_of_tokens
 
 _PIECE = 2**23
 """Number of logits that are made at a time."""
@@ -366,7 +367,7 @@ def _prove(model: nn.Module, head: Head, batch: Any) -> bool:
                 if not abs(found - own) <= tolerance * max(abs(own), 1):
                     raise ModelError(_other_message(model, found, own, int(kept.sum()), gain))
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, ManualLoopError | torch.OutOfMemoryError):
+        if isinstance(error, ManualLoopError | torch.OutOfMemoryError) or is_of_tokens(error):
             raise
         raise ModelError(
             _unknown_message(model, f"it does not run on a row of the batch ({error!r:.200})")

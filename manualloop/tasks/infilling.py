@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -114,6 +114,7 @@ class FillInMiddle:
     spm_rate: float
     sentinels: tuple[int, int, int]
     max_length: int
+    cut_call: ClassVar[str] = "fill_in_middle(tokenizer, max_length={room})"
 
     def __call__(self, row: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """Return the row with documents changed, and the labels.

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from manualloop.batches import Kept
 from manualloop.errors import ConfigError, DataError, ModelError
 from manualloop.mistakes import no_head_message, no_labels_message, no_loss_message
+from manualloop.strategy.base import Strategy
+from manualloop.tasks.endings import report_untrained_ends
 from manualloop.tasks.isolation import inputs_of
 from manualloop.tasks.task import IGNORE_INDEX, Counts
 from manualloop.types import Batch, LossFn, Terms
@@ -317,3 +319,32 @@ def _count_declared(items: Callable[[Any], Any], batch: Any) -> Counts:
     for number in listed:
         check_items(number, "items")
     return tuple(read_items(number, "items") for number in listed)
+
+
+def check_own_loss(
+    model: nn.Module,
+    batches: Sequence[Any],
+    *places: Any,
+    tokenizer: Any,
+    loss_fn: Any,
+    strategy: Strategy | None,
+) -> None:
+    """Look at the first window of a loss of the user's.
+
+    A ``loss_fn`` may refuse to begin a run by a method ``check_start(model, batch)``.
+
+    Args:
+        model: The model.
+        batches: The micro-batches of the first window.
+        places: Not used.
+        tokenizer: The tokenizer that made them; None if it is unknown.
+        loss_fn: The loss.
+        strategy: The strategy; None where updates were made before.
+    """
+    report_untrained_ends(model, batches, tokenizer=tokenizer)
+    while isinstance(loss_fn, partial):
+        loss_fn = loss_fn.func
+    begin = getattr(loss_fn, "check_start", None)
+    if begin is not None and strategy is not None:
+        with strategy.autocast():
+            begin(model, strategy.to_device(batches[0]))

@@ -37,13 +37,20 @@ class Made(NamedTuple):
 
 @runtime_checkable
 class Making(Protocol):
-    """A ``preprocess`` that counts what it does."""
+    """A ``preprocess`` that counts what it does.
+
+    It may have an attribute ``cut_call``, the call that cuts its rows at ``{room}`` tokens.
+    """
 
     def make(self, rows: Rows, place: Place) -> Made:
         """Return what ``preprocess(rows)`` returns, with its counts."""
 
     def describe(self, counts: Mapping[str, int]) -> list[str]:
-        """Return what was done, in a sentence for each line of the log."""
+        """Return what was done to a split, in parts of a line; nothing if all of it was kept.
+
+        Args:
+            counts: The counts, and ``given``, the number of rows that the function got.
+        """
 
     def with_model(self, model: nn.Module) -> Making:
         """Return the function with what it wants to know of the model."""
@@ -61,3 +68,26 @@ def counted(number: int, name: str) -> str:
     ('1 row', '1,200 rows')
     """
     return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
+def share_of_all(part: int, whole: int) -> str:
+    """Return what share of a whole a count is, in words.
+
+    >>> share_of_all(3, 12)
+    '25% (3 of 12)'
+    """
+    return f"{share_of(part, whole)} ({part:,} of {whole:,})"
+
+
+def share_of(number: float, total: float) -> str:
+    """Return a share in percent, which is neither 0% nor 100% unless it is none or all.
+
+    >>> share_of(1, 2), share_of(1, 300), share_of(1, 67349), share_of(299, 300)
+    ('50%', '0.3%', 'under 0.1%', '99.7%')
+    """
+    percent = 100 * number / total
+    if 0 < percent < 0.1:
+        return "under 0.1%"
+    if 99.9 < percent < 100:
+        return "over 99.9%"
+    return f"{percent:.0f}%" if 10 <= percent <= 90 or percent in (0, 100) else f"{percent:.1f}%"

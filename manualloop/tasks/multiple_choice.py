@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
+from torch import nn
 
 from manualloop.errors import DataError
-from manualloop.tasks.counts import Counted, limit_of, shares
-from manualloop.tasks.made import Rows
+from manualloop.tasks.made import Made, Place, Rows, place_in_batch, share_of_all
+from manualloop.tasks.texts import are_cut, limit_of
 
 Texts: TypeAlias = "str | Sequence[str] | Callable[[Mapping[str, Any]], str | Sequence[str]]"
 """A column of texts or of lists of them, columns of one text for each choice, or a function."""
-
-_MOST_LISTED = 100
 
 
 def flatten_choices(
@@ -57,40 +57,43 @@ def flatten_choices(
 
     Returns:
         A function from a batch of rows to what the tokenizer makes of them, with a list of tokens
-        for each choice, and ``labels``; beside them the counts ``num_choices`` and
-        ``num_choices_cut``.
+        for each choice, and ``labels``.
     """
     return FlattenChoices(tokenizer, first, second, label, max_length)
 
 
 @dataclass(frozen=True, eq=False)
 class FlattenChoices:
-    """The function that ``flatten_choices`` returns; its arguments are the attributes.
-
-    Attributes:
-        counts: Names of the columns of counts.
-    """
+    """The function that ``flatten_choices`` returns; its arguments are the attributes."""
 
     tokenizer: Any = field(repr=False)
     first: Texts
     second: Texts
     label: str | Callable[[Mapping[str, Any]], int]
     max_length: int | None
-    counts: tuple[str, ...] = ("num_choices", "num_choices_cut")
+    cut_call: ClassVar[str] = "flatten_choices(tokenizer, ..., max_length={room})"
 
     def __call__(self, rows: Rows) -> dict[str, list[Any]]:
-        """Return tokens, labels and counts.
+        """Return tokens and labels."""
+        return self.make(rows, place_in_batch).columns
+
+    def make(self, rows: Rows, place: Place) -> Made:
+        """Return tokens and labels, and how many choices are cut off.
 
         Raises:
             DataError: A row has no choice, or its label is none of them.
         """
         names = list(rows)
         cells = [dict(zip(names, row, strict=True)) for row in zip(*rows.values(), strict=True)]
-        pairs = [_pairs_of(row, self.first, self.second) for row in cells]
+        pairs = [
+            _pairs_of(row, self.first, self.second, place(number))
+            for number, row in enumerate(cells)
+        ]
         limit = limit_of(self.tokenizer, self.max_length)
         options = {"truncation": limit is not None, "max_length": limit}
         sides = zip(*(pair for row in pairs for pair in row), strict=True)
-        encoded = self.tokenizer(*map(list, sides), **options)
+        texts = dict(zip(("text", "text_pair"), map(list, sides), strict=True))
+        encoded = self.tokenizer(**texts, **options)
         ends = np.cumsum([len(row) for row in pairs]).tolist()
         parts = [slice(end - len(row), end) for row, end in zip(pairs, ends, strict=True)]
         made: dict[str, list[Any]] = {
@@ -98,49 +101,29 @@ class FlattenChoices:
         }
         if callable(self.label) or self.label in rows:
             made["labels"] = [
-                _label_of(row, self.label, len(pair))
-                for row, pair in zip(cells, pairs, strict=True)
+                _label_of(row, self.label, len(pair), place(number))
+                for number, (row, pair) in enumerate(zip(cells, pairs, strict=True))
             ]
-        is_cut = [bool(one.overflowing) for one in getattr(encoded, "encodings", None) or ()]
-        made["num_choices"] = [len(row) for row in pairs]
-        made["num_choices_cut"] = [sum(is_cut[part]) for part in parts]
-        return made
+        num_cut = sum(are_cut(self.tokenizer, encoded, limit, texts))
+        counts = Counter(choices=sum(map(len, pairs)), cut=num_cut)
+        return Made(made, list(range(len(pairs))), counts)
 
-    def tell(self, splits: Mapping[str, Counted]) -> str | None:
-        """Return the line on choices that are cut off.
-
-        Raises:
-            DataError: Rows of a split have different numbers of choices.
-        """
-        for name, counted in splits.items():
-            numbers = counted.columns["num_choices"]
-            usual = int(np.bincount(numbers).argmax())
-            others = np.flatnonzero(numbers != usual)
-            if len(others):
-                raise DataError(_message_on_others(name, numbers.tolist(), usual, others.tolist()))
-        cut = shares(splits, "num_choices_cut", "num_choices")
+    def describe(self, counts: Mapping[str, int]) -> list[str]:
+        """Return how many choices are cut off."""
+        if not counts.get("cut"):
+            return []
         limit = limit_of(self.tokenizer, self.max_length)
-        return f"choices are cut off at {limit} tokens: {cut}" if cut else None
+        share = share_of_all(counts["cut"], counts["choices"])
+        return [f"choices are cut off at {limit} tokens: {share}"]
+
+    def with_model(self, model: nn.Module) -> FlattenChoices:
+        """Return the function itself."""
+        return self
 
 
-def _message_on_others(
-    split: str, numbers: Sequence[int], usual: int, others: Sequence[int]
-) -> str:
-    """Return the message about rows with another number of choices than most have."""
-    line = "Leave them out with dataset.select."
-    if len(others) <= _MOST_LISTED:
-        line = (
-            "Leave them out: dataset = dataset.select([n for n in range(len(dataset)) if n not in "
-            f"{set(others)}])."
-        )
-    return (
-        f"Row {others[0]} of {split} has {numbers[others[0]]} choices, and most rows have {usual}; "
-        f"a batch holds as many choices of each row. Rows with another number: {len(others)} of "
-        f"{len(numbers)}. {line}"
-    )
-
-
-def _pairs_of(row: Mapping[str, Any], first: Texts, second: Texts) -> list[tuple[str, str]]:
+def _pairs_of(
+    row: Mapping[str, Any], first: Texts, second: Texts, where: str
+) -> list[tuple[str, str]]:
     """Return the two texts of each choice of a row.
 
     Raises:
@@ -153,7 +136,7 @@ def _pairs_of(row: Mapping[str, Any], first: Texts, second: Texts) -> list[tuple
     if after and are_texts and len(before) == len(after):
         return list(zip(before, after, strict=True))
     raise DataError(
-        "flatten_choices takes a text for each choice of a row, and of a row there are "
+        f"flatten_choices takes a text for each choice of a row, and of {where} there are "
         f"{list(before)!r:.80} and {list(after)!r:.80}. Name columns of texts, or return lists of "
         "them: second=lambda row: [row[name] for name in names]."
     )
@@ -167,7 +150,7 @@ def _texts_of(row: Mapping[str, Any], texts: Texts) -> Any:
     return [row[name] for name in texts]
 
 
-def _label_of(row: Mapping[str, Any], label: Any, num_choices: int) -> int | None:
+def _label_of(row: Mapping[str, Any], label: Any, num_choices: int, where: str) -> int | None:
     """Return the label of a row; None and negative numbers stand for none.
 
     Raises:
@@ -180,6 +163,6 @@ def _label_of(row: Mapping[str, Any], label: Any, num_choices: int) -> int | Non
         return int(found)
     name = "the label" if callable(label) else f"{label}="
     raise DataError(
-        f"A row has {name}{found!r} and {num_choices} choices, which are numbered from 0. Number "
-        f'them: label=lambda row: "ABCD".index(row["answer"]).'
+        f"{where.capitalize()} has {name}{found!r} and {num_choices} choices, which are "
+        f'numbered from 0. Number them: label=lambda row: "ABCD".index(row["answer"]).'
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -21,7 +21,6 @@ from manualloop.tasks.completions import (
     cut_head,
     head_of,
     joined,
-    require_columns,
     require_eos,
     require_text,
     tail_of,
@@ -37,6 +36,7 @@ from manualloop.tasks.rendering import (
     stops_of,
 )
 from manualloop.tasks.task import IGNORE_INDEX
+from manualloop.tasks.texts import require_columns
 
 
 def preference_pairs(
@@ -53,7 +53,7 @@ def preference_pairs(
 
     Prompts and answers are texts, tokenized as by ``complete``, or lists of messages, rendered as
     by ``chat``. Without a column of prompts, or with whole chats as answers, the prompt is what
-    both chats begin with. Batches are ``(pairs, 2, tokens)``.
+    both begin with: of chats the messages, of texts the tokens. Batches are ``(pairs, 2, tokens)``.
 
     Args:
         tokenizer: Tokenizer with an ``eos_token``, and with a chat template for messages.
@@ -98,6 +98,7 @@ class PreferencePairs:
     stops: frozenset[int]
     options: Mapping[str, Any] = field(default_factory=dict)
     known: frozenset[int] = frozenset()
+    cut_call: ClassVar[str] = "preference_pairs(tokenizer, max_length={room})"
 
     def __call__(self, rows: Rows) -> dict[str, list[Any]]:
         """Return ``input_ids`` and ``labels``."""
@@ -143,6 +144,11 @@ class PreferencePairs:
             require_text(text, where, name)
         head = head_of(self.tokenizer, prompt or "")
         tails = [tail_of(self.tokenizer, answer) for answer in answers]
+        if not prompt:
+            same = _num_same(*tails)
+            head, tails = head + tails[0][:same], [tail[same:] for tail in tails]
+        elif all(answer.startswith(prompt) for answer in answers):
+            counts["twice"] += 1
         kept = cut_head(self.tokenizer, head, max(map(len, tails)), self.max_length)
         counts["cut"] += kept is not None and len(kept) < len(head)
         counts["long"] += kept is None
@@ -180,7 +186,20 @@ class PreferencePairs:
                 lines.append(f"left out, {reason}: {counted(counts[name], 'pair')}")
         if counts.get("cut"):
             lines.append(f"cut off at the beginning: {counted(counts['cut'], 'prompt')}")
+        if 2 * counts.get("twice", 0) > counts.get("rows", 0):
+            lines.append(
+                f"in {counts['twice']:,} of them both answers begin with the prompt, which then "
+                "stands there twice. If they are whole texts, leave the prompts out: "
+                f'dataset.remove_columns("{self.prompt}")'
+            )
         return [*lines, *describe_stops(self.tokenizer, counts, self.known)]
+
+
+def _num_same(better: list[int], worse: list[int]) -> int:
+    """Return the number of tokens that both answers begin with; each keeps one of its own."""
+    pairs = enumerate(zip(better, worse, strict=False))
+    most = min(len(better), len(worse)) - 1
+    return min(most, next((n for n, (a, b) in pairs if a != b), most))
 
 
 def _chats_of(prompt: Any, answers: list[Any], where: str) -> tuple[list[list[Message]], int]:

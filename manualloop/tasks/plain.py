@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -20,7 +20,8 @@ def cut(tokenizer: Any, max_length: int, column: str = "text") -> Cut:
     """Return a ``preprocess`` that makes a row of each document, cut at a number of tokens.
 
     A document that fits ends with the token by which the tokenizer ends texts, or else with its EOS
-    token; one that is cut off does so only if the tokenizer adds that token to every text. The
+    token; one that is cut off at its end does so only if the tokenizer adds that token to every
+    text, and one that is cut off at its beginning (``truncation_side="left"``) always does. The
     labels are the tokens themselves, for a causal language model, which learns to write each of
     them after those before it. A masked one gets its labels from ``mask_tokens``. Documents without
     a token of text are left out.
@@ -75,6 +76,7 @@ class Cut:
     tokenizer: Any
     max_length: int
     column: str
+    cut_call: ClassVar[str] = "cut(tokenizer, max_length={room})"
 
     def __call__(self, rows: Rows) -> dict[str, list[Any]]:
         """Return a row of tokens for each document."""
@@ -83,7 +85,9 @@ class Cut:
     def make(self, rows: Rows, place: Place) -> Made:
         """Return a row of tokens for each document, and how many are cut off or left out."""
         texts = texts_of(rows, self.column, place)
-        columns, are_cut = encode_texts(self.tokenizer, texts, self.max_length)
+        is_left = getattr(self.tokenizer, "truncation_side", "right") == "left"
+        most = None if is_left else self.max_length
+        columns, are_cut = encode_texts(self.tokenizer, texts, most)
         ending = Ending(self.tokenizer)
         made, sources = list[list[int]](), list[int]()
         counts = Counter(documents=len(texts))
@@ -91,7 +95,11 @@ class Cut:
             if not ending.has_text(ids):
                 counts["empty"] += 1
                 continue
-            if not is_cut and not ending.is_ended(ids):
+            if is_left:
+                ids = ending.ended(ids)
+                is_cut = len(ids) > self.max_length
+                ids = ending.last(ids, self.max_length) if is_cut else ids
+            elif not is_cut and not ending.is_ended(ids):
                 is_cut = len(ids) >= self.max_length  # there is no room for the end
                 ids = ids if is_cut else ending.ended(ids)
             counts["cut"] += is_cut
@@ -122,6 +130,7 @@ class Pack:
     tokenizer: Any
     length: int
     column: str
+    cut_call: ClassVar[str] = "pack(tokenizer, length={room})"
 
     def __call__(self, rows: Rows) -> dict[str, list[Any]]:
         """Return rows of one length."""
@@ -185,6 +194,7 @@ class Ending:
         self._special = frozenset(tokenizer.all_special_ids)
         self._unknown = tokenizer.unk_token_id
         self._eos = tokenizer.eos_token_id
+        self._begins = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
         # Some add a token to the end of every text, such as [SEP] or </s>.
         alone = tokenizer("", verbose=False)["input_ids"]
         self._own = alone[-1] if alone else None
@@ -200,6 +210,11 @@ class Ending:
     def _ends_itself(self, ids: Sequence[int]) -> bool:
         # A token that begins every text is no end, though it is the only one of an empty text.
         return ids[-1] == self._own and (len(ids) == 1 or ids[0] != self._own)
+
+    def last(self, ids: list[int], number: int) -> list[int]:
+        """Return the last tokens of a document, behind a token that begins every text."""
+        begin = ids[:1] if ids[0] in self._begins else []
+        return [*begin, *ids[len(ids) - number + len(begin) :]]
 
     def ended(self, ids: list[int]) -> list[int]:
         """Return a document with its end.

@@ -16,7 +16,13 @@ from torch.nn.functional import logsigmoid
 
 from manualloop.batches import model_inputs
 from manualloop.errors import ConfigError, DataError, ModelError
-from manualloop.models import forward_columns, model_name
+from manualloop.models import (
+    evaluation_mode,
+    forward_columns,
+    is_sharded,
+    model_name,
+    unwrap_model,
+)
 from manualloop.tasks.frozen import adapters_off, frozen_pass, has_adapters
 from manualloop.tasks.heads import row_logps
 from manualloop.tasks.references import check_sums
@@ -85,6 +91,41 @@ class DPO:
         with adapters_off(model) as base:
             return row_logps(base, rows).sums
 
+    def check_start(self, model: nn.Module, batch: Any) -> None:
+        """Refuse adapters that change the model already, where a run begins.
+
+        The model without them is then not the one that the training begins with.
+
+        Raises:
+            ModelError: The message has the lines for each of the two.
+        """
+        is_given = self.reference is not None or batch.get(REFERENCE) is not None
+        if is_given or not has_adapters(model) or is_sharded(model):
+            return
+        rows = rows_of_pairs(batch)
+        with adapters_off(model) as base:
+            without = row_logps(base, rows).sums
+        inner = unwrap_model(model, adapters=False)
+        with evaluation_mode(inner, rows["input_ids"].device):
+            found = row_logps(inner, rows)
+        apart, dtype = (found.sums - without).abs(), next(inner.parameters()).dtype
+        if torch.is_autocast_enabled(rows["input_ids"].device.type):
+            dtype = torch.bfloat16
+        rounding = 1e-4 if torch.finfo(dtype).eps < 1e-6 else 3e-2
+        if bool(apart.max() <= rounding * without.abs().max().clamp(min=1)):
+            return
+        row = int(apart.argmax())
+        raise ModelError(
+            f"The adapters of {model_name(model)} change the model before the first update: an "
+            f"answer of the first batch has the log-probability {float(found.sums[row]):.3f} with "
+            f"them and {float(without[row]):.3f} without. dpo() would compare with the model "
+            "without adapters, and not with the one that the training begins with. To compare with "
+            "that one: import copy; dpo(reference=copy.deepcopy(model)); or keep the column of "
+            "reference_logps(model, rows), which takes no second model. To compare with the model "
+            "without adapters, compute that column without them: with model.disable_adapter(): "
+            "column = reference_logps(model, rows)."
+        )
+
     def items(self, batch: Any) -> int:
         """Count the pairs of a batch as the loader gave it.
 
@@ -114,7 +155,8 @@ def dpo(beta: float = 0.1, *, reference: nn.Module | None = None, kind: str = "s
         reference: The model from before the training. It runs in evaluation mode, without
             gradients, and is not trained and not saved. None takes the column ``reference`` of the
             batch, as ``reference_logps`` computes it once; without one, the model itself with its
-            adapters of PEFT switched off.
+            adapters of PEFT switched off. A run that begins with adapters that were trained before
+            is refused then: without them, the model is another one than it begins with.
         kind: ``"sigmoid"``, ``"hinge"`` or ``"ipo"``.
 
     Raises:

@@ -6,13 +6,16 @@ A context that is too long becomes several windows, each a row with the question
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
 
 from manualloop.errors import ConfigError, DataError
-from manualloop.tasks.counts import Counted, limit_of, shares
-from manualloop.tasks.made import Rows
+from manualloop.tasks.made import Made, Place, Rows, counted, place_in_batch, share_of_all
+from manualloop.tasks.texts import limit_of
 
 
 def answer_windows(
@@ -58,9 +61,8 @@ def answer_windows(
     Returns:
         A function from a batch of rows to windows: what the tokenizer makes of them;
         ``start_positions`` and ``end_positions``; ``offset_mapping``, the characters of the context
-        for each token without padding, None outside of it, and empty at the token of no answer;
-        ``overflow_to_sample_mapping``, the row of each window; and the counts ``num_answers_cut``
-        and ``num_answers_misplaced``.
+        for each token without padding, None outside of it, and empty at the token of no answer; and
+        ``overflow_to_sample_mapping``, the row of each window.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(
@@ -73,11 +75,7 @@ def answer_windows(
 
 @dataclass(frozen=True, eq=False)
 class AnswerWindows:
-    """The function that ``answer_windows`` returns; its arguments are the attributes.
-
-    Attributes:
-        counts: Names of the columns of counts.
-    """
+    """The function that ``answer_windows`` returns; its arguments are the attributes."""
 
     tokenizer: Any = field(repr=False)
     max_length: int
@@ -86,26 +84,34 @@ class AnswerWindows:
     question: str
     context: str
     answers: str
-    counts: tuple[str, ...] = ("num_answers_cut", "num_answers_misplaced")
+    cut_call: ClassVar[str] = "answer_windows(tokenizer, max_length={room})"
 
     def __call__(self, rows: Rows) -> dict[str, list[Any]]:
-        """Return windows, positions and counts.
+        """Return windows and positions, and the row of each window."""
+        made = self.make(rows, place_in_batch)
+        return {**made.columns, "overflow_to_sample_mapping": made.sources}
+
+    def make(self, rows: Rows, place: Place) -> Made:
+        """Return windows and positions, and how many answers are lost.
 
         Raises:
             DataError: A question leaves no room for the context.
         """
         encoded = self._tokenize(rows)
         made = {name: list(column) for name, column in encoded.items()}
-        origin, has_answers = made["overflow_to_sample_mapping"], self.answers in rows
+        origin = made.pop("overflow_to_sample_mapping")
+        counts = Counter(windows=len(origin))
         windows = [
             self._window(encoded, number, made["offset_mapping"][number])
             for number in range(len(origin))
         ]
         made["offset_mapping"] = [window.offsets for window in windows]
-        made |= {name: [0] * len(origin) for name in self.counts}
-        if not has_answers:
-            return made
-        spans = [_span_of(cell, self.answers) for cell in rows[self.answers]]
+        if self.answers not in rows:
+            return Made(made, origin, counts)
+        spans = [
+            _span_of(cell, self.answers, place(number))
+            for number, cell in enumerate(rows[self.answers])
+        ]
         positions = [window.find(spans[row]) for window, row in zip(windows, origin, strict=True)]
         made["start_positions"] = [start for start, _ in positions]
         made["end_positions"] = [end for _, end in positions]
@@ -115,24 +121,29 @@ class AnswerWindows:
             if place != (window.nothing,) * 2
         }
         contexts = rows[self.context]
-        for row, first in {row: n for n, row in reversed([*enumerate(origin)])}.items():
-            if (span := spans[row]) is not None:
-                made["num_answers_cut"][first] = int(row not in found)
-                text = contexts[row][span.start : span.end]
-                made["num_answers_misplaced"][first] = int(text != span.text)
-        return made
+        for row, span in enumerate(spans):
+            if span is not None:
+                counts["cut"] += row not in found
+                counts["misplaced"] += contexts[row][span.start : span.end] != span.text
+        return Made(made, origin, counts)
 
-    def tell(self, splits: Mapping[str, Counted]) -> str | None:
-        """Return the line on how many windows there are, and what became of the answers."""
-        rows = [f"{c.num_rows} of {name} became {c.num_made}" for name, c in splits.items()]
-        line = f"rows as windows of at most {self._limit} tokens: {', '.join(rows)}"
+    def describe(self, counts: Mapping[str, int]) -> list[str]:
+        """Return how many windows there are, and what became of the answers."""
+        rows, windows = counted(counts["given"], "row"), counted(counts["windows"], "window")
+        lines = [f"{rows} became {windows} of at most {self._limit} tokens"]
         if not self.pad:
-            line += "; the loss depends on the batch size, because it counts padding"
-        if cut := shares(splits, "num_answers_cut"):
-            line += f"; answers that are in no window, and count as none: {cut}"
-        if misplaced := shares(splits, "num_answers_misplaced"):
-            line += f"; answers that are not the text at their answer_start: {misplaced}"
-        return line
+            lines.append("the loss depends on the batch size, because it counts padding")
+        for name, words in (
+            ("cut", "answers that are in no window, and count as none"),
+            ("misplaced", "answers that are not the text at their answer_start"),
+        ):
+            if counts.get(name):
+                lines.append(f"{words}: {share_of_all(counts[name], counts['given'])}")
+        return lines
+
+    def with_model(self, model: nn.Module) -> AnswerWindows:
+        """Return the function itself."""
+        return self
 
     @property
     def _limit(self) -> int:
@@ -222,7 +233,7 @@ class _Span(NamedTuple):
     text: str
 
 
-def _span_of(cell: Any, column: str) -> _Span | None:
+def _span_of(cell: Any, column: str, where: str) -> _Span | None:
     """Return the first answer of a row; None if there is none.
 
     Raises:
@@ -236,8 +247,8 @@ def _span_of(cell: Any, column: str) -> _Span | None:
             has_text = len(texts) > 0 and len(texts[0]) > 0
             return _Span(starts[0], starts[0] + len(texts[0]), texts[0]) if has_text else None
     raise DataError(
-        f"Answers are {{'text': [...], 'answer_start': [...]}} with as many entries in both, and a "
-        f"row of {column!r} is {cell!r:.120}. Make them so with dataset.map, such as "
+        f"Answers are {{'text': [...], 'answer_start': [...]}} with as many entries in both, and "
+        f"{column!r} in {where} is {cell!r:.120}. Make them so with dataset.map, such as "
         f'{{"{column}": {{"text": [text], "answer_start": [row["context"].index(text)]}}}}.'
     )
 

@@ -6,6 +6,7 @@ tokens, another template or another order of the rows is noticed when it is used
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from manualloop.arguments import is_count
 from manualloop.errors import ConfigError, DataError
-from manualloop.models import digest_of_weights, evaluation_mode, model_name
+from manualloop.models import digest_of_weights, evaluation_mode, model_name, own_part
 from manualloop.notices import say
 from manualloop.tasks.heads import row_logps, token_losses
 from manualloop.tasks.task import IGNORE_INDEX
+from manualloop.tasks.tokens import check_tokens
+from manualloop.types import Origin, Place
 
 _PRIME = 16_777_213  # below 2**24, up to which float32 has every whole number
 _STEP = 2_654_435_761
@@ -45,8 +48,9 @@ def reference_logps(
         rows: Rows that ``preference_pairs`` made: a dataset, or a list of dicts with ``input_ids``
             and ``labels``, lists of two lists.
         batch_size: Number of pairs at once.
-        path: File in which they are kept. If it holds those of the same model and the same rows,
-            they are read instead of computed. None keeps none.
+        path: File in which they are kept. If it holds those of the same weights and the same rows,
+            they are read instead of computed, unless the model gives other ones for the longest
+            pairs, as with other adapters. None keeps none.
 
     Raises:
         ConfigError: ``batch_size`` is no number of pairs.
@@ -63,11 +67,9 @@ def reference_logps(
         raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
     pairs = [_pair_of(row, number) for number, row in enumerate(_each(rows))]
     sums = [_sum_of(pair) for pair in pairs]
-    digest = digest_of_weights(model)
-    name = f"{model_name(model)} (weights {digest})"
-    if path is not None and (known := _read(Path(path), digest, sums)) is not None:
-        say(f"reference log-probabilities of {len(pairs)} pairs under {name}: read from {path}.")
-        return known
+    digest = _digest_of_all(model) if path is not None else digest_of_weights(model)
+    name = f"{model_name(model)} (weights {digest[:8]})"
+    known = None if path is None else _read(Path(path), digest, sums)
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     found: list[list[float]] = [[] for _ in pairs]
     order = sorted(range(len(pairs)), key=lambda number: -max(map(len, pairs[number][0])))
@@ -77,10 +79,43 @@ def reference_logps(
             logps = _of_batch(model, [pairs[number] for number in numbers], device)
             for number, values in zip(numbers, logps, strict=True):
                 found[number] = [*values, sums[number]]
+            if known is not None:
+                if _are_alike(model, known, found, numbers):
+                    say(f"reference log-probabilities of {len(pairs)} pairs: read from {path}.")
+                    return known
+                say(
+                    f"the reference log-probabilities in {path} are of the same weights, and the "
+                    "model gives other ones now, as with other adapters: computed again."
+                )
+                known = None
     say(f"reference log-probabilities of {len(pairs)} pairs under {name}: computed.")
     if path is not None and os.environ.get("RANK", "0") == "0":
         _write(Path(path), digest, found)
     return found
+
+
+def _digest_of_all(model: nn.Module) -> str:
+    """Return a digest of every number of every weight, in which other weights have another."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in model.state_dict().items():
+        if isinstance(weight, Tensor):
+            flat = own_part(weight.detach()).cpu().contiguous().reshape(-1)
+            digest.update(f"{name} {weight.dtype}".encode())
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _are_alike(
+    model: nn.Module,
+    known: Sequence[Sequence[float]],
+    found: Sequence[Sequence[float]],
+    numbers: Sequence[int],
+) -> bool:
+    """Tell whether a file has what a model gives for some pairs, up to rounding."""
+    kinds = {w.dtype for w in model.parameters() if w.is_floating_point()} or {torch.float32}
+    rounding = max(1e-3, *(8 * torch.finfo(kind).eps for kind in kinds))
+    pairs = [(a, b) for n in numbers for a, b in zip(known[n][:2], found[n][:2], strict=True)]
+    return all(abs(a - b) <= rounding * max(abs(b), 1) for a, b in pairs)
 
 
 _Pair = tuple[list[list[int]], list[list[int]]]
@@ -131,9 +166,18 @@ def _batch_of(pairs: Sequence[_Pair]) -> dict[str, Tensor]:
 
 
 def _of_batch(model: nn.Module, pairs: Sequence[_Pair], device: torch.device) -> list[list[float]]:
-    rows = {name: column.to(device) for name, column in _batch_of(pairs).items()}
+    batch = _batch_of(pairs)
+    check_tokens(model, batch, _PLACE)
+    rows = {name: column.to(device) for name, column in batch.items()}
     found: list[list[float]] = row_logps(model, rows, _in_float64).sums.view(-1, 2).tolist()
     return found
+
+
+_PLACE = Place(
+    "a batch of pairs",
+    lambda row: f"row {row} of a batch of pairs",
+    Origin(cut="preference_pairs(tokenizer, max_length={room})"),
+)
 
 
 def _in_float64(logits: Tensor, labels: Tensor) -> Tensor:

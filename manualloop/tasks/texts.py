@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from manualloop.errors import ConfigError, DataError
 from manualloop.mistakes import filter_missing
 from manualloop.tasks.made import Place, Rows
+
+_ENDLESS = 1_000_000  # transformers' number for a tokenizer without a limit is far above
+
+
+def limit_of(tokenizer: Any, max_length: int | None) -> int | None:
+    """Return the number of tokens at which texts are cut off; None if they are not.
+
+    Args:
+        tokenizer: The tokenizer, whose own limit holds as well.
+        max_length: The user's choice; None leaves it to the tokenizer.
+    """
+    own = getattr(tokenizer, "model_max_length", None)
+    limits = [n for n in (max_length, own) if isinstance(n, int) and n < _ENDLESS]
+    return min(limits, default=None)
+
+
+def require_columns(rows: Rows, names: tuple[str, ...], arguments: str) -> None:
+    """Refuse rows without a column that was named.
+
+    Raises:
+        DataError: The message lists the columns that there are.
+    """
+    if missing := [name for name in names if name not in rows]:
+        raise DataError(
+            f"There is no column {missing[0]!r}. The columns: {', '.join(rows)}. Name them in "
+            f"{arguments}."
+        )
 
 
 def texts_of(rows: Rows, column: str, place: Place) -> list[str]:
@@ -62,16 +89,35 @@ def encode_texts(
     name = "text_target" if are_targets else "text"
     options = {"truncation": max_length is not None, "max_length": max_length, "verbose": False}
     encoded = tokenizer(**{name: texts}, **options)
+    cut = are_cut(tokenizer, encoded, max_length, {name: texts})
+    return {name: list(column) for name, column in encoded.items()}, cut
+
+
+def are_cut(
+    tokenizer: Any,
+    encoded: Any,
+    max_length: int | None,
+    texts: Mapping[str, Sequence[Any]],
+    **options: Any,
+) -> list[bool]:
+    """Tell which texts, or pairs of them, were cut off.
+
+    Args:
+        tokenizer: The tokenizer, fast or slow.
+        encoded: What it made of the texts.
+        max_length: Number of tokens at which they are cut; None: nowhere.
+        texts: The texts, by the names of the tokenizer's arguments.
+        options: Other arguments of the tokenizer.
+    """
     ids = encoded["input_ids"]
     if max_length is None:
-        are_cut = [False] * len(texts)
-    elif encodings := getattr(encoded, "encodings", None):
-        are_cut = [bool(encoding.overflowing) for encoding in encodings]
-    else:  # a tokenizer in Python does not tell: what may be cut is tokenized whole
-        whole = {"truncation": False, "verbose": False}
-        are_cut = [
-            len(ids[row]) >= max_length
-            and len(tokenizer(**{name: text}, **whole)["input_ids"]) > len(ids[row])
-            for row, text in enumerate(texts)
-        ]
-    return {name: list(column) for name, column in encoded.items()}, are_cut
+        return [False] * len(ids)
+    if encodings := getattr(encoded, "encodings", None):
+        return [bool(encoding.overflowing) for encoding in encodings]
+
+    def whole(row: int) -> int:
+        cells: Any = {name: column[row] for name, column in texts.items()}
+        return len(tokenizer(**cells, **options, truncation=False, verbose=False)["input_ids"])
+
+    # A tokenizer in Python does not tell: what may be cut is tokenized whole.
+    return [len(one) >= max_length and whole(row) > len(one) for row, one in enumerate(ids)]

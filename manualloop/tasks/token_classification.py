@@ -6,14 +6,17 @@ neither the loss nor a metric counts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
+
+from torch import nn
 
 from manualloop.errors import DataError
-from manualloop.tasks.counts import Counted, limit_of, shares
-from manualloop.tasks.made import Rows
+from manualloop.tasks.made import Made, Place, Rows, place_in_batch, share_of_all
 from manualloop.tasks.task import IGNORE_INDEX
+from manualloop.tasks.texts import limit_of, require_columns
 
 _PROBE = -1  # no token has this number
 
@@ -53,8 +56,7 @@ def tag_words(
             model; they are needed for strings in a stream, and for calls of your own.
 
     Returns:
-        A function from a batch of rows to what the tokenizer makes of them and ``labels``; beside
-        them the counts ``num_words``, ``num_words_cut`` and ``num_words_dropped``.
+        A function from a batch of rows to what the tokenizer makes of them and ``labels``.
     """
     return TagWords(
         tokenizer, words, tags, label_all, max_length, None if names is None else tuple(names)
@@ -67,7 +69,6 @@ class TagWords:
 
     Attributes:
         labels_of: Column that the labels are made of.
-        counts: Names of the columns of counts.
     """
 
     tokenizer: Any = field(repr=False)
@@ -76,42 +77,52 @@ class TagWords:
     label_all: bool
     max_length: int | None
     names: tuple[str, ...] | None
-    counts: tuple[str, ...] = ("num_words", "num_words_cut", "num_words_dropped")
+    cut_call: ClassVar[str] = "tag_words(tokenizer, max_length={room})"
 
     def named(self, names: Sequence[str]) -> TagWords:
         """Return the same function with other names of the tags."""
         return replace(self, names=tuple(names))
 
     def __call__(self, rows: Rows) -> dict[str, list[Any]]:
-        """Return tokens, labels and counts.
+        """Return tokens and labels."""
+        return self.make(rows, place_in_batch).columns
+
+    def make(self, rows: Rows, place: Place) -> Made:
+        """Return tokens and labels, and how many words are cut off or have no token.
 
         Raises:
             DataError: A row has no words, or not as many tags; or its tags have no numbers.
         """
-        words = [_words_of(row, self.words) for row in rows[self.words]]
+        require_columns(rows, (self.words,), "tag_words(tokenizer, words=)")
+        words = [_words_of(row, self.words, place(n)) for n, row in enumerate(rows[self.words])]
         tokenized, places, cut = self._tokenize(words)
         made = {name: list(column) for name, column in tokenized.items()}
         if self.labels_of in rows:
-            tags = [_tags_of(*pair, self) for pair in zip(rows[self.labels_of], words, strict=True)]
+            pairs = enumerate(zip(rows[self.labels_of], words, strict=True))
+            tags = [_tags_of(*pair, self, place(number)) for number, pair in pairs]
             numbered = [None if row is None else [*map(self._number, row)] for row in tags]
             made["labels"] = [*map(self._labels, numbered, places)]
-        made["num_words"] = [*map(len, words)]
-        made["num_words_cut"] = cut
-        left = [len({*row} - {None}) for row in places]
-        made["num_words_dropped"] = [
-            len(row) - kept - lost for row, kept, lost in zip(words, left, cut, strict=True)
-        ]
-        return made
+        num_words, num_left = sum(map(len, words)), sum(len({*row} - {None}) for row in places)
+        counts = Counter(words=num_words, cut=sum(cut), dropped=num_words - num_left - sum(cut))
+        return Made(made, list(range(len(words))), counts)
 
-    def tell(self, splits: Mapping[str, Counted]) -> str | None:
-        """Return the line on the words that are neither trained nor scored."""
+    def describe(self, counts: Mapping[str, int]) -> list[str]:
+        """Return which words are neither trained nor scored."""
         limit = limit_of(self.tokenizer, self.max_length)
-        parts = []
-        if cut := shares(splits, "num_words_cut", "num_words"):
-            parts.append(f"words are cut off at {limit} tokens: {cut}")
-        if dropped := shares(splits, "num_words_dropped", "num_words"):
-            parts.append(f"words of which the tokenizer makes no token: {dropped}")
-        return f"{'; '.join(parts)}; they are neither trained nor scored" if parts else None
+        found = (
+            ("cut", f"words are cut off at {limit} tokens"),
+            ("dropped", "words of which the tokenizer makes no token"),
+        )
+        lines = [
+            f"{words}: {share_of_all(counts[name], counts['words'])}"
+            for name, words in found
+            if counts.get(name)
+        ]
+        return [*lines, "they are neither trained nor scored"] if lines else []
+
+    def with_model(self, model: nn.Module) -> TagWords:
+        """Return the function itself."""
+        return self
 
     def _tokenize(
         self, words: list[list[str]]
@@ -181,7 +192,7 @@ class TagWords:
         return self.names.index(inside) if is_begin else tag
 
 
-def _words_of(row: Any, column: str) -> list[str]:
+def _words_of(row: Any, column: str, where: str) -> list[str]:
     """Return the words of a row.
 
     Raises:
@@ -190,14 +201,14 @@ def _words_of(row: Any, column: str) -> list[str]:
     if isinstance(row, list | tuple) and all(isinstance(word, str) for word in row):
         return list(row)
     raise DataError(
-        f"tag_words takes a list of words a row, and a row of {column!r} is {row!r:.80}. For texts "
-        f'split them: dataset.map(lambda row: {{"{column}": row["{column}"].split()}}); for words '
-        f'that are None: dataset.map(lambda row: {{"{column}": [word or "" for word in '
+        f"tag_words takes a list of words a row, and {column!r} in {where} is {row!r:.80}. For "
+        f'texts split them: dataset.map(lambda row: {{"{column}": row["{column}"].split()}}); for '
+        f'words that are None: dataset.map(lambda row: {{"{column}": [word or "" for word in '
         f'row["{column}"]]}}).'
     )
 
 
-def _tags_of(tags: Any, words: Sequence[str], function: TagWords) -> Any:
+def _tags_of(tags: Any, words: Sequence[str], function: TagWords, where: str) -> Any:
     """Return the tags of a row; None if it has none.
 
     Raises:
@@ -207,7 +218,7 @@ def _tags_of(tags: Any, words: Sequence[str], function: TagWords) -> Any:
         return tags
     found = f"{len(tags)} tags" if isinstance(tags, list | tuple) else f"{tags!r:.60}"
     raise DataError(
-        f"A row has {len(words)} words in {function.words!r} and {found} in "
+        f"{where.capitalize()} has {len(words)} words in {function.words!r} and {found} in "
         f"{function.labels_of!r}: {list(words)!r:.120}. Correct it, or leave such rows out: "
         f'dataset.filter(lambda row: len(row["{function.words}"]) == '
         f'len(row["{function.labels_of}"])).'

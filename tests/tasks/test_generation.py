@@ -8,8 +8,10 @@ from functools import partial
 
 import pytest
 import torch
+from chat_styles import tokenizer_for
 from datasets import Dataset
 from helpers import messages, sentence, tiny_tokenizer
+from tiny_language_models import llama
 from transformers import (
     BartConfig,
     BartForCausalLM,
@@ -37,7 +39,7 @@ from manualloop import (
     prepare_dataloaders,
     train_loop,
 )
-from manualloop.tasks import generated, source_target
+from manualloop.tasks import complete, generated, source_target
 
 PAD, EOS, VOCAB = 0, 3, 16
 CALLS = {
@@ -259,6 +261,26 @@ def test_texts_end_at_a_stop_token_that_is_no_special_token():
     decode = generated(plain, max_new_tokens=6, eos_token_id=[EOS, token])
     cut = predict_loop(model, loader, decode=decode).predictions
     assert cut == [text.split(stop)[0].strip() for text in whole]
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_texts_may_end_at_a_string(is_own):
+    """Of the call, or of the model's own settings."""
+    plain = tokenizer_for("zephyr")
+    model = llama(vocab_size=len(plain), initializer_range=1.0)
+    data = {
+        "dev": Dataset.from_dict({"prompt": ["a b", "the", "is four"], "completion": ["c"] * 3})
+    }
+    loader = prepare_dataloaders(data, plain, preprocess=complete(plain), batch_size=3)["dev"]
+    whole = predict_loop(model, loader, decode=generated(plain, max_new_tokens=9)).predictions
+    stop = whole[-1][3:6]
+    if is_own:
+        model.generation_config.stop_strings = [stop]
+    options = {} if is_own else {"stop_strings": [stop]}
+    decode = generated(plain, max_new_tokens=9, **options)
+    cut = predict_loop(model, loader, decode=decode).predictions
+    assert stop in cut[-1] != whole[-1]
+    assert all(text.startswith(short) for text, short in zip(whole, cut, strict=True))
 
 
 def test_the_right_texts_may_be_kept_columns():

@@ -11,12 +11,13 @@ from transformers import DataCollatorWithFlattening
 from manualloop import (
     ModelError,
     accumulate_gradients,
+    check_accumulation,
     evaluate_loop,
     predict_loop,
     prepare_dataloaders,
     train_loop,
 )
-from manualloop.tasks import check_isolation, distil, isolation
+from manualloop.tasks import check_isolation, distil, isolation, lm_loss
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -282,3 +283,48 @@ def test_the_verdict_on_one_teacher_is_not_that_of_another():
     same = [isolation._key_of(model, batch, distil(teacher)) for _ in range(2)]
     assert first != second
     assert same[0] == same[1] != first
+
+
+class Peeking(transformers.MixtralForCausalLM):
+    """A mixture of experts in which the logits of a token depend a little on those before it."""
+
+    def forward(self, input_ids=None, position_ids=None, labels=None, use_cache=None):
+        columns = {"position_ids": position_ids, "use_cache": use_cache}
+        outputs = super().forward(input_ids, **columns)
+        before = outputs.logits.cumsum(1).roll(1, 1)
+        before[:, 0] = 0
+        numbers = torch.arange(1, before.shape[1] + 1)[:, None]
+        outputs.logits = outputs.logits + (0.03 * before / numbers).to(before.dtype)
+        if labels is not None:
+            outputs.loss = cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
+        return outputs
+
+
+def experts(kind=transformers.MixtralForCausalLM):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 40, **SIZES, **HEADS, **ENDS, "num_local_experts": 4}
+        return kind(transformers.MixtralConfig(**sizes)).bfloat16().eval()
+
+
+def mean_of_tokens(model, batch):
+    return model(**batch, use_cache=False).loss
+
+
+@pytest.mark.parametrize("loss_fn", [None, mean_of_tokens])
+def test_a_leak_below_the_rounding_of_experts_is_found(loss_fn):
+    options = {"loss_fn": loss_fn, "max_steps": 1, "progress_bar": False}
+    assert check_isolation(experts()).is_isolated
+    train_loop(experts(), [packed_batch()], **options)
+    report = check_isolation(experts(Peeking))
+    assert not report.is_isolated
+    assert report.leak < 4 * torch.finfo(torch.bfloat16).eps  # as little as rounding makes
+    with pytest.raises(ModelError, match="see each other"):
+        train_loop(experts(Peeking), [packed_batch()], **options)
+
+
+def test_a_pack_is_checked_by_its_documents():
+    for loss_fn in (None, lm_loss):
+        report = check_accumulation(model_of("Llama"), packed_batch(), loss_fn=loss_fn)
+        assert report.is_exact, report
+        assert report.num_rows == len(ROWS)

@@ -71,15 +71,15 @@ def test_rows_are_those_of_run_swag(make):
     tokenizer = make()
     for seed in range(12):
         rows, limit = swag(5, seed)[:], 12 + 3 * seed
-        made = flatten_choices(tokenizer, "sent1", endings, max_length=limit)(rows)
+        made, _, counts = flatten_choices(tokenizer, "sent1", endings, max_length=limit).make(
+            rows, str
+        )
         expected = rows_of_run_swag(tokenizer, rows, limit)
         assert {name: made[name] for name in expected} == expected
         assert made["labels"] == rows["label"]
-        assert made["num_choices"] == [3] * 5
-        if tokenizer.is_fast:
-            whole = rows_of_run_swag(tokenizer, rows, 10_000)["input_ids"]
-            cut = [sum(len(choice) > limit for choice in row) for row in whole]
-            assert made["num_choices_cut"] == cut
+        whole = rows_of_run_swag(tokenizer, rows, 10_000)["input_ids"]
+        cut = sum(len(choice) > limit for row in whole for choice in row)
+        assert counts == {"choices": 15, "cut": cut}
 
 
 def test_forms_of_texts():
@@ -185,9 +185,9 @@ def test_choices_that_are_cut_off_are_reported(caplog):
     model = tiny_bert(kind=BertForMultipleChoice, vocab_size=32)
     data, preprocess = swag(9, 1), flatten_choices(tokenizer, "sent1", endings)
     prepare_dataloaders(data, tokenizer, model=model, preprocess=preprocess)
-    number = sum(preprocess(data[:])["num_choices_cut"])
+    number = preprocess.make(data[:], str).counts["cut"]
     share = round(100 * number / 27)
-    line = f"choices are cut off at 16 tokens: {share}% of train ({number} of 27)"
+    line = f"train: choices are cut off at 16 tokens: {share}% ({number} of 27)"
     assert line in messages(caplog)
 
 

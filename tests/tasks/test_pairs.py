@@ -10,6 +10,7 @@ from helpers import messages
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from manualloop import (
+    ConfigError,
     DataError,
     check_accumulation,
     evaluate_loop,
@@ -131,15 +132,11 @@ def test_batches_are_pairs_by_two_by_tokens(rows, side, caplog):
     for row in range(2):
         for number in range(2):
             ids, labels = made["input_ids"][row][number], made["labels"][row][number]
-            left = [0] * (width - len(ids)) if side == "left" else []
-            right = [0] * (width - len(ids) - len(left))
-            mask = [0 * n for n in left] + [1] * len(ids) + right
-            none = [[-100] * len(part) for part in (left, right)]
-            assert batch["attention_mask"][row, number].tolist() == mask
-            assert batch["labels"][row, number].tolist() == [*none[0], *labels, *none[1]]
-            pad = tokenizer.pad_token_id
-            padded = [pad] * len(left) + ids + [pad] * len(right)
-            assert batch["input_ids"][row, number].tolist() == padded
+            num_pads = width - len(ids)  # on the right, whatever the tokenizer says
+            assert batch["attention_mask"][row, number].tolist() == [1] * len(ids) + [0] * num_pads
+            assert batch["labels"][row, number].tolist() == labels + [-100] * num_pads
+            pads = [tokenizer.pad_token_id] * num_pads
+            assert batch["input_ids"][row, number].tolist() == ids + pads
     assert "2 pairs became 2 rows of two" in "".join(messages(caplog))
 
 
@@ -193,3 +190,93 @@ def test_lists_that_do_not_fit_are_refused():
 def test_the_function_can_be_sent_to_another_process():
     preprocess = preference_pairs(tokenizer_for("zephyr"))
     assert pickle.loads(pickle.dumps(preprocess))(CHATS) == preprocess(CHATS)
+
+
+def num_labels(row):
+    return [sum(label != -100 for label in labels) for labels in row]
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo"])
+def test_texts_without_a_prompt_are_compared_behind_what_both_begin_with(kind):
+    tokenizer = tokenizer_for("zephyr")
+    prompts, answers = ["the sun", "2+2 is four. Ok! a b"], (["4", " is ok"], ["5, a b c", " no"])
+    whole = [[p + a for p, a in zip(prompts, side, strict=True)] for side in answers]
+    made = preference_pairs(tokenizer)({"chosen": whole[0], "rejected": whole[1]})
+    plain = complete(tokenizer)({"prompt": [""] * 4, "completion": whole[0] + whole[1]})
+    ids = [list(pair) for pair in zip(plain["input_ids"][:2], plain["input_ids"][2:], strict=True)]
+    assert made["input_ids"] == ids  # nothing of the tokens changes
+    for (better, worse), labels in zip(ids, made["labels"], strict=True):
+        same = next(n for n, (a, b) in enumerate(zip(better, worse, strict=False)) if a != b)
+        assert labels == [[-100] * same + one[same:] for one in (better, worse)]
+    model, reference = tiny_llama(tokenizer).double(), tiny_llama(tokenizer).double()
+    model.lm_head.weight.data *= 5
+    unmasked = [[list(row) for row in pair] for pair in ids]
+    losses = []
+    for rows in (made, {"input_ids": ids, "labels": unmasked}):
+        loader = prepare_dataloaders({"dev": Dataset.from_dict(rows)}, tokenizer, model=model)
+        loss_fn = dpo(0.1, reference=reference, kind=kind)
+        losses.append(evaluate_loop(model, loader["dev"], loss_fn=loss_fn)["loss"])
+    # The common tokens are as likely in both; only in means of tokens do they count.
+    assert (losses[0] == pytest.approx(losses[1], rel=1e-9)) == (kind != "ipo")
+
+
+def test_a_common_beginning_is_cut_like_a_prompt_and_something_of_each_is_left():
+    tokenizer = tokenizer_for("zephyr")
+    begin = "the sun is a naïve emoji " * 5
+    rows = {"chosen": [begin + "ok", "ok"], "rejected": [begin + "no", "ok no"]}
+    found = preference_pairs(tokenizer, max_length=12).make(rows, str)
+    assert found.counts["cut"] == 1
+    assert [len(ids) <= 12 for pair in found.columns["input_ids"] for ids in pair] == [True] * 4
+    assert all(min(num_labels(row)) >= 1 for row in found.columns["labels"])
+    stop = tokenizer.eos_token_id
+    assert all(labels[-1] == stop for pair in found.columns["labels"] for labels in pair)
+
+
+def test_whole_texts_beside_their_prompts_are_told(caplog):
+    tokenizer = tokenizer_for("zephyr")
+    rows = {"prompt": ["2+2=", "the"], "chosen": ["2+2=4", "the a"], "rejected": ["2+2=5", "the b"]}
+    data = Dataset.from_dict(rows)
+    prepare_dataloaders(data, tokenizer, preprocess=preference_pairs(tokenizer))
+    (line,) = [line for line in messages(caplog) if "stands there twice" in line]
+    assert 'dataset.remove_columns("prompt")' in line
+    caplog.clear()
+    prepare_dataloaders(
+        data.remove_columns("prompt"), tokenizer, preprocess=preference_pairs(tokenizer)
+    )
+    assert "twice" not in "".join(messages(caplog))
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 64}, {"group_by_length": True}])
+def test_pairs_are_grouped_by_length(options):
+    tokenizer = tokenizer_for("zephyr")
+    model = tiny_llama(tokenizer)
+    rows = {
+        "prompt": ["a"] * 40,
+        "chosen": [" is four" * (1 + n % 4) for n in range(40)],
+        "rejected": [" no" * (1 + n % 7) for n in range(40)],
+    }
+    data = {"train": Dataset.from_dict(rows), "dev": Dataset.from_dict(rows)}
+    loaders = prepare_dataloaders(
+        data,
+        tokenizer,
+        model=model,
+        preprocess=preference_pairs(tokenizer),
+        batch_size=4,
+        pad_to_multiple_of=4,
+        **options,
+    )
+    for loader in loaders.values():
+        sizes = [batch["input_ids"].shape for batch in loader]
+        assert sum(shape[0] for shape in sizes) == 40
+        assert all(shape[2] % 4 == 0 for shape in sizes)
+        assert all(shape.numel() <= 64 for shape in sizes) or "max_tokens" not in options
+    result = train_loop(model, loaders["train"], loss_fn=dpo(reference=tiny_llama(tokenizer)),
+                        num_epochs=1, progress_bar=False)  # fmt: skip
+    assert result.state.progress.num_steps == len(loaders["train"])
+
+
+def test_pairs_that_do_not_fit_into_a_batch_name_their_own_length():
+    tokenizer = tokenizer_for("zephyr")
+    data = Dataset.from_dict({"prompt": ["a"], "chosen": [" is" * 30], "rejected": [" no"]})
+    with pytest.raises(ConfigError, match=r"preference_pairs\(tokenizer, max_length=16\)"):
+        prepare_dataloaders(data, tokenizer, preprocess=preference_pairs(tokenizer), max_tokens=32)

@@ -91,6 +91,21 @@ def test_a_document_that_fits_ends_and_one_that_is_cut_does_not(max_length):
     ]
 
 
+@pytest.mark.parametrize("make", [tiny_tokenizer, without_frame, ByT5Tokenizer])
+def test_a_document_that_is_cut_at_its_beginning_keeps_its_end(make):
+    tokenizer = make(truncation_side="left")
+    for length in (3, 5, 9):
+        made = cut(tokenizer, length).make({"text": documents()}, str)
+        whole = cut(make(), 10_000).make({"text": documents()}, str)
+        assert made.sources == whole.sources
+        rows = zip(made.columns["input_ids"], whole.columns["input_ids"], strict=True)
+        begin = [2] if make is tiny_tokenizer else []  # [CLS]
+        for ids, full in rows:
+            room = length - len(begin)
+            assert ids == (full if len(full) <= length else [*begin, *full[-room:]])
+        assert made.counts["cut"] == sum(len(f) > length for f in whole.columns["input_ids"])
+
+
 def test_perplexity_of_documents_is_that_of_each_token():
     torch.manual_seed(0)
     model = GPT2LMHeadModel(

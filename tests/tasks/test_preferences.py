@@ -165,6 +165,8 @@ def test_reference_logps_are_those_of_each_row_alone():
         reference_logps(model, [PAIRS[0], {"input_ids": [1, 2], "labels": [1, 2]}])
     with pytest.raises(ConfigError, match="batch_size"):
         reference_logps(model, PAIRS, batch_size=0)
+    with pytest.raises(DataError, match=r"preference_pairs\(tokenizer, max_length=8\)"):
+        reference_logps(gpt2(n_positions=8), PAIRS)
 
 
 def test_a_file_of_reference_logps_is_read_if_it_is_of_the_same(tmp_path, caplog):
@@ -360,3 +362,70 @@ def test_another_column_is_told_when_a_run_is_resumed(tmp_path, caplog):
     assert all(map(torch.equal, whole.parameters(), ends[1].parameters()))
     with pytest.raises(CheckpointError, match="columns that loss_fn reads"):
         train(llama(seed=3), "whole")
+
+
+def lora(**options):
+    config = {"r": 2, "target_modules": ["q_proj", "v_proj"], **options}
+    base = llama(initializer_range=0.3).float()
+    return get_peft_model(base, LoraConfig(**config)).double()
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": False}, {"init_lora_weights": "pissa"}])
+def test_adapters_that_change_the_model_already_are_no_reference(options, tmp_path):
+    """Those that were trained before, and those whose base was changed with them (PiSSA)."""
+    model, batch = lora(**options), paired(PAIRS)
+    before = copy.deepcopy(model.state_dict())
+    run = {"num_epochs": 1, "progress_bar": False}
+    with pytest.raises(ModelError, match="change the model before the first update") as error:
+        train_loop(model, [batch], loss_fn=dpo(1.0), **run)
+    assert all(torch.equal(before[key], weight) for key, weight in model.state_dict().items())
+    text = str(error.value)
+    names = {"model": model, "dpo": dpo, "reference_logps": reference_logps, "rows": PAIRS}
+    line = text[text.index("import copy") : text.index("; or keep the column")]
+    exec(line.replace("; dpo", "; loss_fn = dpo"), names)
+    result = train_loop(model, [batch], loss_fn=names["loss_fn"], **run)
+    assert result.history[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    line = text[text.index("with model.disable_adapter") :].removesuffix(".")
+    exec(line, names)
+    columns = [pair | {"reference": c} for pair, c in zip(PAIRS, names["column"], strict=True)]
+    train_loop(model, [paired(columns, keep=("reference",))], loss_fn=dpo(1.0), **run)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_new_adapters_are_a_reference_also_of_a_run_that_is_resumed(options, dtype, tmp_path):
+    model, batches = lora(**options).to(dtype), [paired(PAIRS)] * 3
+    run = {"loss_fn": dpo(1.0), "progress_bar": False, "checkpoint_dir": tmp_path}
+    optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=5.0)
+    train_loop(model, batches, optimizer, num_epochs=1, **run)
+    again = lora(**options).to(dtype)
+    optimizer = torch.optim.SGD([w for w in again.parameters() if w.requires_grad], lr=5.0)
+    result = train_loop(again, batches, optimizer, num_epochs=2, **run)
+    assert result.state.progress.num_steps == 6
+
+
+def test_a_file_of_reference_logps_is_of_the_adapters_that_are_on(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "manualloop")
+    path, model = tmp_path / "reference.json", lora(init_lora_weights=False)
+    model.add_adapter("other", LORA)
+    on = reference_logps(model, PAIRS, path=path)
+    with model.disable_adapter():
+        off = reference_logps(model, PAIRS, path=path)
+        assert off == reference_logps(model, PAIRS) != on
+    assert "as with other adapters: computed again" in caplog.text
+    model.set_adapter("other")
+    assert reference_logps(model, PAIRS, path=path) == reference_logps(model, PAIRS) != off
+    model.set_adapter("default")
+    assert reference_logps(model, PAIRS, path=path) == on
+    model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] *= 2
+    assert reference_logps(model, PAIRS, path=path) == reference_logps(model, PAIRS) != on
+    caplog.clear()
+    reference_logps(model, PAIRS, path=path)
+    assert "read from" in caplog.text
+
+
+def test_a_file_of_reference_logps_knows_every_weight(tmp_path):
+    path, model = tmp_path / "reference.json", llama()
+    reference_logps(model, PAIRS, path=path)
+    model.get_input_embeddings().weight.data[7] += 0.5
+    assert reference_logps(model, PAIRS, path=path) == reference_logps(model, PAIRS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -77,8 +78,8 @@ def test_labels_are_those_of_run_ner(side, label_all):
     for seed in range(60):
         rows, limit = sentences(5, seed), 3 + seed % 20
         options = {"label_all": label_all, "max_length": limit, "names": TAGS}
-        made = tag_words(tokenizer, **options)(rows)
-        words = rows["tokens"]
+        made, _, counts = tag_words(tokenizer, **options).make(rows, str)
+        words, lost = rows["tokens"], Counter[str]()
         expected = tokenizer(words, truncation=True, max_length=limit, is_split_into_words=True)
         assert made["labels"] == labels_of_run_ner(expected, rows["ner_tags"], label_all)
         assert all(made[name] == expected[name] for name in expected)
@@ -86,9 +87,10 @@ def test_labels_are_those_of_run_ner(side, label_all):
         for row, of_row in enumerate(words):
             is_left = set(expected.word_ids(row)) - {None}
             have_tokens = set(whole.word_ids(row)) - {None}
-            assert made["num_words"][row] == len(of_row)
-            assert made["num_words_cut"][row] == len(have_tokens - is_left)
-            assert made["num_words_dropped"][row] == len(of_row) - len(have_tokens)
+            lost["words"] += len(of_row)
+            lost["cut"] += len(have_tokens - is_left)
+            lost["dropped"] += len(of_row) - len(have_tokens)
+        assert counts == lost
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -121,8 +123,9 @@ def test_fast_and_slow_agree(side, tmp_path):
     slow = legacy.BertTokenizerLegacy(str(tmp_path / "vocab.txt"), truncation_side=side)
     for seed in range(10):
         rows = sentences(5, seed)
-        ours, theirs = (tag_words(t, max_length=5 + seed)(rows) for t in (slow, fast))
-        assert {**theirs, **ours} == theirs  # the slow one has no types of tokens
+        ours, theirs = (tag_words(t, max_length=5 + seed).make(rows, str) for t in (slow, fast))
+        assert {**theirs.columns, **ours.columns} == theirs.columns  # the slow one has no types
+        assert ours.counts == theirs.counts
 
 
 def test_words_that_are_cut_off_are_reported_also_from_a_cache(caplog):
@@ -139,17 +142,16 @@ def test_words_that_are_cut_off_are_reported_also_from_a_cache(caplog):
         )
         lines.append([line for line in messages(caplog) if "cut off" in line])
     assert lines[0] == lines[1]
-    made = {name: tag_words(tokenizer, max_length=8)(rows[:]) for name, rows in data.items()}
-    cut, dropped = (
-        [(sum(m[key]), sum(m["num_words"])) for m in made.values()]
-        for key in ("num_words_cut", "num_words_dropped")
-    )
-    (line,) = lines[0]
-    for (number, total), split in zip(cut + dropped, [*data, *data], strict=True):
-        assert f"{round(100 * number / total)}% of {split} ({number} of {total})" in line
-    assert line.startswith("words are cut off at 8 tokens: ")
-    assert line.endswith("; they are neither trained nor scored")
-    assert not {"num_words", "num_words_cut"} & set(loaders["train"].dataset.column_names)
+    for line, (split, rows) in zip(lines[0], data.items(), strict=True):
+        counts = tag_words(tokenizer, max_length=8).make(rows[:], str).counts
+        total = counts["words"]
+        for name, number in (("cut", counts["cut"]), ("dropped", counts["dropped"])):
+            assert f": {round(100 * number / total)}% ({number} of {total})" in line, name
+        assert line.startswith(f"{split}: words are cut off at 8 tokens: ")
+        assert line.endswith("; they are neither trained nor scored")
+    assert {*loaders["train"].dataset.column_names} == {
+        *("input_ids", "token_type_ids", "attention_mask", "labels")
+    }
 
 
 def strings(rows: Dataset) -> Dataset:
@@ -294,7 +296,10 @@ def test_a_run_is_exact(tmp_path):
     ("columns", "words"),
     [
         ({"tokens": [["a"], ["b", "c"]], "ner_tags": [["O"], ["O"]]}, "2 words in 'tokens'"),
-        ({"tokens": ["a b", "c"], "ner_tags": [["O", "O"], ["O"]]}, "row of 'tokens' is 'a b'"),
+        (
+            {"tokens": ["a b", "c"], "ner_tags": [["O", "O"], ["O"]]},
+            "'tokens' in row 0 of the batch is 'a b'",
+        ),
         ({"tokens": [["a", None]], "ner_tags": [["O", "O"]]}, "words that are None"),
         ({"tokens": [["a"]], "ner_tags": [["B-X"]]}, r"names=\['O', 'B-X'\]"),
     ],

@@ -1,0 +1,111 @@
+"""Tokens that a model cannot take, and labels from which it would learn to copy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from manualloop.errors import DataError
+from manualloop.models import max_length, model_name, vocab_size
+from manualloop.tasks.task import IGNORE_INDEX
+from manualloop.types import Place
+
+_FEW = 8  # labels: by chance all of so many are the tokens in their places once in 10**8 windows
+
+
+def check_tokens(model: nn.Module, batch: Mapping[str, Any], place: Place) -> None:
+    """Refuse tokens that are no numbers of a vocabulary, and rows that are too long.
+
+    Args:
+        model: The model.
+        batch: A batch; one without ``input_ids`` is not looked at.
+        place: Where it comes from.
+
+    Raises:
+        DataError: The message names the row.
+    """
+    tokens, positions = batch.get("input_ids"), batch.get("position_ids")
+    if not isinstance(tokens, Tensor):
+        return
+    if tokens.is_floating_point():
+        raise DataError(
+            f"input_ids of {place.batch} are {str(tokens.dtype).removeprefix('torch.')}, and "
+            "tokens are whole numbers. Convert them: "
+            'dataset.cast_column("input_ids", datasets.Sequence(datasets.Value("int64"))).'
+        )
+    ids, size = tokens.cpu().numpy(), vocab_size(model)
+    if size is not None and ids.size and (ids.max() >= size or ids.min() < 0):
+        row, *_ = np.argwhere((ids >= size) | (ids < 0))[0]
+        token = int(ids[(ids >= size) | (ids < 0)][0])
+        raise DataError(
+            f"Token id {token} in {place.row(int(row))} is beyond the vocabulary of "
+            f"{model_name(model)}: vocab_size {size}. Tokenizer and model differ; if tokens were "
+            "added: model.resize_token_embeddings(len(tokenizer))."
+        )
+    room = max_length(model)
+    length = ids.shape[-1] if ids.ndim > 1 else 0
+    if isinstance(positions, Tensor) and positions.numel():
+        length = min(length, int(positions.max()) + 1)  # those of packed rows begin anew
+    if room is not None and length > room:
+        raise DataError(
+            f"A sequence of {length} tokens in {place.batch}, but {model_name(model)} takes {room}."
+            f" {_shorter(place.origin.cut, room)}"
+        )
+
+
+def is_of_tokens(error: Exception) -> bool:
+    """Tell whether an error may be that of a token or a position that a model does not have."""
+    return isinstance(error, IndexError) or _NO_ROW.search(str(error)) is not None
+
+
+_NO_ROW = re.compile("index out of range|device-side assert|must match|size of tensor")
+
+
+def _shorter(cut: str | None, room: int) -> str:
+    """Return the sentence on how to make rows shorter, by the function that makes them."""
+    if cut is not None:
+        return f"Cut the rows where they are made: {cut.format(room=room)}."
+    return (
+        f"Cut the texts: prepare_dataloaders(..., max_length={room}), or tokenizer(..., "
+        f"truncation=True, max_length={room})."
+    )
+
+
+def refuse_copies(model: nn.Module, batches: Sequence[Any], place: Place) -> None:
+    """Refuse labels that are the tokens in their own places, of a model that sees these.
+
+    Args:
+        model: A masked language model, or one whose labels are not shifted.
+        batches: The micro-batches of the first window.
+        place: Where the first one comes from.
+
+    Raises:
+        DataError: All labels are of this kind.
+    """
+    number = 0
+    for batch in batches:
+        ids, labels = batch.get("input_ids"), batch.get("labels")
+        if not isinstance(ids, Tensor) or not isinstance(labels, Tensor):
+            return
+        if ids.shape != labels.shape or bool(((labels != ids) & (labels != IGNORE_INDEX)).any()):
+            return
+        number += int((labels != IGNORE_INDEX).sum())
+    if number < _FEW:
+        return
+    name = model_name(model)
+    if name.endswith("ForMaskedLM"):
+        raise DataError(
+            f"All {number} labels of {place.batch} are the tokens in their own places, which "
+            f"{name} sees: it would learn to copy. Hide some of them: prepare_dataloaders(..., "
+            "transform=manualloop.tasks.mask_tokens(tokenizer))."
+        )
+    raise DataError(
+        f"All {number} labels of {place.batch} are the tokens in their own places, which {name} "
+        "sees, since it does not shift labels: it would learn to copy. Let each be the token that "
+        'follows: {**batch, "labels": torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), '
+        "value=-100)}."
+    )
