@@ -416,7 +416,7 @@ def _prepare_split(
     hidden: str | None,
 ) -> Split:
     """Name the labels, tokenize, and check what came of it."""
-    from manualloop.data.survey import check_alignment, check_inputs
+    from manualloop.data.survey import check_inputs
 
     texts, labels = found.columns.texts, found.labels
     takes = functions.takes
@@ -431,9 +431,7 @@ def _prepare_split(
         raw, split = split, count_cuts(made)
         require_tokens(raw, split, encode)
         refuse_doubled(raw, split, encode)
-    check_inputs(split)
-    if labels.task in BY_TOKEN:
-        check_alignment(split)
+    check_inputs(split, by_token=labels.task in BY_TOKEN)
     kinds = split.kinds
     is_taken = [name for name in kinds if takes(name, kinds[name]) and name != "labels"]
     if functions.transform is None and not is_taken:

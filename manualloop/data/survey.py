@@ -373,14 +373,20 @@ def _refuse_texts(splits: Sequence[Split], found: Sequence[Values | None], colum
     raise DataError(f"{head} Turn them into class numbers: {fix_all(keys, fix)}.")
 
 
-def check_inputs(split: Split) -> None:
+def check_inputs(split: Split, *, by_token: bool) -> None:
     """Refuse tokens that are no whole numbers, and a mask that is longer or shorter than they.
 
     Padding would hide both. Only the first row of a stream is checked.
 
+    Args:
+        split: The split.
+        by_token: Whether each token has a label; those that have more or fewer are refused, too.
+
     Raises:
         DataError: The message has the line that fixes the split.
     """
+    if by_token:
+        _check_alignment(split)
     kinds, tokens = split.kinds, split.first.get("input_ids")
     if "input_ids" not in kinds or not isinstance(tokens, list):
         return
@@ -411,7 +417,7 @@ def _depth_of(value: Any) -> int:
     return 1 + _depth_of(value[0]) if isinstance(value, list) and value else 0
 
 
-def check_alignment(split: Split) -> None:
+def _check_alignment(split: Split) -> None:
     """Refuse token labels whose number differs from the number of tokens.
 
     Padding both would hide the difference. Only the first row of a stream is checked.
