@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from manualloop.arguments import all_at_once, check_arguments
 from manualloop.batches import num_rows
 from manualloop.checkpoint.folders import free_bytes, local_folder
-from manualloop.checks import check_batches, check_run, report_untrained_ends
+from manualloop.checks import check_batches, check_run
 from manualloop.errors import ConfigError, DistributedError
 from manualloop.forecast.chance import Chance, chance_of
 from manualloop.forecast.doubts import doubts_about
@@ -56,7 +56,7 @@ from manualloop.strategy.base import Strategy, prepare, prepare_model
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.endings import tokenizer_of
-from manualloop.tasks.loss import of_model
+from manualloop.tasks.loss import check_own_loss, of_model
 from manualloop.tasks.names import class_names
 from manualloop.tasks.task import Task, resolve_task
 from manualloop.types import LossFn, Plan, Terms
@@ -245,7 +245,7 @@ def _look(
     starts = [0]
     for batch in read[:-1]:
         starts.append(starts[-1] + num_rows(batch))
-    _check_window(model, source, read[:size_of_window], starts, settings)
+    _check_window(model, source, read[:size_of_window], starts, settings, strategy)
     task = _task_of(model, read[0])
     summaries = {
         name: summarize(
@@ -269,12 +269,17 @@ def _look(
 
 
 def _check_window(
-    model: nn.Module, source: Source, window: Sequence[Any], starts: Sequence[int], of: Settings
+    model: nn.Module,
+    source: Source,
+    window: Sequence[Any],
+    starts: Sequence[int],
+    of: Settings,
+    strategy: Strategy,
 ) -> None:
     """Check the first window as ``train_steps`` does before its update."""
     tokenizer = tokenizer_of(source.loader)
     if of.loss_fn is not None or of.step_fn is not None:
-        report_untrained_ends(model, window, tokenizer=tokenizer)
+        check_own_loss(model, window, tokenizer=tokenizer, loss_fn=of.loss_fn, strategy=strategy)
         return
     is_whole = len(window) == of.gradient_accumulation_steps or len(window) < _MOST_READ
     check_batches(
