@@ -210,11 +210,8 @@ def prepare_dataloaders(
     with all_at_once(note) as check:
         for key, split in splits.items():
             collate, cut = collates[key], functions[key].cut
-            lengths = check(
-                lengths_of_rows,
-                *(split, texts, labels.task, keep, pad_to_multiple_of or 1),
-                *(max_tokens, group_by_length, cut),
-            )
+            sizes = pad_to_multiple_of or 1, max_tokens, group_by_length, cut
+            lengths = check(lengths_of_rows, split, texts, labels.task, keep, *sizes)
             rows: Any = transformed.get(key) or as_read(split, collate, seed)
             if kept := kept_columns(split, functions[key], label, key in transformed):
                 collate = KeepingCollate(collate, kept)
