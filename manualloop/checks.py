@@ -48,7 +48,7 @@ from manualloop.models import (
     takes_any_column,
     unwrap_model,
 )
-from manualloop.notices import logger, say
+from manualloop.notices import say, warn
 from manualloop.optim import parameters_of, require_trainable
 from manualloop.optimizers.together import class_of, each
 from manualloop.state import TrainState
@@ -198,7 +198,7 @@ def _check_precision(
         )
     for dtype in dtypes & {torch.bfloat16, torch.float16}:
         name = str(dtype).removeprefix("torch.")
-        logger.warning(
+        warn(
             f"The trainable weights of {model_name(model)} are {name}: small updates are rounded "
             f"away. For mixed precision {fix}, and prepare_strategy(mixed_precision="
             f'"{"bf16" if dtype == torch.bfloat16 else "fp16"}").'

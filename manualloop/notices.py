@@ -34,10 +34,19 @@ def say(message: str, *, from_every_rank: bool = False) -> None:
         if not from_every_rank:
             return
         message = f"rank {rank}: {message}"
+    _log(logging.INFO, message)
+
+
+def warn(message: str) -> None:
+    """Show a line about what is probably a mistake, from every rank."""
+    _log(logging.WARNING, message)
+
+
+def _log(level: int, message: str) -> None:
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
         handler = _OnScreen()
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
         logger.addHandler(handler)
-    logger.info(message)
+    logger.log(level, message)

@@ -287,16 +287,23 @@ def test_a_program_with_logging_of_its_own_gets_notices_there(tmp_path: Path) ->
         tmp_path,
         """
         import logging
-        from manualloop.notices import say
+        from manualloop.notices import say, warn
 
         logging.basicConfig(level="INFO", format="mine %(message)s")
         say("a notice")
         logging.getLogger("manualloop").setLevel("WARNING")
         say("another")
+        warn("a warning")
         """,
     )
     assert script.end(600)
-    assert (script.output, script.errors) == ("", "mine a notice\n")
+    assert (script.output, script.errors) == ("", "mine a notice\nmine a warning\n")
+
+
+def test_warnings_come_where_notices_come(tmp_path: Path) -> None:
+    script = start(tmp_path, 'from manualloop.notices import warn; warn("a warning")')
+    assert script.end(600)
+    assert (script.output, script.errors) == ("manualloop: a warning\n", "")
 
 
 @pytest.mark.parametrize("where", ["sys.stdout.close()", "sys.stdout = None", "os.close(1)"])

@@ -20,7 +20,7 @@ from manualloop.checkpoint.files import MAX_JSON_BYTES, read_regular, require_re
 from manualloop.checkpoint.nested import from_json, parse_json
 from manualloop.checkpoint.schema import MANIFEST as FIELDS
 from manualloop.errors import CheckpointError
-from manualloop.notices import logger
+from manualloop.notices import warn
 
 _T = TypeVar("_T")
 
@@ -265,9 +265,7 @@ def find_last(directory: Path, *, verify: bool = True) -> Found | None:
             damaged.append(Found(entry.path, None, str(error)))
             continue
         if damaged:
-            logger.warning(
-                f"skipped {', '.join(list_names(damaged))}: resuming from {entry.path.name}."
-            )
+            warn(f"skipped {', '.join(list_names(damaged))}: resuming from {entry.path.name}.")
         return entry
     if damaged:
         raise CheckpointError(

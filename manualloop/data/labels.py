@@ -19,7 +19,7 @@ from manualloop.data.splits import Split, fix_all, fix_of
 from manualloop.errors import DataError
 from manualloop.mistakes import as_map, renumber_call
 from manualloop.models import num_labels
-from manualloop.notices import logger
+from manualloop.notices import warn
 from manualloop.tasks.task import IGNORE_INDEX, infer_task
 from manualloop.types import Origin
 
@@ -240,7 +240,7 @@ def warn_of_classes_as_values(labels: NDArray[np.integer], found: str) -> None:
     values = np.unique(labels)
     if values.size and values[0] >= 0 and values[-1] <= len(values):
         shown = ", ".join(map(str, values[:3])) + (", ..." if len(values) > 3 else "")
-        logger.warning(
+        warn(
             f"The model has num_labels=1, which means regression (MSE loss), but {found} look like "
             f"classes: {shown}. For classes load the model with num_labels={int(values[-1]) + 1}; "
             'for values set model.config.problem_type = "regression".'

@@ -21,7 +21,7 @@ from manualloop.checkpoint.parts import saved_part
 from manualloop.checkpoint.snapshot import Saved, rehearse
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.models import is_sharded
-from manualloop.notices import logger, say
+from manualloop.notices import say, warn
 from manualloop.run.history_file import HISTORY, HistoryFile, read_history, require_history
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, on_main
@@ -220,7 +220,7 @@ class RunFolder:
             )
         there = sum(entry.manifest is not None for entry in find_folders(self.directory))
         if free < size * (self._keep + 1 - there):
-            logger.warning(
+            warn(
                 f"{self.directory} has {free / 1e6:.0f} MB free, and {self._keep} checkpoints "
                 f"and the one that is being written take about {size * (self._keep + 1) / 1e6:.0f} "
                 "MB: the disk may fill up. Keep fewer: keep_checkpoints=1."

@@ -230,8 +230,8 @@ class Report:
         """Show the evaluations of earlier processes, and the bar."""
         rows = self._table.rows[-_NUM_EARLIER:]
         if self._shown and screen.notebook() is None and rows:
-            if len(rows) < len(self._table.rows):
-                screen.write(f"({len(self._table.rows) - len(rows)} earlier evaluations)")
+            if len(rows) < self._table.number:
+                screen.write(f"({self._table.number - len(rows)} earlier evaluations)")
             self._write(rows)
         self._bar = ProgressBar(
             self.plan.num_steps,

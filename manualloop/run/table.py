@@ -14,7 +14,7 @@ from manualloop.progress import Above, clock
 from manualloop.types import num_cells
 
 _MOST_METRICS = 8
-_MOST_ROWS = 50  # in a notebook, to which all of it is sent again and again
+_MOST_ROWS = 50  # so many are kept: a notebook is sent all of them again and again
 _ROWS_PER_HEADER = 25
 _LONGEST_TEXT = 12
 _FAMILY = 4  # so many metrics whose names differ in one word are those of classes
@@ -81,12 +81,14 @@ class Table:
         best_metric: As in ``train_loop``; without it no row is the best.
 
     Attributes:
-        rows: The evaluations, oldest first.
-        best: The best of them; None without a ``best_metric``.
+        rows: The newest evaluations, oldest first.
+        number: Number of evaluations.
+        best: The best of all; None without a ``best_metric``.
     """
 
     def __init__(self, best_metric: str | None) -> None:
         self.rows: list[Row] = []
+        self.number = 0
         self.best: Row | None = None
         self._best_metric = best_metric
         self._deciding = None if best_metric is None else _own_name(metric_name(best_metric))
@@ -108,7 +110,7 @@ class Table:
         value, metrics = self._value(metrics), {_own_name(n): v for n, v in metrics.items()}
         is_best = value is not None and (self.best is None or value > self._best_value)
         row = Row(step, epoch, loss, metrics, lr, seconds, is_best)
-        self.rows.append(row)
+        self.rows, self.number = [*self.rows[1 - _MOST_ROWS :], row], self.number + 1
         if is_best:
             self.best, self._best_value = row, value or 0.0
         self._above = None
@@ -136,8 +138,8 @@ class Table:
 
     def lines(self, rows: Sequence[Row], width: float, *, colours: bool) -> list[str]:
         """Return rows as aligned lines, the first below a header unless that still stands there."""
-        columns = self.columns(self.rows[-_MOST_ROWS:], width)
-        widths = _widths(columns, self.rows[-_MOST_ROWS:])
+        columns = self.columns(self.rows, width)
+        widths = _widths(columns, self.rows)
         header = _aligned(columns.names, widths)
         if num_cells(header) + len(_more(columns)) <= width:
             header += _more(columns)
@@ -158,14 +160,14 @@ class Table:
 
     def log_line(self, row: Row) -> str:
         """Return a row as a line that can be read on its own."""
-        columns = self.columns(self.rows[-_MOST_ROWS:])
+        columns = self.columns(self.rows)
         parts = [f"{name} {cell}" for name, cell in _cells(row, columns).items() if cell]
         return "  ".join([*parts, *(["best so far"] if row.is_best else [])]) + _more(columns)
 
     def above(self) -> Above:
         """Return the table as HTML and as text, made again only if there are new rows."""
         if self._above is None and self.rows:
-            rows = self.rows[-_MOST_ROWS:]
+            rows = self.rows
             if self.best is not None and self.best not in rows:
                 rows = [self.best, *rows]
             columns = self.columns(rows)
@@ -174,7 +176,7 @@ class Table:
             for row in rows:
                 line = _aligned(_cells(row, columns).values(), widths)
                 lines.append(f"{line} *" if row is self.best else line)
-            notes = _notes(columns, len(self.rows) - len(rows))
+            notes = _notes(columns, self.number - len(rows))
             html = _html(columns, rows, self.best, notes)
             self._above = Above(html, "\n".join([*lines, *notes]))
         return self._above or Above()

@@ -69,8 +69,8 @@ def test_a_metric_that_comes_later_has_a_new_header() -> None:
 
 
 def test_a_header_is_repeated_where_it_has_left_the_screen() -> None:
-    table = table_of(*[SCORES] * 60)
-    assert [at for at, line in enumerate(lines(table)) if "epoch" in line] == [0, 26, 52]
+    table = table_of(*[SCORES] * 60)  # the newest fifty are kept
+    assert [at for at, line in enumerate(lines(table)) if "epoch" in line] == [0, 26]
     table.forget_header()
     assert len(table.lines(table.rows[-1:], 200, colours=False)) == 2
 
