@@ -115,7 +115,9 @@ class TerminalBar:
         self._bar.refresh()
 
     def close(self) -> None:
-        """End it, with a newline if it stays."""
+        """End it, with a newline if it stays: over a bar above that is as wide as the terminal."""
+        self._bar.ncols += _MARGIN
+        self._bar.bar_format += " " * _MARGIN
         self._bar.close()
 
 

@@ -200,6 +200,24 @@ def test_a_bar_in_the_terminal_and_lines_in_a_file(tmp_path: Path) -> None:
     ]
 
 
+def test_a_run_below_a_bar_of_the_user_leaves_whole_lines(tmp_path: Path) -> None:
+    written = in_terminal(
+        tmp_path,
+        """
+        from tqdm import tqdm
+
+        for fold in tqdm(range(2), desc="folds"):
+            train([batch] * 20, evaluate=evaluate, evaluate_every=10)
+        print("END")
+        """,
+    )
+    lines = [line.strip().split("  ")[0] for line in screen(written) if "START" not in line]
+    bar = r"Training: 100%\|█+\| 20/20 \[00:\d\d, loss=\d\.\d{4}, lr=2\.50e-06, 50\.00 step/s\]"
+    assert [re.sub(bar, "bar", line) for line in lines[:8]] == ["step", "10", "20", "bar"] * 2
+    assert lines[8].startswith("folds: 100%|")
+    assert lines[9:] == ["END", ""]
+
+
 def test_notices_and_prints_stand_between_rows_and_above_the_bar(tmp_path: Path) -> None:
     written = in_terminal(
         tmp_path,
