@@ -15,7 +15,7 @@ from torch import nn
 from manualloop.arguments import Checks
 from manualloop.data.columns import find_label
 from manualloop.data.mapping import Number, is_hidden
-from manualloop.data.splits import TEXT_KINDS, Split, reference_of
+from manualloop.data.splits import TEXT_KINDS, Split, fix_all, reference_of
 from manualloop.data.values import Values, distinct_in, values_of
 from manualloop.errors import ConfigError, DataError
 from manualloop.mistakes import as_map, class_lists_call
@@ -235,12 +235,35 @@ def _require_outputs(labels: _Labels, names: Names) -> None:
     number = None if labels.model is None else num_labels(labels.model)
     reference = reference_of(labels.splits)
     is_text = reference.kinds[labels.column] in TEXT_KINDS
+    advice = _advice_on_spelling(labels, names) if is_text else None
     if number is not None and is_text and len(names) > number:
+        more = f"from_pretrained(name, num_labels={len(names)})"
         raise DataError(
             f"{labels.column!r} of {reference.name} has {len(names)} classes: "
-            f"{show_names(names)}. The model has num_labels={number}. Load it with more: "
-            f"from_pretrained(name, num_labels={len(names)})."
+            f"{show_names(names)}. The model has num_labels={number}. "
+            f"{advice or f'Load it with more: {more}.'}"
         )
+    if advice is not None:
+        say(f"two classes of {reference.name} may be one. {advice}")
+
+
+def _advice_on_spelling(labels: _Labels, names: Names) -> str | None:
+    """Return the advice on classes whose names differ in case or spaces alone."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(folded(name), []).append(name)
+    if (found := next((some for some in alike.values() if len(some) > 1), None)) is None:
+        return None
+    split = reference_of(labels.splits)
+    value = f'row["{labels.column}"]'
+    made = f"{value}.strip().lower()"
+    if labels.is_list(next(key for key, one in labels.splits.items() if one is split)):
+        made = f"[name.strip().lower() for name in {value}]"
+    keys = [one.key for one in labels.splits.values()]
+    return (
+        f"{found[0]!r} and {found[1]!r} differ in case or spaces alone. Make them one: "
+        f"{fix_all(keys, as_map(labels.column, made))}."
+    )
 
 
 def _are_classes(values: Values, model: nn.Module | None) -> bool:

@@ -134,16 +134,19 @@ _ID_NAME = re.compile(
 )
 _ID_VALUE = re.compile(
     r"\w+://\S+|[\w.~-]*[/\\][\w.~/\\-]+\.\w+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?|wav|mp3|flac|"
-    r"ogg|mp4|avi|pdf|txt|json)|[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{8,}",
+    r"ogg|mp4|avi|pdf|txt|json)|[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{8,}|"
+    r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ]\d{1,2}:\d{2}\S*)?",
     re.IGNORECASE,
 )
 
 
 def is_id(name: str, example: Any) -> bool:
-    """Tell whether a column of strings holds ids, paths or urls, by its name or a value.
+    """Tell whether a column of strings holds ids, paths, urls or dates, by its name or a value.
 
     >>> is_id("imageId", "a b"), is_id("source", "images/17.jpg"), is_id("source", "see a/b.")
     (True, True, False)
+    >>> is_id("when", "2024-01-31 10:05"), is_id("when", "in May")
+    (True, False)
     """
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s.-]", "_", name).lower()
     is_id_value = isinstance(example, str) and _ID_VALUE.fullmatch(example.strip()) is not None
@@ -169,6 +172,9 @@ def _find_texts(
     if len(candidates) == 1 and not (words or media or is_label_like(candidates[0])):
         return (candidates[0],)
     columns = ", ".join(kinds) or "none"
+    plain = [name for name in candidates if not is_label_like(name)]
+    if label is None and len(plain) == 1 and len(candidates) > 1 and not (words or media):
+        return (plain[0],)  # the others are labels, of which the user is asked
     if len(candidates) > 1:
         raise DataError(
             f"Several columns of {split} hold strings: {', '.join(candidates)}. Name the text: "
@@ -187,6 +193,11 @@ def _find_texts(
         raise DataError(
             f"No column of {split} is clearly the text. Its columns: {columns}. Name it: "
             f"text_columns={found[0]!r}."
+        )
+    if numbers := [name for name in _TEXTS if kinds.get(name) in ("int", "float")]:
+        raise DataError(
+            f"Column {numbers[0]!r} of {split} holds numbers, not text. Turn them into text: "
+            f'dataset.cast_column("{numbers[0]}", datasets.Value("string")).'
         )
     raise DataError(
         f"{split} has neither text nor input_ids. Its columns: {columns}. "

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manualloop.errors import DataError
+from manualloop.mistakes import LABEL_LIKE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _SEPARATORS = ",;\t|"
+_NAMES = (*LABEL_LIKE, "text", "sentence", "content", "review", "document", "id", "name")
 _BYTES_OF_HEADER = 65_536
 
 
@@ -33,7 +35,8 @@ def read_rows(name: str, source: Any) -> Any:
         return source
     from manualloop.data.tables import from_frame
 
-    with _explaining(f"The table of {name}"):
+    advice = "Look at its columns: print(frame.dtypes), or make them texts: frame.astype(str)"
+    with _explaining(f"The table of {name}", advice):
         return from_frame(source)
 
 
@@ -91,16 +94,17 @@ def _read_file(name: str, path: Path) -> Any:
             "JSON or Parquet file, or load a dataset: datasets.load_dataset(...)."
         )
     kind = path.suffix.lower()
-    with _explaining(str(path)):
+    with _explaining(str(path), f'Look at its first rows: print(open("{path}").read(500))'):
         if kind in (".csv", ".tsv", ".txt"):
             return _read_csv(path)
         if kind in (".json", ".jsonl", ".ndjson"):
             return pandas.read_json(path, lines=_is_lines(path))
         if kind in (".parquet", ".pq"):
             return pandas.read_parquet(path)
+    how = f'pandas.read_excel("{path}")' if kind in (".xlsx", ".xls", ".ods") else "pandas.read_..."
     raise DataError(
         f"{name} is the file {str(path)!r}, whose kind {kind!r} is unknown. Pass a .csv, .tsv, "
-        ".json, .jsonl or .parquet file, or a pandas.DataFrame."
+        f".json, .jsonl or .parquet file, or a pandas.DataFrame: {how}."
     )
 
 
@@ -108,7 +112,17 @@ def _read_csv(path: Path) -> Any:
     """Read a table of text, whose header tells how its cells are separated."""
     import pandas
 
-    return pandas.read_csv(path, sep=_separator_in(path), encoding=_encoding_of(path))
+    separator, encoding = _separator_in(path), _encoding_of(path)
+    frame = pandas.read_csv(path, sep=separator, encoding=encoding)
+    texts = [name for name in map(str, frame.columns) if name.lower() not in _NAMES]
+    if any((frame[name].astype(str) == name).any() for name in texts):
+        names = [f"column{number}" for number in range(len(frame.columns))]
+        option = "" if separator == "," else f", sep={_quoted(separator)}"
+        raise DataError(
+            f"{path} has no header: its first line, {', '.join(texts)}, holds values that its "
+            f'columns have. Name them: pandas.read_csv("{path}"{option}, names={names}).'
+        )
+    return frame
 
 
 def _encoding_of(path: Path) -> str:
@@ -141,7 +155,7 @@ def _is_lines(path: Path) -> bool:
 
 
 @contextmanager
-def _explaining(what: str) -> Iterator[None]:
+def _explaining(what: str, advice: str) -> Iterator[None]:
     """Name the file in the error of a library that cannot read it.
 
     Raises:
@@ -152,7 +166,5 @@ def _explaining(what: str) -> Iterator[None]:
     except DataError:
         raise
     except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{what} cannot be read: {type(error).__name__}: {error}. Look at its first rows: "
-            "print(open(path).read(500)), or make columns of one kind: frame.astype(str)."
-        ) from error
+        found = f"{type(error).__name__}: {error}"
+        raise DataError(f"{what} cannot be read: {found}. {advice}.") from error

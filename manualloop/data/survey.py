@@ -110,6 +110,10 @@ def survey(splits: Mapping[Any, Split], choices: Choices, check: Checks) -> Surv
         columns = Columns((), named or find_label(kinds))
     elif choices.is_padded:
         check(_refuse_leftovers, first, columns, tokenizer, choices.keep)
+    if choices.is_padded and (unnamed := _unnamed_label(first, columns)) is not None:
+        check(_refuse_unnamed_label, first, unnamed)
+        if (values := values_of(first, unnamed)) is not None:
+            check(check_missing, first, values, unnamed)
     for split in splits.values():
         for name in columns.texts:
             check(_check_text, split, name, first, tokenizer)
@@ -124,7 +128,7 @@ def _task_without_labels(choices: Choices) -> str | None:
 
 
 def _refuse_leftovers(split: Split, columns: Columns, tokenizer: Any, keep: Sequence[str]) -> None:
-    """Refuse text without a tokenizer, and labels under a name that cannot be identified."""
+    """Refuse text without a tokenizer."""
     kinds = {name: kind for name, kind in split.kinds.items() if name != columns.label}
     if tokenizer is None:
         left = {name: kind for name, kind in kinds.items() if name not in keep}
@@ -132,12 +136,20 @@ def _refuse_leftovers(split: Split, columns: Columns, tokenizer: Any, keep: Sequ
         found = [name for name, kind in left.items() if kind == "text" and not is_ready]
         if texts := columns.texts or found:
             raise DataError(text_message(texts[0], split.first[texts[0]], split=split.name))
-    suspects = [n for n in kinds if is_label_like(n) and n not in columns.texts]
-    if columns.label is None and suspects and split.is_train:
-        raise DataError(
-            f"No label column in {split.name}. Its columns: {', '.join(kinds)}. Did you mean "
-            f'{suspects[0]!r}? Use label_column="{suspects[0]}".'
-        )
+
+
+def _unnamed_label(split: Split, columns: Columns) -> str | None:
+    """Return the column that may hold the labels of a training split; None if they are known."""
+    if columns.label is not None or not split.is_train:
+        return None
+    return next((n for n in split.kinds if is_label_like(n) and n not in columns.texts), None)
+
+
+def _refuse_unnamed_label(split: Split, column: str) -> None:
+    raise DataError(
+        f"No label column in {split.name}. Its columns: {', '.join(split.kinds)}. Did you mean "
+        f'{column!r}? Use label_column="{column}".'
+    )
 
 
 def _check_text(split: Split, column: str, first: Split, tokenizer: Any) -> None:

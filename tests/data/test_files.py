@@ -134,3 +134,88 @@ def test_a_file_of_a_header_alone_has_0_rows(tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\n")
     with pytest.raises(DataError, match="train has 0 rows"):
         prepare_dataloaders(tmp_path / "rows.csv", tiny_tokenizer())
+
+
+# Strange tables. ----------------------------------------------------------------------------------
+
+
+def test_all_problems_of_a_table_whose_label_nobody_named_come_in_one_message(tmp_path):
+    frame = FRAME.rename(columns={"text": "Comment", "label": "target"}).assign(when="2024-01-31")
+    frame.loc[1, "Comment"] = None
+    frame.loc[4, "target"] = None
+    path = written(tmp_path, "index-semicolon.csv", frame)
+    with pytest.raises(DataError) as refused:
+        prepare_dataloaders(path, tiny_tokenizer(), model=tiny_bert())
+    message = str(refused.value)
+    for part in (
+        *("Did you mean 'target'? Use label_column=\"target\".", "Row 4 of train has target=None"),
+        *("Row 1 of train has Comment=None", "Here dataset = datasets.Dataset.from_csv("),
+    ):
+        assert part in message
+    made = message.rpartition(" Here dataset = ")[2].removesuffix(".")
+    dataset = eval(made, {"datasets": datasets})
+    for line in fixes_in(message):
+        if line not in made:
+            dataset = run_fix(line, dataset)
+    loaders = prepare_dataloaders(
+        dataset, tiny_tokenizer(), model=tiny_bert(), label_column="target"
+    )
+    assert len(loaders["train"].dataset) == 4
+
+
+def test_classes_that_differ_in_case_or_spaces_are_told_with_the_line_that_joins_them(caplog):
+    frame = FRAME.assign(label=["Spam", "ham", "spam ", "ham", "HAM", "ham"])
+    with pytest.raises(DataError) as refused:
+        prepare_dataloaders(frame, tiny_tokenizer(), model=tiny_bert())
+    message = str(refused.value)
+    assert "The model has num_labels=2. 'HAM' and 'ham' differ in case or spaces alone" in message
+    (line,) = (line for line in fixes_in(message) if ".map(" in line)
+    dataset = run_fix(line, datasets.Dataset.from_pandas(frame))
+    loaders = prepare_dataloaders(dataset, tiny_tokenizer(), model=tiny_bert())
+    assert sorted(labels_of(loaders["train"])) == [0, 0, 0, 0, 1, 1]
+    prepare_dataloaders(frame, tiny_tokenizer(), model=tiny_bert(4))
+    assert "two classes of train may be one. 'HAM' and 'ham' differ" in caplog.text
+
+
+def test_a_file_without_a_header_is_refused_with_the_line_that_names_its_columns(tmp_path):
+    path = tmp_path / "bare.csv"
+    FRAME[["text", "label"]].to_csv(path, index=False, header=False, sep=";")
+    with pytest.raises(DataError, match="has no header: its first line, good movie, pos,") as e:
+        prepare_dataloaders(path, tiny_tokenizer())
+    line = "pandas.read_csv" + str(e.value).rpartition("pandas.read_csv")[2].removesuffix(".")
+    frame = eval(line, {"pandas": pandas})
+    loaders = prepare_dataloaders(
+        frame, tiny_tokenizer(), text_columns="column0", label_column="column1"
+    )
+    assert labels_of(loaders["train"]) == labels_of(
+        prepare_dataloaders(FRAME, tiny_tokenizer())["train"]
+    )
+
+
+def test_numbers_where_a_text_is_wanted_get_the_line_that_makes_texts():
+    frame = pandas.DataFrame({"text": range(10), "label": [0, 1] * 5})
+    with pytest.raises(
+        DataError, match="Column 'text' of train holds numbers, not text"
+    ) as refused:
+        prepare_dataloaders(frame, tiny_tokenizer())
+    (line,) = fixes_in(str(refused.value).partition(" Here ")[0])
+    dataset = run_fix(line, datasets.Dataset.from_pandas(frame))
+    assert prepare_dataloaders(dataset, tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"label": pandas.Categorical(["a", "b"] * 3)},
+        {"text": pandas.array(["good"] * 6, dtype="string"), "label": pandas.array([0, 1] * 3)},
+        {"label": [True, False] * 3},
+        {"d": pandas.to_datetime(["2024-01-01"] * 6)},
+        {"text": ['good, "bad"\nmovie; a|b'] * 6},
+    ],
+    ids=["category", "string and Int64", "bool", "dates", "quotes"],
+)
+def test_columns_of_any_kind_are_read(columns, tmp_path):
+    frame = FRAME.assign(**columns)
+    for given in (frame, written(tmp_path, "rows.csv", frame)):
+        (loader,) = prepare_dataloaders(given, tiny_tokenizer(), model=tiny_bert()).values()
+        assert len(labels_of(loader)) == 6
