@@ -35,6 +35,7 @@ FIRST = [
 SECOND = [
     "another_run",
     "before_a_run",
+    "job",
     "beside_training",
     "own_generators",
     "two_optimizers",
