@@ -35,6 +35,7 @@ from manualloop import (
 from manualloop.notices import say
 from manualloop.reading.ranks import unsharded
 from manualloop.tasks import answer_windows, boxes, chat, tag_words
+from manualloop.tracking import tensorboard
 
 PAGE = Path(__file__).parents[2] / "docs/limits.md"
 ENTRY = re.compile(r"^\| \*\*(.*?)\*\*.*?\| `(.*)` \|.*\|$", re.MULTILINE)
@@ -414,6 +415,42 @@ def padded_images(folder: Path) -> None:
     prepare_dataloaders(scenes(2), own, model=tiny_detr(), transform=boxes())
 
 
+def tracked(folder: Path, tracker: Any, num_steps: int = 4) -> None:
+    model = nn.Linear(4, 1)
+    train_loop(
+        model,
+        [{"x": torch.ones(2, 4)}] * 8,
+        SGD(model.parameters(), lr=0.1),
+        max_steps=num_steps,
+        loss_fn=loss_fn,
+        evaluate=lambda: {"answer": "yes"},
+        checkpoint_dir=folder / "run",
+        checkpoint_every=2,
+        trackers=[tracker],
+        progress_bar=False,
+    )
+
+
+def text_metric(folder: Path) -> None:
+    tracked(folder, tensorboard(folder / "events"))
+
+
+def failing_tracker(folder: Path) -> None:
+    def send(record: Any) -> None:
+        raise ConnectionError
+
+    tracked(folder, send)
+
+
+def damaged_newest(folder: Path) -> None:
+    def show(record: Any) -> None:
+        print(record)
+
+    tracked(folder, show)
+    (folder / "run" / "step-00000004" / "model.safetensors").unlink()
+    tracked(folder, show)
+
+
 TOLD = {
     "a stream that draws without a state": drawing_stream,
     "a shuffle buffer": shuffle_buffer,
@@ -454,6 +491,9 @@ TOLD = {
     "a `transform` of a stream that workers read": transformed_by_workers,
     'weights of NaN that `on_nonfinite="ignore"` lets pass': ignored_nan,
     "images that are padded to the largest of their batch": padded_images,
+    "metrics that are no numbers": text_metric,
+    "a tracker that fails": failing_tracker,
+    "records that a backend cannot take back": damaged_newest,
 }
 
 
