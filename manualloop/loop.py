@@ -25,7 +25,6 @@ from manualloop.arguments import (
 )
 from manualloop.checkpoint.manifest import metric_name
 from manualloop.errors import ConfigError
-from manualloop.evaluation.predictions import Predictions
 from manualloop.evaluation.trial import try_evaluation
 from manualloop.notices import say
 from manualloop.optim import prepare_optimizer
@@ -106,20 +105,11 @@ class TrainResult:
 
         return plot_history(self)
 
-    def report(
-        self, path: str | os.PathLike[str], predictions: Predictions | None = None, **options: Any
-    ) -> Path:
-        """Write a report of the run as one page of HTML; return its path.
-
-        Args:
-            path: Path of the file, such as ``"report.html"``.
-            predictions: What ``predict_loop`` returned for data with labels, for confusions,
-                calibration and the rows that are most wrong.
-            options: Other arguments of ``write_report``.
-        """
+    def report(self, path: str | os.PathLike[str], *args: Any, **options: Any) -> Path:
+        """Write the run as a page of HTML; the arguments are those of ``write_report``."""
         from manualloop.report.page import write_report  # it loads a template engine
 
-        return write_report(self, path, predictions, **options)
+        return write_report(self, path, *args, **options)
 
 
 def train_loop(

@@ -7,6 +7,7 @@ described here, and until the function refuses what cannot be meant.
 import inspect
 import math
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,15 @@ MEANT = {
     "use_port": COUNT,
     "verify": FLAG,
     "weight_decay": NUMBER,
+    "base_model": {"text"},
+    "dataset": {"text"},
+    "folder": PATH,
+    "language": {"text"},
+    "license": {"text"},
+    "path": PATH,
+    "result": NOTHING,
+    "rows": {"list"},
+    "write_report.predictions": NOTHING,
 }
 
 
@@ -177,7 +187,16 @@ def calls(folder):
         "train_steps": {"state": state, "train_dataloader": [batch()] * 3, **training},
         "verify_resume": {"train_fn": print, "at": 1},
         "windows": {"loader": [batch()] * 3, "size": 2},
+        "write_model_card": {"result": trained(), "folder": folder / "card"},
+        "write_report": {"result": trained(), "path": folder / "report.html"},
     }
+
+
+@cache
+def trained():
+    return manualloop.train_loop(
+        nn.Linear(1, 1), [batch()], loss_fn=loss_fn, num_epochs=1, progress_bar=False
+    )
 
 
 class Scores(nn.Module):

@@ -36,7 +36,7 @@ from manualloop.types import LoaderFacts, Plan
 Contract = dict[str, Any]
 """Facts about a run by their names, grouped by what a difference means; see ``describe_run``."""
 
-_LIBRARIES = ("torch", "numpy", "transformers", "datasets", "accelerate", "safetensors")
+LIBRARIES = ("torch", "numpy", "transformers", "datasets", "accelerate", "safetensors")
 
 # The arguments of train_loop and train_steps that are described by the objects they make, or on
 # which nothing depends. Every other one is described by its value, also one that is added later.
@@ -146,7 +146,7 @@ def describe_run(
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "python": platform.python_version(),
-            **{name: _version(name) for name in _LIBRARIES},
+            **{name: _version(name) for name in LIBRARIES},
         },
     }
     return _as_read(contract)
@@ -212,7 +212,7 @@ def differences(saved: Contract, now: Contract) -> list[Difference]:
     return _without_repetition(found + _group_differences(saved, now))
 
 
-_VERSIONS = ("python", *_LIBRARIES)
+_VERSIONS = ("python", *LIBRARIES)
 _NESTED = ("config", "adapters", "modules", "schedule")
 _OPTIONAL = ("all rows", "class of lr_scheduler")
 _CODE = re.compile(r" \(code [0-9a-f]+\)|, code [0-9a-f]+(?=\))|(?<=\()code [0-9a-f]+(?=\))")

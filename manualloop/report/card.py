@@ -21,9 +21,10 @@ from manualloop.report.facts import (
     Result,
     all_times,
     best_metric_of,
+    libraries,
     num_epochs,
+    precision,
     summary,
-    versions,
 )
 from manualloop.report.page import check_result, on_first_rank, write_file
 from manualloop.report.parts import Cell, Facts, Table
@@ -84,8 +85,8 @@ def write_model_card(
         ConfigError: An argument is not what it should be, or the folder has another README.md.
     """
     check_result(result)
-    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-        raise ConfigError(f'folder={folder!r:.100} is no folder. Name one, such as "runs/mrpc".')
+    given = {"license": license, "dataset": dataset, "base_model": base_model}
+    _check_arguments(folder, language, given)
     file = Path(os.path.expanduser(folder)).absolute() / "README.md"
     _require_ours(file)
     metadata = _metadata(result, file.parent.name, license, language, dataset, base_model)
@@ -99,6 +100,21 @@ def write_model_card(
         rest = f"; not in it, because nobody gave it: {', '.join(missing)}" if missing else ""
         say(f"the model card is in {file}{rest}")
     return file
+
+
+def _check_arguments(folder: Any, language: Any, names: Mapping[str, Any]) -> None:
+    problems = []
+    path = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
+    if not isinstance(path, str) or not path.strip() or "\0" in path or "://" in path:
+        problems.append(f'folder={folder!r:.100} is no folder. Name one, such as "runs/mrpc".')
+    for name, value in names.items():
+        if value is not None and not (isinstance(value, str) and value.strip()):
+            problems.append(f"{name} must be a name of the hub, got {value!r:.60}.")
+    languages = language if isinstance(language, list | tuple) else [language]
+    if language is not None and not all(isinstance(one, str) and one.strip() for one in languages):
+        problems.append(f'language must be such as "en", or a list of these, got {language!r:.60}.')
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _digest(text: str) -> str:
@@ -220,9 +236,7 @@ def _body(result: Result, folder: Path, metadata: Any) -> str:
         "Training": _table(_training(result)),
         "Results": _result_text(result),
         "Limitations": _LIMITATIONS.replace("\n", " "),
-        "Versions": "\n\n".join(
-            _table(_as_table(f)) for f in versions(result).parts if isinstance(f, Facts)
-        ),
+        "Versions": _table(_as_table(Facts(libraries(result)))),
     }
     shown = [f"# {_escaped(folder.name)}"]
     for title, text in sections.items():
@@ -264,7 +278,7 @@ def _training(result: Result) -> Table:
         "epochs": f"{num_epochs(result):.4g}",
         "updates": f"{result.state.progress.num_steps:,}",
         "seed of the order": settings.get("seed"),
-        "precision": settings.get("mixed_precision"),
+        "precision": precision(settings.get("mixed_precision"), result.state.model),
         "processes": contract.get("exact", {}).get("world_size"),
         "time": duration(seconds) if seconds else None,
     }

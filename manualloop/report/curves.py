@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from manualloop.report.parts import Cell, Chart, Charts, Details, Part, Section, Table, Text
+from manualloop.report.parts import Cell, Chart, Charts, Details, Part, Section, Table
 from manualloop.report.svg import Band, Line, Point, line_chart, thin
 from manualloop.report.text import number, shorten
 from manualloop.run.table import ends_of_intervals
@@ -76,22 +76,21 @@ def scores(
     if not best or best_step != last_step:
         shown.append((last, last_step, "last"))
     by_class = classes_in(last)
-    columns, rows, intervals = ["metric"], [], {0}
+    columns, rows = ["metric"], []
     has_interval = [bool(ends_of_intervals(scores)) for scores, _, _ in shown]
     for (_, step, name), has_ends in zip(shown, has_interval, strict=True):
         columns.append(name if step is None else f"{name}, update {step:,}")
-        if has_ends:
-            intervals.add(len(columns))
-            columns.append("interval")
+        columns += ["interval"] if has_ends else []
     for metric in scalars_of(last):
         row: list[str | Cell] = [Cell(metric, is_strong=metric == best_metric)]
         for (found, _, _), has_ends in zip(shown, has_interval, strict=True):
             row.append(Cell(number(found.get(metric)), is_strong=metric == best_metric))
             row += [_interval(found, metric)] if has_ends else []
         rows.append(row)
-    parts: list[Part] = (
-        [Table("Scores of the evaluation", columns, rows, frozenset(intervals))] if rows else []
-    )
+    note = "An interval shows how far a score would vary on other rows like these."
+    note = note if any(has_interval) else ""
+    scores_table = Table("Scores of the evaluation", columns, rows, note=note)
+    parts: list[Part] = [scores_table] if rows else []
     if by_class:
         parts.append(_class_table(by_class, best or last))
     texts = {n: v for n, v in last.items() if not isinstance(v, Real | None)}
@@ -100,8 +99,6 @@ def scores(
         parts.append(Table("Other results", ["name", "result"], rows, frozenset({0, 1})))
     if len(evaluations) > 1:
         parts.append(Details("All evaluations", [_all_evaluations(evaluations)]))
-    if any(has_interval):
-        parts.append(Text("An interval shows how far a score would vary on other rows like these."))
     return Section("metrics", "Metrics", parts)
 
 

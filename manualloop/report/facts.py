@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from manualloop.checkpoint.contract import LIBRARIES
 from manualloop.checkpoint.manifest import metric_name
 from manualloop.models import model_name, unwrap_model
 from manualloop.report.parts import Cell, Code, Details, Facts, Part, Section, Table, Text, Tile
@@ -143,7 +144,7 @@ def the_run(result: Result) -> Section:
         "Epochs": f"{num_epochs(result):.4g}",
         "Ended by": result.stopped_by,
         "Best evaluation": None if result.best_step is None else f"update {result.best_step:,}",
-        "Precision": _precision(settings.get("mixed_precision"), state.model),
+        "Precision": precision(settings.get("mixed_precision"), state.model),
         "Device": contract.get("exact", {}).get("device"),
         "Processes": contract.get("exact", {}).get("world_size"),
     }
@@ -151,7 +152,8 @@ def the_run(result: Result) -> Section:
     return Section("run", "What was trained", [Facts(shown)])
 
 
-def _precision(mixed: str | None, model: nn.Module) -> str | None:
+def precision(mixed: str | None, model: nn.Module) -> str:
+    """Return the precision of the weights of a run, and that of its passes if it is another."""
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
     weights = ", ".join(sorted(dtypes))
     return weights if mixed in (None, "no") else f"{mixed}, weights in {weights}"
@@ -260,9 +262,9 @@ def settings(result: Result) -> Section:
     contract = _contract(result)
     groups = {
         "Length": contract.get("ends", {}),
-        "Data": {n: v for n, v in contract.get("same", {}).items() if not n.startswith("class of")},
+        "Data": _data_of(contract.get("same", {})),
         "Arguments": _plain(contract.get("settings", {})),
-        "Evaluation": contract.get("observed", {}),
+        "Evaluation": _data_of(contract.get("observed", {})),
         "Schedule": contract.get("schedule", {}),
         "Seeds": contract.get("seeds", {}),
     }
@@ -280,6 +282,16 @@ def settings(result: Result) -> Section:
         if (shown := _facts_of(facts))
     ]
     return Section("settings", "Configuration", parts)
+
+
+def _data_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Say of digests that they are some, and leave out what the optimizer's section has."""
+    left_out = ("rows", "optimizer", "class of lr_scheduler")
+    return {
+        f"digest of {name}" if name.endswith(" rows") else name: value
+        for name, value in facts.items()
+        if name not in left_out
+    }
 
 
 def _optimizer_groups(groups: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -325,12 +337,23 @@ def _flat(facts: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]
 def versions(result: Result) -> Section:
     """Show with which versions a run was made, and on what."""
     exact = _contract(result).get("exact", {})
+    surroundings = {
+        name: value for name, value in exact.items() if name not in ("python", *LIBRARIES)
+    }
+    surroundings["platform of this report"] = platform.platform()
+    parts = [Facts(_facts_of(libraries(result))), Facts(_facts_of(surroundings), "Surroundings")]
+    return Section("versions", "Versions", parts)
+
+
+def libraries(result: Result) -> dict[str, Any]:
+    """Return the versions of the libraries that a run was made with."""
     try:
         own = version("manualloop")
     except PackageNotFoundError:
         own = "not installed"
-    facts = {"manualloop": own, **exact, "platform of this report": platform.platform()}
-    return Section("versions", "Versions", [Facts(_facts_of(facts))])
+    exact = _contract(result).get("exact", {})
+    names = ("python", *LIBRARIES)
+    return {"manualloop": own} | {name: exact[name] for name in names if name in exact}
 
 
 def model_title(result: Result) -> str:

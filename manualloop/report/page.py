@@ -79,7 +79,7 @@ def write_report(
     ...     write_report(result, folder + "/report.html").name
     'report.html'
     """
-    _check_arguments(result, path, predictions)
+    _check_arguments(result, path, predictions, rows)
     file = _free_path(path)
     page = _page(result, predictions, rows)
     if on_first_rank():
@@ -106,13 +106,18 @@ def check_result(result: Any) -> None:
         )
 
 
-def _check_arguments(result: Any, path: Any, predictions: Any) -> None:
+def _check_arguments(result: Any, path: Any, predictions: Any, rows: Any) -> None:
     check_result(result)
     problems = []
     if predictions is not None and not isinstance(predictions, Predictions):
         problems.append(
             f"predictions is a {type(predictions).__name__}. Pass what predict_loop returned: "
             'predictions=predict_loop(model, loaders["validation"]).'
+        )
+    if rows is not None and (isinstance(rows, str | bytes) or not hasattr(rows, "__getitem__")):
+        problems.append(
+            f"rows is a {type(rows).__name__}. Pass the dataset that was predicted, or a list of "
+            'texts: rows=dataset["validation"].'
         )
     is_path = isinstance(path, str | os.PathLike) and isinstance(os.fspath(path), str)
     if not is_path or not os.fspath(path).strip() or "\0" in os.fspath(path):

@@ -85,10 +85,12 @@ class Text:
 
     Attributes:
         text: Its text.
+        is_small: Whether it is a remark.
     """
 
     kind: ClassVar = "text"
     text: str
+    is_small: bool = False
 
 
 @dataclass(frozen=True, slots=True)

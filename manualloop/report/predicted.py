@@ -196,16 +196,21 @@ def _calibration(table: Predictions, kind: Kind) -> list[Part]:
     ]
     share = "share that is right" if kind == "class" else "share that has it"
     columns = ["confidence", unit, "mean confidence", share]
-    title = f"Reliability diagram: {share}, by confidence"
+    title = "Reliability diagram"
     legend = [("accent", share), ("quiet", f"number of {unit}")]
     gap = found[0].astype(np.float64).mean() - found[1].mean()
     word = "above" if gap > 0 else "below"
     text = (
         f"ECE {error:.4f} over {len(found[0]):,} {unit}. Confidence is {abs(gap):.4f} {word} the "
-        f"{share} on average. {SOURCE}"
+        f"{share} on average."
     )
     picture = reliability_chart("reliability", title, bins)
-    return [Chart(title, picture, Table("Bins of confidence", columns, rows), legend), Text(text)]
+    source = Text(SOURCE, is_small=True)
+    return [
+        Chart(title, picture, Table("Bins of confidence", columns, rows), legend),
+        Text(text),
+        source,
+    ]
 
 
 def _wrong_rows(
@@ -220,7 +225,7 @@ def _wrong_rows(
     parts: list[Part] = [Text(summary)]
     if len(places):
         texts, note = _texts(table, places, rows, tokenizer)
-        parts += [Text(note)] if note else []
+        parts += [Text(note, is_small=True)] if note else []
         examples = [
             Example(_row_name(table, place), {**of_row, **_kept(table, place)}, of_texts)
             for place, of_row, of_texts in zip(places, facts, texts, strict=True)

@@ -79,13 +79,16 @@ def duration(seconds: float) -> str:
 
     >>> duration(0.25), duration(72), duration(7_500), duration(200_000)
     ('0.2 s', '1 min 12 s', '2 h 5 min', '2 d 7 h')
+    >>> duration(2_100), duration(59.97)
+    ('35 min', '1 min')
     """
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     for size, unit, small, small_unit in _UNITS:
         if whole >= size:
-            return f"{whole // size} {unit} {whole % size // small} {small_unit}"
+            rest = whole % size // small
+            return f"{whole // size} {unit}" + (f" {rest} {small_unit}" if rest else "")
     return f"{whole} s"
 
 

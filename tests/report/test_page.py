@@ -332,7 +332,7 @@ def test_hostile_texts_stay_texts(tmp_path):
 def test_a_page_of_many_rows_and_records_stays_small(classified, tmp_path):
     result, *_ = classified
     num_rows, draw = 100_000, np.random.default_rng(0)
-    scores = draw.dirichlet(np.ones(40), num_rows).astype(np.float32)
+    scores = draw.random((num_rows, 40), np.float32) / 40
     names = tuple(f"class {n}" for n in range(40))
     right = draw.integers(0, 40, num_rows)
     texts = ["a text " * 50] * num_rows
