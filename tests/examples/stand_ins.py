@@ -242,7 +242,8 @@ def _write_images(folder: str) -> None:
 
 def _write_texts(folder: str) -> None:
     Path(folder).mkdir()
-    Path(folder, "1.txt").write_text("\n".join(sentences(300, len(folder))))
+    lines = [" ".join(sentences(6, seed)) for seed in range(48)]
+    Path(folder, "1.txt").write_text("\n".join(lines))
 
 
 def _write_tags(folder: str) -> None:
