@@ -45,6 +45,7 @@ _HOME = {
     "compare_predictions": "evaluation.compare",
     "compare_runs": "run.compare",
     "count_items": "tasks.task",
+    "eject": "script.eject",
     "evaluate_loop": "evaluation.loop",
     "find_checkpoint": "checkpoint.api",
     "inspect_batch": "data.inspect",
@@ -115,6 +116,7 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.run.compare import compare_runs as compare_runs
     from manualloop.run.plot import plot_history as plot_history
     from manualloop.schedules import prepare_scheduler as prepare_scheduler
+    from manualloop.script.eject import eject as eject
     from manualloop.state import TrainState as TrainState
     from manualloop.steps import train_steps as train_steps
     from manualloop.strategy.accelerated import Accelerated as Accelerated

@@ -29,7 +29,7 @@ from manualloop.checks import (
 )
 from manualloop.data.kept import columns_read
 from manualloop.errors import ConfigError, DataError
-from manualloop.models import remember_configs
+from manualloop.models import remember_configs, unwrap_model
 from manualloop.nonfinite import Watch
 from manualloop.notices import say
 from manualloop.optim import plain_lr, put_into_training
@@ -308,6 +308,7 @@ def _train_steps(
     if not goes_on(state.progress, plan):
         return
     progress, times, skips = state.progress, state.times, Skips(strategy)
+    inner = unwrap_model(state.model)  # a wrapper is in training mode when it is made
     reader, leave = _enter(state, source, strategy)
     try:
         while goes_on(progress, plan):
@@ -322,7 +323,7 @@ def _train_steps(
                 if check is not None:
                     check(state.model, window.batches, source.place, window.starts)
                     check = None
-                if not state.model.training:
+                if not inner.training:
                     state.model.train()  # only then: it would thaw layers that were set to eval
                 lr = state.optimizer.param_groups[0]["lr"]
                 lr = lr if type(lr) is float else plain_lr(lr)

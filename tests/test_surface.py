@@ -23,7 +23,7 @@ MODULES = {
 
 # The rows of the plan: a room imports only rooms of the rows below its own.
 ROWS = [
-    ["forecast"],
+    ["forecast", "script"],
     ["loop", "verify"],
     ["steps", "report"],
     ["nonfinite", "plan", "step_fn"],
@@ -95,6 +95,7 @@ PUBLIC_NAMES = [
     "compare_predictions",
     "compare_runs",
     "count_items",
+    "eject",
     "evaluate_loop",
     "find_checkpoint",
     "inspect_batch",
@@ -127,6 +128,7 @@ SIGNATURES = {
     "compare_predictions": "a, b, metric, *, confidence=0.95",
     "compare_runs": "a, b",
     "count_items": "model, batch",
+    "eject": "*arguments, **options",
     "evaluate_loop": (
         "model, eval_dataloader, metric=None, *, strategy=None, postprocess=None, "
         "decode=None, loss_fn=None, terms=None, confidence=None, progress_bar=False"

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from manualloop.checkpoint.files import MAX_JSON_BYTES, read_regular, require_regular, sha256
 from manualloop.checkpoint.nested import from_json, parse_json
 from manualloop.checkpoint.schema import MANIFEST as FIELDS
+from manualloop.checkpoint.trainers import refuse_trainers
 from manualloop.errors import CheckpointError
 from manualloop.notices import warn
 
@@ -236,6 +237,7 @@ def find(directory: Path, which: str | os.PathLike[str], *, verify: bool) -> Fou
         if not path.is_dir():
             path = directory / which
             explain(path, _require_own, path)
+        refuse_trainers(path)
         found = Found(path, explain(path, read_manifest, path))
     explain(found.path, verify_folder, found.path, found.manifest, hashes=verify)
     return found
@@ -253,7 +255,8 @@ def find_last(directory: Path, *, verify: bool = True) -> Found | None:
     """Return the newest checkpoint that is whole; None if there is no checkpoint.
 
     Raises:
-        CheckpointError: There are some, and each is damaged.
+        CheckpointError: There are some, and each is damaged; or transformers' ``Trainer`` has
+            written them.
     """
     damaged: list[Found] = []
     for entry in find_folders(directory):
@@ -272,6 +275,7 @@ def find_last(directory: Path, *, verify: bool = True) -> Found | None:
             f"No checkpoint in {directory} is whole: {', '.join(list_names(damaged))}. To begin "
             "anew, remove them or use another checkpoint_dir."
         )
+    refuse_trainers(directory)
     return None
 
 

@@ -49,16 +49,16 @@ def note_on_sources(datasets: Any) -> str:
     ' Here dataset = {"train": datasets.Dataset.from_csv("rows.csv")}.'
     """
     if isinstance(datasets, Mapping):
-        made = {str(name): _code_of(rows) for name, rows in datasets.items()}
+        made = {str(name): code_of_file(rows) for name, rows in datasets.items()}
         if not any(made.values()):
             return ""
         pairs = [f'"{name}": {code or "..."}' for name, code in made.items()]
         return f" Here dataset = {{{', '.join(pairs)}}}."
-    code = _code_of(datasets)
+    code = code_of_file(datasets)
     return f" Here dataset = {code}." if code else ""
 
 
-def _code_of(source: Any) -> str:
+def code_of_file(source: Any) -> str:
     """Return the code that makes a dataset of a file or a frame; empty for anything else."""
     if type(source).__name__ == "DataFrame":
         return "datasets.Dataset.from_pandas(frame, preserve_index=False)"

@@ -38,6 +38,7 @@ from manualloop.data.lengths import lengths_of_rows
 from manualloop.data.mapping import AsZerosAndOnes, Copy, Encode, RequireHidden
 from manualloop.data.nested import holds_nested
 from manualloop.data.notes import notes_on
+from manualloop.data.preparation import note_preparation
 from manualloop.data.sampler import ordered_loader
 from manualloop.data.splits import Split, open_splits, reference_of
 from manualloop.data.streamed import TransformedStream, require_one_process
@@ -236,6 +237,7 @@ def prepare_dataloaders(
                 num_workers=num_workers,
                 pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             )
+    note_preparation(loaders, datasets, found, naming, encode, arguments)
     name_model(model, naming)
     return _finished(loaders, tokenizer)
 

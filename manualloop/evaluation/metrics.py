@@ -153,6 +153,15 @@ _OPTIONS: dict[str, tuple[str, ...]] = {  # by the name of the metric
 }
 
 
+def keys_of(name: str) -> tuple[str, ...]:
+    """Return the keys of the scores of a built-in metric; none where they depend on the rows.
+
+    >>> keys_of("glue/mrpc")
+    ('accuracy', 'f1')
+    """
+    return _KEYS.get(name, ())
+
+
 # Number of rows that wait until they are counted. Sorting 4096 rows takes 0.2 ms; sorting each
 # batch of 8 would take longer than the rest of ``add_batch``.
 _FOLD_AT = 4096

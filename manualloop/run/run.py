@@ -13,7 +13,7 @@ from manualloop.checkpoint.changes import forget_functions
 from manualloop.checkpoint.contract import Contract
 from manualloop.checkpoint.finite import require_finite
 from manualloop.errors import CheckpointError, ConfigError
-from manualloop.models import remember_modes
+from manualloop.models import remember_modes, unwrap_model
 from manualloop.notices import say
 from manualloop.optim import require_initialized
 from manualloop.reading.sources import source_of
@@ -169,7 +169,8 @@ class Run:
         before, is_stopped = BeforeEvaluation(self._state.all_holders()), False
         begin = perf_counter()
         self._scored, put_modes_back = Scored(), remember_modes(self._state.model)
-        was_training = self._state.model.training
+        inner = unwrap_model(self._state.model)
+        was_training = inner.training
         try:
             with (
                 self._report.waiting_for("evaluating"),
@@ -194,7 +195,7 @@ class Run:
             self._may_save_after_error()
             self._broken_off = before
             return
-        if was_training and not self._state.model.training:
+        if was_training and not inner.training:
             put_modes_back()  # the next update would thaw layers that were set to eval
         self._scored.read(returned, self._state.model)
         self._tell_scored()

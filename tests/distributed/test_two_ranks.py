@@ -25,6 +25,7 @@ FIRST = [
     "any_batches",
     "mixed_batches",
     "gloo_gradients",
+    "ejected",
     "same_update",
     "exact_evaluation",
     "distributed_loaders",

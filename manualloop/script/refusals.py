@@ -1,0 +1,256 @@
+"""What of a call cannot be written as a script, each with the reason and what to do instead."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from manualloop.checkpoint.manifest import metric_name
+from manualloop.data.kept import inner_collate
+from manualloop.data.nested import NestedCollate
+from manualloop.data.preparation import preparation_of
+from manualloop.schedules import schedules_of
+from manualloop.script.job import Job, seconds_of, source_of
+from manualloop.script.scores import PREDICTIONS, find_scores
+from manualloop.strategy.accelerated import Accelerated
+from manualloop.strategy.single import SingleDevice
+from manualloop.tasks.loss import declared_items
+from manualloop.tasks.task import POSITIONS
+
+
+def problems_of(job: Job) -> Iterator[str]:
+    """Yield what cannot be written out, each with the reason and what to do."""
+    for name, reason in _NOT_WRITTEN.items():
+        if job[name]:
+            yield f"{name}= is not written out: {reason}"
+    if job["resume"] is True:
+        yield "resume=True needs a checkpoint, and a script begins anew. Leave resume out."
+    yield from _problems_of_strategy(job)
+    yield from _problems_of_model(job)
+    yield from _problems_of_optimizers(job)
+    yield from _problems_of_data(job)
+    yield from _problems_of_loss(job)
+    yield from _problems_of_scores(job)
+    for name, needed in (("evaluate_every", "evaluate"), ("checkpoint_every", "checkpoint_dir")):
+        is_share = isinstance(job[name], str) and "epoch" in job[name] and job[name] != "epoch"
+        if job[needed] is not None and is_share and job["max_steps"] is not None:
+            yield (
+                f"{name}={job[name]!r} with max_steps is not written out. Give a number of "
+                f"updates: {name}=100."
+            )
+    if job["on_nonfinite"] == "skip" and job["evaluate_every"] != "epoch":
+        yield (
+            'on_nonfinite="skip" with evaluate_every= is not written out, as the number of updates '
+            'is not known before. Use evaluate_every="epoch".'
+        )
+    if job["evaluate"] is not None and seconds_of(job["evaluate_every"]):
+        yield (
+            f"evaluate_every={job['evaluate_every']!r} depends on the clock. Give a number of "
+            'updates or "epoch", so that the script evaluates at the same places.'
+        )
+
+
+_NOT_WRITTEN = {
+    "step_fn": (
+        "it replaces the update, which is what a script shows. Eject the call without it, and "
+        "change the update in the script."
+    ),
+    "on_step": (
+        "it gets a Step of this library. Eject the call without it, and write what it does behind "
+        "optimizer.step()."
+    ),
+    "extras": (
+        "they belong to step_fn, on_step or evaluate, which use them in ways of their own. Eject "
+        "the call without them."
+    ),
+}
+
+
+def _problems_of_strategy(job: Job) -> Iterator[str]:
+    strategy: Any = job.strategy
+    if getattr(strategy, "compile", False):
+        yield (
+            "compile= is not written out. Eject the call without it, and add "
+            "model.compile(dynamic=True) behind model.to(device)."
+        )
+    if isinstance(strategy, SingleDevice):
+        return
+    if not isinstance(strategy, Accelerated):
+        yield (
+            f"strategy is a {type(strategy).__name__}, which is not written out. Eject the call "
+            'with strategy="auto", or with an Accelerator.'
+        )
+        return
+    kind = str(getattr(strategy.accelerator.distributed_type, "value", ""))
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
+        yield (
+            f"the Accelerator is one of {kind}, which shards the model. A script is written for "
+            "processes that each hold all of it."
+        )
+    if job.precision not in ("no", "bf16"):
+        yield (
+            f'mixed_precision="{job.precision}" with an Accelerator is not written out. Use "bf16".'
+        )
+    if job.preparation is None:
+        yield (
+            "with an Accelerator the script distributes the rows itself, and of a loader of your "
+            "own it knows none. Make it with prepare_dataloaders."
+        )
+
+
+def _problems_of_model(job: Job) -> Iterator[str]:
+    if job.model.training and not all(module.training for module in job.model.modules()):
+        names = [name for name, module in job.model.named_modules() if not module.training]
+        yield (
+            f"{len(names)} modules of the model are in eval mode ({names[0]} is the first), and a "
+            "script would put all of them into training. Call model.train()."
+        )
+
+
+def _problems_of_optimizers(job: Job) -> Iterator[str]:
+    own = {id(parameter) for parameter in job.model.parameters()}
+    for optimizer in job.optimizers:
+        if optimizer is None:
+            continue
+        if optimizer.state:
+            yield (
+                f"the {type(optimizer).__name__} has made updates already, and a script begins "
+                "anew. Build a new one."
+            )
+        groups = optimizer.param_groups
+        if any(id(p) not in own for group in groups for p in group["params"]):
+            yield (
+                f"the {type(optimizer).__name__} updates parameters that are not the model's. "
+                "Put them into the model."
+            )
+    schedules = job["lr_scheduler"]
+    listed = schedules if isinstance(schedules, list | tuple) else [schedules]
+    if len(listed) > 1 or len(job.optimizers) > 1:
+        yield (
+            f"{len(job.optimizers)} optimizers are not written out. Eject the call with one, and "
+            "add the others to the script: each is stepped behind optimizer.step()."
+        )
+    for schedule in schedules_of([one for one in listed if not isinstance(one, str)]):
+        if getattr(schedule, "last_epoch", 0) > 0:
+            yield (
+                f"the {type(schedule).__name__} has made {schedule.last_epoch} steps already, and "
+                "a script begins anew. Build a new one."
+            )
+
+
+def _problems_of_data(job: Job) -> Iterator[str]:
+    loaders = {"the training loader": job.loader}
+    if job.evaluation is not None:
+        loaders["the loader of evaluate"] = job.evaluation.loader
+    for name, loader in loaders.items():
+        made = preparation_of(loader)
+        if made is None:
+            continue
+        if not hasattr(loader.dataset, "__len__"):
+            yield f"{name} reads a stream, which is not written out. Use a dataset with a length."
+            continue
+        if isinstance(inner_collate(loader.collate_fn), NestedCollate):
+            yield f"{name} compares several lists of tokens a row, which is not written out."
+        if getattr(loader.tokenizer, "padding_side", None) == "left" and any(
+            position in loader.dataset.column_names for position in POSITIONS
+        ):
+            yield f"{name} pads on the left, which moves the positions of answers. Pad right."
+        for argument in made.others:
+            is_order = argument in ("max_tokens", "pack") and loader is not job.loader
+            if argument != "preprocess" and not is_order:
+                yield (
+                    f"{name} was made with {argument}=, which is not written out: "
+                    f"{_UNWRITTEN_DATA[argument]}"
+                )
+    batch = job.batch
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    if job.preparation is None and not (
+        isinstance(parts, Iterable)
+        and not isinstance(parts, Tensor)
+        and all(isinstance(part, Tensor) for part in parts)
+    ):
+        yield (
+            f"the first batch is a {type(batch).__name__}, and a script is written for batches "
+            "that are dicts or lists of tensors. Let the collate_fn return a dict of tensors."
+        )
+    if job.preparation is not None and job.preparation.kept and job["loss_fn"] is not None:
+        yield "loss_fn may read columns of keep=, which the script leaves out. Leave keep= out."
+
+
+_UNWRITTEN_DATA = {
+    "transform": "what it draws is a function of seed, epoch and row. Eject the call without it.",
+    "pack": "the packs are made by this library. Eject the call without pack and max_tokens.",
+    "max_tokens": "the batches are cut by a plan of this library. Use batch_size, and "
+    "group_by_length=True to save padding.",
+}
+
+
+def _problems_of_loss(job: Job) -> Iterator[str]:
+    if job.task.objection and job["loss_fn"] is None and job["terms"] is None:
+        yield job.task.objection
+    loss_fn, terms = job["loss_fn"], job["terms"]
+    if job.weighs and job.returns_items and declared_items(loss_fn) is None:
+        yield (
+            "loss_fn counts its items itself, and a script needs them before the first backward "
+            "pass. Declare them: loss_fn.items = lambda batch: ... returns the number of items."
+        )
+    if terms is not None and (job.weighs or job.evaluation is not None):
+        yield (
+            "terms are written out for updates of one batch, without an evaluation: each term is "
+            "weighted by items of its own. Eject the call without evaluate, accumulation and ranks."
+        )
+    if (job.weighs or job.evaluation is not None) and not job.items():
+        yield (
+            f"the loss of a {job.task.name.replace('_', ' ')} head is a sum of means over items "
+            "of their own, and their weights are not written out. Use "
+            "gradient_accumulation_steps=1 and one process, without evaluate."
+        )
+    for name, function in (("loss_fn", loss_fn), ("terms", terms)):
+        if function is not None:
+            yield from problems_of_function(name, function)
+    made = job.preparation
+    if made is not None and made.collate_fn is not None:
+        yield from problems_of_function("collate_fn", made.collate_fn)
+
+
+def problems_of_function(argument: str, function: Any) -> Iterator[str]:
+    """Yield why a function of the user's cannot be imported by a script, if it cannot."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    what = f"{argument} is {'a lambda' if '<lambda>' in name else name or type(function).__name__}"
+    if not inspect.isfunction(function) or "<" in name:
+        yield (
+            f"{what}, which a script cannot import. Make it a function of a module: "
+            f"def {argument}({'model, batch' if argument == 'loss_fn' else 'outputs, batch'}): ..."
+        )
+    elif module == "__main__" and source_of(function) is None:
+        yield (
+            f"{what}, defined in the script that runs, and its source uses names that are defined "
+            "there. Move it into a module."
+        )
+
+
+def _problems_of_scores(job: Job) -> Iterator[str]:
+    if job.evaluation is None:
+        return
+    found, problems = find_scores(job.evaluation.metric)
+    yield from problems
+    predicts = found.keys() - {"perplexity"}
+    if predicts and job["loss_fn"] is not None:
+        yield (
+            "metrics of a run with a loss_fn are not written out, as nothing tells which outputs "
+            "are predictions. Leave the metric out of evaluate, and add it to the script."
+        )
+    elif predicts and job.task.name not in PREDICTIONS:
+        yield (
+            f"the predictions of a {job.task.name.replace('_', ' ')} head are not written out. "
+            "Leave the metric out of evaluate, and add it to the script."
+        )
+    best = job["best_metric"]
+    if best is not None and not problems and metric_name(best) not in {*found, "loss"}:
+        yield (
+            f"best_metric={best!r} is not among the results of evaluate: "
+            f"{', '.join(['loss', *found])}."
+        )

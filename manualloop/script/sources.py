@@ -1,0 +1,495 @@
+"""What a script begins with: the settings of the call, the model, the rows, and their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from manualloop.data.labels import BY_TOKEN
+from manualloop.data.preparation import Preparation
+from manualloop.script.job import Job, source_of
+from manualloop.script.text import Call, Line, Note, Part, code, literal, when
+
+FILL_IN = "FILL IN"
+"""What marks a line that nobody but the user can complete."""
+
+
+def settings(job: Job) -> Part:
+    """The numbers of the call, under names."""
+    lines: list[Line] = [f"SEED = {_seed(job)}"]
+    if job["max_steps"] is not None:
+        lines.append(f"MAX_STEPS = {job['max_steps']}")
+    else:
+        lines.append(f"NUM_EPOCHS = {job['num_epochs'] or 3}")
+    if job.preparation is not None:
+        lines.append(f"BATCH_SIZE = {job.loader.batch_sampler.batch_size}")
+    if job.accumulates:
+        lines.append(f"ACCUMULATION = {job['gradient_accumulation_steps']}  # batches per update")
+    return Part(lines)
+
+
+def _seed(job: Job) -> int:
+    return 42 if job.preparation is None else int(job.loader.batch_sampler.seed)
+
+
+def given(job: Job) -> Part:
+    """The model, the tokenizer and the rows."""
+    model_lines, model_imports = _model(job)
+    rows_lines, rows_imports = _rows(job)
+    title = (
+        "What you have: a model and data. A new head and dropout draw from torch's generator, "
+        "which is seeded before either exists."
+    )
+    lines = ["torch.manual_seed(SEED)", *model_lines, *rows_lines]
+    return Part(lines, ("import torch", *model_imports, *rows_imports), title)
+
+
+def _model(job: Job) -> tuple[list[Line], list[str]]:
+    model: Any = job.model
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return _adapted(model)
+    kind, is_known = type(model), type(model).__module__.startswith("transformers.")
+    if not is_known or not hasattr(model, "save_pretrained"):
+        return [
+            f"model = ...  # {FILL_IN}: the {kind.__name__} as it was before the training",
+            *_freezing(model),
+        ], []
+    return [*_loaded("model", model), *_freezing(model)], [
+        f"from transformers import {kind.__name__}"
+    ]
+
+
+def _loaded(name: str, model: Any) -> list[Line]:
+    config, arguments = model.config, []
+    where = getattr(config, "_name_or_path", "") or ""
+    if type(model).__name__.endswith("Classification"):
+        arguments.append(f"num_labels={config.num_labels}")
+    if getattr(config, "problem_type", None) == "multi_label_classification":
+        arguments.append('problem_type="multi_label_classification"')
+    if (dtype := str(model.dtype)) != "torch.float32":
+        arguments.append(f"dtype={dtype}")
+    begin = f"{name} = {type(model).__name__}.from_pretrained("
+    if where:
+        return [Call(begin, [literal(where), *arguments])]
+    return [
+        Note(f'{FILL_IN} the folder: model.save_pretrained("path/to/model"), before the training.'),
+        Call(begin, ['"path/to/model"', *arguments]),
+    ]
+
+
+def _adapted(model: Any) -> tuple[list[Line], list[str]]:
+    base = model.get_base_model()
+    return [
+        *_loaded("base", base),
+        Note(
+            f"{FILL_IN} the folder of the adapter: "
+            'model.save_pretrained("path/to/adapter"), before the training.'
+        ),
+        'model = PeftModel.from_pretrained(base, "path/to/adapter", is_trainable=True)',
+    ], [f"from transformers import {type(base).__name__}", "from peft import PeftModel"]
+
+
+def _freezing(model: nn.Module) -> list[Line]:
+    lines: list[Line] = []
+    for names, kind in (
+        (list(_frozen(model, "")), "submodule"),
+        (_frozen_alone(model), "parameter"),
+    ):
+        if names:
+            lines += [
+                "# These parts stay as they are: they get no gradient.",
+                Call("frozen = [", map(literal, names), "]"),
+                "for name in frozen:",
+                [f"model.get_{kind}(name).requires_grad_(False)"],
+            ]
+    return lines
+
+
+def _frozen(module: nn.Module, name: str) -> Iterator[str]:
+    """Yield the names of the outermost modules whose parameters are all frozen."""
+    parameters = list(module.parameters())
+    if not parameters:
+        return
+    if not any(parameter.requires_grad for parameter in parameters):
+        yield name
+        return
+    for child, inner in module.named_children():
+        yield from _frozen(inner, f"{name}.{child}" if name else child)
+
+
+def _frozen_alone(model: nn.Module) -> list[str]:
+    """Return frozen parameters that stand beside others which are trained."""
+    names = tuple(f"{name}." for name in _frozen(model, ""))
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and not name.startswith(names or ("\0",))
+    ]
+
+
+def _rows(job: Job) -> tuple[list[Line], list[str]]:
+    made = job.preparation
+    if made is None:
+        return _own_loaders(job), []
+    lines: list[Line] = []
+    imports: list[str] = []
+    tokenizer = getattr(job.loader, "tokenizer", None)
+    if tokenizer is not None:
+        where = getattr(tokenizer, "name_or_path", "") or "path/to/model"
+        lines.append(Call("tokenizer = AutoTokenizer.from_pretrained(", [literal(where)]))
+        imports.append("from transformers import AutoTokenizer")
+        if tokenizer.pad_token is not None and tokenizer.pad_token == tokenizer.eos_token:
+            lines.append("tokenizer.pad_token = tokenizer.eos_token  # it has no other")
+        if tokenizer.padding_side == "left":
+            lines.append('tokenizer.padding_side = "left"')
+    if is_tokenized(job):
+        source, maker = _raw(job, made)
+        imports.append(f"from datasets import {maker}")
+        return [*lines, *source, *_own_eval_loader(job)], imports
+    return [
+        *lines,
+        Note(
+            f"{FILL_IN} the folder of the prepared rows: save them once, "
+            "datasets.DatasetDict({name: loader.dataset for name, loader in loaders.items()})"
+            '.save_to_disk("path/to/rows").'
+        ),
+        'datasets = load_from_disk("path/to/rows")',
+        *_own_eval_loader(job),
+    ], [*imports, "from datasets import load_from_disk"]
+
+
+def _raw(job: Job, made: Preparation) -> tuple[list[Line], str]:
+    """Return the lines that load the raw datasets, and the name that they import."""
+    if made.source is None:
+        return [f'raw_datasets = load_dataset("path/to/data")  # {FILL_IN}'], "load_dataset"
+    if made.source.startswith("load_dataset"):
+        return [f"raw_datasets = {made.source}"], "load_dataset"
+    parts = {made.split: made.source}
+    if job.evaluation is not None and job.evaluation.preparation is not None:
+        parts[job.evaluation.preparation.split] = job.evaluation.preparation.source
+    files = [f"{literal(split)}: {source}" for split, source in parts.items()]
+    return [Call("raw_datasets = {", files, "}")], "Dataset"
+
+
+def _own_loaders(job: Job) -> list[Line]:
+    return [
+        f"train_dataloader = ...  # {FILL_IN}: your loader, built as before",
+        *_own_eval_loader(job),
+    ]
+
+
+def _own_eval_loader(job: Job) -> list[Line]:
+    is_own = job.evaluation is not None and not job.makes_eval_loader
+    return when(is_own, f"eval_dataloader = ...  # {FILL_IN}: the loader that evaluate reads")
+
+
+def is_tokenized(job: Job) -> bool:
+    """Tell whether a script can make the rows itself, from raw texts."""
+    made = [job.preparation]
+    if job.evaluation is not None and job.makes_eval_loader:
+        made.append(job.evaluation.preparation)
+    ways = {
+        (one.texts, one.label, str(one.options), one.classes, one.is_of_file) if one else None
+        for one in made
+    }
+    return len(ways) == 1 and all(one is not None and one.is_tokenized for one in made)
+
+
+def rows(job: Job) -> Part:
+    """The function that tokenizes a split, and the splits."""
+    made = job.preparation
+    if made is None:
+        return Part([])
+    names = {"train_dataset": made.split}
+    if job.evaluation is not None and job.evaluation.preparation is not None:
+        names["eval_dataset"] = job.evaluation.preparation.split
+    if not is_tokenized(job):
+        kept = sorted(made.kept & set(job.loader.dataset.column_names))
+        without = f".remove_columns({literal(kept)})" if kept else ""
+        return Part(
+            [f"{name} = datasets[{literal(split)}]{without}" for name, split in names.items()]
+        )
+    columns = [n for n in job.loader.dataset.column_names if n not in made.kept]
+    texts = [f"rows[{literal(name)}]" for name in made.texts]
+    options = [f"{name}={value!r}" for name, value in made.options.items() if value is not None]
+    title = (
+        "From texts to numbers. Nothing is padded yet: a batch is padded to its own longest row, "
+        "and not to the longest of all."
+    )
+    lines: list[Line] = [
+        "def tokenize(rows):",
+        [Call("return tokenizer(", [*texts, *options])],
+    ]
+    return Part(
+        [
+            *lines,
+            "",
+            "",
+            "def prepare(split):",
+            [
+                "rows = raw_datasets[split].map(tokenize, batched=True)",
+                *_labels(made),
+                "# The model is called with these columns by name; any other would be an error.",
+                Call("columns = [", map(literal, columns), "]"),
+                "return rows.select_columns(columns)",
+            ],
+            "",
+            "",
+            ", ".join(names)
+            + " = "
+            + ", ".join(f"prepare({literal(split)})" for split in names.values()),
+        ],
+        title=title,
+    )
+
+
+def _labels(made: Preparation) -> list[Line]:
+    if made.classes is not None:
+        return [
+            Call("classes = [", map(literal, made.classes), "]"),
+            "# A class is the number of an output of the model.",
+            Call(
+                "rows = rows.map(",
+                [f'lambda row: {{"labels": classes.index(row[{literal(made.label)}])}}'],
+            ),
+        ]
+    if made.label in (None, "labels"):
+        return []
+    return [f'rows = rows.rename_column({literal(made.label)}, "labels")']
+
+
+def batches(job: Job) -> Part:
+    """The collator, and the function that reads an epoch."""
+    made = job.preparation
+    if made is None:
+        return Part([])
+    collate, imports = _collate(job, made)
+    evaluated = _eval_dataloader(job)
+    apart = when(len(collate) > 1 and evaluated, "", "")
+    lines: list[Line] = [*collate, *apart, *evaluated, "", ""]
+    if job.loader.batch_sampler.lengths is not None:
+        lines += [*_grouped_order(job, made), "", ""]
+        imports.append("import numpy as np")
+    if job.is_distributed:
+        lines += _epoch_of_a_rank(job)
+        imports += ["import math"]
+    else:
+        lines += _epoch(job)
+    return Part(lines, (*imports, "from torch.utils.data import DataLoader"))
+
+
+def _collate(job: Job, made: Preparation) -> tuple[list[Line], list[str]]:
+    if made.collate_fn is not None:
+        name = made.collate_fn.__name__
+        return [f"collate = {name}"], [f"from {made.collate_fn.__module__} import {name}"]
+    tokenizer = getattr(job.loader, "tokenizer", None)
+    if tokenizer is None:
+        return ["collate = default_data_collator"], [
+            "from transformers import default_data_collator"
+        ]
+    kinds = {
+        "seq2seq_lm": "DataCollatorForSeq2Seq",
+        "multiple_choice": "DataCollatorForMultipleChoice",
+        **dict.fromkeys(BY_TOKEN, "DataCollatorForTokenClassification"),
+    }
+    kind = kinds.get(made.task or "", "DataCollatorWithPadding")
+    multiple = made.pad_to_multiple_of
+    arguments = ["tokenizer", *when(multiple, f"pad_to_multiple_of={multiple}")]
+    imports = [f"from transformers import {kind}"]
+    if not _needs_floats(job):
+        return [f"collate = {kind}({', '.join(map(str, arguments))})"], imports
+    return [
+        "def collate(rows):",
+        [
+            f"batch = {kind}({', '.join(map(str, arguments))})(rows)",
+            'batch["labels"] = batch["labels"].float()  # this loss compares numbers',
+            "return batch",
+        ],
+    ], imports
+
+
+def _needs_floats(job: Job) -> bool:
+    feature: Any = job.loader.dataset.features.get("labels")
+    while getattr(feature, "feature", None) is not None:
+        feature = feature.feature
+    is_float = str(getattr(feature, "dtype", "")).startswith(("float", "double"))
+    return job.task.rules.float_labels and not is_float
+
+
+def _options(job: Job, loader: Any) -> list[str]:
+    return [
+        *when(loader.num_workers, f"num_workers={loader.num_workers}"),  # type: ignore[list-item]
+        *when(loader.pin_memory, "pin_memory=True"),  # type: ignore[list-item]
+    ]
+
+
+def _order(job: Job) -> list[Line]:
+    if job.loader.batch_sampler.lengths is not None:
+        return [
+            "generator = torch.Generator().manual_seed(SEED + epoch)",
+            "order = grouped_order(generator)",
+        ]
+    return [
+        "generator = torch.Generator().manual_seed(SEED + epoch)",
+        "order = torch.randperm(len(train_dataset), generator=generator).tolist()",
+    ]
+
+
+def _epoch(job: Job) -> list[Line]:
+    drops = job.loader.batch_sampler.drop_last
+    return [
+        "def training_batches(epoch):",
+        [
+            Note(
+                "The order is a function of seed and epoch alone. shuffle=True would draw from the "
+                "generator of dropout, so that an evaluation could change the order."
+            ),
+            *_order(job),
+            Call(
+                "return DataLoader(",
+                [
+                    "train_dataset",
+                    "BATCH_SIZE",
+                    "sampler=order",
+                    "collate_fn=collate",
+                    *(["drop_last=True"] if drops else []),
+                    *_options(job, job.loader),
+                    "generator=generator",
+                ],
+            ),
+        ],
+    ]
+
+
+def _epoch_of_a_rank(job: Job) -> list[Line]:
+    drops = job.loader.batch_sampler.drop_last
+    end = "len(order) - BATCH_SIZE + 1" if drops else "len(order)"
+    return [
+        "def training_batches(epoch):",
+        [
+            Note(
+                "Every process draws the same order, a function of seed and epoch alone, and takes "
+                "its share: batch k belongs to process k % num_processes."
+            ),
+            *_order(job),
+            f"starts = range(0, {end}, BATCH_SIZE)",
+            "batches = [order[start : start + BATCH_SIZE] for start in starts]",
+            "rank, num_ranks = accelerator.process_index, accelerator.num_processes",
+            "num_turns = math.ceil(len(batches) / num_ranks)",
+            "own = range(rank, num_turns * num_ranks, num_ranks)",
+            Note(
+                "In the last turn a process may have no batch. It takes part with the last batch "
+                "of all, which counts 0 there: its gradient is waited for."
+            ),
+            Call(
+                "loader = DataLoader(",
+                [
+                    "train_dataset",
+                    "batch_sampler=[batches[min(k, len(batches) - 1)] for k in own]",
+                    "collate_fn=collate",
+                    *_options(job, job.loader),
+                    "generator=generator",
+                ],
+            ),
+            "return zip(loader, (k >= len(batches) for k in own))",
+        ],
+    ]
+
+
+def _grouped_order(job: Job, made: Preparation) -> list[Line]:
+    columns = ["input_ids", *when(made.task in (*BY_TOKEN, "seq2seq_lm"), "labels")]
+    multiple = made.pad_to_multiple_of
+    return [
+        code(
+            '''
+            def grouped_order(generator):
+                """Return the rows in an order in which those of a batch are about equally long."""
+            '''
+        ),
+        [
+            "# It saves padding. Rows are drawn, then sorted within parts of 192 batches or a",
+            "# quarter of all, then the batches are drawn; one with the longest row comes first,",
+            "# so that a lack of memory shows at once.",
+            f"names = {literal(columns)}",
+            "lengths = np.max([[*map(len, train_dataset[name])] for name in names], axis=0)",
+            *when(multiple, f"lengths = -(-lengths // {multiple}) * {multiple}"),
+            "drawn = torch.randperm(len(lengths), generator=generator).numpy()",
+            "num_batches = len(drawn) // BATCH_SIZE",
+            f"unit = BATCH_SIZE{' * accelerator.num_processes' if job.is_distributed else ''}",
+            "end = len(drawn) // unit * unit",
+            "num_parts = max(-(-num_batches // 192), 4)",
+            "size = max(-(-end // unit // num_parts), 1) * unit",
+            "cuts = [*range(size, end, size), end, num_batches * BATCH_SIZE]",
+            'parts = [p[np.argsort(-lengths[p], kind="stable")] for p in np.split(drawn, cuts)]',
+            "rows = np.concatenate(parts)",
+            "units = [rows[start : start + unit] for start in range(0, end, unit)]",
+            "places = torch.randperm(len(units), generator=generator).tolist()",
+            "places.sort(key=lambda k: lengths[units[k][0]] == lengths.max(), reverse=True)",
+            "rows = np.concatenate([*(units[k] for k in places), rows[end:]])",
+            "longest = int(lengths[rows].argmax())",
+            "rows[[0, longest]] = rows[[longest, 0]]",
+            "return rows.tolist()",
+        ],
+    ]
+
+
+def _eval_dataloader(job: Job) -> list[Line]:
+    if job.evaluation is None or not job.makes_eval_loader:
+        return []
+    loader = job.evaluation.loader
+    if job.is_distributed:
+        return [
+            f"eval_batches = range(0, len(eval_dataset), {loader.batch_sampler.batch_size})",
+            "own = [",
+            [
+                "range(k, min(k + eval_batches.step, len(eval_dataset)))",
+                "for k in eval_batches[accelerator.process_index :: accelerator.num_processes]",
+            ],
+            "]",
+            "eval_dataloader = DataLoader(eval_dataset, batch_sampler=own, collate_fn=collate)",
+        ]
+    return [
+        Note(
+            "A loader draws a number at each pass: with a generator of its own, not from torch's."
+        ),
+        Call(
+            "eval_dataloader = DataLoader(",
+            [
+                "eval_dataset",
+                _size(job, loader),
+                "collate_fn=collate",
+                *_options(job, loader),
+                "generator=torch.Generator()",
+            ],
+        ),
+    ]
+
+
+def _size(job: Job, loader: Any) -> str:
+    size = loader.batch_sampler.batch_size
+    return "BATCH_SIZE" if size == job.loader.batch_sampler.batch_size else f"batch_size={size}"
+
+
+def functions(job: Job) -> Part:
+    """The user's functions: imported, or copied where they stand in the script that runs."""
+    lines: list[Line] = []
+    imports: list[str] = []
+    for function in dict.fromkeys((job["loss_fn"], job["terms"])):
+        if function is None:
+            continue
+        if function.__module__ == "__main__":
+            source = source_of(function) or ""
+            lines.append(code(source))
+            imports += [line for name, line in _IMPORTED.items() if f"{name}." in source]
+        else:
+            imports.append(f"from {function.__module__} import {function.__name__}")
+    return Part(lines, tuple(imports))
+
+
+_IMPORTED = {
+    "torch": "import torch",
+    "nn": "from torch import nn",
+    "F": "import torch.nn.functional as F",
+}
