@@ -105,9 +105,10 @@ def _parts(
     """
     for name, parameter in model.named_parameters(remove_duplicate=False):
         yield "requires_grad", name, parameter.requires_grad
+    is_training = unwrap_model(model).training
     for name, module in model.named_modules():
         # The loop puts a model that is in eval mode as a whole into training mode.
-        yield "training", name, module.training or not model.training
+        yield "training", name, module.training or not is_training
     if saved is None:
         saved = () if is_sharded(model) else model.state_dict().keys()
     for name, buffer in model.named_buffers(remove_duplicate=False):
@@ -294,7 +295,7 @@ def restore_changes(model: nn.Module, changes: Mapping[str, Mapping[str, Any]]) 
                 value = _moved(value, device)
             modules[path].__dict__[own] = _like(vars(modules[path]).get(own), value)
     if modes := changes.get("training", {}):
-        if not model.training:
+        if not unwrap_model(model).training:
             model.train()  # else the loop would, and thaw them
         for name in modes.keys() & modules.keys():
             modules[name].training = modes[name]

@@ -439,6 +439,9 @@ def _eval_dataloader(job: Job) -> list[Line]:
     if job.evaluation is None or not job.makes_eval_loader:
         return []
     loader = job.evaluation.loader
+    own_generator = Note(
+        "A loader draws a number at each pass: with a generator of its own, not from torch's."
+    )
     if job.is_distributed:
         return [
             f"eval_batches = range(0, len(eval_dataset), {loader.batch_sampler.batch_size})",
@@ -448,12 +451,19 @@ def _eval_dataloader(job: Job) -> list[Line]:
                 "for k in eval_batches[accelerator.process_index :: accelerator.num_processes]",
             ],
             "]",
-            "eval_dataloader = DataLoader(eval_dataset, batch_sampler=own, collate_fn=collate)",
+            own_generator,
+            Call(
+                "eval_dataloader = DataLoader(",
+                [
+                    "eval_dataset",
+                    "batch_sampler=own",
+                    "collate_fn=collate",
+                    "generator=torch.Generator()",
+                ],
+            ),
         ]
     return [
-        Note(
-            "A loader draws a number at each pass: with a generator of its own, not from torch's."
-        ),
+        own_generator,
         Call(
             "eval_dataloader = DataLoader(",
             [

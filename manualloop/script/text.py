@@ -129,7 +129,8 @@ def _called(call: Call, indent: str) -> list[str]:
         return [whole + call.comment]
     inner = f"{indent}{_INDENT}{', '.join(call.arguments)}"
     lines = [inner]
-    if len(inner) > WIDTH or call.begin.endswith(("[", "{")):
+    is_listed = call.begin.endswith(("[", "{")) and " for " not in inner
+    if len(inner) > WIDTH or is_listed:
         lines = [f"{indent}{_INDENT}{argument}," for argument in call.arguments]
     return [f"{indent}{call.begin}", *lines, f"{indent}{call.end}{call.comment}"]
 

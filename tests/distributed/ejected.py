@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from datasets import DatasetDict
 from helpers import table_of, tiny_bert, tiny_tokenizer
 from transformers import BertForSequenceClassification
@@ -23,7 +24,7 @@ CALLS = [
     {"num_epochs": 3},
     {"num_epochs": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
     {"max_steps": 5, "prepares": {"drop_last": True, "group_by_length": True, "batch_size": 3}},
-    {"num_epochs": 2, "strategy": "bf16", "best_metric": "f1", "checkpoint_dir": "ours"},
+    {"num_epochs": 2, "is_given": True, "best_metric": "f1", "checkpoint_dir": "ours"},
 ]
 
 
@@ -54,9 +55,7 @@ def compare(folder, data, strategy, prepares=None, **call):
     loaders = prepare_dataloaders(data, tokenizer, model=model, **(prepares or {}))
     if "best_metric" in call:
         call["evaluate"] = partial(evaluate_loop, model, loaders["validation"], "glue/mrpc")
-    if call.pop("strategy", None):
-        from accelerate import Accelerator
-
+    if call.pop("is_given", False):
         call["strategy"] = Accelerator(cpu=True)
     arguments = model, loaders["train"], prepare_optimizer(model, lr=1e-3)
     script = eject(*arguments, progress_bar=False, **call)
