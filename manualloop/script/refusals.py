@@ -12,6 +12,7 @@ from manualloop.checkpoint.manifest import metric_name
 from manualloop.data.kept import inner_collate
 from manualloop.data.nested import NestedCollate
 from manualloop.data.preparation import preparation_of
+from manualloop.models import unwrap_model
 from manualloop.schedules import schedules_of
 from manualloop.script.job import Job, seconds_of, source_of
 from manualloop.script.scores import PREDICTIONS, find_scores
@@ -24,7 +25,7 @@ from manualloop.tasks.task import POSITIONS
 def problems_of(job: Job) -> Iterator[str]:
     """Yield what cannot be written out, each with the reason and what to do."""
     for name, reason in _NOT_WRITTEN.items():
-        if job[name]:
+        if job.arguments.get(name):
             yield f"{name}= is not written out: {reason}"
     if job["resume"] is True:
         yield "resume=True needs a checkpoint, and a script begins anew. Leave resume out."
@@ -61,6 +62,9 @@ _NOT_WRITTEN = {
     "on_step": (
         "it gets a Step of this library. Eject the call without it, and write what it does behind "
         "optimizer.step()."
+    ),
+    "trackers": (
+        "they get the records of this library. Eject the call without them, and log in the script."
     ),
     "extras": (
         "they belong to step_fn, on_step or evaluate, which use them in ways of their own. Eject "
@@ -102,8 +106,9 @@ def _problems_of_strategy(job: Job) -> Iterator[str]:
 
 
 def _problems_of_model(job: Job) -> Iterator[str]:
-    if job.model.training and not all(module.training for module in job.model.modules()):
-        names = [name for name, module in job.model.named_modules() if not module.training]
+    inner = unwrap_model(job.model)
+    if inner.training and not all(module.training for module in inner.modules()):
+        names = [name for name, module in inner.named_modules() if not module.training]
         yield (
             f"{len(names)} modules of the model are in eval mode ({names[0]} is the first), and a "
             "script would put all of them into training. Call model.train()."

@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import datasets
 import helpers
 import processes
 import pytest
@@ -156,7 +157,16 @@ def test_evaluation_and_the_best_model(folder, data, tmp_path):
 
 
 def scripted(
-    folder, data, tmp_path, monkeypatch, *, make=loaded, prepares=None, metric=None, **call
+    folder,
+    data,
+    tmp_path,
+    monkeypatch,
+    *,
+    make=loaded,
+    prepares=None,
+    metric=None,
+    is_complete=False,
+    **call,
 ):
     """Train by a call and by its script, and compare the weights."""
     monkeypatch.chdir(tmp_path)
@@ -177,6 +187,7 @@ def scripted(
     script = re.sub(r'^RUN = Path\(".*"\)$', 'RUN = Path("theirs")', script, flags=re.MULTILINE)
     rows = DatasetDict({name: loader.dataset for name, loader in loaders.items()})
     given = {"raw_datasets": data} if "raw_datasets" in script else {"datasets": rows}
+    given = {} if is_complete else given
     names = run_here(script, **given)
     assert_same(names["model"].state_dict(), result)
     return script, result, names
@@ -368,8 +379,14 @@ def test_a_loader_and_a_loss_of_the_users_own(counts, accumulation, tmp_path, mo
     assert_same(theirs.state_dict(), result)
 
 
-def own_loss(model, batch):
-    return model(**batch).loss
+def test_rows_of_csv_files(folder, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    files = {name: f"{name}.csv" for name in data}
+    for name, path in files.items():
+        data[name].to_csv(path)
+    script, _, _ = scripted(folder, files, tmp_path, monkeypatch, metric="f1", is_complete=True)
+    assert f'"train": Dataset.from_csv("{files["train"]}")' in script
 
 
 def test_everything_that_cannot_be_written_out_is_refused_at_once(folder, data):
