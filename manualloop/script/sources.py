@@ -166,7 +166,7 @@ def _raw(job: Job, made: Preparation) -> tuple[list[Line], str]:
         return [f'raw_datasets = load_dataset("path/to/data")  # {FILL_IN}'], "load_dataset"
     if made.source.startswith("load_dataset"):
         return [f"raw_datasets = {made.source}"], "load_dataset"
-    parts = {made.split: made.source}
+    parts: dict[Any, str | None] = {made.split: made.source}
     if job.evaluation is not None and job.evaluation.preparation is not None:
         parts[job.evaluation.preparation.split] = job.evaluation.preparation.source
     files = [f"{literal(split)}: {source}" for split, source in parts.items()]
