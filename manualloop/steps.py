@@ -307,9 +307,8 @@ def _train_steps(
 ) -> Generator[Step | None, None, None]:
     if not goes_on(state.progress, plan):
         return
-    progress, times, skips = state.progress, state.times, Skips(strategy)
-    inner = unwrap_model(state.model)  # a wrapper is in training mode when it is made
-    reader, leave = _enter(state, source, strategy)
+    progress, times, inner = state.progress, state.times, unwrap_model(state.model)
+    (reader, leave), skips = _enter(state, source, strategy), Skips(strategy)
     try:
         while goes_on(progress, plan):
             epoch, window, num_before = progress.epoch, None, progress.num_steps
@@ -323,7 +322,7 @@ def _train_steps(
                 if check is not None:
                     check(state.model, window.batches, source.place, window.starts)
                     check = None
-                if not inner.training:
+                if not inner.training:  # the wrapper of a model in eval mode is in training mode
                     state.model.train()  # only then: it would thaw layers that were set to eval
                 lr = state.optimizer.param_groups[0]["lr"]
                 lr = lr if type(lr) is float else plain_lr(lr)
