@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import wrap
 from typing import Any
 
-from manualloop.script import evaluation, optimizers, sources, training
+from manualloop.script import batches, evaluation, optimizers, sources, training
 from manualloop.script.call import job_of
 from manualloop.script.job import Job
 from manualloop.script.text import WIDTH, script_of
@@ -51,7 +51,7 @@ def eject(*arguments: Any, **options: Any) -> str:
             sources.given(job),
             sources.functions(job),
             sources.rows(job),
-            sources.batches(job),
+            batches.batches(job),
             optimizers.optimizer(job),
             evaluation.evaluate(job),
             evaluation.saving(job),
