@@ -62,7 +62,7 @@ def _model(job: Job) -> tuple[list[Line], list[str]]:
 
 def _loaded(name: str, model: Any) -> list[Line]:
     config, arguments = model.config, []
-    where = getattr(config, "_name_or_path", "") or ""
+    where = getattr(config, "name_or_path", "") or ""
     if type(model).__name__.endswith("Classification"):
         arguments.append(f"num_labels={config.num_labels}")
     if getattr(config, "problem_type", None) == "multi_label_classification":
