@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from manualloop.batches import columns_of, model_inputs
-from manualloop.data.labels import BY_TOKEN, check_class_ids, warn_of_classes_as_values
+from manualloop.data.labels import BY_TOKEN, check_class_ids, check_spans, warn_of_classes_as_values
 from manualloop.data.splits import fix_all, fix_of
 from manualloop.errors import ConfigError, DataError, ManualLoopError, ModelError
 from manualloop.internals import unwrap_optimizer
@@ -241,7 +241,9 @@ def check_batches(
             check_tokens(model, batch, place)
         task = resolve_task(model, batch, task)
         labels = batch.get("labels")
-        if config_of(model) is not None and task.name != "question_answering":
+        if task.name == "question_answering":
+            check_spans(batch, place.row)
+        elif config_of(model) is not None:
             _check_type(labels, task, place)
         if isinstance(labels, Tensor):
             _check_labels(model, batch, labels, task, place)

@@ -54,7 +54,10 @@ def _fill_split(
             is_hidden = name in labels and bool(is_cell_empty.all())
         if not is_hidden and (is_cell_empty is None or is_cell_empty.any()):
             values[name] = value
-    return split.map(Fill(values)) if values and check.ok else split
+    if not (values and check.ok):
+        return split
+    are_typed = all(getattr(split.feature(name), "dtype", "") != "null" for name in values)
+    return split.map(Fill(values), types={} if are_typed else None)
 
 
 _FILLINGS: dict[str, tuple[type, ...]] = {

@@ -84,6 +84,7 @@ def number_classes(
     *,
     keeps_text: bool = False,
     joined: Sequence[str] = (),
+    chosen: Names | None = None,
 ) -> tuple[dict[Any, Split], Naming]:
     """Number the classes of all splits alike.
 
@@ -95,6 +96,7 @@ def number_classes(
         check: Keeps the errors: a class that the model or the training split does not have.
         keeps_text: Whether strings stay strings, because a ``collate_fn`` gets them.
         joined: Columns of 0 and 1 that became one, in the order of the classes.
+        chosen: Names that the user gave for the numbers; None for those of the data.
 
     Returns:
         The splits with numbers for strings, and the names.
@@ -104,9 +106,13 @@ def number_classes(
     if column is None or known not in (None, *_TASKS):
         return splits, Naming()
     labels = _labels_of(splits, column, model, keeps_text=keeps_text)
-    if (names := _names_that_count(labels)) is None:
+    if chosen is not None and labels.own is not None and not are_numbered_alike(chosen, labels.own):
+        check(_refuse_chosen, chosen, labels)
+    if (names := chosen or _names_that_count(labels)) is None:
         made_of = labels.own or tuple(joined) if len(joined) > 1 else _names_of_made(labels)
         return splits, Naming(made_of)
+    if labels.own is None and chosen is None:
+        check(_refuse_alike, labels)
     check(_require_outputs, labels, names)
     has_room = check.ok
     changed, numbered, refused = dict(splits), [], []
@@ -118,6 +124,15 @@ def number_classes(
             changed[key] = made
             numbered.append(split.name)
     return changed, Naming(names, tuple(numbered), tuple(refused), is_numbered=True)
+
+
+def _refuse_chosen(chosen: Names, labels: _Labels) -> None:
+    assert labels.model is not None
+    raise ConfigError(
+        f"preprocess= numbers its labels {show_names(chosen)}, but {model_name(labels.model)} has "
+        f"the classes {show_names(labels.own or ())} ({place_of_names(labels.model)}). Leave names "
+        "out of preprocess, which then numbers them as the model does."
+    )
 
 
 def columns_in_order(
@@ -204,11 +219,21 @@ def _labels_of(
             if values is not None:
                 found[key] = values
         visible[key] = split
+    if any(split.kinds[column] in TEXT_KINDS for split in visible.values()):
+        visible = {key: s for key, s in visible.items() if not _is_hidden(s, column)}
     own = names_of(model)
     if own is not None and model is not None and are_given(model):
         has_names = any(split.is_train for split in visible.values())
         own = None if has_names else own  # of data that the model was not trained on
     return _Labels(column, visible, found, model, own)
+
+
+def _is_hidden(split: Split, column: str) -> bool:
+    """Tell whether a split hides its labels as numbers or None, where others have strings."""
+    if split.kinds[column] in TEXT_KINDS:
+        return False  # those were left out before
+    values = values_of(split, column)
+    return is_hidden(split.first[column]) if values is None else bool(values.hidden_as())
 
 
 def _names_that_count(labels: _Labels) -> Names | None:
@@ -224,6 +249,48 @@ def _names_that_count(labels: _Labels) -> Names | None:
     if values is None or len(named) < len(labels.splits) or not _are_classes(values, labels.model):
         return None  # a stream, or numbers elsewhere, whose names nobody knows, or texts
     return tuple(sorted(values.texts, key=_in_order(values.texts)))
+
+
+def _refuse_alike(labels: _Labels) -> None:
+    """Refuse strings that differ in their writing alone: one class would become two.
+
+    Raises:
+        DataError: The message has the lines that make them one, and that keep them.
+    """
+    reference = reference_of(labels.splits)
+    key = next(key for key, split in labels.splits.items() if split is reference)
+    texts = labels.values[key].texts if key in labels.values else ()
+    seen: dict[Any, str] = {}
+    for text in texts:
+        if (other := seen.setdefault(_meaning(text), text)) != text:
+            cell = f'row["{labels.column}"]'
+            one = as_map(labels.column, f"{{{text!r}: {other!r}}}.get({cell}, {cell})")
+            if labels.is_list(key):
+                change = f"[{{{text!r}: {other!r}}}.get(name, name) for name in {cell}]"
+                one = as_map(labels.column, change)
+            keys = [split.key for split in labels.splits.values()]
+            names = f"names={list(texts)}"
+            raise DataError(
+                f"{labels.column!r} of {reference.name} has the classes {other!r} and {text!r}, "
+                f"which differ in case, spaces or form alone. If they are one: "
+                f"{fix_all(keys, one)}. If they are two, name all: "
+                f"{fix_all(keys, _named_call(labels, key, names))}."
+            )
+
+
+def _named_call(labels: _Labels, key: Any, names: str) -> str:
+    """Return the call that makes strings classes with names."""
+    if labels.is_list(key):
+        return class_lists_call(labels.column, names.removeprefix("names="))
+    return f'cast_column("{labels.column}", datasets.ClassLabel({names}))'
+
+
+def _meaning(text: str) -> Any:
+    """Return what two writings of a name have in common."""
+    try:
+        return float(text)
+    except ValueError:
+        return folded(text)
 
 
 def _require_outputs(labels: _Labels, names: Names) -> None:

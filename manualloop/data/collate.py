@@ -19,7 +19,7 @@ from manualloop.mistakes import (
     pad_token_fix,
     text_message,
 )
-from manualloop.tasks.task import IGNORE_INDEX, POSITIONS, TASKS
+from manualloop.tasks.task import IGNORE_INDEX, POSITIONS, TASKS, in_batch
 
 Row = Mapping[str, Any]
 
@@ -55,10 +55,11 @@ def collate_rows(
         if reason := explain_rows(rows):
             raise DataError(reason) from error
         raise
-    for name in POSITIONS if pads_left and "input_ids" in batch else ():
-        if name in batch:
+    for name in POSITIONS if "input_ids" in batch else ():
+        if name in batch and batch[name].ndim == 1:
             width = batch["input_ids"].shape[-1]
-            batch[name] = batch[name] + torch.tensor([width - len(r["input_ids"]) for r in rows])
+            lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+            batch[name] = in_batch(batch[name], lengths, width, pads_left=pads_left)
     if batch.get("labels") is None:
         batch.pop("labels", None)  # DataCollatorForSeq2Seq adds it to rows without labels
     elif float_labels:
@@ -147,10 +148,21 @@ def _explain_alignment(rows: Sequence[Row]) -> str | None:
     for number, row in enumerate(rows):
         if "labels" in row and "input_ids" in row:
             num_labels, num_tokens = _length(row["labels"]), _length(row["input_ids"])
+            if wrong := [x for x in _floats(row["labels"]) if not x.is_integer()]:
+                return (
+                    f"Row {number} of the {len(rows)} checked has the label {wrong[0]:g}, and "
+                    "labels of tokens are whole numbers of classes, or -100."
+                )
             if num_labels != num_tokens:
                 where = f"row {number} of the {len(rows)} checked"
                 return misaligned_message(num_labels, num_tokens, where)
     return None
+
+
+def _floats(values: Any) -> list[float]:
+    """Return a list of floats; an empty one for anything else."""
+    is_one = isinstance(values, list) and len(values) > 0 and type(values[0]) is float
+    return values if is_one else []
 
 
 def _length(value: Any) -> int:

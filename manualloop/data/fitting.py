@@ -16,6 +16,7 @@ from torch import nn
 
 from manualloop.arguments import Checks
 from manualloop.data.columns import LABELS
+from manualloop.data.doubts import refuse_doubtful
 from manualloop.data.functions import Functions
 from manualloop.data.grouping import Ints
 from manualloop.data.splits import Split, reference_of
@@ -58,12 +59,14 @@ def fit_transforms(
     renumbered = []
     for key in fitting:
         transform: Any = functions[key].transform
+        raw = splits[key]  # with the columns under the user's names
         if hasattr(transform, "mask_among"):
             splits[key], transform = _without_labels(splits[key], transform)
         here = boxes[key].names if key in boxes else None
         split = splits[key]
         given = Given(processor, model, names, here, split.is_train, split.kinds)
         fitted = check(transform.fitted, given) or transform
+        check(refuse_doubtful, raw, functions[key].transform, fitted)
         functions[key] = functions[key]._replace(
             transform=fitted, makes=tuple(getattr(fitted, "made", ()))
         )
@@ -157,10 +160,10 @@ def _leaves(array: pa.Array, name: str) -> _Leaves | None:
 
 
 def _are_flat(boxes: pa.Array) -> Any:
-    import numpy as np
-
-    sides = np.asarray(boxes.flatten().to_pylist(), np.float64).reshape(-1, 4)[:, 2:]
-    return (sides == 0).any(1)
+    numbers = np.asarray(boxes.flatten().to_pylist() if is_list_type(boxes.type) else [], object)
+    if len(numbers) % 4:
+        return np.zeros(0, bool)  # boxes of other lengths are refused where they are read
+    return (numbers.reshape(-1, 4)[:, 2:] == 0).any(1)
 
 
 def _feature(feature: Any, name: str) -> Any:

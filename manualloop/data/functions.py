@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from manualloop.arguments import Checks, all_at_once
 from manualloop.data.collate import require_pad_token
 from manualloop.data.columns import Taking, column_filter, find_label
-from manualloop.data.mapping import COUNTS, Preprocess
+from manualloop.data.mapping import COUNTS, Copy, Preprocess
 from manualloop.data.splits import Split, open_split, reference_of
 from manualloop.errors import ConfigError, DataError
 from manualloop.notices import say
@@ -91,7 +92,8 @@ class Functions(NamedTuple):
         from manualloop.data.classes import note_made_labels  # loads pyarrow
 
         assert self.preprocess is not None
-        kinds, keep = split.kinds, self.keep
+        kinds = split.kinds
+        keep = (*self.keep, RAW) if RAW in kinds else self.keep
         label = label_column or find_label(kinds)
         kept = tuple(n for n in kinds if n == label or n in keep or self.takes(n, kinds[n]))
         counts = isinstance(self.preprocess, Making)
@@ -102,6 +104,9 @@ class Functions(NamedTuple):
         rows = split.rows.map(run, batched=True, remove_columns=list(kinds), **options)
         if counts:
             rows = tell_counts(split, rows, self.preprocess)
+        if RAW in kinds:  # the function has got the numbers in its place
+            column = self.preprocess.labels_of  # type: ignore[attr-defined]
+            rows = rows.remove_columns([column]).rename_column(RAW, column)
         made = open_split(split.name, rows, split.key)
         is_new = "labels" in made.kinds and "labels" not in kinds
         made = made._replace(form=split.form, maker="preprocess" if is_new else None)
@@ -136,11 +141,24 @@ def number_sources(
 
     reference = reference_of(splits)
     first = next(key for key, split in splits.items() if split is reference)
-    column = getattr(functions[first].preprocess, "labels_of", None)
+    source = functions[first].preprocess
+    column, chosen = getattr(source, "labels_of", None), getattr(source, "names", None)
     if column not in reference.kinds:
         return splits, functions, Naming()
     with all_at_once() as check:
-        splits, naming = number_classes(splits, column, model, task, check)
+        number = partial(
+            number_classes, column=column, model=model, task=task, check=check, chosen=chosen
+        )
+        numbered, naming = number(splits)
+        raw = {
+            key: split.map(Copy(column, RAW), types={RAW: column})
+            if numbered[key] is not split and column in functions[key].keep
+            else split
+            for key, split in splits.items()
+        }
+        if check.ok and any(raw[key] is not splits[key] for key in raw):
+            numbered, naming = number(raw)
+        splits = numbered
     names = naming.names or names_of(model)
     if names is not None:
         of_splits: dict[int, Any] = {id(f.preprocess): f.preprocess for f in functions.values()}

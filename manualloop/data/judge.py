@@ -20,7 +20,7 @@ from manualloop.mistakes import (
     scalar_floats_message,
     targets_message,
 )
-from manualloop.tasks.task import IGNORE_INDEX
+from manualloop.tasks.task import IGNORE_INDEX, TASKS
 
 
 class Labelled(NamedTuple):
@@ -167,9 +167,35 @@ def check_numbers(split: Split, values: Values, everything: Labelled) -> None:
         _check_width(split, values, everything)
     if has_targets and kind == "list":
         _check_targets(split, values, everything)
+    has_numbers = labels.task is not None and not TASKS[labels.task].float_labels
+    if kind == "list" and (has_numbers or labels.are_listed):
+        _check_whole(split, values, column)
     has_classes = labels.task in ("single_label_classification", "token_classification")
     if labels.are_listed or (has_classes and kind in ("class", "int", "list")):
         _check_classes(split, values, everything)
+
+
+def _check_whole(split: Split, values: Values, column: str) -> None:
+    """Refuse class numbers that are no whole ones, which batches would round down."""
+    if values.least.dtype.kind != "f":
+        return
+    found = distinct_in(split, column)
+    if not len(wrong := found[found != np.round(found)]):
+        return
+    number = float(wrong[0])
+    row = next(
+        n for n, row in enumerate(split.select([column]).rows) if number in flat(row[column])
+    )
+    raise DataError(
+        f"Row {row} of {split.name} has the label {number:g} in {column}, and labels of this task "
+        "are whole numbers of classes. Correct it; for values to predict pass "
+        'task="regression".'
+    )
+
+
+def flat(cell: Any) -> list[Any]:
+    """Return the entries of nested lists."""
+    return [one for entry in cell for one in flat(entry)] if isinstance(cell, list) else [cell]
 
 
 def _check_classes(split: Split, values: Values, everything: Labelled) -> None:

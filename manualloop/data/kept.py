@@ -121,21 +121,24 @@ def with_raw_labels(
         functions: The functions of each split, with the columns to keep.
     """
     label = label or find_label(reference_of(before).kinds)
-    # A transform may return the numbers that it gets, and these are to be those of the names.
+    # A transform gets strings as they are. It may return the numbers that it gets, so these are
+    # those of the names.
     wanting = {
         key
         for key, split in before.items()
         if split is not after[key]
         and (
             label in functions[key].keep
-            if functions[key].transform is None
-            else split.kinds.get(str(label)) in TEXT_KINDS
+            or (functions[key].transform is not None and split.kinds.get(str(label)) in TEXT_KINDS)
         )
     }
     if label is None or not wanting:
         return None
     run = Copy(label, RAW)
-    return {key: split.map(run) if key in wanting else split for key, split in before.items()}
+    return {
+        key: split.map(run, types={RAW: label}) if key in wanting else split
+        for key, split in before.items()
+    }
 
 
 def without_raw(split: Split) -> Split:

@@ -6,7 +6,7 @@ rules before they are trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from manualloop.errors import DataError
 from manualloop.mistakes import as_map, renumber_call
 from manualloop.models import num_labels
 from manualloop.notices import warn
-from manualloop.tasks.task import IGNORE_INDEX, infer_task
+from manualloop.tasks.task import IGNORE_INDEX, POSITIONS, infer_task
 from manualloop.types import Origin
 
 BY_TOKEN = ("token_classification", "masked_lm", "causal_lm")
@@ -132,6 +132,33 @@ from_pretrained(name, num_labels=3).
             fix=partial(fix_all, origin.keys),
             fix_here=partial(fix_of, origin.key),
         )
+    )
+
+
+def check_spans(batch: Mapping[str, Any], where: Callable[[int], str]) -> None:
+    """Refuse negative positions of answers, which models of transformers take for the first token.
+
+    Args:
+        batch: A batch with a start and an end for each row.
+        where: Function that names a row by its number in the batch.
+
+    Raises:
+        DataError: There is one.
+    """
+    for name in POSITIONS:
+        positions = batch.get(name)
+        if isinstance(positions, torch.Tensor) and bool((positions < 0).any()):
+            row = int((positions.reshape(len(positions), -1) < 0).any(1).nonzero()[0, 0])
+            raise DataError(positions_message(name, int(positions[row].min()), where(row)))
+
+
+def positions_message(name: str, position: int, place: str) -> str:
+    """Return the message about an answer at a negative position."""
+    return (
+        f"{name} is {position} in {place}. Positions are those of tokens, and the model takes a "
+        "negative one for the first token. No answer is at the token [CLS]; to leave a row out of "
+        f'the loss, put it beyond its tokens: dataset.map(lambda row: {{"{name}": '
+        f'row["{name}"] if row["{name}"] >= 0 else len(row["input_ids"])}}).'
     )
 
 

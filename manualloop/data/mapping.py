@@ -17,6 +17,7 @@ from manualloop.mistakes import fill_argument, filter_missing, no_tokens_fix
 from manualloop.tasks.made import Making, place_in_batch
 from manualloop.tasks.task import IGNORE_INDEX
 from manualloop.tasks.texts import are_cut
+from manualloop.tasks.words import require_spaces
 
 QUOTES = '""'  # an empty string, as code
 
@@ -99,6 +100,8 @@ class Encode:
                 fix = f"Fill it: {fill_argument([name], QUOTES)}, or filter such rows out: "
                 line = fix_of(self.key, filter_missing(name, of=""))
                 self._refuse(rows, cells.index(None), f"{name}=None", fix + line)
+        if self.options.get("is_split_into_words"):
+            require_spaces(self.tokenizer, rows[self.texts[0]], self.texts[0])
         encoded: Rows = self.tokenizer(*(rows[name] for name in self.texts), **self.options)
         if self.stream and (row := first_without_tokens(encoded)) is not None:
             cells = {name: rows[name][row] for name in self.texts}

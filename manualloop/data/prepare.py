@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -56,9 +56,9 @@ from manualloop.data.transform import (
     transform_note,
     transformed_rows,
 )
+from manualloop.data.usage import note_of, taker_of
 from manualloop.errors import ConfigError, DataError
 from manualloop.models import max_length as model_max_length
-from manualloop.models import model_name
 from manualloop.notices import say
 from manualloop.tasks.names import Naming, name_model, notes_of
 from manualloop.tasks.pixels import image_processor
@@ -320,9 +320,11 @@ def _look_at(
                 splits = preprocess_all(splits, functions, label)
                 label = "labels" if "labels" in reference_of(splits).kinds else label
             tell_doubled(reference_of(splits), choices["tokenizer"])
+            of_first = functions[next(k for k, s in splits.items() if s is reference_of(splits))]
             if holds_nested(reference_of(splits)):
                 choices["task"] = choices["task"] or "causal_lm"
-            of_first = functions[next(k for k, s in splits.items() if s is reference_of(splits))]
+            if choices["model"] is None:
+                choices["task"] = choices["task"] or getattr(of_first.preprocess, "of_task", None)
             number = partial(
                 number_classes,
                 column=label,
@@ -391,10 +393,10 @@ def _prepare_splits(
                 continue
             prepared[key] = made
             if functions[key].transform is None:
-                note = _note(raw, made, found, functions[key], model, hidden)
+                note = note_of(raw, made, found, functions[key], model, hidden)
             else:
                 rows = transformed_rows(made, functions[key], found, hidden, seed)
-                note = check(transform_note, rows, found, _taker(model), hidden)
+                note = check(transform_note, rows, found, taker_of(model), hidden)
                 transformed[key] = TransformedStream(made.rows, rows) if made.is_stream else rows
             notes.setdefault(note, []).append(split.name)
     for note, names in notes.items():
@@ -415,7 +417,7 @@ def _prepare_split(
     hidden: str | None,
 ) -> Split:
     """Name the labels, tokenize, and check what came of it."""
-    from manualloop.data.survey import check_inputs
+    from manualloop.data.survey import check_answers, check_inputs
 
     texts, labels = found.columns.texts, found.labels
     takes = functions.takes
@@ -431,12 +433,13 @@ def _prepare_split(
         require_tokens(raw, split, encode)
         refuse_doubled(raw, split, encode)
     check_inputs(split, by_token=labels.task in BY_TOKEN)
+    check_answers(split)
     kinds = split.kinds
     is_taken = [name for name in kinds if takes(name, kinds[name]) and name != "labels"]
     if functions.transform is None and not is_taken:
         raise DataError(
             f"{split.name} has no column that the model takes, only {', '.join(kinds)}"
-            f"{_taker(model)}. "
+            f"{taker_of(model)}. "
             "Add the columns that it takes, such as input_ids, with preprocess= or dataset.map."
         )
     return split
@@ -467,33 +470,3 @@ def _name_labels(split: Split, found: Survey, hidden: str | None, keep: tuple[st
             split = split.map(Copy("labels", column))
         split = split.map(AsZerosAndOnes(found.labels.num_classes or 0))
     return split
-
-
-def _note(
-    raw: Iterable[str],
-    split: Split,
-    found: Survey,
-    functions: Functions,
-    model: nn.Module | None,
-    hidden: str | None,
-) -> str:
-    """Return the line on which columns a split uses and drops."""
-    (texts, label), kinds = found.columns, split.kinds
-    takes, keep = functions.takes, functions.keep
-    kept = [name for name in kinds if takes(name, kinds[name])]
-    inputs = [name for name in kept if name != "labels"]
-    note = f"using {', '.join(texts or inputs)}{' -> labels' if 'labels' in kept else ''}"
-    if also := [name for name in keep if name in kinds or name == label]:
-        note += f"; keeping {', '.join(also)}"
-    known = (*kept, *texts, *also, label, RAW)
-    if dropped := [name for name in (*raw, *kinds) if name not in known]:
-        note += f"; dropped: {', '.join(dict.fromkeys(dropped))}{_taker(model)}"
-    if hidden is not None:
-        note += f"; every {label} is {hidden}, so there are no labels"
-    elif "labels" not in kept and split.is_train and (dropped or also):
-        note += "; there are no labels: label_column= names them"
-    return note
-
-
-def _taker(model: nn.Module | None) -> str:
-    return "" if model is None else f" (not in {model_name(model)}.forward)"

@@ -98,6 +98,7 @@ class Split(NamedTuple):
         remove: Sequence[str] = (),
         classes: tuple[str, Sequence[str]] | None = None,
         num_proc: int | None = None,
+        types: Mapping[str, str] | None = None,
     ) -> Split:
         """Add the columns that a function computes from a batch of rows, and remove others.
 
@@ -107,6 +108,8 @@ class Split(NamedTuple):
             classes: A column whose values become class numbers, and the names of the classes.
             num_proc: Number of processes that compute; None: this one alone. Of a stream, the
                 workers of its loader do.
+            types: For each column that the function adds, the one whose type it has; all others
+                keep theirs. None: nothing tells, and a stream then knows no types any more.
         """
         # The first row comes first: the call may change the tokenizer, whose hash is part of the
         # key under which `map` caches its results.
@@ -118,6 +121,11 @@ class Split(NamedTuple):
             from manualloop.data.tables import with_classes
 
             options["features"] = with_classes(self.rows.features, *classes)
+        elif types is not None and self.is_stream and (features := self.rows.features) is not None:
+            kept = {name: feature for name, feature in features.items() if name not in remove}
+            options["features"] = type(features)(
+                kept | {name: features[source] for name, source in types.items()}
+            )
         if num_proc is not None and not self.is_stream:
             options["num_proc"] = num_proc
         rows = self.rows.map(function, batched=True, **options)

@@ -22,12 +22,13 @@ from manualloop.data.judge import (
 from manualloop.data.labels import (
     Labels,
     classes_of,
+    positions_message,
     task_of,
     warn_of_classes_as_values,
 )
 from manualloop.data.mapping import QUOTES, is_hidden
 from manualloop.data.splits import TEXT_KINDS, Split, fix_all, reference_of
-from manualloop.data.values import Values, lengths_of, missing_in, values_of
+from manualloop.data.values import Values, distinct_in, lengths_of, missing_in, values_of
 from manualloop.errors import DataError
 from manualloop.mistakes import (
     as_map,
@@ -39,7 +40,7 @@ from manualloop.mistakes import (
 )
 from manualloop.models import problem_type
 from manualloop.tasks.names import Naming
-from manualloop.tasks.task import infer_task
+from manualloop.tasks.task import POSITIONS, infer_task
 
 _NUM_PEEKED = 1000
 
@@ -383,6 +384,21 @@ def _refuse_texts(splits: Sequence[Split], found: Sequence[Values | None], colum
         listed = str(names) if len(names) <= 20 else f'sorted(set({split.code}["{column}"]))'
         fix = f'cast_column("{column}", datasets.ClassLabel(names={listed}))'
     raise DataError(f"{head} Turn them into class numbers: {fix_all(keys, fix)}.")
+
+
+def check_answers(split: Split) -> None:
+    """Refuse negative positions of answers.
+
+    Raises:
+        DataError: There is one.
+    """
+    for name in POSITIONS:
+        if split.is_stream or split.kinds.get(name) != "int":
+            continue
+        if distinct_in(split, name).min(initial=0) < 0:
+            cells = enumerate(split.rows[name])
+            row, found = next(pair for pair in cells if pair[1] is not None and pair[1] < 0)
+            raise DataError(positions_message(name, found, f"row {row} of {split.name}"))
 
 
 def check_inputs(split: Split, *, by_token: bool) -> None:

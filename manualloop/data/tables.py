@@ -19,7 +19,7 @@ from torch import Tensor
 
 from manualloop.data.grouping import Ints, round_up
 from manualloop.internals import as_kind, rows_as_table, stored_table
-from manualloop.tasks.task import IGNORE_INDEX, POSITIONS
+from manualloop.tasks.task import IGNORE_INDEX, POSITIONS, in_batch
 
 _ROWS_AT_ONCE = 10_000
 
@@ -226,9 +226,10 @@ class TableCollate:
             if not isinstance(column, Lists):
                 if name in ends or (name == "labels" and self._labels):
                     return None
-                if is_left and name in POSITIONS and column.dtype.kind == "i":
-                    column = column + (width - tokens.lengths)
                 batch[name] = _tensor(column)
+                if name in POSITIONS and column.dtype.kind == "i":
+                    lengths = _tensor(tokens.lengths)
+                    batch[name] = in_batch(batch[name], lengths, width, pads_left=is_left)
             elif column.values.dtype.kind == "b" and (name in ends or name == "labels"):
                 return None  # the padding value is not a bool
             elif name in ends or (name == "labels" and self._labels == "tokens"):

@@ -20,7 +20,7 @@ from torch import Tensor
 from manualloop.data.columns import LABELS, Taking
 from manualloop.data.functions import RAW, Functions
 from manualloop.data.sampler import RowNumbers
-from manualloop.data.splits import Split, kind_of_value
+from manualloop.data.splits import TEXT_KINDS, Split, kind_of_value
 from manualloop.errors import DataError
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, is_same_state, set_random_state
@@ -86,6 +86,7 @@ class TransformedRows:
         transform: The user's function; None leaves rows as they are.
         takes: Test for those columns that it returns which reach the batch.
         aliases: Columns that the transform gets under a second name: the second name of each.
+        raw: Column whose cells, as they are in the dataset, are in ``RAW``; None: no such column.
         kept: Columns that skip the model.
         makes: Such columns that the transform makes of each row.
         kept_rows: Rows that hold the kept columns as plain values; None: ``rows`` do.
@@ -110,6 +111,7 @@ class TransformedRows:
         takes: Taking | None = None,
         *,
         aliases: Mapping[str, str] | None = None,
+        raw: str | None = None,
         kept: Sequence[str] = (),
         makes: Sequence[str] = (),
         kept_rows: Any = None,
@@ -119,7 +121,7 @@ class TransformedRows:
         self.rows, self.transform = rows, transform
         self.split, self._seed = split, seed
         self._takes = takes or Taking(None, takes_text=True)
-        self._aliases, self._has_labels = dict(aliases or {}), has_labels
+        self._aliases, self._raw, self._has_labels = dict(aliases or {}), raw, has_labels
         self._copied = tuple(name for name in kept if name not in makes)
         self.kept = (*self._copied, *makes)
         self._kept_rows, self._are_stacked, self.makes_labels = kept_rows, are_stacked, False
@@ -221,7 +223,8 @@ class TransformedRows:
         """
         given = dict(row)
         for name, second in self._aliases.items():
-            given[second] = row[name] if name != RAW else given.pop(RAW)
+            given[second] = row[name]
+        given.pop(RAW, None)
         assert self.transform is not None
         try:
             made = self.transform(given, generator)
@@ -252,6 +255,8 @@ class TransformedRows:
         return {name: cell for name, cell in reaching.items() if cell is not None}
 
     def _held(self, name: str) -> str:
+        if name == self._raw:
+            return RAW
         return next((held for held, second in self._aliases.items() if second == name), name)
 
     def _reaches(self, name: str, cell: Any) -> bool:
@@ -344,7 +349,7 @@ def transformed_rows(
     label, kinds = found.columns.label, split.kinds
     rows: Any = list(islice(split.rows, _NUM_TRIED)) if split.is_stream else split.rows
     aliases = {}
-    if label is not None and RAW in kinds:
+    if label is not None and kinds.get(RAW) in TEXT_KINDS:
         aliases[RAW] = label
     elif label is not None and label not in kinds and "labels" in kinds:
         aliases["labels"] = label
@@ -362,6 +367,7 @@ def transformed_rows(
         functions.transform,
         functions.takes,
         aliases=aliases,
+        raw=label if RAW in kinds else None,
         kept=kept,
         makes=functions.makes,
         kept_rows=kept_rows,

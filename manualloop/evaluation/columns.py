@@ -58,13 +58,22 @@ def names_of(table: Predictions, values: Any) -> list[Any] | None:
         if values.ndim != 2 or values.shape[1] != len(names):
             return None
         return [[names[number] for number in np.flatnonzero(row > 0)] for row in values]
-    if values.dtype.kind not in "biu" or values.max(initial=0) >= len(names):
+    if values.dtype.kind not in "biu":
         return None
     known = (*names, None)  # an ignored label has no name
-    numbers = np.where(values < 0, len(names), values)
+    is_named = (values >= 0) & ~is_ignored(table, values)
+    if values.max(initial=0, where=is_named) >= len(names):
+        return None
+    numbers = np.where(is_named, values.astype(np.int64), len(names))
     if kind == "class":
         return [known[number] for number in numbers.tolist()] if values.ndim == 1 else None
     return _each(lambda number: known[number], _kept_positions(table, numbers))
+
+
+def is_ignored(table: Predictions, labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Tell which numbers are padding, or references that count in no metric."""
+    found: NDArray[np.bool_] = labels == IGNORE_INDEX
+    return found | (labels == table.ignored) if labels is table.references else found
 
 
 def _each(function: Any, values: list[Any]) -> list[Any]:
@@ -77,7 +86,7 @@ def _kept_positions(table: Predictions, values: NDArray[Any]) -> list[Any]:
     masked, references = table.predictions, table.references
     if isinstance(references, np.ndarray) and references.shape == values.shape:
         masked = references
-    is_kept = np.asarray(masked) != IGNORE_INDEX
+    is_kept = ~is_ignored(table, np.asarray(masked))
     if values.shape != is_kept.shape or values.ndim != 2:
         return list(values.tolist())  # a map of classes keeps its shape
     return [row[kept].tolist() for row, kept in zip(values, is_kept, strict=True)]
@@ -256,7 +265,7 @@ def _summary(table: Predictions, values: Any) -> str:
     if kind == "classes":
         numbers, counts = np.arange(values.shape[-1]), (values > 0).sum(0)
     else:
-        numbers, counts = np.unique(values[values != IGNORE_INDEX], return_counts=True)
+        numbers, counts = np.unique(values[~is_ignored(table, values)], return_counts=True)
     order = np.argsort(-counts, kind="stable")[:6]
     names = table.names or ()
     shown = [

@@ -158,6 +158,12 @@ def _joined(a: Predictions, b: Predictions) -> tuple[Predictions, Predictions]:
     Raises:
         DataError: The rows, their references or the names of the classes are not the same.
     """
+    if len(ignored := {a.ignored, b.ignored} - {IGNORE_INDEX}) > 1:
+        raise DataError(
+            f"Labels of {a.ignored} count in no score of a, and those of {b.ignored} in none of b. "
+            "Give both configs one semantic_loss_ignore_index."
+        )
+    a, b = (replace(table, ignored=max(ignored, default=IGNORE_INDEX)) for table in (a, b))
     a, b = (_by_index(name, table) for name, table in (("a", a), ("b", b)))
     assert a.index is not None
     assert b.index is not None
@@ -232,7 +238,8 @@ def _compare(
     scorer: Scorer, a: Predictions, b: Predictions, confidence: float
 ) -> dict[str, Difference]:
     """Compare by one metric."""
-    if getattr(a.predictions, "ndim", 1) > 2 and scorer.takes in ("classes", "values"):
+    is_unclear = a.ignored == IGNORE_INDEX and getattr(a.predictions, "ndim", 1) > 2
+    if is_unclear and scorer.takes in ("classes", "values"):
         raise MetricError(
             f"{scorer.name} scores labels, and a row holds a map of them, whose ignored label "
             'nobody knows here. Compare by "mean_iou", or by a function of the rows.'

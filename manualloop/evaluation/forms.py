@@ -33,7 +33,10 @@ class Rows(list[Any]):
 def to_array(values: Any) -> Array:
     """Convert a tensor of any device and dtype, an array or a list to a NumPy array."""
     if hasattr(values, "detach"):
-        values = values.detach().cpu()
+        try:
+            return np.asarray(values.numpy())  # most are on the CPU, without a graph
+        except (RuntimeError, TypeError):
+            values = values.detach().cpu()
         try:
             return np.asarray(values.numpy())
         except TypeError:  # bfloat16 and float8 have no NumPy dtype; float32 holds their values

@@ -13,7 +13,7 @@ from manualloop.evaluation.forms import Rows, Takes
 from manualloop.evaluation.predictions import Predictions
 from manualloop.evaluation.rows import Ask, Decode
 from manualloop.evaluation.scorers import Scorer, as_metric
-from manualloop.evaluation.scoring import give
+from manualloop.evaluation.scoring import give, tell_ignored
 from manualloop.evaluation.table import Column, Table
 from manualloop.tasks.task import IGNORE_INDEX
 from manualloop.types import Scores
@@ -84,6 +84,7 @@ def inputs_of(table: Table, scorer: Scorer) -> Inputs:
     """
     takes_kept = bool(getattr(scorer, "takes_kept", False))
     recorder = _Recorder(scorer.name, scorer.takes, takes_kept=takes_kept)
+    tell_ignored(table, scorer)
     give(table, recorder)
     predictions, references = recorder.given["predictions"], recorder.given["references"]
     row, num_rows = None, len(references)
@@ -141,7 +142,7 @@ def table_of(predictions: Predictions) -> Table:
         predictions.index,
         len(predictions),
         tasks.get(kind, ""),
-        IGNORE_INDEX,
+        predictions.ignored,
         misfit,
         Ask(decode=decode),
     )

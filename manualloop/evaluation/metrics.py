@@ -44,6 +44,7 @@ from manualloop.evaluation.reports import (
     confusion_matrix,
 )
 from manualloop.evaluation.segmentation import IGNORED, mean_iou, pixels_of
+from manualloop.tasks.task import IGNORE_INDEX
 from manualloop.types import Scores
 
 if TYPE_CHECKING:
@@ -179,6 +180,7 @@ class Metric:
         name: Name of the metric, with its average.
         options: Arguments of its function by name.
         names: Names of the classes, where the options hold none.
+        ignored: Labels of pixels that do not count, where the options name none.
         takes: What it scores: class numbers, real numbers, or a class map a row.
         counts: Whether rows are counted at once, so that their order does not matter.
     """
@@ -186,6 +188,7 @@ class Metric:
     def __init__(self, name: str, options: Mapping[str, Any] | None = None) -> None:
         self.name, self.options = name, dict(options or {})
         self.names: Sequence[str] | None = None  # of the classes, where the options hold none
+        self.ignored: Sequence[int] = IGNORED
         require_options(name, self.options, _OPTIONS.get(name, ()))
         self._continuous = name not in _REPORTS and _KEYS[name][0] in _CONTINUOUS
         self.takes: Takes = "values" if self._continuous else "classes"
@@ -199,6 +202,12 @@ class Metric:
         """Whether its keys are the same for any rows."""
         is_by_class = self.name == "classification_report" or self.name.endswith("/none")
         return not is_by_class or self.options.get("names") is not None
+
+    @property
+    def left_out(self) -> list[int]:
+        """The labels of pixels that do not count; torch's never does."""
+        chosen = self.options.get("ignore_index", self.ignored)
+        return [*np.atleast_1d(chosen).tolist(), IGNORE_INDEX]
 
     def fresh(self, names: Sequence[str] | None = None) -> Metric:
         """Return such a metric without rows, with names of the classes if it has none."""
@@ -229,10 +238,8 @@ class Metric:
         num_rows = count_rows(self.name, predictions, references, self._num_batches)
         if num_rows:
             if self.name == "mean_iou":
-                # The evaluation marks pixels that do not count for the model by torch's.
-                ignored = [*np.atleast_1d(self.options.get("ignore_index", IGNORED)), IGNORED[0]]
                 predictions, references = pixels_of(
-                    predictions, references, self._num_batches, ignored
+                    predictions, references, self._num_batches, self.left_out
                 )
             self._rows.append(self._to_rows(to_array(predictions), to_array(references)))
             self._num_rows += num_rows
@@ -254,10 +261,13 @@ class Metric:
         elif self.name not in _SEVERAL_LABELS:
             del wanted[2]
         if shape != references.shape or len(shape) not in wanted or shape[1:] in ((0,), (1,)):
+            advice = "One column: predictions.squeeze(-1); tokens: predictions[references != -100]"
+            if shape == references.shape and len(shape) == 2 and shape[1] > 1 and 2 not in wanted:
+                advice = f"For several labels a row: {_for_several(self.name)}"
             raise MetricError(
                 f"{self.name} got predictions of shape {shape} and references of shape "
-                f"{references.shape} {where}, but scores {' or '.join(wanted.values())} a row. One "
-                "column: predictions.squeeze(-1); tokens: predictions[references != -100]."
+                f"{references.shape} {where}, but scores {' or '.join(wanted.values())} a row. "
+                f"{advice}."
             )
         counts = [] if self._continuous else [np.ones(len(predictions), np.int64)]
         rows = np.column_stack([predictions, references, *counts])
@@ -356,6 +366,13 @@ class Metric:
 
 
 BuiltIn: TypeAlias = Metric | Collected | Perplexity
+
+
+def _for_several(name: str) -> str:
+    """Return the metrics that score several labels a row, in the place of one that does not."""
+    if name in _AVERAGED:
+        return f'"{name}/macro" (or micro, weighted, samples, none)'
+    return '"f1/macro" (or micro, weighted, samples, none), "accuracy" or "classification_report"'
 
 
 def _pairs_counted(rows: Array) -> Array:

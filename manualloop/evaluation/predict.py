@@ -96,4 +96,5 @@ def predict_loop(
         {name: column.rows(table.order) for name, column in table.kept.items()},
         names,
         Inputs(dataloader),
+        table.ignored,
     )

@@ -27,6 +27,7 @@ from manualloop.evaluation.columns import (
 from manualloop.evaluation.inputs import Inputs
 from manualloop.notices import say
 from manualloop.reading.sources import source_of
+from manualloop.tasks.task import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -52,6 +53,8 @@ class Predictions:
         kept: Columns of the dataset that were kept, by name.
         names: Names of the classes in the order of their numbers; None if they have none.
         inputs: What finds the texts of rows in the dataset, as long as that exists.
+        ignored: Label of the references that counts in no metric, such as that of the config for
+            pixels of no class; beside -100, which never does.
 
     >>> table = Predictions(np.arange(3), np.array([1, 0, 1]), None, None, {"id": ["a", "b", "c"]},
     ...                     ("negative", "positive"))
@@ -70,6 +73,7 @@ class Predictions:
     kept: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     names: tuple[str, ...] | None = None
     inputs: Inputs = field(default_factory=Inputs)
+    ignored: int = IGNORE_INDEX
 
     def __len__(self) -> int:
         return len(self.predictions)

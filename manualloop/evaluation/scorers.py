@@ -11,6 +11,7 @@ from manualloop.evaluation.forms import Takes, count_rows, require_rows
 from manualloop.evaluation.functions import Function
 from manualloop.evaluation.metrics import Metric, load_metric
 from manualloop.evaluation.modules import Module, module_of
+from manualloop.evaluation.segmentation import IGNORED
 from manualloop.evaluation.torch_metrics import TorchMetric
 from manualloop.types import Scores
 
@@ -80,6 +81,8 @@ def as_metric(metric: Any, names: Sequence[str] | None = None) -> Scorer:
     if isinstance(metric, Metric | Collected):
         metric.reset()
         metric.names = names
+        if isinstance(metric, Metric):
+            metric.ignored = IGNORED
         return metric
     if isinstance(metric, Perplexity):
         return metric

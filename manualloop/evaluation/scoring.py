@@ -105,6 +105,7 @@ def give(table: Table, scorer: Scorer) -> None:
         scorer.add_batch(predictions=predictions, references=references, **more)
         return
     if scorer.takes == "maps":
+        tell_ignored(table, scorer)
         predictions, references = _maps(table)
     elif scorer.takes == "scores":
         predictions, references, kept = _scores(table, scorer)
@@ -123,6 +124,12 @@ def give(table: Table, scorer: Scorer) -> None:
     for start in range(0, max(len(predictions), 1), size):
         part = slice(start, start + size)
         scorer.add_batch(predictions=predictions[part], references=references[part])
+
+
+def tell_ignored(table: Table, scorer: Scorer) -> None:
+    """Tell a metric of class maps the label that does not count, where the config names one."""
+    if isinstance(scorer, Metric) and table.ignored != IGNORE_INDEX:
+        scorer.ignored = (table.ignored,)
 
 
 class _Labels(NamedTuple):
@@ -175,12 +182,9 @@ def _as_classes(labels: Array) -> Array:
 
 
 def _maps(table: Table) -> tuple[Rows, Rows]:
-    """Return predictions and labels row by row; labels that the task ignores are -100."""
+    """Return predictions and labels row by row."""
     sides = (table.columns["predictions"], _labels_of(table).column)
     predictions, references = (Rows(side.rows(table.order)) for side in sides)
-    if table.ignored != IGNORE_INDEX:
-        maps = map(to_array, references)
-        references = Rows(np.where(row == table.ignored, IGNORE_INDEX, row) for row in maps)
     return predictions, references
 
 
@@ -205,6 +209,8 @@ def _flat(table: Table, scorer: Scorer) -> tuple[Array, Array]:
         assert found is not None
         assert wanted is not None
         kept = wanted != table.ignored
+        if table.ignored != IGNORE_INDEX:
+            kept &= wanted != IGNORE_INDEX  # of maps of several sizes
         return found[kept], wanted[kept]
     found, wanted = column.array(table.order), labels.whole
     if found is None or wanted is None:

@@ -20,7 +20,7 @@ from manualloop.evaluation.given import Inputs
 from manualloop.evaluation.metrics import Metric
 from manualloop.evaluation.resampling import Floats
 from manualloop.evaluation.scorers import Scorer
-from manualloop.evaluation.segmentation import IGNORED, pixels_of
+from manualloop.evaluation.segmentation import pixels_of
 from manualloop.evaluation.spans import as_tags, spans_of
 from manualloop.evaluation.texts import require_texts, streams_of
 
@@ -50,8 +50,10 @@ def sums_of(scorer: Scorer, inputs: Inputs, keys: Mapping[str, float]) -> Sums |
     if scorer.name in _MEANS:
         return _of_means(scorer, inputs, keys)
     make = _MAKERS.get(scorer.name)
-    names = scorer.options.get("names") or scorer.names
-    return None if make is None else make(inputs, {**scorer.options, "names": names})
+    own = {"names": scorer.options.get("names") or scorer.names}
+    if isinstance(scorer, Metric):
+        own["left_out"] = scorer.left_out
+    return None if make is None else make(inputs, scorer.options | own)
 
 
 def _of_means(scorer: Scorer, inputs: Inputs, keys: Mapping[str, float]) -> Sums:
@@ -105,9 +107,8 @@ def _of_spans(inputs: Inputs, options: Mapping[str, Any]) -> Sums:
 
 def _of_maps(inputs: Inputs, options: Mapping[str, Any]) -> Sums:
     """Count pixels by class: the right ones, those predicted, those wanted."""
-    ignored = [*np.atleast_1d(options.get("ignore_index", IGNORED)), IGNORED[0]]
     rows = [
-        pixels_of([one], [other], 0, ignored)
+        pixels_of([one], [other], 0, options["left_out"])
         for one, other in zip(inputs.predictions, inputs.references, strict=True)
     ]
     classes = np.unique(np.concatenate([np.unique(side) for row in rows for side in row]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manualloop.errors import DataError, MetricError, ModelError
 from manualloop.tasks import answers as formulae
+from manualloop.tasks.answers import answers_of
 from manualloop.types import Batch
 
 Floats = NDArray[Any]
@@ -26,9 +27,11 @@ def span_logits(outputs: Any, batch: Batch) -> list[tuple[Floats, Floats]]:
 
     Args:
         outputs: What the model returned, with ``start_logits`` and ``end_logits``.
-        batch: The batch, whose ``attention_mask`` tells the padding.
+        batch: The batch, whose ``attention_mask`` tells the padding. A row whose kept
+            ``offset_mapping`` tells of padding, too, gets a logit for each of its entries.
 
     Raises:
+        MetricError: The entries of ``offset_mapping`` cannot be put beside the tokens.
         ModelError: The model returns no such logits.
     """
     logits = []
@@ -47,7 +50,25 @@ def span_logits(outputs: Any, batch: Batch) -> list[tuple[Floats, Floats]]:
     if mask is None:
         return [(row[0], row[1]) for row in rows]
     kept = mask.bool().cpu().numpy()
-    return [(row[0, own], row[1, own]) for row, own in zip(rows, kept, strict=True)]
+    rows = np.where(kept[:, None], rows, -np.inf)  # padding takes none of the best places
+    offsets = batch.get("offset_mapping") or [None] * len(rows)
+    owned = [_own_tokens(*of_row) for of_row in zip(kept, offsets, strict=True)]
+    return [(row[0, own], row[1, own]) for row, own in zip(rows, owned, strict=True)]
+
+
+def _own_tokens(is_token: NDArray[np.bool_], offsets: Any) -> Any:
+    """Return which places of a batch belong to a row: its tokens, and the padding that it had."""
+    width, number = len(is_token), int(is_token.sum())
+    length = number if offsets is None else len(offsets)
+    if length == number or length > width:
+        return is_token
+    if length < width and not (is_token[0] or is_token[-1]):
+        raise MetricError(
+            f"A row has an offset_mapping of {length} entries and {number} tokens, and the batch "
+            "has padding on both sides of them, so nothing tells which entry belongs to which "
+            "token. Leave the padding to prepare_dataloaders: tokenize without padding=."
+        )
+    return slice(0, length) if is_token[0] or length == width else slice(width - length, width)
 
 
 class _Spans(NamedTuple):
@@ -91,18 +112,26 @@ def best_spans(
         answer has the text "" and the start -1; of a question without any span it is the only one.
 
     Raises:
-        MetricError: A column is missing, or the logits do not fit the tokens.
+        MetricError: A column is missing, the logits do not fit the tokens, or two rows have the
+            same id.
     """
     if missing := [name for name in (id, context, "offset_mapping") if name not in kept]:
         raise MetricError(
             f"The best spans need the column {missing[0]!r} of each window, and the kept ones are "
             f"{', '.join(kept) or 'none'}. Keep it: prepare_dataloaders(..., {_KEPT})."
         )
+    if any(all(o is not None and len(o) == 2 for o in own) for own in kept["offset_mapping"]):
+        raise MetricError(
+            "The offset_mapping of a window has characters for each token, also for those of the "
+            "question, which would be taken for those of the context. Let preprocess= put None for "
+            "tokens outside of the context, as manualloop.tasks.answer_windows(tokenizer) does."
+        )
     windows: dict[Any, list[int]] = {}
     for number, name in enumerate(kept[id]):
         windows.setdefault(name, []).append(number)
     found = {}
     for name, numbers in windows.items():
+        _require_one_row(name, numbers, kept[context], kept["offset_mapping"], id)
         of_question = [
             _spans_of(
                 *predictions[number], kept["offset_mapping"][number], n_best, max_answer_length
@@ -114,6 +143,26 @@ def best_spans(
     return found
 
 
+def _require_one_row(
+    name: Any, numbers: Sequence[int], contexts: Sequence[Any], offsets: Sequence[Any], id: str
+) -> None:
+    """Refuse windows of two rows under one id, whose answers would be taken for one."""
+    if len(numbers) < 2:
+        return
+    starts = [
+        next((found[0] for found in offsets[number] if found is not None and len(found) == 2), None)
+        for number in numbers
+    ]
+    if len({*starts}) == len(starts) and len({contexts[number] for number in numbers}) == 1:
+        return
+    raise MetricError(
+        f"Two rows have the {id} {name!r}, by which windows belong to questions: {len(numbers)} "
+        "windows have it, and they are not those of one context. Number the rows anew, before the "
+        f'loaders are prepared: dataset.map(lambda row, number: {{"{id}": str(number)}}, '
+        "with_indices=True)."
+    )
+
+
 def _spans_of(
     start: Floats, end: Floats, offsets: Sequence[Any], n_best: int, max_answer_length: int
 ) -> tuple[_Spans, tuple[Any, Any]]:
@@ -123,7 +172,9 @@ def _spans_of(
             f"A window has {len(offsets)} tokens and logits for {len(start)}. Pass "
             "decode=span_logits, which leaves padding out."
         )
-    nothing = next(place for place, found in enumerate(offsets) if found is not None and not found)
+    # The first token, as the scripts of transformers have it, where no other is marked.
+    marked = (place for place, found in enumerate(offsets) if found is not None and not found)
+    nothing = next(marked, int(np.isfinite(start).argmax()))
     is_inside = np.array([found is not None and len(found) == 2 for found in offsets])
     firsts = np.argsort(start)[-1 : -n_best - 1 : -1]
     lasts = np.argsort(end)[-1 : -n_best - 1 : -1]
@@ -214,7 +265,19 @@ def squad(
         DataError: The dataset lacks a column, two rows have the same id, or rows have no answer and
             there is no ``null_threshold``.
     """
+    if hasattr(dataset, "with_format"):
+        if not hasattr(dataset, "__len__"):
+            raise DataError(
+                "squad() needs all right answers at once, and the dataset is a stream. Read it: "
+                "squad(datasets.Dataset.from_list(list(dataset)))."
+            )
+        dataset = dataset.with_format(None)
     names = getattr(dataset, "column_names", None) or list(dataset)
+    if isinstance(names, Mapping):
+        raise DataError(
+            f"squad() needs one split, and got {', '.join(names)}. Pass the one that the loader "
+            f'was made of: squad(dataset["{next(iter(names))}"]).'
+        )
     if missing := [name for name in (id, answers) if name not in names]:
         raise DataError(
             f"squad() needs the column {missing[0]!r}, and the dataset has {', '.join(names)}. "
@@ -226,7 +289,14 @@ def squad(
             f'Number them anew: dataset.map(lambda row, number: {{"{id}": str(number)}}, '
             "with_indices=True), before the loaders are prepared too."
         )
-    is_empty = [not cell or not len(cell["text"]) for cell in dataset[answers]]
+    is_empty = []
+    for row, cell in enumerate(dataset[answers]):
+        if (found := answers_of(cell)) is None:
+            raise DataError(
+                f"Row {row} of the dataset has {answers}={cell!r:.120}. Answers are {{'text': "
+                "[...], 'answer_start': [...]}. Make them so with dataset.map."
+            )
+        is_empty.append(not found[0])
     if null_threshold is None and any(is_empty):
         raise DataError(
             f"Row {is_empty.index(True)} of the dataset has no right answer, as have "
@@ -275,7 +345,8 @@ class Squad:
             id=self.id,
             context=self.context,
         )
-        right = dict(zip(self.dataset[self.id], self.dataset[self.answers], strict=True))
+        cells = map(answers_of, self.dataset[self.answers])
+        right = dict(zip(self.dataset[self.id], cells, strict=True))
         if others := [name for name in found if name not in right]:
             raise MetricError(
                 f"The loader has the question {others[0]!r}, which the dataset of squad() lacks. "
@@ -287,5 +358,8 @@ class Squad:
                 f"such as {left[0]!r}. Pass the split that the loader was made of."
             )
         answered = [{"id": name, "prediction_text": found[name][0]["text"]} for name in right]
-        wanted = [{"id": name, "answers": cell or {"text": []}} for name, cell in right.items()]
+        wanted = [
+            {"id": name, "answers": {"text": found[0] if found else []}}
+            for name, found in right.items()
+        ]
         return "squad" if self.null_threshold is None else "squad_v2", answered, wanted

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from manualloop.errors import MetricError
+from manualloop.tasks.numbers import whole_number
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -83,6 +84,36 @@ def squad_v2(
     for key, values in raw.items():
         scores[f"best_{key}"], scores[f"best_{key}_thresh"] = _best_threshold(values, questions)
     return {key: float(value) for key, value in scores.items()}
+
+
+def answers_of(cell: Any) -> tuple[list[str], list[int | None]] | None:
+    """Return the texts of the answers of a row, and where they start; None if it holds none.
+
+    Args:
+        cell: None or empty for no answer; ``{"text": [...], "answer_start": [...]}``; the same
+            with one of each; or a list of such dicts.
+
+    >>> answers_of({"text": ["b"], "answer_start": [2]}), answers_of([{"text": "b"}])
+    ((['b'], [2]), (['b'], [None]))
+    """
+    if cell is None:
+        return [], []
+    if isinstance(cell, list | tuple) and all(isinstance(one, Mapping) for one in cell):
+        cell = {name: [one.get(name) for one in cell] for name in ("text", "answer_start")}
+    if not isinstance(cell, Mapping) or "text" not in cell:
+        return None
+    texts, starts = cell["text"], cell.get("answer_start")
+    texts = [texts] if isinstance(texts, str) else _listed(texts)
+    starts = [None] * len(texts) if starts is None else _listed(starts)
+    numbers = [None if start is None else whole_number(start) for start in starts]
+    if len(numbers) != len(texts) or not all(isinstance(text, str) for text in texts):
+        return None
+    return texts, numbers
+
+
+def _listed(value: Any) -> list[Any]:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [*value] if isinstance(value, list | tuple) else [value]
 
 
 class _Question(NamedTuple):

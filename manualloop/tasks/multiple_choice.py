@@ -12,7 +12,9 @@ from torch import nn
 
 from manualloop.errors import DataError
 from manualloop.tasks.made import Made, Place, Rows, place_in_batch, share_of_all
-from manualloop.tasks.texts import are_cut, limit_of
+from manualloop.tasks.numbers import whole_number
+from manualloop.tasks.task import IGNORE_INDEX
+from manualloop.tasks.texts import are_cut, limit_of, require_columns
 
 Texts: TypeAlias = "str | Sequence[str] | Callable[[Mapping[str, Any]], str | Sequence[str]]"
 """A column of texts or of lists of them, columns of one text for each choice, or a function."""
@@ -72,6 +74,12 @@ class FlattenChoices:
     label: str | Callable[[Mapping[str, Any]], int]
     max_length: int | None
     cut_call: ClassVar[str] = "flatten_choices(tokenizer, ..., max_length={room})"
+    of_task: ClassVar[str] = "multiple_choice"  # which the rows alone do not tell
+
+    @property
+    def label_column(self) -> str | None:
+        """The column that labels are made of; None: a function makes them."""
+        return self.label if isinstance(self.label, str) else None
 
     def __call__(self, rows: Rows) -> dict[str, list[Any]]:
         """Return tokens and labels."""
@@ -145,13 +153,13 @@ def _pairs_of(
 def _texts_of(row: Mapping[str, Any], texts: Texts) -> Any:
     if callable(texts):
         return texts(row)
-    if isinstance(texts, str):
-        return row[texts]
-    return [row[name] for name in texts]
+    names = (texts,) if isinstance(texts, str) else tuple(texts)
+    require_columns(row, names, "flatten_choices(tokenizer, first=, second=)")
+    return row[texts] if isinstance(texts, str) else [row[name] for name in texts]
 
 
 def _label_of(row: Mapping[str, Any], label: Any, num_choices: int, where: str) -> int | None:
-    """Return the label of a row; None and negative numbers stand for none.
+    """Return the label of a row; None and negative numbers without -100 stand for none.
 
     Raises:
         DataError: It is no number of a choice.
@@ -159,8 +167,9 @@ def _label_of(row: Mapping[str, Any], label: Any, num_choices: int, where: str) 
     found = label(row) if callable(label) else row[label]
     if found is None:
         return None
-    if isinstance(found, int | np.integer) and found < num_choices:
-        return int(found)
+    choice = whole_number(found)
+    if choice is not None and choice < num_choices:
+        return choice if choice >= 0 or choice == IGNORE_INDEX else None
     name = "the label" if callable(label) else f"{label}="
     raise DataError(
         f"{where.capitalize()} has {name}{found!r} and {num_choices} choices, which are "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,14 @@ from manualloop.errors import ConfigError, DataError, ModelError
 from manualloop.models import config_of, forward_columns, model_name, unwrap_model
 from manualloop.notices import say
 from manualloop.strategy.accelerated import mean_over_processes
+from manualloop.tasks.annotations import (
+    NOTHING,
+    Objects,
+    columns_of,
+    read_corners,
+    read_objects,
+)
+from manualloop.tasks.numbers import whole_number
 from manualloop.tasks.pixels import (
     SIZE,
     Augment,
@@ -138,7 +145,7 @@ class Boxes:
         call = 'boxes(column="...", objects="...")'
         image = opened(cell_of(row, self.column, call), self.num_channels)
         is_labelled = row.get(self.objects) is not None
-        found = self._found(row[self.objects]) if is_labelled else _NOTHING
+        found = self._found(row[self.objects]) if is_labelled else NOTHING
         if self.augment is not None:
             image, found = self._augmented(image, found, generator)
         size = size_of(image)
@@ -160,7 +167,7 @@ class Boxes:
         if "pixel_mask" in made or not getattr(self.processor, "do_pad", False):
             return sides_of_frame(made, size)
         # Slow processors of transformers 4 pad and return no mask: a box around all tells the rest.
-        whole = _Objects(
+        whole = Objects(
             np.array([[0.0, 0.0, size[1], size[0]]]),
             np.zeros(1, np.int64),
             np.array([float(size[0] * size[1])]),
@@ -170,45 +177,30 @@ class Boxes:
         width, height = boxes[0, 2:].tolist()
         return size[0] / height, size[1] / width
 
-    def _found(self, objects: Any) -> _Objects:
+    def corners_of(self, objects: Any) -> NDArray[np.float64]:
+        """Return left, top, width and height of the boxes of an image, float64 ``(boxes, 4)``.
+
+        Raises:
+            DataError: They are something else, or missing.
+        """
+        columns = columns_of(objects, self.objects, self.box, self.label)
+        return read_corners(columns[self.box], self.objects, self.box)
+
+    def _found(self, objects: Any) -> Objects:
         """Return the boxes of an image.
 
         Raises:
             DataError: A part of them is missing, or a class is none of the model's.
         """
-        columns = objects
-        if not isinstance(objects, Mapping):
-            listed = list(objects)
-            names = listed[0] if listed else (self.box, self.label)
-            columns = {name: [one[name] for one in listed] for name in names}
-        if missing := [name for name in (self.box, self.label) if name not in columns]:
+        columns = columns_of(objects, self.objects, self.box, self.label)
+        corners = read_corners(columns[self.box], self.objects, self.box)
+        if columns[self.label] is None:
             raise DataError(
-                f"{self.objects!r} has no {missing[0]!r}, only {', '.join(columns)}. Name boxes "
-                'and classes: boxes(processor, box="bbox", label="category").'
+                f"An image has {self.label}=None in {self.objects!r}. Give each box a class, with "
+                "dataset.map; an image without boxes has an empty list."
             )
-        corners = np.asarray(columns[self.box], np.float64).reshape(-1, 4)
         classes = [self._number(one) for one in columns[self.label]]
-        areas = columns.get("area")
-        crowds = columns.get("iscrowd")
-        found = _Objects(
-            corners,
-            np.asarray(classes, np.int64),
-            corners[:, 2] * corners[:, 3] if areas is None else np.asarray(areas, np.float64),
-            np.zeros(len(corners), np.int64) if crowds is None else np.asarray(crowds, np.int64),
-        )
-        if not len(found.corners) == len(found.classes) == len(found.areas) == len(found.crowds):
-            raise DataError(
-                f"An image has {len(found.corners)} boxes and {len(found.classes)} classes, "
-                f"{len(found.areas)} areas and {len(found.crowds)} marks of crowds. Give each box "
-                "one of each."
-            )
-        if not np.isfinite(corners).all() or (corners[:, 2:] < 0).any():
-            raise DataError(
-                f"An image has the boxes {corners.tolist()!r:.200}, of which one is not finite or "
-                "has a negative size. A box is left, top, width and height: make it so with "
-                "dataset.map."
-            )
-        return found
+        return read_objects(corners, classes, columns.get("area"), columns.get("iscrowd"))
 
     def _number(self, category: Any) -> int:
         """Return the number of a class in the model."""
@@ -220,7 +212,12 @@ class Boxes:
                     "them: from_pretrained(name, id2label={...}, label2id={...})."
                 )
             return self.names.index(category)
-        number = int(category)
+        number = whole_number(category)
+        if number is None:
+            raise DataError(
+                f"The class {category!r} of a box is no whole number. Number the classes from 0, "
+                "with dataset.map."
+            )
         if self.numbers is not None and 0 <= number < len(self.numbers):
             number = self.numbers[number]
         if number < 0 or (self.num_labels is not None and number >= self.num_labels):
@@ -233,8 +230,8 @@ class Boxes:
         return number
 
     def _augmented(
-        self, image: Any, found: _Objects, generator: torch.Generator
-    ) -> tuple[Any, _Objects]:
+        self, image: Any, found: Objects, generator: torch.Generator
+    ) -> tuple[Any, Objects]:
         """Return an image and its boxes as the user's function changes them."""
         assert self.augment is not None
         pair = augmented(self.augment, generator, image, found.corners.copy())
@@ -264,68 +261,6 @@ def _tell_padding(processor: Any, model: nn.Module) -> None:
             f"{model_name(model)} sees some of the padding: what it finds depends on the batch. "
             'For exactness give all one size: processor.pad_size = {"height": ..., "width": ...}.'
         )
-
-
-@dataclass(frozen=True)
-class _Objects:
-    """The boxes of an image.
-
-    Attributes:
-        corners: Left, top, width and height, float64 ``(boxes, 4)``.
-        classes: Class numbers, int64 ``(boxes,)``.
-        areas: Areas in pixels, float64 ``(boxes,)``.
-        crowds: 1 for areas of many objects, int64 ``(boxes,)``.
-    """
-
-    corners: NDArray[np.float64]
-    classes: NDArray[np.int64]
-    areas: NDArray[np.float64]
-    crowds: NDArray[np.int64]
-
-    def as_coco(self, image_id: Any) -> dict[str, Any]:
-        """Return what processors of transformers read."""
-        listed = zip(
-            *(part.tolist() for part in (self.corners, self.classes, self.areas, self.crowds)),
-            strict=True,
-        )
-        return {
-            "image_id": int(image_id) if isinstance(image_id, Integral) else 0,
-            "annotations": [
-                {"bbox": corner, "category_id": number, "area": area, "iscrowd": crowd}
-                for corner, number, area, crowd in listed
-            ],
-        }
-
-    def as_reference(self) -> dict[str, Any]:
-        """Return what ``"map"`` scores by: corners in pixels."""
-        ends = self.corners[:, :2] + self.corners[:, 2:]
-        return {
-            "boxes": np.concatenate([self.corners[:, :2], ends], 1).tolist(),
-            "labels": self.classes.tolist(),
-            "area": self.areas.tolist(),
-            "iscrowd": self.crowds.tolist(),
-        }
-
-    def moved(self, corners: NDArray[np.float64], size: tuple[int, int]) -> _Objects:
-        """Return the same objects with other boxes, as far as they are in the image."""
-        limits = size[::-1]
-        starts = corners[:, :2].clip(0, limits)
-        ends = (corners[:, :2] + corners[:, 2:]).clip(0, limits)
-        is_cut = (starts != corners[:, :2]) | (ends != corners[:, :2] + corners[:, 2:])
-        sides = np.where(is_cut, ends - starts, corners[:, 2:])
-        before = self.corners[:, 2] * self.corners[:, 3]
-        after = sides[:, 0] * sides[:, 1]
-        scale = np.divide(after, before, out=np.ones_like(after), where=before > 0)
-        is_inside = after > 0
-        return _Objects(
-            np.concatenate([starts, sides], 1)[is_inside],
-            self.classes[is_inside],
-            (self.areas * scale)[is_inside],
-            self.crowds[is_inside],
-        )
-
-
-_NOTHING = _Objects(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64))
 
 
 def detected(processor: Any, *, threshold: float = 0.0) -> Detected:

@@ -222,6 +222,8 @@ def _readable(image: Any) -> tuple[Any, dict[str, Any]]:
             "tensor."
         )
     image = image[None] if image.ndim == 2 else image
+    if str(image.dtype).endswith("bool"):  # black and white
+        image = image * np.uint8(255) if isinstance(image, np.ndarray) else image.byte() * 255
     layout = {"input_data_format": "channels_first" if _is_first(image) else "channels_last"}
     array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
     least, most = (array.min(), array.max()) if array.size else (0, 0)

@@ -13,9 +13,11 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
+from manualloop.arguments import is_count
 from manualloop.errors import ConfigError, DataError
+from manualloop.tasks.answers import answers_of
 from manualloop.tasks.made import Made, Place, Rows, counted, place_in_batch, share_of_all
-from manualloop.tasks.texts import limit_of
+from manualloop.tasks.texts import limit_of, texts_of
 
 
 def answer_windows(
@@ -70,6 +72,12 @@ def answer_windows(
             "does not tell. Load a fast tokenizer: AutoTokenizer.from_pretrained(name, "
             "use_fast=True)."
         )
+    if not (is_count(max_length) and isinstance(stride, int) and 0 <= stride < max_length):
+        raise ConfigError(
+            f"answer_windows got max_length={max_length!r} and stride={stride!r}. They are numbers "
+            "of tokens, and windows share fewer than they have: answer_windows(tokenizer, "
+            "max_length=384, stride=128)."
+        )
     return AnswerWindows(tokenizer, max_length, stride, pad, question, context, answers)
 
 
@@ -86,6 +94,11 @@ class AnswerWindows:
     answers: str
     cut_call: ClassVar[str] = "answer_windows(tokenizer, max_length={room})"
 
+    @property
+    def label_column(self) -> str:
+        """The column that positions are made of."""
+        return self.answers
+
     def __call__(self, rows: Rows) -> dict[str, list[Any]]:
         """Return windows and positions, and the row of each window."""
         made = self.make(rows, place_in_batch)
@@ -95,9 +108,10 @@ class AnswerWindows:
         """Return windows and positions, and how many answers are lost.
 
         Raises:
-            DataError: A question leaves no room for the context.
+            DataError: A row has no texts or no answers, or a question leaves no room for the
+                context.
         """
-        encoded = self._tokenize(rows)
+        encoded = self._tokenize(rows, place)
         made = {name: list(column) for name, column in encoded.items()}
         origin = made.pop("overflow_to_sample_mapping")
         counts = Counter(windows=len(origin))
@@ -109,8 +123,7 @@ class AnswerWindows:
         if self.answers not in rows:
             return Made(made, origin, counts)
         spans = [
-            _span_of(cell, self.answers, place(number))
-            for number, cell in enumerate(rows[self.answers])
+            self._span_of(cell, place(number)) for number, cell in enumerate(rows[self.answers])
         ]
         positions = [window.find(spans[row]) for window, row in zip(windows, origin, strict=True)]
         made["start_positions"] = [start for start, _ in positions]
@@ -153,10 +166,10 @@ class AnswerWindows:
     def _is_question_first(self) -> bool:
         return bool(self.tokenizer.padding_side == "right")
 
-    def _tokenize(self, rows: Rows) -> Any:
+    def _tokenize(self, rows: Rows, place: Place) -> Any:
         # Spaces before a question would count as its tokens and leave less room.
-        questions = [text.lstrip() for text in rows[self.question]]
-        sides = questions, list(rows[self.context])
+        questions = [text.lstrip() for text in texts_of(rows, self.question, place)]
+        sides = questions, texts_of(rows, self.context, place)
         try:
             return self.tokenizer(
                 *(sides if self._is_question_first else sides[::-1]),
@@ -174,6 +187,25 @@ class AnswerWindows:
             if reason is None:
                 raise
             raise DataError(reason) from error
+
+    def _span_of(self, cell: Any, where: str) -> _Span | None:
+        """Return the first answer of a row; None if there is none.
+
+        Raises:
+            DataError: It is something else.
+        """
+        found = answers_of(cell)
+        if found is not None and not (found[0] and found[0][0]):
+            return None
+        if found is not None and (start := found[1][0]) is not None:
+            text = found[0][0]
+            return _Span(start, start + len(text), text)
+        raise DataError(
+            f"Answers are {{'text': [...], 'answer_start': [...]}} with as many whole numbers as "
+            f"texts, and {self.answers!r} in {where} is {cell!r:.120}. Make them so; of a column "
+            f'of texts: dataset.map(lambda row: {{"{self.answers}": {{"text": [row["answer"]], '
+            f'"answer_start": [row["{self.context}"].index(row["answer"])]}}}}).'
+        )
 
     def _explain(self, questions: Sequence[str]) -> str | None:
         """Return the reason why there is no window; None if it is another one."""
@@ -231,26 +263,6 @@ class _Span(NamedTuple):
     start: int
     end: int
     text: str
-
-
-def _span_of(cell: Any, column: str, where: str) -> _Span | None:
-    """Return the first answer of a row; None if there is none.
-
-    Raises:
-        DataError: It is something else.
-    """
-    if cell is None:
-        return None
-    if isinstance(cell, Mapping) and {"text", "answer_start"} <= cell.keys():
-        starts, texts = cell["answer_start"], cell["text"]
-        if len(starts) == len(texts):
-            has_text = len(texts) > 0 and len(texts[0]) > 0
-            return _Span(starts[0], starts[0] + len(texts[0]), texts[0]) if has_text else None
-    raise DataError(
-        f"Answers are {{'text': [...], 'answer_start': [...]}} with as many entries in both, and "
-        f"{column!r} in {where} is {cell!r:.120}. Make them so with dataset.map, such as "
-        f'{{"{column}": {{"text": [text], "answer_start": [row["context"].index(text)]}}}}.'
-    )
 
 
 class _Window(NamedTuple):

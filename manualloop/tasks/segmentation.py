@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from manualloop.errors import DataError
 from manualloop.models import config_of
+from manualloop.notices import say
+from manualloop.tasks.maps import View, keeps_whole, map_options, view_of, with_map
 from manualloop.tasks.pixels import (
     SIZE,
     Augment,
@@ -27,10 +28,14 @@ from manualloop.tasks.pixels import (
     processor_among,
     size_of,
 )
+from manualloop.tasks.task import ignored_pixel
 from manualloop.types import Batch
 
 MASK = "mask"
 """Column with each mask at its own size, by which an evaluation scores."""
+
+VIEW = "image_view"
+"""Column of where each image is in what the model sees: a ``View``."""
 
 _MASKS = ("mask", "annotation", "label", "labels", "segmentation_mask", "semantic_mask")
 
@@ -88,6 +93,7 @@ class ImagesAndMasks:
         num_labels: Number of classes of the model; None if it is unknown.
         ignored: Number of the pixels that do not count.
         made: Columns that skip the model.
+        options: What ``map_options`` returns for the processor; None: nobody has asked it.
     """
 
     augment: Augment | None
@@ -98,6 +104,7 @@ class ImagesAndMasks:
     num_labels: int | None = None
     ignored: int = 255
     made: tuple[str, ...] = ()
+    options: Mapping[str, Any] | None = field(default=None, compare=False)
 
     def mask_among(self, columns: Mapping[str, Any]) -> str | None:
         """Return the column of the masks; None if there is none."""
@@ -109,15 +116,26 @@ class ImagesAndMasks:
         """Return the same transform with what ``prepare_dataloaders`` knows."""
         config = config_of(given.model) if given.model is not None else None
         has_masks = self.mask_among(given.columns) is not None
+        processor = image_processor(given.processor) if self.processor is None else self.processor
+        is_whole, options = not processor or keeps_whole(processor), None
+        if processor and (has_masks or not is_whole):
+            options = map_options(processor)
+        if not is_whole and not given.is_train and getattr(processor, "do_center_crop", False):
+            say(
+                f"the {type(processor).__name__} crops images to their centre: class maps, and the "
+                "masks that they are scored by, are those of the part that the model sees. For "
+                "whole images: processor.do_center_crop = False; processor.size = "
+                '{"height": 512, "width": 512}'
+            )
+        made = (SIZE, MASK) if has_masks and not given.is_train else (SIZE,)
         return replace(
             self,
-            processor=image_processor(given.processor)
-            if self.processor is None
-            else self.processor,
+            processor=processor,
             num_channels=given.num_channels,
             num_labels=getattr(config, "num_labels", None),
-            ignored=getattr(config, "semantic_loss_ignore_index", 255),
-            made=(SIZE,) if given.is_train or not has_masks else (SIZE, MASK),
+            ignored=255 if given.model is None else ignored_pixel(given.model),
+            made=made if is_whole else (*made, VIEW),
+            options=options,
         )
 
     def __call__(self, row: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
@@ -137,29 +155,23 @@ class ImagesAndMasks:
             image, cell = pair[0], None if cell is None else pair[1]
         size = size_of(image)
         if cell is None:
-            return {**processed(self.processor or None, image), **self._kept(size, None)}
+            return {**processed(self.processor or None, image), **self._kept(image, None)}
         mask = as_map(cell)
         if mask.shape != size:
             raise DataError(
                 f"An image is {size[0]} x {size[1]} pixels, and its mask {mask.shape[0]} x "
                 f"{mask.shape[1]}. Give both one size, with dataset.map or in augment."
             )
-        return {**self._labelled(image, mask), **self._kept(size, self._reduced(mask))}
+        numbers = self._reduced(mask)
+        return {**self._labelled(image, numbers), **self._kept(image, numbers)}
 
-    def _labelled(self, image: Any, mask: NDArray[Any]) -> dict[str, Any]:
-        """Return what the model gets of an image and its mask."""
-        self._check(self._reduced(mask))
+    def _labelled(self, image: Any, numbers: NDArray[np.int32]) -> dict[str, Any]:
+        """Return what the model gets of an image and the classes of its pixels."""
+        self._check(numbers)
         if not self.processor:
-            return {**processed(None, image), "labels": torch.from_numpy(mask.astype(np.int64))}
-        if "segmentation_maps" not in inspect.signature(self.processor.preprocess).parameters:
-            name = type(self.processor).__name__
-            raise DataError(
-                f"The {name} takes no masks. Use one for segmentation, such as "
-                "SegformerImageProcessor; or let augment return what the model gets, with "
-                "images_and_masks(augment, processor=False)."
-            )
-        # A copy, because processors that reduce labels write into the mask.
-        return processed(self.processor, image, segmentation_maps=mask.copy())
+            return {**processed(None, image), "labels": torch.from_numpy(numbers.astype(np.int64))}
+        options = map_options(self.processor) if self.options is None else self.options
+        return with_map(self.processor, image, numbers, self.ignored, options)
 
     def _reduced(self, mask: NDArray[Any]) -> NDArray[np.int32]:
         """Return the classes of a mask as the processor numbers them: some leave out the first."""
@@ -194,8 +206,15 @@ class ImagesAndMasks:
             f"{self.ignored} of it."
         )
 
-    def _kept(self, size: tuple[int, int], mask: NDArray[np.int32] | None) -> dict[str, Any]:
-        kept = {SIZE: size, MASK: mask}
+    def _kept(self, image: Any, numbers: NDArray[np.int32] | None) -> dict[str, Any]:
+        """Return the columns that skip the model."""
+        size = size_of(image)
+        kept: dict[str, Any] = {SIZE: size, MASK: numbers}
+        if VIEW in self.made:
+            view = view_of(self.processor, size, self.options or {})
+            top, bottom, left, right = view.part
+            part = None if numbers is None else numbers[top:bottom, left:right]
+            kept = {SIZE: (bottom - top, right - left), MASK: part, VIEW: view}
         return {name: kept[name] for name in self.made}
 
 
@@ -203,7 +222,9 @@ def upsampled(outputs: Any, batch: Batch) -> list[Any] | tuple[list[Any], list[A
     """Return a class map for each image, at the size of its mask, for ``decode=``.
 
     The logits are enlarged by bilinear interpolation, as ``post_process_semantic_segmentation`` of
-    transformers does it. Rows without a mask get a map of the size of their image.
+    transformers does it. Rows without a mask get a map of the size of their image. Of images that
+    the processor crops, maps are those of the part that the model sees; what it puts around images
+    is left out.
 
     Args:
         outputs: What the model returned: ``logits`` ``(rows, classes, height, width)``.
@@ -221,19 +242,27 @@ def upsampled(outputs: Any, batch: Batch) -> list[Any] | tuple[list[Any], list[A
     logits: Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
     masks, labels = batch.get(MASK) or [], batch.get("labels")
     has_masks = len(masks) > 0 and all(mask is not None for mask in masks)
+    views = batch.get(VIEW) or [None] * len(logits)
     if has_masks:
         sizes = [mask.shape for mask in masks]
     elif labels is not None:
-        sizes = [label.shape[-2:] for label in labels]
+        sizes, views = [label.shape[-2:] for label in labels], [None] * len(logits)
     else:
         sizes = batch.get(SIZE) or [batch["pixel_values"].shape[-2:]] * len(logits)
-    maps = [_class_map(row, size) for row, size in zip(logits, sizes, strict=True)]
+    maps = [_class_map(*of_row) for of_row in zip(logits, sizes, views, strict=True)]
     return (maps, list(masks)) if has_masks else maps
 
 
-def _class_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the class of each pixel of one image."""
-    scaled = torch.nn.functional.interpolate(
+def _class_map(logits: Tensor, size: Sequence[int], view: View | None) -> Tensor:
+    """Return the class of each pixel of one image; of the part that the model sees."""
+    if view is not None and view.frame != (0, view.seen[0], 0, view.seen[1]):
+        top, bottom, left, right = view.frame
+        logits = _scaled(logits, view.seen)[:, top:bottom, left:right]
+    scaled = _scaled(logits, size)
+    return (scaled[0] > 0).long() if len(scaled) == 1 else scaled.argmax(0)
+
+
+def _scaled(logits: Tensor, size: Sequence[int]) -> Tensor:
+    return torch.nn.functional.interpolate(
         logits[None], size=tuple(size), mode="bilinear", align_corners=False
     )[0]
-    return (scaled[0] > 0).long() if len(scaled) == 1 else scaled.argmax(0)

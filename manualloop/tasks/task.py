@@ -115,6 +115,18 @@ def count_positions(batch: Batch) -> Counts:
     return start, end
 
 
+def in_batch(positions: Tensor, lengths: Tensor, width: int, *, pads_left: bool) -> Tensor:
+    """Return positions among the tokens of rows as those among the tokens of a padded batch.
+
+    A position beyond the tokens of its row is out of the loss, and is so beside padding, too.
+
+    >>> in_batch(torch.tensor([1, 3]), torch.tensor([4, 3]), 5, pads_left=True)
+    tensor([2, 5])
+    """
+    moved = positions + (width - lengths) if pads_left else positions
+    return torch.where(positions < lengths, moved, positions.clamp(min=width))
+
+
 def count_texts(batch: Batch) -> Counts:
     """Count the rows: torch's CTC divides each by the length of its text before it averages."""
     return (int(batch["labels"].shape[0]),)
@@ -275,7 +287,7 @@ def resolve_task(model: nn.Module, batch: Any, known: Task | None = None) -> Tas
         count = count_targets
     settings = getattr(config_of(model), "__dict__", {})
     chosen, objection = settings.get("problem_type"), objection_to(model, batch)
-    ignored = _ignored_pixel(model) if name == "semantic_segmentation" else IGNORE_INDEX
+    ignored = ignored_pixel(model) if name == "semantic_segmentation" else IGNORE_INDEX
     by_values = name == "multi_label_classification" and not _names_its_task(model)
     return Task(
         name, TASKS[name], count, model, kind, settings, chosen, objection, ignored, by_values
@@ -288,11 +300,12 @@ def _special_count(model: nn.Module, name: str) -> Callable[[Batch], Counts] | N
         config = config_of(model)
         if getattr(config, "num_labels", None) == 1:
             return count_elements  # ignored pixels add 0 to the sum, and are counted
-        return partial(_count_pixels, ignored=_ignored_pixel(model))
+        return partial(_count_pixels, ignored=ignored_pixel(model))
     return count_attended if type(unwrap_model(model)).__name__ in ATTENDED else None
 
 
-def _ignored_pixel(model: nn.Module) -> int:
+def ignored_pixel(model: nn.Module) -> int:
+    """Return the label of pixels that count neither in the loss nor in a metric."""
     config: Any = config_of(model)
     ignored = getattr(config, "loss_ignore_index", 255)  # UperNet
     return int(getattr(config, "semantic_loss_ignore_index", ignored))

@@ -7,16 +7,19 @@ neither the loss nor a metric counts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, ClassVar
 
 from torch import nn
 
 from manualloop.errors import DataError
 from manualloop.tasks.made import Made, Place, Rows, place_in_batch, share_of_all
+from manualloop.tasks.numbers import whole_number
 from manualloop.tasks.task import IGNORE_INDEX
 from manualloop.tasks.texts import limit_of, require_columns
+from manualloop.tasks.words import require_spaces
 
 _PROBE = -1  # no token has this number
 
@@ -50,7 +53,8 @@ def tag_words(
         tags: Column of lists of tags, one for each word: numbers or strings. Rows of a split
             without it get no labels.
         label_all: Whether every token of a word has its label. A tag B-PER continues as I-PER
-            where there is such a tag.
+            where there is such a tag; the tags of other schemes, such as S-PER and E-PER, become
+            those of a span of as many tokens.
         max_length: Number of tokens at which rows are cut off; None uses the tokenizer's limit.
         names: Names of the tags by number. ``prepare_dataloaders`` finds those of the data and the
             model; they are needed for strings in a stream, and for calls of your own.
@@ -79,6 +83,11 @@ class TagWords:
     names: tuple[str, ...] | None
     cut_call: ClassVar[str] = "tag_words(tokenizer, max_length={room})"
 
+    @property
+    def label_column(self) -> str:
+        """The column that labels are made of."""
+        return self.labels_of
+
     def named(self, names: Sequence[str]) -> TagWords:
         """Return the same function with other names of the tags."""
         return replace(self, names=tuple(names))
@@ -95,12 +104,16 @@ class TagWords:
         """
         require_columns(rows, (self.words,), "tag_words(tokenizer, words=)")
         words = [_words_of(row, self.words, place(n)) for n, row in enumerate(rows[self.words])]
+        require_spaces(self.tokenizer, words, self.words)
         tokenized, places, cut = self._tokenize(words)
         made = {name: list(column) for name, column in tokenized.items()}
         if self.labels_of in rows:
             pairs = enumerate(zip(rows[self.labels_of], words, strict=True))
             tags = [_tags_of(*pair, self, place(number)) for number, pair in pairs]
-            numbered = [None if row is None else [*map(self._number, row)] for row in tags]
+            numbered = [
+                None if row is None else [self._number(tag, place(number)) for tag in row]
+                for number, row in enumerate(tags)
+            ]
             made["labels"] = [*map(self._labels, numbered, places)]
         num_words, num_left = sum(map(len, words)), sum(len({*row} - {None}) for row in places)
         counts = Counter(words=num_words, cut=sum(cut), dropped=num_words - num_left - sum(cut))
@@ -146,40 +159,51 @@ class TagWords:
                 made.setdefault(name, []).append(column)
         return made, [of_row for _, of_row, _ in found], [number for _, _, number in found]
 
-    def _number(self, tag: Any) -> int | None:
+    def _number(self, tag: Any, where: str) -> int | None:
+        """Return the number of a tag; None for None and an empty string, which stand for no tag."""
+        if tag is None or tag == "":
+            return None
         if not isinstance(tag, str):
-            return None if tag is None else int(tag)
+            if (number := whole_number(tag)) is None:
+                raise DataError(
+                    f"The tag {tag!r} in {self.labels_of!r} of {where} is no whole number. Correct "
+                    "it, or make strings of the tags."
+                )
+            return number
         if self.names is None or tag not in self.names:
             known = "none are known" if self.names is None else f"they are {', '.join(self.names)}"
             raise DataError(
-                f"The tag {tag!r} in {self.labels_of!r} has no number: names give tags their "
-                f"numbers, and {known}. Name all of them in this order: "
+                f"The tag {tag!r} in {self.labels_of!r} of {where} has no number: names give tags "
+                f"their numbers, and {known}. Name all of them in this order: "
                 f"tag_words(tokenizer, names={[*(self.names or ()), tag]})."
             )
         return self.names.index(tag)
 
     def _labels(
-        self, tags: Sequence[int | None] | None, places: Iterable[int | None]
+        self, tags: Sequence[int | None] | None, places: Sequence[int | None]
     ) -> list[int | None] | None:
         """Return the label of each token of a row."""
         if tags is None:
             return None
         labels: list[int | None] = []
-        before: int | None = None
-        for place in places:
+        for place, group in groupby(places):
+            number = len([*group])
             if place is None:
-                labels.append(IGNORE_INDEX)
-            elif place != before:
-                labels.append(tags[place])
+                labels += [IGNORE_INDEX] * number
+            elif self.label_all:
+                labels += self._all(tags[place], number)
             else:
-                labels.append(self._inside(tags[place]) if self.label_all else IGNORE_INDEX)
-            before = place
+                labels += [tags[place], *[IGNORE_INDEX] * (number - 1)]
         return labels
 
-    def _inside(self, tag: int | None) -> int | None:
-        """Return the label of further tokens of a word."""
-        if tag is None or tag < 0:
-            return tag
+    def _all(self, tag: int | None, number: int) -> list[int | None]:
+        """Return the labels of all tokens of a word.
+
+        Raises:
+            DataError: The tags have no names, or one of a span of several tokens is not among them.
+        """
+        if tag is None or tag < 0 or number == 1:
+            return [tag] * number
         if self.names is None:
             raise DataError(
                 f"label_all=True needs the names of the tags in {self.labels_of!r}, because B-PER "
@@ -187,9 +211,49 @@ class TagWords:
                 'tag_words(tokenizer, label_all=True, names=["O", "B-PER", "I-PER"]).'
             )
         name = self.names[tag] if tag < len(self.names) else ""
-        inside = f"I-{name[2:]}"
-        is_begin = name.startswith("B-") and inside in self.names
-        return self.names.index(inside) if is_begin else tag
+        wanted = spread(name, number, self.names)
+        if missing := [one for one in wanted if one not in self.names and one != name]:
+            raise DataError(
+                f"With label_all=True a word of {number} tokens whose tag is {name!r} becomes "
+                f"{', '.join(wanted)}, and there is no tag {missing[0]!r} in {self.labels_of!r}. "
+                "Leave label_all out, or name it as well: tag_words(tokenizer, label_all=True, "
+                f"names={[*self.names, missing[0]]})."
+            )
+        return [tag if one == name else self.names.index(one) for one in wanted]
+
+
+def spread(tag: str, number: int, names: Sequence[str]) -> list[str]:
+    """Return the tags of the tokens of a word.
+
+    Args:
+        tag: The tag of the word.
+        number: Number of its tokens.
+        names: All tags, of which those with S, E, L and U belong to other schemes than B and I.
+
+    >>> names = ["O", "B-A", "I-A", "E-A", "S-A"]
+    >>> [spread(tag, 3, names) for tag in ("O", "B-A", "E-A", "S-A")]
+    [['O', 'O', 'O'], ['B-A', 'I-A', 'I-A'], ['I-A', 'I-A', 'E-A'], ['B-A', 'I-A', 'E-A']]
+    >>> spread("B-A", 2, ["O", "B-A"])
+    ['B-A', 'B-A']
+    """
+    letter, before, after = _parts(tag)
+    inside = f"{before}I{after}"
+    is_scheme = any(_parts(name)[0] == "B" for name in names)
+    if letter not in _ENDS or not is_scheme or (letter == "B" and inside not in names):
+        return [tag] * number
+    first, last = _ENDS[letter]
+    return [f"{before}{one}{after}" for one in (first, *"I" * (number - 2), last)]
+
+
+_ENDS = {"B": ("B", "I"), "E": ("I", "E"), "L": ("I", "L"), "S": ("B", "E"), "U": ("B", "L")}
+"""The first and the last tag of a word of several tokens, by the letter of its tag."""
+
+
+def _parts(tag: str) -> tuple[str, str, str]:
+    """Return the letter of a tag such as B-PER or PER-B, and what is before and after it."""
+    if tag[1:2] in ("-", "_"):
+        return tag[:1], "", tag[1:]
+    return (tag[-1:], tag[:-1], "") if tag[-2:-1] in ("-", "_") else ("", tag, "")
 
 
 def _words_of(row: Any, column: str, where: str) -> list[str]:

@@ -549,7 +549,7 @@ def test_a_transform_gets_the_numbers_of_the_model(keep):
     loader = prepared(splits, tiny_bert(**OWN), transform=look, keep=keep)["dev"]
     (batch,) = loader
     assert batch["labels"].tolist() == [1, 0]
-    assert batch.get("label", [1, 0]) == [1, 0]
+    assert batch.get("label", [0, 1]) == [0, 1]  # as the dataset has them
 
 
 def test_any_splits_are_read_by_name():
@@ -584,3 +584,23 @@ def any_split(draw: random.Random, names: list[str], labels: list[str]) -> Datas
     named = draw.sample([*names, "unused"], len(names) + 1)
     whole = split(named, [named.index(label) for label in [*labels, labels[0]]])
     return whole.select(range(len(labels)))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("pos", "pos "), ("Pos", "pos"), ("not spam", "not_spam"), ("1", "1.0")]
+)
+@pytest.mark.parametrize("is_list", [False, True])
+def test_one_class_in_two_writings_is_refused_with_lines_for_one_and_for_two(one, other, is_list):
+    labels = [one, "z", other, "z"]
+    ready = rows(4).remove_columns("label")
+    data = ready.add_column("label", [[name] for name in labels] if is_list else labels)
+    splits = {"train": data, "dev": data}
+    with pytest.raises(DataError, match="differ in case, spaces or form alone") as error:
+        prepared(splits)
+    numbers = []
+    for line in fixes_in(error.value):
+        made = prepared(run_fix(line, dict(splits)))["dev"]
+        numbers.append([batch["labels"].tolist() for batch in made])
+    (same,), (two,) = numbers
+    assert same[0] == same[2] != same[1]
+    assert two[0] != two[2]

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from helpers import messages, rows, tiny_bert, tiny_tokenizer
 from torch import nn
 from transformers import BatchEncoding, DataCollatorWithPadding
@@ -416,3 +416,34 @@ def test_a_collate_fn_is_looked_through():
     assert collate([{"id": 3, "x": 1}]) == {"x": 1, "id": [3]}
     assert isinstance(collate([{"id": 3}]), Mapping)
     assert collate.padded_lengths(None) is None
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("has_transform", [False, True])
+def test_kept_labels_are_those_of_the_dataset_though_others_are_trained(is_stream, has_transform):
+    def named(names, labels):
+        plain = rows(4).remove_columns("label").add_column("label", labels)
+        return plain.cast_column("label", ClassLabel(names=names))
+
+    seen = []
+
+    def transform(row, generator):
+        seen.append((row["label"], row["labels"]))
+        assert set(row) == {"sentence", "label", "labels", *INPUTS}
+        return {**{name: row[name] for name in INPUTS}, "labels": row["labels"]}
+
+    data = {"train": named(["no", "yes"], [0, 1, 0, 1]), "dev": named(["yes", "no"], [0, 1, 1, 1])}
+    if is_stream:
+        data["dev"] = data["dev"].to_iterable_dataset()
+    loader = prepare_dataloaders(
+        data, tiny_tokenizer(), model=tiny_bert(), keep="label", eval_batch_size=4,
+        transform=transform if has_transform else None,
+    )["dev"]  # fmt: skip
+    seen.clear()
+    (batch,) = loader
+    assert batch["labels"].tolist() == [1, 0, 0, 0]
+    assert list(batch["label"]) == [0, 1, 1, 1]
+    assert not has_transform or seen == [(1, 1), (0, 0), (0, 0), (0, 0)]
+
+
+INPUTS = ("input_ids", "token_type_ids", "attention_mask")

@@ -42,7 +42,7 @@ def test_labels_of_tokens_have_the_color_of_their_class():
     text = tokenizer.decode(next(iter(loader))["input_ids"][0])
     assert unmarked_text(report) == text
     classes = re.findall(r"<mark[^>]*>[^<]*</mark>", report._repr_html_().split("row 0")[0])
-    assert len(classes) == 3  # the legend
+    assert len(classes) == len(TAGS)  # the legend
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -311,6 +311,43 @@ def test_maps_of_classes_are_compared_by_a_metric_of_maps():
     assert found["mean_iou"].low > 0
 
 
+@pytest.mark.parametrize("ignored", [0, 2, 255])
+def test_labels_that_count_in_no_score_are_those_of_both_tables(ignored):
+    generator = np.random.default_rng(0)
+    maps = generator.choice([0, 1, ignored], (12, 4, 4))
+    tables = [
+        Predictions(
+            np.arange(12),
+            np.where(generator.random(maps.shape) < share, maps, 1) % 3,
+            None,
+            maps,
+            names=("a", "b", "c"),
+            ignored=ignored,
+        )
+        for share in (0.3, 0.9)
+    ]
+    counts = maps != ignored
+    for metric in ("accuracy", "mean_iou"):
+        found = compare_predictions(*tables, metric).differences
+        for table, score in zip(tables, ("a", "b"), strict=True):
+            right, predicted = maps[counts], table.predictions[counts]
+            expected = (right == predicted).mean()
+            name = {"accuracy": "accuracy", "mean_iou": "overall_accuracy"}[metric]
+            assert getattr(found[name], score) == pytest.approx(expected)
+    assert (
+        f" {'abc'[ignored] if ignored < 3 else 255} " not in repr(tables[0]).split("references")[1]
+    )
+    row = tables[0][0]
+    labels = np.array([["abc"[n] if n != ignored else None for n in line] for line in maps[0]])
+    assert np.array_equal(np.array(row["reference_label"]), labels)
+    assert None not in np.array(row["label"])
+    unknown = replace(tables[1], ignored=-100)
+    assert compare_predictions(tables[0], unknown, "mean_iou")["mean_iou"].b == found["mean_iou"].b
+    other = replace(tables[1], ignored=7)
+    with pytest.raises(DataError, match="Give both configs one semantic_loss_ignore_index"):
+        compare_predictions(tables[0], other, "mean_iou")
+
+
 def test_language_models_are_compared_on_the_next_token():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(9, (10, 6), generator=generator)

@@ -499,3 +499,14 @@ def test_what_cannot_be_fetched(
     assert caught.value.__cause__ is error
     assert str(caught.value).startswith(f"Cannot fetch metric 'wholly_unknown' ({reason}). Built")
     assert "Did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["f1", "precision", "recall", "matthews_correlation"])
+def test_several_labels_a_row_are_told_which_metrics_take_them(name):
+    rows = {"predictions": [[0, 1, 1], [1, 0, 0]], "references": [[0, 1, 0], [1, 0, 0]]}
+    with pytest.raises(MetricError, match="For several labels a row: ") as error:
+        load_metric(name).compute(**rows)
+    for other in re.findall(r'"([^"]+)"', str(error.value)):
+        load_metric(other).compute(**rows)
+    for average in ("micro", "weighted", "samples", "none"):
+        assert average in str(error.value)

@@ -13,7 +13,7 @@ from datasets import Dataset
 from helpers import piece_tokenizer, questions, rows, tagged_words, tiny_bert, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from resume_cases import Rows, StatelessStream, built
-from tiny_scenes import processor, scenes, tiny_detr
+from tiny_scenes import processor, scenes, tiny_detr, tiny_segformer
 from torch import nn
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel
@@ -34,7 +34,7 @@ from manualloop import (
 )
 from manualloop.notices import say
 from manualloop.reading.ranks import unsharded
-from manualloop.tasks import answer_windows, boxes, chat, tag_words
+from manualloop.tasks import answer_windows, boxes, chat, images_and_masks, tag_words
 from manualloop.tracking import tensorboard
 
 PAGE = Path(__file__).parents[2] / "docs/limits.md"
@@ -451,6 +451,20 @@ def damaged_newest(folder: Path) -> None:
     tracked(folder, show)
 
 
+def prepare_masks(mask: Any, own: Any) -> None:
+    data = scenes(2).select_columns(["image"]).add_column("mask", [mask] * 2)
+    transform = images_and_masks()
+    prepare_dataloaders({"dev": data}, own, model=tiny_segformer(5), transform=transform)
+
+
+def cropped_images(folder: Path) -> None:
+    prepare_masks([[0] * 16 + [1] * 16] * 32, processor("MobileViT"))
+
+
+def black_and_white(folder: Path) -> None:
+    prepare_masks([[0] * 16 + [255] * 16] * 32, processor("Segformer"))
+
+
 TOLD = {
     "a stream that draws without a state": drawing_stream,
     "a shuffle buffer": shuffle_buffer,
@@ -494,6 +508,8 @@ TOLD = {
     "metrics that are no numbers": text_metric,
     "a tracker that fails": failing_tracker,
     "records that a backend cannot take back": damaged_newest,
+    "images that a processor crops": cropped_images,
+    "masks of 0 and 255 alone": black_and_white,
 }
 
 

@@ -231,3 +231,49 @@ def test_it_can_be_sent_to_other_processes():
     function = flatten_choices(piece_tokenizer(), "sent1", ENDINGS)
     rows = swag(3)[:]
     assert pickle.loads(pickle.dumps(function))(rows) == function(rows)
+
+
+def test_choices_need_no_model_to_be_known():
+    tokenizer, data = piece_tokenizer(), swag(6, 1)
+    options = {"preprocess": flatten_choices(tokenizer, "sent1", endings), "batch_size": 3}
+    model = tiny_bert(kind=BertForMultipleChoice, vocab_size=32)
+    for stored in (data, data.to_iterable_dataset()):
+        with_model, without = (
+            list(prepare_dataloaders({"dev": stored}, tokenizer, model=one, **options)["dev"])
+            for one in (model, None)
+        )
+        for one, other in zip(with_model, without, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("label", [1.5, "1", float("nan"), 3])
+def test_labels_that_are_no_number_of_a_choice_are_refused(label):
+    rows = {"q": ["ab", "ab"], "choices": [["a", "b", "c"]] * 2, "label": [0, label]}
+    with pytest.raises(DataError, match="Row 1 of the batch has label="):
+        flatten_choices(piece_tokenizer(), "q", "choices")(rows)
+    rows["label"] = [2.0, -100]
+    made = flatten_choices(piece_tokenizer(), "q", "choices")(rows)
+    assert made["labels"] == [2, -100]
+
+
+def test_columns_that_are_not_there_are_named():
+    rows = {"q": ["ab"], "choices": [["a", "b"]]}
+    with pytest.raises(DataError, match="no column 'sent1'. The columns: q, choices"):
+        flatten_choices(piece_tokenizer(), "sent1", "choices")(rows)
+
+
+@pytest.mark.parametrize("label", [-1, -7])
+def test_negative_labels_stand_for_none(label):
+    tokenizer, data = piece_tokenizer(), swag(6, 1)
+    data = data.remove_columns("label")
+    hidden = data.add_column("label", [label] * 6)
+    some = data.add_column("label", [0, 1, label, 2, 0, 1])
+    options = {
+        "model": tiny_bert(kind=BertForMultipleChoice, vocab_size=32),
+        "preprocess": flatten_choices(tokenizer, "sent1", endings),
+    }
+    loader = prepare_dataloaders({"dev": hidden}, tokenizer, **options)["dev"]
+    assert "labels" not in next(iter(loader))
+    with pytest.raises(DataError, match="Row 2 of dev has labels=None"):
+        prepare_dataloaders({"dev": some}, tokenizer, **options)

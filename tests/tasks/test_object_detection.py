@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
-from helpers import messages
+from helpers import fixes_in, messages, run_fix
 from tiny_scenes import (
     FEATURES,
     NAMES,
@@ -477,3 +477,113 @@ def test_a_stream_has_the_classes_of_the_others():
         rows = [row for batch in loaders["test"] for row in batch["labels"]]
         found.append([row["class_labels"].tolist() for row in rows])
     assert found[0] == found[1] == found[2]
+
+
+PLAIN = Features(
+    {
+        "image": Image(),
+        "objects": {
+            "bbox": Sequence(Sequence(Value("float32"))),
+            "category": Sequence(Value("float32")),
+            "area": Sequence(Value("float32")),
+            "iscrowd": Sequence(Value("float32")),
+        },
+    }
+)
+
+
+def changed(change, num_rows=6):
+    """Rows of scenes after a change of the dicts of their boxes."""
+    rows = [dict(row) for row in objects(num_rows).select_columns(["image", "objects"])]
+    for number, row in enumerate(rows):
+        row["objects"] = change(number, dict(row["objects"]))
+    return Dataset.from_list(rows, features=PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "words"),
+    [
+        ("bbox", None, "bbox=None"),
+        ("bbox", [None], r"bbox=\[None\]"),
+        ("bbox", [[1, 2, None, 4]], "bbox="),
+        ("bbox", [[1, 2, 3, 4, 5]], "list of four numbers"),
+        ("bbox", [[1, 2, 3, 4, 5]] * 4, "list of four numbers"),
+        ("bbox", [[1, 2, 3]], "list of four numbers"),
+        ("bbox", [[1, 2, -3, 4]], "negative size"),
+        ("category", None, "category=None"),
+        ("category", [None], "no whole number"),
+        ("category", [0.7], "no whole number"),
+        ("category", [float("nan")], "no whole number"),
+    ],
+)
+def test_parts_of_boxes_that_are_missing_or_something_else_are_refused(name, cell, words):
+    data = changed(lambda row, boxes: {**boxes, name: cell} if row == 0 else boxes)
+    for stored in (data, data.to_iterable_dataset()):
+        with pytest.raises(DataError, match=f"Row 0 of train.*{words}"):
+            loader_of(stored, tiny_yolos(), split="train", batch_size=1)
+
+
+def test_an_area_or_a_mark_that_is_missing_is_that_of_the_box():
+    def without(row, boxes):
+        missing = [None] * len(boxes["bbox"])
+        return {**boxes, "area": missing, "iscrowd": missing}
+
+    def given(row, boxes):
+        return {**boxes, "area": [w * h for *_, w, h in boxes["bbox"]],
+                "iscrowd": [0] * len(boxes["bbox"])}  # fmt: skip
+
+    batches = [next(iter(loader_of(changed(change), tiny_yolos()))) for change in (without, given)]
+    for one, other in zip(*(batch["labels"] for batch in batches), strict=True):
+        assert torch.equal(one["area"], other["area"])
+        assert torch.equal(one["class_labels"], other["class_labels"])
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_rows_without_boxes_among_others_are_refused_at_once(split):
+    data = changed(lambda row, boxes: None if row == 1 else boxes)
+    with pytest.raises(DataError, match=f"Row 1 of {split} has objects=None") as error:
+        loader_of(data, tiny_yolos(), split=split, batch_size=1)
+    line = next(line for line in fixes_in(error.value) if ".filter(" in line)
+    assert len(run_fix(line, {split: data})[split]) == 5
+
+
+def test_boxes_that_are_corners_are_refused_with_the_line_that_changes_them():
+    def corners(row, boxes):
+        return {**boxes, "bbox": [[x, y, x + w, y + h] for x, y, w, h in boxes["bbox"]]}
+
+    data, right = changed(corners), changed(lambda row, boxes: boxes)
+    for stored in (data, data.to_iterable_dataset()):
+        with pytest.raises(DataError, match="are left, top, right and bottom") as error:
+            loader_of(stored, tiny_yolos())
+    (line,) = fixes_in(error.value)
+    found = run_fix(line, {"validation": data})["validation"]
+    assert found["objects"][:] == right["objects"][:]
+    loader_of(found, tiny_yolos())
+
+
+def test_boxes_that_are_fractions_are_refused_with_the_line_that_changes_them():
+    def fractions(row, boxes):
+        return {**boxes, "bbox": [[(x + w / 2) / 32, (y + h / 2) / 32, w / 32, h / 32]
+                                  for x, y, w, h in boxes["bbox"]]}  # fmt: skip
+
+    data, right = changed(fractions), changed(lambda row, boxes: boxes)
+    with pytest.raises(DataError, match="are fractions of their images") as error:
+        loader_of(data, tiny_yolos())
+    (line,) = fixes_in(error.value)
+    found = run_fix(line, {"validation": data})["validation"]
+    for one, other in zip(found["objects"], right["objects"], strict=True):
+        np.testing.assert_allclose(
+            np.reshape(one["bbox"], (-1, 4)), np.reshape(other["bbox"], (-1, 4)), atol=1e-4
+        )
+
+
+def test_boxes_near_the_corner_or_at_the_border_are_no_corners():
+    def near(row, boxes):
+        return {**boxes, "bbox": [[1, 1, 5, 6]] * len(boxes["bbox"])}
+
+    def out(row, boxes):
+        return {**boxes, "bbox": [[20, 20, 40, 40]] * len(boxes["bbox"])}
+
+    for change in (near, out, lambda row, boxes: {**boxes, "bbox": [], "category": [],
+                                                  "area": [], "iscrowd": []}):  # fmt: skip
+        loader_of(changed(change), tiny_yolos())

@@ -6,7 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import messages, whole_and_resumed
+from datasets import Dataset
+from helpers import fixes_in, messages, run_fix, whole_and_resumed
 from PIL import Image as Pil
 from tiny_scenes import (
     flipped,
@@ -291,3 +292,32 @@ def test_a_line_tells_which_columns_are_used(caplog):
     JOBS["detection"].loaders()
     lines = "\n".join(messages(caplog))
     assert "using what transform returns: pixel_values -> labels" in lines
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_black_and_white_is_0_and_255(kind):
+    own = processor("ViT", size={"height": 16, "width": 16})
+    pixels = np.random.default_rng(0).random((20, 24)) < 0.5
+    expected = processed(own, Pil.fromarray(pixels).convert("RGB"))["pixel_values"]
+    for image in (kind(np.stack([pixels] * 3, -1)), opened(kind(pixels), 3)):
+        assert torch.equal(processed(own, image)["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_images_of_0_and_1_are_refused_with_the_line_that_scales_them(is_stream):
+    random = np.random.default_rng(0)
+    rows = {"image": [random.integers(0, 2, (16, 16)).tolist() for _ in range(4)],
+            "label": [0, 1] * 2}  # fmt: skip
+    data, own = Dataset.from_dict(rows), processor("ViT", size={"height": 16, "width": 16})
+    options = {"model": tiny_vit(), "transform": images(), "batch_size": 4}
+    stored = data.to_iterable_dataset() if is_stream else data
+    with pytest.raises(DataError, match="whole numbers 0 and 1 alone") as error:
+        prepare_dataloaders({"dev": stored}, own, **options)
+    (line,) = fixes_in(error.value)
+    scaled = run_fix(line, {"dev": data}, numpy=np)["dev"]
+    (batch,) = prepare_dataloaders({"dev": scaled}, own, **options)["dev"]
+    assert batch["pixel_values"].max() > 0.9
+    rows["image"][3][0][0] = 2  # dark, and no black and white
+    prepare_dataloaders({"dev": Dataset.from_dict(rows)}, own, **options)
+    doubled = {**options, "transform": images(lambda image: np.asarray(image) * 255)}
+    prepare_dataloaders({"dev": data}, own, **doubled)

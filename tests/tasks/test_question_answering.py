@@ -8,11 +8,20 @@ import random
 from functools import partial
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import messages, piece_tokenizer, questions, tiny_bert, whole_and_resumed
+from helpers import (
+    fixes_in,
+    messages,
+    piece_tokenizer,
+    questions,
+    run_fix,
+    tiny_bert,
+    whole_and_resumed,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertForQuestionAnswering, ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -30,6 +39,7 @@ from manualloop import (
     train_loop,
 )
 from manualloop.tasks import answer_windows, best_spans, span_logits, squad
+from manualloop.tasks.made import place_in_batch
 
 KEEP = ("id", "context", "offset_mapping")
 
@@ -624,3 +634,272 @@ def test_a_character_of_several_tokens_is_covered_by_all_of_them():
     offsets = made["offset_mapping"][0]
     assert end - start == 2  # three bytes
     assert (offsets[start][0], offsets[end][1]) == (2, 3)
+
+
+ROW = {
+    "id": "1",
+    "question": "ab",
+    "context": "cafe fed",
+    "answers": {"text": ["fed"], "answer_start": [5]},
+}
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        {"text": "fed", "answer_start": 5},
+        [{"text": "fed", "answer_start": 5}],
+        {"text": np.array(["fed"]), "answer_start": np.array([5])},
+        {"text": ["fed"], "answer_start": [5.0]},
+    ],
+    ids=str,
+)
+def test_answers_in_other_forms(cell):
+    tokenizer = piece_tokenizer()
+    preprocess = answer_windows(tokenizer, 24, 4)
+    expected = preprocess({name: [value] for name, value in ROW.items()})
+    assert preprocess({**{n: [v] for n, v in ROW.items()}, "answers": [cell]}) == expected
+    table = {"id": ["1"], "answers": [cell]}
+    _, _, wanted = squad(table).by_unit(
+        [(np.zeros(4), np.zeros(4))],
+        {"id": ["1"], "context": ["fed"], "offset_mapping": [[[], None, [0, 3], None]]},
+    )
+    assert wanted == [{"id": "1", "answers": {"text": ["fed"]}}]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"question": None},
+        {"context": None},
+        {"question": 3},
+        {"answers": {"text": ["fed"], "answer_start": [None]}},
+        {"answers": {"text": ["fed"], "answer_start": [5.5]}},
+        {"answers": {"text": ["fed"], "answer_start": [5, 6]}},
+        {"answers": {"text": ["fed"]}},
+        {"answers": {"text": [None], "answer_start": [5]}},
+    ],
+    ids=str,
+)
+def test_rows_that_are_no_questions_are_refused(change):
+    rows = [ROW, {**ROW, **change}]
+    columns = {name: [row[name] for row in rows] for name in ROW}
+    with pytest.raises(DataError, match=r"(?i)row 1 of the batch") as e:
+        answer_windows(piece_tokenizer(), 24, 4)(columns)
+    assert "dataset." in str(e.value)
+
+
+def test_a_line_that_makes_answers_of_texts_runs():
+    data = Dataset.from_dict(
+        {"question": ["ab"], "context": ["cafe fed"], "answers": ["x"], "answer": ["fed"]}
+    )
+    preprocess = answer_windows(piece_tokenizer(), 24, 4)
+    with pytest.raises(DataError) as error:
+        preprocess(data[:])
+    (line,) = fixes_in(error.value)
+    made = preprocess.make(run_fix(line, data)[:], place_in_batch).counts
+    assert not made["cut"] + made["misplaced"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": -1}, {"stride": 24}, {"max_length": 0}, {"max_length": None}], ids=str
+)
+def test_impossible_windows_are_refused(options):
+    with pytest.raises(ConfigError, match="windows share fewer than they have"):
+        answer_windows(piece_tokenizer(), **{"max_length": 24, "stride": 4, **options})
+
+
+def test_columns_that_are_not_there_are_named():
+    rows = {"query": ["ab"], "context": ["cafe"]}
+    with pytest.raises(ConfigError, match="no column 'question' among query, context"):
+        answer_windows(piece_tokenizer(), 24, 4)(rows)
+
+
+def test_a_training_split_without_answers_tells_which_column_is_missing(caplog):
+    tokenizer = piece_tokenizer()
+    data = Dataset.from_dict(questions(6, 1)).rename_column("answers", "solutions")
+    options: dict[str, Any] = {"preprocess": answer_windows(tokenizer, 24, 4), "keep": KEEP}
+    prepare_dataloaders({"train": data}, tokenizer, **options)
+    assert "makes them of a column 'answers', which is not there" in caplog.text
+    caplog.clear()
+    loaders = prepare_dataloaders(
+        {"train": data.rename_column("solutions", "answers")}, tokenizer, **options
+    )
+    assert "start_positions" in next(iter(loaders["train"]))
+    assert "no labels" not in caplog.text
+
+
+@pytest.mark.parametrize("form", [None, "torch", "numpy", "stream", "stream of torch"])
+def test_squad_takes_a_split_in_any_form(form):
+    data = Dataset.from_list([{**ROW, "id": number} for number in range(3)])
+    tokenizer = piece_tokenizer()
+    loader = prepare_dataloaders(
+        {"dev": data}, tokenizer, model=qa_model(), preprocess=answer_windows(tokenizer, 24, 4),
+        keep=KEEP,
+    )["dev"]  # fmt: skip
+    if form is not None and form.startswith("stream"):
+        names = {"dataset": data.to_iterable_dataset(), "datasets": datasets, "squad": squad}
+        with pytest.raises(DataError, match="the dataset is a stream") as error:
+            squad(names["dataset"])
+        metric = eval(str(error.value).partition("Read it: ")[2].rstrip("."), names)
+    else:
+        metric = squad(data.with_format(form))
+    scores = evaluate_loop(qa_model(), loader, metric, decode=span_logits)
+    assert scores == evaluate_loop(qa_model(), loader, squad(data), decode=span_logits)
+
+
+def test_squad_of_several_splits_asks_for_one():
+    data = datasets.DatasetDict({"dev": Dataset.from_list([ROW])})
+    with pytest.raises(DataError, match=r'squad\(dataset\["dev"\]\)'):
+        squad(data)
+
+
+@pytest.mark.parametrize("contexts", [("ab cafe", "fed bad"), ("ab cafe", "ab cafe")])
+def test_two_rows_of_one_id_are_no_question(contexts):
+    logits = (np.zeros(4), np.zeros(4))
+    kept = {
+        "id": ["1", "1"],
+        "context": contexts,
+        "offset_mapping": [[[], None, [0, 2], [3, 7]]] * 2,
+    }
+    with pytest.raises(MetricError, match="Two rows have the id '1'") as error:
+        best_spans([logits, logits], kept)
+    (line,) = fixes_in(error.value)
+    assert run_fix(line, Dataset.from_dict({"id": ["1", "1"]}))["id"][:] == ["0", "1"]
+    kept["context"], kept["offset_mapping"] = (
+        ("ab cafe", "ab cafe"),
+        [
+            [[], None, [0, 2], [3, 7]],
+            [[], None, [3, 7], None],
+        ],
+    )
+    best_spans([logits, logits], kept)
+
+
+def with_run_qa(tokenizer, padding, max_length=40):
+    """A preprocess as run_qa.py has it, with its own padding and its own offset_mapping."""
+
+    def preprocess(rows):
+        made, starts, ends = windows_of_run_qa(
+            tokenizer, rows, max_length, 6, padding == "max_length"
+        )
+        if padding == "longest":
+            side, pad = tokenizer.padding_side, {"input_ids": 0, "token_type_ids": 0}
+            width = max(map(len, made["input_ids"]))
+            for name in ("input_ids", "token_type_ids", "attention_mask", "offset_mapping"):
+                for number, row in enumerate(made[name]):
+                    more = [pad.get(name, 0) if name != "offset_mapping" else (0, 0)]
+                    more = more * (width - len(row))
+                    made[name][number] = [*row, *more] if side == "right" else [*more, *row]
+                    if name == "input_ids" and side == "left":
+                        starts[number] += len(more)
+                        ends[number] += len(more)
+        found = {name: list(made[name]) for name in made}
+        context = 1 if tokenizer.padding_side == "right" else 0
+        offsets = []
+        for number, row in enumerate(made["offset_mapping"]):
+            sides = made.sequence_ids(number)
+            sides = sides + [None] * (len(row) - len(sides))
+            if padding == "longest" and tokenizer.padding_side == "left":
+                own = made.sequence_ids(number)
+                sides = [None] * (len(row) - len(own)) + own
+            offsets.append(
+                [list(o) if s == context else None for o, s in zip(row, sides, strict=True)]
+            )
+        return {
+            **found,
+            "offset_mapping": offsets,
+            "start_positions": starts,
+            "end_positions": ends,
+        }
+
+    return preprocess
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("padding", ["max_length", "longest", None])
+def test_windows_of_ones_own_that_are_padded(side, padding):
+    """Positions stay at the answers, and spans are those of windows without padding."""
+    tokenizer, model = piece_tokenizer(padding_side=side), qa_model()
+    data = Dataset.from_dict(questions(12, 6, none=0.0))
+    loader = prepare_dataloaders(
+        {"dev": data}, tokenizer, model=model, preprocess=with_run_qa(tokenizer, padding),
+        keep=KEEP, batch_size=5, pad_to_multiple_of=7,
+    )["dev"]  # fmt: skip
+    assert any(0 in mask for batch in loader for mask in batch["attention_mask"])
+    answers = dict(zip(data["id"], data["answers"], strict=True))
+    num_found = 0
+    for batch in loader:
+        for row, ids in enumerate(batch["input_ids"]):
+            start, end = (int(batch[name][row]) for name in ("start_positions", "end_positions"))
+            if ids[start] == tokenizer.cls_token_id:
+                continue
+            wanted = answers[batch["id"][row]]["text"][0]
+            expected = tokenizer(wanted, add_special_tokens=False)["input_ids"]
+            assert ids[start : end + 1].tolist() == expected
+            num_found += 1
+    assert num_found > 5
+    if side == "left" and padding is not None:
+        return  # the positions of BERT, and so its logits, depend on the padding
+    plain = prepare_dataloaders(
+        {"dev": data}, tokenizer, model=model, keep=KEEP, batch_size=5, pad_to_multiple_of=7,
+        preprocess=answer_windows(tokenizer, 40, 6, pad=False),
+    )["dev"]  # fmt: skip
+    spans = []
+    for one in (loader, plain):
+        table = predict_loop(model, one, decode=span_logits)
+        found = best_spans(table.predictions, table.kept)
+        spans.append({name: [best["text"] for best in list_] for name, list_ in found.items()})
+    assert spans[0] == spans[1]
+
+
+def test_offsets_of_the_question_are_refused():
+    tokenizer = piece_tokenizer()
+
+    def preprocess(rows):
+        return tokenizer(rows["question"], rows["context"], return_offsets_mapping=True)
+
+    data = Dataset.from_dict(questions(3, 1, none=0.0))
+    loader = prepare_dataloaders({"dev": data}, tokenizer, preprocess=preprocess, keep=KEEP)["dev"]
+    with pytest.raises(MetricError, match="also for those of the question"):
+        evaluate_loop(qa_model(), loader, squad(data), decode=span_logits)
+
+
+@pytest.mark.parametrize("is_table", [True, False])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_positions_beyond_a_row_stay_out_of_the_loss(side, is_table):
+    """Beside padding they would be at a token of padding, which the model would learn."""
+    tokenizer, model = piece_tokenizer(padding_side=side), qa_model().double().eval()
+    rows = {
+        "input_ids": [[2, 4, 5], [2, 4, 5, 6, 7, 8]],
+        "attention_mask": [[1] * 3, [1] * 6],
+        "start_positions": [3, 1],
+        "end_positions": [4, 2],
+    }
+    if not is_table:
+        rows["note"] = ["a", "b"]
+    data = Dataset.from_dict(rows)
+    (loader,) = prepare_dataloaders(
+        {"dev": data}, tokenizer, model=model, keep=() if is_table else "note"
+    ).values()
+    (batch,) = loader
+    assert batch["start_positions"].tolist() == [6, 1]
+    assert batch["end_positions"].tolist() == [6, 2]
+    inputs = {name: column for name, column in batch.items() if isinstance(column, torch.Tensor)}
+    alone = {name: column[1:] for name, column in inputs.items()}
+    with torch.no_grad():
+        assert model(**inputs).loss == pytest.approx(float(model(**alone).loss), rel=1e-12)
+
+
+def test_negative_positions_are_refused():
+    model = qa_model()
+    rows = {"input_ids": [[2, 4, 5]] * 3, "start_positions": [1, 1, -100], "end_positions": [1] * 3}
+    data = Dataset.from_dict(rows)
+    with pytest.raises(DataError, match="start_positions is -100 in row 2 of dev") as error:
+        prepare_dataloaders({"dev": data}, piece_tokenizer(), model=model)
+    (line,) = fixes_in(error.value)
+    loader = prepare_dataloaders({"dev": run_fix(line, data)}, piece_tokenizer(), model=model)
+    assert next(iter(loader["dev"]))["start_positions"].tolist() == [1, 1, 3]
+    batch = {name: torch.tensor(column) for name, column in rows.items()}
+    with pytest.raises(DataError, match="start_positions is -100 in"):
+        train_loop(model, [batch], max_steps=1, progress_bar=False)

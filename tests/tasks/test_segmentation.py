@@ -5,13 +5,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Image
+import transformers
+from datasets import Array2D, Dataset, Features, Image
+from helpers import fixes_in, run_fix
 from PIL import Image as Pil
-from tiny_scenes import processor, scenes, tiny_segformer
+from tiny_scenes import processor, scenes, tiny, tiny_segformer
 
 from manualloop import (
     DataError,
     accumulate_gradients,
+    compare_predictions,
     evaluate_loop,
     predict_loop,
     prepare_dataloaders,
@@ -189,3 +192,95 @@ def test_names_of_the_classes_are_those_of_the_model():
     scores = evaluate_loop(model, loader, "mean_iou", decode=upsampled)
     assert list(scores.matrices["mean_iou"].rows) == list(names.values())
     train_loop(model, loader, max_steps=1, progress_bar=False)
+
+
+def with_masks(masks, form="pil"):
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 255, (*mask.shape, 3)).astype(np.uint8) for mask in masks]
+    rows = {"image": [*map(Pil.fromarray, images)], "mask": [mask.tolist() for mask in masks]}
+    features = {"image": Image(), "mask": Array2D(masks[0].shape, "int32")}
+    if form == "pil":
+        rows["mask"], features["mask"] = [*map(Pil.fromarray, masks)], Image()
+    return Dataset.from_dict(rows, features=Features(features))
+
+
+def halves(background=0, foreground=255, num_rows=3):
+    mask = np.full((16, 16), background, np.uint8)
+    mask[:, :6] = foreground
+    return [mask] * num_rows
+
+
+@pytest.mark.parametrize("form", ["pil", "list"])
+def test_masks_of_black_and_white_are_refused_with_the_line_that_numbers_them(form):
+    data, model = with_masks(halves(), form), tiny_segformer(2)
+    for rows in (data, data.to_iterable_dataset()):
+        with pytest.raises(DataError, match="hold 0 and 255 alone") as error:
+            loader_of(rows, model)
+    (line,) = fixes_in(error.value)
+    changed = run_fix(line, {"validation": data})["validation"]
+    labels = next(iter(loader_of(changed, model)))["labels"]
+    assert labels.unique().tolist() == [0, 1]
+    assert "mean_iou" in evaluate_loop(
+        model, loader_of(changed, model), "mean_iou", decode=upsampled
+    )
+
+
+def test_masks_that_are_not_of_two_colours_alone_are_taken():
+    mixed = [*halves(), np.ones((16, 16), np.uint8)]
+    loader_of(with_masks(mixed), tiny_segformer(2))
+    loader_of(with_masks(halves(0, 0)), tiny_segformer(2))
+    other = tiny_segformer(2, semantic_loss_ignore_index=1)
+    with pytest.raises(DataError, match="is 255, no class"):
+        loader_of(with_masks(halves()), other)
+
+
+def test_masks_of_black_and_white_are_told_where_other_classes_may_be_elsewhere(caplog):
+    loader_of(with_masks(halves()), tiny_segformer(5))
+    assert "hold 0 and 255 alone" in caplog.text
+
+
+@pytest.mark.parametrize("ignored", [-100, 7, 255, 300])
+def test_any_number_may_be_ignored_and_any_may_be_a_class(ignored):
+    num_labels = 301 if ignored == 255 else 260
+    model = tiny_segformer(num_labels, semantic_loss_ignore_index=ignored).eval()
+    random = np.random.default_rng(3)
+    classes = [0, 2, 255, 256] if ignored != 255 else [0, 2, 256, 300]
+    masks = [random.choice([*classes, ignored], (16, 16)).astype(np.int32) for _ in range(4)]
+    loader = loader_of(with_masks(masks, "list"), model)
+    (batch,) = loader
+    assert {*batch["labels"].unique().tolist()} == {*classes, ignored}
+    scores = evaluate_loop(model, loader, "mean_iou", decode=upsampled, confidence=0.9)
+    table = predict_loop(model, loader, decode=upsampled)
+    expected = looped_iou(table.predictions, masks, num_labels, ignored)
+    assert scores["mean_iou"] == pytest.approx(expected, abs=1e-12)
+    compared = compare_predictions(table, table, "mean_iou")["mean_iou"]
+    assert compared.a == compared.b == scores["mean_iou"]
+    assert table.ignored == ignored
+
+
+@pytest.mark.parametrize("column", ["image", "mask"])
+def test_rows_without_an_image_or_a_mask_are_refused_at_once(column):
+    rows = [dict(row) for row in pictures(4)]
+    rows[2][column] = None
+    data = Dataset.from_list(rows, features=pictures(4).features)
+    model = tiny_segformer()
+    for split in ("train", "validation"):
+        with pytest.raises(DataError, match=f"Row 2 of {split} has {column}=None") as error:
+            loader_of(data, model, split=split, batch_size=1)
+        line = next(line for line in fixes_in(error.value) if ".filter(" in line)
+        assert len(loader_of(run_fix(line, {split: data})[split], model, split=split).dataset) == 3
+
+
+def test_the_ignored_pixels_of_upernet_are_those_of_its_config():
+    backbone = transformers.ConvNextConfig(
+        hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage1", "stage2", "stage3", "stage4"]
+    )
+    config = transformers.UperNetConfig(
+        backbone_config=backbone, hidden_size=8, num_labels=3, loss_ignore_index=9,
+        use_auxiliary_head=False,
+    )  # fmt: skip
+    model = tiny(transformers.UperNetForSemanticSegmentation, config)
+    own = processor("Segformer", size={"height": 64, "width": 64})
+    loader = loader_of(with_masks(halves(1, 9)), model, processor=own)
+    assert next(iter(loader))["labels"].unique().tolist() == [1, 9]
+    assert predict_loop(model, loader, decode=upsampled).ignored == 9

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import random
+import re
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -98,6 +100,8 @@ def test_tokenizers_that_do_not_tell_words(side):
     tokenizer = ByT5Tokenizer(truncation_side=side)
     for seed in range(10):
         rows, limit = sentences(3, seed), 4 + 3 * seed
+        spaced = [[" " * (n > 0) + w for n, w in enumerate(row)] for row in rows["tokens"]]
+        rows["tokens"] = spaced  # as the message on joined words tells
         made = tag_words(tokenizer, max_length=limit)(rows)
         for row, words in enumerate(rows["tokens"]):
             text = words or [""]
@@ -381,3 +385,134 @@ def test_predictions_of_rows_without_tags_hold_no_padding():
         loaders = prepare_dataloaders(data, tokenizer, model=model, **options)
         table = predict_loop(model, loaders["test"])
         assert [len(table[row]["prediction"]) for row in range(8)] == lengths
+
+
+SCHEMES = {
+    "IOB2": ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"],
+    "BIOES": ["O", "B-PER", "I-PER", "E-PER", "S-PER", "B-LOC", "I-LOC", "E-LOC", "S-LOC"],
+    "BILOU": ["O", "B-PER", "I-PER", "L-PER", "U-PER", "B-LOC", "I-LOC", "L-LOC", "U-LOC"],
+}
+
+
+def spans_as(scheme, kinds):
+    """The tags of words, of which a run of words of one kind is a span."""
+    single, last = {"IOB2": "BI", "BIOES": "SE", "BILOU": "UL"}[scheme]
+    tags = []
+    for kind, length in kinds:
+        letters = single if length == 1 else f"B{'I' * (length - 2)}{last}"
+        tags += [f"{letter}-{kind}" if kind else "O" for letter in letters]
+    return tags
+
+
+@pytest.mark.parametrize("form", ["A-b", "b-A", "A_b"])
+@pytest.mark.parametrize("scheme", [*SCHEMES])
+def test_spans_stay_spans_with_labels_of_all_tokens(scheme, form):
+    """Each span of words is one of tokens, with the same letters as if each token were a word."""
+
+    def written(tag):
+        letter, _, kind = tag.partition("-")
+        return (
+            {"A-b": tag, "A_b": f"{letter}_{kind}", "b-A": f"{kind}-{letter}"}[form]
+            if kind
+            else tag
+        )
+
+    names = [*map(written, SCHEMES[scheme])]
+    tokenizer, rng = piece_tokenizer(), random.Random(0)
+    for _ in range(40):
+        kinds = [(rng.choice(["PER", "LOC", ""]), rng.randint(1, 3)) for _ in range(4)]
+        kinds = [(kind, length if kind else 1) for kind, length in kinds]
+        words = [rng.choice(["ab", "abcdef", "fed", "a"]) for _ in range(sum(n for _, n in kinds))]
+        tags = [names.index(written(tag)) for tag in spans_as(scheme, kinds)]
+        made = tag_words(tokenizer, label_all=True, names=names)(
+            {"tokens": [words], "ner_tags": [tags]}
+        )
+        sizes = [len(tokenizer.tokenize(word)) for word in words]
+        of_tokens, start = [], 0
+        for kind, length in kinds:
+            of_tokens.append((kind, sum(sizes[start : start + length])))
+            start += length
+        expected = [
+            tag
+            for kind, length in of_tokens
+            for tag in (spans_as(scheme, [(kind, length)]) if kind else ["O"] * length)
+        ]
+        found = [names[label] for label in made["labels"][0] if label != -100]
+        assert found == [*map(written, expected)]
+
+
+def test_a_tag_that_a_span_of_tokens_needs_is_missed():
+    rows = {"tokens": [["abcdef"]], "ner_tags": [[3]]}
+    names = ["O", "B-A", "I-A", "S-A"]
+    with pytest.raises(DataError, match="whose tag is 'S-A' becomes B-A, I-A, E-A") as error:
+        tag_words(piece_tokenizer(), label_all=True, names=names)(rows)
+    (more,) = re.findall(r"names=(\[.*\])\)\.$", str(error.value))
+    made = tag_words(piece_tokenizer(), label_all=True, names=eval(more))(rows)
+    assert made["labels"][0][1:-1] == [1, 2, 4]
+    for other in (["O", "S-A"], ["E_mail", "S-curve", "x", "S-A"]):  # no scheme of spans
+        made = tag_words(piece_tokenizer(), label_all=True, names=other)(
+            {**rows, "ner_tags": [[len(other) - 1]]}
+        )
+        assert made["labels"][0][1:-1] == [len(other) - 1] * 3
+
+
+@pytest.mark.parametrize("tag", [1.7, float("nan"), float("inf"), [1]])
+def test_tags_that_are_no_whole_numbers_are_refused(tag):
+    rows = {"tokens": [["ab"], ["ab"]], "ner_tags": [[1.0], [tag]]}
+    with pytest.raises(DataError, match=r"in 'ner_tags' of row 1 of the batch is no whole"):
+        tag_words(piece_tokenizer())(rows)
+    rows["ner_tags"][1] = [2.0]
+    assert tag_words(piece_tokenizer())(rows)["labels"] == [[-100, 1, -100], [-100, 2, -100]]
+
+
+@pytest.mark.parametrize("tag", ["", None, -1])
+def test_hidden_tags_are_left_out(tag):
+    tokenizer, rows = piece_tokenizer(), strings(dataset(8))
+    if tag == -1:
+        rows = dataset(8)
+    hidden = rows.remove_columns("ner_tags").add_column(
+        "ner_tags", [[tag] * len(row) for row in rows["tokens"]]
+    )
+    model = tiny_bert(6, BertForTokenClassification, vocab_size=32)
+    loaders = prepare_dataloaders(
+        {"train": rows, "test": hidden}, tokenizer, model=model, preprocess=tag_words(tokenizer)
+    )
+    assert "labels" not in next(iter(loaders["test"]))
+
+
+def test_names_that_were_given_are_those_of_the_numbers():
+    tokenizer, rows = piece_tokenizer(), strings(dataset(8))
+    given = [*reversed(TAGS)]
+    model = tiny_bert(6, BertForTokenClassification, vocab_size=32)
+    loader = prepare_dataloaders(
+        {"train": rows}, tokenizer, model=model, preprocess=tag_words(tokenizer, names=given)
+    )["train"]
+    assert [*model.config.id2label.values()] == given
+    first = next(iter(loader))["labels"]
+    plain = prepare_dataloaders({"train": dataset(8)}, tokenizer, preprocess=tag_words(tokenizer))[
+        "train"
+    ]
+    expected = next(iter(plain))["labels"]
+    assert torch.equal(first, torch.where(expected < 0, expected, 5 - expected))
+    model = named_model(TAGS)
+    with pytest.raises(ConfigError, match="Leave names out of preprocess"):
+        prepare_dataloaders(
+            {"train": rows}, tokenizer, model=model, preprocess=tag_words(tokenizer, names=given)
+        )
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_kept_tags_are_those_of_the_dataset(is_stream):
+    order = [*reversed(TAGS)]
+    tags = Sequence(ClassLabel(names=order))
+    features = Features({"tokens": Sequence(Value("string")), "ner_tags": tags})
+    other = Dataset.from_dict(sentences(8, 1), features=features)
+    rows = other.to_iterable_dataset() if is_stream else other
+    tokenizer = piece_tokenizer()
+    for data in (rows, strings(other)):
+        loader = prepare_dataloaders(
+            {"train": dataset(8), "dev": data}, tokenizer, preprocess=tag_words(tokenizer),
+            keep="ner_tags", eval_batch_size=8,
+        )["dev"]  # fmt: skip
+        (batch,) = loader
+        assert list(batch["ner_tags"]) == [row["ner_tags"] for row in data]
