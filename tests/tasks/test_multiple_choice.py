@@ -259,7 +259,7 @@ def test_labels_that_are_no_number_of_a_choice_are_refused(label):
 
 def test_columns_that_are_not_there_are_named():
     rows = {"q": ["ab"], "choices": [["a", "b"]]}
-    with pytest.raises(DataError, match="no column 'sent1'. The columns: q, choices"):
+    with pytest.raises(DataError, match=r"no column 'sent1'\. The columns: q, choices"):
         flatten_choices(piece_tokenizer(), "sent1", "choices")(rows)
 
 
