@@ -684,9 +684,8 @@ def test_answers_in_other_forms(cell):
 def test_rows_that_are_no_questions_are_refused(change):
     rows = [ROW, {**ROW, **change}]
     columns = {name: [row[name] for row in rows] for name in ROW}
-    with pytest.raises(DataError, match=r"(?i)row 1 of the batch") as e:
+    with pytest.raises(DataError, match=r"(?i)row 1 of the batch"):
         answer_windows(piece_tokenizer(), 24, 4)(columns)
-    assert "dataset." in str(e.value)
 
 
 def test_a_line_that_makes_answers_of_texts_runs():
