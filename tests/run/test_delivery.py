@@ -2,6 +2,9 @@
 
 import json
 import multiprocessing
+import os
+import shutil
+import signal
 import threading
 from functools import partial
 
@@ -290,9 +293,6 @@ def test_trackers_are_closed_when_the_run_breaks_off(end, tmp_path):
 
 
 def test_trackers_are_closed_after_sigterm_and_told_that_the_run_is_not_over(tmp_path, expected):
-    import os
-    import signal
-
     def on_step(step):
         if step.index == 5:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -307,9 +307,44 @@ def test_trackers_are_closed_after_sigterm_and_told_that_the_run_is_not_over(tmp
     assert second.read() == expected
 
 
-def test_a_copied_folder_is_another_run_and_a_moved_one_the_same(tmp_path):
-    import shutil
+def test_an_evaluation_that_a_signal_breaks_off_is_one_record_when_it_is_made(tmp_path):
+    calls = []
 
+    def evaluate():
+        calls.append(1)
+        if len(calls) == 2:  # that of step 6, which has a record of training, too
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"f1": 0.5}
+
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", all_kinds(tmp_path), evaluate=evaluate)
+    result = train(tmp_path / "run", all_kinds(tmp_path), evaluate=evaluate)
+    assert [record["step"] for record in result.history] == [1, 2, 3, 4, 6, 6, 8, 9, 10, 10]
+    assert check(tmp_path, result.history) == 0
+
+
+def test_a_run_of_a_folder_without_notes_is_sent_from_its_first_record(tmp_path, expected):
+    train(tmp_path / "run", [], num_epochs=1)  # as an earlier release has left it
+    train(tmp_path / "run", all_kinds(tmp_path))
+    history = train(tmp_path / "run", []).history
+    assert check(tmp_path, history) == 0
+
+
+def test_an_extended_run_continues_with_its_trackers(tmp_path):
+    train(tmp_path / "run", all_kinds(tmp_path), num_epochs=1)
+    result = train(tmp_path / "run", all_kinds(tmp_path), num_epochs=3)
+    assert check(tmp_path, result.history) == 0
+
+
+def test_an_older_checkpoint_than_the_trackers_know_repeats_nothing(tmp_path, expected, caplog):
+    train(tmp_path / "run", all_kinds(tmp_path))
+    (tmp_path / "run" / "step-00000010" / "model.safetensors").unlink()
+    train(tmp_path / "run", all_kinds(tmp_path))
+    assert check(tmp_path, expected) == 0
+    assert caplog.text.count("They stay, and are not sent again.") == 2
+
+
+def test_a_copied_folder_is_another_run_and_a_moved_one_the_same(tmp_path):
     ids = []
 
     class Ids(Seen):
