@@ -306,7 +306,7 @@ class SplitNotes(NamedTuple):
         num_texts: Number of texts.
         max_length: Number of tokens at which they are cut off; None if they are not.
         num_rows: Number of rows.
-        columns: Columns of the user's dataset.
+        columns: Columns of the dataset, or those that ``preprocess`` has made of them.
         texts: Those of them that are tokenized.
         label: The one that holds the labels; None if there is none.
         num_per_class: Number of labels of each class, by its number; None for other tasks.

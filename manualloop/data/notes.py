@@ -34,7 +34,7 @@ def notes_on(
         encode: What has tokenized its texts; None if something else has.
         names: Names of the classes.
         found: What was found out about all splits.
-        columns: Columns of the user's dataset.
+        columns: Columns of the dataset, or those that ``preprocess`` has made of them.
     """
     notes = SplitNotes(
         names,

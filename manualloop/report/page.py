@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,7 +43,7 @@ def write_report(
     path: str | os.PathLike[str],
     predictions: Predictions | None = None,
     *,
-    rows: Sequence[Any] | None = None,
+    rows: Any = None,
 ) -> Path:
     """Write a report of a run: one page of HTML that needs neither network nor other files.
 
@@ -60,9 +59,9 @@ def write_report(
         result: What ``train_loop`` returned.
         path: Path of the file, such as ``"report.html"``. Missing folders are made.
         predictions: What ``predict_loop`` returned for data with labels.
-        rows: Rows of the dataset that was predicted, by whose numbers texts are looked up: a
-            ``datasets.Dataset``, or a list of texts or dicts. None takes the texts that are at
-            hand.
+        rows: The dataset that was predicted, in which texts are looked up by the numbers of rows: a
+            ``datasets.Dataset``, a ``pandas.DataFrame``, or a list of texts or dicts. None takes
+            the texts that are at hand.
 
     Returns:
         The absolute path of the file.
@@ -114,7 +113,8 @@ def _check_arguments(result: Any, path: Any, predictions: Any, rows: Any) -> Non
             f"predictions is a {type(predictions).__name__}. Pass what predict_loop returned: "
             'predictions=predict_loop(model, loaders["validation"]).'
         )
-    if rows is not None and (isinstance(rows, str | bytes) or not hasattr(rows, "__getitem__")):
+    can_be_looked_up = hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
+    if rows is not None and (isinstance(rows, str | bytes) or not can_be_looked_up):
         problems.append(
             f"rows is a {type(rows).__name__}. Pass the dataset that was predicted, or a list of "
             'texts: rows=dataset["validation"].'

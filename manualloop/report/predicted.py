@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from manualloop.errors import ConfigError
 from manualloop.evaluation.columns import Kind, kind_of
 from manualloop.evaluation.inputs import texts_of
 from manualloop.evaluation.predictions import Predictions
@@ -254,11 +255,12 @@ def _ranked(table: Predictions, kind: Kind) -> _Ranked | None:
 
 def _summary(num_wrong: int, total: int, order: str) -> str:
     if not num_wrong:
-        return f"All {total:,} rows are right."
-    are = "row is" if num_wrong == 1 else "rows are"
-    shown = "" if num_wrong <= _MOST_WRONG else f" These are the first {_MOST_WRONG}"
-    by = "" if num_wrong == 1 else f"{shown or ' They are'} sorted by {order}."
-    return f"{num_wrong:,} of {total:,} {are} wrong.{by}"
+        return f"All {total:,} rows are right." if total != 1 else "The only row is right."
+    start = f"{num_wrong:,} of {total:,} rows {'is' if num_wrong == 1 else 'are'} wrong."
+    if num_wrong == 1:
+        return start
+    first = f"These are the first {_MOST_WRONG}," if num_wrong > _MOST_WRONG else "They are"
+    return f"{start} {first} sorted by {order}."
 
 
 def _rank_classes(table: Predictions) -> _Ranked | None:
@@ -400,7 +402,7 @@ def _texts(
     numbers = list(places) if table.index is None else table.index[list(places)].tolist()
     names, note = table.inputs.names, ""
     if rows is not None:
-        texts = texts_of([rows[number] for number in numbers], tokenizer, names) or texts
+        texts = texts_of(_taken(rows, numbers), tokenizer, names) or texts
     elif not names or not set(names) <= {name for of_row in texts for name in of_row}:
         found = None if table.index is None else table.inputs.texts(numbers, tokenizer)
         if found is not None:
@@ -410,6 +412,22 @@ def _texts(
             note = _NO_TEXTS
     shown = [{shorten(n, 60): shorten(t, _LONGEST_TEXT) for n, t in row.items()} for row in texts]
     return shown, note
+
+
+def _taken(rows: Any, numbers: Sequence[int]) -> list[Any]:
+    """Return rows by their numbers, of a list, a dataset or a table of pandas.
+
+    Raises:
+        ConfigError: There are fewer rows than were predicted.
+    """
+    if max(numbers) >= len(rows):
+        raise ConfigError(
+            f"rows has {len(rows):,} rows, and row {max(numbers):,} was predicted. Pass the "
+            'dataset of the loader that was predicted, such as rows=dataset["validation"].'
+        )
+    by_place = getattr(rows, "iloc", rows)
+    found = [by_place[number] for number in numbers]
+    return [row.to_dict() if hasattr(row, "to_dict") else row for row in found]
 
 
 _DECODED = (

@@ -176,6 +176,10 @@ def test_texts_come_from_tokens_from_kept_columns_or_from_the_rows_given(classif
     page = page_of(result, predictions, tmp_path, rows=splits["validation"])
     assert text in page.sections["wrong"]
     assert "decoded" not in page.sections["wrong"]
+    with pytest.raises(ConfigError, match="rows has 5 rows"):
+        page_of(result, predictions, tmp_path, rows=splits["validation"].select(range(5)))
+    page = page_of(result, predictions, tmp_path, rows=splits["validation"].to_pandas())
+    assert text in page.sections["wrong"]
     originals = [f"original {n}" for n in range(12)]
     page = page_of(result, predictions, tmp_path, rows=originals)
     assert f"original {place}" in page.sections["wrong"]
@@ -303,7 +307,7 @@ def test_tokens_and_texts(classified, tmp_path):
     assert "60.0 % of all tokens are right" in page.sections["wrong"]
     answers = Predictions(np.arange(3), ["a", "b", "c"], None, ["a", "x", "c"])
     page = page_of(result, answers, tmp_path)
-    assert "1 of 3 row is wrong" in page.sections["wrong"]
+    assert "1 of 3 rows is wrong" in page.sections["wrong"]
     right = Predictions(np.arange(3), ["a", "b", "c"], None, ["a", "b", "c"])
     assert "All 3 rows are right" in page_of(result, right, tmp_path).sections["wrong"]
 
