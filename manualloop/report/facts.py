@@ -107,11 +107,13 @@ def tiles(result: Result) -> list[Tile]:
     at = result.best_step if result.best_metrics else None
     for metric in dict.fromkeys(m for m in (first, "loss") if m in scalars):
         ends = ends_of_intervals(metrics).get(metric)
-        note = "" if at is None else f"best, at update {at:,}"
+        notes = [] if at is None else [f"best, update {at:,}"]
         if ends is not None:
-            note = f"{number(metrics[ends[0]])} to {number(metrics[ends[1]])}"
+            notes.insert(0, f"{number(metrics[ends[0]])} to {number(metrics[ends[1]])}")
         title = f"evaluation {metric}" if metric == "loss" else metric
-        shown.append(Tile(shorten(title, 60), number(metrics[metric]), note, metric == first))
+        shown.append(
+            Tile(shorten(title, 60), number(metrics[metric]), ", ".join(notes), metric == first)
+        )
     losses = [record["loss"] for record in result.history if record.get("loss") is not None]
     if losses:
         shown.append(Tile("training loss", number(losses[-1]), f"at first {number(losses[0])}"))
