@@ -480,7 +480,8 @@ def _digest(value: Any) -> str:
 
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
-            value = value.detach().cpu().contiguous()
+            # A copy, since a view of one number may have any stride.
+            value = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, Mapping):

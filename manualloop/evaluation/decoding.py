@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -67,6 +67,13 @@ def takes_model(function: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):  # of C
         return False
     return parameter is not None and parameter.default is parameter.empty
+
+
+def lets_write(decode: Decode | None) -> Literal["no", "perhaps", "yes"]:
+    """Tell whether a ``decode`` of ``with_model`` lets the model write; a closure may hold it."""
+    if decode is None:
+        return "no"
+    return "yes" if getattr(decode, "takes_model", False) else "perhaps"
 
 
 def uses_outputs(decode: AnyDecode | None) -> bool:

@@ -14,7 +14,13 @@ from manualloop.arguments import check_arguments
 from manualloop.checks import require_loader
 from manualloop.data.sampler import longest_first_view
 from manualloop.errors import ConfigError, DataError, MetricError
-from manualloop.evaluation.decoding import AnyDecode, show_samples, uses_outputs, with_model
+from manualloop.evaluation.decoding import (
+    AnyDecode,
+    lets_write,
+    show_samples,
+    uses_outputs,
+    with_model,
+)
 from manualloop.evaluation.intervals import find_intervals, with_intervals
 from manualloop.evaluation.losses import whole_loss
 from manualloop.evaluation.passes import passes_of
@@ -203,7 +209,7 @@ def _evaluate(
     )
     if not uses_outputs(functions.decode):
         passes = replace(passes, runs="labelled")
-    passes = replace(passes, lets_write=getattr(functions.decode, "takes_model", False))
+    passes = replace(passes, lets_write=lets_write(functions.decode))
     table, losses = read_table(
         passes,
         ask_for(of_rows, functions.postprocess, functions.decode),

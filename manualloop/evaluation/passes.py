@@ -42,7 +42,8 @@ class Passes:
         leaves_out: Columns that skip the model.
         predicts: Whether predictions are made by the rule of the task.
         runs: Batches of which the outputs are used, where ``decode`` does not use them.
-        lets_write: Whether ``decode`` gets the model, which may continue rows padded on the left.
+        lets_write: Whether a ``decode`` lets the model write, instead of using the outputs.
+        has_loss: Whether the loss of batches with labels is used, beside a ``decode``.
     """
 
     model: nn.Module
@@ -53,7 +54,8 @@ class Passes:
     leaves_out: frozenset[str]
     predicts: bool
     runs: Literal["all", "labelled", "none"] = "all"
-    lets_write: bool = False
+    lets_write: Literal["no", "perhaps", "yes"] = "no"
+    has_loss: bool = True
 
 
 def passes_of(
@@ -161,8 +163,9 @@ def _forward(passes: Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
         columns = inputs_of(model, inputs)
         if passes.runs == "none" or (passes.runs == "labelled" and "labels" not in columns):
             return inputs, None, None
-        if "labels" in columns or not passes.lets_write:
-            require_padding_unseen(model, batch, inputs)
+        is_used = passes.lets_write == "no" or (passes.has_loss and "labels" in columns)
+        if is_used or passes.lets_write == "perhaps":
+            require_padding_unseen(model, batch, inputs, refuses=is_used)
         if passes.leaves_out:
             columns = {name: c for name, c in columns.items() if name not in passes.leaves_out}
         try:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from manualloop.arguments import check_arguments
-from manualloop.evaluation.decoding import AnyDecode, uses_outputs, with_model
+from manualloop.evaluation.decoding import AnyDecode, lets_write, uses_outputs, with_model
 from manualloop.evaluation.inputs import Inputs
 from manualloop.evaluation.loop import longest_first
 from manualloop.evaluation.passes import passes_of
@@ -77,7 +77,7 @@ def predict_loop(
     if not uses_outputs(decode):
         passes = replace(passes, runs="none")
     decode = with_model(decode, model, strategy)
-    passes = replace(passes, lets_write=getattr(decode, "takes_model", False))
+    passes = replace(passes, lets_write=lets_write(decode), has_loss=False)
     table, _ = read_table(
         passes,
         Ask(postprocess, decode, references=False, scores=None, kept=True, aligned=False),

@@ -34,7 +34,12 @@ _ROUNDING = 1e-3  # relative, in float32; other kinds of numbers have more
 
 
 def require_padding_unseen(
-    model: nn.Module, batch: Any, inputs: Any, loss_fn: LossFn | None = None
+    model: nn.Module,
+    batch: Any,
+    inputs: Any,
+    loss_fn: LossFn | None = None,
+    *,
+    refuses: bool = True,
 ) -> None:
     """Refuse a batch whose padding changes what a model makes of its rows.
 
@@ -47,6 +52,7 @@ def require_padding_unseen(
         batch: The batch, on the CPU if the loader gave it there.
         inputs: The batch on the model's device.
         loss_fn: Function that calls the model; None where it is called with the columns.
+        refuses: Whether to refuse it, rather than log that it is so.
 
     Raises:
         DataError: The mask has another length than the tokens, or the model sees the padding.
@@ -64,7 +70,8 @@ def require_padding_unseen(
     if mask.device.type != "cpu" and _ON_DEVICE in known:  # a look waits for it
         return
     key: Any = _PADS
-    if (mask[..., 0] == 0).any():
+    is_late = mask[..., 0] == 0
+    if is_late.any() and mask[is_late].any():  # a row without tokens is padded on no side
         function, held = parts_of_loss(loss_fn)
         key = ("left", function, *map(ref, held))
     elif _PADS in known or mask.all():
@@ -74,8 +81,10 @@ def require_padding_unseen(
     if key in known:
         return
     error = None if is_sharded(model) else _error_of(model, inputs, loss_fn, key == _PADS)
-    if error is not None:
+    if error is not None and refuses:
         raise error
+    if error is not None:
+        say(f"{error}")
     known.add(key)
     if mask.device.type != "cpu":
         known.add(_ON_DEVICE)

@@ -190,8 +190,6 @@ def not_sorted(name):
     """What must be read as it comes: (loader, arguments of evaluate_loop)."""
     if name == "loss_fn":  # it may compare the rows of a batch
         return loader_of(sentences()), {"loss_fn": lambda model, batch: model(**batch).loss}
-    if name == "padding on the left":  # it shifts the positions
-        return loader_of(sentences(), tiny_tokenizer(padding_side="left")), {}
     if name == "no attention mask":  # the model sees the padding
         names = ["input_ids", "token_type_ids"]
         return loader_of(sentences(), tiny_tokenizer(model_input_names=names)), {}
@@ -217,7 +215,7 @@ def not_sorted(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["loss_fn", "padding on the left", "no attention mask",
+    ["loss_fn", "no attention mask",
      "collate_fn", "a loader of one's own", "a row without tokens", "what is no text"],
 )  # fmt: skip
 def test_what_might_change_the_numbers_is_read_as_it_comes(name):
