@@ -63,18 +63,6 @@ def _(fit, model, line):
 
 
 @mistake(
-    "02 no labels, prepared",
-    *(DataError, "Training needs labels", "has only input_ids, token_type_ids, attention_mask"),
-    line="loss_fn=",
-)
-def _(fit, model, line):
-    dataset = rows().remove_columns("label")
-    loaders = prepare_dataloaders(dataset, tiny_tokenizer(), model=model)
-    own = {"loss_fn": lambda model, batch: model(**batch).logits.mean()} if line else {}
-    fit(model, loaders["train"], **own)
-
-
-@mistake(
     "02 no labels, own loader",
     *(DataError, "Training needs labels", "the batch has only input_ids"),
     line="loss_fn=",
@@ -124,16 +112,6 @@ def _(fit, model, line):
 
 
 @mistake(
-    "04 labels are strings, own loader",
-    *(DataError, "'labels' holds strings", "'pos'", "row 0"),
-    line='dataset.class_encode_column("labels")',
-)
-def _(fit, model, line):
-    dataset = tokenized(rows(sentence=["good", "bad", "fine"], labels=["pos", "neg", "pos"]))
-    fit(model, own_loader(value(line, dataset=dataset)))
-
-
-@mistake(
     "05 a label is None, own loader",
     *(DataError, "Row 3 of the 6 rows checked has labels=None", "without a value: 1."),
     line='dataset.filter(lambda row: row["labels"] is not None)',
@@ -162,17 +140,6 @@ HEADLESS = (ModelError, "BertModel has no task head", "no loss")
 
 
 @mistake(
-    "06 model without a head, prepared",
-    *HEADLESS,
-    line="AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)",
-    model=lambda: tiny_bert(kind=BertModel),
-)
-def _(fit, model, line):
-    model = tiny_bert() if line else model
-    fit(model, prepare_dataloaders(rows(), tiny_tokenizer(), model=model)["train"])
-
-
-@mistake(
     "06 model without a head, own loader, three classes",
     *HEADLESS,
     line="loss_fn=",
@@ -196,19 +163,6 @@ class Logits(nn.Module):
 
 
 @mistake(
-    "07 model returns a tensor",
-    *(ModelError, "Logits.forward returned a Tensor of shape (4, 2)", "not an output with a loss"),
-    line="loss_fn=lambda model, batch: torch.nn.functional.cross_entropy("
-    'model(input_ids=batch["input_ids"]), batch["labels"])',
-    model=Logits,
-)
-def _(fit, model, line):
-    dataset = tokenized(rows().rename_column("label", "labels"))
-    loader = own_loader(dataset.select_columns(["input_ids", "labels"]))
-    fit(model, loader, **keywords(line))
-
-
-@mistake(
     "07 model returns a tuple",
     *(ModelError, "BertForSequenceClassification.forward returned a tuple", "not an output with"),
     line="loss_fn=lambda model, batch: model(**batch)[0]",
@@ -217,22 +171,6 @@ def _(fit, model, line):
 def _(fit, model, line):
     loader = prepare_dataloaders(rows(), tiny_tokenizer(), model=model)["train"]
     fit(model, loader, **keywords(line))
-
-
-class NeverALoss(Logits):
-    def forward(self, input_ids, **columns):
-        return {"loss": None, "logits": super().forward(input_ids)}
-
-
-@mistake(
-    "08 model returns loss=None",
-    *(ModelError, "NeverALoss's output has loss=None", "it accepts: input_ids"),
-    line="loss_fn=lambda model, batch: ...",
-    model=NeverALoss,
-)
-def _(fit, model, line):
-    own = {"loss_fn": lambda model, batch: model(**batch)["logits"].mean()} if line else {}
-    fit(model, prepare_dataloaders(rows(), tiny_tokenizer(), model=model)["train"], **own)
 
 
 @mistake(
@@ -343,18 +281,6 @@ def _(fit, model, line):
 
 
 @mistake(
-    "14 all labels -100, prepared",
-    *(DataError, "No label to learn from in train batch 0", "all 2 are -100"),
-    line='dataset.filter(lambda row: row["labels"] != -100)',
-)
-def _(fit, model, line):
-    dataset = rows(input_ids=[[4, 5], [6, 7]], labels=[-100, -100])
-    if line is not None:  # would leave none: with one more row
-        dataset = value(line, dataset=rows(input_ids=[[4], [5], [6]], labels=[-100, 1, -100]))
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer())["train"])
-
-
-@mistake(
     "14 all labels of tokens -100, own loader",
     *(DataError, "No label to learn from in batch 0", "all 6 are -100"),
     line='dataset.filter(lambda row: set(row["labels"]) != {-100})',
@@ -364,20 +290,6 @@ def _(fit, model, line):
     labels = [[-100] * 3, [-100] * 3, [-100, 4, -100]][: 3 if line else 2]
     dataset = rows(input_ids=[[4, 5, 6]] * len(labels), labels=labels)
     fit(model, own_loader(value(line, dataset=dataset)))
-
-
-@mistake(
-    "15 token beyond the vocabulary, prepared",
-    *(DataError, "Token id 5 in train batch 0 (row id 1)", "vocab_size 5"),
-    *("BertForSequenceClassification", "Tokenizer and model differ"),
-    line="model.resize_token_embeddings(len(tokenizer))",
-    model=lambda: tiny_bert(vocab_size=5),
-)
-def _(fit, model, line):
-    tokenizer = tiny_tokenizer()
-    loaders = prepare_dataloaders(rows(text=["good", "bad"], label=[0, 1]), tokenizer, seed=1)
-    value(line, model=model, tokenizer=tokenizer)
-    fit(model, loaders["train"])
 
 
 @mistake(
@@ -396,16 +308,6 @@ LONG = {"text": ["good movie " * 20, "bad movie"], "label": [0, 1]}
 
 
 @mistake(
-    "16 too many tokens, prepared without the model",
-    *(DataError, "A sequence of 42 tokens in train batch 0", "takes 16"),
-    line="max_length=16",
-    model=lambda: tiny_bert(max_position_embeddings=16),
-)
-def _(fit, model, line):
-    fit(model, prepare_dataloaders(rows(**LONG), tiny_tokenizer(), **keywords(line))["train"])
-
-
-@mistake(
     "16 too many tokens, own loader",
     *(DataError, "A sequence of 20 tokens in batch 0", "takes 16"),
     line="truncation=True, max_length=16",
@@ -417,17 +319,6 @@ def _(fit, model, line):
 
 
 RAGGED = (DataError, "The rows of a batch have lengths 2..4 in 'input_ids'", "they are not padded")
-
-
-@mistake(
-    "17 ragged rows, prepared without a tokenizer",
-    *RAGGED,
-    line="prepare_dataloaders(dataset, tokenizer)",
-    from_error=True,
-)
-def _(fit, model, line):
-    dataset = rows(input_ids=[[4, 5, 6, 7], [4, 5]], labels=[0, 1])
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer() if line else None)["train"])
 
 
 @mistake(
@@ -503,17 +394,6 @@ def _(fit, model, line):
 
 
 @mistake(
-    "23 DatasetDict for a loader",
-    *(DataError, "Got a DatasetDict with splits train, test", "one loader is wanted"),
-    line='loaders["train"]',
-)
-def _(fit, model, line):
-    splits = DatasetDict(train=rows(), test=rows())
-    loaders = prepare_dataloaders(splits, tiny_tokenizer())
-    fit(model, splits if line is None else value(line, loaders=loaders))
-
-
-@mistake(
     "23 all loaders for one",
     *(DataError, "Got a dict with splits train, test", "one loader is wanted"),
     line='loaders["train"]',
@@ -534,29 +414,6 @@ def _(fit, model, line):
 
 
 @mistake(
-    "28 nothing to evaluate",
-    *(DataError, "No rows to evaluate", "0 batches"),
-    line="Check the filter of the dataset",
-)
-def _(fit, model, line):
-    loaders = prepare_dataloaders(rows(), tiny_tokenizer())
-    dataset = tokenized(rows().rename_column("label", "labels"))
-    evaluate_loop(model, own_loader(dataset if line else dataset.select([])), "accuracy")
-    fit(model, loaders["train"])
-
-
-@mistake(
-    "32 all parameters frozen",
-    *(ModelError, "BertForSequenceClassification has 0 trainable parameters of 25"),
-    line="for parameter in model.classifier.parameters(): parameter.requires_grad_(True)",
-    model=lambda: tiny_bert().requires_grad_(False),
-)
-def _(fit, model, line):
-    exec(line or "", {"model": model})
-    fit(model, prepare_dataloaders(rows(), tiny_tokenizer(), model=model)["train"])
-
-
-@mistake(
     "32 parameters frozen after the optimizer was built",
     *(ModelError, "BertForSequenceClassification has 0 trainable parameters of 25"),
     line="for parameter in model.classifier.parameters(): parameter.requires_grad_(True)",
@@ -567,30 +424,6 @@ def _(fit, model, line):
     exec(line or "", {"model": model})
     loaders = prepare_dataloaders(rows(), tiny_tokenizer(), model=model)
     fit(model, loaders["train"], optimizer=optimizer)
-
-
-@mistake(
-    "33 optimizer of another model",
-    *(ModelError, "None of the optimizer's 25 parameters", "this BertForSequenceClassification"),
-    line="prepare_optimizer(model)",
-)
-def _(fit, model, line):
-    optimizer = value(line, optimizer=torch.optim.AdamW(tiny_bert().parameters()), model=model)
-    loaders = prepare_dataloaders(rows(), tiny_tokenizer(), model=model)
-    fit(model, loaders["train"], optimizer=optimizer)
-
-
-@mistake(
-    "35 numbers out of range, all at once",
-    *(ConfigError, "num_epochs must be a whole number of at least 1, got 0."),
-    "gradient_accumulation_steps must be a whole number of at least 1, got 0.",
-    "max_grad_norm must be above 0, got -1",
-    line="None does not clip",
-)
-def _(fit, model, line):
-    numbers = {"num_epochs": 0, "gradient_accumulation_steps": 0, "max_grad_norm": -1}
-    loaders = prepare_dataloaders(rows(), tiny_tokenizer(), model=model)
-    fit(model, loaders["train"], **({} if line else numbers))
 
 
 @mistake(
@@ -612,16 +445,6 @@ def _(fit, model, line):
 def _(fit, model, line):
     loaders = prepare_dataloaders(rows(), tiny_tokenizer(), model=model)
     fit(model, loaders["train"], **(keywords(line) if line else {"num_epochs": 1, "max_steps": 3}))
-
-
-@mistake(
-    "36 a stream without max_steps, prepared",
-    *(ConfigError, "A streaming dataset has no length"),
-    line="max_steps=",
-)
-def _(fit, model, line):
-    loaders = prepare_dataloaders(rows().to_iterable_dataset(), tiny_tokenizer(), model=model)
-    fit(model, loaders["train"], **({"max_steps": 1} if line else {}))
 
 
 @mistake(

@@ -27,33 +27,12 @@ MISTAKES, mistake = collect()
 
 
 @mistake(
-    "01 label column is target, prepared",
-    *(DataError, "No label column in train", "Its columns: sentence, target", "mean 'target'?"),
-    line='label_column="target"',
-)
-def _(fit, model, line):
-    dataset = rows().rename_column("label", "target")
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), **keywords(line))["train"])
-
-
-@mistake(
     "03 text only, prepared",
     *(DataError, "Column 'sentence' of train is still text"),
     line="prepare_dataloaders(dataset, tokenizer)",
 )
 def _(fit, model, line):
     fit(model, prepare_dataloaders(rows(), tiny_tokenizer() if line else None)["train"])
-
-
-@mistake(
-    "05 a label is None, prepared",
-    *(DataError, "Row 3 of train has label=None", "value: 1 of 6"),
-    line='dataset.filter(lambda row: row["label"] is not None)',
-)
-def _(fit, model, line):
-    texts = ["good", "bad", "fine", "dull", "good", "bad"]
-    dataset = rows(text=texts, label=[1, 0, 1, None, 1, 0])
-    fit(model, prepare_dataloaders(value(line, dataset=dataset), tiny_tokenizer())["train"])
 
 
 @mistake(
@@ -81,17 +60,6 @@ def _(fit, model, line):
 
 
 @mistake(
-    "09 label 2 of 2 classes, prepared with the model",
-    *(DataError, "Label 2 in row 4 of train", "num_labels=2 (0..1)"),
-    line="num_labels=3",
-)
-def _(fit, model, line):
-    model = tiny_bert(**keywords(line)) if line else model
-    dataset = rows(text=["good", "bad", "fine", "dull", "a"], label=[0, 1, 0, 1, 2])
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
-
-
-@mistake(
     "09 class 3 of 3 in a list of classes",
     *(DataError, "Label 3 in row 1 of train", "num_labels=3 (0..2)"),
     line="num_labels=4",
@@ -103,61 +71,7 @@ def _(fit, model, line):
     fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
 
 
-@mistake(
-    "10 label -1, prepared",
-    *(DataError, "Label -1 in row 1 of train", "-100"),
-    line='dataset.filter(lambda row: row["label"] >= 0)',
-)
-def _(fit, model, line):
-    dataset = value(line, dataset=rows(text=["good", "bad", "fine"], label=[0, -1, 1]))
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
-
-
-@mistake(
-    "11 labels start at 1, prepared",
-    *(DataError, "Label 2 in row 1 of train", "num_labels=2 (0..1)", "The smallest label is 1"),
-    line='dataset.map(lambda row: {"label": row["label"] - 1})',
-)
-def _(fit, model, line):
-    dataset = value(line, dataset=rows(text=["good", "bad", "fine"], label=[1, 2, 1]))
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
-
-
-@mistake(
-    "12 float labels, two classes, prepared with the model",
-    *(DataError, "Float labels in train, e.g. 1.0 (row 0)", "multi-label", "2 of them a row"),
-    line='dataset.cast_column("label", datasets.Value("int64"))',
-)
-def _(fit, model, line):
-    dataset = value(line, dataset=rows(text=["good", "bad"], label=[1.0, 0.0]))
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
-
-
-@mistake(
-    "18 tokenizer without a pad token",
-    *(DataError, "The tokenizer has no pad token"),
-    line="tokenizer.pad_token = tokenizer.unk_token; "
-    "model.config.pad_token_id = tokenizer.pad_token_id",
-)
-def _(fit, model, line):
-    tokenizer = tiny_tokenizer(pad_token=None, eos_token="[SEP]")
-    exec(line or "", {"tokenizer": tokenizer, "model": model})
-    fit(model, prepare_dataloaders(rows(), tokenizer, model=model)["train"])
-
-
 MISALIGNED = (DataError, "labels have length 2, input_ids 4")
-
-
-@mistake(
-    "19 fewer labels than tokens, prepared",
-    *(*MISALIGNED, "row 1 of train"),
-    line="-100",
-    model=lambda: tiny_bert(kind=BertForTokenClassification),
-)
-def _(fit, model, line):
-    labels = [[0, 1, 1], [0, 1] + ([-100] * 2 if line else [])]
-    dataset = rows(input_ids=[[4, 5, 6], [4, 5, 6, 7]], labels=labels)
-    fit(model, prepare_dataloaders(dataset, tiny_tokenizer(), model=model)["train"])
 
 
 @mistake(

@@ -124,10 +124,10 @@ def bert_run():
     torch.manual_seed(5)
     model = tiny_bert()
     loaders = prepare_dataloaders(
-        {"train": rows(30), "validation": rows(9)}, tiny_tokenizer(), model=model, batch_size=4
+        {"train": rows(15), "validation": rows(5)}, tiny_tokenizer(), model=model, batch_size=4
     )
     evaluate = partial(evaluate_loop, model, loaders["validation"], "accuracy")
-    return model, loaders["train"], {"num_epochs": 2, "evaluate": evaluate}
+    return model, loaders["train"], {"num_epochs": 1, "evaluate": evaluate}
 
 
 def own_optimizer_run():
