@@ -261,21 +261,21 @@ def _refuse_alike(labels: _Labels) -> None:
     key = next(key for key, split in labels.splits.items() if split is reference)
     texts = labels.values[key].texts if key in labels.values else ()
     seen: dict[Any, str] = {}
-    for text in texts:
-        if (other := seen.setdefault(_meaning(text), text)) != text:
-            cell = f'row["{labels.column}"]'
-            one = as_map(labels.column, f"{{{text!r}: {other!r}}}.get({cell}, {cell})")
-            if labels.is_list(key):
-                change = f"[{{{text!r}: {other!r}}}.get(name, name) for name in {cell}]"
-                one = as_map(labels.column, change)
-            keys = [split.key for split in labels.splits.values()]
-            names = f"names={list(texts)}"
-            raise DataError(
-                f"{labels.column!r} of {reference.name} has the classes {other!r} and {text!r}, "
-                f"which differ in case, spaces or form alone. If they are one: "
-                f"{fix_all(keys, one)}. If they are two, name all: "
-                f"{fix_all(keys, _named_call(labels, key, names))}."
-            )
+    alike = {text: one for text in texts if (one := seen.setdefault(_meaning(text), text)) != text}
+    if not alike:
+        return
+    text, other = next(iter(alike.items()))
+    cell, keys = f'row["{labels.column}"]', [split.key for split in labels.splits.values()]
+    one = as_map(labels.column, f"{alike}.get({cell}, {cell})")
+    if labels.is_list(key):
+        one = as_map(labels.column, f"[{alike}.get(name, name) for name in {cell}]")
+    more = f", and {len(alike) - 1} more," if len(alike) > 1 else ","
+    two = fix_all(keys, _named_call(labels, key, f"names={list(texts)}"))
+    raise DataError(
+        f"{labels.column!r} of {reference.name} has the classes {other!r} and {text!r}{more} "
+        f"which differ in case, spaces or form alone. If they are one: {fix_all(keys, one)}. If "
+        f"they are two, name all: {two}."
+    )
 
 
 def _named_call(labels: _Labels, key: Any, names: str) -> str:
@@ -302,35 +302,12 @@ def _require_outputs(labels: _Labels, names: Names) -> None:
     number = None if labels.model is None else num_labels(labels.model)
     reference = reference_of(labels.splits)
     is_text = reference.kinds[labels.column] in TEXT_KINDS
-    advice = _advice_on_spelling(labels, names) if is_text else None
     if number is not None and is_text and len(names) > number:
-        more = f"from_pretrained(name, num_labels={len(names)})"
         raise DataError(
             f"{labels.column!r} of {reference.name} has {len(names)} classes: "
-            f"{show_names(names)}. The model has num_labels={number}. "
-            f"{advice or f'Load it with more: {more}.'}"
+            f"{show_names(names)}. The model has num_labels={number}. Load it with more: "
+            f"from_pretrained(name, num_labels={len(names)})."
         )
-    if advice is not None:
-        say(f"two classes of {reference.name} may be one. {advice}")
-
-
-def _advice_on_spelling(labels: _Labels, names: Names) -> str | None:
-    """Return the advice on classes whose names differ in case or spaces alone."""
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(folded(name), []).append(name)
-    if (found := next((some for some in alike.values() if len(some) > 1), None)) is None:
-        return None
-    split = reference_of(labels.splits)
-    value = f'row["{labels.column}"]'
-    made = f"{value}.strip().lower()"
-    if labels.is_list(next(key for key, one in labels.splits.items() if one is split)):
-        made = f"[name.strip().lower() for name in {value}]"
-    keys = [one.key for one in labels.splits.values()]
-    return (
-        f"{found[0]!r} and {found[1]!r} differ in case or spaces alone. Make them one: "
-        f"{fix_all(keys, as_map(labels.column, made))}."
-    )
 
 
 def _are_classes(values: Values, model: nn.Module | None) -> bool:

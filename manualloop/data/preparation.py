@@ -132,10 +132,10 @@ def _has_plain_labels(
 
 
 def _opened(split: str, given: Any) -> Any:
-    """Return a dataset; of a file the rows, unless it is too large to be read once more."""
-    if not isinstance(given, str | os.PathLike):
-        return given
-    return read_rows(split, given) if Path(given).stat().st_size < _MOST_BYTES else None
+    """Return a dataset; of a file or a frame its rows, unless a file is too large to read again."""
+    if isinstance(given, str | os.PathLike) and Path(given).stat().st_size >= _MOST_BYTES:
+        return None
+    return read_rows(split, given)
 
 
 _MOST_BYTES = 100_000_000

@@ -162,18 +162,14 @@ def test_all_problems_of_a_table_whose_label_nobody_named_come_in_one_message(tm
     assert len(loaders["train"].dataset) == 4
 
 
-def test_classes_that_differ_in_case_or_spaces_are_told_with_the_line_that_joins_them(caplog):
+def test_classes_that_differ_in_case_or_spaces_are_joined_by_one_line():
     frame = FRAME.assign(label=["Spam", "ham", "spam ", "ham", "HAM", "ham"])
-    with pytest.raises(DataError) as refused:
-        prepare_dataloaders(frame, tiny_tokenizer(), model=tiny_bert())
-    message = str(refused.value)
-    assert "The model has num_labels=2. 'HAM' and 'ham' differ in case or spaces alone" in message
-    (line,) = (line for line in fixes_in(message) if ".map(" in line)
+    with pytest.raises(DataError, match=r"'HAM' and 'ham', and 1 more, which differ") as refused:
+        prepare_dataloaders(frame, tiny_tokenizer())
+    (line,) = (line for line in fixes_in(refused.value) if ".map(" in line)
     dataset = run_fix(line, datasets.Dataset.from_pandas(frame))
     loaders = prepare_dataloaders(dataset, tiny_tokenizer(), model=tiny_bert())
     assert sorted(labels_of(loaders["train"])) == [0, 0, 0, 0, 1, 1]
-    prepare_dataloaders(frame, tiny_tokenizer(), model=tiny_bert(4))
-    assert "two classes of train may be one. 'HAM' and 'ham' differ" in caplog.text
 
 
 def test_a_file_without_a_header_is_refused_with_the_line_that_names_its_columns(tmp_path):
