@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from manualloop import __version__
 from manualloop.arguments import check_arguments
 from manualloop.checkpoint.changes import note_model, tell_unsaved
 from manualloop.checkpoint.contract import check_state, log_kept
@@ -167,6 +168,7 @@ def write_checkpoint(
         require_finite(state, strategy)
         snapshot = take_state_apart(state, strategy, run, scored)
     content = {
+        "release": __version__,  # for people who look at it: nothing depends on it
         "metrics": as_json(dict(metrics or {})),
         "best_metric": best_metric,
         "contract": state.contract,

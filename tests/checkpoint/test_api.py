@@ -1,9 +1,13 @@
 """save_checkpoint and load_checkpoint, called by the user in a loop of their own."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+import manualloop
 from manualloop import (
     Accelerated,
     CheckpointError,
@@ -32,6 +36,17 @@ def new_state(seed=0):
         prepare_scheduler(optimizer, num_training_steps=8),
         extras={"ema": AveragedModel(model), "second": head},
     )
+
+
+def test_the_manifest_names_the_release(tmp_path):
+    state = new_state()
+    folder = save_checkpoint(tmp_path, state)
+    assert json.loads((folder / "manifest.json").read_text())["release"] == manualloop.__version__
+
+
+def test_the_version_is_that_of_the_project():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'\nversion = "{manualloop.__version__}"\n' in project
 
 
 def batches():
