@@ -183,6 +183,7 @@ def test_a_run_of_accelerate_goes_on_as_well(cut, tmp_path):
         strategy = Accelerated(Accelerator(cpu=True))
         state = new_state(seed=3 if resumes else 0)
         state.extras.clear()
+        state.lr_scheduler = prepare_scheduler(state.optimizer, num_training_steps=16)
         if resumes:
             load_checkpoint(folder, state, strategy=strategy)
         for step in train_steps(state, batches(), num_epochs=2, loss_fn=loss_fn, strategy=strategy):
