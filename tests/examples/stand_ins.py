@@ -25,6 +25,13 @@ from tiny_scenes import processor, scenes, tiny, tiny_segformer, tiny_vit, tiny_
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 LENGTH = 2048  # of positions, so that no page is cut off by a stand-in
+FEWER = {  # of what would take minutes, and shows no more
+    "num_steps=100": "num_steps=12",
+    "max_steps=600": "max_steps=11",
+    "n_trials=20": "n_trials=3",
+    "range(5)": "range(2)",
+    "StratifiedKFold(5": "StratifiedKFold(2",
+}
 WORDS = ["a", "good", "bad", "very", "dull", "fine", "movie", "plot", "was", "not", "the", "film"]
 
 
@@ -124,6 +131,7 @@ MODELS: dict[str, Callable[..., Any]] = {
     "AutoModelForQuestionAnswering": _bert("BertForQuestionAnswering"),
     "AutoModelForMultipleChoice": _bert("BertForMultipleChoice"),
     "AutoModelForMaskedLM": _bert("BertForMaskedLM"),
+    "BertForSequenceClassification": _bert("BertForSequenceClassification"),
     "BertForPreTraining": _bert("BertForPreTraining"),
     "AutoModelForCausalLM": _llama("LlamaForCausalLM"),
     "AutoModelForSeq2SeqLM": _t5,
@@ -204,6 +212,7 @@ def _boxes() -> DatasetDict:
 
 DATASETS: dict[str, Callable[..., DatasetDict]] = {
     "glue": _glue,
+    "nyu-mll/glue": _glue,
     "squad": _squad,
     "wmt16": _wmt,
     "segments/sidewalk-semantic": _masks,

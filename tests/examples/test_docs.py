@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers import tiny_bert
-from stand_ins import stand_in
+from stand_ins import FEWER, stand_in
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import manualloop
@@ -77,7 +77,10 @@ def run_page(page, names=None, only=None):
     names = {"__name__": "__main__"} if names is None else names
     for block in BLOCKS[page] if only is None else only:
         if not block.reason:
-            code = compile("\n" * block.line + block.code, page, "exec")  # errors name its lines
+            code = block.code
+            for number, fewer in FEWER.items():
+                code = code.replace(number, fewer)
+            code = compile("\n" * block.line + code, page, "exec")  # errors name its lines
             exec(code, names)
     return names
 

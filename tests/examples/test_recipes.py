@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers import table_of, tiny_bert, tiny_tokenizer
+from stand_ins import FEWER
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from manualloop import prepare_dataloaders
@@ -26,30 +27,23 @@ LOADED = {
     "Two optimizers that take turns": 'load_checkpoint("runs/gan", state)',
     "Early stopping on several metrics": 'load_checkpoint("runs/watched", state)',
 }
-QUICK = {
-    "num_steps=100": "num_steps=12",
-    "max_steps=600": "max_steps=11",
-    "n_trials=20": "n_trials=3",
-    "range(5)": "range(2)",
-    "StratifiedKFold(5": "StratifiedKFold(2",
-}
 ROWS = table_of(["sentence1", "sentence2"], 24)
 
 
 def names_of(**others):
-    """The names that the README's ten lines make, and new_model()."""
+    """The names that the first block of the page makes."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     data = datasets.DatasetDict(train=ROWS, validation=ROWS.select(range(9)))
     model = tiny_bert(num_hidden_layers=3)
-    names = {
+    names = {"__name__": "recipes"}
+    exec(IMPORTS, names)
+    names |= {
         "model": model,
         "tokenizer": tokenizer,
         "loaders": prepare_dataloaders(data, tokenizer, model=model),
         "new_model": lambda: tiny_bert(num_hidden_layers=3),
-        "__name__": "recipes",
     }
-    exec(IMPORTS, names)
     exec("from torch.utils.data import DataLoader", names)
     names["prepared"] = names["loaders"]["train"]
     return names | others
@@ -57,7 +51,7 @@ def names_of(**others):
 
 def run(title, names, before_loop=""):
     code = BLOCKS[title]
-    for long, short in QUICK.items():
+    for long, short in FEWER.items():
         code = code.replace(long, short)
     if before_loop:
         code = re.sub(r"^for step in", f"{before_loop}\nfor step in", code, flags=re.M)
@@ -88,6 +82,8 @@ def place(tmp_path, monkeypatch):
     load = staticmethod(lambda name, **options: tiny_bert(num_hidden_layers=3))
     kind = transformers.AutoModelForSequenceClassification
     monkeypatch.setattr(kind, "from_pretrained", load)
+    load = staticmethod(lambda name: tiny_tokenizer())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
 
 
 @pytest.mark.parametrize("title", BLOCKS)
