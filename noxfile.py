@@ -84,8 +84,8 @@ def tests_newest(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation into site/, strictly and without a network; open site/index.html."""
     install(session, group="docs")
-    quiet = {"NO_MKDOCS_2_WARNING": "1"}
-    session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env=quiet)
+    env = {"NO_MKDOCS_2_WARNING": "1"}
+    session.run("mkdocs", "build", "--strict", *session.posargs, env=env)
     session.run("python", "docs/tools/check_site.py", "site")
 
 
