@@ -19,6 +19,7 @@ from manualloop import (
     ConfigError,
     ManualLoopError,
     Predictions,
+    PreflightReport,
     ResumeReport,
     SingleDevice,
     Step,
@@ -31,11 +32,14 @@ from manualloop import (
     apply_update,
     check_accumulation,
     compare_predictions,
+    eject,
     evaluate_loop,
     find_checkpoint,
     load_checkpoint,
     load_metric,
+    plot_history,
     predict_loop,
+    preflight,
     prepare_dataloaders,
     prepare_optimizer,
     prepare_scheduler,
@@ -45,6 +49,8 @@ from manualloop import (
     train_steps,
     verify_resume,
     windows,
+    write_model_card,
+    write_report,
 )
 from manualloop.tracking import csv_file, mlflow, tensorboard, wandb
 
@@ -134,6 +140,15 @@ train_loop(model, loaders["train"], loss_fn=loss_fn, evaluate=evaluate, trackers
 train_loop(model, loaders["train"], loss_fn=counted_loss, evaluate=evaluate_in_detail)
 train_loop(model, loaders["train"], terms=terms, evaluate=lambda: {"f1": 1})
 train_loop(model, loaders["train"], loss_fn=lambda model, batch: model(batch["x"]).mean())
+
+# Before, beside and after a run
+report = preflight(model, loaders["train"], num_epochs=3)
+assert_type(report, PreflightReport)
+assert_type(eject(model, loaders["train"], num_epochs=3), str)
+assert_type(write_report(result, Path("report.html")), Path)
+assert_type(result.report("report.html"), Path)
+assert_type(write_model_card(result, "card", license="mit"), Path)
+plot_history(result, result, labels=["first", "second"])
 
 # Evaluation
 scores = evaluate_loop(model, loaders["validation"], "accuracy", confidence=0.95)
