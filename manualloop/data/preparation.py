@@ -116,6 +116,8 @@ def _numbered_classes(rows: Any, label: str | None, naming: Naming) -> tuple[str
     is_text = str(getattr(feature, "dtype", "")) in ("string", "large_string")
     if not is_text or hasattr(feature, "names") or naming.names is None:
         return None
+    if not hasattr(rows, "unique"):
+        return None  # a stream, whose strings nobody has read
     names = tuple(naming.names)
     return names if set(rows.unique(label)) <= set(names) else None
 

@@ -433,7 +433,7 @@ def _prepare_split(
         require_tokens(raw, split, encode)
         refuse_doubled(raw, split, encode)
     check_inputs(split, by_token=labels.task in BY_TOKEN)
-    check_answers(split)
+    split = check_answers(split, getattr(functions.preprocess, "label_column", None))
     kinds = split.kinds
     is_taken = [name for name in kinds if takes(name, kinds[name]) and name != "labels"]
     if functions.transform is None and not is_taken:

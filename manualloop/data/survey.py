@@ -386,12 +386,32 @@ def _refuse_texts(splits: Sequence[Split], found: Sequence[Values | None], colum
     raise DataError(f"{head} Turn them into class numbers: {fix_all(keys, fix)}.")
 
 
-def check_answers(split: Split) -> None:
-    """Refuse negative positions of answers.
+def check_answers(split: Split, column: str | None) -> Split:
+    """Refuse negative positions of answers, and some that are missing.
+
+    Args:
+        split: The split.
+        column: The column that they are made of; None: nobody knows.
+
+    Returns:
+        The split; without positions if all are missing, as those of a test split may be.
 
     Raises:
         DataError: There is one.
     """
+    is_missing = missing_in(split, POSITIONS[0]) if POSITIONS[0] in split.kinds else None
+    if is_missing is not None and is_missing.all():
+        return split.select([name for name in split.kinds if name not in POSITIONS])
+    if is_missing is not None and is_missing.any():
+        line = "let preprocess= put both at the token [CLS]."
+        if column is not None:
+            cell = f'row["{column}"] or {{"text": [], "answer_start": []}}'
+            line = f"let the dataset tell so: {split.fix(as_map(column, cell))}."
+        raise DataError(
+            f"Row {int(np.argmax(is_missing))} of {split.name} as preprocess= makes it has no "
+            f"answer that is known: {POSITIONS[0]}=None, as have {int(is_missing.sum())} of "
+            f"{len(is_missing)}. If there is no answer, {line}"
+        )
     for name in POSITIONS:
         if split.is_stream or split.kinds.get(name) != "int":
             continue
@@ -399,6 +419,7 @@ def check_answers(split: Split) -> None:
             cells = enumerate(split.rows[name])
             row, found = next(pair for pair in cells if pair[1] is not None and pair[1] < 0)
             raise DataError(positions_message(name, found, f"row {row} of {split.name}"))
+    return split
 
 
 def check_inputs(split: Split, *, by_token: bool) -> None:

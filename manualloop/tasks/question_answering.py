@@ -17,6 +17,7 @@ from manualloop.arguments import is_count
 from manualloop.errors import ConfigError, DataError
 from manualloop.tasks.answers import answers_of
 from manualloop.tasks.made import Made, Place, Rows, counted, place_in_batch, share_of_all
+from manualloop.tasks.task import POSITIONS
 from manualloop.tasks.texts import limit_of, texts_of
 
 
@@ -58,7 +59,8 @@ def answer_windows(
         question: Column of questions.
         context: Column of the texts that hold the answers.
         answers: Column of ``{"text": [...], "answer_start": [...]}``, the characters of the context
-            at which answers start; empty lists for none. Rows of a split without it get no labels.
+            at which answers start; empty lists for none. Rows of a split without it, or in which
+            it is None throughout, get no labels.
 
     Returns:
         A function from a batch of rows to windows: what the tokenizer makes of them;
@@ -126,8 +128,9 @@ class AnswerWindows:
             self._span_of(cell, place(number)) for number, cell in enumerate(rows[self.answers])
         ]
         positions = [window.find(spans[row]) for window, row in zip(windows, origin, strict=True)]
-        made["start_positions"] = [start for start, _ in positions]
-        made["end_positions"] = [end for _, end in positions]
+        is_known = [rows[self.answers][row] is not None for row in origin]
+        for name, side in zip(POSITIONS, zip(*positions, strict=True), strict=True):
+            made[name] = [n if known else None for n, known in zip(side, is_known, strict=True)]
         found = {
             row
             for row, window, place in zip(origin, windows, positions, strict=True)

@@ -902,3 +902,20 @@ def test_negative_positions_are_refused():
     batch = {name: torch.tensor(column) for name, column in rows.items()}
     with pytest.raises(DataError, match="start_positions is -100 in"):
         train_loop(model, [batch], max_steps=1, progress_bar=False)
+
+
+def test_answers_that_are_hidden_are_no_answers_of_none():
+    rows, tokenizer = questions(9, 3, none=0.3), piece_tokenizer()
+    known = Dataset.from_dict(rows)
+    hidden = known.remove_columns("answers").add_column("answers", [None] * 9)
+    some = [None if n % 4 == 1 else cell for n, cell in enumerate(rows["answers"])]
+    mixed = Dataset.from_dict({**rows, "answers": some})
+    options = {"model": qa_model(), "preprocess": answer_windows(tokenizer, 24, 4), "keep": KEEP}
+    loader = prepare_dataloaders({"train": known, "test": hidden}, tokenizer, **options)["test"]
+    assert "start_positions" not in next(iter(loader))
+    assert len(predict_loop(qa_model(), loader, decode=span_logits)) == len(loader.dataset)
+    with pytest.raises(DataError, match="has no answer that is known") as error:
+        prepare_dataloaders({"dev": mixed}, tokenizer, **options)
+    (line,) = fixes_in(error.value)
+    loader = prepare_dataloaders(run_fix(line, {"dev": mixed}), tokenizer, **options)["dev"]
+    assert "start_positions" in next(iter(loader))
