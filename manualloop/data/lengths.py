@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from manualloop.data.functions import Functions
 from manualloop.data.grouping import Ints, round_up
 from manualloop.data.labels import BY_TOKEN
 from manualloop.data.nested import holds_nested
 from manualloop.data.splits import Split
 from manualloop.errors import ConfigError, DataError
+from manualloop.notices import say
 
 
 def lengths_of_rows(
@@ -19,7 +21,7 @@ def lengths_of_rows(
     multiple: int,
     max_tokens: int | None,
     group_by_length: bool,
-    cut: str | None = None,
+    functions: Functions,
 ) -> Ints | None:
     """Return the number of tokens of each row, int64 ``(rows,)``; None if the order ignores it.
 
@@ -65,10 +67,13 @@ def lengths_of_rows(
     row = int(lengths.argmax())
     if max_tokens is not None and lengths[row] > max_tokens:
         shorter = f"Use max_length={max_tokens}"
-        if cut is not None:
-            shorter = f"Cut rows where they are made, {cut.format(room=max_tokens // num_lists)},"
+        if functions.cut is not None:
+            call = functions.cut.format(room=max_tokens // num_lists)
+            shorter = f"Cut rows where they are made, {call},"
         raise ConfigError(
             f"Row {row} of {split.name} has {lengths[row]} tokens, but a batch holds at most "
             f"max_tokens={max_tokens}. {shorter} or use a larger max_tokens."
         )
+    if max_tokens is not None and (words := getattr(functions.transform, "lengthens", None)):
+        say(f"{split.name}: batches may have more than max_tokens={max_tokens} tokens: {words}")
     return lengths

@@ -211,7 +211,7 @@ def prepare_dataloaders(
     with all_at_once(note) as check:
         for key, split in splits.items():
             collate, cut = collates[key], functions[key].cut
-            sizes = pad_to_multiple_of or 1, max_tokens, group_by_length, cut
+            sizes = pad_to_multiple_of or 1, max_tokens, group_by_length, functions[key]
             lengths = check(lengths_of_rows, split, texts, labels.task, keep, *sizes)
             rows: Any = transformed.get(key) or as_read(split, collate, seed)
             if kept := kept_columns(split, functions[key], label, key in transformed):

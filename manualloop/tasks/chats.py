@@ -142,7 +142,7 @@ class Chat:
         tools = rows.get("tools") if "tools" not in self.options else None
         for number, messages in enumerate(rows[self.column]):
             options = options_of_row(self.options, None if tools is None else tools[number])
-            found = check_messages(messages, place(number))
+            found = check_messages(messages, place(number), self.column)
             encoded = self._encode(found, place(number), options, made.counts)
             made.counts["chats"] += 1
             made.counts["empty"] += not encoded

@@ -35,9 +35,10 @@ def fill_in_middle(
     A document is split at two places, drawn from all characters, and becomes ``<PRE> prefix <SUF>
     suffix <MID> middle`` (PSM) or ``<PRE> <SUF> suffix <MID> prefix middle`` (SPM), as in Bavarian
     et al., "Efficient Training of Language Models to Fill in the Middle", 2022. Documents that the
-    tokenizer does not give back as they were are split between tokens instead. In a row of several
-    documents, each ended by EOS, every document is drawn by itself. All tokens are labels, as in
-    the paper.
+    tokenizer does not give back as they were, and those with special tokens, are split between
+    tokens instead; one that holds any of the three tokens itself stays as it is. In a row of
+    several documents, each ended by EOS, every document is drawn by itself. All tokens are labels,
+    as in the paper.
 
     A row becomes longer by three tokens for each document that is changed. What has no room is cut
     from the end of its last document if that is unfinished, else from the beginning of its first.
@@ -70,7 +71,9 @@ def fill_in_middle(
         )
     ids = [vocabulary[name] for name in found]
     limit = tokenizer.model_max_length if max_length is None else max_length
-    return FillInMiddle(tokenizer, float(rate), float(spm_rate), (ids[0], ids[1], ids[2]), limit)
+    special = frozenset(getattr(tokenizer, "added_tokens_decoder", {}))
+    sentinels = ids[0], ids[1], ids[2]
+    return FillInMiddle(tokenizer, float(rate), float(spm_rate), sentinels, limit, special)
 
 
 # Columns that would no longer fit the tokens.
@@ -107,6 +110,8 @@ class FillInMiddle:
         spm_rate: Share of the changed documents in the order SPM.
         sentinels: The tokens before prefix, suffix and middle.
         max_length: Number of tokens beyond which no row becomes longer.
+        special: Tokens that no split goes through.
+        lengthens: Words on how it makes rows longer.
     """
 
     tokenizer: Any
@@ -114,6 +119,8 @@ class FillInMiddle:
     spm_rate: float
     sentinels: tuple[int, int, int]
     max_length: int
+    special: frozenset[int] = frozenset()
+    lengthens: ClassVar[str] = "fill_in_middle adds three tokens to each document that it changes"
     cut_call: ClassVar[str] = "fill_in_middle(tokenizer, max_length={room})"
 
     def __call__(self, row: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
@@ -155,7 +162,7 @@ class FillInMiddle:
     def _drawn(self, part: _Part, generator: torch.Generator) -> _Part:
         """Return a document, changed or not."""
         chance, kind = torch.rand(2, generator=generator).tolist()
-        if chance >= self.rate or not part.prefix:
+        if chance >= self.rate or not part.prefix or not {*self.sentinels}.isdisjoint(part.prefix):
             return part
         prefix, middle, suffix = self._split(part.prefix, generator)
         order = "spm" if kind < self.spm_rate else "psm"
@@ -164,7 +171,7 @@ class FillInMiddle:
     def _split(self, ids: list[int], generator: torch.Generator) -> list[list[int]]:
         """Return the tokens of prefix, middle and suffix."""
         places = torch.rand(2, generator=generator).sort().values.tolist()
-        text = self._text(ids)
+        text = self._text(ids) if self.special.isdisjoint(ids) else ""
         if text and self._ids(text) == ids:
             first, second = (int(place * (len(text) + 1)) for place in places)
             texts = [text[:first], text[first:second], text[second:]]

@@ -64,8 +64,13 @@ def without_nones(value: Any) -> Any:
     return [without_nones(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def check_messages(messages: Any, where: str) -> list[Message]:
+def check_messages(messages: Any, where: str, column: str = "messages") -> list[Message]:
     """Return the messages of a chat without the entries that are None.
+
+    Args:
+        messages: The messages.
+        where: Name of the row in messages of errors.
+        column: Column that they are in.
 
     Raises:
         DataError: They are no list of dicts with a role.
@@ -73,8 +78,9 @@ def check_messages(messages: Any, where: str) -> list[Message]:
     if isinstance(messages, str):
         raise DataError(
             f"{where} holds a text, {messages!r:.80}, where a list of messages is wanted. If it is "
-            "JSON: dataset.map(lambda row: {column: json.loads(row[column])}); to train on prompt "
-            "and answer as texts use complete(tokenizer, prompt=, completion=)."
+            f'JSON: import json; dataset.map(lambda row: {{"{column}": json.loads(row["{column}"])'
+            "}); to train on prompt and answer as texts use complete(tokenizer, prompt=, "
+            "completion=)."
         )
     found: list[Message] = without_nones(messages or [])
     for message in found:

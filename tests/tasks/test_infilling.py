@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import random
 from collections import Counter
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import WORDS, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from manualloop import ConfigError, DataError
-from manualloop.tasks import fill_in_middle, pack
+from manualloop import ConfigError, DataError, prepare_dataloaders
+from manualloop.tasks import cut, fill_in_middle, pack
 
 SENTINELS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 
@@ -197,3 +199,31 @@ def test_tokenizers_that_put_a_space_before_a_text_put_none_into_a_word(scheme):
         made = list(fill(row, torch.Generator().manual_seed(seed))["input_ids"])
         written = tokenizer.decode(made[made.index(middle) + 1 :], skip_special_tokens=True)
         assert text.startswith(written)
+
+
+def test_special_tokens_are_not_split_and_documents_with_gaps_stay(bytes_tokenizer):
+    tokenizer = copy.deepcopy(bytes_tokenizer)
+    tokenizer.add_tokens(["<|user|>"], special_tokens=True)
+    user = tokenizer.convert_tokens_to_ids("<|user|>")
+    function = fill_in_middle(tokenizer, rate=1.0, max_length=500)
+    ids = tokenizer("good <|user|> bad <|user|> movie")["input_ids"]
+    for seed in range(20):
+        made = function({"input_ids": ids}, torch.Generator().manual_seed(seed))["input_ids"]
+        assert made.count(user) == 2
+        assert sorted(made) == sorted([*ids, *function.sentinels])
+    filled = tokenizer("good")["input_ids"] + [function.sentinels[2]] + ids[:3]
+    made = function({"input_ids": filled}, torch.Generator().manual_seed(0))["input_ids"]
+    assert made == filled
+
+
+def test_a_budget_that_longer_rows_exceed_is_told(bytes_tokenizer, caplog):
+    data = {"train": Dataset.from_dict({"text": ["good bad movie"] * 9})}
+    options = {"preprocess": cut(bytes_tokenizer, 40), "max_tokens": 64}
+    prepare_dataloaders(
+        data,
+        bytes_tokenizer,
+        transform=fill_in_middle(bytes_tokenizer),
+        task="causal_lm",
+        **options,
+    )
+    assert "train: batches may have more than max_tokens=64 tokens: fill_in" in caplog.text
