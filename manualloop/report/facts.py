@@ -168,15 +168,20 @@ def _name_or_path(model: nn.Module) -> str | None:
 
 def all_times(result: Result) -> list[Times]:
     """Return where the time went of every process of a run that could tell."""
+    return _all_times(result)[0]
+
+
+def _all_times(result: Result) -> tuple[list[Times], int]:
     own = [result.state.times] if result.state.times.total else []
     if result.last_checkpoint is None:
-        return own
-    return read_times(result.last_checkpoint.parent) or own
+        return own, 1
+    found, num_processes = read_times(result.last_checkpoint.parent)
+    return found or own, num_processes
 
 
 def where_the_time_went(result: Result) -> Section:
     """Show the time of each part of a run."""
-    processes = all_times(result)
+    processes, num_opened = _all_times(result)
     total = sum(times.total for times in processes)
     if not total:
         return Section("time", "Where the time went", [])
@@ -195,8 +200,10 @@ def where_the_time_went(result: Result) -> Section:
             share = seconds / total
             rows.append([title, duration(seconds), Cell(percent(share), share=share)])
     rows.append([Cell("total", is_strong=True), Cell(duration(total), is_strong=True), ""])
-    note = f"Measured in {len(processes)} processes, of which a killed one leaves no times."
-    note = note if len(processes) > 1 else ""
+    note = f"Measured in {len(processes)} of {num_opened} processes of the run."
+    if len(processes) < num_opened:
+        note += " One that was killed, or had nothing to do, leaves no times."
+    note = note if num_opened > 1 else ""
     parts: list[Part] = [
         Table("Time by part of the run", ["part", "time", "share"], rows, note=note)
     ]

@@ -168,11 +168,16 @@ def write_file(file: Path, text: str) -> None:
 
 def _sections(result: Result, predictions: Predictions | None, rows: Any) -> list[Section]:
     state, best_metric = result.state, best_metric_of(result)
+    of_run = [metrics.get("accuracy") for metrics in (result.best_metrics, result.metrics)]
+    accuracies = [accuracy for accuracy in of_run if isinstance(accuracy, float)]
+    of_predictions = []
+    if predictions is not None:
+        of_predictions = predicted(predictions, rows, state.tokenizer, accuracies)
     found = [
         the_run(result),
         curves(result.history, result.best_step, best_metric),
         scores(result.history, result.metrics, result.best_metrics, result.best_step, best_metric),
-        *(predicted(predictions, rows, state.tokenizer) if predictions is not None else []),
+        *of_predictions,
         data(state.splits, state.class_names),
         where_the_time_went(result),
         settings(result),

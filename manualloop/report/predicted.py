@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,19 +30,25 @@ _MOST_POINTS = 1_000
 _LONGEST_TEXT = 800
 
 
-def predicted(table: Predictions, rows: Any = None, tokenizer: Any = None) -> list[Section]:
+def predicted(
+    table: Predictions,
+    rows: Any = None,
+    tokenizer: Any = None,
+    accuracies: Collection[float] = (),
+) -> list[Section]:
     """Show what a table of predictions tells.
 
     Args:
         table: The predictions.
         rows: Rows of the dataset by their numbers: texts, or dicts with texts; None looks them up.
         tokenizer: Tokenizer for loaders that have none.
+        accuracies: Accuracies that the evaluations of the run have found, if they looked for it.
     """
     if not len(table):
         return []
     kind = kind_of(table)
     return [
-        Section("confusion", "Confusion matrix", _confusions(table, kind)),
+        Section("confusion", "Confusion matrix", _confusions(table, kind, accuracies)),
         Section("values", "Predicted and true values", _values(table, kind)),
         Section("calibration", "Calibration", _calibration(table, kind)),
         Section("wrong", *_wrong_rows(table, kind, rows, tokenizer)),
@@ -68,7 +74,7 @@ def _pairs(table: Predictions, kind: Kind) -> tuple[NDArray[Any], NDArray[Any]] 
     return right[counts].astype(np.int64), found[counts].astype(np.int64)
 
 
-def _confusions(table: Predictions, kind: Kind) -> list[Part]:
+def _confusions(table: Predictions, kind: Kind, accuracies: Collection[float]) -> list[Part]:
     if kind == "classes":
         return _labels(table)
     if (pairs := _pairs(table, kind)) is None or not len(pairs[0]):
@@ -103,6 +109,11 @@ def _confusions(table: Predictions, kind: Kind) -> list[Part]:
         f"{int((right == found).sum()):,} of {len(right):,} {unit} are right ({percent(share)}). "
         f"The colour is the share of the {unit} of a true class."
     )
+    if kind == "class" and accuracies and all(abs(share - a) > 1e-6 for a in accuracies):
+        note += (
+            " Neither the best nor the last evaluation of the run has this accuracy, so the "
+            "predictions are of other rows or of other weights."
+        )
     title = f"Numbers of {unit} by true and predicted class"
     columns = ["true class", *shown]
     return [Table(title, columns, rows, note=note, is_matrix=True, across="predicted class")]

@@ -155,8 +155,10 @@ def read_history(directory: Path, num_records: int | None = None) -> list[dict[s
     return [found[n] for n in sorted(found)]
 
 
-def read_times(directory: Path) -> list[Times]:
-    """Return where the time of each process of a run went, as far as they could write it.
+def read_times(directory: Path) -> tuple[list[Times], int]:
+    """Return where the time of a run went, and in how many processes it was opened.
+
+    A process that was killed, or had nothing to do, has no times.
 
     Args:
         directory: Folder of the run's checkpoints.
@@ -165,17 +167,14 @@ def read_times(directory: Path) -> list[Times]:
         CheckpointError: The file is a link, a pipe, ..., or too large for a history.
     """
     known = [field.name for field in fields(Times)]
-    found = [
-        read[1]["times"]
-        for line in _lines(directory)
-        if (read := _read(line))
-        if "times" in read[1]
-    ]
-    return [
-        Times(**{name: times[name] for name in known})
-        for times in found
-        if isinstance(times, dict) and all(_is_amount(times.get(name)) for name in known)
-    ]
+    found, num_processes = [], 1
+    for line in _lines(directory):
+        record = (_read(line) or (None, {}))[1]
+        num_processes += _FROM in record
+        times = record.get("times")
+        if isinstance(times, dict) and all(_is_amount(times.get(name)) for name in known):
+            found.append(Times(**{name: times[name] for name in known}))
+    return found, num_processes
 
 
 def _is_amount(value: Any) -> bool:

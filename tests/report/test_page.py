@@ -416,10 +416,22 @@ def test_times_of_all_processes_are_added(tmp_path):
         trained(Linear(), classes, checkpoint_dir=folder, checkpoint_every=1, on_step=cut)
     result = trained(Linear(), classes, checkpoint_dir=folder)
     page = page_of(result, None, tmp_path)
-    assert "Measured in 2 processes" in page.sections["time"]
+    assert "Measured in 2 of 2 processes" in page.sections["time"]
     finished = trained(Linear(), classes, checkpoint_dir=folder)
     assert finished.state.times.total == 0
-    assert "Measured in 2 processes" in page_of(finished, None, tmp_path).sections["time"]
+    page = page_of(finished, None, tmp_path)
+    assert "Measured in 2 of 3 processes of the run. One that" in page.sections["time"]
+
+
+def test_predictions_of_other_weights_are_told(tmp_path):
+    model, data = Linear(), batches(torch.arange(20) % 3)
+    result = trained(model, data, evaluate=partial(evaluate_loop, model, data, "accuracy"))
+    page = page_of(result, predict_loop(model, data), tmp_path)
+    assert "of other weights" not in page.sections["confusion"]
+    labels = np.arange(20) % 3
+    perfect = Predictions(np.arange(20), labels, None, labels)
+    assert result.metrics["accuracy"] < 1
+    assert "of other weights" in page_of(result, perfect, tmp_path).sections["confusion"]
 
 
 def test_a_frozen_part_is_counted(tmp_path):
