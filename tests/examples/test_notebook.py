@@ -51,7 +51,9 @@ def printed(cell, stream="stdout"):
 def assert_expected_output(cells, scores):
     code = [cell for cell in cells.values() if cell.cell_type == "code"]
     lines = [line for cell in code for line in printed(cell, "stderr").splitlines()]
-    assert [line for line in lines if "Warning" in line or "manualloop" in line] == []
+    # The notebook imports transformers, whose tqdm misses ipywidgets, which the tests lack.
+    lines = [line for line in lines if "IProgress not found" not in line]
+    assert [line for line in lines if "Warning" in line or "manualloop:" in line] == []
     # The table and the bar of the run are in the file, in their final state.
     found = [output.get("data", {}).get("text/html", "") for output in cells["one-call"].outputs]
     (shown,) = [html for html in found if "<progress" in html]
