@@ -60,7 +60,7 @@ def assert_expected_output(cells, scores):
     assert re.search(r'<progress value="(\d+)" max="\1" aria-label="Training"', shown)
     assert shown.count("<tr") == 3
     assert all(name in shown for name in ["Training loss", "Evaluation loss", *scores[1:]])
-    assert printed(cells["prepare-loaders"]).startswith("manualloop: using ")
+    assert re.match(r"manualloop: .*using .* -> labels", printed(cells["prepare-loaders"]))
     assert printed(cells["equal-bits"]) == "Equal to the last bit: True\n"
     assert "image/png" in cells["plot"].outputs[-1].data
     ranks = re.findall(r"^rank (\d) of 2: (.*)$", printed(cells["launch"]), re.MULTILINE)
