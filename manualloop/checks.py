@@ -44,6 +44,7 @@ from manualloop.models import (
     is_sharded,
     model_name,
     num_labels,
+    part_in_eval_mode,
     problem_type,
     takes_any_column,
     unwrap_model,
@@ -109,6 +110,11 @@ def check_run(state: TrainState, strategy: Strategy, *, calls_step: bool = True)
     if is_sharded(state.model) and not hasattr(state.model, "set_requires_gradient_sync"):
         return  # the optimizer holds flat parameters of its own
     _check_owners(state, updated, strategy)
+    if (part := part_in_eval_mode(state.model)) is not None:
+        say(
+            f"{part} is in eval mode, as from_pretrained returns a model, and stays in it: it is "
+            "trained without dropout. To train with dropout, call model.train() before."
+        )
     others = _check_other_optimizers(state, strategy)
     _report_left_alone(state.model, [*updated, *others])
 

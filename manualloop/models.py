@@ -266,6 +266,25 @@ def remember_configs(model: nn.Module) -> Callable[[], None]:
     return remember(configs)
 
 
+def part_in_eval_mode(model: nn.Module) -> str | None:
+    """Name a model of transformers inside another module that is trained as it was loaded.
+
+    ``from_pretrained`` returns it in eval mode, without dropout, and a module that is built around
+    it is in training mode. None: there is no such part.
+
+    >>> part_in_eval_mode(nn.Sequential(nn.Linear(1, 1).eval()))
+    """
+    model = unwrap_model(model)
+    if not model.training or hasattr(model, "save_pretrained"):
+        return None
+    for name, part in model.named_modules():
+        is_loaded = name and hasattr(part, "save_pretrained") and own_config(part) is not None
+        is_trained = is_loaded and any(weight.requires_grad for weight in part.parameters())
+        if is_trained and not any(module.training for module in part.modules()):
+            return name
+    return None
+
+
 def remember_modes(model: nn.Module) -> Callable[[], None]:
     """Return a function that puts every submodule back into train or eval mode, as it is now."""
     modes = [(module, module.training) for module in model.modules()]

@@ -6,6 +6,8 @@ import weakref
 
 import pytest
 import torch
+from helpers import tiny_bert
+from peft import LoraConfig, get_peft_model
 
 from manualloop import (
     ConfigError,
@@ -219,6 +221,60 @@ def test_train_is_called_only_when_it_is_off_so_frozen_layers_stay_frozen():
     for _ in train_steps(state, new_loader(), **options()):
         assert state.model.training
         assert not state.model[1].training
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("wraps", [True, False])
+def test_a_wrapper_around_a_model_in_eval_mode_does_not_train_it_without_dropout(wraps):
+    """The wrappers of PEFT and DDP are in training mode when they are made."""
+
+    def built():
+        torch.manual_seed(0)
+        model = tiny_bert(hidden_dropout_prob=0.5).eval()  # as from_pretrained returns it
+        if not wraps:
+            return model
+        return get_peft_model(model, LoraConfig(target_modules=["query"], init_lora_weights=False))
+
+    rows = [{"input_ids": torch.tensor([[2, 5, 6, 3]]), "labels": torch.tensor([1])}] * 3
+    ours, theirs = built(), built()
+    torch.manual_seed(1)
+    train_loop(ours, rows, torch.optim.SGD(ours.parameters(), 0.1), None, max_steps=3)
+    theirs.train()
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.1)
+    torch.manual_seed(1)
+    for batch in rows:
+        theirs(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+
+
+def test_a_part_that_is_trained_without_dropout_is_reported(caplog):
+    class Wrapped(torch.nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.encoder = part
+
+        def forward(self, **batch):
+            return self.encoder(**batch)
+
+    rows = [{"input_ids": torch.tensor([[2, 5, 6, 3]]), "labels": torch.tensor([1])}]
+    told = "encoder is in eval mode, as from_pretrained returns a model"
+    model = Wrapped(tiny_bert().eval())
+    train_loop(model, rows, max_steps=1)
+    assert told in caplog.text
+    assert not model.encoder.training
+    caplog.clear()
+    train_loop(model.train(), rows, max_steps=1)
+    part = Wrapped(tiny_bert().eval().requires_grad_(False))  # frozen on purpose
+    part.head = torch.nn.Linear(2, 1)
+    train_loop(
+        part,
+        rows,
+        max_steps=1,
+        loss_fn=lambda model, batch: model.head(model(**batch).logits).sum(),
+    )
+    assert told not in caplog.text
 
 
 def test_an_evaluation_that_leaves_the_model_in_eval_mode_does_not_stay_in_it():
