@@ -279,9 +279,9 @@ def part_in_eval_mode(model: nn.Module) -> str | None:
         return None
     for name, part in model.named_modules():
         is_loaded = name and hasattr(part, "save_pretrained") and own_config(part) is not None
-        is_trained = is_loaded and any(weight.requires_grad for weight in part.parameters())
+        is_trained: bool = is_loaded and any(weight.requires_grad for weight in part.parameters())
         if is_trained and not any(module.training for module in part.modules()):
-            return name
+            return str(name)
     return None
 
 
