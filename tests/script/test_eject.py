@@ -220,7 +220,16 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+SAMPLE = (
+    *("a number of updates", "a short last window", "weight decay", "fp16"),
+    *("grouped by length", "another seed, the last batch dropped"),
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.exhaustive) for name in CALLS],
+)
 def test_the_script_of_other_calls(name, folder, data, tmp_path, monkeypatch):
     call = dict(CALLS[name])
     if "lr_scheduler" in call:
@@ -482,6 +491,7 @@ torch.save({"model": model.state_dict(), "metrics": result.metrics}, "ours.pt")
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not EXAMPLES.exists(), reason="the installed wheel has no examples")
 def test_the_quickstart_from_the_command_line(tmp_path):
     """`python -c` prints the script; saved and run, it ends with the bits of the call."""
