@@ -258,10 +258,10 @@ def _logits_of(module: nn.Module, columns: dict[str, Any], cut: _Cut, there: sli
         row = {name: c for name, c in row.items() if not name.startswith("decoder_")}
         row["labels"] = labels
     outputs = module(**row)
-    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    named = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
+    found = [outputs, named.get("logits"), named.get("last_hidden_state")]
+    logits = next((one for one in found if isinstance(one, Tensor)), None)
     if logits is None:
-        logits = getattr(outputs, "last_hidden_state", None)
-    if not isinstance(logits, Tensor):
         return None
     if "labels" in row and logits.shape[1] == labels.shape[1]:
         return logits[labels != IGNORE_INDEX]

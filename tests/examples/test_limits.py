@@ -34,7 +34,15 @@ from manualloop import (
 )
 from manualloop.notices import say
 from manualloop.reading.ranks import unsharded
-from manualloop.tasks import answer_windows, boxes, chat, images_and_masks, tag_words
+from manualloop.tasks import (
+    answer_windows,
+    boxes,
+    chat,
+    cut,
+    fill_in_middle,
+    images_and_masks,
+    tag_words,
+)
 from manualloop.tracking import tensorboard
 
 PAGE = Path(__file__).parents[2] / "docs/limits.md"
@@ -360,6 +368,29 @@ def another_reference(folder: Path) -> None:
         save_checkpoint(folder, state)
 
 
+def longer_rows(folder: Path) -> None:
+    tokenizer = tiny_tokenizer(eos_token="[SEP]")
+    tokenizer.add_tokens(["<fim_prefix>", "<fim_suffix>", "<fim_middle>"], special_tokens=True)
+    options = {"preprocess": cut(tokenizer, 40), "transform": fill_in_middle(tokenizer)}
+    data = Dataset.from_dict({"text": ["good bad movie"] * 9})
+    prepare_dataloaders(data, tokenizer, task="causal_lm", max_tokens=64, **options)
+
+
+def untried_padding(folder: Path) -> None:
+    class OfOneLength(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, input_ids: Any, attention_mask: Any, labels: Any = None) -> Any:
+            logits = self.layer(input_ids.float())
+            return {"loss": logits.mean(), "logits": logits}
+
+    rows = torch.tensor([[0, 4, 5], [3, 4, 5]])
+    batch = {"input_ids": rows, "labels": rows, "attention_mask": (rows > 0).long()}
+    accumulate_gradients(OfOneLength(), [batch])
+
+
 def lost_words(folder: Path) -> None:
     tokenizer = piece_tokenizer()
     data = Dataset.from_dict(tagged_words(6))
@@ -495,6 +526,8 @@ TOLD = {
     "an interval without width": no_width,
     "resamples without a score": undefined_resamples,
     "a loader that was sharded by somebody else": sharded_loader,
+    "rows that a transform makes longer": longer_rows,
+    "padding on the left in a model that cannot be tried": untried_padding,
     "words that are cut off": lost_words,
     "answers that no window holds whole": lost_answers,
     "windows padded by batch": padded_by_batch,

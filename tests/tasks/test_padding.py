@@ -351,3 +351,27 @@ def test_a_mask_of_another_length_is_refused():
     tokenizer = tokenizer_for("zephyr")
     with pytest.raises(DataError, match="Row 0 of dev has 3 input_ids and an attention_mask of 2"):
         prepare_dataloaders(data, tokenizer, model=model)
+
+
+class Plain(torch.nn.Module):
+    """A model that is not of transformers, with positions of columns, and a dict as outputs."""
+
+    def __init__(self, blind):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.words, self.places = torch.nn.Embedding(VOCAB, 8), torch.nn.Embedding(32, 8)
+        self.blind = blind
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        places = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        if self.blind:
+            places = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        logits = (self.words(input_ids) + self.places(places)) @ self.words.weight.T
+        return {"logits": logits, "loss": logits.square().mean()}
+
+
+def test_models_of_ones_own_are_tried_as_well():
+    accumulate_gradients(Plain(blind=True), [left_batch()])
+    with pytest.raises(DataError, match="Plain sees how far"):
+        accumulate_gradients(Plain(blind=False), [left_batch()])
