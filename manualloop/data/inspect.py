@@ -258,7 +258,7 @@ def _is_read_once(value: Any) -> bool:
 def _read_once_message(place: str, iterator: Any) -> str:
     return (
         f"The batches come from a {type(iterator).__name__}{place}, which can be read only once: "
-        "inspect_batch would use up the first one. Pass a DataLoader or a list: "
+        "a look would use up the first one. Pass a DataLoader or a list: "
         "batches = list(batches)."
     )
 
