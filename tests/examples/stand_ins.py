@@ -64,6 +64,9 @@ def tokenizer_of_bytes(name: str, **options: Any) -> transformers.PreTrainedToke
     vocabulary = {token: number for number, token in enumerate([*special, *letters])}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if "bert" in name:  # to which a space is no part of a word
+        words = pre_tokenizers.WhitespaceSplit()
+        made.pre_tokenizer = pre_tokenizers.Sequence([words, made.pre_tokenizer])
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(special)
     frames = {"bert": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"), "t5": ("$A <eos>", None)}
