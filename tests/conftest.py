@@ -27,7 +27,7 @@ if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4e9:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
 # Imported for its doctests, the one would be everybody's device, and the other is not run at all.
-collect_ignore = ["far_device.py", "typing/user_code.py"]
+collect_ignore = ["far_device.py", "typing/user_code.py", "benchmarks/mrpc_job"]
 
 # No test depends on the machine's speed; CI runs the same examples every time.
 hypothesis.settings.register_profile(

@@ -164,12 +164,14 @@ def calls(folder):
         "compare_predictions": {"a": predictions(), "b": predictions(), "metric": "accuracy"},
         "compare_runs": {"a": folder / "a", "b": folder / "b"},
         "count_items": {"model": model, "batch": batch()},
+        "eject": {"arguments": (model, [batch()] * 3), **training},
         "evaluate_loop": {"model": model, "eval_dataloader": [batch()], **own},
         "find_checkpoint": {"checkpoint_dir": folder / "saved"},
         "inspect_batch": {"loader": [batch()]},
         "launch": {"function": print, "num_processes": 1},
         "load_checkpoint": {"checkpoint_dir": folder / "saved", "state": state},
         "load_metric": {"name": "accuracy"},
+        "plot_history": {"results": (trained(), trained())},
         "predict_loop": {"model": Scores(), "dataloader": [{"x": torch.ones(2, 3)}]},
         "preflight": {"model": model, "loaders": [batch()] * 3, "optimizer": optimizer, **training},
         "prepare_dataloaders": {"datasets": {"train": rows}},
@@ -215,7 +217,13 @@ BESIDE = {
 
 
 def call(function, options):
-    result = getattr(manualloop, function)(**options)
+    called = getattr(manualloop, function)
+    positional = ()
+    for name, parameter in inspect.signature(called).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            given = options.pop(name)
+            positional = given if isinstance(given, tuple) else (given,)
+    result = called(*positional, **options)
     if inspect.isgenerator(result):
         next(result)  # what is not checked at the call comes with the first step
         result.close()

@@ -31,12 +31,12 @@ def loss_fn(model, batch):
     return model(batch["x"]).square().mean()
 
 
-def new_state(**extras):
+def new_state(num_steps=8, **extras):
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     return TrainState(
-        model, optimizer, prepare_scheduler(optimizer, num_training_steps=8), extras=extras
+        model, optimizer, prepare_scheduler(optimizer, num_training_steps=num_steps), extras=extras
     )
 
 
@@ -130,7 +130,7 @@ def test_max_steps_runs_over_as_many_epochs_as_it_takes_and_can_be_raised():
 
 
 def test_three_epochs_unless_said_otherwise():
-    steps = list(train_steps(new_state(), new_loader(), loss_fn=loss_fn))
+    steps = list(train_steps(new_state(num_steps=24), new_loader(), loss_fn=loss_fn))
     assert (len(steps), steps[-1].epoch) == (24, 2)
 
 
@@ -185,7 +185,7 @@ def test_two_open_loops_on_one_state_are_refused():
 def test_a_generator_that_was_read_before_is_an_error_not_an_endless_loop():
     batches = list(new_loader())
     with pytest.raises(DataError, match="gave no batch in epoch 1"):
-        list(train_steps(new_state(), iter(batches), loss_fn=loss_fn, max_steps=100))
+        list(train_steps(new_state(100), iter(batches), loss_fn=loss_fn, max_steps=100))
 
 
 def test_stop_iteration_in_the_users_code_is_loud():

@@ -202,7 +202,8 @@ MANIFEST = fields(
         "best_metric": maybe(text),
         "contract": maybe(_contract),
         "files": by_name(fields({"size": whole(), "sha256": text})),
-    }
+    },
+    {"release": text},
 )
 """``manifest.json``, once its numbers are read."""
 

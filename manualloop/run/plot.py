@@ -88,9 +88,11 @@ def plot_history(*results: Any, labels: Sequence[str] | None = None) -> Any:
 def _read(results: Sequence[Any], labels: Sequence[str] | None) -> list[_Run]:
     if not results:
         raise ConfigError("There is nothing to plot. Pass results: plot_history(result).")
-    if labels is not None and len(labels) != len(results):
+    is_list = isinstance(labels, Sequence) and not isinstance(labels, str)
+    if labels is not None and not (is_list and len(labels) == len(results)):
+        found = f"{len(labels)} labels" if is_list else f"labels={labels!r:.60}"
         raise ConfigError(
-            f"There are {len(results)} results and {len(labels)} labels. Give each result one: "
+            f"There are {len(results)} results and {found}. Give each result one: "
             "plot_history(first, second, labels=['first', 'second'])."
         )
     runs = []

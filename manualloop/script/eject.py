@@ -32,6 +32,7 @@ def eject(*arguments: Any, **options: Any) -> str:
         ConfigError: The call cannot be made, or something in it cannot be written out; a line for
             each problem.
 
+    >>> import torch
     >>> from torch import nn
     >>> rows = [{"x": torch.ones(4, 1), "labels": torch.zeros(4, 1)}]
     >>> class Line(nn.Linear):

@@ -122,6 +122,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "keep_checkpoints": {"keep_checkpoints": 1},
     "resume": {"resume": True},
     "on_step": {"on_step": print},
+    "trackers": {"trackers": [print]},
     "log_every": {"log_every": 1},
     "progress_bar": {"progress_bar": True},
     "preflight": {"preflight": False},
