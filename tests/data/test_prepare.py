@@ -313,8 +313,6 @@ def test_preprocess_may_make_labels_for_another_number_of_rows(streaming):
 
 
 SCRIPT = """
-import logging
-logging.getLogger("manualloop").setLevel("WARNING")
 from helpers import rows, tiny_tokenizer
 from manualloop import prepare_dataloaders
 dataset = rows(text=["a", "b"], label=[0, 1], x=[1, 2], y=[1, 2], z=[3, 4])
