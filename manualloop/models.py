@@ -215,6 +215,34 @@ def digest_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()[:8]
 
 
+def coarsest_dtype(model: nn.Module, device: torch.device, *others: torch.dtype) -> torch.dtype:
+    """Return the kind of numbers with the fewest digits among those that a model computes with.
+
+    Its outputs may have more: accelerate and some models make float32 of them.
+
+    Args:
+        model: The model.
+        device: The device it is on.
+        others: Further kinds of numbers, such as that of the outputs.
+
+    >>> coarsest_dtype(nn.Linear(1, 1).bfloat16(), torch.device("cpu"), torch.float32)
+    torch.bfloat16
+    """
+    floats = [weight for weight in model.parameters() if weight.is_floating_point()]
+    kinds = {w.dtype if w.element_size() > 1 else torch.bfloat16 for w in floats} | {*others}
+    if torch.is_autocast_enabled(device.type):
+        kinds.add(torch.get_autocast_dtype(device.type))
+    if getattr(config_of(model), "quantization_config", None) is not None:
+        kinds.add(torch.bfloat16)
+    if torch.float32 in kinds:
+        kinds.add(_OF_PRODUCTS[torch.get_float32_matmul_precision()])
+    return max(kinds or {torch.float32}, key=lambda kind: torch.finfo(kind).eps)
+
+
+_OF_PRODUCTS = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
+"""Kinds of numbers with the digits of products of float32: TF32 has as many as float16."""
+
+
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a tensor that this rank holds: of one that is not sharded, all of it."""
     own: torch.Tensor = getattr(tensor, "to_local", lambda: tensor)()

@@ -299,28 +299,70 @@ def _compare_lengths(schedule: LRScheduler, place: int, end: int) -> None:
     """Compare the length that a schedule of transformers was built for with that of the run.
 
     Beyond its length it gives a rate of 0, or begins again. A difference of a few updates, as of
-    epochs that were rounded down, and that of a resumed run, are reported.
+    epochs that were rounded down, that of a resumed run, and a rate that is held are reported.
     """
     if not isinstance(schedule, LambdaLR):
         return
-    totals = [getattr(one, "keywords", {}).get("num_training_steps") for one in schedule.lr_lambdas]
-    total = min((total for total in totals if isinstance(total, int)), default=end)
+    functions = {
+        total: function
+        for function in schedule.lr_lambdas
+        if isinstance(total := getattr(function, "keywords", {}).get("num_training_steps"), int)
+    }
+    total = min(functions, default=end)
     if total >= end:
         return
-    known = getattr(schedule.lr_lambdas[0], "func", None)
-    found = _NAME.match(getattr(known, "__name__", ""))
-    name = getattr(schedule, "settings", {}).get("name") or (found[1] if found else "linear")
+    fix = f"num_training_steps={end}"
+    if (call := _call_of(schedule, functions[total])) is not None:
+        name, options = call
+        fix = f'prepare_scheduler(optimizer, "{name}", num_training_steps={end}{options})'
+        fix += "" if options else f', or name it: lr_scheduler="{name}"'
     message = (
         f"The schedule was built for num_training_steps={total} updates, and the run has {end}. "
-        f'Build it for all of them: prepare_scheduler(optimizer, "{name}", num_training_steps='
-        f'{end}), or name it: lr_scheduler="{name}".'
+        f"Build it for all of them: {fix}."
     )
-    if not place and total < 0.9 * end:
+    if not place and total < 0.9 * end and not _holds(functions[total], total, end):
         raise ConfigError(message)
     say(message)
 
 
-_NAME = re.compile(r"_get_([a-z]+)_schedule")
+def _holds(function: Any, total: int, end: int) -> bool:
+    """Tell whether a schedule stays at a rate beyond its length, of at least a hundredth."""
+    first, *others = (function(place) for place in (total, (total + end) // 2, end - 1))
+    return bool(first >= 0.01) and all(math.isclose(first, other) for other in others)
+
+
+def _call_of(schedule: LRScheduler, function: Any) -> tuple[str, str] | None:
+    """Return name and options with which a schedule is built; None of a function of one's own."""
+    settings = getattr(schedule, "settings", None)
+    if settings is None:
+        settings = dict(function.keywords)
+        found = _NAME.match(getattr(function.func, "__name__", ""))
+        settings["name"] = None if found is None else _NAMES.get(found[1])
+        if settings["name"] == "cosine" and settings.get("min_lr_rate"):
+            settings["name"] = "cosine_with_min_lr"
+    if settings["name"] is None:
+        return None
+    given = {name: settings[name] for name in _OPTIONS if settings.get(name)}
+    options = [f", {name}={v!r}" for name, v in given.items() if v not in _OPTIONS[name]]
+    return settings["name"], "".join(options)
+
+
+_NAME = re.compile(r"_get_([a-z_]+?)_schedule_with_warmup_lr_lambda")
+_NAMES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "cosine_with_hard_restarts": "cosine_with_restarts",
+    "polynomial_decay": "polynomial",
+}
+_OPTIONS: dict[str, tuple[float, ...]] = {
+    "num_warmup_steps": (),
+    "num_cycles": (0.5, 1),
+    "lr_end": (1e-7,),
+    "power": (1.0,),
+    "min_lr": (),
+    "min_lr_rate": (),
+}
+"""Options of schedules, with the values that they have by themselves."""
 
 
 def _ends(state: Mapping[str, Any], place: int, end: int) -> Iterator[tuple[int, int]]:

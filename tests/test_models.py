@@ -22,7 +22,7 @@ from manualloop import (
     train_loop,
     train_steps,
 )
-from manualloop.models import evaluation_mode, remember_configs
+from manualloop.models import coarsest_dtype, evaluation_mode, remember_configs
 
 CPU = SingleDevice("cpu")
 
@@ -202,3 +202,20 @@ def test_a_config_that_is_no_config_is_left_alone():
     with evaluation_mode(model, CPU.device):
         model.config["seen"].append(1)
     assert model.config == {"seen": [1]}
+
+
+def test_the_numbers_with_the_fewest_digits_count():
+    cpu, model = torch.device("cpu"), nn.Linear(2, 2)
+    assert coarsest_dtype(model, cpu) == torch.float32
+    assert coarsest_dtype(nn.Linear(2, 2).double(), cpu) == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert coarsest_dtype(model, cpu) == torch.bfloat16
+    torch.set_float32_matmul_precision("high")  # TF32
+    try:
+        assert coarsest_dtype(model, cpu) == torch.float16
+        assert coarsest_dtype(nn.Linear(2, 2).double(), cpu) == torch.float64
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert coarsest_dtype(nn.Linear(2, 2).to(torch.float8_e4m3fn), cpu) == torch.bfloat16
+    model.config = PretrainedConfig(quantization_config={"load_in_4bit": True})
+    assert coarsest_dtype(model, cpu, torch.float32) == torch.bfloat16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler as torchs
-from transformers import Adafactor, get_scheduler
+from transformers import (
+    Adafactor,
+    get_polynomial_decay_schedule_with_warmup,
+    get_scheduler,
+)
 
 from manualloop import (
     ConfigError,
@@ -602,6 +607,59 @@ def test_a_schedule_that_is_a_little_short_is_told(caplog: pytest.LogCaptureFixt
 def test_other_schedules_are_taken(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert train_ten(make)
     assert "was built for" not in caplog.text
+
+
+def held(step: int, *, num_training_steps: int) -> float:
+    """A function of one's own, which stays at half of the rate."""
+    return max(0.5, 1 - step / num_training_steps)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: get_polynomial_decay_schedule_with_warmup(o, 0, 5, lr_end=0.01),
+        lambda o: torchs.LambdaLR(o, partial(held, num_training_steps=5)),
+    ],
+)
+def test_a_schedule_that_stays_at_its_last_rate_is_told(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = train_ten(make)
+    assert result.history[-1]["lr"] >= 0.01
+    assert "was built for num_training_steps=5 updates, and the run has 10." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("linear", {}),
+        ("cosine", {}),
+        ("cosine", {"num_cycles": 0.25}),
+        ("cosine_with_restarts", {"num_cycles": 2}),
+        ("cosine_with_min_lr", {"min_lr": 0.01}),
+        ("polynomial", {"power": 2.0, "lr_end": 1e-5}),
+    ],
+)
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_the_line_builds_the_schedule_that_was_built(
+    name: str, options: dict[str, Any], is_ours: bool
+) -> None:
+    def make(optimizer: Any, total: int = 5) -> Any:
+        if is_ours:
+            length = {"num_training_steps": total, "num_warmup_steps": 2}
+            return prepare_scheduler(optimizer, name, **length, **options)
+        return get_scheduler(name, optimizer, 2, total, scheduler_specific_kwargs=options)
+
+    with pytest.raises(ConfigError, match="num_training_steps=5 updates, and the run has 10") as e:
+        train_ten(make)
+    line = str(e.value).partition("for all of them: ")[2].removesuffix(".")
+
+    def rates(schedule: Any) -> list[float]:
+        return [schedule.lr_lambdas[0](step) for step in range(10)]
+
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    names = {"prepare_scheduler": prepare_scheduler, "optimizer": optimizer}
+    assert rates(eval(line, names)) == pytest.approx(rates(make(optimizer, 10)))
 
 
 def test_a_run_that_is_extended_goes_beyond_its_schedule_with_a_line(

@@ -7,6 +7,7 @@ or, if the model has no names, those of the training split.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -286,11 +287,11 @@ def _named_call(labels: _Labels, key: Any, names: str) -> str:
 
 
 def _meaning(text: str) -> Any:
-    """Return what two writings of a name have in common."""
-    try:
-        return float(text)
-    except ValueError:
-        return folded(text)
+    """Return what two writings of a name have in common: 1.0 is 1, but 1.10 may be no 1.1."""
+    with suppress(ValueError):
+        if (number := float(text)).is_integer():
+            return number
+    return folded(text) or text  # punctuation alone is a class of its own
 
 
 def _require_outputs(labels: _Labels, names: Names) -> None:

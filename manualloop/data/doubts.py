@@ -48,7 +48,8 @@ def refuse_doubtful(split: Split, transform: Any, fitted: Any) -> None:
     elif getattr(transform, "objects", None) in split.kinds:
         _refuse_missing(split, transform.objects)
         _refuse_other_boxes(split, transform)
-    if getattr(fitted, "processor", None) and fitted.augment is None:
+    processor = getattr(fitted, "processor", None)
+    if processor and getattr(processor, "do_rescale", True) and fitted.augment is None:
         _refuse_black(split, column)
 
 

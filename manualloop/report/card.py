@@ -46,7 +46,7 @@ _TASKS = {
     "ForObjectDetection": ("object-detection", "Object Detection"),
 }
 _LIMITATIONS = """\
-Nobody has written this section yet, and it cannot be computed. Say here what the model is meant
+Nobody has written this section yet, and it cannot be computed. Write here what the model is meant
 for, for whom it works worse, and what it must not be used for. The scores above hold for rows like
 those that they were measured on, and for no others."""
 

@@ -19,7 +19,7 @@ from manualloop.run.history_file import read_times
 from manualloop.run.table import ends_of_intervals
 from manualloop.state import TrainState
 from manualloop.times import Times
-from manualloop.types import Record, SplitNotes
+from manualloop.types import Record
 
 
 class Result(Protocol):
@@ -74,12 +74,6 @@ def num_epochs(result: Result) -> float:
     """Return the number of epochs that a run has made; a fraction inside an epoch."""
     last = max((record.get("epoch", 0.0) for record in result.history), default=0.0)
     return float(max(last, result.state.progress.epoch))
-
-
-def training_splits(result: Result) -> dict[str, SplitNotes]:
-    """Return the notes on the splits that a run was trained on."""
-    splits = result.state.splits
-    return {name: notes for name, notes in splits.items() if name.startswith("train")}
 
 
 def num_training_rows(result: Result) -> int | None:
@@ -294,7 +288,7 @@ def settings(result: Result) -> Section:
 
 
 def _data_of(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Say of digests that they are some, and leave out what the optimizer's section has."""
+    """Name digests as such, and leave out what the optimizer's section has."""
     left_out = ("rows", "optimizer", "class of lr_scheduler")
     return {
         f"digest of {name}" if name.endswith(" rows") else name: value

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manualloop.errors import ConfigError
-from manualloop.evaluation.columns import Kind, kind_of
+from manualloop.evaluation.columns import Kind, is_ignored, kind_of
 from manualloop.evaluation.inputs import texts_of
 from manualloop.evaluation.predictions import Predictions
 from manualloop.report.calibration import (
@@ -70,7 +70,7 @@ def _pairs(table: Predictions, kind: Kind) -> tuple[NDArray[Any], NDArray[Any]] 
         return None
     if kind not in ("class", "tokens") or (kind == "tokens" and table.names is None):
         return None
-    counts = (right >= 0) & (found >= 0)
+    counts = (right >= 0) & (found >= 0) & ~is_ignored(table, right)
     return right[counts].astype(np.int64), found[counts].astype(np.int64)
 
 
@@ -343,12 +343,11 @@ def _rank_values(table: Predictions) -> _Ranked | None:
 
 
 def _rank_tokens(table: Predictions) -> _Ranked | None:
-    right, found = table.references, table.predictions
-    if not isinstance(right, np.ndarray) or right.shape != np.shape(found):
+    right, found = table.references, np.asarray(table.predictions)
+    if not isinstance(right, np.ndarray) or right.shape != found.shape:
         return None
-    found = np.asarray(found).reshape(len(table), -1)
-    right = right.reshape(len(table), -1)
-    is_known = (right != IGNORE_INDEX) & (found != IGNORE_INDEX)
+    is_known = ~is_ignored(table, right) & (found != IGNORE_INDEX)
+    right, found, is_known = (part.reshape(len(table), -1) for part in (right, found, is_known))
     is_wrong = (right != found) & is_known
     numbers, totals = is_wrong.sum(axis=1), is_known.sum(axis=1)
     wrong = np.flatnonzero(numbers)
@@ -376,15 +375,19 @@ def _rank_objects(table: Predictions) -> _Ranked | None:
     right, found = table.references, table.predictions
     if right is None or len(right) != len(found):
         return None
-    pairs = [(_object(a), _object(b)) for a, b in zip(right, found, strict=True)]
-    wrong = [place for place, (a, b) in enumerate(pairs) if a != b]
+    sides = {"true": right, "predicted": found}
+    pairs = enumerate(zip(right, found, strict=True))
+    wrong = [place for place, (a, b) in pairs if _object(a) != _object(b)]
     places = wrong[:_MOST_WRONG]
-    facts = [{"true": pairs[place][0], "predicted": pairs[place][1]} for place in places]
+    facts = [
+        {name: shorten(_object(side[place]), _LONGEST_TEXT) for name, side in sides.items()}
+        for place in places
+    ]
     return places, facts, _summary(len(wrong), len(table), "their numbers")
 
 
 def _object(value: Any) -> str:
-    return shorten(value.tolist() if hasattr(value, "tolist") else value, _LONGEST_TEXT)
+    return str(value.tolist() if hasattr(value, "tolist") else value)
 
 
 def _row_name(table: Predictions, place: int) -> str:

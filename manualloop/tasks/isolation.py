@@ -22,6 +22,7 @@ from manualloop.batches import model_inputs, split_batch
 from manualloop.errors import ModelError
 from manualloop.internals import attention_of
 from manualloop.models import (
+    coarsest_dtype,
     config_of,
     evaluation_mode,
     forward_columns,
@@ -317,9 +318,7 @@ def _compare(
     last = slice(sum(lengths[:-1]), None)
     difference = float((together - reference).abs().max()) / scale
     leak = float((together - changed)[:, last].abs().max()) / scale
-    dtype = together.dtype
-    if torch.is_autocast_enabled(ids.device.type):
-        dtype = torch.get_autocast_dtype(ids.device.type)
+    dtype = coarsest_dtype(model, ids.device, together.dtype)
     is_close = difference <= _ROUNDING.get(dtype, 0.1) and leak <= 4 * _eps(model, dtype)
     if is_close and leak > 4 * torch.finfo(torch.float32).eps:
         is_close = not _reaches_back(model, columns, sum(lengths[:-1]))
@@ -410,9 +409,7 @@ def _is_loss_isolated(
         found.append(float(loss))
     if not all(map(isfinite, found)):
         return None
-    dtype = loss.dtype
-    if torch.is_autocast_enabled(ids.device.type):
-        dtype = torch.get_autocast_dtype(ids.device.type)
+    dtype = coarsest_dtype(model, ids.device, loss.dtype)
     apart = abs(found[0] - found[1]) / max(abs(found[0]), 1e-30)
     if apart <= 8 * torch.finfo(torch.float32).eps or apart > 8 * _eps(model, dtype):
         return apart <= 8 * torch.finfo(torch.float32).eps

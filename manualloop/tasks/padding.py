@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from manualloop.errors import DataError, ManualLoopError, ModelError
 from manualloop.models import (
+    coarsest_dtype,
     config_of,
     evaluation_mode,
     forward_columns,
@@ -82,19 +83,24 @@ def require_padding_unseen(
         if mask.device.type != "cpu":
             known.add(_ON_DEVICE)
         return
+    told = (_TOLD, key)
+    if told in known and not refuses:
+        return
     error = None if is_sharded(model) else _error_of(model, inputs, loss_fn, key == _PADS)
-    if error is not None and refuses:
-        raise error
     if error is not None:
+        if refuses:
+            raise error
         say(f"{error}")
+        known.add(told)  # what uses the outputs is refused nevertheless
+        return
     known.add(key)
     if mask.device.type != "cpu":
         known.add(_ON_DEVICE)
 
 
-_PADS, _ON_DEVICE = "its pad token", "a batch on the device"
+_PADS, _ON_DEVICE, _TOLD = "its pad token", "a batch on the device", "logged"
 _KNOWN: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
-"""What is known not to matter to a model."""
+"""What is known not to matter to a model, or was logged."""
 
 
 def _predicts_rows(model: nn.Module) -> bool:
@@ -196,11 +202,12 @@ def _difference(module: nn.Module, columns: dict[str, Any]) -> float:
     In multiples of what rounding may make; the median over rows and tokens, because rounding may
     send single tokens to other experts.
     """
-    found = []
+    found, dtype = [], coarsest_dtype(module, columns["input_ids"].device)
     for cut in _cuts(columns["attention_mask"]):
         apart = _apart(
             _logits_of(module, columns, _Cut(cut.row, slice(None)), cut.place),
             _logits_of(module, columns, cut, slice(None)),
+            dtype,
         )
         found += [] if apart is None else [apart]
     return float(torch.cat(found).median()) if found else 0.0
@@ -271,11 +278,17 @@ def _logits_of(module: nn.Module, columns: dict[str, Any], cut: _Cut, there: sli
     return logits[0, there] if is_by_token else logits
 
 
-def _apart(padded: Any, alone: Any) -> Tensor | None:
-    """Return the differences of logits, in multiples of rounding; None if nothing compares."""
+def _apart(padded: Any, alone: Any, dtype: torch.dtype) -> Tensor | None:
+    """Return the differences of logits, in multiples of rounding; None if nothing compares.
+
+    Args:
+        padded: The logits of a row that is padded.
+        alone: Those of the row alone.
+        dtype: The kind of numbers that the model computes with.
+    """
     if padded is None or alone is None or padded.shape != alone.shape or not alone.numel():
         return None
-    rounding = max(_ROUNDING, 8 * torch.finfo(padded.dtype).eps)
+    rounding = max(_ROUNDING, *(8 * torch.finfo(kind).eps for kind in (dtype, padded.dtype)))
     both: Tensor = torch.stack((padded, alone)).cpu().double()
     if both.shape[-1] > 2:  # a number that all logits of a token have makes no difference
         both = both - both.mean(-1, keepdim=True)

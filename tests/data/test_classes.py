@@ -604,3 +604,12 @@ def test_one_class_in_two_writings_is_refused_with_lines_for_one_and_for_two(one
     (same,), (two,) = numbers
     assert same[0] == same[2] != same[1]
     assert two[0] != two[2]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("1.1", "1.10"), ("-", "_"), ("1e400", "inf"), ("nan", "NaNa")]
+)
+def test_codes_and_punctuation_are_classes_of_their_own(one, other):
+    data = rows(4).remove_columns("label").add_column("label", [one, "z", other, "z"])
+    (batch,) = prepared({"train": data, "dev": data})["dev"]
+    assert len({*batch["labels"].tolist()}) == 3

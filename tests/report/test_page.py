@@ -312,6 +312,22 @@ def test_tokens_and_texts(classified, tmp_path):
     assert "All 3 rows are right" in page_of(result, right, tmp_path).sections["wrong"]
 
 
+def test_pixels_that_count_in_no_score_are_left_out(classified, tmp_path):
+    result, *_ = classified
+    right, found = np.array([[[0, 1], [255, 255]]]), np.array([[[0, 0], [1, 0]]])
+    maps = Predictions(np.arange(1), found, None, right, {}, ("sky", "sea"), ignored=255)
+    page = page_of(result, maps, tmp_path)
+    assert "1 of 2 tokens are right (50.0 %)" in page.sections["confusion"].replace("\n", " ")
+    assert "50.0 % of all tokens are right" in page.sections["wrong"]
+    assert "255" not in page.sections["wrong"]
+
+
+def test_texts_that_differ_at_their_end_are_wrong(classified, tmp_path):
+    texts = ["x" * 2000 + end for end in "ab"]
+    table = Predictions(np.arange(2), texts, None, texts[:1] * 2)
+    assert "1 of 2 rows is wrong" in page_of(classified[0], table, tmp_path).sections["wrong"]
+
+
 def test_hostile_texts_stay_texts(tmp_path):
     names = tuple(HOSTILE)
     num_rows = len(HOSTILE)

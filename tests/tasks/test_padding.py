@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from chat_styles import tokenizer_for
 from datasets import Dataset
 from helpers import messages, tiny_bert, tiny_tokenizer
@@ -31,6 +32,8 @@ from manualloop import (
     prepare_dataloaders,
     train_loop,
 )
+from manualloop.strategy.accelerated import Accelerated
+from manualloop.strategy.single import SingleDevice
 from manualloop.tasks import (
     complete,
     distil,
@@ -215,6 +218,33 @@ def test_padding_on_the_left_is_refused_where_positions_see_it(name, dtype):
 def test_padding_on_the_left_is_left_alone_where_they_do_not(name, dtype):
     model = sharp(RELATIVE[name]().to(dtype))
     require_padding_unseen(model, left_batch(), left_batch())
+
+
+@pytest.mark.parametrize("by", ["accelerate", "the model"])
+def test_logits_may_have_more_digits_than_the_model_computes_with(by):
+    model, strategy = of_kind("Llama", **DEEP).float(), SingleDevice("cpu")
+    if by == "accelerate":
+        strategy = Accelerated(Accelerator(cpu=True, mixed_precision="bf16"))
+    else:
+        model.bfloat16().register_forward_hook(lambda module, args, outputs: with_float32(outputs))
+    evaluate_loop(model, [left_batch()], strategy=strategy)
+
+
+DEEP = {"num_hidden_layers": 8, "initializer_range": 0.3}
+
+
+def with_float32(outputs):
+    outputs.logits = outputs.logits.float()
+    return outputs
+
+
+def test_what_was_only_logged_is_refused_where_it_counts(caplog):
+    model, batch = sharp(gpt2()), left_batch()
+    for _ in range(2):
+        require_padding_unseen(model, batch, batch, refuses=False)
+    assert len([line for line in messages(caplog) if "sees how far" in line]) == 1
+    with pytest.raises(DataError, match="GPT2LMHeadModel sees how far"):
+        require_padding_unseen(model, batch, batch)
 
 
 def with_positions(model, batch):

@@ -321,3 +321,6 @@ def test_images_of_0_and_1_are_refused_with_the_line_that_scales_them(is_stream)
     prepare_dataloaders({"dev": Dataset.from_dict(rows)}, own, **options)
     doubled = {**options, "transform": images(lambda image: np.asarray(image) * 255)}
     prepare_dataloaders({"dev": data}, own, **doubled)
+    own.do_rescale = False  # then the model gets the numbers themselves
+    (batch,) = prepare_dataloaders({"dev": data}, own, **options)["dev"]
+    assert batch["pixel_values"].max() > 0.9
