@@ -81,7 +81,8 @@ def _without_mask(rows: Any, *, collate: Callable[[Any], Mapping[str, Any]]) -> 
     return {name: column for name, column in batch.items() if name != "attention_mask"}
 
 
-_WRITTEN = ("causal_lm", "seq2seq_lm")
+LEARNED = ("causal_lm", "seq2seq_lm")
+"""Tasks whose rows with labels are padded on the right, whatever the side of the tokenizer."""
 
 
 def _sides(
@@ -96,7 +97,7 @@ def _sides(
     from it, and the decoder of an encoder-decoder would read it.
     """
     sides = dict.fromkeys(splits, tokenizer)
-    if task not in _WRITTEN or getattr(tokenizer, "padding_side", None) != "left":
+    if task not in LEARNED or getattr(tokenizer, "padding_side", None) != "left":
         return sides
     learned = [
         key

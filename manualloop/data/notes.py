@@ -41,7 +41,7 @@ def notes_on(
         columns=tuple(columns),
         texts=found.columns.texts,
         label=found.columns.label,
-        source=_source(split.rows),
+        source=hub_source(split.rows),
     )
     if encode is not None and split.num_cut is not None:
         notes = notes._replace(
@@ -54,13 +54,13 @@ def notes_on(
     )
 
 
-def _source(rows: Any) -> tuple[str, str | None] | None:
+def hub_source(rows: Any) -> tuple[str, str | None] | None:
     """Return the dataset on the hub that rows were downloaded from, by the addresses of its files.
 
     >>> from datasets import Dataset
     >>> rows = Dataset.from_dict({"text": ["a"]})
     >>> rows.info.download_checksums = {"hf://datasets/nyu-mll/glue@bc4a/mrpc/train.parquet": {}}
-    >>> _source(rows)
+    >>> hub_source(rows)
     ('nyu-mll/glue', None)
     """
     files = getattr(getattr(rows, "info", None), "download_checksums", None) or {}

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from manualloop.data.files import code_of_file, read_rows
+from manualloop.data.files import code_of_file
 from manualloop.data.kept import KeepingCollate
 from manualloop.data.mapping import Encode
+from manualloop.data.notes import hub_source
+from manualloop.data.splits import Split
+from manualloop.internals import stored_table
 from manualloop.tasks.names import Naming
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ class Preparation(NamedTuple):
 def note_preparation(
     loaders: Mapping[Any, Any],
     datasets: Any,
+    opened: Mapping[Any, Split],
     found: Survey,
     naming: Naming,
     encode: Encode | None,
@@ -67,6 +71,7 @@ def note_preparation(
     Args:
         loaders: The loaders, by split.
         datasets: The user's datasets.
+        opened: The same as splits, before any change.
         found: What was found out about their columns.
         naming: Names of the classes.
         encode: The tokenization, or None.
@@ -74,7 +79,7 @@ def note_preparation(
     """
     for key, loader in loaders.items():
         given = datasets[key] if isinstance(datasets, Mapping) else datasets
-        rows = _opened(str(key), given)
+        rows = opened[key].rows
         label = None if key in found.hidden else found.columns.label
         classes = _numbered_classes(rows, label, naming) if encode is not None else None
         others = [name for name in ("preprocess", "transform", "pack") if arguments[name]]
@@ -100,7 +105,7 @@ def note_preparation(
             kept=kept.skips if isinstance(kept, KeepingCollate) else frozenset(),
             pad_to_multiple_of=arguments["pad_to_multiple_of"],
             collate_fn=collate,
-            source=_source_of(given),
+            source=_source_of(str(key), given),
             others=tuple(others),
         )
 
@@ -133,28 +138,26 @@ def _has_plain_labels(
     return not is_numbered and dtype.startswith(("int", "uint", "float", "double"))
 
 
-def _opened(split: str, given: Any) -> Any:
-    """Return a dataset; of a file or a frame its rows, unless a file is too large to read again."""
-    if isinstance(given, str | os.PathLike) and Path(given).stat().st_size >= _MOST_BYTES:
-        return None
-    return read_rows(split, given)
-
-
-_MOST_BYTES = 100_000_000
-
-
-def _source_of(rows: Any) -> str | None:
-    """Return the call that loads a dataset of the hub, or a file; None for others."""
+def _source_of(split: str, rows: Any) -> str | None:
+    """Return the call that loads a file, or a dataset of the hub as it is; None for others."""
     if isinstance(rows, str | os.PathLike):
         return code_of_file(rows).removeprefix("datasets.")
-    info = getattr(rows, "info", None)
-    for address in getattr(info, "download_checksums", None) or ():
-        if str(address).startswith(_HUB):
-            name = str(address).removeprefix(_HUB).split("@")[0]
-            config = getattr(info, "config_name", None)
-            second = "" if config in (None, "default") else f', "{config}"'
-            return f'load_dataset("{name}"{second})'
-    return None
+    if (source := hub_source(rows)) is None or not _is_as_loaded(split, rows):
+        return None
+    name, config = source
+    second = "" if config in (None, "default") else f', "{config}"'
+    return f'load_dataset("{name}"{second})'
 
 
-_HUB = "hf://datasets/"
+def _is_as_loaded(split: str, rows: Any) -> bool:
+    """Tell whether rows are all those of a split of the same name, as ``load_dataset`` wrote them.
+
+    A selection has row numbers or fewer rows, and what ``map`` has made is in another file.
+    """
+    info, files = rows.info, getattr(rows, "cache_files", ())
+    whole = (info.splits or {}).get(split)
+    if str(rows.split) != split or not files or whole is None or len(rows) != whole.num_examples:
+        return False
+    names = [Path(file["filename"]).name for file in files]
+    is_written = all(name.startswith(f"{info.dataset_name}-{split}") for name in names)
+    return is_written and stored_table(rows)[1] is None

@@ -191,7 +191,7 @@ def prepare_dataloaders(
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     given = {name: arguments[name] for name in _GIVEN}
     tokenizes = preprocess is None and _reads_text(tokenizer)
-    splits, functions, found, naming = _look_at(
+    splits, functions, found, naming, opened = _look_at(
         *(datasets, fill or {}, label_column, given, keep),
         tokenizer=tokenizer,
         model=model,
@@ -237,7 +237,7 @@ def prepare_dataloaders(
                 num_workers=num_workers,
                 pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             )
-    note_preparation(loaders, datasets, found, naming, encode, arguments)
+    note_preparation(loaders, datasets, opened, found, naming, encode, arguments)
     name_model(model, naming)
     return _finished(loaders, tokenizer)
 
@@ -294,7 +294,7 @@ def _look_at(
     given: Mapping[str, Any],
     keep: tuple[str, ...],
     **choices: Any,
-) -> tuple[dict[Any, Split], dict[Any, Functions], Survey, Naming]:
+) -> tuple[dict[Any, Split], dict[Any, Functions], Survey, Naming, dict[Any, Split]]:
     """Open all splits, make the changes that the user asked for, and judge what they hold."""
     # Here, because they load pyarrow, which importing the package must not.
     from manualloop.data.cells import fill_cells, one_label_column
@@ -304,7 +304,7 @@ def _look_at(
 
     fitted = Naming()
     with all_at_once(note_on_sources(datasets)) as check:
-        splits = open_splits(datasets, check)
+        opened = splits = open_splits(datasets, check)
         if splits:
             splits = fill_cells(splits, fill, label_column, check)
             label_column = columns_in_order(label_column, choices["model"], check)
@@ -345,7 +345,7 @@ def _look_at(
             )
             found = survey({k: without_raw(s) for k, s in splits.items()}, chosen, check)
             check(check_kept, splits, keep, *of_model, found.columns)
-    return splits, functions, found, naming if fitted.names is None else fitted
+    return splits, functions, found, naming if fitted.names is None else fitted, opened
 
 
 def _encoder(

@@ -305,11 +305,11 @@ def lengths_of(split: Split, column: str) -> Ints | None:
 
 
 def longest_in(split: Split, column: str) -> Ints:
-    """Return the length of the longest of the lists in each row of a column."""
+    """Return the length of the longest of the lists in each row of a column; 0 without lists."""
     stored, numbers = stored_table(split.rows)
     lists = stored.table.column(column).combine_chunks()
-    outer = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
-    inner = pc.list_value_length(lists.flatten()).fill_null(0).to_numpy().astype(np.int64)
-    starts = np.cumsum(outer) - outer
-    found: Ints = np.maximum.reduceat(inner, starts)
+    num_lists = pc.list_value_length(lists).fill_null(0).to_numpy()
+    lengths = pc.list_value_length(lists.flatten()).fill_null(0).to_numpy()
+    found: Ints = np.zeros(len(lists), np.int64)
+    np.maximum.at(found, np.repeat(np.arange(len(lists)), num_lists), lengths)
     return found if numbers is None else found[numbers]

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -81,7 +82,7 @@ def preflight(
     step_fn: StepFn | None = None,
     strategy: Strategy | None = None,
     extras: dict[str, Any] | None = None,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[], Mapping[str, Any]] | None = None,
     best_metric: str | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     keep_checkpoints: int = 2,
@@ -371,11 +372,15 @@ def _seconds(
 
 @contextmanager
 def _notes() -> Iterator[list[str]]:
-    """Collect what would be logged; after an error it is logged all the same."""
+    """Collect what this thread would log; after an error it is logged all the same."""
     records: list[logging.LogRecord] = []
     lines: list[str] = []
 
+    here = threading.get_ident()
+
     def keep(record: logging.LogRecord) -> bool:
+        if record.thread != here:
+            return True  # of another run
         records.append(record)
         lines.append(record.getMessage())
         return False

@@ -64,11 +64,15 @@ def chance_of(
     return Chance(math.log(number), f"ln {number}", shares)
 
 
+_OVER_CLASSES = (
+    *("single_label_classification", "token_classification"),
+    "semantic_segmentation",
+)
+
+
 def _num_guessed(model: nn.Module, task: Task, batch: Any) -> int | None:
     """Return among how many things a guess chooses."""
-    if task.name in ("single_label_classification", "token_classification"):
-        return num_classes(model)
-    if task.name == "semantic_segmentation":
+    if task.name in _OVER_CLASSES:
         return num_classes(model)
     if task.name in ("causal_lm", "masked_lm", "seq2seq_lm"):
         return vocab_size(model)

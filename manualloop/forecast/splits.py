@@ -15,9 +15,10 @@ from torch import Tensor
 from manualloop.batches import num_rows
 from manualloop.data.inspect import reading
 from manualloop.data.sampler import OrderedBatchSampler, num_batches
+from manualloop.data.splits import Split, open_split
 from manualloop.errors import DataError
 from manualloop.tasks.names import Names, notes_of
-from manualloop.tasks.task import IGNORE_INDEX, Task
+from manualloop.tasks.task import Task
 
 
 class SplitSummary(NamedTuple):
@@ -174,21 +175,24 @@ def summarize(
         padding,
         num_tokens,
     )
-    labels, num_counted = _labels_of(loader, read)
-    if labels is None or task is None:
+    if task is None or task.name not in (*_WITH_CLASSES, "regression"):
         return found
+    table, tensors = _table_of(loader), _labels_in(read)
+    if table is None and not tensors:
+        return found
+    num_counted = sum(map(len, tensors)) if table is None else len(table.rows)
     if task.name == "regression":
-        kept = labels[np.isfinite(labels)].astype(np.float64)
+        numbers = _flat(tensors) if table is None else _numbers_in(table)
+        kept = numbers[np.isfinite(numbers)]
         if not kept.size:
             return found
-        return found._replace(
-            labels=(float(kept.mean()), float(kept.var())), num_counted=num_counted
-        )
-    if task.name not in _WITH_CLASSES:
+        moments = float(kept.mean()), float(kept.var())
+        return found._replace(labels=moments, num_counted=num_counted)
+    counts = _count(table, tensors, is_by_column=task.name == "multi_label_classification")
+    if counts is None:
         return found
-    return found._replace(
-        classes=_count(labels, task, names or notes.names), num_counted=num_counted
-    )
+    classes = _by_name(counts, names or notes.names or ())
+    return found._replace(classes=classes, num_counted=num_counted)
 
 
 _WITH_CLASSES = (
@@ -203,55 +207,51 @@ def _padding_in(batches: Sequence[Any]) -> float | None:
     return 1 - sum(int(mask.sum()) for mask in found) / places if places else None
 
 
-_MOST_LABELS = 20_000_000
-
-
-def _labels_of(loader: Any, read: Sequence[Any]) -> tuple[NDArray[Any] | None, int]:
-    """Return the labels of a split, of its table or of the batches that were read, and rows."""
+def _table_of(loader: Any) -> Split | None:
+    """Return the rows of a loader as a split; None where there is no table with labels."""
     dataset: Any = getattr(loader, "dataset", None)
-    names = getattr(dataset, "column_names", None) or ()
-    if "labels" in names and hasattr(dataset, "with_format") and hasattr(dataset, "__len__"):
-        with suppress(ArithmeticError, LookupError, TypeError, ValueError):
-            return _column(dataset), len(dataset)
-    found = [batch.get("labels") for batch in read if isinstance(batch, Mapping)]
-    tensors = [labels for labels in found if isinstance(labels, Tensor)]
-    if not tensors:
-        return None, 0
-    if tensors[0].is_floating_point() and tensors[0].ndim > 1:
-        return torch.cat(tensors).cpu().numpy(), sum(map(len, tensors))
-    flat = torch.cat([labels.reshape(-1) for labels in tensors])
-    return flat.cpu().numpy(), sum(map(len, tensors))
+    is_table = hasattr(dataset, "with_format") and hasattr(dataset, "__len__")
+    if not is_table or "labels" not in (getattr(dataset, "column_names", None) or ()):
+        return None
+    return open_split("the split", dataset.with_format(None), None) if len(dataset) else None
 
 
-def _column(dataset: Any) -> NDArray[Any]:
-    """Return the labels of a table, flat; rows of floats as a matrix."""
-    column = dataset.select_columns(["labels"]).with_format("arrow")[:]["labels"].combine_chunks()
-    shape = None
-    while hasattr(column, "flatten") and hasattr(column.type, "value_type"):
-        values = column.flatten()
-        is_even = len(column) and len(values) % len(column) == 0
-        shape = (len(column), len(values) // len(column)) if is_even and shape is None else shape
-        column = values
-    if len(column) > _MOST_LABELS:
-        raise ValueError("too many labels to be counted")
-    numbers: NDArray[Any] = column.to_numpy(zero_copy_only=False)
-    if numbers.dtype.kind not in "biuf":
-        raise TypeError("labels are no numbers")
-    return numbers.reshape(shape) if shape is not None and numbers.dtype.kind == "f" else numbers
+def _labels_in(batches: Sequence[Any]) -> list[Tensor]:
+    found = [batch.get("labels") for batch in batches if isinstance(batch, Mapping)]
+    return [labels.cpu() for labels in found if isinstance(labels, Tensor)]
 
 
-def _count(labels: NDArray[Any], task: Task, names: Names | None) -> dict[str, int]:
-    """Count the labels of each class by name, those without a label included."""
-    if task.name == "multi_label_classification":
-        counts = (labels.reshape(-1, labels.shape[-1]) > 0.5).sum(axis=0).tolist()
-    else:
-        kept = labels[(labels != IGNORE_INDEX) & (labels >= 0)].astype(np.int64)
-        counts = np.bincount(kept.reshape(-1), minlength=len(names or ())).tolist()
-    return {_name(number, names): int(count) for number, count in enumerate(counts)}
+def _numbers_in(table: Split) -> NDArray[np.float64]:
+    from manualloop.data.values import numbers_in  # loads pyarrow
+
+    return numbers_in(table, "labels")
 
 
-def _name(number: int, names: Names | None) -> str:
-    return names[number] if names is not None and number < len(names) else str(number)
+def _flat(tensors: Sequence[Tensor]) -> NDArray[np.float64]:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]).double().numpy()
+
+
+def _count(
+    table: Split | None, tensors: Sequence[Tensor], *, is_by_column: bool
+) -> NDArray[np.int64] | None:
+    """Count the labels of each class in a table, or in the labels of batches."""
+    if table is not None:
+        from manualloop.data.values import count_classes  # loads pyarrow
+
+        return count_classes(table, "labels", is_by_column=is_by_column)
+    if is_by_column:
+        return (torch.cat(list(tensors)) > 0.5).sum(0).numpy()
+    labels = _flat(tensors)
+    return np.bincount(labels[labels >= 0].astype(np.int64))
+
+
+def _by_name(counts: NDArray[np.int64], names: Names) -> dict[str, int]:
+    """Return the counts of classes by their names, also of those without a label."""
+    numbers = range(max(len(names), len(counts)))
+    return {
+        names[n] if n < len(names) else str(n): int(counts[n]) if n < len(counts) else 0
+        for n in numbers
+    }
 
 
 def rows_in_common(train: Any, other: Any) -> int | None:

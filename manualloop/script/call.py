@@ -1,4 +1,7 @@
-"""A call of ``train_loop``, looked into: its arguments are bound and checked, nothing is run."""
+"""A call of ``train_loop``, looked into: its arguments are bound and checked.
+
+Nothing is trained: at most a ``loss_fn`` is called on the first batch.
+"""
 
 from __future__ import annotations
 

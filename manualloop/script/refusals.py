@@ -213,6 +213,14 @@ def _problems_of_loss(job: Job) -> Iterator[str]:
             "of their own, and their weights are not written out. Use "
             "gradient_accumulation_steps=1 and one process, without evaluate."
         )
+    own: Any = loss_fn or terms
+    needs_items = own is not None and (job.weighs or job.evaluation is not None)
+    is_here = getattr(own, "__module__", None) == "__main__"
+    if needs_items and is_here and declared_items(own) is not None:
+        yield (
+            "the items of a batch are declared beside a function that is defined in the script "
+            "that runs, and would not be copied with it. Move both into a module."
+        )
     for name, function in (("loss_fn", loss_fn), ("terms", terms)):
         if function is not None:
             yield from problems_of_function(name, function)

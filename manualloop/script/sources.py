@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from manualloop.data.batching import LEARNED
 from manualloop.data.preparation import Preparation
 from manualloop.script.job import Job, source_of
 from manualloop.script.text import Call, Line, Note, Part, code, literal, when
@@ -71,11 +72,32 @@ def _loaded(name: str, model: Any) -> list[Line]:
         arguments.append(f"dtype={dtype}")
     begin = f"{name} = {type(model).__name__}.from_pretrained("
     if where:
-        return [Call(begin, [literal(where), *arguments])]
+        return [Call(begin, [literal(where), *arguments, *_changes_of(config, where)])]
     return [
         Note(f'{FILL_IN} the folder: model.save_pretrained("path/to/model"), before the training.'),
         Call(begin, ['"path/to/model"', *arguments]),
     ]
+
+
+def _changes_of(config: Any, where: str) -> list[str]:
+    """Return the settings of a config that differ from those on this disk, as arguments."""
+    try:
+        stored = type(config).from_pretrained(where, local_files_only=True).to_dict()
+    except (OSError, ValueError):
+        return []
+    return [
+        f"{name}={literal(value)}"
+        for name, value in config.to_dict().items()
+        if (value is None or isinstance(value, bool | int | float | str))
+        and name not in _SET_ELSEWHERE
+        and stored.get(name) != value
+    ]
+
+
+_SET_ELSEWHERE = (
+    *("_name_or_path", "architectures", "dtype", "torch_dtype", "num_labels", "problem_type"),
+    "transformers_version",
+)
 
 
 def _adapted(model: Any) -> tuple[list[Line], list[str]]:
@@ -142,7 +164,10 @@ def _rows(job: Job) -> tuple[list[Line], list[str]]:
         if tokenizer.pad_token is not None and tokenizer.pad_token == tokenizer.eos_token:
             lines.append("tokenizer.pad_token = tokenizer.eos_token  # it has no other")
         if tokenizer.padding_side == "left":
-            lines.append('tokenizer.padding_side = "left"')
+            is_learned = made.task in LEARNED and "labels" in job.loader.dataset.column_names
+            lines.append(f"tokenizer.padding_side = {literal('right' if is_learned else 'left')}")
+        if tokenizer.truncation_side == "left":
+            lines.append('tokenizer.truncation_side = "left"')
     if is_tokenized(job):
         source, maker = _raw(job, made)
         imports.append(f"from datasets import {maker}")
@@ -161,15 +186,16 @@ def _rows(job: Job) -> tuple[list[Line], list[str]]:
 
 def _raw(job: Job, made: Preparation) -> tuple[list[Line], str]:
     """Return the lines that load the raw datasets, and the name that they import."""
-    if made.source is None:
-        return [f'raw_datasets = load_dataset("path/to/data")  # {FILL_IN}'], "load_dataset"
-    if made.source.startswith("load_dataset"):
-        return [f"raw_datasets = {made.source}"], "load_dataset"
     parts: dict[Any, str | None] = {made.split: made.source}
     if job.evaluation is not None and job.evaluation.preparation is not None:
         parts[job.evaluation.preparation.split] = job.evaluation.preparation.source
-    files = [f"{literal(split)}: {source}" for split, source in parts.items()]
-    return [Call("raw_datasets = {", files, "}")], "Dataset"
+    if made.is_of_file:
+        files = [f"{literal(split)}: {source}" for split, source in parts.items()]
+        return [Call("raw_datasets = {", files, "}")], "Dataset"
+    source, *others = {*parts.values()}
+    if source is None or others:
+        return [f'raw_datasets = load_dataset("path/to/data")  # {FILL_IN}'], "load_dataset"
+    return [f"raw_datasets = {source}"], "load_dataset"
 
 
 def _own_loaders(job: Job) -> list[Line]:

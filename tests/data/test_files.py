@@ -198,6 +198,14 @@ def test_numbers_where_a_text_is_wanted_get_the_line_that_makes_texts():
     assert prepare_dataloaders(dataset, tiny_tokenizer())
 
 
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    read = []
+    of_pandas = pandas.read_csv
+    monkeypatch.setattr(pandas, "read_csv", lambda *a, **o: read.append(a) or of_pandas(*a, **o))
+    prepare_dataloaders({"train": written(tmp_path, "rows.csv")}, tiny_tokenizer())
+    assert len(read) == 1
+
+
 @pytest.mark.parametrize(
     "columns",
     [

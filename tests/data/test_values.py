@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manualloop.data.splits import Split
-from manualloop.data.values import distinct_in, empty_in, lengths_of, missing_in, values_of
+from manualloop.data.values import (
+    distinct_in,
+    empty_in,
+    lengths_of,
+    longest_in,
+    missing_in,
+    values_of,
+)
 
 NAN = float("nan")
 COLUMNS: dict[str, tuple[Any, list[Any]]] = {
@@ -108,3 +115,16 @@ def test_numbers_of_a_selection_are_those_of_its_rows():
     dataset = Dataset.from_dict({"x": list(range(50))}).shuffle(seed=0).select(range(10))
     values = values_of(split_of(dataset), "x")
     assert np.array_equal(values.least, dataset["x"])
+
+
+def test_the_longest_list_of_each_row_also_of_rows_without_lists():
+    cells = [[[1, 2], [3]], [], [[4], [5, 6, 7]], [[]], None, []]
+    rows = Dataset.from_dict({"input_ids": cells}).select([5, 0, 1, 2, 3, 4])
+    assert longest_in(split_of(rows), "input_ids").tolist() == [
+        0,
+        2,
+        0,
+        3,
+        0,
+        0,
+    ]

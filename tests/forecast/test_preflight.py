@@ -3,11 +3,13 @@
 import math
 from dataclasses import replace
 from functools import partial
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
-from helpers import bert_config, rows, tiny_bert, tiny_tokenizer, token_model
+from datasets import Dataset
+from helpers import bert_config, messages, rows, tiny_bert, tiny_tokenizer, token_model
 from mistakes import assert_same_bits, bits_of
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -24,11 +26,14 @@ from manualloop import (
     prepare_optimizer,
     train_loop,
 )
+from manualloop.forecast.api import _notes
 from manualloop.forecast.chance import Chance, doubt_about_start
 from manualloop.forecast.doubts import doubts_about
-from manualloop.forecast.splits import SplitSummary
+from manualloop.forecast.splits import SplitSummary, summarize
+from manualloop.notices import say
 from manualloop.randomness import get_random_state, is_same_random_state
 from manualloop.tasks import lm_loss
+from manualloop.tasks.task import TASKS
 
 # Without a trace. -------------------------------------------------------------------------------
 
@@ -494,6 +499,28 @@ def test_what_is_noted_is_still_logged_when_it_is_refused(caplog):
     report = preflight(model, prepared())
     assert "are bfloat16" in report.notes[0]
     assert not [r for r in caplog.records if "bfloat16" in r.getMessage()]
+
+
+def test_lines_of_a_run_in_another_thread_are_logged(caplog):
+    with _notes() as lines:
+        other = Thread(target=say, args=("of another run",))
+        other.start()
+        other.join()
+        say("of this one")
+    assert lines == ["of this one"]
+    assert messages(caplog) == ["of another run"]
+
+
+def test_classes_of_tables_and_of_batches_are_counted_alike():
+    targets = [[1, 0, 1], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
+    ids = [[5, 6]] * 4
+    table = Dataset.from_dict({"input_ids": ids, "labels": targets}).with_format("torch")
+    rows = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(targets)}]
+    task, names = TASKS["multi_label_classification"], ("a", "b", "c", "d")
+    for loader in (DataLoader(table, 2), rows):
+        found = summarize(loader, names, None, rows, task)
+        assert found.classes == {"a": 3, "b": 0, "c": 3, "d": 0}
+        assert found.num_counted == 4
 
 
 def test_the_model_of_a_config_is_left_as_it_is():

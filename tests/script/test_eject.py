@@ -14,7 +14,13 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoTokenizer, BertForSequenceClassification, BertForTokenClassification
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from manualloop import (
     ConfigError,
@@ -396,6 +402,88 @@ def test_rows_of_csv_files(folder, data, tmp_path, monkeypatch):
         data[name].to_csv(path)
     script, _, _ = scripted(folder, files, tmp_path, monkeypatch, metric="f1", is_complete=True)
     assert f'"train": Dataset.from_csv("{files["train"]}")' in script
+
+
+HUB = "hf://datasets/someone/pairs@c0ffee/data/train.parquet"
+
+
+def of_hub(folder, address=HUB):
+    """The rows as ``load_dataset`` returns those of the hub."""
+    files = {name: str(folder / "data" / f"{name}.parquet") for name in ("train", "validation")}
+    data = load_dataset("parquet", data_files=files, cache_dir=str(folder / "cache"))
+    for rows in data.values():
+        rows.info.download_checksums = {address: {}}
+    return data
+
+
+def source_in(folder, data):
+    model = loaded(folder)
+    loaders = prepare_dataloaders(data, AutoTokenizer.from_pretrained(folder / "model"))
+    evaluate = partial(evaluate_loop, model, loaders["validation"])
+    script = eject(model, loaders["train"], evaluate=evaluate)
+    return next(line for line in script.splitlines() if line.startswith("raw_datasets"))
+
+
+def test_rows_that_load_dataset_would_not_return_are_left_to_the_user(folder):
+    data = of_hub(folder)
+    assert source_in(folder, data) == 'raw_datasets = load_dataset("someone/pairs")'
+    train, validation = data["train"], data["validation"]
+    parts = train.train_test_split(0.2)
+    others = of_hub(folder, HUB.replace("pairs", "others"))
+
+    def turn(row):
+        return {"label": 1 - row["label"]}
+
+    changed = {
+        "selected": {"train": train.select(range(16))},
+        "filtered": {"train": train.filter(lambda row: row["label"] == 1)},
+        "shuffled": {"train": train.shuffle(seed=1)},
+        "sorted": {"train": train.sort("label")},
+        "mapped": {"train": train.map(turn)},
+        "mapped in memory": {"train": train.map(turn, keep_in_memory=True)},
+        "made anew": {"train": Dataset.from_dict(train.to_dict(), info=train.info)},
+        "mapped for the evaluation": {"validation": validation.map(turn)},
+        "another split": {"train": validation, "validation": train},
+        "split anew": {"train": parts["train"], "validation": parts["test"]},
+        "evaluated on others": {"validation": others["validation"]},
+    }
+    for name, splits in changed.items():
+        assert "FILL IN" in source_in(folder, {**data, **splits}), name
+
+
+def test_what_from_pretrained_was_given_beside_the_name(folder, data, tmp_path, monkeypatch):
+    script, _, _ = scripted(
+        folder,
+        data,
+        tmp_path,
+        monkeypatch,
+        make=lambda folder: loaded(
+            folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5
+        ),
+    )
+    assert "hidden_dropout_prob=0.0" in script
+    assert "attention_probs_dropout_prob=0.5" in script
+    assert "hidden_size" not in script
+
+
+def test_a_tokenizer_that_pads_on_the_left(tmp_path, monkeypatch):
+    config = GPT2Config(
+        *(helpers.VOCAB_SIZE, 32, 8, 1, 2), bos_token_id=None, eos_token_id=None, loss_type=None
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    tokenizer = helpers.tiny_tokenizer(padding_side="left", truncation_side="left")
+    tokenizer.save_pretrained(tmp_path / "model")
+    ids = [[4 + (number + k) % 9 for k in range(2 + number % 5)] for number in range(12)]
+    script, _, _ = scripted(
+        tmp_path,
+        DatasetDict(train=Dataset.from_dict({"input_ids": ids, "labels": ids})),
+        tmp_path,
+        monkeypatch,
+        make=lambda folder: GPT2LMHeadModel.from_pretrained(folder / "model"),
+        prepares={"batch_size": 4},
+    )
+    assert 'tokenizer.padding_side = "right"' in script
+    assert 'tokenizer.truncation_side = "left"' in script
 
 
 def test_everything_that_cannot_be_written_out_is_refused_at_once(folder, data):

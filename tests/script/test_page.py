@@ -6,10 +6,13 @@
 import re
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import pytest
-from datasets import Dataset, DatasetDict, DatasetInfo
+from datasets import load_dataset
 from helpers import table_of, tiny_bert, tiny_tokenizer
+from transformers import BertConfig
 
 from manualloop import eject, evaluate_loop, prepare_dataloaders
 
@@ -19,17 +22,29 @@ BLOCK = re.compile(r'^```python\n(""".*?)^```', re.MULTILINE | re.DOTALL)
 HUB = "hf://datasets/nyu-mll/glue@bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c/mrpc/train.parquet"
 
 
+def data_of_hub(folder):
+    """Rows as ``load_dataset`` returns those of the hub."""
+    files = {name: f"{folder}/{name}.parquet" for name in ("train", "validation")}
+    for path in files.values():
+        table_of(["sentence1", "sentence2"]).to_parquet(path)
+    data = load_dataset("parquet", data_files=files, cache_dir=f"{folder}/cache")
+    for rows in data.values():
+        rows.info.download_checksums, rows.info.config_name = {HUB: {}}, "mrpc"
+    return data
+
+
 def script():
     """The script of README's call, with small things of the same names."""
+    unknown = patch.object(BertConfig, "from_pretrained", side_effect=OSError)  # not on this disk
+    with TemporaryDirectory() as folder, unknown:
+        return script_of(data_of_hub(folder))
+
+
+def script_of(data):
     model = tiny_bert(max_position_embeddings=512)
     model.config._name_or_path = "bert-base-uncased"
     tokenizer = tiny_tokenizer(model_max_length=512)
     tokenizer.name_or_path = "bert-base-uncased"
-    info = DatasetInfo(config_name="mrpc", download_checksums={HUB: {}})
-    table = table_of(["sentence1", "sentence2"]).to_dict()
-    data = DatasetDict(
-        {name: Dataset.from_dict(table, info=info) for name in ("train", "validation")}
-    )
     loaders = prepare_dataloaders(data, tokenizer, model=model, batch_size=8)
     return eject(
         model,
