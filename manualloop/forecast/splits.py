@@ -233,7 +233,7 @@ def _flat(tensors: Sequence[Tensor]) -> NDArray[np.float64]:
 
 def _count(
     table: Split | None, tensors: Sequence[Tensor], *, is_by_column: bool
-) -> NDArray[np.int64] | None:
+) -> NDArray[Any] | None:
     """Count the labels of each class in a table, or in the labels of batches."""
     if table is not None:
         from manualloop.data.values import count_classes  # loads pyarrow
@@ -245,7 +245,7 @@ def _count(
     return np.bincount(labels[labels >= 0].astype(np.int64))
 
 
-def _by_name(counts: NDArray[np.int64], names: Names) -> dict[str, int]:
+def _by_name(counts: NDArray[Any], names: Names) -> dict[str, int]:
     """Return the counts of classes by their names, also of those without a label."""
     numbers = range(max(len(names), len(counts)))
     return {

@@ -33,7 +33,7 @@ from manualloop.forecast.splits import SplitSummary, summarize
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, is_same_random_state
 from manualloop.tasks import lm_loss
-from manualloop.tasks.task import TASKS
+from manualloop.tasks.task import resolve_task
 
 # Without a trace. -------------------------------------------------------------------------------
 
@@ -516,7 +516,9 @@ def test_classes_of_tables_and_of_batches_are_counted_alike():
     ids = [[5, 6]] * 4
     table = Dataset.from_dict({"input_ids": ids, "labels": targets}).with_format("torch")
     rows = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(targets)}]
-    task, names = TASKS["multi_label_classification"], ("a", "b", "c", "d")
+    names, model = ("a", "b", "c", "d"), tiny_bert(3)
+    model.config.problem_type = "multi_label_classification"
+    task = resolve_task(model, rows[0])
     for loader in (DataLoader(table, 2), rows):
         found = summarize(loader, names, None, rows, task)
         assert found.classes == {"a": 3, "b": 0, "c": 3, "d": 0}
