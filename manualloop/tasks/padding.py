@@ -68,16 +68,20 @@ def require_padding_unseen(
     if ids.shape != mask.shape:
         raise DataError(_other_length_message(ids, mask))
     known = _KNOWN.setdefault(model, set())
-    if mask.device.type != "cpu" and _ON_DEVICE in known:  # a look waits for it
+    if not mask.numel() or (mask.device.type != "cpu" and _ON_DEVICE in known):  # a look waits
         return
     key: Any = _PADS
-    begins = mask[..., 0].cpu().numpy() != 0  # NumPy takes a fifth of the time of torch
+    first = mask[..., 0].cpu()
+    first = first.float() if first.dtype == torch.bfloat16 else first  # NumPy has no such numbers
+    begins = first.numpy() != 0  # which takes a fifth of the time of torch
     if not begins.all() and mask[torch.from_numpy(~begins)].any():  # some may have no tokens at all
         function, held = parts_of_loss(loss_fn)
         key = ("left", function, *map(ref, held))
     elif _PADS in known:
         pass
-    elif not _predicts_rows(model) or (not mask.all() and _are_known_pads(model, ids, mask)):
+    elif known.isdisjoint((_BY_ROW, _PADS)):
+        known.add(_BY_ROW if _predicts_rows(model) else _PADS)
+    if key == _PADS and _PADS not in known and not mask.all() and _are_known_pads(model, ids, mask):
         known.add(_PADS)
     if key in known or (key == _PADS and mask.all()):
         if mask.device.type != "cpu":
@@ -99,8 +103,9 @@ def require_padding_unseen(
 
 
 _PADS, _ON_DEVICE, _TOLD = "its pad token", "a batch on the device", "logged"
+_BY_ROW = "one prediction a row"
 _KNOWN: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
-"""What is known not to matter to a model, or was logged."""
+"""What is known not to matter to a model, or was logged, and of what it makes a prediction."""
 
 
 def _predicts_rows(model: nn.Module) -> bool:

@@ -37,7 +37,9 @@ def require_spaces(tokenizer: Any, rows: Iterable[Sequence[str]], column: str) -
     shown = [" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (of_list, of_text)]
     spaced = f'[" " * (n > 0) + word for n, word in enumerate(row["{column}"])]'
     fixes = [f'put the spaces into the words: dataset.map(lambda row: {{"{column}": {spaced}}})']
-    if getattr(tokenizer, "add_prefix_space", None) is False:
+    splits = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", "ByteLevel")
+    # Others have the attribute as well, and do nothing with it.
+    if getattr(tokenizer, "add_prefix_space", None) is False and "ByteLevel" in str(splits):
         load = "AutoTokenizer.from_pretrained(name, add_prefix_space=True)"
         fixes.insert(0, f"load it with a space before each word: {load}")
     line = ", or ".join(fixes)

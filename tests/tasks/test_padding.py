@@ -238,6 +238,16 @@ def with_float32(outputs):
     return outputs
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_masks_may_be_of_any_kind(dtype):
+    for batch, model in ((left_batch(), llama()), (rows_with_classes(), CLASSIFIERS["Llama"]())):
+        batch["attention_mask"] = batch["attention_mask"].to(dtype)
+        model.config.pad_token_id = 0
+        require_padding_unseen(sharp(model), batch, batch)
+    empty = {name: column[..., :0] for name, column in left_batch().items()}
+    require_padding_unseen(model, empty, empty)
+
+
 def test_what_was_only_logged_is_refused_where_it_counts(caplog):
     model, batch = sharp(gpt2()), left_batch()
     for _ in range(2):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import transformers
 from datasets import Dataset
 from helpers import fixes_in, piece_tokenizer, run_fix, tiny_bert
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -48,6 +49,20 @@ def test_a_tokenizer_that_joins_words_is_refused_with_the_line_that_loads_it_oth
     made = tag_words(loaded)(ROWS)
     text = loaded(" ".join(ROWS["tokens"][1]))["input_ids"]
     assert made["input_ids"][1] == text
+
+
+def gemma() -> Any:
+    return transformers.GemmaTokenizer(vocab={t: n for n, t in enumerate("\u2581ab!")}, merges=[])
+
+
+def test_a_tokenizer_that_cannot_be_loaded_with_spaces_has_no_such_line():
+    with pytest.raises(DataError, match="Put the spaces into the words") as error:
+        tag_words(gemma())(ROWS)
+    assert "add_prefix_space" not in str(error.value)
+    assert gemma().tokenize("ab ab !") == gemma().tokenize(["ab", " ab", " !"], **SPLIT)
+
+
+SPLIT = {"is_split_into_words": True}
 
 
 @pytest.mark.parametrize("make", [own, lambda: of_files(RobertaTokenizer), ByT5Tokenizer])
