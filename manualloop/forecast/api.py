@@ -182,12 +182,22 @@ def _require_known(others: Mapping[str, Any]) -> None:
     known = [*inspect.signature(train_loop).parameters]
     for name in others:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            meant = f" Did you mean {near[0]}=?" if near else ""
             raise ConfigError(
-                f"preflight takes the arguments of train_loop, which has no {name}=.{meant} "
-                "Leave it out."
+                f"preflight takes the arguments of train_loop, which has no {name}=. "
+                f"{_instead_of(name, known)}"
             )
+
+
+def _instead_of(name: str, known: Sequence[str]) -> str:
+    """Tell what to write instead of an argument that ``train_loop`` does not have."""
+    setting = "lr" if name == "learning_rate" else name
+    if setting in ("lr", "weight_decay", "betas", "eps"):
+        return (
+            "Settings of the optimizer are passed by "
+            f"optimizer=prepare_optimizer(model, {setting}=...)."
+        )
+    near = difflib.get_close_matches(name, known, 1)
+    return (f"Did you mean {near[0]}=? " if near else "") + "Leave it out."
 
 
 def _check(
