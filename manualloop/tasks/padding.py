@@ -77,13 +77,13 @@ def require_padding_unseen(
     if not begins.all() and mask[torch.from_numpy(~begins)].any():  # some may have no tokens at all
         function, held = parts_of_loss(loss_fn)
         key = ("left", function, *map(ref, held))
-    elif _PADS in known:
-        pass
     elif known.isdisjoint((_BY_ROW, _PADS)):
         known.add(_BY_ROW if _predicts_rows(model) else _PADS)
-    if key == _PADS and _PADS not in known and not mask.all() and _are_known_pads(model, ids, mask):
+    is_open = key == _PADS and _PADS not in known
+    is_full = is_open and bool(mask.all())
+    if is_open and not is_full and _are_known_pads(model, ids, mask):
         known.add(_PADS)
-    if key in known or (key == _PADS and mask.all()):
+    if key in known or is_full:
         if mask.device.type != "cpu":
             known.add(_ON_DEVICE)
         return
