@@ -4,9 +4,15 @@ import pytest
 import torch
 import transformers
 
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 needs_packs = pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 53),
+    VERSION < (4, 53),
     reason=f"transformers {transformers.__version__} does not tell documents apart by positions",
+)
+
+needs_transformers_5 = pytest.mark.skipif(
+    VERSION < (5, 0),
+    reason=f"transformers {transformers.__version__} builds and pads in another way",
 )
 
 VOCAB = 41

@@ -1,5 +1,6 @@
 """Each tracker gets every record once, over all processes of a run."""
 
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -9,7 +10,6 @@ import threading
 from functools import partial
 
 import pytest
-import torch
 from tracked_runs import NUM_STEPS, KilledAt, killed, killed_at_step, train
 
 from manualloop import ConfigError
@@ -446,7 +446,7 @@ def test_the_settings_of_the_run_are_plain_values(tmp_path):
         "num_steps": 6,
         "gradient_accumulation_steps": 2,
         "num_processes": 1,
-        "version_of_torch": torch.__version__,
+        "version_of_torch": importlib.metadata.version("torch"),
     }
     assert {name: found.get(name) for name in expected} == expected
 

@@ -311,6 +311,7 @@ def mean_of_tokens(model, batch):
     return model(**batch, use_cache=False).loss
 
 
+@needs_packs
 @pytest.mark.parametrize("loss_fn", [None, mean_of_tokens])
 def test_a_leak_below_the_rounding_of_experts_is_found(loss_fn):
     options = {"loss_fn": loss_fn, "max_steps": 1, "progress_bar": False}
@@ -323,6 +324,7 @@ def test_a_leak_below_the_rounding_of_experts_is_found(loss_fn):
         train_loop(experts(Peeking), [packed_batch()], **options)
 
 
+@needs_packs
 def test_a_pack_is_checked_by_its_documents():
     for loss_fn in (None, lm_loss):
         report = check_accumulation(model_of("Llama"), packed_batch(), loss_fn=loss_fn)

@@ -7,11 +7,14 @@ import pytest
 import torch
 from datasets import Array2D, Dataset, Features, Image
 from PIL import Image as Pil
+from tiny_language_models import needs_transformers_5
 from tiny_scenes import processor, tiny_segformer
 
 from manualloop import DataError, load_metric, predict_loop, prepare_dataloaders
 from manualloop.tasks import images_and_masks, upsampled
 from manualloop.tasks.maps import _edges, keeps_whole, map_options, view_of, with_map
+
+pytestmark = needs_transformers_5  # of which the image processors take maps in the same way
 
 KINDS = ["Segformer", "Beit", "DPT", "MobileViT", "MobileNetV2"]
 SIZE = {"height": 24, "width": 20}

@@ -6,6 +6,7 @@ import pytest
 import transformers
 from datasets import Dataset
 from helpers import fixes_in, piece_tokenizer, run_fix, tiny_bert
+from tiny_language_models import needs_transformers_5
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
@@ -36,6 +37,7 @@ def of_files(kind: Any, **options: Any) -> Any:
     return kind(vocab=VOCABULARY, merges=[("\u0120", "a")], **options)
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("kind", [RobertaTokenizer, GPT2Tokenizer])
 def test_a_tokenizer_that_joins_words_is_refused_with_the_line_that_loads_it_otherwise(
     kind, tmp_path
@@ -55,6 +57,7 @@ def gemma() -> Any:
     return transformers.GemmaTokenizer(vocab={t: n for n, t in enumerate("\u2581ab!")}, merges=[])
 
 
+@needs_transformers_5
 def test_a_tokenizer_that_cannot_be_loaded_with_spaces_has_no_such_line():
     with pytest.raises(DataError, match="Put the spaces into the words") as error:
         tag_words(gemma())(ROWS)
@@ -65,6 +68,7 @@ def test_a_tokenizer_that_cannot_be_loaded_with_spaces_has_no_such_line():
 SPLIT = {"is_split_into_words": True}
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("make", [own, lambda: of_files(RobertaTokenizer), ByT5Tokenizer])
 def test_words_with_their_spaces_are_the_text(make):
     tokenizer = make()
@@ -93,6 +97,7 @@ def test_scripts_without_spaces_are_left_as_they_are(words):
     require_spaces(own(), [words], "tokens")
 
 
+@needs_transformers_5
 def test_tokenizers_of_words_are_not_refused():
     for tokenizer in (piece_tokenizer(), of_files(RobertaTokenizer, add_prefix_space=True)):
         require_spaces(tokenizer, [["ab", "cafe"], ["\u00e9t\u00e9", "bad"]], "tokens")
