@@ -178,7 +178,7 @@ def test_a_decoder_continues_what_it_continues_for_the_row_alone(name, call):
         assert found.references == tokenizer().batch_decode(right, skip_special_tokens=True)
 
 
-@needs_transformers_5  # before, BART has options that look at the prompt, so rows are continued alone
+@needs_transformers_5  # before, rows of BART are continued alone, and nothing is told
 def test_padding_that_a_model_sees_is_left_out_and_reported(caplog):
     for name, is_told in (("Llama", False), ("BART", True)):
         model = DECODERS[name]()
