@@ -317,7 +317,7 @@ def _numbers(value: Any) -> str | None:
         return None
     try:
         return _digest([repr(value.tolist())])
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # sparse, on "meta", ...
+    except (RuntimeError, TypeError, ValueError):  # sparse, on "meta", ...
         return None
 
 

@@ -256,14 +256,7 @@ def _probe(
             return _is_loss_isolated(model, inputs, packed, loss_fn)
         columns, lengths = _first_documents(inputs, packed)
         return _compare(model, columns, lengths).is_isolated
-    except (
-        IndexError,
-        KeyError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except RAISED_BY_MODELS as error:
         say(
             "nothing tells whether the packed documents see each other: the model could not be "
             f"called with two of them ({type(error).__name__}: {error!s:.100}). "
@@ -272,7 +265,8 @@ def _probe(
         return None
 
 
-_OF_MODELS = (LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+RAISED_BY_MODELS = (LookupError, RuntimeError, TypeError, ValueError)
+"""What a model raises that cannot be called with the rows of a trial."""
 
 
 def _first_documents(

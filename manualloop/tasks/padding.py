@@ -25,7 +25,7 @@ from manualloop.models import (
     unwrap_model,
 )
 from manualloop.notices import say
-from manualloop.tasks.isolation import inputs_of, parts_of_loss
+from manualloop.tasks.isolation import RAISED_BY_MODELS, inputs_of, parts_of_loss
 from manualloop.tasks.task import IGNORE_INDEX, infer_task
 from manualloop.types import LossFn
 
@@ -140,15 +140,12 @@ def _error_of(
             with evaluation_mode(module, columns["input_ids"].device):
                 if (error := _error_of_call(module, columns, is_on_right)) is not None:
                     return error
-        except _OF_MODELS as error:
+        except RAISED_BY_MODELS as error:
             say(
                 f"nothing tells whether {model_name(module)} sees padding: it could not be called "
                 f"with a row alone ({type(error).__name__}: {error!s:.100})."
             )
     return None
-
-
-_OF_MODELS = (LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def _calls_of(
