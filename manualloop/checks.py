@@ -25,6 +25,7 @@ from manualloop.internals import unwrap_optimizer
 from manualloop.mistakes import (
     arrays_message,
     device_message,
+    devices_message,
     filter_missing,
     integers_call,
     misaligned_message,
@@ -40,6 +41,7 @@ from manualloop.mistakes import (
 )
 from manualloop.models import (
     config_of,
+    devices_of,
     forward_columns,
     is_sharded,
     model_name,
@@ -95,6 +97,8 @@ def check_run(state: TrainState, strategy: Strategy, *, calls_step: bool = True)
             see gradients that are multiplied by a loss scale.
     """
     trainable = require_trainable(state.model)
+    if strategy.world_size == 1:  # ranks may get their weights when they are sharded
+        _check_devices(state.model, (), ())
     _check_precision(state.model, trainable, strategy)
     own = {id(parameter) for parameter in trainable}
     updated = parameters_of(state.optimizer)
@@ -236,13 +240,12 @@ def check_batches(
         DataError: Text, a missing or impossible label, a token that the model does not know, ...
         ModelError: The model has no head, or does not take these columns.
     """
-    first = place_of(starts[0])
     num_items: float = 0
     task = None
+    _check_devices(model, batches, [*map(place_of, starts)])
     for batch, start in zip(batches, starts, strict=True):
         place = place_of(start)
         _check_columns(model, batch, needs_labels)
-        _check_devices(model, batch, place)
         if isinstance(batch.get("input_ids"), Tensor):
             check_tokens(model, batch, place)
         task = resolve_task(model, batch, task)
@@ -256,10 +259,10 @@ def check_batches(
         counts = task.count(batch)
         num_items += sum(counts) if counts else 1  # nothing tells how many
     if needs_labels and needs_items and num_items == 0:
-        raise DataError(no_items_message(batches, first.batch))
+        raise DataError(no_items_message(batches, place_of(starts[0]).batch))
     if needs_items:
         if needs_labels and task is not None and task.name == "masked_lm":
-            refuse_copies(model, batches, first)
+            refuse_copies(model, batches, place_of(starts[0]))
         report_untrained_ends(model, batches, tokenizer=tokenizer)
 
 
@@ -308,9 +311,8 @@ def explain_loss(
     if is_of_tokens(error):
         _explain_tokens(error, model, batches, place_of, starts)
     is_of_arrays = isinstance(error, AttributeError | TypeError) and _NO_TENSOR.search(text)
-    if "same device" in text:
-        for batch, start in zip(batches, starts, strict=True):
-            _check_devices(model, batch, place_of(start), error)
+    if _OF_DEVICES.search(text):
+        _check_devices(model, batches, [*map(place_of, starts)], error)
     found = _NO_CLASS.search(text)
     if found is None and not is_of_arrays and not _NO_TYPE.search(text):
         return
@@ -341,6 +343,8 @@ _NO_TYPE = re.compile(
     r"not implemented for '(Int|Short|Char|Byte|Bool)'|expected \w+ \w+ (to be )?Long"
 )
 _NO_TENSOR = re.compile(r"ndarray|numpy|'list'|not list|'(int|tuple)' object is not callable")
+_CPU, _META = torch.device("cpu"), torch.device("meta")
+_OF_DEVICES = re.compile("same device|expected device|Tensor.* should be the same")
 _NO_PAD = re.compile("no padding token is defined")
 _LABELS = re.compile("label|target|class|^y$|^1$", re.IGNORECASE)
 
@@ -403,14 +407,16 @@ def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
 
 
 def _check_devices(
-    model: nn.Module, batch: Any, place: Place, error: Exception | None = None
+    model: nn.Module, batches: Sequence[Any], places: Sequence[Place], error: Any = None
 ) -> None:
     """Refuse tensors on an accelerator beside a model on the CPU, where nothing moves batches."""
-    if (weight := next(model.parameters(), None)) is None or weight.device.type != "cpu":
-        return
-    for name, column in columns_of(batch).items():
-        if isinstance(column, Tensor) and column.device.type != "cpu":
-            raise DataError(device_message(model, name, column, place)) from error
+    devices = devices_of(model)
+    if len(devices) > 1 and (error or _META in devices) and not is_sharded(model):
+        raise ModelError(devices_message(model, devices)) from error  # else it may be on purpose
+    for batch, place in zip(batches, places, strict=True) if {*devices} == {_CPU} else ():
+        for name, column in columns_of(batch).items():
+            if isinstance(column, Tensor) and column.device.type != "cpu":
+                raise DataError(device_message(model, name, column, place)) from error
 
 
 def _check_type(labels: Any, task: Task, place: Place) -> None:
@@ -430,8 +436,7 @@ def _check_type(labels: Any, task: Task, place: Place) -> None:
 def _check_labels(
     model: nn.Module, batch: Mapping[str, Any], labels: Tensor, task: Task, place: Place
 ) -> None:
-    ids = batch.get("input_ids")
-    by_token = infer_task(model) in BY_TOKEN  # known by the head; other models do not tell
+    ids, by_token = batch.get("input_ids"), infer_task(model) in BY_TOKEN  # of others nobody knows
     if by_token and isinstance(ids, Tensor) and labels.shape != ids.shape:
         lengths = (labels.shape[-1] if labels.ndim > 1 else 1, ids.shape[-1])
         raise DataError(misaligned_message(*lengths, place.batch))

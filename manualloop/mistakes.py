@@ -334,6 +334,22 @@ def device_message(model: nn.Module, column: object, tensor: Tensor, place: Plac
     )
 
 
+def devices_message(model: nn.Module, places: Mapping[Any, str]) -> str:
+    """Return the message about a model whose parts are on several devices.
+
+    Args:
+        model: The model.
+        places: Name of the first tensor on each device.
+    """
+    found = " and ".join(f"{name} on {device}" for device, name in places.items())
+    last = [*places.values()][-1].rpartition(".")[2]
+    return (
+        f"The tensors of {model_name(model)} are on different devices: {found}. Put all of it on "
+        "one: model.to(device). That moves parameters and buffers alone: if it is a plain "
+        f'attribute, make it a buffer, self.register_buffer("{last}", tensor, persistent=False).'
+    )
+
+
 LABEL_LIKE = (
     "label", "labels", "label_ids", "target", "targets", "class", "classes", "category", "y",
     "score", "sentiment", "intent", "emotion", "stars", "rating", "polarity", "topic", "gold",

@@ -165,6 +165,25 @@ def vocab_size(model: nn.Module) -> int | None:
     return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
 
 
+def devices_of(model: nn.Module) -> dict[torch.device, str]:
+    """Return the name of a model's first tensor on each device that holds any of them.
+
+    Looked at are parameters, buffers, and plain attributes, which ``model.to`` does not move.
+
+    >>> devices_of(nn.Linear(1, 1))
+    {device(type='cpu'): 'weight'}
+    """
+    model = unwrap_model(model, adapters=False)
+    named: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
+    for path, module in model.named_modules():
+        named += [(f"{path}.{name}".lstrip("."), value) for name, value in vars(module).items()]
+    found: dict[torch.device, str] = {}
+    for name, value in named:
+        if isinstance(value, torch.Tensor):
+            found.setdefault(value.device, name)
+    return found
+
+
 def max_length(model: nn.Module) -> int | None:
     """Return the number of tokens that the position embeddings have room for.
 

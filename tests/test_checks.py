@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from datasets import DatasetDict
 from helpers import VOCAB_SIZE, fixes_in, rows, run_fix, tiny_bert, tiny_tokenizer
 from mistakes import (
@@ -45,6 +46,7 @@ from manualloop import (
     evaluate_loop,
     prepare_dataloaders,
     prepare_optimizer,
+    train_loop,
     train_steps,
 )
 
@@ -501,6 +503,38 @@ def test_the_row_of_a_shuffled_prepared_loader_is_named_by_its_number_in_the_dat
     number = next(n for n, batch in enumerate(loader.batch_sampler) if 13 in batch)
     with pytest.raises(DataError, match=rf"Label 7 in train batch {number} \(row id 13\)"):
         by_train_loop(model, loader)
+
+
+class Elsewhere(nn.Module):
+    """A model with a tensor on another device, which it multiplies by."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.inner = nn.Linear(2, 2), nn.Module()
+        far = torch.ones(2, 2, device="meta")
+        if kind == "parameter":
+            self.inner.far = nn.Parameter(far)
+        elif kind == "buffer":
+            self.inner.register_buffer("far", far)
+        else:
+            self.inner.far = far
+
+    def forward(self, x, labels):
+        return {"loss": (self.first(x) @ self.inner.far).sum()}  # which torch takes for a number
+
+
+@pytest.mark.parametrize("loss_fn", [None, lambda model, batch: model(**batch)["loss"]])
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "attribute"])
+def test_a_part_of_a_model_on_another_device_is_named(kind, loss_fn):
+    model, batch = Elsewhere(kind), {"x": torch.ones(3, 2), "labels": torch.zeros(3)}
+    options = {"loss_fn": loss_fn, "max_steps": 1, "progress_bar": False}
+    where = {"strategy": Accelerator(cpu=True, device_placement=False)}
+    with pytest.raises(ModelError, match=r"first.weight on cpu and inner.far on meta") as refused:
+        train_loop(model, [batch], **options, **({} if kind == "attribute" else where))
+    line = str(refused.value).split("make it a buffer, ")[1].removesuffix(".")
+    del model.inner.far
+    exec(line, {"self": model.inner, "tensor": torch.eye(2)})
+    train_loop(model, [batch], **options)
 
 
 @pytest.mark.parametrize(
