@@ -9,9 +9,7 @@ proved on the model at hand before the first loss is returned.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -24,6 +22,7 @@ from manualloop.batches import model_inputs
 from manualloop.errors import DataError, ManualLoopError, ModelError
 from manualloop.internals import children_of, compiled_in_place, compiled_module
 from manualloop.models import config_of, evaluation_mode, forward_columns, model_name, unwrap_model
+from manualloop.tasks.float32 import not_compiled
 from manualloop.tasks.loss import find_loss
 from manualloop.tasks.task import IGNORE_INDEX, infer_task
 from manualloop.tasks.tokens import is_of_tokens
@@ -159,7 +158,7 @@ def _require_states(model: nn.Module, inputs: dict[str, Any]) -> None:
     seen: list[Tensor] = []
     hook = _output_embedding(model).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
-        with evaluation_mode(inner, next(inner.parameters()).device), _not_compiled():
+        with evaluation_mode(inner, next(inner.parameters()).device), not_compiled():
             states = inner(**inputs, output_hidden_states=True).hidden_states
     finally:
         hook.remove()
@@ -356,7 +355,7 @@ def _prove(model: nn.Module, head: Head, batch: Any) -> bool:
 
     hook = head.module.register_forward_hook(enlarge)
     try:
-        with evaluation_mode(model, labels.device), _not_compiled():
+        with evaluation_mode(model, labels.device), not_compiled():
             hidden = hidden_states(model, row, labels.shape[-1])[0][kept]
             largest = float(head.module(hidden).abs().max())
             tolerance = _TOLERANCES.get(head.module(hidden[:1]).dtype, 2e-2)
@@ -385,16 +384,6 @@ def _other_message(model: nn.Module, found: float, own: float, num_tokens: int, 
         "its logits than multiply or cap them as its config tells, or adds another loss. "
         f"{_FIX}"
     )
-
-
-def _not_compiled() -> Any:
-    """Return a context in which compiled modules run as they were written.
-
-    They would be compiled with what the proof does to the head.
-    """
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and the import takes a second
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 _FIX = (

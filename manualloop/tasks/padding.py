@@ -25,6 +25,7 @@ from manualloop.models import (
     unwrap_model,
 )
 from manualloop.notices import say
+from manualloop.tasks.float32 import in_float32
 from manualloop.tasks.isolation import RAISED_BY_MODELS, inputs_of, parts_of_loss
 from manualloop.tasks.task import IGNORE_INDEX, infer_task
 from manualloop.types import LossFn
@@ -90,7 +91,11 @@ def require_padding_unseen(
     told = (_TOLD, key)
     if told in known and not refuses:
         return
-    error = None if is_sharded(model) else _error_of(model, inputs, loss_fn, key == _PADS)
+    error = None
+    if is_sharded(model):
+        say(_sharded_message(model, key == _PADS))
+    else:
+        error = _error_of(model, inputs, loss_fn, key == _PADS)
     if error is not None:
         if refuses:
             raise error
@@ -201,17 +206,37 @@ def _error_of_call(
 def _difference(module: nn.Module, columns: dict[str, Any]) -> float:
     """Return by how much the logits of rows differ from those of the rows alone.
 
-    In multiples of what rounding may make; the median over rows and tokens, because rounding may
-    send single tokens to other experts.
+    In multiples of what rounding may make, which is that of float32 where the model can be called
+    in it; the median over rows and tokens, because rounding may send single tokens to other
+    experts.
     """
-    found, dtype = [], coarsest_dtype(module, columns["input_ids"].device)
+    device = columns["input_ids"].device
+    dtype = coarsest_dtype(module, device)
+    if torch.finfo(dtype).eps > torch.finfo(torch.float32).eps and not _is_quantized(module):
+        try:
+            with in_float32(device):
+                return _difference_in(torch.float32, module, columns)
+        except RAISED_BY_MODELS:
+            pass  # of kernels for half precision alone
+    return _difference_in(dtype, module, columns)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return getattr(config_of(module), "quantization_config", None) is not None
+
+
+def _difference_in(dtype: torch.dtype, module: nn.Module, columns: dict[str, Any]) -> float:
+    width, found = columns["input_ids"].shape[-1], []
     for cut in _cuts(columns["attention_mask"]):
-        apart = _apart(
-            _logits_of(module, columns, _Cut(cut.row, slice(None)), cut.place),
-            _logits_of(module, columns, cut, slice(None)),
-            dtype,
-        )
-        found += [] if apart is None else [apart]
+        padded = _logits_of(module, columns, _Cut(cut.row, slice(None)))
+        alone = _logits_of(module, columns, cut)
+        number = cut.place.stop - cut.place.start
+        if padded is None or alone is None:
+            continue
+        if padded.ndim > 2 and padded.shape[1] == width and alone.shape[1:2] == (number,):
+            padded = padded[:, cut.place]  # one for each token
+        if (apart := _apart(padded, alone, dtype)) is not None:
+            found.append(apart)
     return float(torch.cat(found).median()) if found else 0.0
 
 
@@ -240,27 +265,16 @@ def _cuts(mask: Tensor) -> list[_Cut]:
     return cuts
 
 
-def _logits_of(module: nn.Module, columns: dict[str, Any], cut: _Cut, there: slice) -> Any:
-    """Return the logits of a row, those at its tokens where there are some for each.
+def _logits_of(module: nn.Module, columns: dict[str, Any], cut: _Cut) -> Any:
+    """Return the logits of a row, or of a part of it; those of labels if there are some for each.
 
     Args:
         module: The model.
         columns: The columns that it is called with.
         cut: The row, and the part of it that the model gets.
-        there: Place of the row's tokens in that part.
     """
-    width, num_rows = columns["input_ids"].shape[-1], len(columns["input_ids"])
-    row: dict[str, Any] = {}
-    for name, column in columns.items():
-        one = column
-        if isinstance(column, Tensor) and column.ndim:
-            if len(column) == num_rows:
-                one = column[cut.row : cut.row + 1]
-            elif column.ndim > 2 and column.shape[1] == num_rows:  # axes of positions come first
-                one = column[:, cut.row : cut.row + 1]
-            if column.ndim > 1 and column.shape[-1] == width:
-                one = one[..., cut.place]
-        row[name] = one
+    shape = columns["input_ids"].shape
+    row = {name: _part_of(name, column, shape, cut) for name, column in columns.items()}
     labels = row.pop("labels", None)
     if getattr(config_of(module), "is_encoder_decoder", False) and isinstance(labels, Tensor):
         labels = columns["labels"][cut.row : cut.row + 1]
@@ -272,12 +286,36 @@ def _logits_of(module: nn.Module, columns: dict[str, Any], cut: _Cut, there: sli
     named = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
     found = [outputs, named.get("logits"), named.get("last_hidden_state")]
     logits = next((one for one in found if isinstance(one, Tensor)), None)
-    if logits is None:
-        return None
-    if "labels" in row and logits.shape[1] == labels.shape[1]:
+    if logits is not None and "labels" in row and logits.shape[1] == labels.shape[1]:
         return logits[labels != IGNORE_INDEX]
-    is_by_token = logits.ndim > 2 and logits.shape[1] == row["input_ids"].shape[-1]
-    return logits[0, there] if is_by_token else logits
+    return logits
+
+
+def _part_of(name: str, column: Any, shape: torch.Size, cut: _Cut) -> Any:
+    """Return what a column has for a row and, where it has something for each token, for some.
+
+    Args:
+        name: Its name, which tells columns that are of no token, whatever their shape is.
+        column: The column.
+        shape: The shape of the tokens, ``(rows, tokens)`` or ``(rows, choices, tokens)``.
+        cut: The row, and the place of its tokens.
+    """
+    if not isinstance(column, Tensor) or not column.ndim:
+        return column
+    rows, tokens = slice(cut.row, cut.row + 1), (slice(None),) * (len(shape) - 2)
+    before = column.ndim - len(shape)
+    if name.endswith("position_ids") and before >= 0 and column.shape[before + 1 :] == shape[1:]:
+        rows = rows if column.shape[before] == shape[0] else slice(None)  # one row for all
+        return column[(slice(None),) * before + (rows, *tokens, cut.place)]
+    if len(column) != shape[0]:
+        return column
+    if column.shape[: len(shape)] == shape and not name.startswith(_OF_OTHERS):
+        return column[(rows, *tokens, cut.place)]
+    return column[rows]
+
+
+_OF_OTHERS = ("pixel", "image", "video", "visual", "audio", "speech", "input_features")
+"""Beginnings of the names of columns of images and sounds."""
 
 
 def _apart(padded: Any, alone: Any, dtype: torch.dtype) -> Tensor | None:
@@ -296,6 +334,17 @@ def _apart(padded: Any, alone: Any, dtype: torch.dtype) -> Tensor | None:
         both = both - both.mean(-1, keepdim=True)
     size = float(both[1].abs().max()) or 1.0
     return (both[0] - both[1]).abs().amax(-1).flatten() / (rounding * size)
+
+
+def _sharded_message(model: nn.Module, is_of_pads: bool) -> str:
+    name = model_name(model)
+    head = f"nothing tells whether {name} sees padding: it is sharded, and is not tried. "
+    if is_of_pads:
+        return f"{head}model.config.pad_token_id has to be the pad token of the batches."
+    return (
+        f"{head}A model that numbers positions from the first column does: pad on the right, "
+        'tokenizer.padding_side = "right".'
+    )
 
 
 def _left_message(model: nn.Module) -> str:

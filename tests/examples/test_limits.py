@@ -376,19 +376,24 @@ def longer_rows(folder: Path) -> None:
     prepare_dataloaders(data, tokenizer, task="causal_lm", max_tokens=64, **options)
 
 
-def untried_padding(folder: Path) -> None:
-    class OfOneLength(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
+class OfOneLength(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
 
-        def forward(self, input_ids: Any, attention_mask: Any, labels: Any = None) -> Any:
-            logits = self.layer(input_ids.float())
-            return {"loss": logits.mean(), "logits": logits}
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any = None) -> Any:
+        logits = self.layer(input_ids.float())
+        return {"loss": logits.mean(), "logits": logits}
 
+
+def untried_padding(folder: Path, model: type[nn.Module] = OfOneLength) -> None:
     rows = torch.tensor([[0, 4, 5], [3, 4, 5]])
     batch = {"input_ids": rows, "labels": rows, "attention_mask": (rows > 0).long()}
-    accumulate_gradients(OfOneLength(), [batch])
+    accumulate_gradients(model(), [batch])
+
+
+def sharded_padding(folder: Path) -> None:
+    untried_padding(folder, type("FSDPModule", (OfOneLength,), {}))
 
 
 def lost_words(folder: Path) -> None:
@@ -528,6 +533,7 @@ TOLD = {
     "a loader that was sharded by somebody else": sharded_loader,
     "rows that a transform makes longer": longer_rows,
     "padding on the left in a model that cannot be tried": untried_padding,
+    "padding on the left in a sharded model": sharded_padding,
     "words that are cut off": lost_words,
     "answers that no window holds whole": lost_answers,
     "windows padded by batch": padded_by_batch,

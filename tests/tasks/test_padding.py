@@ -417,3 +417,72 @@ def test_models_of_ones_own_are_tried_as_well():
     accumulate_gradients(Plain(blind=True), [left_batch()])
     with pytest.raises(DataError, match="Plain sees how far"):
         accumulate_gradients(Plain(blind=False), [left_batch()])
+
+
+class WithImage(Plain):
+    """A model of texts beside images, whose width is that of the text."""
+
+    def forward(self, input_ids, attention_mask, pixel_values, labels=None):
+        outputs = super().forward(input_ids, attention_mask)
+        place = torch.linspace(0, 1, pixel_values.shape[-1])
+        shift = (pixel_values * place).mean((1, 2, 3))[:, None, None] * torch.arange(VOCAB)
+        return {**outputs, "logits": outputs["logits"] + shift}
+
+
+def test_images_as_wide_as_the_text_are_left_whole():
+    width = left_batch()["input_ids"].shape[1]
+    batch = {**left_batch(), "pixel_values": torch.rand(5, 3, width, width)}
+    accumulate_gradients(WithImage(blind=True), [batch])
+    with pytest.raises(DataError, match="WithImage sees how far"):
+        accumulate_gradients(WithImage(blind=False), [batch])
+
+
+def test_boxes_of_tokens_are_cut_with_their_tokens(caplog):
+    config = transformers.LayoutLMConfig(**SIZES, max_2d_position_embeddings=64, num_labels=3)
+    model = sharp(transformers.LayoutLMForTokenClassification(config).double())
+    batch = left_batch()
+    batch["bbox"] = torch.randint(0, 30, (*batch["input_ids"].shape, 4)).sort(-1).values
+    batch["labels"] = batch["labels"].clamp(max=2)
+    with pytest.raises(DataError, match="LayoutLMForTokenClassification sees how far"):
+        accumulate_gradients(model, [batch])
+    assert not any("nothing tells" in line for line in messages(caplog))
+
+
+def rotated(batch):
+    """The batch with positions in three axes, as models of images have them."""
+    places = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return {**batch, "position_ids": places.expand(3, *places.shape).clone()}
+
+
+class OfThreeAxes(Plain):
+    def forward(self, input_ids, attention_mask, position_ids, labels=None):
+        assert position_ids.shape == (3, *input_ids.shape)
+        logits = (self.words(input_ids) + self.places(position_ids).sum(0)) @ self.words.weight.T
+        return {"logits": logits, "loss": logits.square().mean()}
+
+
+@pytest.mark.parametrize("lengths", [(9, 4, 12), (9, 4, 12, 2)], ids=["as many rows", "more"])
+def test_positions_in_several_axes_are_cut_by_row_and_token(lengths, caplog):
+    batch = rotated(padded(rows_of(lengths), left=True))
+    accumulate_gradients(OfThreeAxes(blind=True), [batch])
+    assert not any("nothing tells" in line for line in messages(caplog))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_effect_that_rounding_would_hide_is_seen(dtype):
+    model, exact = sharp(gpt2()), sharp(gpt2())
+    for one in (model, exact):
+        one.transformer.wpe.weight.data *= 0.02
+    model.to(dtype)
+    batch, alone = left_batch(), rows_of((9, 4, 12, 2, 7))[3]
+    ids = torch.tensor([alone["input_ids"]]) if isinstance(alone, dict) else torch.tensor([alone])
+    with torch.no_grad():
+        apart = exact(**batch).logits[3, -2:] - exact(ids).logits[0]
+        effect = apart.abs().max() / exact(ids).logits.abs().max()
+    assert 0.003 < effect < 0.06  # of which rounding in bfloat16 may make as much
+    with pytest.raises(DataError, match="GPT2LMHeadModel sees how far"):
+        require_padding_unseen(model, batch, batch)
+    assert all(weight.dtype == dtype for weight in model.parameters())
+    strategy = Accelerated(Accelerator(cpu=True, mixed_precision="bf16"))
+    with pytest.raises(DataError, match="GPT2LMHeadModel sees how far"):
+        evaluate_loop(exact, [batch], strategy=strategy)
