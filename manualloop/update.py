@@ -22,7 +22,7 @@ from manualloop.optim import parameters_of, zero_gradients
 from manualloop.reading.reader import Given, Reader
 from manualloop.reading.sources import source_of
 from manualloop.state import TrainState
-from manualloop.strategy.base import Strategy
+from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import in_call
 from manualloop.strategy.select import strategy_in_place
 from manualloop.tasks.isolation import require_isolation
@@ -134,6 +134,8 @@ def accumulate_gradients(
     terms = of_model(terms, model)
     strategy = strategy_in_place(model) if strategy is None else strategy
     strategy = in_call(strategy, "accumulate_gradients")
+    if strategy.world_size > 1:
+        model = prepare_model(strategy, model)  # the wrapper adds up the gradients of the ranks
     counts, task = count_window(model, batches)
     if len(batches) == strategy.world_size == 1:
         return _accumulate_one(model, batches[0], counts[0], strategy, Times(), loss_fn, terms)
@@ -400,6 +402,8 @@ def apply_update(
         check_arguments(max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite)
     try:
         terms = terms and of_model(terms, state.model)
+        if strategy.world_size > 1 and not state.is_training:
+            state.model = prepare_model(strategy, state.model)
         update = _accumulate_in_memory(state, batches, strategy, loss_fn, terms)
     except (AttributeError, TypeError):  # here, because it costs nothing otherwise
         own = strategy or "None"

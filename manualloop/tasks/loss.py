@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from manualloop.batches import Kept
 from manualloop.errors import ConfigError, DataError, ModelError
@@ -80,7 +81,7 @@ def loss_terms(
     """
     if loss_fn is not None:
         try:
-            return own_terms(loss_fn(model, batch))
+            return own_terms(_call(loss_fn, model, batch))
         except TypeError as error:
             explain_kept(error, batch)
             raise
@@ -91,6 +92,35 @@ def loss_terms(
     if loss is None:
         raise no_loss(model, batch, outputs)
     return model_terms(loss, outputs, batch, counts)
+
+
+def _call(loss_fn: LossFn, model: nn.Module, batch: Any) -> Any:
+    """Call a ``loss_fn`` with the model that it would get in one process.
+
+    DDP adds up, over the ranks, the gradients of what its own forward pass has run. A ``loss_fn``
+    may call a method of the model, or the model by a name of the script, and ranks would drift
+    apart. So it is called inside of that forward pass, in the place of the model.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return loss_fn(model, batch)
+    inner = model.module
+
+    def forward() -> Any:
+        model.module = inner
+        return loss_fn(inner, batch)
+
+    model.module = _InPlace()
+    try:
+        return model(forward)
+    finally:
+        model.module = inner
+
+
+class _InPlace(nn.Module):
+    """Calls the function that it is given, in the place of a model."""
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
 
 
 def explain_kept(error: TypeError, batch: Any) -> None:

@@ -82,6 +82,39 @@ def weights_of(num_rows):
     )
 
 
+class Encoder(nn.Module):
+    """A model with a method and an attribute beside its forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(3, 1), 2.0
+
+    def encode(self, x):
+        return self.layer(x)
+
+    def forward(self, x):
+        return self.encode(x)
+
+
+# A loss_fn calls the model as it would in one process, where it is the model of the script.
+CALLS = {
+    "a method": lambda given, own, x: given.encode(x) * given.scale,
+    "a name of the script": lambda given, own, x: own(x) * own.scale,
+    "a method of that": lambda given, own, x: own.encode(x) * own.scale,
+    "both": lambda given, own, x: (given(x) + own(x)) * given.scale / 2,
+}
+
+
+def calling(call):
+    model = Encoder()
+
+    def loss_fn(given, batch):
+        assert given is model
+        return (call(given, model, batch.x) - batch.y).square().mean()
+
+    return model, {"loss_fn": loss_fn}
+
+
 LABELS = ([0, 1, -100], [-100], [1], [-100, -100], [0, 1])
 CASES = {  # five batches: the last one is a spare on rank 1
     "dataclass": (
@@ -105,13 +138,17 @@ CASES = {  # five batches: the last one is a spare on rank 1
         {"terms": heads_terms},
     ),
     "detection": (detector, [boxes(1, 3), boxes(2), boxes(0), boxes(4, 1), boxes(2, 2)], None),
+    **{
+        name: (call, [Pair(rand(n, 3), rand(n, 1)) for n in (4, 2, 1, 3, 5)], calling)
+        for name, call in CALLS.items()
+    },
 }
 
 
 def train(name, strategy, window):
     make, batches, options = CASES[name]
     torch.manual_seed(0)
-    model = make()
+    model, options = calling(make) if options is calling else (make(), options)
     options = {"terms": detection_terms} if options is None else options
     state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
     steps = train_steps(
