@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import os
-from collections.abc import Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 _SEPARATORS = ",;\t|"
 _NAMES = (*LABEL_LIKE, "text", "sentence", "content", "review", "document", "id", "name")
 _BYTES_OF_HEADER = 65_536
+_NUM_ROWS = 2_000  # that the first line is compared with
+_SHORTEST = 0.05  # of the texts of a column are shorter than a text is expected to be
 
 
 def read_rows(name: str, source: Any) -> Any:
@@ -78,10 +83,10 @@ def _quoted(separator: str) -> str:
 
 
 def _separator_in(path: Path) -> str:
-    """Return what separates the cells of a table of text, by its header."""
+    """Return what separates the cells of a table of text, by its header without quoted parts."""
     with path.open("rb") as file:
         header = file.readline(_BYTES_OF_HEADER).decode("latin-1")
-    return max(_SEPARATORS, key=header.count)
+    return max(_SEPARATORS, key=re.sub('"[^"]*"', "", header).count)
 
 
 def _read_file(name: str, path: Path) -> Any:
@@ -114,15 +119,66 @@ def _read_csv(path: Path) -> Any:
 
     separator, encoding = _separator_in(path), _encoding_of(path)
     frame = pandas.read_csv(path, sep=separator, encoding=encoding)
-    texts = [name for name in map(str, frame.columns) if name.lower() not in _NAMES]
-    if any((frame[name].astype(str) == name).any() for name in texts):
-        names = [f"column{number}" for number in range(len(frame.columns))]
-        option = "" if separator == "," else f", sep={_quoted(separator)}"
-        raise DataError(
-            f"{path} has no header: its first line, {', '.join(texts)}, holds values that its "
-            f'columns have. Name them: pandas.read_csv("{path}"{option}, names={names}).'
-        )
+    with path.open(newline="", encoding=encoding) as file, suppress(csv.Error):
+        first = next(filter(None, csv.reader(file, delimiter=separator)), [])
+        if len(first) == len(frame.columns) and _is_row(first, frame.head(_NUM_ROWS)):
+            names = [f"column{number}" for number in range(len(frame.columns))]
+            option = "" if separator == "," else f", sep={_quoted(separator)}"
+            shown = ", ".join(f"{cell:.40}" for cell in first[:8])
+            raise DataError(
+                f"{path} has no header: its first line, {shown}, is like the rows "
+                f'below it. If it is a header, pass a frame: pandas.read_csv("{path}"{option}). '
+                f'Else name its columns: pandas.read_csv("{path}"{option}, names={names}).'
+            )
     return frame
+
+
+def _is_row(cells: Sequence[str], frame: Any) -> bool:
+    """Tell whether the first line of a table is a row, and no header.
+
+    One cell that its column could not have tells a header: a word above numbers, a class that no
+    row has, a word above sentences. A row has a value again that its column has, or a number.
+
+    Args:
+        cells: The cells of the line.
+        frame: The first rows below it.
+    """
+    has_value, numbers = False, []
+    for place, cell in enumerate(cells):
+        values = frame.iloc[:, place].dropna()
+        if cell.strip().lower() in _NAMES:
+            return False
+        if not len(values) or not cell.strip():
+            continue
+        texts, is_number = values.astype(str), values.dtype.kind in "biuf"
+        if is_number and not _is_number(cell):
+            return False
+        numbers += [float(cell)] if is_number and values.dtype.kind != "b" else []
+        is_there = bool((texts == cell).any())
+        is_class = 2 * values.nunique() <= len(values)
+        is_like_it = is_there or is_number or len(cell) >= texts.str.len().quantile(_SHORTEST)
+        if not is_like_it or (is_class and not is_there and not is_number):
+            return False
+        has_value |= is_there or is_number
+    return has_value and not _are_counted(numbers)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return cell in ("True", "False", "TRUE", "FALSE") or float(cell) == float(cell)
+    except ValueError:
+        return False
+
+
+def _are_counted(numbers: Sequence[float]) -> bool:
+    """Tell whether numbers are names: 0, 1, ..., as of a frame without names, or years.
+
+    >>> _are_counted([1, 2]), _are_counted([2019, 2020, 2021]), _are_counted([6, 148, 72])
+    (True, True, False)
+    """
+    steps = {after - before for before, after in pairwise(numbers)}
+    starts_as_names = len(numbers) > 1 and numbers[0] in (0, 1) and steps == {1}
+    return starts_as_names or (len(numbers) > 2 and len(steps) == 1 and steps.pop() > 0)
 
 
 def _encoding_of(path: Path) -> str:

@@ -6,6 +6,7 @@ import pytest
 from helpers import fixes_in, labels_of, run_fix, tiny_bert, tiny_tokenizer
 
 from manualloop import DataError, prepare_dataloaders
+from manualloop.data.files import read_rows
 
 TEXTS = ["good movie", "bad plot", "fine", "very dull", "good", "bad"]
 FRAME = pandas.DataFrame(
@@ -185,6 +186,55 @@ def test_a_file_without_a_header_is_refused_with_the_line_that_names_its_columns
     assert labels_of(loaders["train"]) == labels_of(
         prepare_dataloaders(FRAME, tiny_tokenizer())["train"]
     )
+
+
+SENTENCES = [f"this is message {number} of many" for number in range(12)]
+SPAM = ["spam", "ham"] * 6
+WITH_HEADER = {
+    "a class as name": {"message": SENTENCES, "spam": SPAM},
+    "a number as name": {"comment": SENTENCES, "1": [0, 1] * 6},
+    "columns of 0 and 1 by number": {"review": SENTENCES, "1": [0, 1] * 6, "2": [1, 0] * 6},
+    "no names": {"0": SENTENCES, "1": [0, 1] * 6},
+    "numbers of pixels": {str(n): [n, 1, 255] * 4 for n in range(5)},
+    "years": {str(n): [n / 3, 2.0, n] * 4 for n in range(2019, 2023)},
+    "an index": {"": range(12), "message": SENTENCES, "spam": SPAM},
+    "yes": {"question": SENTENCES, "yes": ["yes", "no"] * 6},
+    "true": {"statement": SENTENCES, "True": [True, False] * 6},
+}
+WITHOUT = {
+    "classes": [(text, label) for text, label in zip(SENTENCES, SPAM, strict=True)],
+    "numbers": [(text, number % 2) for number, text in enumerate(SENTENCES)],
+    "numbers alone": [(6 + n, 148 - n, 72, n / 2, n % 2) for n in range(12)],
+    "an id": [(f"id{n:04}", text, n % 3) for n, text in enumerate(SENTENCES)],
+    "two of one class": [(text, "no", "no") for text in SENTENCES],
+    "truths": [(text, number % 2 == 0) for number, text in enumerate(SENTENCES)],
+    "quoted": [(f'{text}, "quoted"', label) for text, label in zip(SENTENCES, SPAM, strict=True)],
+}
+
+
+@pytest.mark.parametrize("sep", [",", ";"])
+def test_a_header_is_one_though_columns_are_named_like_their_values(sep, tmp_path):
+    for name, columns in WITH_HEADER.items():
+        path, frame = tmp_path / f"{name}.csv", pandas.DataFrame(columns)
+        frame.to_csv(path, index=False, sep=sep)
+        assert len(read_rows("train", path)) == 12, name
+    for name, rows in WITHOUT.items():
+        path = tmp_path / f"{name}.csv"
+        pandas.DataFrame(rows).to_csv(path, index=False, header=False, sep=sep)
+        with pytest.raises(DataError, match="has no header") as refused:
+            read_rows("train", path)
+        line = "pandas.read_csv" + str(refused.value).rpartition("pandas.read_csv")[2]
+        frame = eval(line.removesuffix("."), {"pandas": pandas})
+        assert frame.values.tolist() == [list(row) for row in rows], name
+
+
+def test_what_may_be_a_header_or_a_row_is_refused_with_the_lines_for_both(tmp_path):
+    frame = pandas.DataFrame({"phrase": ["good", "run", "do", "is"], "verb": ["noun", "verb"] * 2})
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    with pytest.raises(DataError, match="If it is a header, pass a frame") as refused:
+        read_rows("train", tmp_path / "rows.csv")
+    line = str(refused.value).split("pass a frame: ")[1].split(". Else")[0]
+    assert len(read_rows("train", eval(line, {"pandas": pandas}))) == 4
 
 
 def test_numbers_where_a_text_is_wanted_get_the_line_that_makes_texts():
