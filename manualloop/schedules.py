@@ -9,11 +9,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import FunctionType
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LRScheduler,
+    MultiStepLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 
 from manualloop.arguments import check_arguments
 from manualloop.errors import ConfigError
@@ -277,6 +288,13 @@ def require_length(lr_scheduler: Any, num_left: int) -> None:
         return
     place = getattr(lr_scheduler, "last_epoch", 0)
     _compare_lengths(lr_scheduler, place, place + num_left)
+    if not place and (what := _seems_by_epoch(lr_scheduler, num_left)) is not None:
+        say(
+            f"{type(lr_scheduler).__name__} is stepped after every update, of which the run has "
+            f"{num_left}: {what}. If it counts epochs, count updates instead. Or pass None in its "
+            'place, extras={"schedule": schedule} so that it is saved, and step it yourself: '
+            "on_step=lambda step: schedule.step() if step.ends_epoch else None."
+        )
     for end, total in _ends(lr_scheduler.state_dict(), place, place + num_left):
         if end <= total:
             continue
@@ -323,6 +341,58 @@ def _compare_lengths(schedule: LRScheduler, place: int, end: int) -> None:
     if not place and total < 0.9 * end and not _holds(functions[total], total, end):
         raise ConfigError(message)
     say(message)
+
+
+_OFTEN_BY_EPOCH = (
+    *(CosineAnnealingLR, ExponentialLR, MultiStepLR, PolynomialLR, SequentialLR, StepLR),
+)
+
+
+def _seems_by_epoch(schedule: LRScheduler, end: int) -> str | None:
+    """Describe what a run makes of a schedule that counts epochs, as in most loops by hand.
+
+    Returns:
+        None if nothing shows that it does.
+    """
+    if type(schedule) is LambdaLR and isinstance(schedule.lr_lambdas[0], FunctionType):
+        factor: Any = schedule.lr_lambdas[0]
+    elif type(schedule) in _OFTEN_BY_EPOCH:
+        factor = partial(_factor, schedule.state_dict())
+    else:
+        return None
+    try:
+        factors = [abs(float(factor(end * part // 16))) for part in range(16)]
+    except (ArithmeticError, IndexError, KeyError, TypeError, ValueError):
+        return None  # not known, or a function of places that are no part of the run
+    if max(factors[8:]) <= 1e-3 * max(factors) and max(factors) > 0:
+        return f"half of them have at most {max(factors[8:]) / max(factors):.0e} of its rate"
+    state = schedule.state_dict()
+    if "_milestones" in state:
+        end, state = end - state["_milestones"][-1], state["_schedulers"][-1]
+    if state.get("T_max", end) <= end / 2:
+        return f"with T_max={state['T_max']} the rate goes down and up again and again"
+    milestones = state.get("milestones") or [end]
+    if (last := max(milestones)) <= end / 10:
+        return f"its last milestone is {last}"
+    return None
+
+
+def _factor(state: Mapping[str, Any], place: int) -> float:
+    """Return what a schedule of torch makes of the rate at a place, by what its state holds."""
+    if "_milestones" in state:
+        begins = [0, *state["_milestones"]]
+        number = sum(begin <= place for begin in begins) - 1
+        return _factor(state["_schedulers"][number], place - begins[number])
+    if "T_max" in state:
+        return (1 + math.cos(math.pi * place / state["T_max"])) / 2
+    if "power" in state:
+        left: float = 1 - min(place / state["total_iters"], 1)
+        return float(left ** state["power"])
+    if "step_size" in state:
+        place //= state["step_size"]
+    elif "milestones" in state:
+        place = sum(number for at, number in state["milestones"].items() if at <= place)
+    return float(state.get("gamma", 1.0) ** place)  # of others inside of a sequence nothing is said
 
 
 def _holds(function: Any, total: int, end: int) -> bool:

@@ -668,3 +668,89 @@ def test_a_run_that_is_extended_goes_beyond_its_schedule_with_a_line(
     train_ten(of_length("linear", 10), tmp_path)
     train_ten(of_length("linear", 10), tmp_path, num_epochs=2)
     assert "was built for num_training_steps=10 updates, and the run has 20." in caplog.text
+
+
+def train_epochs(make: Callable[[Any], Any], num_epochs: int = 10, **options: Any) -> list[float]:
+    """Train epochs of 20 updates; return the rate of each update."""
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule, rates = make(optimizer), []
+    then = options.pop("on_step", lambda step, schedule: None)
+
+    def on_step(step: Any) -> None:
+        rates.append(step.lr)
+        then(step, schedule)
+
+    train_loop(
+        model,
+        [{"x": torch.ones(2, 1)}] * 20,
+        optimizer,
+        None if options else schedule,
+        num_epochs=num_epochs,
+        loss_fn=lambda model, batch: model(batch["x"]).mean(),
+        progress_bar=False,
+        extras=options.get("extras", lambda schedule: {})(schedule),
+        on_step=on_step,
+    )
+    return rates
+
+
+def warmed_up(then: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda o: torchs.SequentialLR(o, [torchs.LinearLR(o, 0.1, total_iters=2), then(o)], [2])
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda o: torchs.StepLR(o, 7), "half of them have at most 1e-14 of its rate"),
+        (lambda o: torchs.ExponentialLR(o, 0.9), "half of them have at most 3e-05 of its rate"),
+        (lambda o: torchs.LambdaLR(o, lambda epoch: 0.9**epoch), "of its rate"),
+        (lambda o: torchs.MultiStepLR(o, [3, 6]), "its last milestone is 6"),
+        (lambda o: torchs.CosineAnnealingLR(o, 10), "with T_max=10 the rate goes down and up"),
+        (lambda o: torchs.PolynomialLR(o, 10), "half of them have at most 0e+00 of its rate"),
+        (warmed_up(lambda o: torchs.StepLR(o, 3)), "of its rate"),
+        (warmed_up(lambda o: torchs.CosineAnnealingLR(o, 8)), "with T_max=8 the rate goes down"),
+    ],
+)
+def test_a_schedule_that_counts_epochs_is_told(
+    make: Any, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_epochs(make)
+    assert "is stepped after every update, of which the run has 200" in caplog.text
+    assert what in caplog.text
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torchs.StepLR(o, 60),
+        lambda o: torchs.MultiStepLR(o, [100, 150]),
+        lambda o: torchs.ExponentialLR(o, 0.99),
+        lambda o: torchs.ExponentialLR(o, 1.1),  # to find a rate
+        lambda o: torchs.LambdaLR(o, lambda step: min(1, step / 20)),
+        lambda o: torchs.LambdaLR(o, lambda step: [1.0, 0.5][step // 150]),
+        lambda o: torchs.CosineAnnealingLR(o, 200),
+        lambda o: torchs.CosineAnnealingWarmRestarts(o, 50),
+        lambda o: torchs.PolynomialLR(o, 200),
+        lambda o: torchs.OneCycleLR(o, 0.1, total_steps=200),
+        lambda o: torchs.LinearLR(o),
+        warmed_up(lambda o: torchs.CosineAnnealingLR(o, 198)),
+        warmed_up(lambda o: torchs.CosineAnnealingWarmRestarts(o, 50)),
+    ],
+)
+def test_a_schedule_that_counts_updates_is_taken(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_epochs(make)
+    assert "is stepped after every update" not in caplog.text
+
+
+def test_the_line_about_epochs_steps_the_schedule_after_each() -> None:
+    rates = train_epochs(
+        lambda o: torchs.StepLR(o, 2),
+        num_epochs=6,
+        extras=lambda schedule: {"schedule": schedule},
+        on_step=lambda step, schedule: schedule.step() if step.ends_epoch else None,
+    )
+    wanted = [0.1 * 0.1 ** (epoch // 2) for epoch in range(6) for _ in range(20)]
+    assert rates == pytest.approx(wanted)
