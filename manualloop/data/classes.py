@@ -17,7 +17,7 @@ from manualloop.arguments import Checks
 from manualloop.data.columns import find_label
 from manualloop.data.mapping import Number, is_hidden
 from manualloop.data.splits import TEXT_KINDS, Split, fix_all, reference_of
-from manualloop.data.values import Values, distinct_in, values_of
+from manualloop.data.values import Values, count_texts, distinct_in, values_of
 from manualloop.errors import ConfigError, DataError
 from manualloop.mistakes import as_map, class_lists_call
 from manualloop.models import model_name, num_labels
@@ -39,6 +39,7 @@ from manualloop.tasks.task import infer_task
 _TASKS = ("single_label_classification", "multi_label_classification", "token_classification")
 _MOST_UNIQUE = 20
 _NUM_COMPARED = 64
+_FEW, _SHARE = 3, 0.1  # rows of a letter, and share of those of its other case: less is a mistake
 
 
 class _Labels(NamedTuple):
@@ -255,6 +256,8 @@ def _names_that_count(labels: _Labels) -> Names | None:
 def _refuse_alike(labels: _Labels) -> None:
     """Refuse strings that differ in their writing alone: one class would become two.
 
+    Single characters may be letters of both cases, if both are common; that is logged.
+
     Raises:
         DataError: The message has the lines that make them one, and that keep them.
     """
@@ -271,12 +274,26 @@ def _refuse_alike(labels: _Labels) -> None:
     if labels.is_list(key):
         one = as_map(labels.column, f"[{alike}.get(name, name) for name in {cell}]")
     more = f", and {len(alike) - 1} more," if len(alike) > 1 else ","
+    if all(len(a) == len(b) == 1 for a, b in alike.items()) and _are_common(labels, key, alike):
+        say(
+            f"{labels.column!r} of {reference.name} has the classes {other!r} and {text!r}{more} "
+            f"which differ in case alone, and are two classes each. If they are one: "
+            f"{fix_all(keys, one)}"
+        )
+        return
     two = fix_all(keys, _named_call(labels, key, f"names={list(texts)}"))
     raise DataError(
         f"{labels.column!r} of {reference.name} has the classes {other!r} and {text!r}{more} "
         f"which differ in case, spaces or form alone. If they are one: {fix_all(keys, one)}. If "
         f"they are two, name all: {two}."
     )
+
+
+def _are_common(labels: _Labels, key: Any, alike: Mapping[str, str]) -> bool:
+    """Tell whether of each pair of strings the rarer one occurs too often for a mistake."""
+    counts = count_texts(labels.splits[key], labels.column)
+    pairs = [sorted((counts[text], counts[other])) for text, other in alike.items()]
+    return all(few >= _FEW and few >= _SHARE * many for few, many in pairs)
 
 
 def _named_call(labels: _Labels, key: Any, names: str) -> str:

@@ -6,6 +6,7 @@ whether labels are hidden, whether a class is out of range, whether lists have o
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,6 +162,15 @@ def count_classes(split: Split, column: str, *, is_by_column: bool) -> Ints | No
             counts = np.bincount(leaves[leaves >= 0].astype(np.int64))
         longer, shorter = sorted((total, counts), key=len, reverse=True)
         total = longer + np.pad(shorter, (0, len(longer) - len(shorter)))
+    return total
+
+
+def count_texts(split: Split, column: str) -> Counter[str]:
+    """Count how often each string occurs in a column of strings, or of lists of these."""
+    total: Counter[str] = Counter()
+    for part in _parts_of(split, column):
+        for found in pc.value_counts(_walk(part).leaves).to_pylist():
+            total[found["values"]] += found["counts"]
     return total
 
 

@@ -171,18 +171,21 @@ def are_numbers(names: Sequence[str]) -> bool:
 def are_numbered_alike(names: Sequence[str], others: Sequence[str]) -> bool:
     """Tell whether each number means the same class, as far as both have names for it.
 
-    Names that differ in case or in spaces alone are taken for the same only in the same place.
+    Names that differ in case or in spaces alone are taken for the same only in the same place, and
+    only where neither is among the names of the other side as it is written.
 
     >>> are_numbered_alike(["neg", "pos"], ["NEG", "POS"])
     True
     >>> are_numbered_alike(["neg", "pos"], ["pos", "neg"])
     False
+    >>> are_numbered_alike(["a", "A"], ["A", "a"])
+    False
     """
-    return all(map(_is_alike, names, others))
-
-
-def _is_alike(name: str, other: str) -> bool:
-    return name == other or folded(name) == folded(other)
+    here, there = frozenset(names), frozenset(others)
+    return all(
+        name == other or (folded(name) == folded(other) and name not in there and other not in here)
+        for name, other in zip(names, others, strict=False)
+    )
 
 
 def folded(name: str) -> str:

@@ -606,6 +606,37 @@ def test_one_class_in_two_writings_is_refused_with_lines_for_one_and_for_two(one
     assert two[0] != two[2]
 
 
+@pytest.mark.parametrize("is_list", [False, True])
+def test_letters_of_both_cases_are_classes_if_both_are_common(is_list, caplog):
+    labels = ["a", "A", "b", "b"] * 3
+    ready = rows(12).remove_columns("label")
+    data = ready.add_column("label", [[name] for name in labels] if is_list else labels)
+    loader = prepared({"train": data, "dev": data})["dev"]
+    numbers = [number for batch in loader for number in batch["labels"].flatten().tolist()]
+    names = class_names(tiny_bert(3), loader)
+    assert names == ("A", "a", "b")
+    if not is_list:
+        assert [names[number] for number in numbers] == labels
+    (line,) = {r.getMessage() for r in caplog.records if "differ in case alone" in r.getMessage()}
+    assert "'label' of train has the classes 'A' and 'a', which" in line
+    rare = [*labels[:-4], "b", "b", "b", "b"]
+    typed = ready.add_column("label", ["a", "A", *["a"] * 10])
+    with pytest.raises(DataError, match="differ in case, spaces or form alone"):
+        prepared({"train": typed, "dev": typed})
+    few = ready.add_column("label", rare)
+    with pytest.raises(DataError, match="differ in case, spaces or form alone"):
+        prepared({"train": few, "dev": few})
+
+
+def test_letters_of_a_model_in_another_order_are_renumbered():
+    data = rows(12).remove_columns("label").add_column("label", ["a", "A", "b"] * 4)
+    model = tiny_bert(3, id2label={0: "a", 1: "A", 2: "b"})
+    named = data.class_encode_column("label")
+    for dataset in (data, named):
+        loader = prepare_dataloaders({"dev": dataset}, tiny_tokenizer(), model=model)["dev"]
+        assert next(iter(loader))["labels"].tolist()[:3] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("one", "other"), [("1.1", "1.10"), ("-", "_"), ("1e400", "inf"), ("nan", "NaNa")]
 )
