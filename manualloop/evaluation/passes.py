@@ -16,6 +16,7 @@ from manualloop.data.sampler import num_batches, rows_before, rows_fixed
 from manualloop.errors import DataError, ManualLoopError
 from manualloop.evaluation.draws import Draws
 from manualloop.evaluation.losses import Made
+from manualloop.evaluation.meaning import task_of_outputs
 from manualloop.models import accepts, evaluation_mode, is_sharded
 from manualloop.progress import ProgressBar, is_watched
 from manualloop.reading.reader import Reader
@@ -119,10 +120,13 @@ def _use(
     """
     inputs, outputs, loss = _forward(passes, batch, number)
     task = resolve_task(passes.model, batch, known)  # the model has its problem_type now
+    made = Made(number, batch, inputs, outputs, loss, task)
     if passes.predicts and known is not None:
         _require_one_kind(known, task, batch, number)
-    use(Made(number, batch, inputs, outputs, loss, task))
-    return task
+    elif passes.predicts:
+        made = made._replace(task=task_of_outputs(made))
+    use(made)
+    return made.task
 
 
 def _require_one_kind(known: Task, task: Task, batch: Any, number: int) -> None:

@@ -234,11 +234,13 @@ def _classes_of_floats(
         MetricError: The predictions are numbers.
     """
     if found.dtype.kind == "f" and table.ask.postprocess is None:
+        is_share = ((found >= 0) & (found <= 1)).all()
+        what, bound = ("probability", 0.5) if is_share else ("logit", 0)
         raise MetricError(
             f"{scorer.name} scores classes, and labels that are floats make this a regression. "
-            "Score numbers by mse or mae. For one logit that tells two classes by its sign: "
+            f"Score numbers by mse or mae. For one {what} that tells two classes: "
             "postprocess=lambda outputs, batch: "
-            '((outputs if hasattr(outputs, "dtype") else outputs["logits"]) > 0).long().'
+            f'((outputs if hasattr(outputs, "dtype") else outputs["logits"]) > {bound}).long().'
         )
     is_class = found.dtype.kind in "biu" and ((wanted == 0) | (wanted == 1)).all()
     return (found, wanted.astype(np.int32)) if is_class else (found, wanted)
