@@ -174,6 +174,12 @@ def compiled_module(
     return inner
 
 
+def hooks_of_gradient(weight: Tensor) -> bool:
+    """Tell whether functions see a gradient (seen in torch 2.6 to 2.14); else none is known."""
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return any(getattr(weight, name, None) for name in names)
+
+
 def compile_once(module: nn.Module, settings: Mapping[str, Any]) -> None:
     """Compile a module in place, unless it is compiled already.
 
@@ -466,9 +472,6 @@ def pads_as_base(tokenizer: Any) -> bool:
         return False
 
 
-# torchmetrics
-
-
 def options_of_module(module: Any) -> tuple[str, ...] | None:
     """Return the names of the options that an ``evaluate`` module computes with.
 
@@ -485,12 +488,9 @@ def options_of_module(module: Any) -> tuple[str, ...] | None:
 
 
 def parts_of_scorer(scorer: Any) -> tuple[Callable[..., Any], int, dict[str, Any], str] | None:
-    """Return the function of a scikit-learn scorer, its sign, options and kind of input.
+    """Return the function of a scikit-learn scorer, its sign, options and method of an estimator.
 
-    The kind is the name of the method of an estimator: ``"predict"``, ``"predict_proba"``, ... .
-
-    Seen in scikit-learn 1.5 to 1.9: ``_score_func``, ``_sign``, ``_kwargs`` and
-    ``_response_method``. If they are gone, None is returned, as for any other object.
+    Seen in scikit-learn 1.5 to 1.9. If they are gone, None is returned, as for any other object.
     """
     names = ("_score_func", "_sign", "_kwargs", "_response_method")
     if not all(hasattr(scorer, name) for name in names):

@@ -85,7 +85,7 @@ def model_facts(model: nn.Module) -> Facts:
             for name, config in (getattr(whole, "peft_config", None) or {}).items()
         },
     }
-    settings = _module_settings(whole)
+    settings = module_settings(whole)
     by_kind: dict[str, Counter[str]] = {}
     for _, kind, name, value in settings:
         by_kind.setdefault(f"{kind}.{name}", Counter())[value] += 1
@@ -136,7 +136,7 @@ def _counted(values: Counter[str]) -> str:
     return ", ".join(f"{value} ({number} times)" for value, number in sorted(values.items())[:9])
 
 
-def _module_settings(model: nn.Module) -> list[tuple[str, str, str, str]]:
+def module_settings(model: nn.Module) -> list[tuple[str, str, str, str]]:
     """List path, class, name and value of the plain attributes of all modules."""
     modules = dict(model.named_modules())
     moving = {kind: moved_by(kind, "forward") for kind in set(map(type, modules.values()))}

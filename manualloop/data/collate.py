@@ -178,19 +178,9 @@ def padding_collate_fn(
 
     If the tokenizer pads in the standard way, it is a ``TableCollate``, which also takes tables.
     """
-    import transformers
-
-    collator: Any = transformers.default_data_collator
-    if hasattr(tokenizer, "pad_token"):  # not None, nor a processor of images
-        collators = {
-            "seq2seq_lm": transformers.DataCollatorForSeq2Seq,
-            "multiple_choice": transformers.DataCollatorForMultipleChoice,
-            **dict.fromkeys(BY_TOKEN, transformers.DataCollatorForTokenClassification),
-        }
-        kind = collators.get(task or "", transformers.DataCollatorWithPadding)
-        collator = kind(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
-        if task == "multiple_choice":
-            collator = partial(collate_choices, collator=collator)
+    collator = padding_collator(tokenizer, task, pad_to_multiple_of)
+    if task == "multiple_choice" and hasattr(tokenizer, "pad_token"):
+        collator = partial(collate_choices, collator=collator)
     float_labels = task is not None and TASKS[task].float_labels
     collate = partial(
         collate_rows,
@@ -212,6 +202,21 @@ def padding_collate_fn(
         pad_to_multiple_of=pad_to_multiple_of,
         float_labels=float_labels,
     )
+
+
+def padding_collator(tokenizer: Any, task: str | None, pad_to_multiple_of: int | None) -> Any:
+    """Return the collator of transformers for a task; without padding for None and images."""
+    import transformers
+
+    if not hasattr(tokenizer, "pad_token"):  # None, or a processor of images
+        return transformers.default_data_collator
+    collators = {
+        "seq2seq_lm": transformers.DataCollatorForSeq2Seq,
+        "multiple_choice": transformers.DataCollatorForMultipleChoice,
+        **dict.fromkeys(BY_TOKEN, transformers.DataCollatorForTokenClassification),
+    }
+    kind = collators.get(task or "", transformers.DataCollatorWithPadding)
+    return kind(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
 
 
 def require_tokenizer(tokenizer: Any) -> None:

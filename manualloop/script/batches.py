@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from manualloop.data.labels import BY_TOKEN
+from manualloop.data.collate import padding_collator
 from manualloop.data.preparation import Preparation
+from manualloop.models import accepts
 from manualloop.script.job import Job
 from manualloop.script.text import Call, Line, Note, Part, code, literal, when
+from manualloop.script.trial import grouped_columns, needs_floats
 
 
 def batches(job: Job) -> Part:
@@ -19,7 +21,7 @@ def batches(job: Job) -> Part:
     evaluated = _eval_dataloader(job)
     apart = when(len(collate) > 1 and evaluated, "", "")
     lines: list[Line] = [*collate, *apart, *evaluated, "", ""]
-    if job.loader.batch_sampler.lengths is not None:
+    if _is_grouped(job):
         lines += [*_grouped_order(job, made), "", ""]
         imports.append("import numpy as np")
     if job.is_distributed:
@@ -32,40 +34,30 @@ def batches(job: Job) -> Part:
 
 def _collate(job: Job, made: Preparation) -> tuple[list[Line], list[str]]:
     if made.collate_fn is not None:
-        name = made.collate_fn.__name__
-        return [f"collate = {name}"], [f"from {made.collate_fn.__module__} import {name}"]
+        return [f"collate = {made.collate_fn.__name__}"], []
     tokenizer = getattr(job.loader, "tokenizer", None)
     if tokenizer is None:
         return ["collate = default_data_collator"], [
             "from transformers import default_data_collator"
         ]
-    kinds = {
-        "seq2seq_lm": "DataCollatorForSeq2Seq",
-        "multiple_choice": "DataCollatorForMultipleChoice",
-        **dict.fromkeys(BY_TOKEN, "DataCollatorForTokenClassification"),
-    }
-    kind = kinds.get(made.task or "", "DataCollatorWithPadding")
+    kind = type(padding_collator(tokenizer, made.task, None)).__name__
     multiple = made.pad_to_multiple_of
-    arguments = ["tokenizer", *when(multiple, f"pad_to_multiple_of={multiple}")]
+    options = f", pad_to_multiple_of={multiple}" if multiple else ""
     imports = [f"from transformers import {kind}"]
-    if not _needs_floats(job):
-        return [f"collate = {kind}({', '.join(map(str, arguments))})"], imports
-    return [
-        "def collate(rows):",
-        [
-            f"batch = {kind}({', '.join(map(str, arguments))})(rows)",
+    changes = [
+        *when(
+            needs_floats(job),
             'batch["labels"] = batch["labels"].float()  # this loss compares numbers',
-            "return batch",
-        ],
-    ], imports
-
-
-def _needs_floats(job: Job) -> bool:
-    feature: Any = job.loader.dataset.features.get("labels")
-    while getattr(feature, "feature", None) is not None:
-        feature = feature.feature
-    is_float = str(getattr(feature, "dtype", "")).startswith(("float", "double"))
-    return job.task.rules.float_labels and not is_float
+        ),
+        *when(
+            not accepts(job.model, "attention_mask"),
+            'del batch["attention_mask"]  # this model takes none',
+        ),
+    ]
+    if not changes:
+        return [f"collate = {kind}(tokenizer{options})"], imports
+    body = [f"batch = {kind}(tokenizer{options})(rows)", *changes, "return batch"]
+    return ["def collate(rows):", body], imports
 
 
 def _options(job: Job, loader: Any) -> list[str]:
@@ -75,8 +67,18 @@ def _options(job: Job, loader: Any) -> list[str]:
     ]
 
 
+def _is_grouped(job: Job) -> bool:
+    sampler = job.loader.batch_sampler
+    return sampler.shuffle and sampler.lengths is not None
+
+
 def _order(job: Job) -> list[Line]:
-    if job.loader.batch_sampler.lengths is not None:
+    if not job.loader.batch_sampler.shuffle:
+        return [
+            "generator = torch.Generator().manual_seed(SEED + epoch)",
+            *when(job.is_distributed, "order = list(range(len(train_dataset)))"),
+        ]
+    if _is_grouped(job):
         return [
             "generator = torch.Generator().manual_seed(SEED + epoch)",
             "order = grouped_order(generator)",
@@ -88,13 +90,16 @@ def _order(job: Job) -> list[Line]:
 
 
 def _epoch(job: Job) -> list[Line]:
-    drops = job.loader.batch_sampler.drop_last
+    drops, shuffles = job.loader.batch_sampler.drop_last, job.loader.batch_sampler.shuffle
     return [
         "def training_batches(epoch):",
         [
-            Note(
-                "The order is a function of seed and epoch alone. shuffle=True would draw from the "
-                "generator of dropout, so that an evaluation could change the order."
+            *when(
+                shuffles,
+                Note(
+                    "The order is a function of seed and epoch alone. shuffle=True would draw from "
+                    "the generator of dropout, so that an evaluation could change the order."
+                ),
             ),
             *_order(job),
             Call(
@@ -102,7 +107,7 @@ def _epoch(job: Job) -> list[Line]:
                 [
                     "train_dataset",
                     "BATCH_SIZE",
-                    "sampler=order",
+                    *(["sampler=order"] if shuffles else []),
                     "collate_fn=collate",
                     *(["drop_last=True"] if drops else []),
                     *_options(job, job.loader),
@@ -149,7 +154,6 @@ def _epoch_of_a_rank(job: Job) -> list[Line]:
 
 
 def _grouped_order(job: Job, made: Preparation) -> list[Line]:
-    columns = ["input_ids", *when(made.task in (*BY_TOKEN, "seq2seq_lm"), "labels")]
     multiple = made.pad_to_multiple_of
     return [
         code(
@@ -162,7 +166,7 @@ def _grouped_order(job: Job, made: Preparation) -> list[Line]:
             "# It saves padding. Rows are drawn, then sorted within parts of 192 batches or a",
             "# quarter of all, then the batches are drawn; one with the longest row comes first,",
             "# so that a lack of memory shows at once.",
-            f"names = {literal(columns)}",
+            f"names = {literal(grouped_columns(made))}",
             "lengths = np.max([[*map(len, train_dataset[name])] for name in names], axis=0)",
             *when(multiple, f"lengths = -(-lengths // {multiple}) * {multiple}"),
             "drawn = torch.randperm(len(lengths), generator=generator).numpy()",

@@ -16,18 +16,21 @@ from torch import nn
 
 from manualloop.arguments import all_at_once, check_arguments
 from manualloop.data.inspect import first_batch
+from manualloop.data.preparation import preparation_of
 from manualloop.errors import ConfigError, ManualLoopError
 from manualloop.evaluation.loop import evaluate_loop
+from manualloop.internals import unwrap_optimizer
 from manualloop.loop import train_loop
 from manualloop.models import unwrap_model
 from manualloop.optim import prepare_optimizer
 from manualloop.plan import plan_run, settings_of
 from manualloop.randomness import random_states_kept
 from manualloop.run.cadence import parse_cadence
-from manualloop.script.job import Evaluation, Job
+from manualloop.script.job import BY_TOKEN, Evaluation, Job
+from manualloop.script.loading import loading_of
 from manualloop.script.refusals import problems_of
 from manualloop.strategy.select import strategy_for
-from manualloop.tasks.task import resolve_task
+from manualloop.tasks.task import IGNORE_INDEX, resolve_task
 from manualloop.times import parse_seconds
 
 
@@ -58,13 +61,18 @@ def job_of(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Job:
         optimizer = given["optimizer"]
         if optimizer is None:
             optimizer = check(prepare_optimizer, model)
-        optimizers = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+        listed = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+        optimizers = tuple(map(unwrap_optimizer, listed))
         batch = check(_first_batch, loader)
         inner = unwrap_model(model, adapters=False)
         task = check(resolve_task, inner, batch)
         evaluation = check(_evaluation_of, given["evaluate"], model, given)
         if plan is not None and task is not None:
-            job = Job(inner, loader, given, optimizers, strategy, batch, task, evaluation)
+            ignores = task.name in BY_TOKEN or _ignores(loader)
+            if evaluation is not None:
+                ignores = ignores or _ignores(evaluation.loader)
+            of_call = given, optimizers, strategy, batch, task, evaluation
+            job = Job(inner, loader, *of_call, loading_of(inner), ignores)
             job = replace(job, returns_items=_returns_items(job))
             check(_refuse, [*problems_of(job)])
     return job
@@ -73,6 +81,18 @@ def job_of(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Job:
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _ignores(loader: Any) -> bool:
+    """Tell whether labels of a loader may be -100, as far as its rows tell."""
+    rows: Any = getattr(loader, "dataset", None)
+    if preparation_of(loader) is None or not hasattr(rows, "column_names"):
+        return True
+    if "labels" not in rows.column_names:
+        return False
+    if hasattr(rows.features["labels"], "feature"):
+        return any(IGNORE_INDEX in labels for labels in rows["labels"])
+    return IGNORE_INDEX in rows.unique("labels")
 
 
 def _first_batch(loader: Any) -> Any:
@@ -121,6 +141,10 @@ def _evaluation_of(evaluate: Any, model: nn.Module, given: Mapping[str, Any]) ->
                 f"{name} of evaluate is not the one of the training. Use one for both: "
                 f"train_loop(..., {name}=f, evaluate=partial(evaluate_loop, ..., {name}=f))."
             )
+    if scored["strategy"] not in (None, given["strategy"]):
+        problems.append(
+            "evaluate has a strategy of its own. Leave it out: it takes that of the training."
+        )
     _refuse(problems)
     return Evaluation(scored["eval_dataloader"], scored["metric"])
 

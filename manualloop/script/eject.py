@@ -68,6 +68,11 @@ def _docstring(job: Job) -> str:
         "and rows. It checks nothing: mistakes in the data show up late, or never."
     )
     lines = wrap(f"Train a {name}: a call of train_loop, written out.", WIDTH - len(_QUOTES))
+    if not job.loading.draws:
+        told += (
+            " The model is read from a folder, which draws no random numbers: to compare, seed the "
+            "call behind the making of its model, directly before train_loop."
+        )
     return "\n".join([*lines, "", *wrap(told, WIDTH), ""])
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from manualloop.checkpoint.manifest import is_lower_better, metric_name
-from manualloop.script.job import BY_TOKEN, Job
-from manualloop.script.scores import PREDICTIONS
+from manualloop.script.job import Job
+from manualloop.script.scores import NEVER_NAN, PREDICTIONS
 from manualloop.script.text import Line, Note, Part, literal, when
 
 
@@ -16,19 +16,20 @@ def evaluate(job: Job) -> Part:
         return Part([])
     scores = job.scores
     predicts = bool(scores.keys() - {"perplexity"})
-    by_token = job.task.name in BY_TOKEN
+    may_skip = job.may_lack_items and not job.returns_items
     reading: list[Line] = [
         "for batch in eval_dataloader:",
         [
             "# Weighted by items: the mean of the batches' means would be another number.",
-            f"items = {job.items()}",
-            *when(job.may_lack_items, "if items == 0:", ["continue"]),
+            *when(not job.returns_items, f"items = {job.items()}"),
+            *when(may_skip, "if items == 0:", ["continue"]),
             *to_device(job),
             *_forward(job),
+            *when(job.returns_items, "if items == 0:", ["continue"]),
             f"loss_sum += {'loss' if job['loss_fn'] else 'outputs.loss'}.item() * items",
             "num_items += items",
-            *when(predicts and by_token, 'kept = batch["labels"] != -100'),
-            *(_collect(job, by_token) if predicts else ()),
+            *when(predicts and job.leaves_out, 'kept = batch["labels"] != -100'),
+            *(_collect(job) if predicts else ()),
         ],
     ]
     if not job.makes_eval_loader:
@@ -58,9 +59,9 @@ def evaluate(job: Job) -> Part:
     return Part(lines, ("import torch", *imports), "The scores, on rows that were not trained on.")
 
 
-def _collect(job: Job, by_token: bool) -> Iterator[Line]:
+def _collect(job: Job) -> Iterator[Line]:
     predicted, labels = PREDICTIONS[job.task.name], 'batch["labels"]'
-    chosen = "[kept]" if by_token else ""
+    chosen = "[kept]" if job.leaves_out else ""
     yield f"predictions += {predicted}{chosen}.tolist()"
     yield f"references += {labels}{chosen}.tolist()"
 
@@ -88,14 +89,19 @@ def to_device(job: Job) -> list[Line]:
 
 def _forward(job: Job) -> list[Line]:
     if job["loss_fn"] is not None:
-        return autocast(job, [own_loss(job)])
+        return autocast(job, [own_loss(job, counts=job.returns_items)])
     return autocast(job, ["outputs = model(**batch)"])
 
 
-def own_loss(job: Job) -> str:
-    """Return the line that calls the ``loss_fn``."""
-    name = job["loss_fn"].__name__
-    return f"loss{', _' if job.returns_items else ''} = {name}(model, batch)"
+def own_loss(job: Job, *, counts: bool) -> str:
+    """Return the line that calls the ``loss_fn``.
+
+    Args:
+        job: The call.
+        counts: Whether the items that it returns are used.
+    """
+    items = f", {'items' if counts else '_'}" if job.returns_items else ""
+    return f"loss{items} = {job['loss_fn'].__name__}(model, batch)"
 
 
 def autocast(job: Job, lines: list[Line]) -> list[Line]:
@@ -119,18 +125,33 @@ def on_scores(job: Job) -> list[Line]:
     if best is None:
         return lines
     name, sign = literal(metric_name(best)), "<" if is_lower_better(best) else ">"
-    saved = job["checkpoint_dir"] is not None
+    kept, values = ["best_metrics"], ["metrics"]
+    is_better = f"metrics[{name}] {sign} best_metrics[{name}]"
+    if may_be_nan(job):
+        worst = "math.inf" if is_lower_better(best) else "-math.inf"
+        lines += [
+            Note("NaN is the worst: as nothing is greater or less, it would stay the best."),
+            f"score = {worst} if math.isnan(metrics[{name}]) else metrics[{name}]",
+        ]
+        is_better = f"score {sign} best_score"
+        kept, values = [*kept, "best_score"], [*values, "score"]
+    if job["patience"]:
+        kept, values = [*kept, "num_since_best"], [*values, "0"]
     lines += [
-        f"if not best_metrics or metrics[{name}] {sign} best_metrics[{name}]:",
+        f"if not best_metrics or {is_better}:",
         [
-            f"best_metrics{', num_since_best' if job['patience'] else ''} = "
-            f"metrics{', 0' if job['patience'] else ''}",
-            *when(saved, 'save("best", keep=1)'),
+            f"{', '.join(kept)} = {', '.join(values)}",
+            *when(job["checkpoint_dir"] is not None, 'save("best", keep=1)'),
         ],
     ]
     if job["patience"]:
         lines += ["else:", ["num_since_best += 1"]]
     return lines
+
+
+def may_be_nan(job: Job) -> bool:
+    """Tell whether the score that decides may be NaN, as a correlation of constants is."""
+    return job["best_metric"] is not None and metric_name(job["best_metric"]) not in NEVER_NAN
 
 
 def saving(job: Job) -> Part:
@@ -177,5 +198,12 @@ def saving(job: Job) -> Part:
         "The weights in here load with from_pretrained. What this script does not do is resume: "
         "that takes the place in the epoch, the random states and the history as well."
     )
-    head: list[Line] = [where, f"RUN = Path({literal(str(job['checkpoint_dir']))})", "", ""]
+    mkdir = "RUN.mkdir(parents=True)  # each run has a folder of its own"
+    head: list[Line] = [
+        where,
+        f"RUN = Path({literal(str(job['checkpoint_dir']))})",
+        *(["if accelerator.is_main_process:", [mkdir]] if job.is_distributed else [mkdir]),
+        "",
+        "",
+    ]
     return Part([*head, *lines], ("import shutil", "from pathlib import Path", "import torch"))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from manualloop.data.preparation import Preparation, preparation_of
+from manualloop.script.loading import Loading
 from manualloop.script.scores import Score, find_scores
 from manualloop.strategy.accelerated import Accelerated
 from manualloop.strategy.base import Strategy
@@ -28,7 +29,7 @@ from manualloop.tasks.task import (
 from manualloop.times import parse_seconds
 
 BY_TOKEN = ("token_classification", "masked_lm", "causal_lm", "seq2seq_lm")
-"""Tasks in which a whole batch may have no label to learn from."""
+"""Tasks with a label for each token, of which those of padding count nowhere."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Job:
         batch: The first batch; None if a look at it would use it up.
         task: The task of the model and this batch.
         evaluation: The evaluation, or None.
+        loading: How the script loads the model.
+        ignores: Whether labels may be -100, which count neither in the loss nor in a score.
         returns_items: Whether ``loss_fn`` returns the items of a batch beside its loss.
     """
 
@@ -73,6 +76,8 @@ class Job:
     batch: Any
     task: Task
     evaluation: Evaluation | None
+    loading: Loading
+    ignores: bool
     returns_items: bool = False
 
     def __getitem__(self, name: str) -> Any:
@@ -117,8 +122,19 @@ class Job:
 
     @property
     def may_lack_items(self) -> bool:
-        """Whether a batch may have no label to learn from."""
-        return self.task.name in BY_TOKEN and self["loss_fn"] is None
+        """Whether a batch may have no item: labels are left out, or a function counts them."""
+        return "!=" in self.items() or ".items(" in self.items()
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether an epoch may have fewer updates than windows, as some are skipped."""
+        skips = self["on_nonfinite"] == "skip" or self.precision == "fp16"
+        return skips or self.may_lack_items or self.returns_items
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a score has to leave out labels."""
+        return self.items().startswith('(batch["labels"] != -100)')
 
     def items(self, batch: str = "batch") -> str:
         """Return the expression for the number of items of a batch."""
@@ -127,7 +143,7 @@ class Job:
             return f"{own.__name__}.items({batch})"
         count: Any = self.task.count
         labels = f'{batch}["labels"]'
-        if count is count_labels and self.task.name not in BY_TOKEN and not _ignores(self):
+        if count is count_labels and not self.ignores:
             return f"len({labels})"
         if count is count_labels:
             return f"({labels} != -100).sum().item()"
@@ -145,14 +161,6 @@ class Job:
         if isinstance(count, partial) and "ignored" in count.keywords:
             return f"({labels} != {count.keywords['ignored']}).sum().item()"
         return ""
-
-
-def _ignores(job: Job) -> bool:
-    """Tell whether labels of the training may be -100, as far as the rows tell."""
-    rows: Any = getattr(job.loader, "dataset", None)
-    if job.preparation is None or not hasattr(rows, "column_names"):
-        return job.preparation is None
-    return "labels" in rows.column_names and -100 in rows.unique("labels")
 
 
 def seconds_of(cadence: Any) -> float | None:

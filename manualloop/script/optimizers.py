@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from manualloop.schedules import PlannedLR
 from manualloop.script.job import Job
-from manualloop.script.sources import FILL_IN
+from manualloop.script.loading import FILL_IN, is_plain
 from manualloop.script.text import Call, Line, Note, Part, literal, when
+from manualloop.strategy.select import best_accelerator
 
 
 def optimizer(job: Job) -> Part:
@@ -20,12 +23,17 @@ def optimizer(job: Job) -> Part:
     lines: list[Line] = [
         *_device(job),
         *_optimizer(job),
+        *when(
+            job["max_grad_norm"] is not None and not clips_all(job),
+            "# Their order decides the last bits of the norm.",
+            'parameters = [p for group in optimizer.param_groups for p in group["params"]]',
+        ),
         *length,
         *schedule_lines,
         *_prepared(job),
     ]
     kind = type(job.optimizers[0])
-    if not kind.__module__.startswith("torch."):
+    if not _is_of_torch(kind) and FILL_IN not in str(lines):
         imports.append(f"from {kind.__module__} import {kind.__name__}")
     imports += ["import math"] if needs_math else []
     title = "The optimizer, and a learning rate for each of its updates."
@@ -56,7 +64,7 @@ def accelerator(job: Job) -> Part:
 def _device(job: Job) -> list[Line]:
     if job.is_distributed:
         return []
-    if job["strategy"] is not None:
+    if job["strategy"] is not None or job.strategy.device.type != (best_accelerator() or "cpu"):
         return [f'device = torch.device("{job.strategy.device}")', "model.to(device)"]
     return [
         'device = torch.device("cpu")',
@@ -69,11 +77,9 @@ def _device(job: Job) -> list[Line]:
 def _optimizer(job: Job) -> list[Line]:
     (found,) = job.optimizers
     kind, groups = type(found), found.param_groups
-    name = kind.__name__
-    if kind.__module__.startswith("torch."):
-        name = f"torch.optim.{name}"
-    options = _options(found)
-    if _holds_all(job.model, groups):
+    name = f"torch.optim.{kind.__name__}" if _is_of_torch(kind) else kind.__name__
+    options = _options(job) if _is_of_torch(kind) or is_importable(kind) else None
+    if options is not None and len(groups) == 1 and holds_all(job.model, groups):
         return [
             *when(
                 "AdamW" in name and options.get("weight_decay") == 0.0,
@@ -82,12 +88,12 @@ def _optimizer(job: Job) -> list[Line]:
             *when(options.get("fused"), "# fused: one kernel updates all parameters."),
             Call(f"optimizer = {name}(", ["model.parameters()", *_keywords(options)]),
         ]
-    if _is_decay_pair(job.model, groups):
+    if options is not None and _is_decay_pair(job.model, groups):
         options.pop("weight_decay", None)
         return [
             "# Biases and the weights of normalisations, with one axis, are not decayed.",
             "trained = [p for p in model.parameters() if p.requires_grad]",
-            "optimizer = " + name + "(",
+            f"optimizer = {name}(",
             [
                 "[",
                 [
@@ -107,38 +113,63 @@ def _optimizer(job: Job) -> list[Line]:
     return [f"optimizer = ...  # {FILL_IN}: the {kind.__name__} of {len(groups)} groups, as before"]
 
 
-def _options(optimizer: Any) -> dict[str, Any]:
-    """Return the options of an optimizer that are not the defaults of its class."""
+def _is_of_torch(kind: type) -> bool:
+    return getattr(torch.optim, kind.__name__, None) is kind
+
+
+def is_importable(thing: Any) -> bool:
+    """Tell whether another script can import a function or a class by its name."""
+    module = sys.modules.get(thing.__module__)
+    is_there = getattr(module, getattr(thing, "__qualname__", ""), None) is thing
+    return is_there and thing.__module__ != "__main__"
+
+
+def _options(job: Job) -> dict[str, Any] | None:
+    """Return the options of the optimizer that are not the defaults of its class.
+
+    None: an optimizer that is built with them is another one.
+    """
+    (optimizer,) = job.optimizers
+    group = dict(optimizer.param_groups[0])
+    if job["lr_scheduler"] is not None:
+        group["lr"] = group.get("initial_lr", group.get("lr"))  # before a schedule has changed it
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(type(optimizer).__init__).parameters.items()
     }
-    group = optimizer.param_groups[0]
     found = {name: group.get(name, value) for name, value in optimizer.defaults.items()}
-    if "lr" in found:
-        found["lr"] = group.get("initial_lr", found["lr"])  # before a schedule has changed it
-    always = {"lr"} & found.keys()
-    return {
+    options = {
         name: value
         for name, value in found.items()
-        if name in defaults and (name in always or value != defaults[name])
+        if name in defaults and (name == "lr" or value != defaults[name])
     }
+    if not all(map(is_plain, options.values())):
+        return None  # a rate that is a tensor, for instance
+    try:
+        built = type(optimizer)([nn.Parameter(torch.zeros(1))], **options)
+    except Exception:  # of a class of anybody's
+        return None
+    names = {name for one in (group, built.param_groups[0]) for name in one} - _OF_GROUP
+    is_same = all(group.get(name, ...) == built.param_groups[0].get(name, ...) for name in names)
+    return options if is_same else None
+
+
+_OF_GROUP = {"params", "param_names", "initial_lr"}
 
 
 def _keywords(options: dict[str, Any]) -> list[str]:
-    return [f"{name}={literal(_plain(value))}" for name, value in options.items()]
+    return [f"{name}={literal(value)}" for name, value in options.items()]
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
+def clips_all(job: Job) -> bool:
+    """Tell whether clipping sees the parameters of the model, in their order."""
+    return holds_all(job.model, job.optimizers[0].param_groups)
 
 
-def _holds_all(model: nn.Module, groups: list[dict[str, Any]]) -> bool:
-    """Tell whether the only group is that of all trainable parameters, in their order."""
-    if len(groups) > 1:
-        return False
+def holds_all(model: nn.Module, groups: list[dict[str, Any]]) -> bool:
+    """Tell whether the groups hold all trainable parameters, in their order."""
     trained = [id(p) for p in model.parameters() if p.requires_grad]
-    held = [id(p) for p in groups[0]["params"] if p.requires_grad]
+    held = [id(p) for group in groups for p in group["params"] if p.requires_grad]
     return held == trained
 
 
@@ -191,11 +222,21 @@ def _schedule(job: Job) -> tuple[list[Line], list[str]]:
     names = [n for n in inspect.signature(kind.__init__).parameters if n not in _NOT_OPTIONS]
     values = {name: getattr(schedule, name, ...) for name in names}
     is_torch = kind.__module__.startswith("torch.optim.")
-    if is_torch and all(isinstance(v, bool | int | float | str) for v in values.values()):
+    if is_torch and all(map(is_plain, values.values())) and _is_same(schedule, values):
         arguments = [f"{name}={literal(value)}" for name, value in values.items()]
         begin = f"lr_scheduler = torch.optim.lr_scheduler.{kind.__name__}("
         return [Call(begin, ["optimizer", *arguments])], []
     return [f"lr_scheduler = ...  # {FILL_IN}: the {kind.__name__} of the optimizer, as before"], []
+
+
+def _is_same(schedule: Any, values: dict[str, Any]) -> bool:
+    """Tell whether a schedule that is built with these values is this one."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in schedule.base_lrs]
+    try:
+        built = type(schedule)(torch.optim.SGD(groups), **values)
+    except Exception:  # one that needs the momentum of the optimizer, for instance
+        return False
+    return bool(built.state_dict() == schedule.state_dict())
 
 
 _OF_NAMED = {"name", "num_training_steps", "num_warmup_steps"}

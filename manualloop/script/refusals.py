@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,15 +12,18 @@ from torch import Tensor
 from manualloop.checkpoint.manifest import metric_name
 from manualloop.data.kept import inner_collate
 from manualloop.data.nested import NestedCollate
-from manualloop.data.preparation import preparation_of
+from manualloop.data.preparation import Preparation, preparation_of
 from manualloop.models import unwrap_model
+from manualloop.optim import schedule_free
 from manualloop.schedules import schedules_of
 from manualloop.script.job import Job, seconds_of, source_of
+from manualloop.script.optimizers import is_importable
 from manualloop.script.scores import PREDICTIONS, find_scores
+from manualloop.script.trial import TOGETHER, problems_of_batches, problems_of_grouping
 from manualloop.strategy.accelerated import Accelerated
 from manualloop.strategy.single import SingleDevice
 from manualloop.tasks.loss import declared_items
-from manualloop.tasks.task import POSITIONS
+from manualloop.tasks.task import POSITIONS, count_targets
 
 
 def problems_of(job: Job) -> Iterator[str]:
@@ -42,11 +46,14 @@ def problems_of(job: Job) -> Iterator[str]:
                 f"{name}={job[name]!r} with max_steps is not written out. Give a number of "
                 f"updates: {name}=100."
             )
-    if job["on_nonfinite"] == "skip" and job["evaluate_every"] != "epoch":
-        yield (
-            'on_nonfinite="skip" with evaluate_every= is not written out, as the number of updates '
-            'is not known before. Use evaluate_every="epoch".'
-        )
+    for name in ("evaluate_every", "checkpoint_every"):
+        decides = name == "evaluate_every" and job["patience"]
+        is_share = isinstance(job[name], str) and "epoch" in job[name] and job[name] != "epoch"
+        if is_share and job.may_skip and (decides or job["on_nonfinite"] == "skip"):
+            yield (
+                f"{name}={job[name]!r} is not written out where updates may be skipped, as the "
+                f'number of updates is not known before. Use {name}="epoch", or a number.'
+            )
     if job["evaluate"] is not None and seconds_of(job["evaluate_every"]):
         yield (
             f"evaluate_every={job['evaluate_every']!r} depends on the clock. Give a number of "
@@ -106,6 +113,7 @@ def _problems_of_strategy(job: Job) -> Iterator[str]:
 
 
 def _problems_of_model(job: Job) -> Iterator[str]:
+    yield from job.loading.problems
     inner = unwrap_model(job.model)
     if inner.training and not all(module.training for module in inner.modules()):
         names = [name for name, module in inner.named_modules() if not module.training]
@@ -125,6 +133,16 @@ def _problems_of_optimizers(job: Job) -> Iterator[str]:
                 f"the {type(optimizer).__name__} has made updates already, and a script begins "
                 "anew. Build a new one."
             )
+        if schedule_free([optimizer]):
+            yield (
+                f"a {type(optimizer).__name__} has other weights in evaluations, which is not "
+                "written out. Eject the call with another optimizer, and change it in the script."
+            )
+        if (name := _changed_step(optimizer)) is not None:
+            yield (
+                f"the {type(optimizer).__name__} {name}, which is not written out. Eject the call "
+                "with the optimizer as it is built, and make the change in the script."
+            )
         groups = optimizer.param_groups
         if any(id(p) not in own for group in groups for p in group["params"]):
             yield (
@@ -139,11 +157,26 @@ def _problems_of_optimizers(job: Job) -> Iterator[str]:
             "add the others to the script: each is stepped behind optimizer.step()."
         )
     for schedule in schedules_of([one for one in listed if not isinstance(one, str)]):
+        rates = [group["lr"] for group in schedule.optimizer.param_groups]
+        if rates != schedule.get_last_lr():
+            yield (
+                f"the learning rates are {rates}, and {schedule.get_last_lr()} by the "
+                f"{type(schedule).__name__}. Change them before the schedule is built."
+            )
         if getattr(schedule, "last_epoch", 0) > 0:
             yield (
                 f"the {type(schedule).__name__} has made {schedule.last_epoch} steps already, and "
                 "a script begins anew. Build a new one."
             )
+
+
+def _changed_step(optimizer: Any) -> str | None:
+    """Return what was done to the steps of an optimizer after it was built; None: nothing."""
+    if any(hooks for name, hooks in vars(optimizer).items() if re.search("step.*hooks$", name)):
+        return "has hooks"
+    step = getattr(vars(optimizer).get("step"), "__func__", vars(optimizer).get("step"))
+    is_of_torch = getattr(step, "__module__", "torch.").startswith("torch.")  # a schedule's
+    return None if is_of_torch else "has a step() of its own"
 
 
 def _problems_of_data(job: Job) -> Iterator[str]:
@@ -170,6 +203,8 @@ def _problems_of_data(job: Job) -> Iterator[str]:
                     f"{name} was made with {argument}=, which is not written out: "
                     f"{_UNWRITTEN_DATA[argument]}"
                 )
+    if job.preparation is not None and hasattr(job.loader.dataset, "column_names"):
+        yield from _problems_of_splits(job, job.preparation)
     batch = job.batch
     parts = batch.values() if isinstance(batch, Mapping) else batch
     if job.preparation is None and not (
@@ -183,6 +218,34 @@ def _problems_of_data(job: Job) -> Iterator[str]:
         )
     if job.preparation is not None and job.preparation.kept and job["loss_fn"] is not None:
         yield "loss_fn may read columns of keep=, which the script leaves out. Leave keep= out."
+
+
+def _problems_of_splits(job: Job, made: Preparation) -> Iterator[str]:
+    """Yield what of prepared rows and batches is otherwise than the script would make it."""
+    yield from problems_of_grouping(job, made)
+    is_padded = made.collate_fn is None and "pack" not in made.others
+    if is_padded:
+        yield from problems_of_batches(job, "the training loader", job.loader, made)
+    if job.evaluation is None or job.evaluation.preparation is None:
+        return
+    name, loader, other = (
+        "the loader of evaluate",
+        job.evaluation.loader,
+        job.evaluation.preparation,
+    )
+    if loader.batch_sampler.drop_last:
+        yield (
+            f"{name} drops rows, and a script scores all. Prepare another one of the same rows: "
+            'prepare_dataloaders({"validation": rows}, tokenizer, model=model).'
+        )
+    trained = set(job.loader.dataset.column_names) - made.kept
+    scored = set(loader.dataset.column_names) - other.kept
+    if trained != scored:
+        yield f"only one of the loaders has a column {min(trained ^ scored)!r}. {TOGETHER}"
+    elif other.collate_fn is not made.collate_fn or loader.tokenizer is not job.loader.tokenizer:
+        yield f"{name} has another collate_fn or tokenizer than that of the training. {TOGETHER}"
+    elif is_padded:
+        yield from problems_of_batches(job, name, loader, other)
 
 
 _UNWRITTEN_DATA = {
@@ -206,6 +269,13 @@ def _problems_of_loss(job: Job) -> Iterator[str]:
         yield (
             "terms are written out for updates of one batch, without an evaluation: each term is "
             "weighted by items of its own. Eject the call without evaluate, accumulation and ranks."
+        )
+    if terms is not None and hasattr(terms, "of_model"):
+        yield "terms that ask for the model are not written out. Pass a function of outputs, batch."
+    if job.task.count is count_targets and job.ignores and loss_fn is None and terms is None:
+        yield (
+            "labels of -100 leave out single classes of a row, and the loss of the model does not "
+            "know them. Fill them, or pass a loss_fn that leaves them out."
         )
     if (job.weighs or job.evaluation is not None) and not job.items():
         yield (
@@ -237,6 +307,11 @@ def problems_of_function(argument: str, function: Any) -> Iterator[str]:
         yield (
             f"{what}, which a script cannot import. Make it a function of a module: "
             f"def {argument}({'model, batch' if argument == 'loss_fn' else 'outputs, batch'}): ..."
+        )
+    elif module != "__main__" and not is_importable(function):
+        yield (
+            f"{what}, and {module} has another {name}, which a script would import. Give them "
+            "names of their own."
         )
     elif module == "__main__" and source_of(function) is None:
         yield (

@@ -44,6 +44,13 @@ SCORES = {
 }
 """Scores by their keys. Their formulas are scikit-learn's and SciPy's, as in ``load_metric``."""
 
+NEVER_NAN = frozenset(
+    name
+    for name in SCORES
+    if name.startswith(("accuracy", "f1", "precision", "recall", "matthews"))
+)
+"""Scores that are a number whatever the predictions are."""
+
 PREDICTIONS = {
     "single_label_classification": "outputs.logits.argmax(dim=-1)",
     "multi_label_classification": "(outputs.logits > 0).int()",  # sigmoid(x) > 0.5

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
-from manualloop.data.batching import LEARNED
 from manualloop.data.preparation import Preparation
 from manualloop.script.job import Job, source_of
+from manualloop.script.loading import FILL_IN
 from manualloop.script.text import Call, Line, Note, Part, code, literal, when
-
-FILL_IN = "FILL IN"
-"""What marks a line that nobody but the user can complete."""
+from manualloop.script.trial import is_learned, is_stored, stored_tokenizer
 
 
 def settings(job: Job) -> Part:
@@ -36,118 +31,14 @@ def _seed(job: Job) -> int:
 
 def given(job: Job) -> Part:
     """The model, the tokenizer and the rows."""
-    model_lines, model_imports = _model(job)
+    loading = job.loading
     rows_lines, rows_imports = _rows(job)
     title = (
         "What you have: a model and data. A new head and dropout draw from torch's generator, "
         "which is seeded before either exists."
     )
-    lines = ["torch.manual_seed(SEED)", *model_lines, *rows_lines]
-    return Part(lines, ("import torch", *model_imports, *rows_imports), title)
-
-
-def _model(job: Job) -> tuple[list[Line], list[str]]:
-    model: Any = job.model
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return _adapted(model)
-    kind, is_known = type(model), type(model).__module__.startswith("transformers.")
-    if not is_known or not hasattr(model, "save_pretrained"):
-        return [
-            f"model = ...  # {FILL_IN}: the {kind.__name__} as it was before the training",
-            *_freezing(model),
-        ], []
-    return [*_loaded("model", model), *_freezing(model)], [
-        f"from transformers import {kind.__name__}"
-    ]
-
-
-def _loaded(name: str, model: Any) -> list[Line]:
-    config, arguments = model.config, []
-    where = getattr(config, "name_or_path", "") or ""
-    if type(model).__name__.endswith("Classification"):
-        arguments.append(f"num_labels={config.num_labels}")
-    if getattr(config, "problem_type", None) == "multi_label_classification":
-        arguments.append('problem_type="multi_label_classification"')
-    if (dtype := str(model.dtype)) != "torch.float32":
-        arguments.append(f"dtype={dtype}")
-    begin = f"{name} = {type(model).__name__}.from_pretrained("
-    if where:
-        return [Call(begin, [literal(where), *arguments, *_changes_of(config, where)])]
-    return [
-        Note(f'{FILL_IN} the folder: model.save_pretrained("path/to/model"), before the training.'),
-        Call(begin, ['"path/to/model"', *arguments]),
-    ]
-
-
-def _changes_of(config: Any, where: str) -> list[str]:
-    """Return the settings of a config that differ from those on this disk, as arguments."""
-    try:
-        stored = type(config).from_pretrained(where, local_files_only=True).to_dict()
-    except (OSError, ValueError):
-        return []
-    return [
-        f"{name}={literal(value)}"
-        for name, value in config.to_dict().items()
-        if (value is None or isinstance(value, bool | int | float | str))
-        and name not in _SET_ELSEWHERE
-        and stored.get(name) != value
-    ]
-
-
-_SET_ELSEWHERE = (
-    *("_name_or_path", "architectures", "dtype", "torch_dtype", "num_labels", "problem_type"),
-    "transformers_version",
-)
-
-
-def _adapted(model: Any) -> tuple[list[Line], list[str]]:
-    base = model.get_base_model()
-    return [
-        *_loaded("base", base),
-        Note(
-            f"{FILL_IN} the folder of the adapter: "
-            'model.save_pretrained("path/to/adapter"), before the training.'
-        ),
-        'model = PeftModel.from_pretrained(base, "path/to/adapter", is_trainable=True)',
-    ], [f"from transformers import {type(base).__name__}", "from peft import PeftModel"]
-
-
-def _freezing(model: nn.Module) -> list[Line]:
-    lines: list[Line] = []
-    for names, kind in (
-        (list(_frozen(model, "")), "submodule"),
-        (_frozen_alone(model), "parameter"),
-    ):
-        if names:
-            lines += [
-                "# These parts stay as they are: they get no gradient.",
-                Call("frozen = [", map(literal, names), "]"),
-                "for name in frozen:",
-                [f"model.get_{kind}(name).requires_grad_(False)"],
-            ]
-    return lines
-
-
-def _frozen(module: nn.Module, name: str) -> Iterator[str]:
-    """Yield the names of the outermost modules whose parameters are all frozen."""
-    parameters = list(module.parameters())
-    if not parameters:
-        return
-    if not any(parameter.requires_grad for parameter in parameters):
-        yield name
-        return
-    for child, inner in module.named_children():
-        yield from _frozen(inner, f"{name}.{child}" if name else child)
-
-
-def _frozen_alone(model: nn.Module) -> list[str]:
-    """Return frozen parameters that stand beside others which are trained."""
-    names = tuple(f"{name}." for name in _frozen(model, ""))
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and not name.startswith(names or ("\0",))
-    ]
+    lines = ["torch.manual_seed(SEED)", *loading.lines, *rows_lines]
+    return Part(lines, ("import torch", *loading.imports, *rows_imports), title)
 
 
 def _rows(job: Job) -> tuple[list[Line], list[str]]:
@@ -158,16 +49,8 @@ def _rows(job: Job) -> tuple[list[Line], list[str]]:
     imports: list[str] = []
     tokenizer = getattr(job.loader, "tokenizer", None)
     if tokenizer is not None:
-        where = getattr(tokenizer, "name_or_path", "") or "path/to/model"
-        lines.append(Call("tokenizer = AutoTokenizer.from_pretrained(", [literal(where)]))
+        lines += _tokenizer(job, made, tokenizer)
         imports.append("from transformers import AutoTokenizer")
-        if tokenizer.pad_token is not None and tokenizer.pad_token == tokenizer.eos_token:
-            lines.append("tokenizer.pad_token = tokenizer.eos_token  # it has no other")
-        if tokenizer.padding_side == "left":
-            is_learned = made.task in LEARNED and "labels" in job.loader.dataset.column_names
-            lines.append(f"tokenizer.padding_side = {literal('right' if is_learned else 'left')}")
-        if tokenizer.truncation_side == "left":
-            lines.append('tokenizer.truncation_side = "left"')
     if is_tokenized(job):
         source, maker = _raw(job, made)
         imports.append(f"from datasets import {maker}")
@@ -182,6 +65,34 @@ def _rows(job: Job) -> tuple[list[Line], list[str]]:
         'datasets = load_from_disk("path/to/rows")',
         *_own_eval_loader(job),
     ], [*imports, "from datasets import load_from_disk"]
+
+
+def _tokenizer(job: Job, made: Preparation, tokenizer: Any) -> list[Line]:
+    """The lines that load the tokenizer, and set what was set after it was loaded."""
+    where, stored = getattr(tokenizer, "name_or_path", "") or None, stored_tokenizer(tokenizer)
+    is_there = where is not None and (stored is None or is_stored(tokenizer, stored))
+    folder = 'tokenizer.save_pretrained("path/to/model")'
+    side = "right" if is_learned(job, made) else tokenizer.padding_side
+    sides = {"padding_side": side, "truncation_side": tokenizer.truncation_side}
+    no_pad = stored is None or stored.pad_token != tokenizer.pad_token
+    return [
+        *when(not is_there, Note(f"{FILL_IN} the folder of the tokenizer: {folder}.")),
+        Call(
+            "tokenizer = AutoTokenizer.from_pretrained(",
+            [literal(where if where is not None and is_there else "path/to/model")],
+        ),
+        *when(
+            no_pad
+            and tokenizer.pad_token is not None
+            and tokenizer.pad_token == tokenizer.eos_token,
+            "tokenizer.pad_token = tokenizer.eos_token  # it has no other",
+        ),
+        *(
+            f"tokenizer.{name} = {literal(value)}"
+            for name, value in sides.items()
+            if value != getattr(stored, name, "right")
+        ),
+    ]
 
 
 def _raw(job: Job, made: Preparation) -> tuple[list[Line], str]:
@@ -255,7 +166,7 @@ def rows(job: Job) -> Part:
             "def prepare(split):",
             [
                 "rows = raw_datasets[split].map(tokenize, batched=True)",
-                *_labels(made),
+                *_labels(job, made),
                 "# The model is called with these columns by name; any other would be an error.",
                 Call("columns = [", map(literal, columns), "]"),
                 "return rows.select_columns(columns)",
@@ -270,10 +181,11 @@ def rows(job: Job) -> Part:
     )
 
 
-def _labels(made: Preparation) -> list[Line]:
+def _labels(job: Job, made: Preparation) -> list[Line]:
     if made.classes is not None:
+        is_known = made.classes == job.loading.names
         return [
-            Call("classes = [", map(literal, made.classes), "]"),
+            *when(not is_known, Call("classes = [", map(literal, made.classes), "]")),
             "# A class is the number of an output of the model.",
             Call(
                 "rows = rows.map(",
@@ -289,7 +201,8 @@ def functions(job: Job) -> Part:
     """The user's functions: imported, or copied where they stand in the script that runs."""
     lines: list[Line] = []
     imports: list[str] = []
-    for function in dict.fromkeys((job["loss_fn"], job["terms"])):
+    collate = None if job.preparation is None else job.preparation.collate_fn
+    for function in dict.fromkeys((job["loss_fn"], job["terms"], collate)):
         if function is None:
             continue
         if function.__module__ == "__main__":

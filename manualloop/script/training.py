@@ -5,8 +5,9 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from manualloop.script.evaluation import autocast, on_scores, own_loss, to_device
+from manualloop.script.evaluation import autocast, may_be_nan, on_scores, own_loss, to_device
 from manualloop.script.job import Job, seconds_of
+from manualloop.script.optimizers import clips_all
 from manualloop.script.text import Call, Line, Note, Part, code, when
 from manualloop.times import TIME_OR_EPOCHS, parse_seconds
 
@@ -28,7 +29,7 @@ WINDOWS = Part(
 
 def loop(job: Job) -> list[Part]:
     """The loop over epochs, windows and batches, with everything that it needs before."""
-    lines: list[Line] = [*_start(job), *_epochs(job)]
+    lines: list[Line] = [*_start(job), *_epochs(job), *_end(job)]
     imports = ["import torch"]
     if job["progress_bar"]:
         imports.append("from tqdm.auto import tqdm")
@@ -36,6 +37,8 @@ def loop(job: Job) -> list[Part]:
         imports.append("from itertools import count")
     if _tells_time(job):
         imports.append("import time")
+    if may_be_nan(job):
+        imports.append("import math")
     if job.is_distributed and job.accumulates:
         imports.append("from contextlib import nullcontext")
     if _leaves_early(job):
@@ -70,11 +73,16 @@ def _start(job: Job) -> list[Line]:
         *when(job.precision == "fp16", "scaler = torch.amp.GradScaler(device.type)"),
         *when(job["best_metric"], "best_metrics = {}"),
         *when(job["patience"], "num_since_best = 0"),
+        *when(_notes_scores(job), "scored_at = 0"),
         *when(_tells_time(job), "begin = saved_at = time.monotonic()"),
         *when(_divides_epochs(job), "num_steps_per_epoch = num_training_steps // NUM_EPOCHS"),
         "step = 0",
         "model.train()",
     ]
+
+
+def _notes_scores(job: Job) -> bool:
+    return job.may_skip and job["max_steps"] is None and _is_scored_inside(job)
 
 
 def _epochs(job: Job) -> list[Line]:
@@ -100,6 +108,22 @@ def _epochs(job: Job) -> list[Line]:
     ]
 
 
+def _end(job: Job) -> list[Line]:
+    """What is due behind the last update, where nobody knew before which one that is."""
+    if not job.may_skip or job["max_steps"] is not None:
+        return []
+    lines: list[Line] = []
+    if _is_scored_inside(job):
+        lines += ["if scored_at != step:  # the last updates were skipped", on_scores(job)]
+    if job["checkpoint_dir"] is not None and not _is_by_epoch(job["checkpoint_every"]):
+        lines += ['if not (RUN / f"last-{step:08d}").exists():', [_save(job)]]
+    return lines
+
+
+def _is_scored_inside(job: Job) -> bool:
+    return job.evaluation is not None and not _is_by_epoch(job["evaluate_every"])
+
+
 def _set_epoch(job: Job) -> list[Line]:
     if job.preparation is not None:
         return []
@@ -116,7 +140,7 @@ def _set_epoch(job: Job) -> list[Line]:
 
 def _forward(job: Job) -> list[Line]:
     if job["loss_fn"] is not None:
-        return autocast(job, [own_loss(job)])
+        return autocast(job, [own_loss(job, counts=not job.weighs)])
     if job["terms"] is not None:
         found = f"{job['terms'].__name__}(model(**batch), batch)"
         return autocast(job, [f"loss = sum(mean for mean, items in {found} if items)"])
@@ -133,12 +157,13 @@ def _backward(job: Job) -> str:
 
 def _one(job: Job) -> list[Line]:
     """One batch is the whole update, and its mean loss the loss of it."""
+    is_counted = job.may_lack_items and not job.returns_items
     return [
-        *when(job.may_lack_items, f"items = {job.items()}"),
+        *when(is_counted, f"items = {job.items()}"),
         *to_device(job),
         *_forward(job),
         *when(
-            job.may_lack_items,
+            job.may_lack_items or job.returns_items,
             "if items == 0:",
             ["continue  # no label to learn from: the mean is 0 / 0"],
         ),
@@ -246,7 +271,8 @@ def _apply(job: Job) -> list[Line]:
             clip = "accelerator.clip_grad_norm_"
         if job.precision == "fp16":
             lines.append("scaler.unscale_(optimizer)  # the norm is that of the true gradients")
-        lines.append(f"grad_norm = {clip}(model.parameters(), {float(norm)})")
+        clipped = "model.parameters()" if clips_all(job) else "parameters"
+        lines.append(f"grad_norm = {clip}({clipped}, {float(norm)})")
     watched = "loss" if norm is None else "loss + grad_norm"
     if job["on_nonfinite"] == "raise":
         lines += [
@@ -305,10 +331,13 @@ def _due(job: Job, *, in_epoch: bool) -> list[Line]:
     """Return what is due behind an update, or behind an epoch."""
     lines: list[Line] = []
     if job.evaluation is not None and _is_by_epoch(job["evaluate_every"]) != in_epoch:
-        scored: list[Line] = [*on_scores(job)]
+        scored: list[Line] = [*on_scores(job), *when(_notes_scores(job), "scored_at = step")]
         if job["patience"]:
             scored += [f"if num_since_best >= {job['patience']}:", [*_leave(job)]]
         lines += [f"if {_condition(job, 'evaluate_every')}:", scored] if in_epoch else scored
+    if in_epoch and job["max_time"]:
+        seconds = parse_seconds("max_time", job["max_time"])
+        lines += [f"if time.monotonic() - begin > {seconds}:", [*_leave(job)]]
     if job["checkpoint_dir"] is not None and _is_by_epoch(job["checkpoint_every"]) != in_epoch:
         save = _save(job)
         if in_epoch:
@@ -316,9 +345,6 @@ def _due(job: Job, *, in_epoch: bool) -> list[Line]:
             lines += [f"if {_condition(job, 'checkpoint_every')}:", [save, *reset]]
         else:
             lines.append(save)
-    if in_epoch and job["max_time"]:
-        seconds = parse_seconds("max_time", job["max_time"])
-        lines += [f"if time.monotonic() - begin > {seconds}:", [*_leave(job)]]
     if job["max_steps"] is not None:
         lines += ["if step == num_training_steps:", ["break" if in_epoch else "return"]]
     return lines

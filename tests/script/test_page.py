@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 from datasets import load_dataset
-from helpers import table_of, tiny_bert, tiny_tokenizer
+from helpers import bert_config, table_of, tiny_bert, tiny_tokenizer
 from transformers import BertConfig
 
 from manualloop import eject, evaluate_loop, prepare_dataloaders
@@ -35,8 +35,9 @@ def data_of_hub(folder):
 
 def script():
     """The script of README's call, with small things of the same names."""
-    unknown = patch.object(BertConfig, "from_pretrained", side_effect=OSError)  # not on this disk
-    with TemporaryDirectory() as folder, unknown:
+    config = bert_config(max_position_embeddings=512, num_labels=2)
+    stored = patch.object(BertConfig, "from_pretrained", return_value=config)
+    with TemporaryDirectory() as folder, stored:
         return script_of(data_of_hub(folder))
 
 

@@ -1,0 +1,307 @@
+"""The lines that load a model, and whether they build the model of the call.
+
+What the lines build is built, without weights, and compared with the model at hand: each difference
+becomes a line of the script, or a problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from manualloop.internals import attention_of
+from manualloop.randomness import random_states_kept
+from manualloop.script.built import changed_settings, differences
+from manualloop.script.text import Call, Line, Note, literal, when
+from manualloop.tasks.names import names_in_config
+
+FILL_IN = "FILL IN"
+"""What marks a line that nobody but the user can complete."""
+
+
+class Loading(NamedTuple):
+    """How a script loads a model.
+
+    Attributes:
+        lines: The lines.
+        imports: The imports that they need.
+        problems: What of the model at hand they do not build.
+        names: Names of the classes, which are a list of the script; None if they are not.
+        draws: Whether loading may draw random numbers, as for a new head.
+    """
+
+    lines: Sequence[Line]
+    imports: Sequence[str] = ()
+    problems: Sequence[str] = ()
+    names: tuple[str, ...] | None = None
+    draws: bool = True
+
+
+def loading_of(model: Any) -> Loading:
+    """Write the lines that load a model.
+
+    Args:
+        model: The model, without wrappers other than those of PEFT.
+    """
+    is_adapted = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    base = model.get_base_model() if is_adapted else model
+    kind = type(base)
+    if not kind.__module__.startswith("transformers.") or not hasattr(base, "save_pretrained"):
+        lines: list[Line] = [
+            f"model = ...  # {FILL_IN}: the {type(model).__name__} as it was before the training",
+            *_trained_parts(model, None),
+        ]
+        return Loading(lines)
+    source = _Source.of(base)
+    try:
+        built = _build(model, base, source)
+        if attention_of(built.config) != attention_of(base.config):
+            source.arguments["attn_implementation"] = attention_of(base.config)
+            built = _build(model, base, source)
+    except Exception as error:  # of any class of transformers, or of PEFT
+        problem = f"a {kind.__name__} cannot be built from its config here ({error!r:.200})"
+        return Loading([], problems=[f"{problem}, so nothing tells what a script would train."])
+    lines, imports = _loaded("base" if is_adapted else "model", kind, source)
+    if is_adapted:
+        lines += _ADAPTER
+        imports.append("from peft import PeftModel")
+    problems = [*source.problems, *_several_adapters(model), *differences(model, built)]
+    lines += [*_trained_parts(model, built), *_settings(model, built), *_checkpointing(base)]
+    return Loading(lines, imports, problems, source.names, draws=bool(source.where))
+
+
+_ADAPTER: list[Line] = [
+    Note(
+        f"{FILL_IN} the folder of the adapter: "
+        'model.save_pretrained("path/to/adapter"), before the training.'
+    ),
+    'model = PeftModel.from_pretrained(base, "path/to/adapter", is_trainable=True)',
+]
+
+
+class _Source:
+    """Where a model is loaded from, and with what.
+
+    Attributes:
+        where: Name or folder; "" if nothing tells.
+        stored: The config that is found there; that of the model if there is no such place.
+        arguments: Arguments of ``from_pretrained`` beside it.
+        names: Names of the classes, if the stored config has not got them.
+        note: What is left to the user; "" if nothing is.
+        problems: Settings that no argument can carry.
+    """
+
+    def __init__(self, where: str, stored: Any, note: str = "") -> None:
+        self.where, self.stored, self.note = where, stored, note
+        self.arguments: dict[str, Any] = {}
+        self.names: tuple[str, ...] | None = None
+        self.problems: list[str] = []
+
+    @classmethod
+    def of(cls, model: Any) -> _Source:
+        """Find the source of a model, and what it was given beside the name."""
+        config = model.config
+        own = type(config).from_dict(config.to_dict())  # as save_pretrained would keep it
+        where = getattr(config, "name_or_path", "") or ""
+        folder = (
+            f'{FILL_IN} the folder: model.save_pretrained("path/to/model"), before the training.'
+        )
+        source = cls(where, own, folder)
+        if where:
+            try:
+                stored = type(config).from_pretrained(where, local_files_only=True)
+            except (OSError, ValueError):
+                note = "its config is not on this disk"
+                source.note = f"{FILL_IN} what else from_pretrained was given: {note}."
+            else:
+                if getattr(stored, "vocab_size", None) == getattr(config, "vocab_size", None):
+                    source.stored, source.note = stored, ""
+                else:  # of other embeddings than those that are stored
+                    source.where = ""
+        source._take(model)
+        return source
+
+    def _take(self, model: Any) -> None:
+        """Note the settings of the model that differ from those that are stored."""
+        config, stored, arguments = model.config, self.stored, self.arguments
+        is_classifier = type(model).__name__.endswith("Classification")
+        if is_classifier and stored.id2label != config.id2label:
+            self.names = names_in_config(model)
+        if is_classifier and self.names is None:
+            arguments["num_labels"] = config.num_labels
+        problem_type = getattr(config, "problem_type", None)
+        inferred = "regression" if config.num_labels == 1 else "single_label_classification"
+        known = getattr(stored, "problem_type", None)
+        if problem_type == "multi_label_classification" or (
+            problem_type != known and (problem_type not in (None, inferred) or known is not None)
+        ):
+            arguments["problem_type"] = problem_type
+        kept = stored.to_dict()
+        for name, value in config.to_dict().items():
+            if name in _SET_ELSEWHERE or kept.get(name) == value:
+                continue
+            if name not in kept or not is_plain(value) or len(repr(value)) > _LONG:
+                self.problems.append(
+                    f"{name} of the config was changed after the model was loaded, and is not "
+                    "written out. Eject the call with the config as it was loaded, and change it "
+                    "in the script."
+                )
+            else:
+                arguments[name] = value
+        dtypes = {str(model.dtype), str(getattr(stored, "dtype", None) or torch.float32)}
+        if dtypes != {"torch.float32"}:
+            arguments["dtype"] = model.dtype
+
+    def config(self) -> Any:
+        """Return the config that ``from_pretrained`` makes of this."""
+        given = {name: value for name, value in self.arguments.items() if name != "dtype"}
+        if self.names is not None:
+            given["id2label"] = dict(enumerate(self.names))
+        return type(self.stored).from_dict(self.stored.to_dict(), **given)
+
+
+_SET_ELSEWHERE = (
+    *("_name_or_path", "architectures", "dtype", "torch_dtype", "num_labels", "problem_type"),
+    *("transformers_version", "id2label", "label2id", "_commit_hash", "tokenizer_class"),
+    "_attn_implementation_autoset",
+)
+_LONG = 60
+
+
+def is_plain(value: Any) -> bool:
+    """Tell whether a value can be written as code: numbers, texts, and lists and dicts of them."""
+    if isinstance(value, Mapping):
+        return all(map(is_plain, value.values())) and all(isinstance(key, str) for key in value)
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _build(model: Any, base: Any, source: _Source) -> Any:
+    """Build what the lines load, without weights."""
+    with torch.device("meta"), random_states_kept(devices=False):
+        built = type(base)(source.config())
+        built.tie_weights()
+        if model is not base:
+            adapter = deepcopy(model.peft_config[model.active_adapter])
+            adapter.inference_mode, adapter.init_lora_weights = False, True  # no other has a shape
+            built = type(model)(built, adapter)
+    return built
+
+
+def _several_adapters(model: Any) -> Iterator[str]:
+    names = list(getattr(model, "peft_config", ()))
+    if names not in ([], ["default"]):
+        yield (
+            f"the model has the adapters {', '.join(names)}, and a script loads one, which is "
+            "called default. Eject the call with one adapter of this name."
+        )
+
+
+def _loaded(name: str, kind: type, source: _Source) -> tuple[list[Line], list[str]]:
+    written = {
+        name: str(value) if isinstance(value, torch.dtype) else literal(value)
+        for name, value in source.arguments.items()
+    }
+    lines: list[Line] = []
+    if source.names is not None:
+        lines.append(Call("classes = [", map(literal, source.names), "]"))
+        written = {
+            "id2label": "dict(enumerate(classes))",
+            "label2id": "{name: number for number, name in enumerate(classes)}",
+            **written,
+        }
+    where = literal(source.where or "path/to/model")
+    arguments = [where, *(f"{name}={value}" for name, value in written.items())]
+    return [
+        *lines,
+        *when(source.note, Note(source.note)),
+        Call(f"{name} = {kind.__name__}.from_pretrained(", arguments),
+    ], [f"from transformers import {kind.__name__}"]
+
+
+def _trained_parts(model: nn.Module, built: nn.Module | None) -> list[Line]:
+    """The lines for parameters that are trained, or not, otherwise than those that are loaded."""
+    before = {name: True for name, _ in model.named_parameters()}
+    if built is not None:
+        before |= {name: one.requires_grad for name, one in built.named_parameters()}
+    changed = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad != before[name]
+    }
+    lines: list[Line] = []
+    for trains, comment in (
+        (False, "# These parts stay as they are: they get no gradient."),
+        (True, "# These parts are trained, too."),
+    ):
+        whole = [*_parts(model, "", lambda p, wanted=trains: p.requires_grad is wanted)]  # type: ignore[misc]
+        inside = tuple(f"{name}." if name else "" for name in whole)
+        names = [
+            name
+            for name, start in zip(whole, inside, strict=True)
+            if any(one.startswith(start) for one in changed)
+        ]
+        alone = [
+            name
+            for name, parameter in model.named_parameters()
+            if name in changed
+            and parameter.requires_grad is trains
+            and not name.startswith(inside or ("\0",))
+        ]
+        for found, kind in ((names, "submodule"), (alone, "parameter")):
+            if found:
+                called = "trained" if trains else "frozen"
+                lines += [
+                    comment,
+                    Call(f"{called} = [", map(literal, found), "]"),
+                    f"for name in {called}:",
+                    [f"model.get_{kind}(name).requires_grad_({trains})"],
+                ]
+    return lines
+
+
+def _parts(module: nn.Module, name: str, holds: Callable[[nn.Parameter], bool]) -> Iterator[str]:
+    """Yield the names of the outermost modules for all of whose parameters something holds."""
+    parameters = list(module.parameters())
+    if not parameters:
+        return
+    if all(map(holds, parameters)):
+        yield name
+        return
+    for child, inner in module.named_children():
+        yield from _parts(inner, f"{name}.{child}" if name else child, holds)
+
+
+def _settings(model: nn.Module, built: nn.Module) -> list[Line]:
+    """The lines for settings of modules that were changed after the model was loaded."""
+    lines: list[Line] = []
+    modules = dict(model.named_modules())
+    for (kind, name, value), paths in changed_settings(model, built).items():
+        alike = [module for module in modules.values() if isinstance(module, kind)]
+        is_of_torch = getattr(torch.nn, kind.__name__, None) is kind
+        if is_of_torch and len(paths) > 1 and all(getattr(m, name) == value for m in alike):
+            lines += [
+                "for module in model.modules():",
+                [f"if isinstance(module, torch.nn.{kind.__name__}):"],
+                [[f"module.{name} = {literal(value)}"]],
+            ]
+        else:
+            lines += [
+                Call("for name in [", map(literal, paths), "]:"),
+                [f"model.get_submodule(name).{name} = {literal(value)}"],
+            ]
+    return [*when(lines, "# Changed after the model was loaded."), *lines]
+
+
+def _checkpointing(model: Any) -> list[Line]:
+    flags = [vars(module).get("gradient_checkpointing") for module in model.modules()]
+    if True not in flags:
+        return []
+    new = "activation_checkpointing_enable"  # the name before transformers 5.20 is the other one
+    name = new if hasattr(model, new) else "gradient_checkpointing_enable"
+    return [f"model.{name}()  # activations are computed twice, and not kept"]
