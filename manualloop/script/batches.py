@@ -75,17 +75,17 @@ def _is_grouped(job: Job) -> bool:
 def _order(job: Job) -> list[Line]:
     if not job.loader.batch_sampler.shuffle:
         return [
-            "generator = torch.Generator().manual_seed(SEED + epoch)",
+            "rng = torch.Generator().manual_seed(SEED + epoch)",
             *when(job.is_distributed, "order = list(range(len(train_dataset)))"),
         ]
     if _is_grouped(job):
         return [
-            "generator = torch.Generator().manual_seed(SEED + epoch)",
-            "order = grouped_order(generator)",
+            "rng = torch.Generator().manual_seed(SEED + epoch)",
+            "order = grouped_order(rng)",
         ]
     return [
-        "generator = torch.Generator().manual_seed(SEED + epoch)",
-        "order = torch.randperm(len(train_dataset), generator=generator).tolist()",
+        "rng = torch.Generator().manual_seed(SEED + epoch)",
+        "order = torch.randperm(len(train_dataset), generator=rng).tolist()",
     ]
 
 
@@ -111,7 +111,7 @@ def _epoch(job: Job) -> list[Line]:
                     "collate_fn=collate",
                     *(["drop_last=True"] if drops else []),
                     *_options(job, job.loader),
-                    "generator=generator",
+                    "generator=rng",
                 ],
             ),
         ],
@@ -145,7 +145,7 @@ def _epoch_of_a_rank(job: Job) -> list[Line]:
                     "batch_sampler=[batches[min(k, len(batches) - 1)] for k in own]",
                     "collate_fn=collate",
                     *_options(job, job.loader),
-                    "generator=generator",
+                    "generator=rng",
                 ],
             ),
             "return zip(loader, (k >= len(batches) for k in own))",
@@ -158,7 +158,7 @@ def _grouped_order(job: Job, made: Preparation) -> list[Line]:
     return [
         code(
             '''
-            def grouped_order(generator):
+            def grouped_order(rng):
                 """Return the rows in an order in which those of a batch are about equally long."""
             '''
         ),
@@ -169,7 +169,7 @@ def _grouped_order(job: Job, made: Preparation) -> list[Line]:
             f"names = {literal(grouped_columns(made))}",
             "lengths = np.max([[*map(len, train_dataset[name])] for name in names], axis=0)",
             *when(multiple, f"lengths = -(-lengths // {multiple}) * {multiple}"),
-            "drawn = torch.randperm(len(lengths), generator=generator).numpy()",
+            "drawn = torch.randperm(len(lengths), generator=rng).numpy()",
             "num_batches = len(drawn) // BATCH_SIZE",
             f"unit = BATCH_SIZE{' * accelerator.num_processes' if job.is_distributed else ''}",
             "end = len(drawn) // unit * unit",
@@ -179,7 +179,7 @@ def _grouped_order(job: Job, made: Preparation) -> list[Line]:
             'parts = [p[np.argsort(-lengths[p], kind="stable")] for p in np.split(drawn, cuts)]',
             "rows = np.concatenate(parts)",
             "units = [rows[start : start + unit] for start in range(0, end, unit)]",
-            "places = torch.randperm(len(units), generator=generator).tolist()",
+            "places = torch.randperm(len(units), generator=rng).tolist()",
             "places.sort(key=lambda k: lengths[units[k][0]] == lengths.max(), reverse=True)",
             "rows = np.concatenate([*(units[k] for k in places), rows[end:]])",
             "longest = int(lengths[rows].argmax())",

@@ -171,10 +171,7 @@ def saving(job: Job) -> Part:
                 "if not accelerator.is_main_process:",
                 ["return"],
             ),
-            Note(
-                "A folder appears with one rename, complete or not at all: a kill in the middle "
-                "leaves no half checkpoint that looks whole."
-            ),
+            "# A folder appears with one rename: a kill leaves no half checkpoint.",
             'unfinished = RUN / "unfinished"',
             "shutil.rmtree(unfinished, ignore_errors=True)",
             *when(
@@ -194,10 +191,7 @@ def saving(job: Job) -> Part:
             ["shutil.rmtree(old)"],
         ],
     ]
-    where = Note(
-        "The weights in here load with from_pretrained. What this script does not do is resume: "
-        "that takes the place in the epoch, the random states and the history as well."
-    )
+    where = "# The weights load with from_pretrained. Nothing here resumes a run that was killed."
     mkdir = "RUN.mkdir(parents=True)  # each run has a folder of its own"
     head: list[Line] = [
         where,

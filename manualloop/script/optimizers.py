@@ -79,13 +79,14 @@ def _optimizer(job: Job) -> list[Line]:
     kind, groups = type(found), found.param_groups
     name = f"torch.optim.{kind.__name__}" if _is_of_torch(kind) else kind.__name__
     options = _options(job) if _is_of_torch(kind) or is_importable(kind) else None
+    notes = []
+    if "AdamW" in name and options is not None and options.get("weight_decay") == 0.0:
+        notes.append("Without torch's default decay of 0.01")
+    if options is not None and options.get("fused"):
+        notes.append("fused: one kernel updates all parameters")
     if options is not None and len(groups) == 1 and holds_all(job.model, groups):
         return [
-            *when(
-                "AdamW" in name and options.get("weight_decay") == 0.0,
-                "# torch's own default decays the weights by 0.01; the Trainer's does not.",
-            ),
-            *when(options.get("fused"), "# fused: one kernel updates all parameters."),
+            *when(notes, f"# {'; '.join(notes)}."),
             Call(f"optimizer = {name}(", ["model.parameters()", *_keywords(options)]),
         ]
     if options is not None and _is_decay_pair(job.model, groups):

@@ -33,10 +33,7 @@ def given(job: Job) -> Part:
     """The model, the tokenizer and the rows."""
     loading = job.loading
     rows_lines, rows_imports = _rows(job)
-    title = (
-        "What you have: a model and data. A new head and dropout draw from torch's generator, "
-        "which is seeded before either exists."
-    )
+    title = "A model and data. The seed comes first, as a new head draws random numbers."
     lines = ["torch.manual_seed(SEED)", *loading.lines, *rows_lines]
     return Part(lines, ("import torch", *loading.imports, *rows_imports), title)
 
@@ -150,10 +147,7 @@ def rows(job: Job) -> Part:
     columns = [n for n in job.loader.dataset.column_names if n not in made.kept]
     texts = [f"rows[{literal(name)}]" for name in made.texts]
     options = [f"{name}={value!r}" for name, value in made.options.items() if value is not None]
-    title = (
-        "From texts to numbers. Nothing is padded yet: a batch is padded to its own longest row, "
-        "and not to the longest of all."
-    )
+    title = "From texts to numbers. Padding comes later, to the longest row of a batch."
     lines: list[Line] = [
         "def tokenize(rows):",
         [Call("return tokenizer(", [*texts, *options])],

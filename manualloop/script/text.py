@@ -6,6 +6,7 @@ A list inside a list is indented, as its lines are in the script. The text is th
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -171,7 +172,11 @@ def _isort_key(name: str) -> tuple[int, str]:
 
 
 def literal(value: Any) -> str:
-    """Return a plain value as code, with the quotes of ruff."""
+    """Return a plain value as code, with the quotes of ruff.
+
+    >>> print(literal([5e-5, "it's", {"rate": (1,)}]))
+    [5e-5, "it's", {"rate": (1,)}]
+    """
     if isinstance(value, str):
         text = repr(value)
         return text if '"' in value else f'"{text[1:-1]}"'
@@ -180,4 +185,8 @@ def literal(value: Any) -> str:
         if isinstance(value, list):
             return f"[{inner}]"
         return f"({inner},)" if len(value) == 1 else f"({inner})"
-    return repr(value)
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{literal(key)}: {literal(part)}' for key, part in value.items())}}}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    return re.sub(r"e([-+])0", r"e\1", repr(value))
