@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+from manualloop.checkpoint.manifest import is_lower_better
 from manualloop.script.evaluation import autocast, may_be_nan, on_scores, own_loss, to_device
 from manualloop.script.job import Job, seconds_of
 from manualloop.script.optimizers import clips_all
@@ -71,7 +72,7 @@ def _start(job: Job) -> list[Line]:
         *when(_leaves_early(job) and job["checkpoint_dir"] is not None, "global step"),
         *when(job["progress_bar"], f"progress_bar = {bar}"),
         *when(job.precision == "fp16", "scaler = torch.amp.GradScaler(device.type)"),
-        *when(job["best_metric"], "best_metrics = {}"),
+        *_no_best(job),
         *when(job["patience"], "num_since_best = 0"),
         *when(_notes_scores(job), "scored_at = 0"),
         *when(_tells_time(job), "begin = saved_at = time.monotonic()"),
@@ -79,6 +80,13 @@ def _start(job: Job) -> list[Line]:
         "step = 0",
         "model.train()",
     ]
+
+
+def _no_best(job: Job) -> list[Line]:
+    best = job["best_metric"]
+    if not may_be_nan(job):
+        return when(best, "best_metrics = {}")
+    return [f"best_metrics, best_score = {{}}, {'' if is_lower_better(best) else '-'}math.inf"]
 
 
 def _notes_scores(job: Job) -> bool:
