@@ -68,7 +68,9 @@ def _of_module(ours: nn.Module, theirs: nn.Module) -> Iterator[str]:
     config, other = vars(ours).get("config"), before.get("config")
     if attention_of(config) != attention_of(other):
         yield f"has the attention {attention_of(config)!r}"
-    experts = [getattr(one, "get_experts_implementation", dict)() for one in (ours, theirs)]
+    experts: list[Any] = [
+        getattr(one, "get_experts_implementation", dict)() for one in (ours, theirs)
+    ]
     if experts[0] != experts[1]:
         yield f"has experts_implementation={experts[0]}"
 

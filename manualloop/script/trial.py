@@ -131,7 +131,7 @@ def is_stored(tokenizer: Any, stored: Any) -> bool:
     It may have been given tokens since it was loaded. What each call says itself, and what a script
     sets, does not count.
     """
-    return _facts_of(tokenizer) == _facts_of(stored)
+    return bool(_facts_of(tokenizer) == _facts_of(stored))
 
 
 def _facts_of(tokenizer: Any) -> Any:
