@@ -122,10 +122,10 @@ class _Source:
                     source.stored, source.note = stored, ""
                 else:  # of other embeddings than those that are stored
                     source.where = ""
-        source._take(model)
+        source.compare(model)
         return source
 
-    def _take(self, model: Any) -> None:
+    def compare(self, model: Any) -> None:
         """Note the settings of the model that differ from those that are stored."""
         config, stored, arguments = model.config, self.stored, self.arguments
         is_classifier = type(model).__name__.endswith("Classification")
