@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,13 +26,14 @@ def unwrap_model(model: nn.Module, *, adapters: bool = True) -> nn.Module:
         adapters: Whether to take off the wrappers of PEFT too, which hold weights.
     """
     while True:
-        children = children_of(model)
-        inner: object = compiled_module(model, children)
-        if "module" in children and type(model).__name__ in _PARALLEL:
-            inner = children["module"]
-        elif adapters and "base_model" in children:
-            get_base_model: Any = getattr(model, "get_base_model", None)
-            inner = get_base_model and get_base_model()
+        kind = type(model)
+        inner: object = None
+        if kind.__name__ in _PARALLEL:
+            inner = getattr(model, "module", None)
+        elif kind.__name__.endswith("OptimizedModule"):  # FSDPOptimizedModule once it is sharded
+            inner = compiled_module(model, children_of(model))
+        elif adapters and hasattr(kind, "get_base_model") and "base_model" in children_of(model):
+            inner = cast("Any", model).get_base_model()
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner

@@ -291,7 +291,7 @@ def test_losses_that_are_not_finite_are_found_without_the_flag(monkeypatch, take
 
 def test_models_are_unwrapped_without_the_dictionary_of_children(take_away):
     inner = torch.nn.Linear(2, 2)
-    models = [inner, DataParallel(inner), DataParallel(DataParallel(inner))]
+    models = [inner, DataParallel(inner), torch.compile(DataParallel(DataParallel(inner)))]
     assert all(unwrap_model(model) is inner for model in models)
     missed = take_away(torch.nn.Module, "_modules")
     assert all(unwrap_model(model) is inner for model in models)
