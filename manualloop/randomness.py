@@ -136,7 +136,12 @@ def is_generator(value: object) -> bool:
 
 def generator_states(**owners: Any) -> dict[str, Any]:
     """Return the states of the generators that ``find_generators`` finds, by path."""
-    return {path: _state_of(generator) for path, generator in find_generators(**owners).items()}
+    return states_of(find_generators(**owners))
+
+
+def states_of(generators: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the states of generators that were found, by path."""
+    return {path: _state_of(generator) for path, generator in generators.items()}
 
 
 def restore_generators(states: Mapping[str, Any], **owners: Any) -> dict[str, str]:

@@ -253,12 +253,11 @@ class TrainState:
 
     def parts(self) -> dict[str, Any]:
         """Return the parts that have a ``state_dict``, by name."""
-        names = self.parameter_names()
+        generators, names = self._own_generators(), self.parameter_names()
         optimizers = OptimizerStates("optimizer", each(self.optimizer), names)
         parts: dict[str, Any] = {"model": self.model, "optimizer": optimizers}
         if self.lr_scheduler is not None:
             parts["lr_scheduler"] = self.lr_scheduler
-        generators = self._own_generators()
         for name, extra in self.extras.items():
             if name not in generators:
                 label = f"extras.{name}"

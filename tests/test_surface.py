@@ -44,7 +44,7 @@ DOORS = {
     "datasets": {"data.tables", "evaluation.columns", "internals"},
     "transformers": {"data.collate", "schedules", "internals"},
     "evaluate": {"evaluation.modules"},
-    "peft": {"checkpoint.adapters"},
+    "peft": {"checkpoint.pretrained"},
     "tqdm": {"screen"},
     "sklearn": {"evaluation.metrics", "evaluation.probabilities", "evaluation.reports"},
     "scipy": {"evaluation.metrics", "evaluation.weighted", "evaluation.compare"},

@@ -21,23 +21,16 @@ from manualloop.checkpoint.folders import (
     explain_disk,
     explain_memory,
     local_folder,
+    locked,
     make_aside,
     remove_folder,
-    sweep,
     write_folder,
 )
-from manualloop.checkpoint.lock import hold_lock
-from manualloop.checkpoint.manifest import Found, explain, find, find_best, find_folders
+from manualloop.checkpoint.manifest import Found, find, find_best, find_folders, naming
 from manualloop.checkpoint.nested import as_json
 from manualloop.checkpoint.parts import saved_part, write_shards
-from manualloop.checkpoint.snapshot import (
-    Saved,
-    load_weights,
-    put_state_back,
-    read_snapshot,
-    take_state_apart,
-)
-from manualloop.checkpoint.tensors import num_bytes
+from manualloop.checkpoint.restore import Saved, load_weights, put_state_back, read_snapshot
+from manualloop.checkpoint.snapshot import take_state_apart
 from manualloop.errors import CheckpointError
 from manualloop.models import sample_weights, unwrap_model
 from manualloop.notices import say
@@ -117,14 +110,7 @@ def save_checkpoint(
     with explain_memory(directory), ExitStack() as stack:
         strategy = strategy_for(state.model, strategy)
         strategy = begin_call(strategy, "save_checkpoint", step=state.progress.num_steps)
-
-        def open_folder() -> None:
-            with explain_disk(directory):
-                directory.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(hold_lock(directory, again=True))
-                sweep(directory)
-
-        on_main(strategy, open_folder)
+        on_main(strategy, lambda: stack.enter_context(locked(directory, again=True)))
         scored = _scored_weights(state, metrics)
         return write_checkpoint(directory, state, strategy, metrics, best_metric, {}, keep, scored)
 
@@ -133,10 +119,9 @@ def _scored_weights(
     state: TrainState, metrics: Mapping[str, Any] | None
 ) -> Callable[[], Mapping[str, Any]] | None:
     """Return the weights that ``evaluate_loop`` has scored, if they are others than the model's."""
-    own = unwrap_model(state.model, adapters=False)
     if not isinstance(metrics, Scores) or metrics.model is None or metrics.sample is None:
         return None
-    model = metrics.model()
+    model, own = metrics.model(), unwrap_model(state.model, adapters=False)
     model = None if model is None else unwrap_model(model, adapters=False)
     if model is None or not torch.equal(sample_weights(model), metrics.sample):
         say(
@@ -173,25 +158,22 @@ def write_checkpoint(
         "best_metric": best_metric,
         "contract": state.contract,
     }
+    step, aside = state.progress.num_steps, None
 
-    step = state.progress.num_steps
-    size = sum(map(num_bytes, snapshot.tensors.values()))
-    size += sum(shard.nbytes for shard in snapshot.shards.values())
-
-    def begin() -> Path | None:
-        with explain_disk(directory, size):
+    def begin() -> Path:
+        with explain_disk(directory, snapshot.num_bytes):
             _check_writable(directory, state)
-            return make_aside(directory, step) if snapshot.shards else None
+            return make_aside(directory, step)
 
-    aside = on_main(strategy, begin)
-    if aside is not None:
-        with explain_disk(directory, size):
+    if snapshot.shards:  # which every rank writes itself
+        aside = on_main(strategy, begin)
+        with explain_disk(directory, snapshot.num_bytes):
             write_shards(aside, snapshot.shards)
 
     def write() -> Path:
-        with explain_disk(directory, size):
+        with explain_disk(directory, snapshot.num_bytes):
+            _check_writable(directory, state)
             path = write_folder(directory, step, snapshot.write, content, aside)
-        with explain_disk(directory):
             _rotate(directory, keep)
         return path
 
@@ -261,7 +243,8 @@ def load_checkpoint(
     if not isinstance(state, nn.Module):
         return load_found(found, state, strategy)
     manifest: dict[str, Any] = found.manifest or {}
-    explain(found.path, load_weights, found.path, manifest["files"], state)
+    with naming(found.path):
+        load_weights(found.path, manifest["files"], state)
     return CheckpointInfo(found.path, manifest["step"], dict(manifest["metrics"]))
 
 
@@ -302,7 +285,8 @@ def read_found(found: Found, state: TrainState, strategy: Strategy) -> Saved:
     check_state(manifest["contract"], state)  # which describes it as the script has built it
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
     note_model(state)
-    return explain(found.path, read_snapshot, found.path, manifest, state, strategy)
+    with naming(found.path):
+        return read_snapshot(found.path, manifest, state, strategy)
 
 
 def put_found(found: Found, saved: Saved, state: TrainState, strategy: Strategy) -> CheckpointInfo:

@@ -103,18 +103,18 @@ def _parts(
         saved: Names in its ``state_dict``, which are left out. None asks the model, except one that
             is sharded, which would take all ranks.
     """
+    is_training, is_whole = unwrap_model(model).training, not is_sharded(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         yield "requires_grad", name, parameter.requires_grad
-    is_training = unwrap_model(model).training
     for name, module in model.named_modules():
         # The loop puts a model that is in eval mode as a whole into training mode.
         yield "training", name, module.training or not is_training
     if saved is None:
-        saved = () if is_sharded(model) else model.state_dict().keys()
+        saved = model.state_dict().keys() if is_whole else ()
     for name, buffer in model.named_buffers(remove_duplicate=False):
         if name not in saved:
             yield "buffers", name, buffer
-    for name, module in () if is_sharded(model) else model.named_modules():
+    for name, module in model.named_modules() if is_whole else ():
         for attribute, value in list(vars(module).items()):
             if attribute not in _OWN and not callable(value) and attribute not in _NOTES:
                 yield "attributes", f"{name}:{attribute}", value
@@ -183,13 +183,14 @@ class _Same:
 
 
 def changes_of(
-    state: TrainState, saved: Collection[str]
+    state: TrainState, saved: Collection[str], holders: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return what the run has changed in its model, by kind and name, and what cannot be saved.
 
     Args:
         state: State of the run.
         saved: Names in the model's ``state_dict``.
+        holders: What the state holds, by name: what is in there is no part of a function.
     """
     baseline: Baseline | None = state.baseline
     changes: dict[str, dict[str, Any]] = {}
@@ -206,7 +207,7 @@ def changes_of(
         else:
             unsaved.append(f"{name.replace(':', '.')} of the model")
     if baseline.functions:
-        held = numbers_in(baseline.functions, beside=state.all_holders())
+        held = numbers_in(baseline.functions, beside=holders)
         unsaved += [path for path, one in held.items() if baseline.numbers.get(path) != _mark(one)]
     if baseline.optimizers and not state.has_told:
         kept = _kept_by_optimizers(state)

@@ -442,15 +442,16 @@ def log_kept(saved: Contract | None, state: TrainState) -> None:
         saved: The contract of the checkpoint.
         state: The state, which was described before it was loaded.
     """
-    built = describe_state(state)
-    if saved is None:
+    now = _as_read(describe_state(state))
+    found = [] if saved is None else differences(saved, now)
+    found = [difference for difference in found if difference.group in ("groups", "schedule")]
+    if saved is None or not found:
         return
-    now = _as_read(built)
     _, schedule = schedule_facts(state.lr_scheduler)
     loaded: Contract = _as_read({"schedule": schedule, "groups": optimizer_facts(state.optimizer)})
     counts = {d.name: d for d in differences({**saved, **loaded}, now)}
-    for difference in differences(saved, now):
-        if difference.group in ("groups", "schedule") and difference.name in counts:
+    for difference in found:
+        if difference.name in counts:
             say(
                 f"{difference}; the checkpoint's {counts[difference.name].old} counts. "
                 "docs/resume.md shows how to change it."

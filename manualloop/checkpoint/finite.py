@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -25,17 +27,27 @@ HOW_TO_FIX = (
 def require_finite(state: TrainState, strategy: Strategy) -> None:
     """Refuse weights that a run has made NaN or infinite, or log them once where that is allowed.
 
-    Collective; waits for the device once.
-
     The gradient of an update may be NaN where its loss is finite. The next loss tells, and the last
-    update of a run has none.
+    update of a run has none. That the optimizer keeps such numbers is logged once, too: the square
+    of a large gradient overflows where the gradient does not, and stays in the average.
+
+    Collective; waits for the device once.
 
     Raises:
         NonFiniteError: Some are, and ``on_nonfinite`` is not ``"ignore"``.
     """
-    _tell_of_moments(state)
-    is_told = state.allows_nonfinite and state.has_told_spoilt
-    if is_told or not (spoilt := all_spoilt(state, strategy)):
+    weights = updated_weights(state)
+    moments = {} if state.has_told_moments else _moments(state, weights)
+    found = names_not_finite(weights | moments)
+    if of_moments := [name for name in found if name in moments]:
+        state.has_told_moments = True
+        say(
+            f"the state of {class_of(state.optimizer)} is not finite: {shown(of_moments)}. Such "
+            "weights may not move any more. A gradient was NaN, or too large for its square: "
+            "max_grad_norm=1.0 limits it."
+        )
+    spoilt = _on_any_rank(_spoilt(state, [name for name in found if name in weights]), strategy)
+    if not spoilt or (state.allows_nonfinite and state.has_told_spoilt):
         return
     if state.allows_nonfinite:
         state.has_told_spoilt = True
@@ -50,40 +62,36 @@ def require_finite(state: TrainState, strategy: Strategy) -> None:
     )
 
 
-def _tell_of_moments(state: TrainState) -> None:
-    """Log once that the optimizer keeps numbers that are not finite: some weights may never move.
-
-    The square of a large gradient overflows where the gradient does not, and stays in the average.
-    """
-    if state.has_told_moments:
-        return
-    names = {id(weight): name for name, weight in updated_weights(state).items()}
-    moments = {
+def _moments(state: TrainState, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors in the optimizer's state, each with the name of its weight."""
+    names = {id(weight): name for name, weight in weights.items()}
+    return {
         f"{key} of {names.get(id(weight), 'a weight')}": value
-        for optimizer in each(state.optimizer)
-        for weight, of_weight in unwrap_optimizer(optimizer).state.items()
+        for optimizer in map(unwrap_optimizer, each(state.optimizer))
+        for weight, of_weight in optimizer.state.items()
         for key, value in of_weight.items()
         if isinstance(value, Tensor)
     }
-    if found := names_not_finite(moments):
-        state.has_told_moments = True
-        say(
-            f"the state of {class_of(state.optimizer)} is not finite: {shown(found)}. Such weights "
-            "may not move any more. A gradient was NaN, or too large for its square: "
-            "max_grad_norm=1.0 limits it."
-        )
 
 
 def all_spoilt(state: TrainState, strategy: Strategy) -> list[str]:
     """Name the weights that a run has made NaN or infinite on any rank. Collective."""
-    found = strategy.gather(names_spoilt(state))
-    return list(dict.fromkeys(name for of_rank in found for name in of_rank))
+    return _on_any_rank(names_spoilt(state), strategy)
 
 
 def names_spoilt(state: TrainState) -> list[str]:
     """Name the weights of the optimizer that the run has made NaN or infinite."""
+    return _spoilt(state, names_not_finite(updated_weights(state)))
+
+
+def _spoilt(state: TrainState, names: list[str]) -> list[str]:
+    """Leave out the weights that were infinite before the run."""
     known = () if state.baseline is None else state.baseline.infinite
-    return [name for name in names_not_finite(updated_weights(state)) if name not in known]
+    return [name for name in names if name not in known]
+
+
+def _on_any_rank(names: list[str], strategy: Strategy) -> list[str]:
+    return list(dict.fromkeys(name for of_rank in strategy.gather(names) for name in of_rank))
 
 
 def names_infinite(state: TrainState) -> list[str]:

@@ -10,14 +10,14 @@ import stat
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
 
-from manualloop.checkpoint.files import sha256
+from manualloop.checkpoint.files import hold_lock, sha256
 from manualloop.checkpoint.manifest import FORMAT, MANIFEST, NAME, find_folders, manifest_bytes
 from manualloop.errors import CheckpointError, ConfigError, ManualLoopError
 
@@ -47,6 +47,25 @@ def local_folder(path: object, name: str = "checkpoint_dir") -> Path:
             f'them to one, such as {name}="runs/mrpc", and copy or mount that.'
         )
     return Path(os.path.expanduser(text)).absolute()  # `..` stays: it may follow a link
+
+
+@contextmanager
+def locked(directory: Path, *, again: bool = False) -> Iterator[None]:
+    """Keep other runs out of a directory, which is made if it does not exist, and sweep it.
+
+    Args:
+        directory: The directory.
+        again: Whether a holder of the lock in this process may enter again.
+
+    Raises:
+        CheckpointError: Another run holds the lock, or nothing can be written there.
+    """
+    with ExitStack() as stack:
+        with explain_disk(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold_lock(directory, again=again))
+            sweep(directory)
+        yield
 
 
 def write_folder(

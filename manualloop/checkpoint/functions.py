@@ -240,7 +240,7 @@ def _users_code(kind: type, method: str) -> list[FunctionType]:
 def _text(value: Any, search: _Search, depth: int, uses: _Uses, path: str = "") -> str:
     """Describe a value that a function uses: plain data by itself, other objects by their class."""
     value = _unwrapped(value)
-    if is_clock(value):
+    if isinstance(value, int | float) and is_clock(value):
         return "a time"
     if (text := _plain_text(value)) is not None:
         return text

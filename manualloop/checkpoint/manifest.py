@@ -11,19 +11,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from manualloop.checkpoint.files import MAX_JSON_BYTES, read_regular, require_regular, sha256
-from manualloop.checkpoint.nested import from_json, parse_json
+from manualloop.checkpoint.files import MAX_JSON_BYTES, parse_json, read_regular, verify_folder
+from manualloop.checkpoint.nested import from_json
 from manualloop.checkpoint.schema import MANIFEST as FIELDS
 from manualloop.checkpoint.trainers import refuse_trainers
 from manualloop.errors import CheckpointError
 from manualloop.notices import warn
-
-_T = TypeVar("_T")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -158,56 +156,6 @@ def _is_name(name: str) -> bool:
     return is_base and name.isprintable() and name not in ("", ".", "..", MANIFEST)
 
 
-def verify_folder(folder: Path, manifest: dict[str, Any], *, hashes: bool = True) -> None:
-    """Compare every file with the size in the manifest, and with its sha256.
-
-    Args:
-        folder: The folder of a checkpoint.
-        manifest: The content of its manifest.
-        hashes: Whether the sha256 is compared, which reads every file.
-
-    Raises:
-        CheckpointError: A file is missing, or not the one that was written; or there is more than
-            this machine has memory.
-    """
-    checks = [_verify_size, _verify_hash] if hashes else [_verify_size]
-    for check in checks:
-        for name, expected in manifest["files"].items():
-            try:
-                check(folder / name, expected)
-            except CheckpointError:
-                raise
-            except FileNotFoundError as error:
-                raise CheckpointError(f"{name} is missing") from error
-            except OSError as error:  # a bad sector, say: an older checkpoint may be whole
-                raise CheckpointError(f"{name} cannot be read: {error}") from error
-        _require_memory(manifest["files"])
-
-
-def _verify_size(path: Path, expected: dict[str, Any]) -> None:
-    found = require_regular(path)
-    if found.st_size != expected["size"]:
-        raise CheckpointError(f"{path.name} has {found.st_size} bytes, not {expected['size']}")
-
-
-def _verify_hash(path: Path, expected: dict[str, Any]) -> None:
-    if sha256(path) != expected["sha256"]:
-        raise CheckpointError(f"{path.name} is damaged: its sha256 is another")
-
-
-def _require_memory(files: Mapping[str, Any]) -> None:
-    """Refuse files that are larger than the memory of this machine, before they are read."""
-    size = sum(file["size"] for name, file in files.items() if not name.startswith("shard-"))
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return  # unknown on this system
-    if 0 < memory < size:
-        raise CheckpointError(
-            f"its files have {size / 1e9:.0f} GB, and this machine {memory / 1e9:.0f} GB of memory"
-        )
-
-
 def list_names(entries: Iterable[Found]) -> Iterator[str]:
     """Name folders with what is wrong with each: "step-00000007 (no manifest.json)"."""
     for entry in entries:
@@ -236,19 +184,23 @@ def find(directory: Path, which: str | os.PathLike[str], *, verify: bool) -> Fou
         path = Path(which)
         if not path.is_dir():
             path = directory / which
-            explain(path, _require_own, path)
+            with naming(path):
+                _require_own(path)
         refuse_trainers(path)
-        found = Found(path, explain(path, read_manifest, path))
-    explain(found.path, verify_folder, found.path, found.manifest, hashes=verify)
+        with naming(path):
+            found = Found(path, read_manifest(path))
+    with naming(found.path):
+        verify_folder(found.path, found.manifest or {}, hashes=verify)
     return found
 
 
-def explain(path: Path, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-    """Call a function, and name the checkpoint in what it raises."""
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a checkpoint in the errors of a block."""
     try:
-        return function(*args, **kwargs)
+        yield
     except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
+        raise CheckpointError(f"{path} cannot be used: {error}") from error.__cause__
 
 
 def find_last(directory: Path, *, verify: bool = True) -> Found | None:

@@ -9,17 +9,17 @@ with its tag: ``["tuple", 1, 2]``.
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from manualloop.batches import Kept
+from manualloop.checkpoint.files import TOO_LARGE
 from manualloop.errors import CheckpointError
 
 
@@ -42,7 +42,7 @@ def take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """
     if value is None or isinstance(value, bool | str):
         return value
-    if type(value) is int and abs(value) < _TOO_LARGE:
+    if type(value) is int and abs(value) < TOO_LARGE:
         return value
     if type(value) is float:
         return value if math.isfinite(value) else ["float", repr(value)]
@@ -194,8 +194,6 @@ _DTYPES = {
 }
 
 
-_TOO_LARGE = 2**1000  # larger whole numbers are no float; comparing them with one would fail
-
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _TAGS = ("float", "list", "str")
 
@@ -233,28 +231,3 @@ def from_json(value: Any) -> Any:
             return _NON_FINITE.get(items[0], items[0]) if tag == "float" else items[0]
         return [from_json(item) for item in (items if tag == "list" else value)]
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
-
-
-def parse_json(data: bytes) -> Any:
-    """Parse JSON, without what Python's parser takes beyond it: NaN, and numbers beyond a float.
-
-    Raises:
-        ValueError: It is not JSON.
-    """
-    return json.loads(data, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
-
-
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name:.20} in JSON")
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        _refuse(text)
-    return value
-
-
-def _whole(text: str) -> int:
-    if abs(value := int(text)) >= _TOO_LARGE:
-        _refuse(text)
-    return value

@@ -158,6 +158,15 @@ def is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")  # of a DTensor, without the import
 
 
+def take_shards(groups: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Remove the tensors that are sharded over the ranks from groups of tensors; return them."""
+    shards = {}
+    for stem in ("model", "optimizer"):
+        for name in [name for name, value in groups[stem].items() if is_shard(value)]:
+            shards[f"{stem}/{name}"] = groups[stem].pop(name)
+    return shards
+
+
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the shards of this rank. Call on every rank."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter

@@ -1,77 +1,40 @@
-"""Turn a training state into tensors and JSON, and load them into a state built like it."""
+"""Take a training state apart into tensors and JSON, and write them as the files of a folder."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
-from manualloop.checkpoint.changes import changes_of, restore_changes
-from manualloop.checkpoint.files import MAX_JSON_BYTES, read_regular
-from manualloop.checkpoint.nested import UNREADABLE, parse_json, put_together, take_apart
+from manualloop.checkpoint.changes import changes_of
+from manualloop.checkpoint.nested import take_apart
 from manualloop.checkpoint.parts import (
-    BASE,
     PREFIX,
+    AdaptedModel,
     ShardedModel,
     ShardedOptimizer,
-    is_shard,
-    read_shards,
     saved_part,
+    take_shards,
 )
-from manualloop.checkpoint.pretrained import save_pretrained, saved_names
-from manualloop.checkpoint.schema import (
-    anything,
-    by_name,
-    check_like,
-    check_state,
-    fields,
-    items,
-    maybe,
-    text,
-    whole,
-)
-from manualloop.checkpoint.tensors import (
-    Aliases,
-    describe,
-    find_aliases,
-    find_strides,
-    load_tensors,
-    require_places,
-    save_tensors,
-    with_stride,
-)
+from manualloop.checkpoint.pretrained import save_pretrained
+from manualloop.checkpoint.tensors import pack, require_places, save_tensors
 from manualloop.errors import CheckpointError
 from manualloop.models import is_sharded, tied_names, unwrap_model
-from manualloop.optimizers.loading import load_together
-from manualloop.optimizers.states import OptimizerStates
-from manualloop.optimizers.together import Schedules, class_of, each
-from manualloop.randomness import (
-    generator_states,
-    get_random_state,
-    restore_generators,
-    set_random_state,
-)
-from manualloop.schedules import follow_functions
-from manualloop.state import Progress, TrainState, differences
+from manualloop.optimizers.together import class_of, each
+from manualloop.randomness import generator_states, get_random_state
+from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
-from manualloop.tasks.names import load_names
 
-_STATE = "state.json"
-_STEMS = ("model", "optimizer", "extras", "rng")
-_TRAINED = "trained"
+STATE = "state.json"
+STEMS = ("model", "optimizer", "extras", "rng")
+TRAINED = "trained"
 """Stem of the trained weights, where those of the model are the scored ones."""
-_ALIASES = fields(dict.fromkeys(_STEMS, by_name(text)), {_TRAINED: by_name(text)})
-_CONTAINER = fields(
-    {"aliases": _ALIASES, "model": by_name(anything)},
-    {"shards": items(text), "strides": by_name(by_name(items(whole())))},
-)
-_NUM_NAMED = 5
 
 
 class Snapshot(NamedTuple):
@@ -79,8 +42,10 @@ class Snapshot(NamedTuple):
 
     Attributes:
         tensors: Tensors by name, for each file. No tensor is listed twice.
+        num_bytes: Size of all of them on this rank.
         state: Everything else, as JSON.
         model: The model, whose config is saved beside its weights.
+        is_whole: Whether the weights are all of the model: no frozen base is left out.
         shards: Tensors that are sharded over the ranks: see ``manualloop.checkpoint.parts``.
         unsaved: What changes in the run and cannot be saved.
         tokenizer: Tokenizer that is saved beside the weights; None for none.
@@ -88,8 +53,10 @@ class Snapshot(NamedTuple):
     """
 
     tensors: dict[str, dict[str, Tensor]]
+    num_bytes: int
     state: dict[str, Any]
     model: nn.Module
+    is_whole: bool
     shards: dict[str, Tensor]
     unsaved: list[str]
     tokenizer: Any
@@ -97,14 +64,17 @@ class Snapshot(NamedTuple):
 
     def write(self, folder: Path) -> Iterator[Path]:
         """Write the files and yield each one that is complete, including existing shards."""
-        yield from sorted(folder.glob(f"{PREFIX}*"))
-        for stem, tensors in self.tensors.items():
-            yield from save_tensors(tensors, folder, stem)
         own, aliases = self.tensors["model"], self.state["aliases"]["model"]
         weights = own | {name: own[other] for name, other in aliases.items() if other in own}
-        of_model = self.model, weights, self.tokenizer, self.class_names
-        yield from save_pretrained(*of_model, folder)
-        path = folder / _STATE
+        names, is_whole = self.class_names, self.is_whole
+        return chain(
+            sorted(folder.glob(f"{PREFIX}*")),
+            *(save_tensors(tensors, folder, stem) for stem, tensors in self.tensors.items()),
+            save_pretrained(self.model, weights, self.tokenizer, names, folder, is_whole=is_whole),
+            self._write_state(folder / STATE),
+        )
+
+    def _write_state(self, path: Path) -> Iterator[Path]:
         path.write_text(json.dumps(self.state, allow_nan=False))
         yield path
 
@@ -120,15 +90,16 @@ def take_state_apart(
     Call on every rank. The weights that ``scored`` returns are saved as the model's, and those of
     the state beside them where they differ.
     """
-    model = unwrap_model(state.model, adapters=False)
-    values = {name: _state_of(name, part) for name, part in _parts(state, strategy).items()}
+    model, holders = unwrap_model(state.model, adapters=False), state.all_holders()
+    parts = parts_of(state, strategy)
+    values = {name: _state_of(name, part) for name, part in parts.items()}
     weights = values.pop("model")
-    tensors: dict[str, dict[str, Tensor]] = {stem: {} for stem in _STEMS}
+    tensors: dict[str, dict[str, Tensor]] = {stem: {} for stem in STEMS}
     tensors["model"] = {k: v.detach() for k, v in weights.items() if isinstance(v, Tensor)}
     if scored is not None:
-        tensors["model"], tensors[_TRAINED] = _beside(scored(), tensors["model"])
+        tensors["model"], tensors[TRAINED] = _beside(scored(), tensors["model"])
     more = {key: value for key, value in weights.items() if key not in tensors["model"]}
-    changes, unsaved = changes_of(state, weights.keys())
+    changes, unsaved = changes_of(state, weights.keys(), holders)
     values |= {
         "model": more,
         "changes": changes,
@@ -136,16 +107,7 @@ def take_state_apart(
         "progress": asdict(state.progress),
         "run": dict(run),
     }
-    own: dict[str, Any] = {
-        "position": state.place(),
-        "max_batch_rows": state.max_batch_rows,
-        "weighs_equally": state.weighs_equally,
-    }
-    # Last: what was asked above may still have drawn, as a sampler does at the end of its pass.
-    own["rng"] = get_random_state()
-    waiting = {path: saved for path, saved in (state.generators or {}).items() if saved is not None}
-    own["generators"] = waiting | generator_states(**state.all_holders())
-    of_main, *of_others = strategy.gather(own)
+    of_main, *of_others = strategy.gather(_of_this_rank(state, holders))
     values |= of_main
     if of_others:
         values["ranks"] = of_others
@@ -154,16 +116,34 @@ def take_state_apart(
         name: take_apart(value, name, tensors[stem_of.get(name, "extras")])
         for name, value in values.items()
     }
-    shards = _take_shards(tensors)
-    apart["shards"] = sorted(shards)
-    apart["aliases"], apart["strides"] = {}, {}
-    for stem, group in tensors.items():
-        if stem not in ("model", _TRAINED):  # a model keeps the strides of its own weights
-            apart["strides"][stem] = find_strides(group)
-        aliases = find_aliases(group, tied_names(model) if stem in ("model", _TRAINED) else ())
-        apart["aliases"][stem] = aliases
-        tensors[stem] = {name: value for name, value in group.items() if name not in aliases}
-    return Snapshot(tensors, apart, model, shards, unsaved, state.tokenizer, state.class_names)
+    shards = take_shards(tensors)
+    packed = pack(tensors, tied_names(model), models=("model", TRAINED))
+    apart |= {"shards": sorted(shards), "aliases": packed.aliases, "strides": packed.strides}
+    return Snapshot(
+        packed.groups,
+        packed.num_bytes + sum(shard.nbytes for shard in shards.values()),
+        apart,
+        model,
+        not isinstance(parts["model"], AdaptedModel) and not hasattr(model, "peft_config"),
+        shards,
+        unsaved,
+        state.tokenizer,
+        state.class_names,
+    )
+
+
+def _of_this_rank(state: TrainState, holders: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what every rank has of its own: its place in the data, and its random states."""
+    own: dict[str, Any] = {
+        "position": state.place(),
+        "max_batch_rows": state.max_batch_rows,
+        "weighs_equally": state.weighs_equally,
+    }
+    waiting = {path: saved for path, saved in (state.generators or {}).items() if saved is not None}
+    # Last: what was asked above may still have drawn, as a sampler does at the end of its pass.
+    own["rng"] = get_random_state()
+    own["generators"] = waiting | generator_states(**holders)
+    return own
 
 
 def rehearse(state: TrainState, strategy: Strategy, run: Mapping[str, Any]) -> None:
@@ -209,16 +189,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _take_shards(tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Remove the tensors that are sharded over the ranks from groups of tensors; return them."""
-    shards = {}
-    for stem in ("model", "optimizer"):
-        for name in [name for name, value in tensors[stem].items() if is_shard(value)]:
-            shards[f"{stem}/{name}"] = tensors[stem].pop(name)
-    return shards
-
-
-def _parts(state: TrainState, strategy: Strategy) -> dict[str, Any]:
+def parts_of(state: TrainState, strategy: Strategy) -> dict[str, Any]:
     """Return what is saved by its own ``state_dict``."""
     parts = state.parts()
     if is_sharded(state.model):
@@ -227,273 +198,3 @@ def _parts(state: TrainState, strategy: Strategy) -> dict[str, Any]:
     else:
         parts["model"] = saved_part(state.model)
     return parts | {"strategy": strategy}
-
-
-class Saved(NamedTuple):
-    """What a folder holds, read and put together.
-
-    Attributes:
-        values: State of each part, by name.
-        run: What was saved beside the state.
-        aliases: Aliases among the model's tensors.
-    """
-
-    values: dict[str, Any]
-    run: dict[str, Any]
-    aliases: Aliases
-
-
-def read_snapshot(
-    folder: Path, manifest: Mapping[str, Any], state: TrainState, strategy: Strategy
-) -> Saved:
-    """Read the files of a snapshot, and check everything in them that the library reads.
-
-    Args:
-        folder: Folder that holds the files.
-        manifest: Content of its manifest, which names the files that may be read.
-        state: The state, whose weights tell how tensors are sharded.
-        strategy: The strategy of the run.
-
-    Raises:
-        CheckpointError: A file is missing, or was not written by a checkpoint.
-    """
-    files = manifest["files"]
-    if _STATE not in files:
-        raise CheckpointError(f"{folder.name} has no {_STATE}.")
-    stems = [*_STEMS, _TRAINED] if any(name.startswith(_TRAINED) for name in files) else _STEMS
-    tensors = {stem: load_tensors(folder, stem, files) for stem in stems}
-    try:
-        saved = parse_json(read_regular(folder / _STATE, MAX_JSON_BYTES)[0])
-        _CONTAINER(saved, f"{_STATE}:")
-        aliases, strides = saved.pop("aliases"), saved.pop("strides", {})
-        if (names := saved.pop("shards", ())) or is_sharded(state.model):
-            for name, tensor in _read_shards(folder, files, names, state, strategy).items():
-                stem, _, own = name.partition("/")
-                tensors[stem][own] = tensor
-        for stem, group in tensors.items():
-            for name, stride in strides.get(stem, {}).items():
-                group[name] = with_stride(group[name], stride)
-            group |= {name: group[own] for name, own in aliases[stem].items()}
-        nested = tensors["optimizer"] | tensors["extras"] | tensors["rng"]
-        values = {name: put_together(value, nested) for name, value in saved.items()}
-        values["model"] |= tensors["model"] | tensors.get(_TRAINED, {})
-        values.setdefault("strategy", values.pop("scaler", {}))  # the name in older checkpoints
-        check_state(values, manifest["step"], f"{_STATE}:")
-        return Saved(values, values.pop("run"), aliases["model"])
-    except CheckpointError:
-        raise
-    except (*UNREADABLE, OSError, MemoryError) as error:
-        raise CheckpointError(f"{_STATE} cannot be read: {error!r:.200}.") from error
-
-
-def _read_shards(
-    folder: Path,
-    files: Mapping[str, Any],
-    names: Sequence[str],
-    state: TrainState,
-    strategy: Strategy,
-) -> dict[str, Tensor]:
-    here: dict[str, Tensor] = {}
-    if is_sharded(state.model):
-        parts = _parts(state, strategy)
-        nested: dict[str, Tensor] = {}
-        take_apart(parts["optimizer"].state_dict(), "optimizer", nested)
-        here = _take_shards({"model": parts["model"].state_dict(), "optimizer": nested})
-    if sorted(here) != list(names):
-        raise CheckpointError(
-            f"{len(names)} of its tensors were spread over ranks (FSDP), and {len(here)} of this "
-            "run's are, or others: resume with the model sharded as it was when it was saved"
-        )
-    unlisted = {path.name for path in folder.glob("*.safetensors")} - files.keys()
-    if unlisted:  # all of them would be read
-        raise CheckpointError(f"the manifest does not list {min(unlisted)}")
-    return read_shards(folder, here)
-
-
-def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
-    """Load a snapshot into a state, and into this process's random generators.
-
-    Raises:
-        CheckpointError: It does not fit. Nothing was loaded.
-    """
-    parts = _parts(state, strategy)
-    if differences := _differences(saved, state, parts):
-        more = len(differences) - _NUM_NAMED
-        raise CheckpointError(
-            "The checkpoint does not fit this run, and nothing was loaded:\n"
-            + "\n".join(f"- {difference}" for difference in differences[:_NUM_NAMED])
-            + (f"\n- and {more} more" if more > 0 else "")
-            + "\nBuild model, optimizer, lr_scheduler, extras and strategy as for the saved run."
-        )
-    _check_parts(saved, parts)
-    # Optimizers keep what was read for them.
-    load_together(parts, saved.values, CheckpointError, copies=False)
-    follow_functions(state.lr_scheduler)
-    restore_changes(state.model, saved.values.get("changes", {}))
-    state.progress = Progress(**saved.values["progress"])
-    of_ranks = [saved.values, *saved.values.get("ranks", ())]
-    is_known = strategy.rank < len(of_ranks)  # else there were fewer, and this one has no state
-    own = of_ranks[strategy.rank if is_known else 0]
-    state.position, state.reader = own["position"], None
-    state.max_batch_rows, state.has_failed = own["max_batch_rows"], None
-    state.weighs_equally = own.get("weighs_equally")  # 0.1.0 has none
-    saved_generators = own.get("generators", {}) if is_known else {}
-    state.holders = {}  # those of the run before: the next one may have others by these names
-    problems = restore_generators(saved_generators, **state.all_holders())
-    state.generators = {
-        path: value if path in problems else None for path, value in saved_generators.items()
-    }
-    if is_known:
-        set_random_state(own["rng"])
-
-
-def _check_parts(saved: Saved, parts: Mapping[str, Any]) -> None:
-    """Refuse states whose values are not of the kinds that the parts have now."""
-    for name, part in parts.items():
-        state = saved.values[name]
-        if isinstance(part, OptimizerStates):
-            continue  # their differences were found above
-        if not isinstance(state, Mapping):
-            raise CheckpointError(f"{name} is {state!r:.60} in the checkpoint, not a state")
-        if isinstance(part, LRScheduler):
-            _check_schedule(name, part, state)
-        elif isinstance(part, Schedules):
-            fields({"schedules": items(maybe(by_name(anything)))})(state, name)
-            if [own is None for own in part] != [one is None for one in state["schedules"]]:
-                raise CheckpointError(f"{name} is of other optimizers in the checkpoint")
-            for number, (own, one) in enumerate(zip(part, state["schedules"], strict=True)):
-                if own is not None:
-                    _check_schedule(f"{name}[{number}]", own, one)
-        elif name == "strategy":
-            check_like(state, part.state_dict(), name, strict=True)
-        elif isinstance(part, nn.Module) and name != "model":
-            _check_module(name, part.state_dict(), state)
-        if name == "model" or name.startswith("extras."):
-            check_like(state, part.state_dict(), name)
-
-
-def _check_module(name: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    ours, theirs = (
-        describe({key: value for key, value in state.items() if isinstance(value, Tensor)})
-        for state in (own, saved)
-    )
-    for key in dict.fromkeys((*own, *saved)):
-        if ours.get(key) != theirs.get(key) or (key in own) != (key in saved):
-            raise CheckpointError(
-                f"{name}.{key} is {theirs.get(key, 'missing or no tensor')} in the checkpoint, "
-                f"{ours.get(key, 'missing or no tensor')} here"
-            )
-
-
-def _check_schedule(name: str, part: LRScheduler, saved: Mapping[str, Any]) -> None:
-    own = part.state_dict()
-    for key in own.keys() - saved.keys():
-        # These come and go with the versions of torch.
-        if not key.startswith("_") and key != "verbose":
-            raise CheckpointError(f"{name}.{key} is missing in the checkpoint")
-    for key in saved.keys() - own.keys():
-        if hasattr(part, key):  # it would take the place of a method
-            raise CheckpointError(f"{name}.{key} is no state of a {type(part).__name__}")
-    inner = list(vars(part).get("_schedulers", ()))
-    for key in own.keys() & saved.keys():
-        path = f"{name}.{key}"
-        # Those of torch have lists of settings; one of the user's may keep a list that grows.
-        is_fixed = type(part).__module__.startswith("torch.") or key in _PER_GROUP
-        if key == "_schedulers" and len(inner) == len(own[key]):
-            items(by_name(anything))(saved[key], path)
-            if (number := len(saved[key])) != len(inner):
-                raise CheckpointError(f"{path} are {number} in the checkpoint, {len(inner)} here")
-            for number, one in enumerate(inner):
-                _check_schedule(f"{path}.{number}", one, saved[key][number])
-        else:
-            check_like(saved[key], own[key], path, strict=True, has_fixed_lists=is_fixed)
-
-
-_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "base_momentums", "max_momentums")
-
-
-_NO_PARTS = {
-    *("optimizer_class", "progress", "position", "max_batch_rows", "ranks", "rng", "generators"),
-    *("weighs_equally", "run", "changes"),
-}
-
-
-def load_weights(folder: Path, files: Mapping[str, Any], model: nn.Module) -> None:
-    """Load the weights of a snapshot into a model, and nothing else.
-
-    Raises:
-        CheckpointError: They do not fit. Nothing was loaded.
-        DataError: They were trained on the model's classes in another order.
-    """
-    part = saved_part(model)
-    try:
-        saved = parse_json(read_regular(folder / _STATE, MAX_JSON_BYTES)[0])
-        _CONTAINER(saved, f"{_STATE}:")
-        tensors, aliases = load_tensors(folder, "model", files), saved["aliases"]["model"]
-        values = put_together(saved["model"], {}) | tensors
-        values |= {name: tensors[own] for name, own in aliases.items()}
-        num_shards = len(saved.get("shards", ()))
-    except CheckpointError:
-        raise
-    except (*UNREADABLE, OSError, MemoryError) as error:
-        raise CheckpointError(f"{_STATE} cannot be read: {error!r:.200}.") from error
-    if num_shards or is_sharded(model):
-        raise CheckpointError(
-            f"{num_shards} of its tensors are spread over ranks (FSDP): load it into a TrainState "
-            "with the model sharded as it was when it was saved"
-        )
-    if differences := _weight_differences(values, aliases, part, model):
-        raise CheckpointError(
-            "its weights do not fit this model, and nothing was loaded:\n- "
-            + "\n- ".join(differences[:_NUM_NAMED])
-        )
-    if (names := saved_names(model, folder, files)) is not None:
-        load_names(model, names, str(folder))
-    load_together({"model": part}, {"model": values}, CheckpointError)
-
-
-def _weight_differences(
-    values: Mapping[str, Any], aliases: Aliases, part: Any, model: nn.Module
-) -> list[str]:
-    found = []
-    own_state = part.state_dict()
-    if own_state.get(BASE) != values.get(BASE):
-        found.append("model: its frozen weights are not those that it was trained with")
-    weights = {key: v for key, v in own_state.items() if isinstance(v, Tensor)}
-    ours = describe(weights)
-    theirs = describe({key: v for key, v in values.items() if isinstance(v, Tensor)})
-    found += [
-        f"model: {key} is {theirs.get(key, 'missing')} in the checkpoint, "
-        f"{ours.get(key, 'missing')} here"
-        for key in dict.fromkeys((*theirs, *ours))
-        if ours.get(key) != theirs.get(key)
-    ]
-    whole = {key: weight for key, weight in weights.items() if not is_shard(weight)}
-    own_aliases = find_aliases(whole, tied_names(model))
-    found += [
-        f"model: {key} is {'tied' if key in aliases else 'not tied'} to another weight in "
-        "the checkpoint, and here it is otherwise"
-        for key in sorted(set(own_aliases) ^ set(aliases))
-        if key in ours and key in theirs
-    ]
-    return found
-
-
-def _differences(saved: Saved, state: TrainState, parts: Mapping[str, Any]) -> list[str]:
-    values = saved.values
-    found = [
-        f"{name} is in the {'run' if name in parts else 'checkpoint'} only"
-        for name in sorted(set(parts) ^ (set(values) - _NO_PARTS))
-    ]
-    if bool(values["strategy"]) != (has_state := bool(parts["strategy"].state_dict())):
-        found.append(
-            f"strategy: the {type(parts['strategy']).__name__} of this run has "
-            f"{'a state, such as a loss scale,' if has_state else 'no state'} and the one of the "
-            f"checkpoint has {'none' if has_state else 'one, such as the loss scale of fp16'}"
-        )
-    found += _weight_differences(values["model"], saved.aliases, parts["model"], state.model)
-    own_class = class_of(state.optimizer)
-    if (saved_class := values["optimizer_class"]) != own_class:
-        found.append(f"optimizer: {saved_class} in the checkpoint, {own_class} here")
-    # Their names are those of the weights, which come first.
-    return found or differences(dict(parts), values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,41 @@ def find_aliases(tensors: Mapping[str, Tensor], tied: Collection[str] = ()) -> A
         if own.setdefault(place, name) != name:
             aliases[name] = own[place]
     return aliases
+
+
+class Packed(NamedTuple):
+    """Groups of tensors as they go into files.
+
+    Attributes:
+        groups: Tensors by name, for each file. No tensor is listed twice.
+        aliases: Other names of these tensors, for each file.
+        strides: Strides of those that do not lie in the order of their axes, for each file.
+        num_bytes: Size of all of them.
+    """
+
+    groups: dict[str, dict[str, Tensor]]
+    aliases: dict[str, Aliases]
+    strides: dict[str, dict[str, list[int]]]
+    num_bytes: int
+
+
+def pack(
+    groups: Mapping[str, Mapping[str, Tensor]], tied: Collection[str], models: Collection[str]
+) -> Packed:
+    """Prepare groups of tensors for files: each tensor once, and how it lies in memory.
+
+    Args:
+        groups: Tensors by name, for each file.
+        tied: Names that a model derives from others when it is loaded.
+        models: Names of the groups that are a model's, which keeps the strides of its own weights.
+    """
+    packed, aliases, strides = {}, {}, {}
+    for stem, group in groups.items():
+        aliases[stem] = find_aliases(group, tied if stem in models else ())
+        strides |= {} if stem in models else {stem: find_strides(group)}
+        packed[stem] = {name: one for name, one in group.items() if name not in aliases[stem]}
+    size = sum(one.nbytes for group in packed.values() for one in group.values() if _has_place(one))
+    return Packed(packed, aliases, strides, size)
 
 
 def find_strides(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -223,11 +259,12 @@ def _is_part(name: str, stem: str) -> bool:
     )
 
 
-def describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return dtype and shape of each tensor as text: ``float32 (2, 3)``."""
+def describe(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return dtype and shape of each tensor among some values: ``float32 (2, 3)``."""
     return {
         name: f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-        for name, tensor in tensors.items()
+        for name, tensor in values.items()
+        if isinstance(tensor, Tensor)
     }
 
 

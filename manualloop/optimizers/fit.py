@@ -43,7 +43,8 @@ def _differences(optimizer: Any, names: Mapping[str, Tensor], saved: Any) -> Ite
         if sizes != list(map(len, own)):
             yield f"groups of {sizes} parameters in the checkpoint, of {list(map(len, own))} here"
             return
-    read = read_state(saved, own, names)
+    read, parameters = read_state(saved, own, names), by_name(optimizer, own)
+    is_in_own_form, inner = not is_numbered(optimizer.state_dict(), own), inner_of(optimizer)
     for part in ("others", "more"):
         if not isinstance(getattr(read, part), Mapping):
             raise TypeError(f"{part} is a {type(getattr(read, part)).__name__}")
@@ -51,10 +52,9 @@ def _differences(optimizer: Any, names: Mapping[str, Tensor], saved: Any) -> Ite
         yield f"{read.kind} in the checkpoint, {kind} here"
         return
     yield from _other_names(read, own)
-    if (read.in_own_form is None) != is_numbered(optimizer.state_dict(), own):
+    if (read.in_own_form is not None) != is_in_own_form:
         yield "its saved state has another form"
         return
-    parameters = by_name(optimizer, own)
     for name, was in read.parameters.items():
         here = parameters.get(name)
         if here is not None and (was.shape, was.dtype) != (tuple(here.shape), here.dtype):
@@ -63,7 +63,7 @@ def _differences(optimizer: Any, names: Mapping[str, Tensor], saved: Any) -> Ite
                 f"{tuple(here.shape)} here"
             )
     if read.in_own_form is None:
-        yield from _misfits(read, optimizer, parameters)
+        yield from _misfits(read, inner, parameters)
 
 
 def _other_names(read: Saved, own: Names) -> Iterator[str]:
@@ -113,12 +113,11 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _misfits(read: Saved, optimizer: Any, parameters: Mapping[str, Tensor]) -> Iterator[str]:
+def _misfits(read: Saved, inner: Any, parameters: Mapping[str, Tensor]) -> Iterator[str]:
     """Name the options and tensors that this optimizer cannot compute with.
 
     What kernels of torch take is known; what other optimizers keep is not.
     """
-    inner = inner_of(optimizer)
     kind = _torch_kind(inner)
     for number, (saved, group) in enumerate(zip(read.options, inner.param_groups, strict=False)):
         for name in [name for name in saved if name in group and name not in KERNELS]:

@@ -12,7 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from manualloop.notices import say
-from manualloop.randomness import find_generators, generator_states, restore_generators
+from manualloop.randomness import (
+    find_generators,
+    generator_states,
+    restore_generators,
+    states_of,
+)
 
 
 def order_states(loader: Any, *, rows: bool = True) -> dict[str, Any]:
@@ -58,7 +63,7 @@ class RowGenerators:
         self._num_looks += 1
         if self._num_looks & (self._num_looks - 1) == 0:
             self._found = find_generators(**self._owners)
-        return generator_states(**self._found)
+        return states_of(self._found)
 
     def restore(self, states: Mapping[str, Any]) -> None:
         """Put back what ``states`` returned, perhaps in another process."""

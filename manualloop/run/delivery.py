@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from manualloop.arguments import problem_of_call
-from manualloop.checkpoint.files import read_regular
-from manualloop.checkpoint.nested import parse_json
+from manualloop.checkpoint.files import read_json
 from manualloop.errors import CheckpointError, ConfigError, ManualLoopError
 from manualloop.notices import say
 from manualloop.types import Record, TrackedRun, Tracker
@@ -244,7 +243,7 @@ class Delivery:
 def _read(directory: Path) -> Notes | None:
     """Return the notes of a run; None if there are none, or if the folder is a copy of another."""
     try:
-        content = parse_json(read_regular(directory / TRACKING, _MAX_BYTES)[0])
+        content = read_json(directory / TRACKING, _MAX_BYTES)
         notes = Notes(str(content["id"]), content["directory"], content["delivered"])
         if not all(type(number) is int and number >= 0 for number in notes.delivered.values()):
             raise ValueError("a position is no number")
@@ -255,7 +254,7 @@ def _read(directory: Path) -> Notes | None:
         return None
     if notes.directory != str(directory):
         with suppress(Exception):  # the other may be gone, or unreadable
-            other = parse_json(read_regular(Path(notes.directory) / TRACKING, _MAX_BYTES)[0])
+            other = read_json(Path(notes.directory) / TRACKING, _MAX_BYTES)
             if other["id"] == notes.id:
                 return None  # which still exists
     return notes._replace(directory=str(directory))

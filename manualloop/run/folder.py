@@ -14,11 +14,11 @@ from torch import Tensor
 from manualloop.arguments import is_count
 from manualloop.checkpoint.api import put_found, read_found, write_checkpoint
 from manualloop.checkpoint.contract import Contract, check_contract, check_finished
-from manualloop.checkpoint.folders import explain_disk, free_bytes, local_folder, sweep
-from manualloop.checkpoint.lock import hold_lock
+from manualloop.checkpoint.folders import explain_disk, free_bytes, local_folder, locked
 from manualloop.checkpoint.manifest import Found, find_best, find_folders, find_last
 from manualloop.checkpoint.parts import saved_part
-from manualloop.checkpoint.snapshot import Saved, rehearse
+from manualloop.checkpoint.restore import Saved
+from manualloop.checkpoint.snapshot import rehearse
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.models import is_sharded
 from manualloop.notices import say, warn
@@ -296,10 +296,8 @@ def open_run_folder(
     with ExitStack() as stack:
 
         def enter() -> None:
+            stack.enter_context(locked(directory))
             with explain_disk(directory):
-                directory.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(hold_lock(directory))
-                sweep(directory)
                 _probe(directory)
 
         on_main(strategy, enter)

@@ -22,8 +22,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from manualloop.checkpoint.files import open_regular, require_regular
-from manualloop.checkpoint.nested import as_json, from_json, parse_json
+from manualloop.checkpoint.files import open_regular, parse_json, require_regular
+from manualloop.checkpoint.nested import as_json, from_json
 from manualloop.errors import CheckpointError
 from manualloop.notices import say
 from manualloop.times import Times

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from manualloop.checkpoint.files import verify_folder
 from manualloop.checkpoint.folders import remove_folder, sweep, write_folder
 from manualloop.checkpoint.manifest import (
     find_folders,
     list_names,
     manifest_bytes,
     read_manifest,
-    verify_folder,
 )
 from manualloop.errors import CheckpointError
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from manualloop import CheckpointError, prepare_scheduler
+from manualloop.checkpoint.files import parse_json
 from manualloop.checkpoint.nested import (
     as_json,
     from_json,
-    parse_json,
     put_together,
     take_apart,
 )

@@ -26,7 +26,8 @@ from manualloop import (
     save_checkpoint,
     train_loop,
 )
-from manualloop.checkpoint.manifest import find_folders, read_manifest, verify_folder
+from manualloop.checkpoint.files import verify_folder
+from manualloop.checkpoint.manifest import find_folders, read_manifest
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 

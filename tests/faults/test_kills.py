@@ -10,7 +10,8 @@ import pytest
 from injections import POINTS, Gate, KillAt
 
 import manualloop
-from manualloop.checkpoint.manifest import find_best, find_folders, find_last, verify_folder
+from manualloop.checkpoint.files import verify_folder
+from manualloop.checkpoint.manifest import find_best, find_folders, find_last
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from manualloop import CheckpointError
-from manualloop.checkpoint.lock import LOCK, hold_lock
+from manualloop.checkpoint.files import LOCK, hold_lock
 from manualloop.run.history_file import HISTORY, HistoryFile, read_history
 
 FORK = multiprocessing.get_context("fork")
