@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import manualloop.run.delivery as delivery
 import manualloop.steps as training
 import manualloop.update as update
 from manualloop.arguments import check_arguments
@@ -35,6 +34,7 @@ from manualloop.models import (
     model_name,
     unwrap_model,
 )
+from manualloop.run.delivery import send_nothing
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.launch import num_launched
@@ -429,10 +429,10 @@ def _write_trace(function: Any, directory: Path, at: int | None, path: Path) -> 
             os.kill(os.getpid(), signal.SIGTERM)
 
     vars(training)["group"] = group_and_note  # this process trains and ends
-    vars(delivery)["IS_ON"] = False
+    send_nothing(directory)
     try:
         result = train_fn(checkpoint_dir=directory, on_step=on_step)
-        if not steps or not directory.exists():
+        if not steps or not list(directory.rglob("step-*")):
             raise ConfigError(
                 "train_fn has not passed its options on: def train_fn(**options): ... return "
                 "train_loop(..., **options)."

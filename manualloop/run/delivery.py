@@ -6,7 +6,9 @@ to the records of the checkpoint says so by ``is_live``, and gets each record wh
 Every other one gets a record when a checkpoint knows it.
 
 Where a tracker stands is asked of the tracker: ``open_run`` returns how many records its backend
-has. Of a function without ``open_run`` it is noted in ``tracking.json``, after each record.
+has. Of a function without ``open_run`` it is noted after each record, in a journal that no kill can
+take back. The journal is not forced to disk, which would take longer than the record. Where a
+delivery ends, ``tracking.json`` takes its place, and is.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,24 +27,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from manualloop.arguments import problem_of_call
-from manualloop.checkpoint.files import read_json
+from manualloop.checkpoint.files import open_regular, parse_json, read_json, read_regular
 from manualloop.errors import CheckpointError, ConfigError, ManualLoopError
 from manualloop.notices import say
 from manualloop.types import Record, TrackedRun, Tracker
 
 TRACKING = "tracking.json"
-_MAX_BYTES = 1 << 20
+_JOURNAL = ".tracking.journal"
+_MAX_BYTES, _MAX_JOURNAL = 1 << 20, 1 << 30
 _SECONDS_BETWEEN_TRIES = 60.0
-
-IS_ON = True
-"""Whether runs of this process send records: a rehearsal such as ``verify_resume`` sends none."""
 
 
 class Notes(NamedTuple):
     """The content of ``tracking.json``.
 
     Attributes:
-        id: The id of the run.
+        id: The id of the run; empty where runs send no records.
         directory: The folder it was written in, by which a copy of it is told.
         delivered: Number of records that each tracker has, by its name.
     """
@@ -86,11 +86,12 @@ class Delivery:
     """
 
     def __init__(self, trackers: Sequence[Tracker], directory: Path | None) -> None:
-        trackers = trackers if IS_ON else ()
         names = _names_of(trackers)
         self._receivers = [_Receiver(*pair) for pair in zip(trackers, names, strict=True)]
         self._directory = directory
         self._notes = Notes(secrets.token_hex(8), str(directory), {})
+        self._settled: dict[str, int] = {}  # what is in the notes on the disk
+        self._journal: int | None = None  # its descriptor, while there is something in it
         self._is_told = False  # that the notes cannot be written
 
     def open(self, records: list[Record], config: dict[str, Any], *, is_finished: bool) -> None:
@@ -109,7 +110,10 @@ class Delivery:
             return
         if self._directory is not None:
             self._notes = _read(self._directory) or self._notes
-            self._write()
+            if not self._notes.id:
+                self._receivers = []
+                return
+            self._write()  # before a tracker knows the id
         name = None if self._directory is None else self._directory.name
         run = TrackedRun(self._notes.id, name, records, config)
         for receiver in self._receivers:
@@ -158,6 +162,7 @@ class Delivery:
             is_due = is_last or time.monotonic() >= receiver.next_try
             if receiver.is_open and receiver.position < end and is_due:
                 self._send(receiver, records, end)
+        self._settle()
 
     def _send(self, receiver: _Receiver, records: list[Record], end: int) -> None:
         while receiver.position < end:
@@ -176,7 +181,7 @@ class Delivery:
                 return
             receiver.position += 1
             if receiver.is_noted:
-                self._note(receiver, receiver.position)
+                self._jot(receiver)
         if receiver.error is not None:
             say(f"{receiver.name} has taken the records that it had refused.")
             receiver.error = None
@@ -204,8 +209,9 @@ class Delivery:
                 receiver.error = error
             if receiver.position < (end := num_complete if receiver.is_live else num_known):
                 self._tell_missing(receiver, end - receiver.position, end, records)
-            if self._directory is not None and (receiver.is_noted or receiver.error is None):
-                self._note(receiver, min(receiver.position, num_known))
+            if receiver.is_noted or receiver.error is None:
+                self._notes.delivered[receiver.name] = min(receiver.position, num_known)
+        self._settle()
 
     def _tell_missing(
         self, receiver: _Receiver, num_missing: int, end: int, records: list[Record]
@@ -218,13 +224,25 @@ class Delivery:
             line += f" They are in {self._directory}, and the same command sends them."
         say(line)
 
-    def _note(self, receiver: _Receiver, position: int) -> None:
-        if self._notes.delivered.get(receiver.name) != position:
-            self._notes.delivered[receiver.name] = position
+    def _jot(self, receiver: _Receiver) -> None:
+        """Note where a tracker is, so that it is known if the process is killed now."""
+        assert self._directory is not None
+        self._notes.delivered[receiver.name] = receiver.position
+        path = self._directory / _JOURNAL
+        try:
+            if self._journal is None:
+                self._journal = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.write(self._journal, json.dumps({receiver.name: receiver.position}).encode() + b"\n")
+        except OSError as error:
+            self._tell_unwritten(path, error)
+
+    def _settle(self) -> None:
+        """Write the notes if a tracker has got something since they were written."""
+        if self._directory is not None and self._notes.delivered != self._settled:
             self._write()
 
     def _write(self) -> None:
-        """Write the notes, whole or not at all."""
+        """Write the notes, whole or not at all, in place of the journal."""
         assert self._directory is not None
         path = self._directory / TRACKING
         aside = path.with_name(f".{TRACKING}.tmp")
@@ -234,10 +252,19 @@ class Delivery:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
+            path.with_name(_JOURNAL).unlink(missing_ok=True)
+            self._settled = dict(self._notes.delivered)
         except OSError as error:
-            if not self._is_told:
-                say(f"{path} cannot be written ({error}): trackers may get records twice.")
-            self._is_told = True
+            self._tell_unwritten(path, error)
+        finally:
+            if self._journal is not None:
+                os.close(self._journal)
+            self._journal = None
+
+    def _tell_unwritten(self, path: Path, error: OSError) -> None:
+        if not self._is_told:
+            say(f"{path} cannot be written ({error}): trackers may get records twice.")
+        self._is_told = True
 
 
 def _read(directory: Path) -> Notes | None:
@@ -252,12 +279,30 @@ def _read(directory: Path) -> Notes | None:
     except (CheckpointError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         say(f"{directory / TRACKING} cannot be read ({error!r:.200}): trackers begin a new run.")
         return None
-    if notes.directory != str(directory):
+    if notes.directory != str(directory) and notes.id:
         with suppress(Exception):  # the other may be gone, or unreadable
             other = read_json(Path(notes.directory) / TRACKING, _MAX_BYTES)
             if other["id"] == notes.id:
                 return None  # which still exists
+    for name, position in _journal_in(directory):
+        notes.delivered[name] = max(position, notes.delivered.get(name, 0))
     return notes._replace(directory=str(directory))
+
+
+def _journal_in(directory: Path) -> Iterator[tuple[str, int]]:
+    """Give the positions in the journal of a process that was killed, without its half lines."""
+    with suppress(OSError):
+        for line in read_regular(directory / _JOURNAL, _MAX_JOURNAL)[0].splitlines():
+            with suppress(ValueError, AttributeError, RecursionError):
+                for name, position in parse_json(line).items():
+                    if type(position) is int and position >= 0:
+                        yield name, position
+
+
+def send_nothing(directory: Path) -> None:
+    """Let the runs in a folder send no records: they rehearse, as those of ``verify_resume``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / TRACKING).write_text(json.dumps(Notes("", str(directory), {})._asdict()))
 
 
 def _names_of(trackers: Sequence[Tracker]) -> list[str]:
