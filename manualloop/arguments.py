@@ -72,7 +72,7 @@ def all_at_once(note: str = "") -> Iterator[Checks]:
     except ManualLoopError as error:
         if not note or not _OF_DATASET.search(str(error)):
             raise
-        raise type(error)(f"{error}{note}") from (error.__cause__ or error)
+        raise type(error)(f"{error}{note}") from error.__cause__
 
 
 _OF_DATASET = re.compile(r"\bdataset[.\[]")
@@ -83,7 +83,8 @@ def _raise(errors: Sequence[ManualLoopError]) -> None:
         raise errors[0]
     if errors:
         lines = dict.fromkeys("\n".join(map(str, errors)).split("\n"))
-        raise type(errors[0])("\n".join(lines)) from errors[0]
+        # Not from the first, which would be printed above: its line is here.
+        raise type(errors[0])("\n".join(lines)) from errors[0].__cause__
 
 
 def is_count(value: Any) -> bool:

@@ -287,7 +287,7 @@ def _open_lock(path: Path) -> int:
         raise CheckpointError(
             f"{path.parent} cannot be locked: {error}, and nothing outside the folder is written "
             f"to. If no run uses the folder, remove it: rm {path}"
-        ) from error
+        ) from error.__cause__
     return descriptor
 
 

@@ -136,7 +136,7 @@ def _read(folder: Path) -> tuple[_Identity, dict[str, Any]]:
     try:
         FIELDS(manifest, "")
     except CheckpointError as error:
-        raise CheckpointError(f"{MANIFEST} is not one of ours: {error}") from error
+        raise CheckpointError(f"{MANIFEST} is not one of ours: {error}") from None
     for name in manifest["files"]:
         if not _is_name(name):
             raise CheckpointError(f"the manifest names {name!r}, which is not a file of the folder")

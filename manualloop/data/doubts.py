@@ -87,7 +87,7 @@ def _read(split: Split, number: int, read: Callable[[Any], Any], cell: Any) -> A
     try:
         return read(cell)
     except DataError as error:
-        raise DataError(f"Row {number} of {split.name}: {error}") from error
+        raise DataError(f"Row {number} of {split.name}: {error}") from error.__cause__
 
 
 def _refuse_binary(split: Split, column: str, transform: Any) -> None:

@@ -92,6 +92,8 @@ class Functions(NamedTuple):
         from manualloop.data.classes import note_made_labels  # loads pyarrow
 
         assert self.preprocess is not None
+        from manualloop.data.tables import bars_only_where_seen  # it loads datasets
+
         kinds = split.kinds
         keep = (*self.keep, RAW) if RAW in kinds else self.keep
         label = label_column or find_label(kinds)
@@ -101,7 +103,8 @@ class Functions(NamedTuple):
         if counts and not split.is_stream:
             options["with_indices"] = True
         run = Preprocess(self.preprocess, kept, label, keep, split.name if counts else None)
-        rows = split.rows.map(run, batched=True, remove_columns=list(kinds), **options)
+        with bars_only_where_seen():
+            rows = split.rows.map(run, batched=True, remove_columns=list(kinds), **options)
         if counts:
             rows = tell_counts(split, rows, self.preprocess)
         if RAW in kinds:  # the function has got the numbers in its place

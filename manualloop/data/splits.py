@@ -111,6 +111,8 @@ class Split(NamedTuple):
             types: For each column that the function adds, the one whose type it has; all others
                 keep theirs. None: nothing tells, and a stream then knows no types any more.
         """
+        from manualloop.data.tables import bars_only_where_seen, with_classes  # it loads datasets
+
         # The first row comes first: the call may change the tokenizer, whose hash is part of the
         # key under which `map` caches its results.
         made = function({name: [value] for name, value in self.first.items()})
@@ -118,8 +120,6 @@ class Split(NamedTuple):
         first |= {name: values[0] for name, values in made.items()}
         options: dict[str, Any] = {"remove_columns": list(remove)}
         if classes is not None:
-            from manualloop.data.tables import with_classes
-
             options["features"] = with_classes(self.rows.features, *classes)
         elif types is not None and self.is_stream and (features := self.rows.features) is not None:
             kept = {name: feature for name, feature in features.items() if name not in remove}
@@ -128,7 +128,8 @@ class Split(NamedTuple):
             )
         if num_proc is not None and not self.is_stream:
             options["num_proc"] = num_proc
-        rows = self.rows.map(function, batched=True, **options)
+        with bars_only_where_seen():
+            rows = self.rows.map(function, batched=True, **options)
         return self._replace(rows=rows, first=first)
 
 

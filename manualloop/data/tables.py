@@ -6,7 +6,9 @@ and lists of numbers, or that do not fit together, are passed to these collators
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import datasets
@@ -17,11 +19,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from manualloop import screen
 from manualloop.data.grouping import Ints, round_up
 from manualloop.internals import as_kind, rows_as_table, stored_table
 from manualloop.tasks.task import IGNORE_INDEX, POSITIONS, in_batch
 
 _ROWS_AT_ONCE = 10_000
+
+
+@contextmanager
+def bars_only_where_seen() -> Iterator[None]:
+    """Let datasets draw its progress bars in a block only where they are drawn over.
+
+    In a log file each state of a bar is a line of its own, and our own bars leave them out, too.
+    """
+    is_seen = screen.is_terminal(sys.stderr) or screen.notebook() is not None
+    is_asked_for = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is False
+    if is_seen or is_asked_for or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 class TableRows(list[Any]):

@@ -229,7 +229,7 @@ class TransformedRows:
         try:
             made = self.transform(given, generator)
         except DataError as error:  # of a transform of ours, which does not know the number
-            raise DataError(f"Row {number} of {self.split}: {error}") from error
+            raise DataError(f"Row {number} of {self.split}: {error}") from error.__cause__
         if not isinstance(made, Mapping):
             raise DataError(
                 f"The transform of {self.split} returned a {type(made).__name__} for row "

@@ -212,7 +212,7 @@ def require_history(directory: Path) -> None:
         raise CheckpointError(
             f"{path} cannot be used: {error}. Remove it, and the run resumes without the records "
             "in it; or use another checkpoint_dir."
-        ) from error
+        ) from error.__cause__
 
 
 def _read(line: bytes) -> tuple[_Guard | None, dict[str, Any]] | None:
