@@ -72,7 +72,9 @@ def pack(
         tied: Names that a model derives from others when it is loaded.
         models: Names of the groups that are a model's, which keeps the strides of its own weights.
     """
-    packed, aliases, strides = {}, {}, {}
+    packed: dict[str, dict[str, Tensor]] = {}
+    aliases: dict[str, Aliases] = {}
+    strides: dict[str, dict[str, list[int]]] = {}
     for stem, group in groups.items():
         aliases[stem] = find_aliases(group, tied if stem in models else ())
         strides |= {} if stem in models else {stem: find_strides(group)}
