@@ -2,6 +2,7 @@
 
 import math
 import os
+import traceback
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -287,3 +288,19 @@ def test_a_cadence_without_effect_is_told(caplog: pytest.LogCaptureFixture) -> N
         "evaluate_every='0.5 epoch' has no effect without evaluate=.",
         "checkpoint_every=3 has no effect without checkpoint_dir=.",
     ]
+
+
+@pytest.mark.parametrize("note", ["", " See the dataset card."])
+def test_a_traceback_has_each_problem_once(note):
+    def refuse(text):
+        try:
+            raise KeyError("the cause")
+        except KeyError as cause:
+            raise DataError(text) from cause
+
+    with pytest.raises(DataError) as caught, all_at_once(note) as check:
+        check(refuse, "one problem: dataset.filter(f)")
+        check(refuse, "another problem")
+    printed = "".join(traceback.format_exception(caught.value))
+    assert [printed.count(text) for text in ("one problem", "another problem")] == [1, 1]
+    assert "the cause" in printed

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from manualloop import CheckpointError, SingleDevice, train_loop
-from manualloop.checkpoint import snapshot
+from manualloop.checkpoint import restore
 from manualloop.checkpoint.schema import MANIFEST, STATE
 
 # What only the user's objects read, or what is compared with the run at hand afterwards.
@@ -109,7 +109,7 @@ def save(folder: Path, loader: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         run(on_step=end)
     seen: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snapshot, "check_state", lambda values, *_: seen.append(dict(values)))
+        patch.setattr(restore, "check_state", lambda values, *_: seen.append(dict(values)))
         run()
     manifest = json.loads((folder / "step-00000003" / "manifest.json").read_text())
     return seen[0], manifest

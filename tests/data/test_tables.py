@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
+import datasets
 import pytest
 from datasets import Array2D, Dataset, Features
 from helpers import assert_same_batches, first_batch, labels_of, rows, tiny_tokenizer
 
 from manualloop import prepare_dataloaders
+from manualloop.data.tables import bars_only_where_seen
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
@@ -28,3 +32,15 @@ def test_arrays_are_stacked():
     array = [[[1, 2], [3, 4]]] * 2
     batch = first_batch(Dataset.from_dict({"input_ids": array, "labels": array}, features=features))
     assert batch["input_ids"].tolist() == batch["labels"].tolist() == array
+
+
+@pytest.mark.parametrize(("is_on", "is_asked_for"), [(True, False), (False, False), (True, True)])
+def test_bars_of_datasets_are_left_out_of_log_files(is_on, is_asked_for, monkeypatch):
+    bars = sys.modules["datasets.utils.tqdm"]
+    setting = False if is_asked_for else None
+    for module in (bars, datasets.config):
+        monkeypatch.setattr(module, "HF_DATASETS_DISABLE_PROGRESS_BARS", setting)
+    monkeypatch.setattr(bars, "_hf_datasets_progress_bars_disabled", not is_on)
+    with bars_only_where_seen():  # pytest's stderr is no terminal
+        assert datasets.are_progress_bars_disabled() == (not is_asked_for)
+    assert datasets.are_progress_bars_disabled() == (not is_on)

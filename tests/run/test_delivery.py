@@ -386,6 +386,68 @@ def test_notes_that_cannot_be_written_are_reported_and_end_no_run(tmp_path, capl
     assert caplog.text.count("cannot be written") == 1
 
 
+def test_notes_are_forced_to_disk_once_a_delivery(tmp_path, monkeypatch):
+    fsync, forced, seen = os.fsync, [], Seen()
+
+    def noted_fsync(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        forced.append(path) if TRACKING in path else None
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    found = Delivery([seen], tmp_path)
+    found.open([], {}, is_finished=False)
+    records = [{"step": step} for step in range(1, 101)]
+    found.deliver(records, 100, 60)
+    found.deliver(records, 100, 60)  # nothing new
+    assert (len(seen), len(forced)) == (60, 2)
+    found.close(records, 100, 100, is_finished=True)
+    assert (seen, len(forced)) == (records, 3)
+    assert os.listdir(tmp_path) == [TRACKING]
+
+
+class Interrupted(Seen):
+    """Ends the delivery, as a kill does, at a record."""
+
+    def __call__(self, record):
+        if record["step"] == 7:
+            raise KeyboardInterrupt
+        super().__call__(record)
+
+
+def test_what_a_tracker_got_in_a_delivery_that_did_not_end_is_known(tmp_path):
+    records = [{"step": step} for step in range(1, 11)]
+    first = Delivery([Interrupted()], tmp_path)
+    first.open([], {}, is_finished=False)
+    with pytest.raises(KeyboardInterrupt):
+        first.deliver(records, 10, 10)
+    os.close(first._journal)
+    notes = json.loads((tmp_path / TRACKING).read_text())
+    assert notes["delivered"] == {}  # the rest is in the journal
+    (journal,) = set(tmp_path.iterdir()) - {tmp_path / TRACKING}
+    # The power has failed while a line was written, and somebody has left another one.
+    journal.write_bytes(journal.read_bytes() + b'[1]\n{"Seen": -4}\n{"Interrupted": 9')
+    second = Delivery([seen := Interrupted()], tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        second.open(records, {}, is_finished=False)  # at the seventh, of which nobody knows
+    assert seen == []
+    (tmp_path / TRACKING).unlink()
+    third = Delivery([seen := Interrupted()], tmp_path)  # the journal belongs to the notes
+    with pytest.raises(KeyboardInterrupt):
+        third.open(records, {}, is_finished=False)
+    assert seen == records[:6]
+    os.close(third._journal)
+
+
+def test_a_folder_may_keep_its_runs_from_sending_records(tmp_path):
+    delivery.send_nothing(tmp_path / "run")
+    train(tmp_path / "run", [seen := Seen()])
+    assert seen == []
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    train(tmp_path / "copy", [seen], num_epochs=3)
+    assert seen == []
+
+
 def test_trackers_of_the_same_name_are_told_apart(tmp_path):
     first, second = [], []
     train(tmp_path / "run", [partial(keep, first), partial(keep, second)])
