@@ -30,14 +30,13 @@ from manualloop.notices import say
 from manualloop.optim import prepare_optimizer
 from manualloop.optimizers.together import as_optimizer, each, for_each
 from manualloop.plan import plan_run, settings_of
-from manualloop.run.agreement import agree_at_updates, counted
 from manualloop.run.cadence import Cadence, parse_cadence
 from manualloop.run.delivery import check_trackers
 from manualloop.run.evaluations import require_metric
 from manualloop.run.folder import check_folder, open_run_folder
 from manualloop.run.report import Report, report_of
 from manualloop.run.run import Run
-from manualloop.run.stopping import Stopping
+from manualloop.run.stopping import Stopping, agree_at_updates, counted
 from manualloop.run.table import ends_of_intervals
 from manualloop.schedules import check_schedule, prepare_scheduler
 from manualloop.state import Pace, TrainState, goes_on

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeAlias
 
 from manualloop.errors import ConfigError
-from manualloop.run.agreement import Agreement
+from manualloop.run.stopping import Agreement
 from manualloop.state import Pace
 from manualloop.times import SECONDS, TIME_OR_EPOCHS
 from manualloop.types import Step

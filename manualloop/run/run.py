@@ -16,15 +16,13 @@ from manualloop.errors import CheckpointError, ConfigError
 from manualloop.models import remember_modes, unwrap_model
 from manualloop.notices import say
 from manualloop.optim import require_initialized
-from manualloop.reading.sources import source_of
+from manualloop.reading.describe import is_prepared
 from manualloop.reading.streams import cannot_rewind
-from manualloop.run.delivery import Delivery
-from manualloop.run.described import describe_settings
+from manualloop.run.delivery import Delivery, describe_settings
+from manualloop.run.evaluating import BeforeEvaluation, Scored, watching
 from manualloop.run.evaluations import Evaluations, read_metrics
 from manualloop.run.folder import RunFolder
-from manualloop.run.interruption import BeforeEvaluation
 from manualloop.run.report import Report
-from manualloop.run.scored import Scored, watching
 from manualloop.run.stopping import EvaluationStopped, Stopping
 from manualloop.state import TrainState, goes_on
 from manualloop.strategy.base import Strategy, on_main
@@ -313,9 +311,9 @@ class Run:
 
     def _advise(self) -> None:
         """Log what took more time than it should, if the run was long enough to tell."""
-        source = source_of(self._loader)
-        may_group = source.kind == "prepared" and "order" not in source.facts().same
-        num_workers = getattr(self._loader, "num_workers", 0)
+        loader: Any = self._loader
+        may_group = is_prepared(loader) and loader.batch_sampler.lengths is None
+        num_workers = getattr(loader, "num_workers", 0)
         advice = self._state.times.advice(num_workers, may_group=may_group)
         if advice is not None:
             say(advice)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from manualloop import train_loop
-from manualloop.run import interruption
+from manualloop.run import evaluating
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
@@ -111,7 +111,7 @@ def test_threads_that_still_draw_are_reported(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(interruption, "_SECONDS", 0.01)
+    monkeypatch.setattr(evaluating, "_SECONDS", 0.01)
     caplog.set_level("INFO", "manualloop")
     is_over = threading.Event()
 
@@ -138,7 +138,7 @@ def test_threads_that_still_draw_are_reported(
 def test_threads_that_draw_nothing_are_no_reason_to_report(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interruption, "_SECONDS", 0.01)
+    monkeypatch.setattr(evaluating, "_SECONDS", 0.01)
     expected = train(tmp_path / "whole", score)
     is_over = threading.Event()
 

@@ -1,12 +1,15 @@
-"""The weights that an evaluation scores, where they are not those that are trained.
+"""An evaluation in the middle of a run: the weights that it scores, and what it leaves behind.
 
 An average of the weights is evaluated in their place, a schedule-free optimizer has other weights
-for evaluation, and some averages are copied into the model for the time of an evaluation.
+for evaluation, and some averages are copied into the model for the time of an evaluation. One that
+is broken off leaves random states, and threads that draw.
 """
 
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,8 +20,15 @@ from torch import Tensor, nn
 from manualloop.checkpoint.parts import saved_part
 from manualloop.internals import compiled_in_place
 from manualloop.models import is_sharded, sample_weights, unwrap_model
+from manualloop.notices import say
 from manualloop.objects import walk
 from manualloop.optim import schedule_free
+from manualloop.randomness import (
+    generator_states,
+    get_random_state,
+    is_same_state,
+    remember_random_states,
+)
 from manualloop.state import TrainState
 from manualloop.types import Scores
 
@@ -176,3 +186,53 @@ def _evaluating(state: TrainState) -> Iterator[None]:
         with torch.no_grad():
             for weight, before in zip(weights, trained, strict=True):
                 weight.copy_(before)
+
+
+_SECONDS = 5.0
+"""Seconds that the threads of a broken-off evaluation have to end. Schedulers give thirty or so."""
+
+
+class BeforeEvaluation:
+    """The state before an evaluation, to which it is put back if the evaluation is broken off.
+
+    A thread that the evaluation has started goes its own way when a signal ends the evaluation, and
+    may draw random numbers after the random states were put back. So its end is awaited, and if the
+    states have moved all the same, that is reported.
+
+    Args:
+        holders: Objects that may hold random generators, by name.
+    """
+
+    def __init__(self, holders: dict[str, Any]) -> None:
+        self._holders = holders
+        self._put_back = remember_random_states(**holders)
+        self._threads = set(threading.enumerate())
+        self._num_threads = torch.get_num_threads()
+        self._states: Any = None
+
+    def restore(self) -> None:
+        """Wait for the threads of the evaluation, and put random states and settings back."""
+        deadline = time.monotonic() + _SECONDS
+        for thread in threading.enumerate():
+            # The bar's monitor never ends, and draws nothing.
+            if thread not in self._threads and not type(thread).__module__.startswith("tqdm"):
+                thread.join(max(0.0, deadline - time.monotonic()))
+        if torch.get_num_threads() != self._num_threads:
+            torch.set_num_threads(self._num_threads)
+        self._put_back()
+        self._states = self._look()
+
+    def _look(self) -> Any:
+        return get_random_state(devices=False), generator_states(**self._holders)
+
+    def report_draws(self) -> None:
+        """Report that something has drawn random numbers since the states were put back.
+
+        Call it when they have been saved.
+        """
+        if not is_same_state(self._states, self._look()):
+            say(
+                "not bit-exact when it is resumed: threads of the evaluation that was broken off "
+                "still draw random numbers. Let it end them when it is left: "
+                "with ThreadPoolExecutor() as pool: ..."
+            )
