@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -23,6 +23,7 @@ from manualloop.arguments import (
     is_positive,
     problem_of_call,
 )
+from manualloop.body import watching_body
 from manualloop.checkpoint.manifest import metric_name
 from manualloop.errors import ConfigError
 from manualloop.evaluation.trial import try_evaluation
@@ -289,7 +290,7 @@ def train_loop(
             stack.enter_context(stopping.watching_signals())
         run.catch_up()
         if run.stopped_by is None:
-            _follow(counted(steps, run_strategy, step_fn), state.pace, report, run, due, on_step)
+            _follow(counted(steps, run_strategy, step_fn), state, report, run, due, on_step)
         run.finish()
     if folder is not None:
         stopping.raise_signal(run.place, strategy)
@@ -355,21 +356,22 @@ class Due(NamedTuple):
 
 def _follow(
     steps: Iterable[Step | None],
-    pace: Pace,
+    state: TrainState,
     report: Report,
     run: Run,
     due: Due,
     on_step: Callable[[Step], object] | None,
 ) -> None:
     """Make the updates of a run, and what is due after each; None is one that was skipped."""
-    is_first = True
+    is_first, pace = True, state.pace
     for step in steps:
         is_last = step is not None and step.is_last
         is_logged = due.log(step, pace) or is_last or (step is not None and step.index == 1)
         if step is not None:
             report.add(step, pace, closes=is_logged)
             if on_step is not None:
-                on_step(step)
+                with watching_body(state) if is_first else nullcontext():
+                    on_step(step)
             if is_first:  # with the states that the first update has made
                 run.rehearse()
                 is_first = False

@@ -30,7 +30,7 @@ from manualloop.arguments import check_arguments
 from manualloop.errors import ConfigError
 from manualloop.internals import unwrap_optimizer
 from manualloop.notices import say
-from manualloop.optimizers.together import as_schedule, each, for_each
+from manualloop.optimizers.together import as_schedule, class_of, each, for_each
 
 _FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
@@ -115,6 +115,7 @@ def prepare_scheduler(
         **{key: value if _is_plain(value) else repr(value) for key, value in kwargs.items()},
     }
     num_warmup = check_schedule(optimizer, name, num_training_steps, num_warmup_steps, **kwargs)
+    _tell_earlier_rate(optimizer)
     try:
         made: LRScheduler = get_scheduler(
             name,
@@ -131,6 +132,19 @@ def prepare_scheduler(
     if type(made) is not LambdaLR:
         return made
     return PlannedLR(optimizer, made.lr_lambdas[0], settings)
+
+
+def _tell_earlier_rate(optimizer: Optimizer) -> None:
+    """Report a rate that was set after an earlier schedule, whose first rate torch takes."""
+    for group in optimizer.param_groups:
+        first, now = group.get("initial_lr"), group["lr"]
+        if type(first) is type(now) is float and first != now and now > 1e-3 * first:
+            say(
+                f"the schedule begins at initial_lr={first:g}, at which an earlier one of this "
+                f"{type(optimizer).__name__} began, and not at lr={now:g}. To begin there: "
+                'for group in optimizer.param_groups: group["initial_lr"] = group["lr"].'
+            )
+            return
 
 
 def check_schedule(
@@ -201,6 +215,19 @@ def require_schedules(lr_scheduler: Any, optimizer: Any) -> LRScheduler | None:
     for schedule, own in zip(schedules, each(optimizer), strict=True):
         require_schedule(schedule, own)
     return as_schedule(schedules)
+
+
+def tell_rates_of_zero(lr_scheduler: Any, optimizer: Any) -> None:
+    """Report learning rates of 0 that stay so, as an earlier schedule leaves them."""
+    for own, schedule in zip(each(optimizer), for_each(optimizer, lr_scheduler), strict=True):
+        rates = [group.get("lr") for group in own.param_groups]
+        stays = schedule is None or not any(getattr(schedule, "base_lrs", (1,)))
+        if stays and all(type(rate) is float and rate == 0 for rate in rates):
+            say(
+                f"the learning rate of the {class_of(own)} is 0, and nothing raises it: no weight "
+                "will change. A schedule of an earlier run leaves it there. Set it: "
+                'for group in optimizer.param_groups: group["lr"] = 5e-5.'
+            )
 
 
 def require_schedule(lr_scheduler: object, optimizer: Optimizer) -> None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch.utils.data import IterableDataset
 
 from manualloop.arguments import check_arguments
+from manualloop.body import watch_first
 from manualloop.checkpoint.changes import note_run
 from manualloop.checkpoint.contract import (
     Contract,
@@ -45,7 +46,7 @@ from manualloop.reading.describe import (
 from manualloop.reading.position import read_position
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import Source, source_of, workers_matter
-from manualloop.schedules import require_schedules
+from manualloop.schedules import require_schedules, tell_rates_of_zero
 from manualloop.state import TrainState, goes_on
 from manualloop.step_fn import checked
 from manualloop.strategy.base import Strategy, prepare
@@ -158,7 +159,7 @@ def train_steps(
     steps = start_steps(
         state, train_dataloader, plan, contract, strategy, settings, preflight=preflight
     )
-    return cast("Generator[Step, None, None]", steps)
+    return cast("Generator[Step, None, None]", watch_first(steps, state))
 
 
 def start_steps(
@@ -232,6 +233,8 @@ def contract_of(
     state.optimizer = as_optimizer(state.optimizer)  # somebody may have set a list
     check_run(state, strategy, calls_step=arguments.get("step_fn") is None)
     state.lr_scheduler = require_schedules(state.lr_scheduler, state.optimizer)
+    if arguments.get("step_fn") is None:
+        tell_rates_of_zero(state.lr_scheduler, state.optimizer)
     loader = arguments["train_dataloader"]
     facts = all_facts(source_of(loader))
     read = columns_read(loader, getattr(arguments.get("loss_fn"), "reads", ()))

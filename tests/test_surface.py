@@ -26,7 +26,7 @@ ROWS = [
     ["forecast", "script"],
     ["loop", "verify"],
     ["steps", "report"],
-    ["nonfinite", "plan", "step_fn"],
+    ["body", "nonfinite", "plan", "step_fn"],
     ["update", "evaluation", "run", "tracking"],
     ["checks", "reading", "checkpoint"],
     ["data"],
