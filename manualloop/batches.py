@@ -229,8 +229,9 @@ def _rows_of(batch: Any, rows: int, part: slice) -> Any:
 def _part_of(entry: Any, rows: int, part: slice) -> Any:
     if isinstance(entry, _ARRAYS):
         return entry[part] if entry.ndim and entry.shape[0] == rows else entry
-    if isinstance(entry, list | tuple) and not hasattr(entry, "_fields"):
-        return entry[part] if len(entry) == rows else entry
+    is_list = isinstance(entry, list | tuple) and not hasattr(entry, "_fields")
+    if is_list and len(entry) == rows:
+        return entry[part]  # of a list of another length, what it holds may have the rows
     return rebuild(entry, partial(_part_of, rows=rows, part=part), is_whole=False)
 
 

@@ -26,10 +26,12 @@ from manualloop.mistakes import (
     arrays_message,
     device_message,
     devices_message,
+    dtypes_message,
     filter_missing,
     integers_call,
     misaligned_message,
     no_class_message,
+    no_columns_message,
     no_head_message,
     no_items_message,
     no_labels_message,
@@ -302,8 +304,7 @@ def explain_loss(
     Only what the loss has complained of is looked for: a ``loss_fn`` may use a batch in any way.
 
     Raises:
-        DataError: A label is no class of the loss, or of a type that it does not take, or a column
-            is no tensor.
+        DataError: A label or a column is of a type or a value that the loss does not take.
     """
     text = str(error)
     if _NO_PAD.search(text):
@@ -313,6 +314,8 @@ def explain_loss(
     is_of_arrays = isinstance(error, AttributeError | TypeError) and _NO_TENSOR.search(text)
     if _OF_DEVICES.search(text):
         _check_devices(model, batches, [*map(place_of, starts)], error)
+    if (message := dtypes_message(model, batches[0], place_of(starts[0]).batch, text)) is not None:
+        raise DataError(message) from error
     found = _NO_CLASS.search(text)
     if found is None and not is_of_arrays and not _NO_TYPE.search(text):
         return
@@ -376,10 +379,7 @@ def _check_from(error: Exception, labels: Tensor, classes: int, place: Place) ->
 def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
     name = model_name(model)
     if not isinstance(batch, Mapping):
-        raise DataError(
-            f"The loader gives a {type(batch).__name__}, and {name} is called as model(**batch). "
-            "Let collate_fn return a dict, or pass loss_fn=lambda model, batch: ...."
-        )
+        raise DataError(no_columns_message(model, batch))
     batch, taken = model_inputs(batch), forward_columns(model)
     for column, value in batch.items():
         example = value[0] if isinstance(value, list | tuple) and value else value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from manualloop.batches import columns_of
 from manualloop.models import forward_columns, model_name, unwrap_model
 from manualloop.types import Batch, Place
 
@@ -200,6 +202,67 @@ def _kind_of_numbers(column: Any) -> str | None:
     except (TypeError, ValueError):  # lists of different lengths
         return None
     return {"f": "f", "i": "i", "u": "i", "b": "b"}.get(kind)
+
+
+def dtypes_message(model: nn.Module, batch: Any, where: str, error: str) -> str | None:
+    """Return the message about numbers of another kind than a model or its loss computes with.
+
+    Args:
+        model: The model.
+        batch: A batch.
+        where: Its name.
+        error: What torch has raised.
+
+    Returns:
+        None if the error is another one, or no column explains it.
+    """
+    weight = next((w for w in model.parameters() if w.is_floating_point()), None)
+    wants_floats = _NO_FLOATS.search(error) is not None
+    is_mapping = isinstance(batch, Mapping)
+    if weight is None or not (wants_floats or _OTHER_KIND.search(error)):
+        return None
+    if not is_mapping and not isinstance(batch, list | tuple):
+        return None
+    columns = columns_of(batch)
+    tensors = {n: column for n, column in columns.items() if isinstance(column, Tensor)}
+    if wants_floats:
+        found = {n: c for n, c in tensors.items() if not c.is_floating_point()}
+        found = {n: c for n, c in found.items() if _TARGETS.search(str(n))} or found
+    else:
+        floats = {n: c for n, c in tensors.items() if c.is_floating_point()}
+        found = {n: c for n, c in floats.items() if c.dtype != weight.dtype}
+    if not found:
+        return None
+    kind = str(weight.dtype).removeprefix("torch.")
+    own = ", ".join(f"{n!r} is {str(c.dtype).removeprefix('torch.')}" for n, c in found.items())
+    made = {
+        n: f"batch[{_quoted(n) if is_mapping else n}].to(torch.{kind})" if n in found else None
+        for n in columns
+    }
+    if is_mapping:
+        line = ", ".join(f"{_quoted(n)}: {call}" for n, call in made.items() if call)
+        line = f"{{**batch, {line}}}"
+    else:
+        line = f"[{', '.join(call or f'batch[{n}]' for n, call in made.items())}]"
+    whose = "the loss takes floats" if wants_floats else f"the weights are {kind}"
+    return f"In {where} {own}, and {whose}. Let collate_fn convert it: {line}."
+
+
+_OTHER_KIND = re.compile("same dtype|type.* should be the same|expected scalar type|Found dtype")
+_NO_FLOATS = re.compile(
+    "can't be cast to the desired output type (Long|Int|Short|Char|Byte|Bool)|with two bool tensors"
+)
+_TARGETS = re.compile("label|target|class|^y$|^1$", re.IGNORECASE)
+
+
+def no_columns_message(model: nn.Module, batch: Any, *, takes_loss: bool = True) -> str:
+    """Return the message about a batch that is no mapping, for a model that is called with one."""
+    first = next(iter(forward_columns(model)), "x")
+    more = ", or pass loss_fn=lambda model, batch: ..." if takes_loss else f': {{"{first}": ...}}'
+    return (
+        f"The loader gives a {type(batch).__name__}, and {type(unwrap_model(model)).__name__} is "
+        f"called as model(**batch). Let collate_fn return a dict{more}."
+    )
 
 
 def no_loss_message(model: nn.Module, batch: Batch, outputs: Any) -> str:

@@ -295,3 +295,9 @@ def test_helpers_that_travel_in_a_batch_are_not_copied():
     moved = move({"x": torch.zeros(2), "tokenizer": helper}, torch.device("meta"))
     assert moved["tokenizer"] is helper
     assert helper.vocabulary["table"].device.type == "cpu"
+
+
+def test_tensors_in_a_list_that_is_no_list_of_rows_are_split():
+    batch = {"inputs": {"a": torch.arange(4), "b": [torch.arange(4)]}, "labels": torch.arange(4)}
+    parts = split_batch(batch, 3)
+    assert [part["inputs"]["b"][0].tolist() for part in parts] == [[0, 1, 2], [3]]

@@ -44,6 +44,7 @@ from manualloop import (
     ModelError,
     TrainState,
     evaluate_loop,
+    predict_loop,
     prepare_dataloaders,
     prepare_optimizer,
     train_loop,
@@ -887,3 +888,70 @@ def test_a_model_that_takes_arrays_is_let_be(updates):
 
 def raise_mine():
     raise TypeError("mine")
+
+
+KINDS = {  # the batch, the loss, what is named
+    "inputs in float64": (
+        {"x": torch.ones(2, 2).double()},
+        None,
+        "'x' is float64, and the weights are float32",
+    ),
+    "a tuple in float64": ((torch.ones(2, 2).double(), torch.ones(2)), None, "'0' is float64"),
+    "whole targets": (
+        {"x": torch.ones(2, 2), "targets": torch.ones(2, 2).long()},
+        nn.functional.binary_cross_entropy_with_logits,
+        "'targets' is int64, and the loss takes floats",
+    ),
+    "bool targets": (
+        (torch.ones(2, 2), torch.ones(2, 2).bool()),
+        nn.functional.binary_cross_entropy_with_logits,
+        "'1' is bool, and the loss takes floats",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_another_kind_are_named_with_the_line_that_converts_them(kind):
+    bad, loss, message = KINDS[kind]
+
+    def loss_fn(model, batch):
+        columns = list(batch.values() if isinstance(batch, dict) else batch)
+        outputs = model(columns[0])
+        return outputs.mean() if loss is None else loss(outputs, columns[1])
+
+    for run in (by_train_loop, evaluate_loop):
+        with pytest.raises(DataError, match=message) as error:
+            run(nn.Linear(2, 2), [bad], loss_fn=loss_fn)
+        line = str(error.value).rpartition("convert it: ")[2].removesuffix(".")
+        run(nn.Linear(2, 2), [eval(line, {"torch": torch, "batch": bad})], loss_fn=loss_fn)
+
+
+def test_an_axis_that_a_tokenizer_made_for_each_row_is_named():
+    made = [{n: c[:, None] for n, c in batch.items() if n != "labels"} for batch in tiny_batches()]
+    batches = [{**batch, "labels": torch.tensor([0, 1])} for batch in made]
+    with pytest.raises(DataError, match=r"shape \(2, 1, 4\): the axis of length 1 comes from"):
+        by_train_loop(tiny_bert(), batches)
+
+
+def tiny_batches():
+    ids = torch.randint(5, VOCAB_SIZE, (2, 4))
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0]}]
+
+
+def test_tuples_are_no_columns_of_a_model_that_predicts():
+    rows_of_tuples = [(torch.ones(2, 3), torch.tensor([0, 1]))]
+    with pytest.raises(DataError, match=r'gives a tuple, .* return a dict: \{"input": \.\.\.\}'):
+        predict_loop(nn.Linear(3, 2), rows_of_tuples)
+    with pytest.raises(DataError, match=r"return a dict, or pass loss_fn="):
+        evaluate_loop(nn.Linear(3, 2), rows_of_tuples)
+    found = predict_loop(nn.Linear(3, 2), [{"input": x} for x, _ in rows_of_tuples])
+    assert found.predictions.shape == (2,)
+
+
+def test_a_loss_that_calls_a_method_alone_gives_no_predictions():
+    def loss_fn(model, batch):
+        return model.layer(batch["x"]).mean()
+
+    with pytest.raises(ModelError, match="loss_fn has called a method of the model"):
+        evaluate_loop(Own(), [{"x": torch.ones(2, 2), "labels": torch.tensor([0, 1])}], "accuracy",
+                      loss_fn=loss_fn)  # fmt: skip

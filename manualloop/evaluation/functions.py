@@ -280,16 +280,7 @@ def _by_names(
             f"{name} cannot be called with two arguments ({error}). Write it as "
             f"def {name}(predictions, references)."
         ) from error
-    roles = [
-        "references"
-        if parameter in _REFERENCES
-        else "scores"
-        if parameter in _PROBABILITIES
-        else "predictions"
-        if parameter in _PREDICTIONS
-        else None
-        for parameter in first_two
-    ]
+    roles = [_role(parameter) for parameter in first_two]
     takes: Takes = "scores" if "scores" in roles else "rows"
     if len(roles) < 2 or (None not in roles and roles[0] == roles[1]):
         return takes, None
@@ -302,6 +293,19 @@ def _by_names(
             f"them: def {name}(predictions, references)."
         )
     return takes, None
+
+
+def _role(parameter: str) -> str | None:
+    """Return what the name of a parameter tells: true_labels are references, val_preds are not."""
+    name = parameter.lower()
+    if name in _PROBABILITIES:
+        return "scores"
+    words = set(name.split("_"))
+    if name in _REFERENCES:
+        return "references"
+    if name in _PREDICTIONS or any(word.startswith("pred") for word in words) or "hat" in words:
+        return "predictions"
+    return "references" if words & _REFERENCES or "test" in words else None
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -17,6 +17,7 @@ from manualloop.errors import DataError, ManualLoopError
 from manualloop.evaluation.draws import Draws
 from manualloop.evaluation.losses import Made
 from manualloop.evaluation.meaning import task_of_outputs
+from manualloop.mistakes import no_columns_message
 from manualloop.models import accepts, evaluation_mode, is_sharded
 from manualloop.progress import ProgressBar, is_watched
 from manualloop.reading.reader import Reader
@@ -165,6 +166,8 @@ def _forward(passes: Passes, batch: Any, number: int) -> tuple[Any, Any, Any]:
                 hook.remove()
             return inputs, (seen[-1] if seen else None), loss
         columns = inputs_of(model, inputs)
+        if not hasattr(columns, "keys"):
+            raise DataError(no_columns_message(model, batch, takes_loss=passes.has_loss))
         if passes.runs == "none" or (passes.runs == "labelled" and "labels" not in columns):
             return inputs, None, None
         is_used = passes.lets_write == "no" or (passes.has_loss and "labels" in columns)

@@ -202,6 +202,12 @@ def logits_of(outputs: Any, task: Task) -> Tensor:
         ModelError: There are none.
     """
     logits = _find_logits(outputs)
+    if outputs is None:
+        raise ModelError(
+            "There are no outputs to predict from: loss_fn has called a method of the model, and "
+            "not the model itself. Let it call model(...), or let decode run the model: "
+            "decode=lambda outputs, batch, model: ...."
+        )
     if logits is None:
         parts: Any = ()
         if isinstance(outputs, Mapping):

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from manualloop.errors import DataError
-from manualloop.models import max_length, model_name, vocab_size
-from manualloop.tasks.task import IGNORE_INDEX
+from manualloop.models import config_of, max_length, model_name, vocab_size
+from manualloop.tasks.task import IGNORE_INDEX, infer_task
 from manualloop.types import Place
 
 _FEW = 8  # labels: by chance all of so many are the tokens in their places once in 10**8 windows
@@ -36,6 +36,13 @@ def check_tokens(model: nn.Module, batch: Mapping[str, Any], place: Place) -> No
             f"input_ids of {place.batch} are {str(tokens.dtype).removeprefix('torch.')}, and "
             "tokens are whole numbers. Convert them: "
             'dataset.cast_column("input_ids", datasets.Sequence(datasets.Value("int64"))).'
+        )
+    is_one = tokens.ndim == 3 and tokens.shape[1] == 1 and config_of(model) is not None
+    if is_one and infer_task(model) != "multiple_choice":
+        raise DataError(
+            f"input_ids of {place.batch} have the shape {tuple(tokens.shape)}: the axis of length "
+            '1 comes from a tokenizer that is called for each row with return_tensors="pt". Leave '
+            "that out: tokenizer(text, truncation=True)."
         )
     ids, size = tokens.cpu().numpy(), vocab_size(model)
     if size is not None and ids.size and (ids.max() >= size or ids.min() < 0):

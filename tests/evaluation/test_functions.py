@@ -282,6 +282,24 @@ def test_a_parameter_for_probabilities_gets_them() -> None:
 
 
 @pytest.mark.parametrize(
+    "function",
+    [
+        lambda true_labels, pred_labels: {"first": pred_labels[0], "second": true_labels[0]},
+        lambda y_test, val_preds: {"first": val_preds[0], "second": y_test[0]},
+        lambda label_list, y_hat: {"first": y_hat[0], "second": label_list[0]},
+        lambda test_labels, predicted_classes: {
+            "first": predicted_classes[0],
+            "second": test_labels[0],
+        },
+        lambda a, b: {"first": a[0], "second": b[0]},
+    ],
+)
+def test_words_in_the_names_of_parameters_tell_their_order(function: Any) -> None:
+    found = score(function, np.array([3, 0]), np.array([5, 0]))
+    assert found == {"first": 3.0, "second": 5.0}
+
+
+@pytest.mark.parametrize(
     ("function", "message"),
     [
         (lambda labels, x: 0.0, r"metric takes labels and x, .*Rename them: def metric\(pred"),
