@@ -27,6 +27,7 @@ from manualloop.body import watching_body
 from manualloop.checkpoint.manifest import metric_name
 from manualloop.errors import ConfigError
 from manualloop.evaluation.trial import try_evaluation
+from manualloop.keywords import explains_unknown
 from manualloop.notices import say
 from manualloop.optim import prepare_optimizer
 from manualloop.optimizers.together import as_optimizer, each, for_each
@@ -112,6 +113,7 @@ class TrainResult:
         return write_report(self, path, *args, **options)
 
 
+@explains_unknown
 def train_loop(
     model: nn.Module,
     train_dataloader: Iterable[Any],

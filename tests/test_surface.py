@@ -33,7 +33,7 @@ ROWS = [
     ["tasks"],
     ["mistakes", "strategy", "state"],
     ["optim", "schedules"],
-    ["arguments", "batches", "models", "optimizers", "times"],
+    ["arguments", "batches", "keywords", "models", "optimizers", "times"],
     ["deprecation", "errors", "types", "notices", "progress", "randomness"],
     ["objects", "internals", "screen"],
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import os
@@ -43,6 +42,7 @@ from manualloop.forecast.splits import (
     summarize,
 )
 from manualloop.forecast.traces import without_a_trace
+from manualloop.keywords import instead_of
 from manualloop.loop import check_evaluation, check_schedules, optimizer_of, train_loop, try_metrics
 from manualloop.models import model_name
 from manualloop.notices import logger
@@ -180,24 +180,12 @@ class _Found(NamedTuple):
 
 def _require_known(others: Mapping[str, Any]) -> None:
     known = [*inspect.signature(train_loop).parameters]
-    for name in others:
+    for name, value in others.items():
         if name not in known:
             raise ConfigError(
                 f"preflight takes the arguments of train_loop, which has no {name}=. "
-                f"{_instead_of(name, known)}"
+                f"{instead_of(name, value, known)}"
             )
-
-
-def _instead_of(name: str, known: Sequence[str]) -> str:
-    """Tell what to write instead of an argument that ``train_loop`` does not have."""
-    setting = "lr" if name == "learning_rate" else name
-    if setting in ("lr", "weight_decay", "betas", "eps"):
-        return (
-            "Settings of the optimizer are passed by "
-            f"optimizer=prepare_optimizer(model, {setting}=...)."
-        )
-    near = difflib.get_close_matches(name, known, 1)
-    return (f"Did you mean {near[0]}=? " if near else "") + "Leave it out."
 
 
 def _check(

@@ -20,6 +20,7 @@ from manualloop.data.preparation import preparation_of
 from manualloop.errors import ConfigError, ManualLoopError
 from manualloop.evaluation.loop import evaluate_loop
 from manualloop.internals import unwrap_optimizer
+from manualloop.keywords import instead_of
 from manualloop.loop import train_loop
 from manualloop.models import unwrap_model
 from manualloop.optim import prepare_optimizer
@@ -41,6 +42,10 @@ def job_of(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Job:
         ConfigError: The call cannot be made, or cannot be written as a script. A line for each
             problem.
     """
+    known = inspect.signature(train_loop).parameters
+    if unknown := [name for name in options if name not in known]:
+        lines = [f"no {name}. {instead_of(name, options[name], known)}" for name in unknown]
+        raise ConfigError(f"eject takes the arguments of train_loop: {' '.join(lines)}")
     try:
         bound = inspect.signature(train_loop).bind(*arguments, **options)
     except TypeError as error:
