@@ -29,6 +29,9 @@ if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4e9:
 # Imported for its doctests, the one would be everybody's device, and the other is not run at all.
 collect_ignore = ["far_device.py", "typing/user_code.py", "benchmarks/mrpc_job"]
 
+# What is imported for the tests stays: looking through it for garbage takes seconds.
+gc.disable()
+
 # No test depends on the machine's speed; CI runs the same examples every time.
 hypothesis.settings.register_profile(
     "manualloop",
@@ -75,6 +78,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Fail if a module that was imported for its doctests has changed what all tests use."""
     assert torch.get_default_dtype() == torch.float32
+    gc.enable()
     gc.collect()
     gc.freeze()  # a garbage collection in a test need not look at all libraries again
 

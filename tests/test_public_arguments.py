@@ -6,9 +6,7 @@ described here, and until the function refuses what cannot be meant.
 
 import inspect
 import math
-import os
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -150,48 +148,76 @@ def model_and_optimizer():
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def calls(folder):
-    """A call of each public function that is right, as keywords."""
+def own():
+    return {"loss_fn": loss_fn, "strategy": SingleDevice("cpu")}
+
+
+def training():
     model, optimizer = model_and_optimizer()
-    state, strategy = TrainState(model, optimizer), SingleDevice("cpu")
-    own = {"loss_fn": loss_fn, "strategy": strategy}
-    rows = Dataset.from_dict({"x": [1.0] * 4, "labels": [0] * 4})
-    training = {**own, "num_epochs": 1}
-    return {
-        "accumulate_gradients": {"model": model, "batches": [batch()], **own},
-        "apply_update": {"state": state, "batches": [batch()], **own},
-        "check_accumulation": {"model": model, "batch": batch(), **own},
-        "compare_predictions": {"a": predictions(), "b": predictions(), "metric": "accuracy"},
-        "compare_runs": {"a": folder / "a", "b": folder / "b"},
-        "count_items": {"model": model, "batch": batch()},
-        "eject": {"arguments": (model, [batch()] * 3), **training},
-        "evaluate_loop": {"model": model, "eval_dataloader": [batch()], **own},
-        "find_checkpoint": {"checkpoint_dir": folder / "saved"},
-        "inspect_batch": {"loader": [batch()]},
-        "launch": {"function": print, "num_processes": 1},
-        "load_checkpoint": {"checkpoint_dir": folder / "saved", "state": state},
-        "load_metric": {"name": "accuracy"},
-        "plot_history": {"results": (trained(), trained())},
-        "predict_loop": {"model": Scores(), "dataloader": [{"x": torch.ones(2, 3)}]},
-        "preflight": {"model": model, "loaders": [batch()] * 3, "optimizer": optimizer, **training},
-        "prepare_dataloaders": {"datasets": {"train": rows}},
-        "prepare_optimizer": {"model": model},
-        "prepare_scheduler": {"optimizer": optimizer, "num_training_steps": 10},
-        "prepare_strategy": {"spec": "cpu"},
-        "save_checkpoint": {"checkpoint_dir": folder / "new", "state": state},
-        "train_loop": {
-            "model": model,
-            "train_dataloader": [batch()] * 3,
-            "optimizer": optimizer,
-            "progress_bar": False,
-            **training,
-        },
-        "train_steps": {"state": state, "train_dataloader": [batch()] * 3, **training},
-        "verify_resume": {"train_fn": print, "at": 1},
-        "windows": {"loader": [batch()] * 3, "size": 2},
-        "write_model_card": {"result": trained(), "folder": folder / "card"},
-        "write_report": {"result": trained(), "path": folder / "report.html"},
-    }
+    return {"model": model, "optimizer": optimizer, "num_epochs": 1, **own()}
+
+
+def state():
+    return TrainState(*model_and_optimizer())
+
+
+def rows():
+    return Dataset.from_dict({"x": [1.0] * 4, "labels": [0] * 4})
+
+
+CALLS = {  # a call of each public function that is right, as keywords; made anew for each value
+    "accumulate_gradients": lambda _: {"model": nn.Linear(1, 1), "batches": [batch()], **own()},
+    "apply_update": lambda _: {"state": state(), "batches": [batch()], **own()},
+    "check_accumulation": lambda _: {"model": nn.Linear(1, 1), "batch": batch(), **own()},
+    "compare_predictions": lambda _: {
+        "a": predictions(),
+        "b": predictions(),
+        "metric": "accuracy",
+    },
+    "compare_runs": lambda folder: {"a": folder / "a", "b": folder / "b"},
+    "count_items": lambda _: {"model": nn.Linear(1, 1), "batch": batch()},
+    "eject": lambda _: {
+        "arguments": (nn.Linear(1, 1), [batch()] * 3),
+        **own(),
+        "num_epochs": 1,
+    },
+    "evaluate_loop": lambda _: {
+        "model": nn.Linear(1, 1),
+        "eval_dataloader": [batch()],
+        **own(),
+    },
+    "find_checkpoint": lambda folder: {"checkpoint_dir": folder / "saved"},
+    "inspect_batch": lambda _: {"loader": [batch()]},
+    "launch": lambda _: {"function": print, "num_processes": 1},
+    "load_checkpoint": lambda folder: {"checkpoint_dir": folder / "saved", "state": state()},
+    "load_metric": lambda _: {"name": "accuracy"},
+    "plot_history": lambda _: {"results": (trained(), trained())},
+    "predict_loop": lambda _: {"model": Scores(), "dataloader": [{"x": torch.ones(2, 3)}]},
+    "preflight": lambda _: {"loaders": [batch()] * 3, **training()},
+    "prepare_dataloaders": lambda _: {"datasets": {"train": rows()}},
+    "prepare_optimizer": lambda _: {"model": nn.Linear(1, 1)},
+    "prepare_scheduler": lambda _: {
+        "optimizer": model_and_optimizer()[1],
+        "num_training_steps": 10,
+    },
+    "prepare_strategy": lambda _: {"spec": "cpu"},
+    "save_checkpoint": lambda folder: {"checkpoint_dir": folder / "new", "state": state()},
+    "train_loop": lambda _: {
+        "train_dataloader": [batch()] * 3,
+        "progress_bar": False,
+        **training(),
+    },
+    "train_steps": lambda _: {
+        "state": state(),
+        "train_dataloader": [batch()] * 3,
+        "num_epochs": 1,
+        **own(),
+    },
+    "verify_resume": lambda _: {"train_fn": print, "at": 1},
+    "windows": lambda _: {"loader": [batch()] * 3, "size": 2},
+    "write_model_card": lambda folder: {"result": trained(), "folder": folder / "card"},
+    "write_report": lambda folder: {"result": trained(), "path": folder / "report.html"},
+}
 
 
 @cache
@@ -231,7 +257,7 @@ def call(function, options):
 
 
 def options_of(function, argument, value, folder):
-    options = calls(folder)[function]
+    options = CALLS[function](folder)
     signature = inspect.signature(getattr(manualloop, function))
     beside = {k: v for k, v in BESIDE.get(argument, {}).items() if k in signature.parameters}
     return {**options, **beside, argument: value}
@@ -246,11 +272,12 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("arguments")
     model, optimizer = model_and_optimizer()
     manualloop.save_checkpoint(folder / "saved", TrainState(model, optimizer))
+    trained()  # before updates are counted
     return folder
 
 
 def test_every_function_has_a_call():
-    assert sorted(calls(Path(os.devnull))) == FUNCTIONS
+    assert sorted(CALLS) == FUNCTIONS
 
 
 @pytest.mark.parametrize(("function", "argument"), ARGUMENTS)

@@ -3,11 +3,10 @@
 import itertools
 import multiprocessing
 import random
-import subprocess
-import sys
 import time
 
 import numpy as np
+import processes
 import pytest
 import torch
 from bench import CONTEXT
@@ -298,6 +297,6 @@ print(verify_resume(partial(dict, rows=bytes(1_000_000)), at=1))
 def test_a_script_without_a_guard_in_new_interpreters_ends_with_the_advice(tmp_path):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False)
+    done = processes.run(path, is_merged=False)
     assert done.returncode == 1
-    assert done.stderr.strip().endswith('verify_resume under if __name__ == "__main__":')
+    assert done.errors.strip().endswith('verify_resume under if __name__ == "__main__":')

@@ -16,19 +16,21 @@ from pathlib import Path
 import bench
 import torch
 from injections import KillAt
-from limits import FOREVER, wait_patiently, wait_until_stopped
+from limits import FOREVER, explain_after_a_report, wait_patiently, wait_until_stopped
 
 from manualloop import NonFiniteError, prepare_strategy
 from manualloop.data.sampler import order
 
+SHORT = {"_REPORT": 0.2, "_ANSWER": 0.2}
 BAD_ROW = order(bench.NUM_ROWS, 1, 0)[4 * 7]  # of batch 7, which is rank 1's
 
 
 def main():
     victim, *rest = sys.argv[1:]
     # After "stop" and "exit" no rank has news, so the other one ends because its waiting ends.
-    limits = {"stop": {"_REPORT": 0.5, "_ANSWER": 2.0}, "exit": {"_REPORT": 5.0, "_ANSWER": 5.0}}
-    wait_patiently(**limits.get(rest[0], {}))
+    wait_patiently(**(SHORT if rest[0] in ("stop", "exit") else {}))
+    if rest[0] == "exit":
+        explain_after_a_report()
     strategy = prepare_strategy(timeout=FOREVER)
     for fault, folder in zip(rest[::2], rest[1::2], strict=True):
         run(folder, fault, strategy, int(victim))

@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from processes import wait_until
 from torch.distributed import distributed_c10d
 
 from manualloop.strategy import hosts, liveness
@@ -31,6 +32,17 @@ def wait_patiently(**others):
         setattr(liveness, name, seconds)
 
 
+def explain_after_a_report():
+    """Let this rank explain a failure when it knows how another one has ended, however late."""
+    explain = liveness.Connections.explain
+
+    def explain_then(connections, **options):
+        wait_until(lambda: connections._reports)
+        return explain(connections, **options)
+
+    liveness.Connections.explain = explain_then
+
+
 def wait_until_stopped(pid):
     """Wait for a SIGSTOP of another process; from then on collective operations fail soon."""
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
@@ -39,6 +51,6 @@ def wait_until_stopped(pid):
 
 
 def fail_soon():
-    """Let operations that wait for another rank fail within two seconds."""
+    """Let operations that wait for another rank fail at once, or nearly so."""
     for group in (None, hosts._hosts._group):
-        distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
+        distributed_c10d._set_pg_timeout(timedelta(seconds=0.3), group)

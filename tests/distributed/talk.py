@@ -14,7 +14,7 @@ from manualloop import prepare_strategy
 if __name__ == "__main__":
     fault, victim = sys.argv[1], int(sys.argv[2])
     # A stopped rank sends no news. Rank 0 then asks who is there: rank 1 has ten seconds to answer.
-    stopped = {"_REPORT": 0.5, "_ANSWER": 10.0 if victim != 0 else 1.0}
+    stopped = {"_REPORT": 0.2, "_ANSWER": 10.0 if victim != 0 else 0.2}
     wait_patiently(**(stopped if fault == "stop" else {}))
     strategy = prepare_strategy(timeout=FOREVER)
     pids = strategy.gather(os.getpid())

@@ -4,16 +4,22 @@ In a process of its own: a process has one accelerator, and keeps it.
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from torch.utils import backend_registration
 
 import manualloop
 
 TESTS = Path(__file__).parents[1]
+SCRIPT = """
+import sys
+
+import pytest
+
+sys.exit(pytest.main(["-pfar_device", "-pno:cacheprovider", *sys.argv[1:]]))
+"""
 
 
 @pytest.mark.slow
@@ -22,21 +28,16 @@ TESTS = Path(__file__).parents[1]
     reason="this torch cannot register a device in Python",
 )
 @pytest.mark.parametrize("what", ["device", pytest.param("examples", marks=pytest.mark.exhaustive)])
-def test_an_accelerator_that_is_not_the_cpu(what):
+def test_an_accelerator_that_is_not_the_cpu(what, tmp_path):
     where = {
         "device": [TESTS / "strategy" / "test_on_device.py"],
         "examples": ["--doctest-modules", "--pyargs", manualloop.__name__],
     }
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
     python_path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-pfar_device", "-pno:cacheprovider", *where[what]],
-        env=os.environ | {"PYTHONPATH": python_path},
-        cwd=TESTS,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=3600,
-        check=False,
+    done = processes.run(
+        script, *where[what], env=os.environ | {"PYTHONPATH": python_path}, cwd=TESTS, timeout=3600
     )
-    assert done.returncode == 0, done.stdout
-    assert '"auto" is far' in done.stdout
+    assert done.returncode == 0, done.output
+    assert '"auto" is far' in done.output
