@@ -26,6 +26,11 @@ from transformers import (
 
 from manualloop import prepare_dataloaders
 
+A_THOUSAND = pytest.mark.parametrize(
+    "seeds", [range(200), pytest.param(range(200, 1000), marks=pytest.mark.exhaustive)], ids=str
+)
+"""Sets of rows, drawn by their numbers, of which `nox -s tests` takes the first 200."""
+
 WORDS = ["good", "bad", "movie", "plot", "very", "not", "the", "a", "was", "acting", "fine", "dull"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 VOCAB_SIZE = len(SPECIAL) + len(WORDS)

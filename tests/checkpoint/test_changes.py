@@ -31,7 +31,7 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(bits(one), bits(other), strict=True))
 
 
-def train(folder, on_step, make, change=None, loss_fn=None, num_epochs=2):
+def train(folder, on_step, make, change=None, loss_fn=None, num_epochs=2, checkpoint_every=1):
     torch.manual_seed(0)
     model = make()
 
@@ -49,7 +49,7 @@ def train(folder, on_step, make, change=None, loss_fn=None, num_epochs=2):
         loss_fn=loss_fn or (lambda model, batch: model(batch["x"]).square().mean()),
         on_step=on_each,
         checkpoint_dir=folder,
-        checkpoint_every=1,
+        checkpoint_every=checkpoint_every,
         progress_bar=False,
     )
 
@@ -120,7 +120,7 @@ def test_what_forward_passes_change_comes_back(kind, is_inner, tmp_path):
         return nn.Sequential(nn.Linear(3, 3), scaled) if is_inner else scaled
 
     def run(folder, on_step):
-        return train(folder, on_step, make)
+        return train(folder, on_step, make, checkpoint_every=6)
 
     whole, resumed = whole_and_resumed(run, tmp_path, dies_after=7)
     assert same(whole.state.model, resumed.state.model)

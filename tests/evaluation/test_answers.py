@@ -9,6 +9,7 @@ import string
 from typing import Any
 
 import pytest
+from helpers import A_THOUSAND
 
 from manualloop.errors import MetricError
 from manualloop.evaluation.answers import exact_match
@@ -134,8 +135,9 @@ def official_v2(
 # --------------------------------------------------------------------------------------------------
 
 
-def test_1000_sets_of_answers_equal_the_official_script() -> None:
-    for seed in range(1000):
+@A_THOUSAND
+def test_sets_of_answers_equal_the_official_script(seeds: range) -> None:
+    for seed in seeds:
         rng = random.Random(seed)
         answers = [[text(rng) for _ in range(rng.randint(1, 3))] for _ in range(rng.randint(1, 6))]
         predictions = [rng.choice([text(rng), rng.choice(row)]) for row in answers]
@@ -148,8 +150,9 @@ def test_1000_sets_of_answers_equal_the_official_script() -> None:
         assert squad(with_ids, forms[2]) == pytest.approx(expected, rel=0, abs=1e-9)
 
 
-def test_1000_sets_with_unanswerable_questions_equal_the_official_script() -> None:
-    for seed in range(1000):
+@A_THOUSAND
+def test_sets_with_unanswerable_questions_equal_the_official_script(seeds: range) -> None:
+    for seed in seeds:
         rng = random.Random(seed)
         size = rng.randint(1, 6)
         kind = rng.choice([0.0, 0.5, 1.0])  # share of questions that can be answered

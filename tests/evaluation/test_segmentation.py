@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import A_THOUSAND
 
 from manualloop.errors import MetricError
 from manualloop.evaluation.metrics import Metric, load_metric
@@ -53,8 +54,9 @@ def plain_loop(predicted: list[np.ndarray], right: list[np.ndarray]) -> dict[str
     }
 
 
-def test_1000_sets_of_maps_equal_a_plain_loop() -> None:
-    for seed in range(1000):
+@A_THOUSAND
+def test_sets_of_maps_equal_a_plain_loop(seeds: range) -> None:
+    for seed in seeds:
         predicted, right = maps(seed)
         found = load_metric("mean_iou").compute(predictions=predicted, references=right)
         expected = plain_loop(predicted, right)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import A_THOUSAND
 
 from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.metrics import load_metric
@@ -65,8 +66,9 @@ def expected_scores(right: Any, predicted: Any, **options: Any) -> dict[str, flo
     return expected
 
 
-def test_1000_sets_of_sentences_equal_seqeval() -> None:
-    for seed in range(1000):
+@A_THOUSAND
+def test_sets_of_sentences_equal_seqeval(seeds: range) -> None:
+    for seed in seeds:
         predicted, right, _ = sentences(seed)
         expected = expected_scores(right, predicted)
         found = seqeval(predicted, right)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import A_THOUSAND
 
 from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.metrics import load_metric
@@ -37,12 +38,13 @@ def as_lists(references: list[Any]) -> list[list[str]]:
     return [[row] if isinstance(row, str) else row for row in references]
 
 
-def test_1000_sets_of_texts_equal_rouge_score() -> None:
+@A_THOUSAND
+def test_sets_of_texts_equal_rouge_score(seeds: range) -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
     types = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     scorers = {stems: RougeScorer(types, use_stemmer=stems) for stems in (False, True)}
-    for seed in range(1000):
+    for seed in seeds:
         predictions, references = rows(seed)
         stems = seed % 4 == 0
         expected = dict.fromkeys(types, 0.0)
@@ -55,7 +57,8 @@ def test_1000_sets_of_texts_equal_rouge_score() -> None:
         assert found == pytest.approx(expected, rel=0, abs=1e-9), seed
 
 
-def test_1000_sets_of_texts_equal_sacrebleu() -> None:
+@A_THOUSAND
+def test_sets_of_texts_equal_sacrebleu(seeds: range) -> None:
     from sacrebleu.metrics import BLEU, CHRF
 
     options: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -64,7 +67,7 @@ def test_1000_sets_of_texts_equal_sacrebleu() -> None:
         ({"smooth_method": "floor", "effective_order": True}, {"lowercase": True}),
         ({"tokenize": "char", "max_ngram_order": 2}, {"beta": 1, "eps_smoothing": True}),
     ]
-    for seed in range(1000):
+    for seed in seeds:
         predictions, references = rows(seed)
         of_bleu, of_chrf = options[seed % 4]
         # sacrebleu's own form: the first right texts of all rows, then the second; "" is skipped

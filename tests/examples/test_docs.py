@@ -11,6 +11,7 @@ import ast
 import inspect
 import re
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -62,11 +63,6 @@ PRINTED = {
         r"Any split is the same update\.",
     ],
 }
-ALL_BLOCKS = [
-    pytest.param(block.code, id=f"{page}-{number}")
-    for page, blocks in BLOCKS.items()
-    for number, block in enumerate(blocks, start=1)
-]
 in_a_checkout = pytest.mark.skipif(
     not (ROOT / "noxfile.py").exists(), reason="the installed wheel is tested without the checkout"
 )
@@ -109,9 +105,9 @@ def test_no_block_hides():
         assert all(len(block.reason.split()) > 2 for block in BLOCKS[page] if block.reason)
 
 
-@pytest.mark.parametrize("block", ALL_BLOCKS)
-def test_code_imports_public_names_and_passes_arguments_that_exist(block):
-    for node in ast.walk(ast.parse(block)):
+@pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks])
+def test_code_imports_public_names_and_passes_arguments_that_exist(page):
+    for node in (node for block in BLOCKS[page] for node in ast.walk(ast.parse(block.code))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("manualloop"):
             public = import_module(node.module).__all__
             assert {alias.name for alias in node.names} <= set(public)
@@ -124,34 +120,38 @@ def test_code_imports_public_names_and_passes_arguments_that_exist(block):
             signature.bind_partial(*arguments, **dict.fromkeys(keywords))  # else a TypeError
 
 
-def anchors(text):
+@cache
+def anchors(path):
     """Return the anchors that GitHub makes of a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @in_a_checkout
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files_and_headings(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
-        if link.startswith("http"):
-            continue
-        name, _, anchor = link.partition("#")
-        target = ROOT / page if not name else (ROOT / page).parent / name
-        assert target.exists(), link
-        if anchor:
-            assert anchor in anchors(target.read_text()), link
+def test_links_lead_to_files_and_headings():
+    broken = []
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            name, _, anchor = link.partition("#")
+            target = (ROOT / page).parent / name if name else ROOT / page
+            if link.startswith("http") or (target.exists() and not anchor):
+                continue
+            if not target.exists() or anchor not in anchors(target):
+                broken.append(f"{page}: {link}")
+    assert broken == []
 
 
 @in_a_checkout
-@pytest.mark.parametrize("page", PAGES)
-def test_paths_and_sessions_exist(page):
-    for path in re.findall(r"\b(?:tests|docs|examples|manualloop)/[\w./-]*\w/?", PAGES[page]):
-        assert (ROOT / path).exists(), path
+def test_paths_and_sessions_exist():
     functions = re.findall(r"^def (\w+)\(session:", (ROOT / "noxfile.py").read_text(), re.M)
     sessions = {name.replace("_", "-") for name in functions}
-    for names in re.findall(r"nox -s ((?:[\w-]*\w ?)+)", PAGES[page]):
-        assert set(names.split()) <= sessions, names
+    missing = []
+    for page, text in PAGES.items():
+        for path in re.findall(r"\b(?:tests|docs|examples|manualloop)/[\w./-]*\w/?", text):
+            missing += [] if (ROOT / path).exists() else [f"{page}: {path}"]
+        for names in re.findall(r"nox -s ((?:[\w-]*\w ?)+)", text):
+            missing += [f"{page}: {name}" for name in {*names.split()} - sessions]
+    assert missing == []
 
 
 @in_a_checkout

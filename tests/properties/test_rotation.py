@@ -1,8 +1,6 @@
 """Whatever the metrics, the newest checkpoints and the best one are there, and nothing else."""
 
 import math
-import tempfile
-from pathlib import Path
 
 import torch
 from hypothesis import given, settings
@@ -21,7 +19,7 @@ VALUES = st.one_of(
     st.integers(1, 3),
     st.sampled_from(["score", "-score"]),
 )
-def test_the_newest_and_the_best_are_kept(values, keep, best_metric):
+def test_the_newest_and_the_best_are_kept(tmp_path_factory, values, keep, best_metric):
     model = torch.nn.Linear(1, 1)
     state = TrainState(model, torch.optim.SGD(model.parameters()))
     cpu = SingleDevice("cpu")
@@ -31,24 +29,24 @@ def test_the_newest_and_the_best_are_kept(values, keep, best_metric):
         value = values[step - 1]
         return -math.inf if math.isnan(value) else sign * value
 
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "step-9").mkdir()
-        for step, value in enumerate(values, start=1):
-            state.progress.num_steps = step
-            with torch.no_grad():
-                model.weight.fill_(step)
-            metrics = None if value is None else {"score": value}
-            save_checkpoint(
-                name, state, metrics=metrics, keep=keep, best_metric=best_metric, strategy=cpu
-            )
-            scored = [n for n in range(1, step + 1) if values[n - 1] is not None]
-            best = [max(scored, key=worth)] if scored else []  # max: the first of equals
-            newest = list(range(max(1, step - keep + 1), step + 1))
-            found = sorted(int(path.name[5:]) for path in Path(name).glob("step-0*"))
-            assert found == sorted({*newest, *best})
-            if best:
-                info = load_checkpoint(name, state, which="best", strategy=cpu)
-                assert info.step == best[0] == model.weight.item()
-                assert repr(info.metrics["score"]) == repr(float(values[best[0] - 1]))
-            assert load_checkpoint(name, state, strategy=cpu).step == step
-        assert (Path(name) / "step-9").is_dir()
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "step-9").mkdir()
+    for step, value in enumerate(values, start=1):
+        state.progress.num_steps = step
+        with torch.no_grad():
+            model.weight.fill_(step)
+        metrics = None if value is None else {"score": value}
+        save_checkpoint(
+            folder, state, metrics=metrics, keep=keep, best_metric=best_metric, strategy=cpu
+        )
+        scored = [n for n in range(1, step + 1) if values[n - 1] is not None]
+        best = [max(scored, key=worth)] if scored else []  # max: the first of equals
+        newest = list(range(max(1, step - keep + 1), step + 1))
+        found = sorted(int(path.name[5:]) for path in folder.glob("step-0*"))
+        assert found == sorted({*newest, *best})
+        if best:
+            info = load_checkpoint(folder, state, which="best", strategy=cpu)
+            assert info.step == best[0] == model.weight.item()
+            assert repr(info.metrics["score"]) == repr(float(values[best[0] - 1]))
+        assert load_checkpoint(folder, state, strategy=cpu).step == step
+    assert (folder / "step-9").is_dir()

@@ -50,9 +50,17 @@ COLLATORS = {
 }
 
 
-@settings(deadline=None, max_examples=150)
-@given(data=st.data())
-def test_a_table_is_padded_as_its_rows_are(tokenizer, data):
+@pytest.mark.parametrize("number", [50, pytest.param(500, marks=pytest.mark.exhaustive)])
+def test_a_table_is_padded_as_its_rows_are(tokenizer, number):
+    @settings(max_examples=number)
+    @given(data=st.data())
+    def check(data):
+        check_a_table(tokenizer, data)
+
+    check()
+
+
+def check_a_table(tokenizer, data):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = data.draw(st.sampled_from(["left", "right"]))
     tokenizer.model_input_names = data.draw(

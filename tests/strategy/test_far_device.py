@@ -18,7 +18,8 @@ import sys
 
 import pytest
 
-sys.exit(pytest.main(["-pfar_device", "-pno:cacheprovider", *sys.argv[1:]]))
+options = ["-pfar_device", "-pno:cacheprovider", "-Wignore::pytest.PytestAssertRewriteWarning"]
+sys.exit(pytest.main([*options, *sys.argv[1:]]))
 """
 
 
