@@ -431,9 +431,10 @@ def _methods_of(kind: type) -> list[tuple[str, FunctionType]]:
     found = []
     for base in kind.__mro__:
         for name, member in vars(base).items():
-            inner = getattr(member, "fget", None) or getattr(member, "__func__", member)
-            if isinstance(inner, FunctionType):
-                found.append((name, inner))
+            if not isinstance(member, FunctionType):  # which most are
+                member = getattr(member, "fget", None) or getattr(member, "__func__", None)
+            if isinstance(member, FunctionType):
+                found.append((name, member))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from manualloop.arguments import Checks
 from manualloop.data.files import read_rows
@@ -12,6 +13,9 @@ from manualloop.errors import DataError
 
 TEXT_KINDS = ("text", "texts")
 """Kinds of columns that a model cannot read: strings, and lists of strings."""
+
+_KINDS: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+"""Kinds of columns by their dataset, which copies all of its features whenever it is asked."""
 
 Rows = Mapping[str, Any]
 """A batch of rows as ``dataset.map`` passes it to a function: column names to lists of values."""
@@ -69,9 +73,14 @@ class Split(NamedTuple):
         Kinds are "text", "class", "int", "float", "list", "texts" (lists of text), "media" (images,
         sounds, arrays) and "other".
         """
-        if self.rows.features is not None:
-            return {name: _kind_of_feature(f) for name, f in self.rows.features.items()}
-        return {name: kind_of_value(value) for name, value in self.first.items()}
+        if (known := _KINDS.get(self.rows)) is not None:
+            return dict(known)
+        if (features := self.rows.features) is None:
+            return {name: kind_of_value(value) for name, value in self.first.items()}
+        kinds = {name: _kind_of_feature(feature) for name, feature in features.items()}
+        if not self.is_stream:
+            _KINDS[self.rows] = kinds
+        return dict(kinds)
 
     def feature(self, name: str) -> Any:
         """Return the feature of a column, or of the items in its lists; None if it is unknown."""

@@ -20,6 +20,8 @@ from manualloop import (
 )
 from manualloop.data.sampler import ordered_loader
 
+NUM_STEPS = 5  # of two an epoch
+
 
 def make_loader(shuffle):
     return ordered_loader(
@@ -33,7 +35,7 @@ def make_loader(shuffle):
     )
 
 
-def make_state(spread, lr=1e-2, change=lambda model: None, **dropout):
+def make_state(spread, lr=1e-2, change=lambda model: None, num_steps=NUM_STEPS, **dropout):
     model = tiny_bert(num_hidden_layers=2, **{"hidden_dropout_prob": 0.1, **dropout})
     change(model)
     if spread:
@@ -42,7 +44,7 @@ def make_state(spread, lr=1e-2, change=lambda model: None, **dropout):
         fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     return TrainState(
-        model, optimizer, prepare_scheduler(optimizer, "linear", num_training_steps=8)
+        model, optimizer, prepare_scheduler(optimizer, "linear", num_training_steps=num_steps)
     )
 
 
@@ -51,7 +53,7 @@ def train(state, strategy, folder=None, at=None):
     for step in train_steps(
         state,
         make_loader(shuffle=True),
-        max_steps=8,
+        max_steps=NUM_STEPS,
         gradient_accumulation_steps=3,
         max_grad_norm=0.5,
         strategy=strategy,
@@ -89,7 +91,7 @@ def two_optimizers(folder, strategy):
         matrices = [weight for weight in model.parameters() if weight.ndim == 2]
         others = [weight for weight in model.parameters() if weight.ndim < 2]
         optimizers = [Momentum(matrices), torch.optim.AdamW(others, lr=1e-2)]
-        schedule = prepare_scheduler(optimizers[0], "linear", num_training_steps=8)
+        schedule = prepare_scheduler(optimizers[0], "linear", num_training_steps=NUM_STEPS)
         return TrainState(model, optimizers, [schedule, None])
 
     whole = build()

@@ -34,7 +34,7 @@ def count_passes(model):
 def new_state(spread):
     torch.manual_seed(5)
     dropout = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
-    return make_state(spread, lr=1e-3, change=count_passes, **dropout)
+    return make_state(spread, lr=1e-3, change=count_passes, num_steps=8, **dropout)
 
 
 def train(state, strategy, until=8, folder=None):
