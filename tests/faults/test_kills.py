@@ -20,8 +20,14 @@ FSYNCS = [("fsync", n) for n in (1, 5, 10, 15)]
 
 
 def is_sampled(point):
-    """Before a file the disk is as it was after the one before; of all but the first and last."""
-    return not point.endswith(":before") or point.startswith(("model", "manifest", "probe"))
+    """Before a file the disk is as it was after the one before; of all but the first and last.
+
+    Of the files of tensors that are written alike, the first and the one in the middle.
+    """
+    stem, _, moment = point.partition(":")
+    if stem in ("optimizer", "extras", "rng"):
+        return point == "extras:half"
+    return moment != "before" or stem in ("model", "manifest", "probe")
 
 
 FIRST = [
