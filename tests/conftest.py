@@ -1,5 +1,7 @@
 """Every test runs offline and leaves the process as it found it."""
 
+from __future__ import annotations
+
 import gc
 import logging
 import os
@@ -7,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
@@ -18,8 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # On a tensor of a few numbers, threads that wait for a busy core cost a hundred times the sum.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+if TYPE_CHECKING:  # the process that hands out the tests to others need not import it
+    import torch
 
 # Checkpoints are forced to the disk, and the tests make thousands: in memory that takes no time.
 _MEMORY = Path("/dev/shm")
@@ -28,14 +31,6 @@ if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4e9:
 
 # Imported for its doctests, the one would be everybody's device, and the other is not run at all.
 collect_ignore = ["far_device.py", "typing/user_code.py", "benchmarks/mrpc_job"]
-
-# torch notes the stack of each call that seeds a device that is not there yet, which takes 0.7 ms.
-for _devices in (torch.cuda, torch.xpu, torch.mtia):
-    if not _devices.is_available():
-        _devices.manual_seed_all = lambda seed: None
-
-# What is imported for the tests stays: looking through it for garbage takes seconds.
-gc.disable()
 
 # No test depends on the machine's speed; CI runs the same examples every time.
 hypothesis.settings.register_profile(
@@ -80,9 +75,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
+def pytest_collectstart() -> None:
+    """Keep all that is imported: looking through it for garbage takes seconds."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Fail if a module that was imported for its doctests has changed what all tests use."""
+    import torch
+
     assert torch.get_default_dtype() == torch.float32
+    # torch notes the stack of each call that seeds a device that is not there yet: 0.7 ms.
+    for devices in (torch.cuda, torch.xpu, torch.mtia):
+        if not devices.is_available():
+            devices.manual_seed_all = lambda seed: None
     gc.enable()
     gc.collect()
     gc.freeze()  # a garbage collection in a test need not look at all libraries again
@@ -106,6 +112,8 @@ def _environment() -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def leaves_no_trace() -> Iterator[None]:
     """Fail a test that leaves settings of the process changed; then put them back."""
+    import torch
+
     environment, dtype = _environment(), torch.get_default_dtype()
     num_threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
     logger = logging.getLogger("manualloop")
@@ -133,6 +141,8 @@ def leaves_no_trace() -> Iterator[None]:
 @pytest.fixture
 def updates() -> Iterator[list[torch.optim.Optimizer]]:
     """The optimizer of every step that anything makes."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
     made: list[torch.optim.Optimizer] = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: made.append(optimizer))
     yield made

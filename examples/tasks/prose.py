@@ -20,6 +20,8 @@ def load_docstrings(num_rows: int | None = None) -> DatasetDict:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 text = " ".join((ast.get_docstring(node) or "").split()[:60])
                 found |= {text: None} if len(text) > 40 else {}
+        if num_rows is not None and len(found) >= num_rows:
+            break
     return Dataset.from_dict({"text": list(found)[:num_rows]}).train_test_split(0.1, seed=0)
 
 
