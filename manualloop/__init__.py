@@ -63,7 +63,7 @@ _HOME = {
     "train_loop": "loop",
     "train_steps": "steps",
     "verify_resume": "verify",
-    "windows": "update",
+    "windows": "reading.reader",
     "write_model_card": "report.card",
     "write_report": "report.page",
 }
@@ -110,6 +110,7 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.loop import TrainResult as TrainResult
     from manualloop.loop import train_loop as train_loop
     from manualloop.optim import prepare_optimizer as prepare_optimizer
+    from manualloop.reading.reader import windows as windows
     from manualloop.report.card import write_model_card as write_model_card
     from manualloop.report.page import write_report as write_report
     from manualloop.run.compare import RunComparison as RunComparison
@@ -130,7 +131,6 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.types import Window as Window
     from manualloop.update import accumulate_gradients as accumulate_gradients
     from manualloop.update import apply_update as apply_update
-    from manualloop.update import windows as windows
     from manualloop.verify import AccumulationReport as AccumulationReport
     from manualloop.verify import ResumeReport as ResumeReport
     from manualloop.verify import check_accumulation as check_accumulation

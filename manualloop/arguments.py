@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import numpy as np
 from torch import Tensor, nn
 
-from manualloop.errors import ConfigError, ManualLoopError
+from manualloop.errors import ConfigError, DataError, ManualLoopError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -164,6 +164,26 @@ def problem_of_call(name: str, function: Any) -> str | None:
         call = f"{name}({', '.join(CALLS[name])})"
         return f"{name} will be called as {call}, but it takes {signature}: {error}."
     return None
+
+
+def require_loader(loader: Any) -> None:
+    """Refuse an object that is not a loader of batches, such as a dict of loaders or a dataset.
+
+    Raises:
+        DataError: It is not a loader; the message shows how to make one.
+    """
+    if hasattr(loader, "keys"):
+        names = ", ".join(map(str, loader.keys()))
+        raise DataError(
+            f"Got a {type(loader).__name__} with splits {names}, where one loader is wanted. Pass "
+            'one of prepare_dataloaders(...): loaders["train"].'
+        )
+    is_text = isinstance(loader, str | bytes)
+    if is_text or hasattr(loader, "features") or not hasattr(loader, "__iter__"):
+        raise DataError(
+            f"Got a {type(loader).__name__}, where a loader of batches is wanted. Make one: "
+            'prepare_dataloaders(dataset, tokenizer)["train"].'
+        )
 
 
 _Meaning = tuple[Callable[[Any], bool], str]

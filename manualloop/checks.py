@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,13 +44,11 @@ from manualloop.mistakes import (
 from manualloop.models import (
     config_of,
     devices_of,
-    forward_columns,
+    forward_of,
     is_sharded,
     model_name,
     num_labels,
     part_in_eval_mode,
-    problem_type,
-    takes_any_column,
     unwrap_model,
 )
 from manualloop.notices import say, warn
@@ -60,28 +58,8 @@ from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.tasks.endings import report_untrained_ends
 from manualloop.tasks.task import Task, infer_task, resolve_task, wrong_target
-from manualloop.tasks.tokens import check_tokens, is_of_tokens, refuse_copies
+from manualloop.tasks.tokens import check_tokens, is_of_tokens, limits_of, refuse_copies
 from manualloop.types import Place
-
-
-def require_loader(loader: Any) -> None:
-    """Refuse an object that is not a loader of batches, such as a dict of loaders or a dataset.
-
-    Raises:
-        DataError: It is not a loader; the message shows how to make one.
-    """
-    if hasattr(loader, "keys"):
-        names = ", ".join(map(str, loader.keys()))
-        raise DataError(
-            f"Got a {type(loader).__name__} with splits {names}, where one loader is wanted. Pass "
-            'one of prepare_dataloaders(...): loaders["train"].'
-        )
-    is_text = isinstance(loader, str | bytes)
-    if is_text or hasattr(loader, "features") or not hasattr(loader, "__iter__"):
-        raise DataError(
-            f"Got a {type(loader).__name__}, where a loader of batches is wanted. Make one: "
-            'prepare_dataloaders(dataset, tokenizer)["train"].'
-        )
 
 
 def check_run(state: TrainState, strategy: Strategy, *, calls_step: bool = True) -> None:
@@ -217,6 +195,17 @@ def _check_precision(
         )
 
 
+class _Facts(NamedTuple):
+    """What is asked of a model about each micro-batch."""
+
+    model: nn.Module
+    columns: list[str]
+    takes_any: bool
+    is_by_token: bool  # known by the head; other models do not tell
+    is_of_transformers: bool
+    num_labels: int | None
+
+
 def check_batches(
     model: nn.Module,
     batches: Sequence[Any],
@@ -226,8 +215,8 @@ def check_batches(
     needs_labels: bool = True,
     needs_items: bool = True,
     tokenizer: Any = None,
-) -> None:
-    """Refuse micro-batches that the model cannot learn from.
+) -> Task | None:
+    """Refuse micro-batches that the model cannot learn from; return the task of the last.
 
     Args:
         model: Model that gets the batches.
@@ -242,30 +231,37 @@ def check_batches(
         DataError: Text, a missing or impossible label, a token that the model does not know, ...
         ModelError: The model has no head, or does not take these columns.
     """
+    places = [place_of(start) for start in starts]
+    is_by_token, is_of_transformers = infer_task(model) in BY_TOKEN, config_of(model) is not None
+    columns, takes_any = forward_of(model)
+    facts = _Facts(model, columns, takes_any, is_by_token, is_of_transformers, num_labels(model))
     num_items: float = 0
-    task = None
-    _check_devices(model, batches, [*map(place_of, starts)])
-    for batch, start in zip(batches, starts, strict=True):
-        place = place_of(start)
-        _check_columns(model, batch, needs_labels)
+    task: Task | None = None
+    limits: Any = None
+    _check_devices(model, batches, places)
+    for batch, place in zip(batches, places, strict=True):
+        _check_columns(facts, batch, needs_labels)
         if isinstance(batch.get("input_ids"), Tensor):
-            check_tokens(model, batch, place)
+            limits = limits or limits_of(model)
+            check_tokens(model, batch, place, limits)
         task = resolve_task(model, batch, task)
         labels = batch.get("labels")
         if task.name == "question_answering":
             check_spans(batch, place.row)
-        elif config_of(model) is not None:
+        elif facts.is_of_transformers:
             _check_type(labels, task, place)
         if isinstance(labels, Tensor):
-            _check_labels(model, batch, labels, task, place)
+            _check_labels(facts, batch, labels, task, place)
         counts = task.count(batch)
         num_items += sum(counts) if counts else 1  # nothing tells how many
     if needs_labels and needs_items and num_items == 0:
-        raise DataError(no_items_message(batches, place_of(starts[0]).batch))
+        raise DataError(no_items_message(batches, places[0].batch))
     if needs_items:
         if needs_labels and task is not None and task.name == "masked_lm":
-            refuse_copies(model, batches, place_of(starts[0]))
-        report_untrained_ends(model, batches, tokenizer=tokenizer)
+            refuse_copies(model, batches, places[0])
+        if task is not None and task.name == "causal_lm":
+            report_untrained_ends(model, batches, tokenizer=tokenizer)
+    return task
 
 
 EXPLAINED = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
@@ -376,11 +372,10 @@ def _check_from(error: Exception, labels: Tensor, classes: int, place: Place) ->
         raise mistake from error
 
 
-def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
-    name = model_name(model)
+def _check_columns(facts: _Facts, batch: Any, needs_labels: bool) -> None:
     if not isinstance(batch, Mapping):
-        raise DataError(no_columns_message(model, batch))
-    batch, taken = model_inputs(batch), forward_columns(model)
+        raise DataError(no_columns_message(facts.model, batch))
+    batch, taken = model_inputs(batch), facts.columns
     for column, value in batch.items():
         example = value[0] if isinstance(value, list | tuple) and value else value
         if isinstance(example, str) and (column == "labels" or column not in taken):
@@ -394,13 +389,14 @@ def _check_columns(model: nn.Module, batch: Any, needs_labels: bool) -> None:
     labelled = "labels" in batch or "start_positions" in batch
     if needs_labels and "labels" in taken and not labelled:
         raise DataError(no_labels_message(batch))
-    if takes_any_column(model):
+    if facts.takes_any:
         return
     if "labels" in batch and "labels" not in taken:
-        raise ModelError(no_head_message(model))
+        raise ModelError(no_head_message(facts.model))
     if unknown := [column for column in batch if column not in taken]:
         raise DataError(
-            f"{name}.forward does not take {', '.join(unknown)} (it takes {', '.join(taken)}). "
+            f"{model_name(facts.model)}.forward does not take {', '.join(unknown)} (it takes "
+            f"{', '.join(taken)}). "
             f'Leave them out: dataset.remove_columns("{unknown[0]}"), or '
             "prepare_dataloaders(dataset, tokenizer, model=model)."
         )
@@ -434,10 +430,10 @@ def _check_type(labels: Any, task: Task, place: Place) -> None:
 
 
 def _check_labels(
-    model: nn.Module, batch: Mapping[str, Any], labels: Tensor, task: Task, place: Place
+    facts: _Facts, batch: Mapping[str, Any], labels: Tensor, task: Task, place: Place
 ) -> None:
-    ids, by_token = batch.get("input_ids"), infer_task(model) in BY_TOKEN  # of others nobody knows
-    if by_token and isinstance(ids, Tensor) and labels.shape != ids.shape:
+    ids, classes = batch.get("input_ids"), facts.num_labels
+    if facts.is_by_token and isinstance(ids, Tensor) and labels.shape != ids.shape:
         lengths = (labels.shape[-1] if labels.ndim > 1 else 1, ids.shape[-1])
         raise DataError(misaligned_message(*lengths, place.batch))
     if labels.is_floating_point() and bool((is_nan := labels.isnan()).any()):
@@ -447,7 +443,6 @@ def _check_labels(
         if (maker := place.origin.maker) is not None:
             fix = f"{maker}= returns the labels: let it return numbers"
         raise DataError(f"Label NaN in {place.row(row)}, which means it is missing. {fix}.")
-    classes = num_labels(model)
     if classes is None:
         return
     if task.name == "multi_label_classification":
@@ -462,7 +457,7 @@ def _check_labels(
             f"as many: from_pretrained(name, num_labels="
             f"{labels.shape[-1] if labels.ndim > 1 else 1})."
         )
-    elif task.name == "regression" and not labels.is_floating_point() and not problem_type(model):
+    elif task.name == "regression" and not labels.is_floating_point() and not task.problem_type:
         warn_of_classes_as_values(labels.cpu().numpy(), f"the labels of {place.batch}")
 
 

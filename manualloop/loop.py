@@ -32,6 +32,7 @@ from manualloop.notices import say
 from manualloop.optim import prepare_optimizer
 from manualloop.optimizers.together import as_optimizer, each, for_each
 from manualloop.plan import plan_run, settings_of
+from manualloop.reading.sources import source_of
 from manualloop.run.cadence import Cadence, parse_cadence
 from manualloop.run.delivery import check_trackers
 from manualloop.run.evaluations import require_metric
@@ -41,7 +42,7 @@ from manualloop.run.run import Run
 from manualloop.run.stopping import Stopping, agree_at_updates, counted
 from manualloop.run.table import ends_of_intervals
 from manualloop.schedules import check_schedule, prepare_scheduler
-from manualloop.state import Pace, TrainState, goes_on
+from manualloop.state import Pace, TrainState, has_updates_left
 from manualloop.steps import contract_of, start_steps
 from manualloop.strategy.base import Strategy
 from manualloop.strategy.calls import agree, in_call
@@ -262,7 +263,8 @@ def train_loop(
     schedule = _schedules(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
     stopping = Stopping(max_seconds, agreement)
     state = TrainState(model, optimizer, schedule, extras=extras or {})
-    contract = contract_of(state, plan, strategy, arguments)
+    source = source_of(train_dataloader)
+    contract = contract_of(state, source, plan, strategy, arguments)
     with ExitStack() as stack:
         folder = stack.enter_context(
             open_run_folder(checkpoint_dir, state, strategy, resume, keep_checkpoints, best_metric)
@@ -275,7 +277,7 @@ def train_loop(
         run.resume(train_dataloader, on_step, contract)
         steps = start_steps(
             state,
-            train_dataloader,
+            source,
             plan,
             contract,
             run_strategy,
@@ -284,7 +286,7 @@ def train_loop(
             yields_skipped=True,
         )
         stack.enter_context(closing(steps))
-        if goes_on(state.progress, plan):
+        if has_updates_left(state.progress, plan):
             run.rehearse()
             try_metrics(evaluate if preflight else None, best_metric)
         run.open_trackers(contract, arguments)

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -129,22 +129,34 @@ def problem_type(model: nn.Module) -> str | None:
     return value if isinstance(value, str) else None
 
 
+class Forward(NamedTuple):
+    """The arguments of a forward pass.
+
+    Attributes:
+        columns: Their names, without ``*args`` and ``**kwargs``.
+        takes_any: Whether it takes ``**kwargs``.
+    """
+
+    columns: list[str]
+    takes_any: bool
+
+
+def forward_of(model: nn.Module) -> Forward:
+    """Return the arguments of a model's forward pass."""
+    parameters = inspect.signature(unwrap_model(model).forward).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return Forward(names, any(p.kind is p.VAR_KEYWORD for p in parameters))
+
+
 def forward_columns(model: nn.Module) -> list[str]:
     """Return the names of the forward pass's arguments, without ``*args`` and ``**kwargs``."""
-    parameters = inspect.signature(unwrap_model(model).forward).parameters.values()
-    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
-def takes_any_column(model: nn.Module) -> bool:
-    """Tell whether the forward pass takes ``**kwargs``."""
-    parameters = inspect.signature(unwrap_model(model).forward).parameters.values()
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return forward_of(model).columns
 
 
 def accepts(model: nn.Module, column: str) -> bool:
     """Tell whether the forward pass takes a column, by name or among its ``**kwargs``."""
-    parameters = inspect.signature(unwrap_model(model).forward).parameters
-    return column in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    forward = forward_of(model)
+    return forward.takes_any or column in forward.columns
 
 
 def predicts_without_labels(model: nn.Module) -> bool:

@@ -263,6 +263,15 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def whole_norm(norm: Any) -> Tensor:
+    """Return the norm of sharded gradients as one of all ranks; any other as it is. Collective.
+
+    ``fully_shard`` makes shards on a single rank, too.
+    """
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole
+
+
 def zero_gradients(optimizer: Optimizer) -> None:
     """Set the gradients of an optimizer's parameters to None.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from manualloop.arguments import is_count, is_positive, problem_of_call
-from manualloop.checks import require_loader
+from manualloop.arguments import is_count, is_positive, problem_of_call, require_loader
 from manualloop.errors import ConfigError, DataError
 from manualloop.notices import say
 from manualloop.reading.describe import batch_size_of

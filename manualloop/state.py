@@ -59,7 +59,7 @@ class Pace:
         self.epoch, self.num_steps, self.num_done, self.is_over = epoch, num_steps, num_done, False
 
 
-def goes_on(progress: Progress, plan: Plan) -> bool:
+def has_updates_left(progress: Progress, plan: Plan) -> bool:
     """Tell whether a run has updates left to make."""
     if plan.num_epochs is None:
         return progress.num_steps < plan.num_steps

@@ -47,15 +47,15 @@ from manualloop.reading.position import read_position
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import Source, source_of, workers_matter
 from manualloop.schedules import require_schedules, tell_rates_of_zero
-from manualloop.state import TrainState, goes_on
-from manualloop.step_fn import checked
+from manualloop.state import TrainState, has_updates_left
 from manualloop.strategy.base import Strategy, prepare
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.endings import tokenizer_of
 from manualloop.tasks.loss import check_own_loss, of_model
+from manualloop.tasks.task import Task
 from manualloop.types import LossFn, OnNonfinite, Plan, Step, Terms, Update, Window
-from manualloop.update import StepFn, apply_update, drop_gradients, group
+from manualloop.update import StepFn, apply_update, checked, drop_gradients
 
 
 def train_steps(
@@ -155,16 +155,15 @@ def train_steps(
     progress = state.progress
     at = {"steps made": progress.num_steps, "epochs made": progress.epoch}
     strategy = begin_call(strategy, "train_steps", **ends, **settings._asdict(), **at)
-    contract = contract_of(state, plan, strategy, arguments)
-    steps = start_steps(
-        state, train_dataloader, plan, contract, strategy, settings, preflight=preflight
-    )
+    source = source_of(train_dataloader)
+    contract = contract_of(state, source, plan, strategy, arguments)
+    steps = start_steps(state, source, plan, contract, strategy, settings, preflight=preflight)
     return cast("Generator[Step, None, None]", watch_first(steps, state))
 
 
 def start_steps(
     state: TrainState,
-    train_dataloader: Iterable[Any],
+    source: Source,
     plan: Plan,
     contract: Contract,
     strategy: Strategy,
@@ -179,10 +178,10 @@ def start_steps(
     without one.
     """
     window_size, max_grad_norm, loss_fn, terms, step_fn, on_nonfinite = settings
+    train_dataloader = source.loader
     terms = of_model(terms, state.model)
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
     put_into_training(state.optimizer)
-    source = source_of(train_dataloader)
     is_resized = has_other_size(state.contract, contract)
     _agree_on_contract(state, source, plan, strategy, contract)
     of_loss: dict[str, Any] = {"loss_fn": loss_fn, "terms": terms}
@@ -227,7 +226,11 @@ def start_steps(
 
 
 def contract_of(
-    state: TrainState, plan: Plan, strategy: Strategy, arguments: Mapping[str, Any]
+    state: TrainState,
+    source: Source,
+    plan: Plan,
+    strategy: Strategy,
+    arguments: Mapping[str, Any],
 ) -> Contract:
     """Check the state of a run, and describe the run by all arguments of the call."""
     state.optimizer = as_optimizer(state.optimizer)  # somebody may have set a list
@@ -235,9 +238,8 @@ def contract_of(
     state.lr_scheduler = require_schedules(state.lr_scheduler, state.optimizer)
     if arguments.get("step_fn") is None:
         tell_rates_of_zero(state.lr_scheduler, state.optimizer)
-    loader = arguments["train_dataloader"]
-    facts = all_facts(source_of(loader))
-    read = columns_read(loader, getattr(arguments.get("loss_fn"), "reads", ()))
+    facts = all_facts(source)
+    read = columns_read(source.loader, getattr(arguments.get("loss_fn"), "reads", ()))
     if read is not None:  # the others that skip the model change no number
         facts.exact["columns that loss_fn reads"] = rows_digest(read)
     if "evaluate" in arguments:
@@ -252,8 +254,8 @@ def _agree_on_contract(
     """Keep the contract of the run, and compare it with that of its checkpoint."""
     if state.is_resumed and state.contract is not None:
         saved = read_position(state.position, state.progress.num_samples)
-        digest = digest_of(source.facts(), source.loader)
-        if not goes_on(state.progress, plan):
+        digest = digest_of(source.facts, source.loader)
+        if not has_updates_left(state.progress, plan):
             # Nothing is left to do, perhaps because the checkpoint is of a later stage of the
             # script. The position stays that of its loader, which may be this one.
             if saved.get("data") == digest:
@@ -304,26 +306,25 @@ def _train_steps(
     strategy: Strategy,
     watch: Watch,
     *,
-    check: Callable[..., None] | None,
+    check: Callable[..., Task | None] | None,
     is_resized: bool | None,
     yields_skipped: bool,
 ) -> Generator[Step | None, None, None]:
-    if not goes_on(state.progress, plan):
+    if not has_updates_left(state.progress, plan):
         return
     progress, times, inner = state.progress, state.times, unwrap_model(state.model)
     (reader, leave), skips = _enter(state, source, strategy), Skips(strategy)
     try:
-        while goes_on(progress, plan):
+        while has_updates_left(progress, plan):
             epoch, window, num_before = progress.epoch, None, progress.num_steps
             is_whole, begin = not progress.num_samples, perf_counter()
-            batches = reader.batches(epoch)
+            windows = reader.windows(window_size, epoch)
             num_planned = begin_epoch(state, plan, reader, window_size, strategy, is_resized)
             is_resized = None
-            for window in group(batches, window_size):
-                times.count_tokens(window.batches)
+            for window in windows:
                 times.data += perf_counter() - begin
                 if check is not None:
-                    check(state.model, window.batches, source.place, window.starts)
+                    state.task = check(state.model, window.batches, source.place, window.starts)
                     check = None
                 if not inner.training:  # the wrapper of a model in eval mode is in training mode
                     state.model.train()  # only then: it would thaw layers that were set to eval
@@ -333,7 +334,7 @@ def _train_steps(
                 if update.is_finite is not True and watch.watches(update):
                     watch.look_at(update, window)
                 _advance(state, reader, window, applied=update.applied)
-                is_last = not goes_on(progress, plan) and watch.end()
+                is_last = not has_updates_left(progress, plan) and watch.end()
                 if update.applied:
                     yield Step(
                         index=progress.num_steps,
@@ -404,6 +405,7 @@ def _update_from(
     explain: Callable[..., None],
 ) -> Update:
     """Make the update of a window, and say what is wrong with its batches if it fails."""
+    state.times.count_tokens(window.batches)  # before a loss_fn takes a column out of them
     begin = perf_counter()
     try:
         update = step_fn(state, window.batches, strategy)
@@ -429,7 +431,8 @@ def _reader_for(state: TrainState, source: Source, strategy: Strategy) -> Reader
             )
     else:
         position = read_position(state.position, progress.num_samples)
-        is_its_own = position.get("data") in (None, digest_of(source.facts(), source.loader))
+        data = position.get("data")
+        is_its_own = data is None or data == digest_of(source.facts, source.loader)
         reader = Reader(source, position, strategy) if is_its_own else None
     if reader is None:
         if progress.num_samples:

@@ -334,14 +334,20 @@ class Place(NamedTuple):
     """Where a batch and its rows come from, in words.
 
     Attributes:
-        batch: Name of the batch, such as ``"train batch 7"``.
+        find_batch: Function that returns the name of the batch. It may have to order all rows of
+            an epoch, so it is called for a message alone.
         row: Function from a row's number in the batch to the row's name.
         origin: Where its labels come from.
     """
 
-    batch: str
+    find_batch: Callable[[], str]
     row: Callable[[int], str]
     origin: Origin = Origin()
+
+    @property
+    def batch(self) -> str:
+        """Name of the batch, such as ``"train batch 7"``."""
+        return self.find_batch()
 
 
 class LoaderFacts(NamedTuple):

@@ -1,11 +1,12 @@
-"""One optimizer update: its window of micro-batches, and its mathematics."""
+"""One optimizer update: its mathematics, and what a ``step_fn`` of the user returns instead."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial, reduce
+from numbers import Real
 from time import perf_counter
 from typing import Any, TypeAlias
 from weakref import WeakSet
@@ -15,20 +16,17 @@ from torch import Tensor, nn
 
 from manualloop.arguments import check_arguments
 from manualloop.batches import num_rows, split_batch
-from manualloop.checks import require_loader
+from manualloop.errors import ConfigError
 from manualloop.internals import heeds_found_inf, skip_where
 from manualloop.notices import say
 from manualloop.optim import parameters_of, zero_gradients
-from manualloop.reading.reader import Given, Reader
-from manualloop.reading.sources import source_of
+from manualloop.schedules import schedules_of
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import in_call
 from manualloop.strategy.select import strategy_in_place
-from manualloop.tasks.isolation import require_isolation
-from manualloop.tasks.loss import Term, check_loss, loss_terms, of_model, require_mean
+from manualloop.tasks.loss import Loss, loss_of, means_of
 from manualloop.tasks.otherwise import balances_experts
-from manualloop.tasks.padding import require_padding_unseen
 from manualloop.tasks.shares import (
     Shares,
     count_ahead,
@@ -38,58 +36,12 @@ from manualloop.tasks.shares import (
     tell_equal,
 )
 from manualloop.tasks.splitting import doubt_about_splitting, explain_memory
-from manualloop.tasks.task import Counts, Task, count_window, resolve_task
+from manualloop.tasks.task import Counted, Task, count_window, resolve_task
 from manualloop.times import Times
-from manualloop.types import LossFn, OnNonfinite, Terms, Update, Window
+from manualloop.types import LossFn, OnNonfinite, Terms, Update
 
 StepFn: TypeAlias = Callable[[TrainState, list[Any], Strategy], Update]
 """``step_fn(state, batches, strategy) -> Update`` replaces the whole update."""
-
-
-def windows(loader: Iterable[Any], size: int, *, skip: int = 0) -> Iterator[Window]:
-    """Group the batches of one pass over a loader into the windows of its updates.
-
-    A window ends with the pass, so the last one may be shorter. Batches are not moved to another
-    device. A loader with a length is read one window at a time and never ahead; a stream is read
-    one batch ahead, because nothing else tells where it ends.
-
-    Args:
-        loader: Any iterable of batches.
-        size: Number of micro-batches per window (``gradient_accumulation_steps``).
-        skip: Number of rows to leave out at the start of the pass, which must be those of whole
-            windows. A prepared loader never loads them; other loaders read and drop them.
-
-    Raises:
-        DataError: The number of batches differs from the loader's ``len()``, or rows cannot be
-            stacked.
-
-    >>> batches = [{"x": torch.zeros(2)}, {"x": torch.zeros(2)}, {"x": torch.zeros(1)}]
-    >>> [(len(window.batches), window.num_samples) for window in windows(batches, 2)]
-    [(2, 4), (1, 1)]
-    """
-    check_arguments(size=size, skip=skip)
-    require_loader(loader)
-    return _windows(Reader(source_of(loader), {"num_samples": int(skip)}), int(size))
-
-
-def _windows(reader: Reader, size: int) -> Iterator[Window]:
-    for window in group(reader.batches(), size):
-        yield window
-        reader.settle()  # otherwise it would keep every batch
-
-
-def group(batches: Iterable[Given], size: int) -> Iterator[Window]:
-    """Group the batches of a pass into windows of ``size`` batches."""
-    window: list[Any] = []
-    starts: list[int] = []
-    num_samples = 0
-    for given in batches:
-        window.append(given.batch)
-        starts.append(given.start)
-        num_samples += given.num_rows
-        if given.is_last or len(window) == size:
-            yield Window(window, num_samples, given.is_last, starts)
-            window, starts, num_samples = [], [], 0
 
 
 def accumulate_gradients(
@@ -130,18 +82,16 @@ def accumulate_gradients(
     4
     """
     check_arguments(model=model, batches=batches, loss_fn=loss_fn, terms=terms, strategy=strategy)
-    check_loss(loss_fn, terms)
-    terms = of_model(terms, model)
+    loss = loss_of(model, loss_fn, terms)
     strategy = strategy_in_place(model) if strategy is None else strategy
     strategy = in_call(strategy, "accumulate_gradients")
     if strategy.world_size > 1:
         model = prepare_model(strategy, model)  # the wrapper adds up the gradients of the ranks
-    counts, task = count_window(model, batches)
-    if len(batches) == strategy.world_size == 1:
-        return _accumulate_one(model, batches[0], counts[0], strategy, Times(), loss_fn, terms)
-    shares = share_out(batches, counts, task, strategy, loss_fn, terms)
+    counted, shares = count_window(model, batches), None
+    if len(batches) > 1 or strategy.world_size > 1:
+        shares = share_out(batches, counted.counts, counted.task, strategy, loss)
     update, is_equal = _accumulate(
-        model, batches, shares, strategy, model.parameters, Times(), loss_fn, terms
+        model, batches, counted, shares, strategy, loss, Times(), model.parameters
     )
     if is_equal and model not in _TOLD:
         _TOLD.add(model)
@@ -155,14 +105,25 @@ _TOLD: WeakSet[nn.Module] = WeakSet()  # a loop written by hand calls this for e
 def _accumulate(
     model: nn.Module,
     batches: Sequence[Any],
-    shares: Shares,
+    counted: Counted,
+    shares: Shares | None,
     strategy: Strategy,
-    parameters: Callable[[], Iterable[Tensor]],
+    loss: Loss,
     times: Times,
-    loss_fn: LossFn | None,
-    terms: Terms | None,
+    parameters: Callable[[], Iterable[Tensor]],
 ) -> tuple[Update, bool]:
-    """Accumulate the gradients of several micro-batches, or on several ranks.
+    """Accumulate the gradients of the micro-batches of a window.
+
+    Args:
+        model: The model.
+        batches: The micro-batches.
+        counted: Their items.
+        shares: Their shares of the window; None of the only micro-batch on the only rank, whose
+            mean is the window's, as in the hand-written loop.
+        strategy: Device, precision and ranks.
+        loss: What makes the loss.
+        times: Times of the run.
+        parameters: Function that lists the parameters whose gradients are added to.
 
     Returns:
         The update so far, and whether the micro-batches weighed the same because nothing tells
@@ -172,104 +133,75 @@ def _accumulate(
     num_items: float = 0
     is_equal = False
     for number, batch in enumerate(batches):
+        begin = perf_counter()
+        inputs = strategy.to_device(batch)
+        if inputs is not batch:
+            times.copy += perf_counter() - begin
+        counts = counted.counts[number] if shares is None else shares.counts[number]
         with strategy.hold_gradients(model, hold=number < len(batches) - 1):
-            found = _terms(model, batch, shares.counts[number], strategy, times, loss_fn, terms)
-            if not shares.is_plain:
+            with strategy.autocast():
+                found = means_of(model, batch, inputs, counts, loss, looks=counted.looks)
+            if shares is None:
+                if not loss.is_models or not counts:
+                    found = items_alone(found, batch, counts, loss)
+            elif not shares.is_counted:
                 is_equal = shares.num_unknown > 0 and shares.are_equal(found)
-                if number == 0 and terms is not None and shares.is_guess and len(found) > 1:
-                    shares = count_ahead(shares, found, model, batches, terms, strategy)
+                if number == 0 and shares.is_guess and len(found) > 1:
+                    shares = count_ahead(shares, found, model, batches, loss, strategy)
                 found = items_of(shares, number, found, batch)
-            weighted = _weighted_loss(found, shares.totals, strategy.world_size)
+            weighted, items = _weighted_loss(found, shares and shares.totals, strategy.world_size)
             if weighted is None:
                 continue
             strategy.backward(weighted)
-        if items := sum(items for _, items in found):
+        if items:
             weighted_losses.append(weighted.detach())
             num_items += items
     if weighted_losses:
-        loss = reduce(torch.add, weighted_losses)
+        mean = reduce(torch.add, weighted_losses)
     else:
-        loss = torch.zeros_like(found[0][0].detach())
+        mean = torch.zeros_like(found[0][0].detach())
+    if shares is None:
+        return Update(mean, num_items, applied=num_items > 0), is_equal
     total: float = num_items
     if strategy.world_size > 1:
-        loss = strategy.sum_over_ranks(loss) / strategy.world_size
+        mean = strategy.sum_over_ranks(mean) / strategy.world_size
         guessed = shares.is_guess
         total = strategy.sum_counts([num_items])[0] if guessed else sum(shares.totals)
     if total == 0:
-        return Update(loss, 0, applied=False), is_equal
+        return Update(mean, 0, applied=False), is_equal
     if shares.is_guess and total != shares.totals[0]:
         factor = shares.totals[0] / total  # the items are other than those of count_items
         for parameter in parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
-        loss = loss * factor
-    return Update(loss, total), is_equal
-
-
-def _accumulate_one(
-    model: nn.Module,
-    batch: Any,
-    counts: Counts,
-    strategy: Strategy,
-    times: Times,
-    loss_fn: LossFn | None,
-    terms: Terms | None,
-) -> Update:
-    """Take the mean of the only micro-batch for the window's, as the hand-written loop does."""
-    found = _terms(model, batch, counts, strategy, times, loss_fn, terms)
-    if loss_fn is not None or terms is not None or not counts:
-        found = items_alone(found, batch, counts, loss_fn, terms)
-    items = [num_items for _, num_items in found]
-    loss = _weighted_loss(found, items, 1)
-    if loss is None:
-        return Update(torch.zeros_like(found[0][0].detach()), 0, applied=False)
-    strategy.backward(loss)
-    return Update(loss.detach(), sum(items))
-
-
-def _terms(
-    model: nn.Module,
-    batch: Any,
-    counts: Sequence[float],
-    strategy: Strategy,
-    times: Times,
-    loss_fn: LossFn | None,
-    terms: Terms | None,
-) -> list[Term]:
-    """Run a micro-batch through the model; return the terms of its loss."""
-    inputs = _to_device(batch, strategy, times)
-    with strategy.autocast():
-        require_isolation(model, batch, inputs, loss_fn)
-        require_padding_unseen(model, batch, inputs, loss_fn)
-        found = loss_terms(model, inputs, counts, loss_fn, terms)
-    return [(require_mean(mean), num_items) for mean, num_items in found]
-
-
-def _to_device(batch: Any, strategy: Strategy, times: Times) -> Any:
-    if strategy.device.type == "cpu":
-        return strategy.to_device(batch)
-    begin = perf_counter()
-    inputs = strategy.to_device(batch)
-    times.copy += perf_counter() - begin
-    return inputs
+        mean = mean * factor
+    return Update(mean, total), is_equal
 
 
 def _weighted_loss(
-    terms: Sequence[tuple[Tensor, float]], totals: Sequence[float], world_size: int
-) -> Tensor | None:
-    """Return a micro-batch's share of the window's loss; None if it has no item.
+    terms: Sequence[tuple[Tensor, float]], totals: Sequence[float] | None, world_size: int
+) -> tuple[Tensor | None, float]:
+    """Return a micro-batch's share of the window's loss and its items; None if it has no item.
 
     A mean over no item is left out: it is 0/0 and would turn every gradient into NaN. With several
     ranks such means are kept, times 0, because the other ranks wait for this rank's gradients.
+
+    Args:
+        terms: The means of the micro-batch with their items.
+        totals: Items of the window, for each term; None where it has no other micro-batch.
+        world_size: Number of ranks.
     """
-    shares = []
+    totals = [num_items for _, num_items in terms] if totals is None else totals
+    shares: list[Tensor] = []
+    items: float = 0
     for (mean, num_items), total in zip(terms, totals, strict=True):
         if num_items:
+            items += num_items
             weight = num_items * world_size / total
             shares.append(mean if weight == 1 else mean * weight)
         elif world_size > 1:
             shares.append((mean * 0).nan_to_num())
-    return reduce(torch.add, shares) if shares else None
+    return (reduce(torch.add, shares) if shares else None), items
 
 
 def _accumulate_in_memory(
@@ -286,23 +218,19 @@ def _accumulate_in_memory(
     With several ranks there is no retry: the other ranks would wait for the gradients of the
     attempt that failed.
     """
+    loss = loss_of(state.model, loss_fn, terms)
     zero_gradients(state.optimizer)
     while True:
-        parts = batches
-        max_rows, of_loss = state.max_batch_rows, (loss_fn, terms)
-        if max_rows is not None and not _doubt(state, batches, state.task, *of_loss):
+        parts, max_rows = batches, state.max_batch_rows
+        if max_rows is not None and not _doubt(state, batches, state.task, loss):
             parts = [part for batch in batches for part in split_batch(batch, max_rows)]
-        counts, task = count_window(state.model, parts, state.task)
+        counted = count_window(state.model, parts, state.task)
         if state.is_training:
-            state.task = task
+            state.task = counted.task
         try:
-            if len(parts) == strategy.world_size == 1:
-                return _accumulate_one(
-                    state.model, parts[0], counts[0], strategy, state.times, loss_fn, terms
-                )
-            return _accumulate_shares(state, parts, counts, task, strategy, loss_fn, terms)
+            return _accumulate_shares(state, parts, counted, strategy, loss)
         except torch.OutOfMemoryError as error:
-            largest, doubt = max(map(num_rows, parts)), _doubt(state, parts, task, *of_loss)
+            largest, doubt = max(map(num_rows, parts)), _doubt(state, parts, counted.task, loss)
             if largest == 1:
                 raise
             if doubt or strategy.world_size > 1:
@@ -319,45 +247,48 @@ def _accumulate_in_memory(
             torch.cuda.empty_cache()
 
 
-def _doubt(
-    state: TrainState,
-    batches: Sequence[Any],
-    task: Task | None,
-    loss_fn: LossFn | None,
-    terms: Terms | None,
-) -> str | None:
+def _doubt(state: TrainState, batches: Sequence[Any], task: Task | None, loss: Loss) -> str | None:
     task = task or resolve_task(state.model, batches[0])
-    return doubt_about_splitting(state.model, batches, task, loss_fn, terms)
+    return doubt_about_splitting(state.model, batches, task, loss.loss_fn, loss.terms)
 
 
 def _accumulate_shares(
     state: TrainState,
     batches: Sequence[Any],
-    counts: Sequence[Counts],
-    task: Task | None,
+    counted: Counted,
     strategy: Strategy,
-    loss_fn: LossFn | None,
-    terms: Terms | None,
+    loss: Loss,
 ) -> Update:
-    """Accumulate the gradients of several micro-batches, weighed as in the rest of the run."""
-    known = state.weighs_equally if state.is_training else None
-    if known:
-        counts = [(1,)] * len(batches)
-    shares = share_out(batches, counts, task, strategy, loss_fn, terms, is_settled=known is False)
-    parameters = partial(_all_parameters, state)
+    """Accumulate the gradients of the micro-batches of a window, weighed as in the rest of the run.
+
+    Whether micro-batches are weighed by items is settled by the first window of several.
+    """
+    known, shares = (state.weighs_equally if state.is_training else None), None
+    if len(batches) > 1 or strategy.world_size > 1:
+        counts = [(1,)] * len(batches) if known else counted.counts
+        task, is_settled = counted.task, known is False
+        shares = share_out(batches, counts, task, strategy, loss, is_settled=is_settled)
     update, is_equal = _accumulate(
-        state.model, batches, shares, strategy, parameters, state.times, loss_fn, terms
+        state.model,
+        batches,
+        counted,
+        shares,
+        strategy,
+        loss,
+        state.times,
+        partial(_all_parameters, state),
     )
-    if known is None:
-        if is_equal:
-            tell_equal(batches[0])
-        if state.is_training:
-            state.weighs_equally = is_equal
-            if loss_fn is None and terms is None and balances_experts(state.model):
-                say(
-                    "the loss that balances the experts (output_router_logits) is that of each "
-                    "micro-batch: another split of the rows is a slightly different update."
-                )
+    if shares is None or known is not None:
+        return update
+    if is_equal:
+        tell_equal(batches[0])
+    if state.is_training:
+        state.weighs_equally = is_equal
+        if loss.is_models and balances_experts(state.model):
+            say(
+                "the loss that balances the experts (output_router_logits) is that of each "
+                "micro-batch: another split of the rows is a slightly different update."
+            )
     return update
 
 
@@ -401,7 +332,6 @@ def apply_update(
     if not clips_well or on_nonfinite not in ("raise", "skip", "ignore"):
         check_arguments(max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite)
     try:
-        terms = terms and of_model(terms, state.model)
         if strategy.world_size > 1 and not state.is_training:
             state.model = prepare_model(strategy, state.model)
         update = _accumulate_in_memory(state, batches, strategy, loss_fn, terms)
@@ -414,8 +344,9 @@ def apply_update(
         return update
     begin = perf_counter()
     watches, grad_norm = on_nonfinite != "ignore", None
+    scales_losses = watches and strategy.scales_losses
     is_finite: bool | Tensor | None = None
-    if watches and strategy.scales_losses:
+    if scales_losses:
         # Checked before clipping, which informs the scaler. A norm that overflows is left to it.
         is_finite = bool(finiteness(update.loss))
         if not is_finite:
@@ -424,7 +355,7 @@ def apply_update(
             return update
     if max_grad_norm is not None:
         update.grad_norm = grad_norm = strategy.clip_gradients(state.optimizer, max_grad_norm)
-    if watches and not strategy.scales_losses:
+    if watches and not scales_losses:
         is_finite = finiteness(update.loss if grad_norm is None else update.loss + grad_norm)
     if isinstance(is_finite, Tensor) and (
         on_nonfinite == "skip"
@@ -478,3 +409,72 @@ def _apply_guarded(state: TrainState, strategy: Strategy, is_finite: Tensor) -> 
         for optimizer in state.optimizer:
             stack.enter_context(skip_where(optimizer, has_failed))
         return strategy.apply(state.optimizer)
+
+
+def checked(step_fn: StepFn) -> StepFn:
+    """Return a ``step_fn`` whose updates are checked.
+
+    A schedule that the first update has not moved by one is reported.
+    """
+    places: list[Any] = []  # of the schedules before the first update
+    return partial(_make_checked, step_fn=step_fn, places=places)
+
+
+def _make_checked(
+    state: TrainState,
+    batches: list[Any],
+    strategy: Strategy,
+    *,
+    step_fn: StepFn,
+    places: list[Any],
+) -> Update:
+    if not places:
+        places.append([_place(schedule) for schedule in schedules_of(state.lr_scheduler)])
+    update: Any = step_fn(state, batches, strategy)
+    if problem := _problem_of(update):
+        raise ConfigError(
+            f"step_fn returned {problem}. Return what it did: manualloop.Update(loss.detach(), "
+            "num_items), with the mean loss as a tensor of one number and the number of items as "
+            "a number; applied=False if the weights were left as they were."
+        )
+    if update.loss.requires_grad or update.loss.ndim:
+        update.loss = update.loss.detach().reshape(())  # else the history keeps its graph
+    if places[0] is not None and update.applied:
+        _tell_schedules(state, places[0])
+        places[0] = None
+    made: Update = update
+    return made
+
+
+def _problem_of(update: Any) -> str | None:
+    if not isinstance(update, Update):
+        return f"a {type(update).__name__}" if update is not None else "None"
+    loss, norm, items = update.loss, update.grad_norm, update.num_items
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+        return f"an Update whose loss is a {type(loss).__name__}{shape}"
+    if not isinstance(items, Real) or isinstance(items, bool) or not items >= 0:
+        return f"an Update whose num_items is {items!r:.40}, a {type(items).__name__}"
+    if norm is not None and not (isinstance(norm, Tensor) and norm.numel() == 1):
+        return f"an Update whose grad_norm is a {type(norm).__name__}"
+    if update.applied is not True and update.applied is not False:
+        return f"an Update whose applied is a {type(update.applied).__name__}"
+    return None
+
+
+def _place(schedule: Any) -> Any:
+    """Return what moves when a schedule is stepped: a number, or all of its state."""
+    place = getattr(schedule, "last_epoch", None)
+    return place if isinstance(place, int) else repr(getattr(schedule, "state_dict", dict)())
+
+
+def _tell_schedules(state: TrainState, before: list[Any]) -> None:
+    for schedule, place in zip(schedules_of(state.lr_scheduler), before, strict=True):
+        name, now = type(schedule).__name__, _place(schedule)
+        if now == place:
+            say(
+                f"step_fn has not stepped the schedule: the {name} stays where it is. Call "
+                "state.lr_scheduler.step() in step_fn after the update, or pass lr_scheduler=None."
+            )
+        elif isinstance(place, int) and now != place + 1:
+            say(f"step_fn has moved the schedule by {now - place} in one update ({name}).")

@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import manualloop.steps as training
-import manualloop.update as update
 from manualloop.arguments import check_arguments
 from manualloop.batches import rebuild
 from manualloop.errors import ConfigError, DataError, DistributedError
@@ -34,6 +32,7 @@ from manualloop.models import (
     model_name,
     unwrap_model,
 )
+from manualloop.reading.reader import Reader
 from manualloop.run.delivery import send_nothing
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import begin_call
@@ -139,17 +138,15 @@ def check_accumulation(
     True
     """
     check_arguments(model=model, batch=batch, loss_fn=loss_fn, terms=terms)
-    strategy = begin_call(
-        strategy_for(model, strategy), "check_accumulation", loss_fn=loss_fn, terms=terms
-    )
-    check_loss(loss_fn, terms)
+    own: dict[str, Any] = {"loss_fn": loss_fn, "terms": terms}
+    strategy = begin_call(strategy_for(model, strategy), "check_accumulation", **own)
+    check_loss(**own)
     model = prepare_model(strategy, model)
     rows = rows_or_documents(batch)
     if len(rows) < 2:
         raise DataError("A batch of one row cannot be split. Pass a batch of several rows.")
     statistics = batch_statistics(model)
     kept = [parameter.grad for parameter in model.parameters()]
-    own: dict[str, Any] = {"loss_fn": loss_fn, "terms": terms}
     try:
         with evaluation_mode(model, strategy.device, inference=False, **own):
             found = _measure(model, batch, rows, strategy, **own)
@@ -411,24 +408,28 @@ def _write_trace(function: Any, directory: Path, at: int | None, path: Path) -> 
     train_fn = function.recv() if hasattr(function, "recv") else function
     steps: dict[int, dict[str, Any]] = {}
     batches: list[str] = []
-    given: Iterator[Any] = iter(())
+    given: Iterator[Window] = iter(())
+    give = Reader.windows
 
-    def group_and_note(batches_of_pass: Iterator[Any], *args: Any) -> Iterator[Window]:
+    def give_and_note(reader: Reader, size: int, epoch: int | None = None) -> Iterator[Window]:
         nonlocal given
-        given = batches_of_pass
-        for window in update.group(batches_of_pass, *args):
-            batches.append(_digest(window.batches))
-            yield window
+        windows, is_trained = give(reader, size, epoch), epoch is not None
+        given = windows if is_trained else given
+        return map(note, windows) if is_trained else windows
+
+    def note(window: Window) -> Window:
+        batches.append(_digest(window.batches))
+        return window
 
     def on_step(step: Step) -> None:
-        norm = None if step.grad_norm is None else float(step.grad_norm)
-        steps[step.index] = {"batches": list(batches), "loss": repr(float(step.loss))}
-        steps[step.index] |= {"lr": repr(float(step.lr)), "grad_norm": repr(norm)}
+        numbers: dict[str, Any] = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}
+        texts = {name: repr(None if n is None else float(n)) for name, n in numbers.items()}
+        steps[step.index] = {"batches": list(batches), **texts}
         batches.clear()
         if step.index == at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    vars(training)["group"] = group_and_note  # this process trains and ends
+    Reader.windows = give_and_note  # type: ignore[assignment, method-assign]  # of this process
     send_nothing(directory)
     try:
         result = train_fn(checkpoint_dir=directory, on_step=on_step)
@@ -445,12 +446,12 @@ def _write_trace(function: Any, directory: Path, at: int | None, path: Path) -> 
     path.write_text(json.dumps(trace))
 
 
-def _digest_rest(given: Iterator[Any], num_batches: int = 8) -> list[str]:
+def _digest_rest(given: Iterator[Window], num_batches: int = 8) -> list[str]:
     """Read the first batches after the last step."""
-    found = []
+    found: list[str] = []
     with suppress(Exception):  # of the loader: that it comes at the same batch is compared as well
-        for item in islice(given, num_batches):
-            found.append(_digest(item.batch))
+        rest = (batch for window in given for batch in window.batches)
+        found.extend(map(_digest, islice(rest, num_batches)))
     return found
 
 

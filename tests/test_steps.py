@@ -2,13 +2,17 @@
 
 import copy
 import math
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import tiny_bert
 from peft import LoraConfig, get_peft_model
 
+import manualloop
 from manualloop import (
     ConfigError,
     DataError,
@@ -17,6 +21,8 @@ from manualloop import (
     TrainState,
     Update,
     apply_update,
+    prepare_dataloaders,
+    prepare_optimizer,
     prepare_scheduler,
     train_loop,
     train_steps,
@@ -579,3 +585,69 @@ def test_masked_labels_are_not_blamed_for_another_error():
     batches = [{"x": torch.zeros(2, 2), "labels": each} for each in labels]
     with pytest.raises(RuntimeError, match="my own bug"):
         list(train_steps(state, batches, num_epochs=1))
+
+
+class Walk:
+    """The package's files that calls enter in the ``with`` block, one after the other."""
+
+    def __enter__(self):
+        self.files, self.num_calls = [], 0
+        sys.setprofile(self._see)
+        return self
+
+    def _see(self, frame, event, argument):
+        path = frame.f_code.co_filename
+        if event == "call" and path.startswith(ROOT):
+            self.num_calls += 1
+            if self.files[-1:] != [path]:
+                self.files.append(path)
+
+    def __exit__(self, *error):
+        sys.setprofile(None)
+
+
+ROOT = str(Path(manualloop.__file__).parent)
+
+
+def test_a_reader_can_follow_a_steady_update():
+    """Figures of docs/architecture.md, as bounds: of files, of changes of file, and of calls."""
+    rows = [torch.randint(5, 11, (8,)).tolist() for _ in range(16)]
+    data = Dataset.from_dict({"input_ids": rows, "label": [0, 1] * 8})
+    model = tiny_bert()
+    loader = prepare_dataloaders({"train": data}, model=model, batch_size=2)["train"]
+    optimizer = prepare_optimizer(model, lr=1e-3)
+    state = TrainState(model, optimizer, prepare_scheduler(optimizer, num_training_steps=4))
+    steps = train_steps(
+        state, loader, num_epochs=1, gradient_accumulation_steps=2, max_grad_norm=1.0
+    )
+    next(steps)
+    with Walk() as walk:
+        next(steps)
+    steps.close()
+    assert len(set(walk.files)) <= 14
+    assert len(walk.files) - 1 <= 30
+    assert walk.num_calls <= 65
+
+
+class Squares(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 1)
+
+    def forward(self, x):
+        return {"loss": self.linear(x).square().mean()}
+
+
+def test_the_order_of_an_epoch_is_made_once(monkeypatch):
+    """Also where the first window is checked: a batch is named for a message alone."""
+    made, order = [], OrderedBatchSampler._order
+
+    def noted(sampler, settings, epoch):
+        made.append(epoch)
+        return order(sampler, settings, epoch)
+
+    monkeypatch.setattr(OrderedBatchSampler, "_order", noted)
+    model = Squares()
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert len(list(train_steps(state, new_loader(), **options(loss_fn=None)))) == 8
+    assert made == [0, 1]

@@ -27,7 +27,7 @@ ROWS = [
     ["forecast", "script"],
     ["loop", "verify"],
     ["steps", "report"],
-    ["body", "nonfinite", "plan", "step_fn"],
+    ["body", "nonfinite", "plan"],
     ["update", "evaluation", "run", "tracking"],
     ["checks", "reading", "checkpoint"],
     ["data"],

@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate, pairwise
+from functools import partial
+from itertools import accumulate, chain, pairwise, starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -228,14 +229,13 @@ class OrderedBatchSampler:
         return grouped_order(self.lengths, made.batch_size, made.seed, epoch, made.num_ranks)
 
     def _batches(self, start: int, made: Made, epoch: int) -> Iterator[list[int]]:
-        """Yield the batches after ``start`` rows of an order with the settings ``made``."""
+        """Return the batches after ``start`` rows of an order with the settings ``made``."""
         if self.shuffle and made.max_tokens is not None and self.lengths is not None:
             plan = packed_batches if self.packs else budgeted_batches
             batches = plan(self.lengths, made.max_tokens, made.seed, epoch, made.num_ranks)
             ends = list(accumulate(map(len, batches)))
             if made.max_tokens == self.max_tokens and start in (0, *ends):
-                yield from batches[bisect_right(ends, start) :]
-                return
+                return iter(batches[bisect_right(ends, start) :])
             rows = [row for batch in batches for row in batch]
         else:
             rows = self._order(made, epoch)
@@ -244,20 +244,24 @@ class OrderedBatchSampler:
             starts = list(range(0, len(rows), self.batch_size))
         else:
             starts = (cut_sums if self.packs else cut)(self.lengths[rows], self.max_tokens)
-        for begin, end in pairwise([*starts, len(rows)]):
-            if not self.drop_last or end - begin == self.batch_size:
-                yield rows[begin:end]
+        bounds: Iterable[tuple[int, int]] = pairwise([*starts, len(rows)])
+        if self.drop_last:
+            bounds = [(begin, end) for begin, end in bounds if end - begin == self.batch_size]
+        return map(rows.__getitem__, starmap(slice, bounds))
 
     def __iter__(self) -> Iterator[list[int]]:
         # A DataLoader with workers calls iter() twice, so nothing happens before the first batch.
+        return chain.from_iterable(self._passes())
+
+    def _passes(self) -> Iterator[Iterator[list[int]]]:
+        """Give one pass, whose order is made when its first batch is asked for."""
         start, made = self._start, self._made or self.own
         self._start, self._made, self._under_way = 0, None, made
-        if not self.tells_epoch:
-            yield from self._batches(start, made, self.epoch)
-            return
-        of_rows = self.epoch if self.epoch_of_rows is None else self.epoch_of_rows
-        for batch in self._batches(start, made, self.epoch):
-            yield RowNumbers(batch, of_rows)
+        batches = self._batches(start, made, self.epoch)
+        if self.tells_epoch:
+            of_rows = self.epoch if self.epoch_of_rows is None else self.epoch_of_rows
+            batches = map(partial(RowNumbers, epoch=of_rows), batches)
+        yield batches
 
     def __len__(self) -> int:
         if self.max_tokens is None:

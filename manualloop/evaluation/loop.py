@@ -10,8 +10,7 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from manualloop.arguments import check_arguments
-from manualloop.checks import require_loader
+from manualloop.arguments import check_arguments, require_loader
 from manualloop.data.sampler import longest_first_view
 from manualloop.errors import ConfigError, DataError, MetricError
 from manualloop.evaluation.decoding import (

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from manualloop.arguments import require_loader
 from manualloop.batches import is_spare
-from manualloop.checks import EXPLAINED, explain, explain_loss, require_loader
+from manualloop.checks import EXPLAINED, explain, explain_loss
 from manualloop.data.sampler import num_batches, rows_before, rows_fixed
 from manualloop.errors import DataError, ManualLoopError
 from manualloop.evaluation.draws import Draws
@@ -241,6 +242,6 @@ NO_ROWS = (
 def _in_common_order(loader: Iterable[Any], strategy: Strategy) -> Generator[Any, None, None]:
     """Yield the batches of this rank in the order in which one process reads them all."""
     reader = Reader(source_of(loader), strategy=strategy, count_rows=lambda batch: 0)
-    for given in reader.batches():
-        yield given.batch
+    for window in reader.windows(1):
+        yield window.batches[0]
         reader.settle()  # else it would keep every batch

@@ -117,10 +117,9 @@ def read_in_process(loader: Any) -> Iterator[Any]:
 
     Its own iterator keeps records for the profiler, which take about 15 us a batch.
     """
-    dataset, collate = loader.dataset, loader.collate_fn
-    fetch: Any = getattr(dataset, "__getitems__", None)
-    for rows in loader.batch_sampler:
-        yield collate([dataset[row] for row in rows] if fetch is None else fetch(rows))
+    dataset = loader.dataset
+    fetch: Any = getattr(dataset, "__getitems__", None) or (lambda rows: [dataset[r] for r in rows])
+    return map(loader.collate_fn, map(fetch, loader.batch_sampler))
 
 
 def _worker_start(loader: Any, position: Position) -> WorkerStart:

@@ -99,7 +99,7 @@ def all_facts(source: Any) -> LoaderFacts:
     other datasets it covers the tensors, arrays and lists among their attributes, which may be
     others in the same data, so that a difference is not refused.
     """
-    facts: LoaderFacts = source.facts()
+    facts: LoaderFacts = source.facts
     same, exact = dict(facts.same), dict(facts.exact)
     data: Any = trained_data(source.loader)
     if isinstance(data, list | tuple) or _stored_rows(data) is not None:
@@ -423,21 +423,23 @@ def place_in(loader: Any, num_samples: int, epoch: int | None = None) -> Place:
 
     Rows are named by their number in the dataset where it is known.
     """
-    if is_prepared(loader):
+    size, is_ours, origin = batch_size_of(loader), is_prepared(loader), origin_of(loader)
+    if is_ours:
         sampler: OrderedBatchSampler = loader.batch_sampler
-        batch = f"{sampler.split} batch {sampler.batch_at(num_samples, epoch)}"
-        return Place(
-            batch,
-            lambda row: f"{batch} ({sampler.row_name(num_samples, row, epoch)})",
-            origin_of(loader),
-        )
-    size, origin = batch_size_of(loader), origin_of(loader)
+
+        def find_batch() -> str:
+            return f"{sampler.split} batch {sampler.batch_at(num_samples, epoch)}"
+
+        def name_row(row: int) -> str:
+            return f"{find_batch()} ({sampler.row_name(num_samples, row, epoch)})"
+
+        return Place(find_batch, name_row, origin)
     if size is None:
-        return Place("a batch", lambda row: f"row {row} of a batch", origin)
+        return Place(lambda: "a batch", lambda row: f"row {row} of a batch", origin)
     batch = f"batch {num_samples // size}"
     if isinstance(getattr(loader, "sampler", None), SequentialSampler):
-        return Place(batch, lambda row: f"{batch} (row id {num_samples + row})", origin)
-    return Place(batch, lambda row: f"row {row} of {batch}", origin)
+        return Place(lambda: batch, lambda row: f"{batch} (row id {num_samples + row})", origin)
+    return Place(lambda: batch, lambda row: f"row {row} of {batch}", origin)
 
 
 def row_numbers_of(loader: Any) -> Iterable[int] | None:

@@ -20,6 +20,7 @@ from manualloop.data.sampler import num_batches
 from manualloop.errors import DataError
 from manualloop.internals import part_of_stream
 from manualloop.notices import say
+from manualloop.strategy.base import Strategy
 
 
 class Shard(NamedTuple):
@@ -34,20 +35,25 @@ class Shard(NamedTuple):
     world_size: int = 1
 
 
+def ranks_of(strategy: Strategy | None) -> Shard:
+    """Return this rank among all of a strategy; None means that there is one."""
+    return Shard() if strategy is None else Shard(strategy.rank, strategy.world_size)
+
+
 class Round(NamedTuple):
     """A batch for each rank.
 
     Attributes:
-        item: What the loader gave for this rank.
-        items: Everything that this process has read for the round, in the loader's order.
+        items: What this process has read of the round, in the loader's order.
+        own: Place of this rank's batch among them.
         num_batches: Number of batches in the round; the last one may have fewer than ranks.
         rows_before: Rows in the batches of the ranks before this one.
         rows: Rows in all of the batches; None if nobody has counted them.
         is_spare: Whether the batch is another rank's too, and counts there.
     """
 
-    item: Any
     items: Sequence[Any]
+    own: int = 0
     num_batches: int = 1
     rows_before: int = 0
     rows: int | None = None
@@ -101,14 +107,14 @@ def rounds_of(
     """
     if sampler is not None:
         for item in items:
-            yield Round(item, (item,), *sampler.rounds.popleft())
+            yield Round((item,), 0, *sampler.rounds.popleft())
         return
     rank, world_size = shard
     while taken := list(islice(items, world_size)):
         own = min(rank, len(taken) - 1)
         sizes = [num_rows(getattr(item, "batch", item)) for item in taken]
         before, rows = sum(sizes[:own]), sum(sizes)
-        yield Round(taken[own], taken, len(taken), before, rows, is_spare=own < rank)
+        yield Round(taken, own, len(taken), before, rows, is_spare=own < rank)
 
 
 def is_sharded(loader: Any) -> bool:

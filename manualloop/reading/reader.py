@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.utils.data import DataLoader
 
+from manualloop.arguments import check_arguments, require_loader
 from manualloop.batches import as_spare, is_plain, num_rows
 from manualloop.data.collate import explain_rows
 from manualloop.data.sampler import count_packed, packs_rows, set_epoch
@@ -30,32 +31,18 @@ from manualloop.reading.ranks import (
     Shard,
     is_sharded,
     num_parts,
+    ranks_of,
     require_same_parts,
     rounds_of,
 )
-from manualloop.reading.sources import Source
+from manualloop.reading.sources import Source, source_of
 from manualloop.reading.workers import WorkerBatch, states_between_passes
 from manualloop.strategy.base import Strategy
-
-
-class Given(NamedTuple):
-    """A batch of this rank, and its place in the pass.
-
-    Attributes:
-        batch: What the loader gave; marked, if its rows count on another rank.
-        is_last: Whether it is the last one of its pass.
-        start: Rows of the pass before it, on all ranks.
-        num_rows: Rows that the ranks read together with it, its own included.
-    """
-
-    batch: Any
-    is_last: bool
-    start: int
-    num_rows: int
+from manualloop.types import Window
 
 
 class Reader:
-    """Gives the batches of pass after pass over a loader, and knows its position in them.
+    """Gives the windows of pass after pass over a loader, and knows its position in them.
 
     Args:
         source: A loader of any kind.
@@ -71,11 +58,10 @@ class Reader:
     >>> from manualloop.reading.sources import source_of
     >>> batches = [{"x": [1, 2]}, {"x": [3, 4]}, {"x": [5]}]
     >>> reader = Reader(source_of(batches))
-    >>> given = reader.batches()
-    >>> next(given).batch, next(given).batch, reader.settle()
-    ({'x': [1, 2]}, {'x': [3, 4]}, None)
-    >>> list(Reader(source_of(batches), reader.position()).batches())
-    [Given(batch={'x': [5]}, is_last=True, start=4, num_rows=1)]
+    >>> next(reader.windows(2)).batches, reader.settle()
+    ([{'x': [1, 2]}, {'x': [3, 4]}], None)
+    >>> list(Reader(source_of(batches), reader.position()).windows(2))
+    [Window(batches=[{'x': [5]}], num_samples=1, ends_epoch=True, starts=[4])]
     """
 
     def __init__(
@@ -87,15 +73,16 @@ class Reader:
     ) -> None:
         self.source, self._strategy = source, strategy
         self._count_rows = count_rows or (count_packed if packs_rows(source.loader) else num_rows)
-        self._facts = source.facts()
+        self._facts = source.facts
         self._identity = identify(source.loader, self._facts)
+        self._ranks = ranks_of(strategy)
         self._shard, self._copies = Shard(), 1
-        if strategy is not None and strategy.world_size > 1:
+        if self._ranks.world_size > 1:
             if is_sharded(source.loader):
-                self._copies = strategy.world_size  # rows there are for one that is read here
+                self._copies = self._ranks.world_size  # rows there are for one that is read here
             else:
-                self._shard = Shard(strategy.rank, strategy.world_size)
-        self._num_parts = num_parts(source.loader, _ranks_of(strategy))
+                self._shard = self._ranks
+        self._num_parts = num_parts(source.loader, self._ranks)
         if position and position.get("num_samples"):
             require_same_parts(position.get("num_parts"), self._num_parts)
         self._loaded = position or None
@@ -121,13 +108,15 @@ class Reader:
         """Number of batches that the pass has left for this rank; None if nobody knows."""
         return self._left
 
-    def batches(self, epoch: int | None = None) -> Iterator[Given]:
-        """Give the batches of this rank to the end of the pass. On several ranks every one must.
+    def windows(self, size: int, epoch: int | None = None) -> Iterator[Window]:
+        """Give the batches of this rank, in windows, to the end of the pass. Collective.
 
         A pass that was left is continued: what was given and not settled is given again. Of data
-        without a length one batch is read ahead: nothing else tells that it ended.
+        without a length one batch is read ahead: nothing else tells that it ended. Batches whose
+        rows count on another rank are marked.
 
         Args:
+            size: Number of batches in a window; the last one may have fewer.
             epoch: Number of the epoch, which the loader is told when a pass begins.
 
         Raises:
@@ -140,11 +129,11 @@ class Reader:
             self._ahead.extendleft(reversed(self._unused))
             self._left = None if self._left is None else self._left + len(self._unused)
             self._unused, self._next_start = [], self.num_samples
-            return self._give_all()
+            return self._group(size)
         elif self._has_failed:
             self._loaded = self.position()  # reading has failed, or was interrupted
         self._open(epoch)
-        return self._give_all()
+        return self._group(size)
 
     def _open(self, epoch: int | None) -> None:
         loader, position = self.source.loader, self._loaded or Position()
@@ -167,15 +156,17 @@ class Reader:
             self._last_worker = position.get("last_worker")
         self._is_renumbered = self._last_worker is not None
         if self._shard.world_size == 1:
-            self._rounds = map(_alone, begun.items)
+            self._rounds = map(Round, zip(begun.items, strict=True))
         else:
             sampler = self.source.copy.sharded_sampler
             self._rounds = rounds_of(begun.items, sampler, self._shard)
         self._left = None if begun.left is None else -(-begun.left // self._shard.world_size)
         self._is_open = True
 
-    def _give_all(self) -> Iterator[Given]:
-        has_length, is_last = self._left is not None, False
+    def _group(self, size: int) -> Iterator[Window]:
+        window: list[Any] = []
+        starts: list[int] = []
+        num_samples, has_length, is_last = 0, self._left is not None, False
         while taken := self._ahead.popleft() if self._ahead else self._fetch():
             if self._left is not None:
                 self._left -= 1
@@ -184,11 +175,19 @@ class Reader:
                 self._ahead.append(ahead)
             else:
                 is_last = not self._ahead
-            batch = as_spare(_batch_of(taken.item)) if taken.is_spare else _batch_of(taken.item)
+            item = taken.items[taken.own]
+            batch = item.batch if type(item) is WorkerBatch else item
+            if taken.is_spare:
+                batch = as_spare(batch)
             rows = self._count_rows(batch) * self._copies if taken.rows is None else taken.rows
-            start, self._next_start = self._next_start, self._next_start + rows
+            window.append(batch)
+            starts.append(self._next_start + taken.rows_before)
+            num_samples += rows
+            self._next_start += rows
             self._unused.append(taken)
-            yield Given(batch, is_last, start + taken.rows_before, rows)
+            if is_last or len(window) == size:
+                yield Window(window, num_samples, is_last, starts)
+                window, starts, num_samples = [], [], 0
             if is_last and has_length and self._read_to_end():
                 raise DataError(self._length_message())
         if self._left:
@@ -310,15 +309,43 @@ class Reader:
         with the same settings, takes over the position.
         """
         is_same = source.loader is self.source.loader
-        if not is_same and not self._identity.matches(identify(source.loader, source.facts())):
+        if not is_same and not self._identity.matches(identify(source.loader, source.facts)):
             return None
-        if is_same and _ranks_of(strategy) == _ranks_of(self._strategy):
+        if is_same and ranks_of(strategy) == self._ranks:
             return self
         return Reader(source, self.position(), strategy, self._count_rows)
 
 
-def _ranks_of(strategy: Strategy | None) -> Shard:
-    return Shard() if strategy is None else Shard(strategy.rank, strategy.world_size)
+def windows(loader: Iterable[Any], size: int, *, skip: int = 0) -> Iterator[Window]:
+    """Group the batches of one pass over a loader into the windows of its updates.
+
+    A window ends with the pass, so the last one may be shorter. Batches are not moved to another
+    device. A loader with a length is read one window at a time and never ahead; a stream is read
+    one batch ahead, because nothing else tells where it ends.
+
+    Args:
+        loader: Any iterable of batches.
+        size: Number of micro-batches per window (``gradient_accumulation_steps``).
+        skip: Number of rows to leave out at the start of the pass, which must be those of whole
+            windows. A prepared loader never loads them; other loaders read and drop them.
+
+    Raises:
+        DataError: The number of batches differs from the loader's ``len()``, or rows cannot be
+            stacked.
+
+    >>> batches = [{"x": torch.zeros(2)}, {"x": torch.zeros(2)}, {"x": torch.zeros(1)}]
+    >>> [(len(window.batches), window.num_samples) for window in windows(batches, 2)]
+    [(2, 4), (1, 1)]
+    """
+    check_arguments(size=size, skip=skip)
+    require_loader(loader)
+    return _windows(Reader(source_of(loader), {"num_samples": int(skip)}), int(size))
+
+
+def _windows(reader: Reader, size: int) -> Iterator[Window]:
+    for window in reader.windows(size):
+        yield window
+        reader.settle()  # otherwise it would keep every batch
 
 
 def begin_in_common(source: Source, strategy: Strategy) -> None:
@@ -352,10 +379,6 @@ def _tell_order(loader: Any) -> None:
 
 
 _OF_LOADERS = (LookupError, OSError, RuntimeError, TypeError, ValueError)
-
-
-def _alone(item: Any) -> Round:
-    return Round(item, (item,))
 
 
 def _batch_of(item: Any) -> Any:

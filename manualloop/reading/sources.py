@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -109,8 +109,9 @@ class Source:
         """Return the dataset's numbers of the rows of a pass, in order; None: nobody knows them."""
         return row_numbers_of(self.loader)
 
+    @cached_property
     def facts(self) -> LoaderFacts:
-        """Describe data and settings for the contract of a checkpoint."""
+        """Data and settings for the contract of a checkpoint, as they were when first asked for."""
         return facts_of(self.loader)
 
 
@@ -132,6 +133,7 @@ def _open_prepared(source: Source, position: Position, shard: Shard) -> Pass:
     """Begin after ``num_samples`` rows, which are never loaded."""
     sampler: OrderedBatchSampler = source.loader.batch_sampler
     skip = position.get("num_samples", 0)
+    require_inside(skip, sampler.num_rows)
     position = _without_other_workers(position, source.loader)
     sampler.num_ranks = shard.world_size
     own = sampler.own
@@ -142,7 +144,6 @@ def _open_prepared(source: Source, position: Position, shard: Shard) -> Pass:
         position.get("max_tokens", own.max_tokens),
         position.get("num_ranks", own.num_ranks),
     )
-    require_inside(skip, sampler.num_rows)
     sampler.start_at(skip, made if skip else None)
     left = sampler.num_left()
     _restore_rows(source, position)
@@ -313,8 +314,8 @@ def _restore_rows(source: Source, position: Position) -> None:
     """Put back what ``_rows_here`` returned."""
     if not _reads_here(source.loader):
         return
-    states = position.get("row_generators", {})
-    source.generators.restore({p: s for p, s in states.items() if not p.startswith("loader")})
+    if states := position.get("row_generators"):
+        source.generators.restore({p: s for p, s in states.items() if not p.startswith("loader")})
     if "dataset" in position and is_stateful(source.loader.dataset):
         source.loader.dataset.load_state_dict(position["dataset"])
 

@@ -24,7 +24,7 @@ from manualloop.run.evaluations import Evaluations, read_metrics
 from manualloop.run.folder import RunFolder
 from manualloop.run.report import Report
 from manualloop.run.stopping import EvaluationStopped, Stopping
-from manualloop.state import TrainState, goes_on
+from manualloop.state import TrainState, has_updates_left
 from manualloop.strategy.base import Strategy, on_main
 from manualloop.types import Tracker
 
@@ -122,7 +122,7 @@ class Run:
             self._evaluated_step, self._is_pending = notes["evaluated_step"], notes["is_pending"]
             self._report.restore(notes["report"], records, self._state.progress.num_steps)
             self._saved, self._num_known = self._fingerprint(), len(records)
-        if goes_on(self._state.progress, self._report.plan):
+        if has_updates_left(self._state.progress, self._report.plan):
             folder.check_space()
 
     def open_trackers(self, contract: Contract, arguments: Mapping[str, Any]) -> None:
@@ -136,7 +136,9 @@ class Run:
             ConfigError: One of them cannot be opened.
         """
         plan = self._report.plan
-        goes_further = goes_on(self._state.progress, plan) and not self._is_out_of_patience()
+        goes_further = (
+            has_updates_left(self._state.progress, plan) and not self._is_out_of_patience()
+        )
         is_finished = not (goes_further or self._is_pending)
 
         def open_all() -> None:

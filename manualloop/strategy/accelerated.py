@@ -20,9 +20,9 @@ from manualloop.errors import ConfigError, DistributedError
 from manualloop.internals import prepare_optimizer_once, prepared_models, watch_scale
 from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
-from manualloop.optim import parameters_of
+from manualloop.optim import parameters_of, whole_norm
 from manualloop.optimizers.together import Optimizers, as_optimizer, each
-from manualloop.strategy.base import STRATEGY_OF, whole_tensor
+from manualloop.strategy.base import STRATEGY_OF
 from manualloop.strategy.calls import Tagged, strategy_of_call, values_of
 from manualloop.strategy.compiled import CompileOptions, compile_model
 from manualloop.strategy.hosts import Hosts, connect_hosts
@@ -222,7 +222,7 @@ class Accelerated:
             # All at once: what overflows in one of them is noted for all.
             scaler.unscale_(optimizer)
             return nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm)
-        return whole_tensor(self.accelerator.clip_grad_norm_(parameters_of(optimizer), max_norm))
+        return whole_norm(self.accelerator.clip_grad_norm_(parameters_of(optimizer), max_norm))
 
     @property
     def scales_losses(self) -> bool:

@@ -189,15 +189,6 @@ def on_main(strategy: Strategy, function: Callable[[], _T]) -> _T:
     return cast("_T", value)
 
 
-def whole_tensor(tensor: Any) -> Tensor:
-    """Return a tensor that is sharded over the ranks as a whole; another one as it is.
-
-    ``fully_shard`` makes shards on a single rank too. Collective.
-    """
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
-
-
 MixedPrecision = Literal["no", "bf16", "fp16"]
 
 

@@ -12,11 +12,13 @@ from torch.optim import Optimizer
 
 from manualloop.errors import ConfigError
 from manualloop.internals import step_optimizer, watch_scale
-from manualloop.optim import parameters_of
+from manualloop.optim import parameters_of, whole_norm
 from manualloop.optimizers.together import each
-from manualloop.strategy.base import STRATEGY_OF, MixedPrecision, whole_tensor
+from manualloop.strategy.base import STRATEGY_OF, MixedPrecision
 from manualloop.strategy.compiled import CompileOptions, compile_model
 from manualloop.strategy.transfer import move, move_optimizer_state
+
+_NOTHING = nullcontext()
 
 
 class SingleDevice:
@@ -89,12 +91,12 @@ class SingleDevice:
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which forward passes run."""
         if self._dtype is None:
-            return nullcontext()
+            return _NOTHING
         return torch.autocast(self.device.type, dtype=self._dtype)
 
     def hold_gradients(self, model: nn.Module, hold: bool) -> AbstractContextManager[Any]:
         """Return a context without effect: there are no gradients to reduce."""
-        return nullcontext()
+        return _NOTHING
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Return a tensor as it is: there is one rank."""
@@ -121,7 +123,7 @@ class SingleDevice:
         """Scale the gradients down to a norm of at most ``max_norm``; return the norm before."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        return whole_tensor(nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm))
+        return whole_norm(nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm))
 
     @property
     def scales_losses(self) -> bool:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from manualloop.errors import ConfigError, DataError, ModelError
 from manualloop.mistakes import no_head_message, no_labels_message, no_loss_message
 from manualloop.strategy.base import Strategy
 from manualloop.tasks.endings import report_untrained_ends
-from manualloop.tasks.isolation import inputs_of
+from manualloop.tasks.isolation import inputs_of, require_isolation
+from manualloop.tasks.padding import require_padding_unseen
 from manualloop.tasks.task import IGNORE_INDEX, Counts
 from manualloop.types import Batch, LossFn, Terms
 
@@ -39,6 +40,26 @@ BOTH_GIVEN = (
 )
 
 
+class Loss(NamedTuple):
+    """What makes the loss of a run: the model, or a function of the user's. Made by ``loss_of``.
+
+    Attributes:
+        loss_fn: As in ``train_steps``.
+        terms: As in ``train_steps``, of the model at hand.
+        declared: Function that counts the items of a batch, where the user's declares them.
+        is_models: Whether the model makes the loss itself.
+    """
+
+    loss_fn: LossFn | None = None
+    terms: Terms | None = None
+    declared: Callable[[Any], Counts] | None = None
+    is_models: bool = True
+
+
+_OF_THE_MODEL = Loss()
+_ALL_LOOKS = frozenset(("padding", "documents", "kept"))
+
+
 def check_loss(loss_fn: LossFn | None, terms: Terms | None) -> None:
     """Refuse two answers to what the loss is.
 
@@ -47,6 +68,20 @@ def check_loss(loss_fn: LossFn | None, terms: Terms | None) -> None:
     """
     if loss_fn is not None and terms is not None:
         raise ConfigError(BOTH_GIVEN)
+
+
+def loss_of(model: nn.Module, loss_fn: LossFn | None, terms: Terms | None) -> Loss:
+    """Return what makes the loss of a model.
+
+    Raises:
+        ConfigError: Both functions are given.
+    """
+    if loss_fn is None and terms is None:
+        return _OF_THE_MODEL
+    check_loss(loss_fn, terms)
+    terms = of_model(terms, model)
+    declared = declared_items(terms if loss_fn is None else loss_fn)
+    return Loss(loss_fn, terms, declared, is_models=False)
 
 
 def of_model(terms: Terms | None, model: nn.Module) -> Terms | None:
@@ -58,12 +93,45 @@ def of_model(terms: Terms | None, model: nn.Module) -> Terms | None:
     return terms if bind is None else bind(model)
 
 
+def means_of(
+    model: nn.Module,
+    batch: Any,
+    inputs: Any,
+    counts: Sequence[float],
+    loss: Loss,
+    *,
+    looks: frozenset[str],
+) -> list[Term]:
+    """Run a micro-batch through the model to train it; return the terms of its loss.
+
+    Args:
+        model: The model.
+        batch: The batch as the loader gave it.
+        inputs: The batch on the model's device.
+        counts: The items that were counted in the batch.
+        loss: What makes the loss.
+        looks: What the batch is looked at for: see ``Task``.
+
+    Raises:
+        DataError: The model sees the padding, or the batch has no labels.
+        ModelError: The model sees the other documents of a sequence, or there is no loss.
+    """
+    if "documents" in looks:
+        require_isolation(model, batch, inputs, loss.loss_fn)
+    if "padding" in looks:
+        require_padding_unseen(model, batch, inputs, loss.loss_fn)
+    found = loss_terms(model, inputs, counts, loss.loss_fn, loss.terms, looks=looks)
+    return [(require_mean(mean), num_items) for mean, num_items in found]
+
+
 def loss_terms(
     model: nn.Module,
     batch: Any,
     counts: Sequence[float],
     loss_fn: LossFn | None = None,
     terms: Terms | None = None,
+    *,
+    looks: frozenset[str] = _ALL_LOOKS,
 ) -> list[Term]:
     """Run a batch through the model, and return the terms of its loss.
 
@@ -73,6 +141,7 @@ def loss_terms(
         counts: The items that ``Task.count`` found in the batch.
         loss_fn: As in ``train_steps``; None for the loss that the model returns.
         terms: As in ``train_steps``.
+        looks: What the batch has to be looked at for: see ``Task``.
 
     Raises:
         ModelError: The model returned no loss, or a function something that is none; the message
@@ -85,7 +154,8 @@ def loss_terms(
         except TypeError as error:
             explain_kept(error, batch)
             raise
-    outputs = model(**inputs_of(model, batch))
+    is_called_as_is = looks.isdisjoint(("documents", "kept"))
+    outputs = model(**(batch if is_called_as_is else inputs_of(model, batch)))
     if terms is not None:
         return listed_terms(terms(outputs, batch))
     loss = find_loss(outputs)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from manualloop.models import config_of, unwrap_model
+from manualloop.models import config_of, own_config, unwrap_model
 
 _PAIR = (
     "from torch.nn.functional import cross_entropy; terms=lambda outputs, batch: "
@@ -60,7 +60,8 @@ def objection_to(model: nn.Module, batch: Any) -> str | None:
         batch: A batch; its columns decide whether a model adds up two losses.
     """
     columns = batch if isinstance(batch, Mapping) else {}
-    kind = type(unwrap_model(model))
+    inner = unwrap_model(model)
+    kind, config = type(inner), own_config(inner)
     owner = next((cls for cls in kind.__mro__ if "forward" in vars(cls)), kind)
     if columns.get("return_loss") is True and owner.__module__.startswith("transformers."):
         return (
@@ -69,7 +70,7 @@ def objection_to(model: nn.Module, batch: Any) -> str | None:
             "loss_fn=lambda model, batch: model(**batch).loss."
         )
     for name in dict.fromkeys((kind.__name__, owner.__name__)):
-        if found := _sum_of(name, config_of(model), columns):
+        if found := _sum_of(name, config, columns):
             what, fix = found
             return (
                 f"The loss of {kind.__name__} is no mean over items that the batch shows: {what}. "

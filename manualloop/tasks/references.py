@@ -174,7 +174,7 @@ def _of_batch(model: nn.Module, pairs: Sequence[_Pair], device: torch.device) ->
 
 
 _PLACE = Place(
-    "a batch of pairs",
+    lambda: "a batch of pairs",
     lambda row: f"row {row} of a batch of pairs",
     Origin(cut="preference_pairs(tokenizer, max_length={room})"),
 )

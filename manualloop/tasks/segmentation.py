@@ -133,7 +133,7 @@ class ImagesAndMasks:
             processor=processor,
             num_channels=given.num_channels,
             num_labels=getattr(config, "num_labels", None),
-            ignored=255 if given.model is None else ignored_pixel(given.model),
+            ignored=255 if given.model is None else ignored_pixel(config),
             made=made if is_whole else (*made, VIEW),
             options=options,
         )

@@ -29,9 +29,8 @@ from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
 from manualloop.randomness import random_states_kept
 from manualloop.strategy.base import Strategy
-from manualloop.tasks.loss import Term, declared_items, loss_terms, read_items
+from manualloop.tasks.loss import Loss, Term, loss_terms, read_items
 from manualloop.tasks.task import Counts, Task
-from manualloop.types import LossFn, Terms
 
 
 class Shares(NamedTuple):
@@ -45,7 +44,7 @@ class Shares(NamedTuple):
             there are any, all micro-batches have one.
         is_guess: Whether the function that makes the loss may have counted other items.
         is_own: Whether a function of the user's makes the loss.
-        is_plain: Whether the terms of the micro-batches have their items already.
+        is_counted: Whether the terms of the micro-batches have their items already.
         is_settled: Whether earlier windows of the run were weighed by rows.
     """
 
@@ -55,7 +54,7 @@ class Shares(NamedTuple):
     num_unknown: float
     is_guess: bool
     is_own: bool
-    is_plain: bool
+    is_counted: bool
     is_settled: bool
 
     def are_equal(self, found: Sequence[Term]) -> bool:
@@ -66,10 +65,9 @@ class Shares(NamedTuple):
 def share_out(
     batches: Sequence[Any],
     counts: Sequence[Counts],
-    task: Task | None,
+    task: Task,
     strategy: Strategy,
-    loss_fn: LossFn | None,
-    terms: Terms | None,
+    loss: Loss,
     *,
     is_settled: bool = False,
 ) -> Shares:
@@ -80,37 +78,35 @@ def share_out(
         counts: The items that the task has counted in each.
         task: The task of the last one.
         strategy: The strategy.
-        loss_fn: As in ``train_steps``.
-        terms: As in ``train_steps``.
+        loss: What makes the loss.
         is_settled: Whether earlier windows of the run were weighed by rows.
 
     Raises:
         DataError: The micro-batches differ in the terms of their loss.
         ModelError: The model's loss is known to be no mean over items that can be counted.
     """
-    if task is not None and task.objection and loss_fn is None and terms is None:
+    is_own = not loss.is_models
+    if task.objection and not is_own:
         raise ModelError(task.objection)
-    own = terms if loss_fn is None else loss_fn
-    declared = None if own is None else declared_items(own)
-    if declared is not None:
-        counts = [declared(batch) for batch in batches]
+    if loss.declared is not None:
+        counts = [loss.declared(batch) for batch in batches]
     several = strategy.world_size > 1
-    spare = [several and is_spare(batch) for batch in batches]
+    spare = [is_spare(batch) for batch in batches] if several else [False] * len(batches)
     used = [count for count, is_none in zip(counts, spare, strict=True) if not is_none]
-    is_guess = own is not None and declared is None
+    told = [count for count in used if count]
+    is_guess = is_own and loss.declared is None
     num_terms = 1 if is_guess else max(map(len, counts)) or 1
-    if any(0 < len(count) < num_terms for count in used):
-        raise DataError(_MIXED if own is None else _mixed_terms("items"))
-    items = [sum(count[term] for count in used if count) for term in range(num_terms)]
-    *totals, num_unknown, num_used = strategy.sum_counts([*items, used.count(()), len(used)])
+    if min(map(len, told), default=num_terms) < num_terms:
+        raise DataError(_mixed_terms("items") if is_own else _MIXED)
+    items = [*map(sum, zip(*told, strict=False))][:num_terms] or [0] * num_terms
+    here = [*items, used.count(()), len(used)]
+    *totals, num_unknown, num_used = strategy.sum_counts(here) if several else here
     if num_unknown:
         counts, totals = [(1,)] * len(batches), [num_used]
     elif is_guess:
         totals = [totals[0] or 1]  # the function may count items that the labels do not show
-    is_plain = own is None and not num_unknown and not any(spare)
-    return Shares(
-        counts, totals, spare, num_unknown, is_guess, own is not None, is_plain, is_settled
-    )
+    is_counted = not is_own and not num_unknown and not any(spare)
+    return Shares(counts, totals, spare, num_unknown, is_guess, is_own, is_counted, is_settled)
 
 
 _MIXED = (
@@ -156,18 +152,12 @@ def items_of(
 
 
 def items_alone(
-    found: Sequence[Term],
-    batch: Any,
-    counts: Counts,
-    loss_fn: LossFn | None,
-    terms: Terms | None,
+    found: Sequence[Term], batch: Any, counts: Counts, loss: Loss
 ) -> list[tuple[Tensor, float]]:
     """Return the terms of the loss of the only micro-batch of a window with their items."""
-    own = terms if loss_fn is None else loss_fn
-    declared = None if own is None else declared_items(own)
-    if declared is None:
+    if loss.declared is None:
         return own_items(found, counts)
-    return expected_items(found, declared(batch))
+    return expected_items(found, loss.declared(batch))
 
 
 def with_items(found: Sequence[Term], counts: Counts) -> list[tuple[Tensor, float]]:
@@ -207,7 +197,7 @@ def count_ahead(
     found: Sequence[Term],
     model: nn.Module,
     batches: Sequence[Any],
-    terms: Terms,
+    loss: Loss,
     strategy: Strategy,
 ) -> Shares:
     """Find the shares of a loss of several terms, once those of the first micro-batch are known.
@@ -219,13 +209,15 @@ def count_ahead(
     if len(batches) > 1:
         inner = model if is_sharded(model) else unwrap_model(model, adapters=False)
         with (
-            random_states_kept(devices=strategy.device.type != "cpu", model=model, terms=terms),
+            random_states_kept(
+                devices=strategy.device.type != "cpu", model=model, terms=loss.terms
+            ),
             _buffers_kept(inner),
             torch.no_grad(),
         ):
             for batch in batches[1:]:
                 with strategy.autocast():
-                    ahead = loss_terms(inner, strategy.to_device(batch), (), terms=terms)
+                    ahead = loss_terms(inner, strategy.to_device(batch), (), terms=loss.terms)
                 counts.append(_read(ahead))
     if len({*map(len, counts)}) > 1:
         raise ModelError(_mixed_terms("terms"))

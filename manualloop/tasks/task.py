@@ -24,17 +24,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from manualloop.arguments import check_arguments
-from manualloop.batches import shared_rows
+from manualloop.batches import Kept, shared_rows
 from manualloop.errors import DataError
 from manualloop.mistakes import targets_message
-from manualloop.models import config_of, own_config, unwrap_model
+from manualloop.models import own_config, unwrap_model
 from manualloop.tasks.otherwise import ATTENDED, objection_to
 from manualloop.types import Batch
 
@@ -220,8 +220,11 @@ class Task:
         rules: How the task predicts.
         count: Function from a batch of this kind to the numbers of its items.
         model: The model it was resolved for.
-        kind: What of the batch decided: the labels' axes and dtype, which columns it has, or how
-            many tensors are listed.
+        kind: What of the batch decided: the labels' axes and dtype, whether it has positions, or
+            how many tensors are listed.
+        columns: Names of its columns; none of a batch that has none.
+        looks: What batches are looked at for before the model is called: "padding" or "documents",
+            which it may see where it must not, and columns that skip it ("kept").
         settings: The attributes of the model's config.
         problem_type: ``problem_type`` among the settings, which a model of transformers writes at
             its first forward pass.
@@ -236,6 +239,8 @@ class Task:
     count: Callable[[Any], Counts]
     model: nn.Module
     kind: object
+    columns: tuple[str, ...]
+    looks: frozenset[str]
     settings: Mapping[str, Any]
     problem_type: object
     objection: str | None = None
@@ -271,42 +276,53 @@ def resolve_task(model: nn.Module, batch: Any, known: Task | None = None) -> Tas
     if known is not None and (chosen := known.settings.get("problem_type")) != known.problem_type:
         # In its first forward pass the model has written down what was inferred before it.
         known = replace(known, problem_type=chosen) if chosen == known.name else None
+    names = tuple(columns)
     if known is not None and known.kind == kind:
-        return known
+        if known.columns == names:
+            return known
+        return replace(known, columns=names, looks=_looks_for(columns))
+    inner = unwrap_model(model)
+    config = own_config(inner)
     # A batch without labels does not tell; the labels of those before it did.
-    name = infer_task(model, labels) if known is None or labels is not None else known.name
+    name = _task_of(inner, config, labels) if known is None or labels is not None else known.name
     count = count_rows if labels is None else TASKS[name].count
-    if kind is True and _has_position_loss(model):
+    if kind is True and _has_position_loss(inner):
         name, count = "question_answering", count_positions
     elif known is not None and _is_listed(kind) and _is_listed(known.kind):
         count = count_nothing  # columns do not change in number: these are rows, or it is not clear
     elif labels is not None:
-        count = _special_count(model, name) or count
+        count = _special_count(inner, config, name) or count
     has_targets = labels is not None and labels.ndim > 1 and labels.shape[-1] > 1
-    if has_targets and name == "multi_label_classification" and _has_bce_loss(model):
+    if has_targets and name == "multi_label_classification" and _has_bce_loss(inner, config):
         count = count_targets
-    settings = getattr(config_of(model), "__dict__", {})
-    chosen, objection = settings.get("problem_type"), objection_to(model, batch)
-    ignored = ignored_pixel(model) if name == "semantic_segmentation" else IGNORE_INDEX
-    by_values = name == "multi_label_classification" and not _names_its_task(model)
-    return Task(
-        name, TASKS[name], count, model, kind, settings, chosen, objection, ignored, by_values
-    )
+    settings, objection = getattr(config, "__dict__", {}), objection_to(inner, batch)
+    ignored = ignored_pixel(config) if name == "semantic_segmentation" else IGNORE_INDEX
+    by_values = name == "multi_label_classification" and not _names_its_task(inner, config)
+    looks = _looks_for(columns)
+    rest = settings.get("problem_type"), objection, ignored, by_values
+    return Task(name, TASKS[name], count, model, kind, names, looks, settings, *rest)
 
 
-def _special_count(model: nn.Module, name: str) -> Callable[[Batch], Counts] | None:
+_TELLING = {"attention_mask": "padding"}
+_TELLING |= dict.fromkeys(("position_ids", "seq_idx", "cu_seq_lens_q"), "documents")
+
+
+def _looks_for(columns: Mapping[str, Any]) -> frozenset[str]:
+    kept = ("kept",) if Kept in map(type, columns.values()) else ()
+    return frozenset((*kept, *(_TELLING[name] for name in columns if name in _TELLING)))
+
+
+def _special_count(inner: nn.Module, config: Any, name: str) -> Callable[[Batch], Counts] | None:
     """Return how a model counts the items of labels, if not by the rule of its task."""
     if name == "semantic_segmentation":
-        config = config_of(model)
         if getattr(config, "num_labels", None) == 1:
             return count_elements  # ignored pixels add 0 to the sum, and are counted
-        return partial(_count_pixels, ignored=ignored_pixel(model))
-    return count_attended if type(unwrap_model(model)).__name__ in ATTENDED else None
+        return partial(_count_pixels, ignored=ignored_pixel(config))
+    return count_attended if type(inner).__name__ in ATTENDED else None
 
 
-def ignored_pixel(model: nn.Module) -> int:
-    """Return the label of pixels that count neither in the loss nor in a metric."""
-    config: Any = config_of(model)
+def ignored_pixel(config: Any) -> int:
+    """Return the label of pixels that count neither in the loss nor in a metric of a model."""
     ignored = getattr(config, "loss_ignore_index", 255)  # UperNet
     return int(getattr(config, "semantic_loss_ignore_index", ignored))
 
@@ -322,21 +338,34 @@ def _is_listed(kind: object) -> bool:
     return isinstance(kind, tuple) and kind[0] == _LISTED
 
 
-def count_window(
-    model: nn.Module, batches: Iterable[Any], known: Task | None = None
-) -> tuple[list[Counts], Task | None]:
-    """Count the items of each micro-batch of a window, and return the task of the last.
+class Counted(NamedTuple):
+    """The items of a window.
+
+    Attributes:
+        counts: Items of each micro-batch.
+        task: Task of the last one.
+        looks: What they are looked at for: see ``Task``.
+    """
+
+    counts: list[Counts]
+    task: Task
+    looks: frozenset[str]
+
+
+def count_window(model: nn.Module, batches: Iterable[Any], known: Task | None = None) -> Counted:
+    """Count the items of each micro-batch of a window.
 
     Args:
         model: The model.
-        batches: The micro-batches.
+        batches: The micro-batches, of which there is at least one.
         known: The task of the window before, if there is one.
     """
-    counts = []
+    counts, looks = [], frozenset[str]()
     for batch in batches:
         known = resolve_task(model, batch, known)
+        looks |= known.looks
         counts.append(known.count(batch))
-    return counts, known
+    return Counted(counts, cast("Task", known), looks)
 
 
 def count_items(model: nn.Module, batch: Batch) -> int:
@@ -401,16 +430,15 @@ def is_known_head(model: nn.Module) -> bool:
     )
 
 
-def _has_position_loss(model: nn.Module) -> bool:
+def _has_position_loss(inner: nn.Module) -> bool:
     """Tell whether the loss is the mean of those of start and of end positions."""
-    name = type(unwrap_model(model)).__name__
+    name = type(inner).__name__
     return name.endswith("ForQuestionAnswering") and name not in _BEAM_SEARCHING
 
 
-def _has_bce_loss(model: nn.Module) -> bool:
+def _has_bce_loss(inner: nn.Module, config: Any) -> bool:
     """Tell whether the loss of multi-label targets is known: transformers' binary cross-entropy."""
-    model = unwrap_model(model)
-    return type(model).__name__.endswith("Classification") and own_config(model) is not None
+    return type(inner).__name__.endswith("Classification") and config is not None
 
 
 @cache
@@ -429,11 +457,14 @@ def infer_task(model: nn.Module, labels: Tensor | None = None) -> str:
             None for rows without labels, which are taken for a classification unless the model
             says otherwise.
     """
-    model = unwrap_model(model)
-    name = type(model).__name__
+    inner = unwrap_model(model)
+    return _task_of(inner, own_config(inner), labels)
+
+
+def _task_of(inner: nn.Module, config: Any, labels: Tensor | None) -> str:
+    name = type(inner).__name__
     if task := _task_of_class(name):
         return task
-    config = own_config(model)
     if name.endswith("ForConditionalGeneration"):
         return "seq2seq_lm" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
     # The rule of transformers' ForSequenceClassificationLoss, which the model writes into its
@@ -460,8 +491,7 @@ def are_targets(labels: Tensor) -> bool:
     return bool(((labels == 0) | (labels == 1) | (labels == IGNORE_INDEX)).all())
 
 
-def _names_its_task(model: nn.Module) -> bool:
+def _names_its_task(inner: nn.Module, config: Any) -> bool:
     """Tell whether the class or the config of a model names its task, whatever the labels are."""
-    model = unwrap_model(model)
-    chosen = getattr(own_config(model), "problem_type", None)
-    return chosen in TASKS or type(model).__name__.endswith("Classification")
+    chosen = getattr(config, "problem_type", None)
+    return chosen in TASKS or type(inner).__name__.endswith("Classification")

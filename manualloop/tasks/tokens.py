@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -17,13 +17,33 @@ from manualloop.types import Place
 _FEW = 8  # labels: by chance all of so many are the tokens in their places once in 10**8 windows
 
 
-def check_tokens(model: nn.Module, batch: Mapping[str, Any], place: Place) -> None:
+class Limits(NamedTuple):
+    """The tokens that a model takes; None where it has no limit.
+
+    Attributes:
+        vocab_size: Number of tokens that it knows.
+        max_length: Number of tokens of a row.
+    """
+
+    vocab_size: int | None
+    max_length: int | None
+
+
+def limits_of(model: nn.Module) -> Limits:
+    """Return the tokens that a model takes."""
+    return Limits(vocab_size(model), max_length(model))
+
+
+def check_tokens(
+    model: nn.Module, batch: Mapping[str, Any], place: Place, limits: Limits | None = None
+) -> None:
     """Refuse tokens that are no numbers of a vocabulary, and rows that are too long.
 
     Args:
         model: The model.
         batch: A batch; one without ``input_ids`` is not looked at.
         place: Where it comes from.
+        limits: The limits of the model, where they were found before.
 
     Raises:
         DataError: The message names the row.
@@ -44,7 +64,7 @@ def check_tokens(model: nn.Module, batch: Mapping[str, Any], place: Place) -> No
             '1 comes from a tokenizer that is called for each row with return_tensors="pt". Leave '
             "that out: tokenizer(text, truncation=True)."
         )
-    ids, size = tokens.cpu().numpy(), vocab_size(model)
+    ids, (size, room) = tokens.cpu().numpy(), limits or limits_of(model)
     if size is not None and ids.size and (ids.max() >= size or ids.min() < 0):
         row, *_ = np.argwhere((ids >= size) | (ids < 0))[0]
         token = int(ids[(ids >= size) | (ids < 0)][0])
@@ -53,7 +73,6 @@ def check_tokens(model: nn.Module, batch: Mapping[str, Any], place: Place) -> No
             f"{model_name(model)}: vocab_size {size}. Tokenizer and model differ; if tokens were "
             "added: model.resize_token_embeddings(len(tokenizer))."
         )
-    room = max_length(model)
     length = ids.shape[-1] if ids.ndim > 1 else 0
     if isinstance(positions, Tensor) and positions.numel():
         length = min(length, int(positions.max()) + 1)  # those of packed rows begin anew

@@ -326,7 +326,7 @@ def check_wrong_length(folder, strategy):
 
     batches = TooShort({"x": torch.ones(2, 3)} for _ in range(5))
     with pytest.raises(DataError, match=r"gave 5 batches, but its len\(\) is 9"):
-        list(Reader(source_of(batches), strategy=strategy).batches())
+        list(Reader(source_of(batches), strategy=strategy).windows(1))
 
 
 class SplitsItself(IterableDataset):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +16,7 @@ from manualloop import DataError, TrainState, prepare_strategy, train_steps
 from manualloop.reading.position import Position
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import source_of
+from manualloop.types import Window
 
 NUM_ROWS, BATCH_SIZE = 24, 2
 
@@ -43,11 +43,16 @@ def reader_of(loader: Any, rank: int, world_size: int, position: Any = None) -> 
     return Reader(source_of(loader), position, strategy)
 
 
+def rows_of(window: Window) -> list[int]:
+    rows: list[int] = window.batches[0]["x"].tolist()
+    return rows
+
+
 def take(reader: Reader, num_batches: int) -> tuple[list[int], Position]:
     rows: list[int] = []
-    batches: Iterator[Any] = reader.batches()
+    windows = reader.windows(1)
     for _ in range(num_batches):
-        rows += next(batches).batch["x"].tolist()
+        rows += rows_of(next(windows))
         reader.settle()
     return rows, reader.position()
 
@@ -58,8 +63,8 @@ def test_the_same_ranks_use_every_row_once(make: Any, world_size: int) -> None:
     rows: list[int] = []
     for rank in range(world_size):
         used, position = take(reader_of(make(rank, world_size), rank, world_size), 2)
-        left = reader_of(make(rank, world_size), rank, world_size, position).batches()
-        rows += used + [row for given in left for row in given.batch["x"].tolist()]
+        left = reader_of(make(rank, world_size), rank, world_size, position).windows(1)
+        rows += used + [row for window in left for row in rows_of(window)]
     assert sorted(rows) == list(range(NUM_ROWS))
 
 
@@ -77,12 +82,12 @@ def test_other_ranks_are_refused_inside_an_epoch(make: Any, before: int, now: in
 @pytest.mark.parametrize("make", [stream, sampled])
 def test_other_ranks_begin_the_next_epoch(make: Any) -> None:
     reader = reader_of(make(0, 2), 0, 2)
-    for given in reader.batches():
-        reader.settle(ends_epoch=given.is_last)
+    for window in reader.windows(1):
+        reader.settle(ends_epoch=window.ends_epoch)
     rows: list[int] = []
     for rank in range(3):
         begun = reader_of(make(rank, 3), rank, 3, reader.position())
-        rows += [row for given in begun.batches() for row in given.batch["x"].tolist()]
+        rows += [row for window in begun.windows(1) for row in rows_of(window)]
     assert sorted(rows) == list(range(NUM_ROWS))
 
 

@@ -39,11 +39,16 @@ def flat(batches):
     return list(itertools.chain.from_iterable(batches))
 
 
+def given_by(reader):
+    """The batches of a pass that begins now, each with whether it is the last."""
+    return ((*window.batches, window.ends_epoch) for window in reader.windows(1))
+
+
 def take(reader, num_batches):
     """The rows of some batches of a new pass, each counted as used, and then the place."""
-    given, rows = reader.batches(), []
+    given, rows = given_by(reader), []
     for _ in range(num_batches):
-        batch, is_last, *_ = next(given)
+        batch, is_last = next(given)
         rows.append(rows_of(batch))
         reader.settle(ends_epoch=is_last)
     return rows, reader.position()
@@ -51,7 +56,7 @@ def take(reader, num_batches):
 
 def rest(reader):
     rows, ends = [], []
-    for batch, is_last, *_ in reader.batches():
+    for batch, is_last in given_by(reader):
         rows.append(rows_of(batch))
         ends.append(is_last)
         reader.settle(ends_epoch=is_last)
@@ -89,11 +94,11 @@ def test_a_wrong_length_is_still_reported_after_a_resume(num_used):
     _, place = take(Reader(source_of(TooShort(batches))), num_used)
     reader = Reader(source_of(TooShort(batches)), place if num_used else None)
     with pytest.raises(DataError, match=r"gave 5 batches, but its len\(\) is 7"):
-        list(reader.batches())
+        list(given_by(reader))
     reader = Reader(source_of(TooLong(batches)), place if num_used else None)
     if num_used < 3:
         with pytest.raises(DataError, match=r"gave more than 3 batches, but its len\(\) is 3"):
-            list(reader.batches())
+            list(given_by(reader))
 
 
 def test_a_wrong_length_of_a_loader_is_reported_after_a_resume():
@@ -106,7 +111,7 @@ def test_a_wrong_length_of_a_loader_is_reported_after_a_resume():
 
     _, place = take(Reader(source_of(make())), 3)
     with pytest.raises(DataError, match=r"gave 7 batches, but its len\(\) is 10"):
-        list(Reader(source_of(make()), place).batches())
+        list(given_by(Reader(source_of(make()), place)))
 
 
 @settings(max_examples=40)
@@ -128,7 +133,7 @@ def test_batches_that_were_given_and_not_settled_are_given_again(
     reader, used = Reader(source_of(loader)), []
     for cut in [*cuts, None]:
         unsettled = []
-        for number, (batch, is_last, *_) in enumerate(reader.batches()):
+        for number, (batch, is_last) in enumerate(given_by(reader)):
             if number == cut:
                 break
             unsettled += rows_of(batch)
@@ -154,7 +159,7 @@ def test_of_an_unfinished_window_nothing_is_counted(make):
     whole = rest(Reader(source_of(make())))
     seed_all(1)
     reader = Reader(source_of(make()))
-    given = reader.batches()
+    given = given_by(reader)
     for _ in range(3):
         next(given)
     reader.settle()
@@ -227,7 +232,7 @@ def test_generators_of_sampler_and_loader_go_on_where_they_were(make, num_passes
     reader = Reader(source_of(make()))
     for _ in range(num_passes):
         rest(reader)
-    given = reader.batches()
+    given = given_by(reader)
     for _ in range(3):
         next(given)
     reader.settle()
@@ -360,7 +365,7 @@ def numbered(**options):
 def read_all(reader, num_passes):
     found = []
     for _ in range(num_passes):
-        for batch, is_last, *_ in reader.batches():
+        for batch, is_last in given_by(reader):
             found.append(batch)
             reader.settle(ends_epoch=is_last)
     return found
@@ -382,7 +387,7 @@ def test_workers_have_their_number_and_seed_again_after_a_resume(options):
     for cut in (1, 2, 3, 6):
         seed_all(1)
         reader = Reader(source_of(numbered(**options)), count_rows=len)
-        given = reader.batches()
+        given = given_by(reader)
         first = [next(given)[0] for _ in range(cut)]
         reader.settle()
         place, state = through_json(reader.position()), get_random_state(devices=False)
@@ -395,14 +400,14 @@ def test_workers_have_their_number_and_seed_again_after_a_resume(options):
 
 def test_with_other_workers_what_the_old_ones_had_is_not_given_to_them():
     reader = Reader(source_of(numbered(**TWO)), count_rows=len)
-    given = reader.batches()
+    given = given_by(reader)
     for _ in range(3):
         next(given)
     reader.settle()
     place = reader.position()
     assert set(place["workers"]) == {"0", "1"}
     reader = Reader(source_of(numbered(num_workers=1)), place, count_rows=len)
-    first, *_ = next(reader.batches())
+    first, *_ = next(given_by(reader))
     reader.settle()
     _, worker, seed, _, _, drawn = first[0]
     assert worker == 0
@@ -420,7 +425,7 @@ def test_kept_workers_keep_their_seed_and_number_also_from_a_later_pass(num_pass
     seed_all(1)
     reader = Reader(source_of(numbered(**KEPT)), count_rows=len)
     first = read_all(reader, num_passes)
-    given = reader.batches()
+    given = given_by(reader)
     first += [next(given)[0] for _ in range(3)]
     reader.settle()
     place, state = through_json(reader.position()), get_random_state(devices=False)
@@ -435,14 +440,14 @@ def test_the_loader_is_the_users_own_again_as_soon_as_the_pass_has_begun(options
     loader = built(worker_init_fn=note_call if options else None, **options)
     before = dict(vars(loader))
     reader = Reader(source_of(loader))
-    given = reader.batches()
+    given = given_by(reader)
     batch, *_ = next(given)
     assert isinstance(batch, dict)
     assert {key: value for key, value in vars(loader).items() if key != "_iterator"} == {
         key: value for key, value in before.items() if key != "_iterator"
     }
     reader.settle()
-    given = Reader(source_of(loader), reader.position()).batches()
+    given = given_by(Reader(source_of(loader), reader.position()))
     next(given)
     assert loader.batch_sampler is before["batch_sampler"]
     assert loader.collate_fn is before["collate_fn"]
@@ -460,7 +465,7 @@ def test_the_loader_is_the_users_own_again_when_it_cannot_be_read():
     loader = built(sampler=Broken(), shuffle=None, **TWO)
     before = loader.collate_fn
     with pytest.raises(RuntimeError, match="no order today"):
-        next(Reader(source_of(loader)).batches())
+        next(given_by(Reader(source_of(loader))))
     assert loader.collate_fn is before
     assert loader.worker_init_fn is None
 
@@ -468,7 +473,7 @@ def test_the_loader_is_the_users_own_again_when_it_cannot_be_read():
 def test_a_place_is_not_moved_by_what_comes_after_it():
     for make in (built, prepared, lambda: DataLoader(Stream(), 2), lambda: built(**TWO)):
         reader = Reader(source_of(make()))
-        given = reader.batches()
+        given = given_by(reader)
         next(given)
         reader.settle()
         place = reader.position()

@@ -25,6 +25,7 @@ from manualloop import (
     predict_loop,
     train_steps,
 )
+from manualloop.batches import Kept
 from manualloop.tasks.task import TASKS, count_window, infer_task, resolve_task
 
 
@@ -267,7 +268,7 @@ def test_a_run_resolves_once_and_forgets_at_its_end(monkeypatch):
     model = Line()
     batches = [draw(4, classes=True)] * 6
     state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    resolved = count_calls(monkeypatch, task_module, "infer_task")
+    resolved = count_calls(monkeypatch, task_module, "_task_of")
     steps = train_steps(
         state, batches, num_epochs=3, gradient_accumulation_steps=2, preflight=False
     )
@@ -357,10 +358,46 @@ def test_the_parts_called_alone_keep_nothing():
 
 def test_a_window_is_counted_with_one_resolution_for_each_kind(monkeypatch):
     model = nn.Linear(1, 1)
-    resolved = count_calls(monkeypatch, task_module, "infer_task")
-    counts, task = count_window(model, [KINDS["classes"]] * 5)
-    assert (counts, task.name) == ([(2,)] * 5, "single_label_classification")
+    resolved = count_calls(monkeypatch, task_module, "_task_of")
+    counted = count_window(model, [KINDS["classes"]] * 5)
+    assert (counted.counts, counted.task.name) == ([(2,)] * 5, "single_label_classification")
     assert len(resolved) == 1
+
+
+def test_a_batch_is_looked_at_for_what_its_columns_can_hold():
+    plain = {"x": torch.zeros(2, 3), "labels": torch.tensor([0, 1])}
+    told = {
+        "attention_mask": (torch.ones(2, 3), "padding"),
+        "position_ids": (torch.arange(3)[None], "documents"),
+        "seq_idx": (torch.zeros(1, 3), "documents"),
+        "cu_seq_lens_q": (torch.tensor([0, 3]), "documents"),
+        "id": (Kept(["a", "b"]), "kept"),
+    }
+    model = nn.Linear(1, 1)
+    task = known = resolve_task(model, plain)
+    assert not task.looks
+    assert resolve_task(model, dict(plain), task) is task
+    for name, (column, look) in told.items():
+        known = resolve_task(model, plain | {name: column}, known)  # of the kind of the one before
+        assert (known.kind, known.looks) == (task.kind, {look})
+    window = count_window(model, [plain, plain | {"id": told["id"][0]}, plain], task)
+    assert window.looks == {"kept"}
+
+
+@pytest.mark.parametrize("name", ["id", "attention_mask"])
+def test_a_column_that_only_a_later_batch_has_is_seen(name):
+    """Kept columns skip the model, and a mask that does not fit is refused, in any batch."""
+    model = tiny_bert()
+    plain = {"input_ids": torch.tensor([[4, 5], [6, 7]]), "labels": torch.tensor([0, 1])}
+    column = Kept(["a", "b"]) if name == "id" else torch.ones(2, 3)
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    steps = train_steps(state, [plain, plain, plain | {name: column}], num_epochs=1)
+    next(steps), next(steps)
+    if name == "id":
+        assert next(steps).num_items == 2
+    else:
+        with pytest.raises(DataError, match="the mask does not tell"):
+            next(steps)
 
 
 # In an evaluation ---------------------------------------------------------------------------------
@@ -378,7 +415,7 @@ def test_an_evaluation_looks_at_the_model_once(monkeypatch, takes_labels):
 
     model = Line() if takes_labels else Bare()
     signatures = count_calls(monkeypatch, inspect, "signature")
-    resolved = count_calls(monkeypatch, task_module, "infer_task")
+    resolved = count_calls(monkeypatch, task_module, "_task_of")
     batches = [draw(4, classes=True)] * 20
     for loop, metric in ((evaluate_loop, ["accuracy"]), (predict_loop, [])):
         signatures.clear()
