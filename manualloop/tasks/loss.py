@@ -179,7 +179,7 @@ def _call(loss_fn: LossFn, model: nn.Module, batch: Any) -> Any:
         model.module = inner
         return loss_fn(inner, batch)
 
-    model.module = _InPlace()
+    model.module = _InPlace(inner)
     try:
         return model(forward)
     finally:
@@ -187,7 +187,11 @@ def _call(loss_fn: LossFn, model: nn.Module, batch: Any) -> Any:
 
 
 class _InPlace(nn.Module):
-    """Calls the function that it is given, in the place of a model."""
+    """Calls the function that it is given, in the place of a model, whose buffers DDP copies."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        vars(self)["named_buffers"] = model.named_buffers
 
     def forward(self, function: Callable[[], Any]) -> Any:
         return function()
