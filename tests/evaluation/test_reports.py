@@ -29,8 +29,11 @@ def rows(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.filterwarnings("error")
-def test_reports_and_matrices_equal_scikit_learn() -> None:
-    for seed in range(60):
+@pytest.mark.parametrize(
+    "seeds", [range(20), pytest.param(range(20, 200), marks=pytest.mark.exhaustive)], ids=str
+)
+def test_reports_and_matrices_equal_scikit_learn(seeds: range) -> None:
+    for seed in seeds:
         predicted, right = rows(seed)
         present = np.union1d(predicted, right)
         names = [NAMES[label] for label in present]

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,13 +14,21 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=30)
-@given(
-    st.lists(VALUES, min_size=1, max_size=6),
-    st.integers(1, 3),
-    st.sampled_from(["score", "-score"]),
-)
-def test_the_newest_and_the_best_are_kept(tmp_path_factory, values, keep, best_metric):
+@pytest.mark.parametrize("number", [15, pytest.param(150, marks=pytest.mark.exhaustive)])
+def test_the_newest_and_the_best_are_kept(number, tmp_path_factory):
+    @settings(max_examples=number)
+    @given(
+        st.lists(VALUES, min_size=1, max_size=6),
+        st.integers(1, 3),
+        st.sampled_from(["score", "-score"]),
+    )
+    def check(values, keep, best_metric):
+        check_a_run(tmp_path_factory.mktemp("run"), values, keep, best_metric)
+
+    check()
+
+
+def check_a_run(folder, values, keep, best_metric):
     model = torch.nn.Linear(1, 1)
     state = TrainState(model, torch.optim.SGD(model.parameters()))
     cpu = SingleDevice("cpu")
@@ -29,7 +38,6 @@ def test_the_newest_and_the_best_are_kept(tmp_path_factory, values, keep, best_m
         value = values[step - 1]
         return -math.inf if math.isnan(value) else sign * value
 
-    folder = tmp_path_factory.mktemp("run")
     (folder / "step-9").mkdir()
     for step, value in enumerate(values, start=1):
         state.progress.num_steps = step
