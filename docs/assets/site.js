@@ -8,3 +8,11 @@ for (const code of document.querySelectorAll(".md-typeset td code")) {
     text.replaceWith(...parts.flatMap((part, n) => (n ? [document.createElement("wbr"), part] : [part])));
   }
 }
+
+// A table that scrolls by itself can be scrolled by the keyboard.
+addEventListener("load", () => {
+  const observer = new ResizeObserver((entries) => {
+    for (const { target } of entries) target.tabIndex = target.scrollWidth > target.clientWidth ? 0 : -1;
+  });
+  document.querySelectorAll(".md-typeset__scrollwrap").forEach((table) => observer.observe(table));
+});
