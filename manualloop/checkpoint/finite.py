@@ -11,7 +11,6 @@ from manualloop.errors import NonFiniteError
 from manualloop.internals import unwrap_optimizer
 from manualloop.models import names_not_finite, own_part
 from manualloop.notices import say
-from manualloop.optim import parameters_of
 from manualloop.optimizers.together import class_of, each
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
@@ -104,9 +103,10 @@ def names_infinite(state: TrainState) -> list[str]:
 def updated_weights(state: TrainState) -> dict[str, Tensor]:
     """Return the weights that the optimizer updates, each by its own name."""
     names = {id(weight): name for name, weight in reversed(state.parameter_names().items())}
+    weights = [weight for group in state.optimizer.param_groups for weight in group["params"]]
     return {
         names.get(id(weight), f"parameter {number} of the optimizer"): weight
-        for number, weight in enumerate(parameters_of(state.optimizer))
+        for number, weight in enumerate(weights)
     }
 
 

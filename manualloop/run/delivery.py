@@ -251,6 +251,9 @@ class Delivery:
         assert self._directory is not None
         path = self._directory / TRACKING
         aside = path.with_name(f".{TRACKING}.tmp")
+        if self._journal is not None:
+            os.close(self._journal)
+        self._journal = None
         try:
             with open(aside, "wb") as file:
                 file.write(json.dumps(self._notes._asdict()).encode())
@@ -261,10 +264,6 @@ class Delivery:
             self._settled = dict(self._notes.delivered)
         except OSError as error:
             self._tell_unwritten(path, error)
-        finally:
-            if self._journal is not None:
-                os.close(self._journal)
-            self._journal = None
 
     def _tell_unwritten(self, path: Path, error: OSError) -> None:
         if not self._is_told:
