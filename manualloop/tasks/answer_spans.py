@@ -155,11 +155,13 @@ def _require_one_row(
     ]
     if len({*starts}) == len(starts) and len({contexts[number] for number in numbers}) == 1:
         return
+    is_one = len({contexts[number] for number in numbers}) == 1
+    found = "begin at one place twice, as of a row that is there twice" if is_one else "are of "
+    found += "" if is_one else "several contexts. Parts of one document belong into one row"
     raise MetricError(
         f"Two rows have the {id} {name!r}, by which windows belong to questions: {len(numbers)} "
-        "windows have it, and they are not those of one context. Number the rows anew, before the "
-        f'loaders are prepared: dataset.map(lambda row, number: {{"{id}": str(number)}}, '
-        "with_indices=True)."
+        f"windows have it, which {found}. Number the rows anew, before the loaders are prepared: "
+        f'dataset.map(lambda row, number: {{"{id}": str(number)}}, with_indices=True).'
     )
 
 
@@ -284,11 +286,7 @@ def squad(
             f'Name its columns: squad(dataset, id="{id}", answers="{answers}").'
         )
     if len({*dataset[id]}) < len(dataset[id]):
-        raise DataError(
-            f"Two rows of the dataset have the same {id!r}, by which windows belong to questions. "
-            f'Number them anew: dataset.map(lambda row, number: {{"{id}": str(number)}}, '
-            "with_indices=True), before the loaders are prepared too."
-        )
+        raise DataError(_doubled_message(dataset, names, id, context))
     is_empty = []
     for row, cell in enumerate(dataset[answers]):
         if (found := answers_of(cell)) is None:
@@ -306,6 +304,35 @@ def squad(
     if hasattr(dataset, "select_columns"):
         dataset = dataset.select_columns([id, answers])
     return Squad(dataset, n_best, max_answer_length, null_threshold, id, context, answers)
+
+
+def _doubled_message(dataset: Any, names: Sequence[str], id: str, context: str) -> str:
+    """Return the message about rows that have one id, by what else they have in common."""
+    places: dict[Any, int] = {}
+    ids = list(dataset[id])
+    number = next(n for n, name in enumerate(ids) if places.setdefault(name, n) != n)
+    first = places[ids[number]]
+    columns = {name: dataset[name] for name in names}
+    same = {name for name, cells in columns.items() if repr(cells[first]) == repr(cells[number])}
+    head = (
+        f"Two rows of the dataset have the same {id!r}, by which windows belong to questions: rows "
+        f"{first} and {number} have {ids[number]!r}"
+    )
+    if same == {*names}:
+        kept = f'[*{{name: row for row, name in enumerate(dataset["{id}"])}}.values()]'
+        return (
+            f"{head}, and are the same row. Keep one of each: dataset.select({kept}), before the "
+            "loaders are prepared too."
+        )
+    if context in names and context not in same and ("question" in same or "question" not in names):
+        head += (
+            ", and other contexts. If these are parts of one document, leave it whole: "
+            "answer_windows cuts it, and the best answer of all its windows counts"
+        )
+    return (
+        f'{head}. Number them anew: dataset.map(lambda row, number: {{"{id}": str(number)}}, '
+        "with_indices=True), before the loaders are prepared too."
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -753,6 +753,26 @@ def test_squad_of_several_splits_asks_for_one():
         squad(data)
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({}, "rows 1 and 2 have 'b', and are the same row"),
+        ({"context": "fed bad"}, "parts of one document, leave it whole: answer_windows cuts it"),
+        ({"context": "fed bad", "question": "who?"}, "rows 1 and 2 have 'b'. Number them anew"),
+        ({"question": "who?"}, "rows 1 and 2 have 'b'. Number them anew"),
+    ],
+)
+def test_what_rows_of_one_id_have_in_common_decides_what_is_advised(other, message):
+    rows = [{**ROW, "id": name} for name in ("a", "b")]
+    data = Dataset.from_list([*rows, {**rows[1], **other}])
+    with pytest.raises(DataError, match=message) as error:
+        squad(data)
+    line = next(line for line in fixes_in(error.value) if line.startswith("dataset."))
+    fixed = run_fix(line, data)
+    squad(fixed)
+    assert len(fixed) == (2 if not other else 3)
+
+
 @pytest.mark.parametrize("contexts", [("ab cafe", "fed bad"), ("ab cafe", "ab cafe")])
 def test_two_rows_of_one_id_are_no_question(contexts):
     logits = (np.zeros(4), np.zeros(4))
