@@ -56,7 +56,7 @@ from manualloop.optim import parameters_of, require_trainable
 from manualloop.optimizers.together import class_of, each
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
-from manualloop.tasks.endings import report_untrained_ends
+from manualloop.tasks.lookahead import look_at_texts
 from manualloop.tasks.task import Task, infer_task, resolve_task, wrong_target
 from manualloop.tasks.tokens import check_tokens, is_of_tokens, limits_of, refuse_copies
 from manualloop.types import Place
@@ -259,9 +259,12 @@ def check_batches(
     if needs_items:
         if needs_labels and task is not None and task.name == "masked_lm":
             refuse_copies(model, batches, places[0])
-        if task is not None and task.name == "causal_lm":
-            report_untrained_ends(model, batches, tokenizer=tokenizer)
+        if task is not None and task.name in _OF_TOKENS:
+            look_at_texts(model, batches, tokenizer=tokenizer)
     return task
+
+
+_OF_TOKENS = ("causal_lm", "masked_lm", "token_classification")
 
 
 EXPLAINED = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)

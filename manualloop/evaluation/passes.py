@@ -25,6 +25,7 @@ from manualloop.reading.reader import Reader
 from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy
 from manualloop.tasks.isolation import inputs_of, require_isolation
+from manualloop.tasks.lookahead import refuse_lookahead
 from manualloop.tasks.loss import explain_kept
 from manualloop.tasks.otherwise import objection_to
 from manualloop.tasks.padding import require_padding_unseen
@@ -106,6 +107,7 @@ def each_batch(passes: Passes, use: Callable[[Made], None], bar: str | None, **o
                     if passes.terms is not None:
                         passes.terms(outputs, inputs)
             elif is_first:
+                refuse_lookahead(model, [batch], passes.loss_fn)
                 before, is_first = draws.before_use(), False
                 task = _use(passes, batch, number, task, use)
                 draws.after_use(before)

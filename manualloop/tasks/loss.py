@@ -20,8 +20,8 @@ from manualloop.batches import Kept
 from manualloop.errors import ConfigError, DataError, ModelError
 from manualloop.mistakes import no_head_message, no_labels_message, no_loss_message
 from manualloop.strategy.base import Strategy
-from manualloop.tasks.endings import report_untrained_ends
 from manualloop.tasks.isolation import inputs_of, require_isolation
+from manualloop.tasks.lookahead import look_at_texts
 from manualloop.tasks.padding import require_padding_unseen
 from manualloop.tasks.task import IGNORE_INDEX, Counts
 from manualloop.types import Batch, LossFn, Terms
@@ -445,7 +445,8 @@ def check_own_loss(
         loss_fn: The loss.
         strategy: The strategy; None where updates were made before.
     """
-    report_untrained_ends(model, batches, tokenizer=tokenizer)
+    if loss_fn is not None:  # what a step_fn does with the model is not known
+        look_at_texts(model, batches, tokenizer=tokenizer, loss_fn=loss_fn)
     while isinstance(loss_fn, partial):
         loss_fn = loss_fn.func
     begin = getattr(loss_fn, "check_start", None)

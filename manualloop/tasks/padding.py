@@ -228,7 +228,7 @@ def _is_quantized(module: nn.Module) -> bool:
 def _difference_in(dtype: torch.dtype, module: nn.Module, columns: dict[str, Any]) -> float:
     width, found = columns["input_ids"].shape[-1], []
     for cut in _cuts(columns["attention_mask"]):
-        padded = _logits_of(module, columns, _Cut(cut.row, slice(None)))
+        padded = _logits_of(module, columns, Cut(cut.row, slice(None)))
         alone = _logits_of(module, columns, cut)
         number = cut.place.stop - cut.place.start
         if padded is None or alone is None:
@@ -240,14 +240,14 @@ def _difference_in(dtype: torch.dtype, module: nn.Module, columns: dict[str, Any
     return float(torch.cat(found).median()) if found else 0.0
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """A row, and the place of those of its tokens that are used."""
 
     row: int
     place: slice
 
 
-def _cuts(mask: Tensor) -> list[_Cut]:
+def _cuts(mask: Tensor) -> list[Cut]:
     """Return the rows that are padded most, on the left if any is, with the place of their tokens.
 
     Rows whose mask has gaps are left out.
@@ -261,11 +261,11 @@ def _cuts(mask: Tensor) -> list[_Cut]:
         begin, number = int(begins[row]), int(numbers[row])
         place = slice(begin, begin + number)
         if number and int(most[row]) and bool(there[row, place].all()):
-            cuts.append(_Cut(row, place))
+            cuts.append(Cut(row, place))
     return cuts
 
 
-def _logits_of(module: nn.Module, columns: dict[str, Any], cut: _Cut) -> Any:
+def _logits_of(module: nn.Module, columns: dict[str, Any], cut: Cut) -> Any:
     """Return the logits of a row, or of a part of it; those of labels if there are some for each.
 
     Args:
@@ -274,7 +274,7 @@ def _logits_of(module: nn.Module, columns: dict[str, Any], cut: _Cut) -> Any:
         cut: The row, and the part of it that the model gets.
     """
     shape = columns["input_ids"].shape
-    row = {name: _part_of(name, column, shape, cut) for name, column in columns.items()}
+    row = {name: part_of(name, column, shape, cut) for name, column in columns.items()}
     labels = row.pop("labels", None)
     if getattr(config_of(module), "is_encoder_decoder", False) and isinstance(labels, Tensor):
         labels = columns["labels"][cut.row : cut.row + 1]
@@ -291,7 +291,7 @@ def _logits_of(module: nn.Module, columns: dict[str, Any], cut: _Cut) -> Any:
     return logits
 
 
-def _part_of(name: str, column: Any, shape: torch.Size, cut: _Cut) -> Any:
+def part_of(name: str, column: Any, shape: torch.Size, cut: Cut) -> Any:
     """Return what a column has for a row and, where it has something for each token, for some.
 
     Args:
