@@ -10,8 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from manualloop.errors import ConfigError, ModelError
-from manualloop.models import model_name, remember_modes, unwrap_model
+from manualloop.errors import ConfigError, ManualLoopError, ModelError
+from manualloop.models import max_length, model_name, remember_modes, unwrap_model
+from manualloop.tasks.tokens import check_tokens, is_of_tokens
+from manualloop.types import Origin, Place
 
 
 @contextmanager
@@ -26,10 +28,15 @@ def frozen_pass(frozen: nn.Module, model: nn.Module, batch: Any, name: str) -> I
 
     Raises:
         ConfigError: It is the model that is trained.
+        DataError: It has no place or no number for a token of the batch.
     """
     if _APART.get(frozen) is not model:
         _require_apart(frozen, model, name)
         _APART[frozen] = model
+        _ROOM[frozen] = max_length(frozen)
+    room, ids = _ROOM.get(frozen), batch.get("input_ids")
+    if room is not None and isinstance(ids, Tensor) and ids.shape[-1] > room:
+        check_tokens(frozen, batch, _place_of(name))  # an accelerator does not survive such places
     weight = next(frozen.parameters(), None)
     device = next((c.device for c in batch.values() if isinstance(c, Tensor)), None)
     is_elsewhere = weight is not None and device is not None and weight.device != device
@@ -37,11 +44,23 @@ def frozen_pass(frozen: nn.Module, model: nn.Module, batch: Any, name: str) -> I
         frozen.to(device)
     if frozen.training:
         frozen.eval()
-    with torch.no_grad():
-        yield frozen
+    try:
+        with torch.no_grad():
+            yield frozen
+    except (IndexError, RuntimeError) as error:
+        if not isinstance(error, ManualLoopError) and is_of_tokens(error):
+            check_tokens(frozen, batch, _place_of(name))
+        raise
 
 
 _APART: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_ROOM: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+
+
+def _place_of(name: str) -> Place:
+    batch = f"a batch that {name}= gets"
+    cut = "preference_pairs(tokenizer, max_length={room})" if name == "reference" else None
+    return Place(batch, lambda row: f"row {row} of {batch}", Origin(cut=cut))
 
 
 def _require_apart(frozen: nn.Module, model: nn.Module, name: str) -> None:

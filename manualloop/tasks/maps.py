@@ -55,6 +55,8 @@ def map_options(processor: Any) -> dict[str, Any]:
             "labels"
         )
         if isinstance(labels, torch.Tensor) and np.isin(labels, (0, 1, 201, 255)).all():
+            if not keeps_whole(processor):
+                _require_aligned(processor, {**options, **more})
             return {**options, **more}
     raise DataError(
         f"The {name} makes of a mask something else than the class of each pixel. Use a processor "
@@ -64,6 +66,34 @@ def map_options(processor: Any) -> dict[str, Any]:
 
 
 _PROBED = (29, 23)
+
+
+def _require_aligned(processor: Any, options: Mapping[str, Any]) -> None:
+    """Refuse a processor that puts other margins around a map than around its image.
+
+    Raises:
+        DataError: It does, as DPT's of transformers 4.
+    """
+    from PIL import Image
+
+    white, ones = Image.new("RGB", _PROBED, "white"), np.ones(_PROBED[::-1], np.uint8)
+    plain = {"do_normalize": False, "do_rescale": False}
+    made = processed(processor, white, segmentation_maps=ones, **options, **plain)
+    is_image, is_map = np.asarray(made["pixel_values"]).max(0) > 0, np.asarray(made["labels"]) == 1
+    if is_image.shape == is_map.shape and (is_image == is_map).all():
+        return
+    raise DataError(
+        f"The {type(processor).__name__} of transformers {_version()} puts other margins around a "
+        "mask than around its image, so that classes would lie beside their pixels. Switch them "
+        "off, processor.do_pad = False with a processor.size that the model takes, or use a newer "
+        "transformers."
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("transformers")
 
 
 def with_map(

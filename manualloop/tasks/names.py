@@ -19,6 +19,7 @@ from manualloop.models import (
 )
 from manualloop.notices import say
 from manualloop.tasks.task import infer_task
+from manualloop.tasks.trained import note_training, tell_other_texts
 from manualloop.types import SplitNotes
 
 Names = tuple[str, ...]
@@ -46,6 +47,7 @@ def class_names(model: nn.Module, loader: Any) -> Names | None:
     >>> class_names(nn.Linear(2, 2), [{"labels": torch.tensor([0, 1])}]) is None
     True
     """
+    tell_other_texts(model, notes_of(loader))
     own, of_data = names_of(model), notes_of(loader).names
     if own is None or of_data is None:
         return of_data if own is None else own
@@ -65,9 +67,10 @@ def learn_names(model: nn.Module, loader: Any) -> Names | None:
     Raises:
         DataError: As in ``class_names``.
     """
-    names = notes_of(loader).names
-    if names is not None and names_in_config(model) is None:
-        _known[unwrap_model(model)] = _Known(names, None)
+    notes = notes_of(loader)
+    note_training(model, notes)
+    if notes.names is not None and names_in_config(model) is None:
+        _known[unwrap_model(model)] = _Known(notes.names, None)
     return class_names(model, loader)
 
 

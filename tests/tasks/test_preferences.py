@@ -26,7 +26,7 @@ from manualloop import (
     train_loop,
     train_steps,
 )
-from manualloop.tasks import dpo, margins, preferred, reference_logps, reward
+from manualloop.tasks import distil, dpo, margins, preferred, reference_logps, reward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.")  # read by peft
 
@@ -429,3 +429,20 @@ def test_a_file_of_reference_logps_knows_every_weight(tmp_path):
     reference_logps(model, PAIRS, path=path)
     model.get_input_embeddings().weight.data[7] += 0.5
     assert reference_logps(model, PAIRS, path=path) == reference_logps(model, PAIRS)
+
+
+@pytest.mark.parametrize("sizes", [{"n_positions": 8}, {"vocab_size": 30}], ids=str)
+def test_a_reference_without_room_for_the_tokens_is_refused(sizes):
+    model, batch = gpt2(), paired(pairs_of(4, seed=3))
+    assert batch["input_ids"].shape[-1] > 8
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(DataError, match=r"a batch that reference= gets.* GPT2LMHeadModel") as error:
+        train_loop(
+            model, [batch], loss_fn=dpo(reference=gpt2(**sizes)), max_steps=1, progress_bar=False
+        )
+    if "n_positions" in sizes:
+        assert "preference_pairs(tokenizer, max_length=8)" in str(error.value)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    rows = {name: column.flatten(0, 1) for name, column in batch.items()}
+    with pytest.raises(DataError, match="a batch that teacher= gets"):
+        evaluate_loop(model, [rows], loss_fn=distil(gpt2(**sizes)))
