@@ -60,7 +60,7 @@ _ROOM: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 def _place_of(name: str) -> Place:
     batch = f"a batch that {name}= gets"
     cut = "preference_pairs(tokenizer, max_length={room})" if name == "reference" else None
-    return Place(batch, lambda row: f"row {row} of {batch}", Origin(cut=cut))
+    return Place(lambda: batch, lambda row: f"row {row} of {batch}", Origin(cut=cut))
 
 
 def _require_apart(frozen: nn.Module, model: nn.Module, name: str) -> None:
