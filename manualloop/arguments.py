@@ -135,6 +135,9 @@ def check_arguments(*optional: str, **arguments: Any) -> None:
         elif name in CALLS:
             functions = value.values() if isinstance(value, Mapping) else [value]
             problems += [p for one in functions if (p := problem_of_call(name, one))]
+    for (one, other), message in NOT_BOTH.items():
+        if arguments.get(one) is not None and arguments.get(other) is not None:
+            problems.append(message)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -150,6 +153,14 @@ CALLS = {
     "transform": ("row", "generator"),
 }
 """With which arguments the functions of the user are called."""
+
+NOT_BOTH = {
+    ("postprocess", "decode"): (
+        "Give postprocess or decode, not both. postprocess(outputs, batch) returns a tensor of "
+        "predictions; decode(outputs, batch) returns a list with one object for each row."
+    ),
+}
+"""Arguments of which a call takes one, with the message about two."""
 
 
 def problem_of_call(name: str, function: Any) -> str | None:

@@ -47,6 +47,11 @@ _PARALLEL = (
 )
 
 
+def without_ranks(model: nn.Module) -> nn.Module:
+    """Take off the wrapper that would communicate with the other ranks in a forward pass."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether each rank holds only a part of the weights.
 

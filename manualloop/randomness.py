@@ -78,6 +78,14 @@ def is_same_random_state(one: RandomState, other: RandomState) -> bool:
     )
 
 
+def has_drawn(before: RandomState) -> bool:
+    """Tell whether numbers were drawn since, from any of the generators of a state."""
+    of_devices = before.keys() - {"python", "numpy", "torch"}
+    now = get_random_state(devices=bool(of_devices))
+    are_same = all(is_same_state(before[name], now.get(name)) for name in of_devices)
+    return not (are_same and is_same_random_state(before, now))
+
+
 def is_same_state(one: Any, other: Any) -> bool:
     """Tell whether two states of generators, or containers of such states, are equal."""
     if isinstance(one, dict) and isinstance(other, dict):
@@ -220,6 +228,8 @@ def search(owners: Mapping[str, Any]) -> Search:
     """Search objects for generators, and for random things that cannot be saved."""
     found: dict[str, Part] = {}
     unsaved: dict[str, str] = {}
+    if not owners:
+        return Search(found, unsaved)
     global_ones = {id(generator) for generator in _global_generators()}
     for path, part in walk(owners, skips_empty=True):
         kind = type(part.value)

@@ -304,3 +304,18 @@ def test_a_traceback_has_each_problem_once(note):
     printed = "".join(traceback.format_exception(caught.value))
     assert [printed.count(text) for text in ("one problem", "another problem")] == [1, 1]
     assert "the cause" in printed
+
+
+def test_two_answers_to_one_question_are_reported_together():
+    def function(one, other):
+        return one, other
+
+    names = ("loss_fn", "terms", "postprocess", "decode")
+    with pytest.raises(ConfigError) as caught:
+        check_arguments(**dict.fromkeys(names, function))
+    lines = str(caught.value).split("\n")
+    assert [line.partition(",")[0] for line in lines] == [
+        "Give loss_fn or terms",
+        "Give postprocess or decode",
+    ]
+    check_arguments(loss_fn=function, terms=None, decode=function)

@@ -22,7 +22,7 @@ from manualloop import (
     train_loop,
     train_steps,
 )
-from manualloop.models import coarsest_dtype, evaluation_mode, remember_configs
+from manualloop.models import coarsest_dtype, evaluation_mode, remember_configs, unwrap_model
 
 CPU = SingleDevice("cpu")
 
@@ -219,3 +219,16 @@ def test_the_numbers_with_the_fewest_digits_count():
     assert coarsest_dtype(nn.Linear(2, 2).to(torch.float8_e4m3fn), cpu) == torch.bfloat16
     model.config = PretrainedConfig(quantization_config={"load_in_4bit": True})
     assert coarsest_dtype(model, cpu, torch.float32) == torch.bfloat16
+
+
+def test_wrappers_are_taken_off_and_nothing_else():
+    inner = nn.Linear(1, 1)
+    compiled = torch.compile(inner)
+    for wrapped in (nn.DataParallel(inner), compiled, nn.DataParallel(compiled)):
+        assert unwrap_model(wrapped) is inner
+    # fully_shard() makes a subclass of the class of what it shards.
+    compiled.__class__ = type("FSDPOptimizedModule", (type(compiled),), {})
+    assert unwrap_model(compiled) is inner
+    own = nn.Module()
+    own.module = own.base_model = inner
+    assert unwrap_model(own) is own

@@ -12,6 +12,7 @@ from manualloop.randomness import (
     find_generators,
     generator_states,
     get_random_state,
+    has_drawn,
     is_same_random_state,
     random_states_kept,
     restore_generators,
@@ -276,3 +277,13 @@ def test_random_states_are_kept_when_the_block_raises():
         raise KeyError
     assert generator.random() == random.Random(1).random()
     assert is_same_random_state(before, get_random_state())
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_draw_from_any_generator_of_the_process_is_seen(name):
+    before = get_random_state()
+    assert not has_drawn(before)
+    DRAWS[name]()
+    assert has_drawn(before)
+    set_random_state(before)
+    assert not has_drawn(before)

@@ -42,7 +42,7 @@ ROWS = [
 # One door per dependency.
 DOORS = {
     "accelerate": {"strategy.accelerated", "strategy.launch", "internals"},
-    "datasets": {"data.tables", "evaluation.columns", "internals"},
+    "datasets": {"data.tables", "evaluation.predictions", "internals"},
     "transformers": {"data.collate", "schedules", "internals"},
     "evaluate": {"evaluation.modules"},
     "peft": {"checkpoint.pretrained"},
@@ -50,7 +50,7 @@ DOORS = {
     "sklearn": {"evaluation.metrics", "evaluation.probabilities", "evaluation.reports"},
     "scipy": {"evaluation.metrics", "evaluation.weighted", "evaluation.compare"},
     "torchmetrics": set(),
-    "seqeval": set(),  # it and the next three by evaluation.extras.load_extra
+    "seqeval": set(),  # it and the next three by evaluation.forms.load_extra
     "sacrebleu": set(),
     "rouge_score": set(),
     "pycocotools": set(),

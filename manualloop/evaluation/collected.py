@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from manualloop.errors import MetricError
-from manualloop.evaluation.answers import exact_match
 from manualloop.evaluation.detection import mean_average_precision
 from manualloop.evaluation.forms import (
     Takes,
@@ -23,7 +22,7 @@ from manualloop.evaluation.forms import (
 )
 from manualloop.evaluation.probabilities import average_precision, log_loss, roc_auc
 from manualloop.evaluation.spans import seqeval
-from manualloop.evaluation.texts import bleu, chrf, rouge
+from manualloop.evaluation.texts import bleu, chrf, exact_match, rouge
 from manualloop.tasks.answers import squad, squad_v2
 from manualloop.types import Scores
 

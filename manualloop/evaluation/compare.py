@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from manualloop.arguments import check_arguments
 from manualloop.errors import ConfigError, DataError, MetricError
-from manualloop.evaluation.columns import kind_of
-from manualloop.evaluation.given import Inputs, inputs_of, same_width, table_of
+from manualloop.evaluation.forms import Scorer
 from manualloop.evaluation.intervals import (
     all_of,
     are_classes,
@@ -22,7 +21,7 @@ from manualloop.evaluation.intervals import (
     summed_scores,
     weighted_scores,
 )
-from manualloop.evaluation.predictions import Predictions
+from manualloop.evaluation.predictions import Predictions, kind_of
 from manualloop.evaluation.resampling import (
     Floats,
     Scored,
@@ -31,7 +30,9 @@ from manualloop.evaluation.resampling import (
     p_value,
     swaps,
 )
-from manualloop.evaluation.scorers import Scorer, as_metric, parts_of
+from manualloop.evaluation.scorers import as_metric, parts_of
+from manualloop.evaluation.scoring import Given, given_by
+from manualloop.evaluation.table import Column, Table
 from manualloop.evaluation.weighted import Entries, group_rows
 from manualloop.tasks.task import IGNORE_INDEX
 
@@ -225,7 +226,7 @@ def _differing(a: Any, b: Any) -> NDArray[np.bool_]:
     """Tell for each row whether two columns differ; padding does not count, and NaN is NaN."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and a.dtype.kind in "biuf":
         if a.ndim == b.ndim == 2:
-            a, b = same_width(a, b)
+            a, b = _same_width(a, b)
         if a.shape != b.shape:
             return np.ones(len(a), np.bool_)
         differs = (a != b) & ((a == a) | (b == b))
@@ -244,7 +245,7 @@ def _compare(
             f"{scorer.name} scores labels, and a row holds a map of them, whose ignored label "
             'nobody knows here. Compare by "mean_iou", or by a function of the rows.'
         )
-    sides = inputs_of(table_of(a), scorer), inputs_of(table_of(b), scorer)
+    sides = given_by(_table_of(a), scorer), given_by(_table_of(b), scorer)
     scores = [score_rows(scorer, side, np.arange(side.num_rows)) for side in sides]
     differs = _differing(sides[0].predictions, sides[1].predictions)
     if (row := sides[0].row) is not None:
@@ -278,8 +279,55 @@ def _compare(
     return {key: found[key] for key in scores[0] if key in found}
 
 
+def _table_of(predictions: Predictions) -> Table:
+    """Return the table that an evaluation makes of the same rows.
+
+    Args:
+        predictions: Predictions with references.
+    """
+    kind = kind_of(predictions)
+    predicted: Any = predictions.predictions
+    references = predictions.references
+    misfit = None
+    if kind != "object" and isinstance(references, np.ndarray):
+        if predicted.ndim == references.ndim == 2:
+            predicted, references = _same_width(predicted, references)
+        if predicted.shape != references.shape:
+            shapes = f"{predicted.shape}, and those of the labels {references.shape}"
+            misfit = 0, f"the shape of the predictions is {shapes}"
+    columns = {"predictions": predicted, "references": references, "scores": predictions.scores}
+    tasks = {"classes": "multi_label_classification", "value": "regression"}
+    if isinstance(references, np.ndarray) and references.dtype.kind == "f":
+        tasks["class"] = "regression"  # two classes, told by the sign of one logit
+    return Table(
+        {name: Column([_plain(values)]) for name, values in columns.items() if values is not None},
+        {name: Column([list(values)]) for name, values in predictions.kept.items()},
+        None,
+        predictions.index,
+        len(predictions),
+        tasks.get(kind, ""),
+        predictions.ignored,
+        misfit,
+        "decode" if kind == "object" else "rule",
+    )
+
+
+def _same_width(a: NDArray[Any], b: NDArray[Any]) -> list[NDArray[Any]]:
+    """Pad the narrower one of two arrays ``(rows, width)`` with -100."""
+    widest = max(a.shape[1], b.shape[1])
+    return [
+        np.pad(side, ((0, 0), (0, widest - side.shape[1])), constant_values=IGNORE_INDEX)
+        for side in (a, b)
+    ]
+
+
+def _plain(values: Any) -> Any:
+    is_numbers = isinstance(values, np.ndarray) and values.dtype.kind in "biuf"
+    return values if is_numbers else list(values)
+
+
 def _grouped(
-    a: Inputs, b: Inputs, differs: NDArray[np.bool_]
+    a: Given, b: Given, differs: NDArray[np.bool_]
 ) -> tuple[Entries, NDArray[np.int64], NDArray[np.bool_]]:
     """Return the rows of a and then those of b, how often each occurs, and which differ.
 
@@ -297,7 +345,7 @@ def _grouped(
     return Entries(predictions, references, rows, len(rows)), counts, differs[places]
 
 
-def _stacked(a: Inputs, b: Inputs) -> Inputs:
+def _stacked(a: Given, b: Given) -> Given:
     """Return the rows of a and then those of b."""
     row = None
     if a.row is not None and b.row is not None:
@@ -306,7 +354,7 @@ def _stacked(a: Inputs, b: Inputs) -> Inputs:
     if a.kept is not None and b.kept is not None:
         kept = {name: [*a.kept[name], *b.kept[name]] for name in a.kept if name in b.kept}
     predictions, references = (_joint(own, other) for own, other in zip(a[:2], b[:2], strict=True))
-    return Inputs(predictions, references, row, kept, a.num_rows + b.num_rows)
+    return Given(predictions, references, row, kept, a.num_rows + b.num_rows)
 
 
 def _joint(a: Any, b: Any) -> Any:

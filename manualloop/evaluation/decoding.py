@@ -7,16 +7,24 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 
 from manualloop.errors import DataError
-from manualloop.evaluation.rows import Decode
-from manualloop.evaluation.table import Table
 from manualloop.models import config_of, model_name, unwrap_model
 from manualloop.notices import say
 from manualloop.strategy.base import Strategy
+from manualloop.types import Batch
+
+if TYPE_CHECKING:
+    from manualloop.evaluation.table import Table
+
+Decode: TypeAlias = "Callable[[Any, Batch], list[Any] | tuple[list[Any], list[Any]]]"
+"""``decode(outputs, batch)`` returns one object of Python for each row.
+
+With two lists, the first holds the predictions and the second the references.
+"""
 
 AnyDecode: TypeAlias = "Decode | Callable[[Any, Any, nn.Module], Any]"
 """A ``decode`` of the user's: one with a parameter ``model`` gets the model that is evaluated."""
@@ -33,13 +41,18 @@ class Decoding:
         function: The user's function.
         model: The model that is evaluated.
         strategy: The strategy, under whose precision the model runs.
-        takes_model: Whether the function has a parameter ``model``.
+        takes_model: Whether the function has a parameter ``model``, to let it write. A closure may
+            hold it all the same.
+        uses_outputs: Whether the function uses the outputs: one that lets the model write does not.
+        num_shown: Number of rows whose texts are logged.
     """
 
     function: AnyDecode
     model: nn.Module
     strategy: Strategy
     takes_model: bool
+    uses_outputs: bool
+    num_shown: int
 
     def __call__(self, outputs: Any, batch: Any) -> Any:
         """Return what the function makes of a batch."""
@@ -51,16 +64,18 @@ class Decoding:
                 return function(outputs, batch, model=self.model)
 
 
-def with_model(decode: AnyDecode | None, model: nn.Module, strategy: Strategy) -> Decode | None:
-    """Return a ``decode`` of two arguments; None for none."""
-    if decode is None:
-        return None
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return Decoding(decode, model, strategy, takes_model(decode))
+def with_model(decode: AnyDecode, model: nn.Module, strategy: Strategy) -> Decoding:
+    """Return a ``decode`` of two arguments, with what its attributes tell about it."""
+    number = getattr(decode, "shows", 0)
+    num_shown = max(number, 0) if isinstance(number, int) else 0
+    function: Any = decode
+    while isinstance(function, partial):
+        function = function.func
+    uses_outputs = getattr(function, "uses_outputs", True) is not False
+    return Decoding(decode, model, strategy, _takes_model(decode), uses_outputs, num_shown)
 
 
-def takes_model(function: Callable[..., Any]) -> bool:
+def _takes_model(function: Callable[..., Any]) -> bool:
     """Tell whether a function has a parameter ``model`` that it does not hold already."""
     try:
         parameter = inspect.signature(function).parameters.get("model")
@@ -69,28 +84,11 @@ def takes_model(function: Callable[..., Any]) -> bool:
     return parameter is not None and parameter.default is parameter.empty
 
 
-def lets_write(decode: Decode | None) -> Literal["no", "perhaps", "yes"]:
-    """Tell whether a ``decode`` of ``with_model`` lets the model write; a closure may hold it."""
-    if decode is None:
-        return "no"
-    return "yes" if getattr(decode, "takes_model", False) else "perhaps"
-
-
-def uses_outputs(decode: AnyDecode | None) -> bool:
-    """Tell whether a ``decode`` uses the outputs: one that lets the model write does not."""
-    function = decode.function if isinstance(decode, Decoding) else decode
-    while isinstance(function, partial):
-        function = function.func
-    return getattr(function, "uses_outputs", True) is not False
-
-
-def show_samples(decode: Decode | None, table: Table) -> None:
-    """Log the texts of the first rows, if the function asks for it by an attribute ``shows``."""
-    function = decode.function if isinstance(decode, Decoding) else decode
-    number = getattr(function, "shows", 0)
-    found, right = table.columns["predictions"], table.columns.get("references")
-    if not isinstance(number, int) or number < 1:
+def show_samples(table: Table, number: int) -> None:
+    """Log the texts of the first rows of a table."""
+    if not number:
         return
+    found, right = table.columns["predictions"], table.columns.get("references")
     texts = found.rows(table.order)[:number]
     wanted = [None] * len(texts) if right is None else right.rows(table.order)[:number]
     numbers = range(len(texts)) if table.index is None else table.index.tolist()

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from manualloop.errors import ConfigError, MetricError
-from manualloop.evaluation.extras import load_extra
+from manualloop.evaluation.forms import load_extra
 
 BOX_FORMATS = ("xyxy", "xywh", "cxcywh")
 _AREAS = ("", "_small", "_medium", "_large")  # below 32 x 32 pixels, to 96 x 96, above

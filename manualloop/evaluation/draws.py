@@ -1,4 +1,8 @@
-"""Scores that depend on random numbers: what draws them is noticed, and reported once."""
+"""Scores that depend on random numbers: what draws them is noticed, and reported once.
+
+In an evaluation nothing should move the global random generators. Of a loader the first two batches
+of its first evaluation are looked at, of the passes through the model the first of each evaluation.
+"""
 
 from __future__ import annotations
 
@@ -12,93 +16,71 @@ from torch.utils.data import SequentialSampler
 
 from manualloop.models import model_name
 from manualloop.notices import say
-from manualloop.randomness import (
-    RandomState,
-    get_random_state,
-    is_same_random_state,
-    is_same_state,
-)
+from manualloop.randomness import get_random_state, has_drawn
 from manualloop.reading.describe import is_prepared
 
+_SEEN: WeakSet[Any] = WeakSet()
+"""Loaders that were looked at, and models that were reported."""
 
-class Draws:
-    """Looks whether the global random generators move in an evaluation, where nothing should.
 
-    Of a loader the first two batches of the first evaluation are looked at, of the passes through
-    the model the first of each evaluation. Workers have generators of their own, so of a loader
-    with workers a batch of one row is made here, if its dataset is one of Hugging Face.
+def with_draws_reported(model: nn.Module, loader: Any, batches: Iterable[Any]) -> Iterator[Any]:
+    """Return the batches of a loader; the first report if they draw random numbers.
 
     Args:
-        model: The model.
+        model: The model that uses each batch before the next one is asked for.
         loader: The loader.
+        batches: Its batches, or those of this rank.
     """
+    iterator = iter(batches)
+    return chain(_first(model, loader, iterator, is_loaders=batches is loader), iterator)
 
-    def __init__(self, model: nn.Module, loader: Any) -> None:
-        self._model, self._loader = model, loader
 
-    def of_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Return the batches, of which the first report if reading them draws random numbers."""
-        loader = self._loader
-        iterator = iter(batches)
-        if not _can_be_remembered(loader) or loader in _SEEN:
-            return iterator
+def _first(
+    model: nn.Module, loader: Any, iterator: Iterator[Any], *, is_loaders: bool
+) -> Iterator[Any]:
+    looks = _can_be_remembered(loader) and loader not in _SEEN
+    if looks:
         _SEEN.add(loader)
-        return chain(self._first_two(iterator, is_loaders=batches is loader), iterator)
-
-    def _first_two(self, iterator: Iterator[Any], *, is_loaders: bool) -> Iterator[Any]:
-        loader = self._loader
-        # One that shuffles draws the order when its first batch is read.
-        is_plain = isinstance(getattr(loader, "sampler", None), SequentialSampler)
-        skips_first = not is_prepared(loader) and not (is_plain and is_loaders)
-        draws = getattr(loader, "num_workers", 0) > 0 and _draws_in_workers(loader)
-        for number in range(2):
-            before = get_random_state(devices=False)
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                break
-            draws |= not (number == 0 and skips_first) and not _is_same(before)
-            yield batch
-            del batch  # of which nothing may be kept
-        if draws:
+    # One that shuffles draws the order when its first batch is read.
+    is_plain = isinstance(getattr(loader, "sampler", None), SequentialSampler)
+    skips_first = looks and not (is_plain and is_loaders) and not is_prepared(loader)
+    draws = looks and getattr(loader, "num_workers", 0) > 0 and _draws_in_workers(loader)
+    for number in range(2 if looks else 1):
+        before_reading = get_random_state(devices=False) if looks else None
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            break
+        if before_reading is not None and not (number == 0 and skips_first):
+            draws |= has_drawn(before_reading)
+        before_use = None if number or model in _SEEN else get_random_state()
+        yield batch
+        del batch  # of which nothing may be kept
+        if before_use is not None and has_drawn(before_use):
+            _SEEN.add(model)
             say(
-                "the score is random: the loader draws random numbers while it makes batches, so "
-                "that the score depends on them and on the batch size. Draw by row, with "
-                "transform= of prepare_dataloaders, whose splits that are not shuffled also get "
-                "the masks of DataCollatorForLanguageModeling by row."
+                f"the score is random: {model_name(model)}, or a function that is called with its "
+                "outputs, draws random numbers in evaluation mode. Two scores differ by these "
+                "numbers, too; to compare them, seed before each evaluation: torch.manual_seed(0)."
             )
-
-    def before_use(self) -> RandomState | None:
-        """Return the random state before the first batch is used; None if the model was told of."""
-        return None if self._model in _SEEN else get_random_state()
-
-    def after_use(self, before: RandomState | None) -> None:
-        """Report if the model has drawn random numbers since."""
-        if before is None or _is_same(before):
-            return
-        _SEEN.add(self._model)
+    if draws:
         say(
-            f"the score is random: {model_name(self._model)}, or a function that is called with "
-            "its outputs, draws random numbers in evaluation mode. Two scores differ by these "
-            "numbers, too; to compare them, seed before each evaluation: torch.manual_seed(0)."
+            "the score is random: the loader draws random numbers while it makes batches, so that "
+            "the score depends on them and on the batch size. Draw by row, with transform= of "
+            "prepare_dataloaders, whose splits that are not shuffled also get the masks of "
+            "DataCollatorForLanguageModeling by row."
         )
-
-
-_SEEN: WeakSet[Any] = WeakSet()
 
 
 def _can_be_remembered(loader: Any) -> bool:
     return hasattr(loader, "__weakref__") and getattr(loader, "__hash__", None) is not None
 
 
-def _is_same(before: RandomState) -> bool:
-    devices = before.keys() - {"python", "numpy", "torch"}
-    now = get_random_state(devices=bool(devices))
-    are_same = all(is_same_state(before[name], now.get(name)) for name in devices)
-    return are_same and is_same_random_state(before, now)
-
-
 def _draws_in_workers(loader: Any) -> bool:
+    """Tell whether a batch of one row draws random numbers, made here: workers have their own.
+
+    Only of a dataset of Hugging Face is a row read to find out.
+    """
     dataset: Any = getattr(loader, "dataset", None)
     inner = getattr(dataset, "rows", dataset)
     if not (hasattr(inner, "with_format") and hasattr(inner, "__len__")):
@@ -106,4 +88,4 @@ def _draws_in_workers(loader: Any) -> bool:
     before = get_random_state(devices=False)
     many: Any = getattr(dataset, "__getitems__", None)
     loader.collate_fn([dataset[0]] if many is None else many([0]))
-    return not _is_same(before)
+    return has_drawn(before)

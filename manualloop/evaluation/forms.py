@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from numbers import Real
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,32 @@ of the dataset. ``"scores"``: probabilities ``(rows, classes)`` beside flat clas
 ``"maps"``: class maps, one a row, beside the labels of each row, ignored ones included. ``"loss"``:
 the mean loss alone.
 """
+
+
+class Scorer(Protocol):
+    """An object that takes rows batch by batch and scores all of them.
+
+    A scorer of ``"rows"`` may have an attribute ``takes_kept``. If it is true, ``add_batch`` gets a
+    third argument ``kept``: the columns that skipped the model, by name.
+
+    Attributes:
+        name: Name in messages.
+    """
+
+    name: str
+
+    @property
+    def takes(self) -> Takes:
+        """What it is given."""
+        ...
+
+    def add_batch(self, *, predictions: Any, references: Any) -> None:
+        """Add the rows of one batch: tensors, arrays or lists with one entry per row."""
+        ...
+
+    def compute(self) -> Scores:
+        """Return the scores of all rows by name, and forget the rows."""
+        ...
 
 
 class Rows(list[Any]):
@@ -195,6 +222,22 @@ def require_options(name: str, options: Mapping[str, Any], accepted: Sequence[st
         raise ConfigError(
             f"The metric {name!r} does not take {', '.join(unknown)}: it {takes}. Write {call}."
         )
+
+
+def load_extra(module: str, metric: str) -> Any:
+    """Import a module of an optional library.
+
+    Raises:
+        MetricError: It is not installed, or cannot be imported.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        library = module.split(".")[0].replace("_", "-")
+        raise MetricError(
+            f"The metric {metric!r} needs {library}, which cannot be imported ({error}). Install "
+            'it: pip install "manualloop[metrics]".'
+        ) from error
 
 
 _OF_LIBRARIES = (

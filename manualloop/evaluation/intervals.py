@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -14,11 +15,12 @@ from torch import nn
 
 from manualloop.errors import MetricError
 from manualloop.evaluation.collected import Collected
-from manualloop.evaluation.given import Inputs, units_of
+from manualloop.evaluation.forms import Rows, Scorer
 from manualloop.evaluation.losses import Losses
 from manualloop.evaluation.metrics import Metric
 from manualloop.evaluation.resampling import Floats, Interval, Scored, Weighted, bootstrap
-from manualloop.evaluation.scorers import Scorer
+from manualloop.evaluation.scorers import as_metric
+from manualloop.evaluation.scoring import Given, given_by
 from manualloop.evaluation.sums import sums_of
 from manualloop.evaluation.table import Table
 from manualloop.evaluation.weighted import BY_KEY, Entries, group_rows, of_classes
@@ -60,7 +62,7 @@ def find_intervals(
     for scorer in scorers:
         if scorer.takes != "loss":
             assert table is not None
-            found |= intervals_of(model, *units_of(table, scorer), confidence)
+            found |= intervals_of(model, *_units_of(table, scorer), confidence)
         elif "loss" in found:
             low, high = (math.exp(min(end, 709.0)) for end in found["loss"][:2])  # no overflow
             found["perplexity"] = Interval(low, high, 0)
@@ -88,15 +90,15 @@ def with_intervals(scores: Scores, ends: Mapping[str, tuple[float, float]]) -> S
 
 
 def intervals_of(
-    model: nn.Module, scorer: Scorer, inputs: Inputs, confidence: float
+    model: nn.Module, scorer: Scorer, given: Given, confidence: float
 ) -> dict[str, Interval]:
     """Return the bootstrap interval of each score of a metric."""
-    expected = score_rows(scorer, inputs, np.arange(inputs.num_rows))
-    entries, counts = group(inputs)
+    expected = score_rows(scorer, given, np.arange(given.num_rows))
+    entries, counts = group(given)
     weighted = weighted_scores(scorer, entries, expected, counts.astype(np.float64))
     scored = all_of(weighted) if weighted else None
     if scored is None:
-        scored, counts = summed_scores(scorer, inputs, [(expected, np.ones(inputs.num_rows))])
+        scored, counts = summed_scores(scorer, given, [(expected, np.ones(given.num_rows))])
     found: dict[str, Interval] = {}
     if scored is not None:
         found = bootstrap(scored, counts, confidence=confidence)
@@ -106,16 +108,16 @@ def intervals_of(
             _tell(
                 model,
                 f"the {verbs.format(_listed(flat))} the same in every resample of the "
-                f"{inputs.num_rows} rows, which tells nothing of others.",
+                f"{given.num_rows} rows, which tells nothing of others.",
             )
     if missing := [key for key in expected if key not in found]:
-        number = num_calls_for(inputs.num_rows)
+        number = num_calls_for(given.num_rows)
         _tell(
             model,
             f"the intervals of {_listed(missing)} come from {number} resamples, each scored by a "
             f"call of {scorer.name}.",
         )
-        calls, counts = called(scorer, inputs, missing), np.ones(inputs.num_rows, np.int64)
+        calls, counts = called(scorer, given, missing), np.ones(given.num_rows, np.int64)
         found |= bootstrap(calls, counts, confidence=confidence, num_resamples=number)
     if undefined := [key for key, interval in found.items() if interval.num_undefined]:
         verbs = "is not defined in some resamples, which its interval leaves out."
@@ -123,6 +125,23 @@ def intervals_of(
             verbs = "are not defined in some resamples, which their intervals leave out."
         _tell(model, f"{_listed(undefined)} {verbs}")
     return {key: found[key] for key in expected}
+
+
+def _units_of(table: Table, scorer: Scorer) -> tuple[Scorer, Given]:
+    """Return what is resampled of a table, and the scorer of it.
+
+    They are the rows, unless the metric makes one unit of several of them, as the answer to a
+    question of several windows. Such a function has an attribute ``by_unit``, a function of
+    predictions and kept columns, which returns the name of a metric, and predictions and references
+    for that with one entry a unit.
+    """
+    given = given_by(table, scorer)
+    by_unit: Any = getattr(scorer, "by_unit", None)
+    if by_unit is None:
+        return scorer, given
+    name, predictions, references = by_unit(given.predictions, given.kept or {})
+    units = Given(Rows(predictions), Rows(references), None, None, len(predictions))
+    return as_metric(name), units
 
 
 def _of_loss(losses: Sequence[Losses], confidence: float) -> Interval | None:
@@ -142,22 +161,22 @@ def _of_loss(losses: Sequence[Losses], confidence: float) -> Interval | None:
     )["loss"]
 
 
-def score_rows(scorer: Scorer, inputs: Inputs, rows: NDArray[np.int64]) -> Scores:
+def score_rows(scorer: Scorer, given: Given, rows: NDArray[np.int64]) -> Scores:
     """Return the scores of some rows."""
-    scorer.add_batch(**inputs.take(rows))
+    scorer.add_batch(**given.take(rows))
     return scorer.compute()
 
 
-def group(inputs: Inputs) -> tuple[Entries, NDArray[np.int64]]:
+def group(given: Given) -> tuple[Entries, NDArray[np.int64]]:
     """Return one row of each group of the same rows, and how often it occurs.
 
     Rows of several entries are not grouped, and neither are rows of values: few are the same.
     """
-    predictions, references = inputs.predictions, inputs.references
-    row = np.arange(inputs.num_rows) if inputs.row is None else inputs.row
-    entries = Entries(predictions, references, row, inputs.num_rows)
-    if inputs.row is not None or not (are_classes(predictions) and are_classes(references)):
-        return entries, np.ones(inputs.num_rows, np.int64)
+    predictions, references = given.predictions, given.references
+    row = np.arange(given.num_rows) if given.row is None else given.row
+    entries = Entries(predictions, references, row, given.num_rows)
+    if given.row is not None or not (are_classes(predictions) and are_classes(references)):
+        return entries, np.ones(given.num_rows, np.int64)
     places, counts = group_rows(predictions, references)
     rows = np.arange(len(places))
     return Entries(predictions[places], references[places], rows, len(rows)), counts
@@ -202,21 +221,21 @@ def weighted_scores(
 
 
 def summed_scores(
-    scorer: Scorer, inputs: Inputs, known: Sequence[tuple[Mapping[str, float], Floats]]
+    scorer: Scorer, given: Given, known: Sequence[tuple[Mapping[str, float], Floats]]
 ) -> tuple[Scored | None, NDArray[np.int64]]:
     """Return the scores that are functions of sums over rows, as functions of weights.
 
     Args:
         scorer: The metric.
-        inputs: What it gets.
+        given: What it gets.
         known: Scores of the metric, and the weights of the rows with which they are reached.
 
     Returns:
         The function, of the weights of groups of the same rows if there is one ``known``; None if
         the metric is no such function. And how often each group occurs.
     """
-    ones = np.ones(inputs.num_rows, np.int64)
-    if (sums := sums_of(scorer, inputs, known[0][0])) is None:
+    ones = np.ones(given.num_rows, np.int64)
+    if (sums := sums_of(scorer, given, known[0][0])) is None:
         return None, ones
     keys = None
     for expected, weights in known:
@@ -246,15 +265,15 @@ def all_of(weighted: Mapping[str, Weighted]) -> Scored:
     return lambda weights: {key: score(weights) for key, score in weighted.items()}
 
 
-def called(scorer: Scorer, inputs: Inputs, keys: Sequence[str]) -> Scored:
+def called(scorer: Scorer, given: Given, keys: Sequence[str]) -> Scored:
     """Return a function from weights to the scores that calls of a metric give.
 
     Args:
         scorer: The metric.
-        inputs: What it gets.
+        given: What it gets.
         keys: Names of the scores.
     """
-    numbers = np.arange(inputs.num_rows)
+    numbers = np.arange(given.num_rows)
 
     def scores(weights: Floats) -> dict[str, Floats]:
         found = np.full((len(weights), len(keys)), np.nan)
@@ -262,7 +281,7 @@ def called(scorer: Scorer, inputs: Inputs, keys: Sequence[str]) -> Scored:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a resample may lack a class
                 try:
-                    scores = score_rows(scorer, inputs, np.repeat(numbers, times))
+                    scores = score_rows(scorer, given, np.repeat(numbers, times))
                 except (ArithmeticError, MetricError, ValueError):
                     continue
             found[place] = [scores.get(key, np.nan) for key in keys]

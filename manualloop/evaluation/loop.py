@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
@@ -12,41 +11,44 @@ from torch import Tensor, nn
 
 from manualloop.arguments import check_arguments, require_loader
 from manualloop.data.sampler import longest_first_view
-from manualloop.errors import ConfigError, DataError, MetricError
-from manualloop.evaluation.decoding import (
-    AnyDecode,
-    lets_write,
-    show_samples,
-    uses_outputs,
-    with_model,
-)
+from manualloop.errors import ConfigError, DataError
+from manualloop.evaluation.decoding import AnyDecode, Decoding, show_samples, with_model
 from manualloop.evaluation.intervals import find_intervals, with_intervals
 from manualloop.evaluation.losses import whole_loss
-from manualloop.evaluation.passes import passes_of
-from manualloop.evaluation.rows import Decode, Postprocess, check_predictions
-from manualloop.evaluation.scorers import as_metric, parts_of
-from manualloop.evaluation.scoring import ask_for, counts, merge_counts, score, tally
-from manualloop.evaluation.table import read_table
-from manualloop.models import is_blind_to_padding, is_sharded, sample_weights
+from manualloop.evaluation.passes import Pass, read_table
+from manualloop.evaluation.rows import Postprocess
+from manualloop.evaluation.scorers import as_metric, ask_for, counts, parts_of, score
+from manualloop.models import (
+    accepts,
+    is_blind_to_padding,
+    is_sharded,
+    sample_weights,
+    without_ranks,
+)
 from manualloop.randomness import random_states_kept
 from manualloop.reading.ranks import unsharded
 from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy, on_main, prepare_model
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
-from manualloop.tasks.loss import check_loss, of_model
+from manualloop.tasks.loss import of_model
 from manualloop.tasks.names import class_names
 from manualloop.tasks.task import IGNORE_INDEX
 from manualloop.types import LossFn, Scores, Terms
 
 
-class Functions(NamedTuple):
-    """The functions of the user in an evaluation; each may be None."""
+class Evaluation(NamedTuple):
+    """What is the same for all loaders of a call, under the names of its arguments."""
 
+    model: nn.Module
+    metric: Any
+    strategy: Strategy
     postprocess: Postprocess | None
-    decode: Decode | None
+    decode: Decoding | None
     loss_fn: LossFn | None
     terms: Terms | None
+    confidence: float | None
+    progress_bar: bool
 
 
 def evaluate_loop(
@@ -130,8 +132,6 @@ def evaluate_loop(
     )
     if confidence is not None:
         check_arguments(confidence=confidence)
-    check_loss(loss_fn, terms)
-    check_predictions(postprocess, decode)
     strategy = begin_call(
         strategy_for(model, strategy),
         "evaluate_loop",
@@ -143,13 +143,21 @@ def evaluate_loop(
         confidence=confidence,
     )
     model = prepare_model(strategy, model)
-    scores = Scores()
-    functions = Functions(
-        postprocess, with_model(decode, model, strategy), loss_fn, of_model(terms, model)
+    own = without_ranks(model)
+    call = Evaluation(
+        own,
+        metric,
+        strategy,
+        postprocess,
+        None if decode is None else with_model(decode, own, strategy),
+        loss_fn,
+        None if terms is None else of_model(terms, model),
+        confidence,
+        progress_bar,
     )
-    evaluate = partial(_evaluate, model, metric, strategy, functions, confidence)
+    scores = Scores()
     for prefix, loader in named_loaders(eval_dataloader).items():
-        found = evaluate(loader, progress_bar)
+        found = _evaluate(call, loader)
         if twice := [key for key in found if prefix + key in scores]:
             raise ConfigError(
                 f"Two loaders have a result {prefix + twice[0]!r}. Give {prefix[:-1]!r} a name "
@@ -182,62 +190,50 @@ def named_loaders(loaders: Iterable[Any] | Mapping[str, Iterable[Any]]) -> dict[
     return {f"{name}_": loader for name, loader in loaders.items()}
 
 
-def _evaluate(
-    model: nn.Module,
-    metric: Any,
-    strategy: Strategy,
-    functions: Functions,
-    confidence: float | None,
-    loader: Iterable[Any],
-    progress_bar: bool,
-) -> Scores:
+def _evaluate(call: Evaluation, loader: Iterable[Any]) -> Scores:
+    """Score the rows of one loader."""
+    model, strategy, confidence = call.model, call.strategy, call.confidence
     names = class_names(model, loader)
-    scorers = [] if metric is None else parts_of(as_metric(metric, names))
-    of_rows = [scorer for scorer in scorers if scorer.takes != "loss"]
+    scorers = [] if call.metric is None else parts_of(as_metric(call.metric, names))
+    ask = ask_for(scorers, call.postprocess, call.decode)
+    # Where all metrics count, no row is kept, and the order does not matter.
+    is_counted = confidence is None and all(map(counts, scorers))
     loader = loader if strategy.world_size == 1 else unsharded(loader)
     numbers: Iterable[int] | None = None
-    if functions.loss_fn is None:  # a loss_fn may compare the rows of a batch
+    if call.loss_fn is None:  # a loss_fn may compare the rows of a batch
         loader, numbers = longest_first(loader, model, strategy)
-    # Where all metrics count, no row is kept, and the order does not matter.
-    is_counted = confidence is None and all(map(counts, of_rows))
     if numbers is None and not is_counted:
         numbers = source_of(loader).row_numbers()
-    by_rule = bool(of_rows) and functions.postprocess is None and functions.decode is None
-    passes = passes_of(
-        model, loader, strategy, functions.loss_fn, functions.terms, predicts=by_rule
-    )
-    if not uses_outputs(functions.decode):
-        passes = replace(passes, runs="labelled")
-    passes = replace(passes, lets_write=lets_write(functions.decode))
     table, losses = read_table(
-        passes,
-        ask_for(of_rows, functions.postprocess, functions.decode),
-        "Evaluating" if progress_bar else None,
+        Pass(
+            model,
+            loader,
+            strategy,
+            ask,
+            # A model that does not compute its own loss gets no labels.
+            takes_labels=accepts(model, "labels"),
+            loss_fn=call.loss_fn,
+            terms=call.terms,
+            counting=scorers if is_counted else None,
+        ),
+        "Evaluating" if call.progress_bar else None,
         numbers=numbers,
-        tally=partial(tally, of_rows) if is_counted else None,
         wants_row_losses=confidence is not None,
     )
-    if is_counted:
-        merge_counts(of_rows, strategy)
-    elif table is not None:
-        show_samples(functions.decode, table)
+    if table is not None and call.decode is not None:
+        show_samples(table, call.decode.num_shown)
     loss = whole_loss(losses)
-    if loss is None and not scorers:
+    if scorers:
+        with random_states_kept(devices=False):  # some libraries draw when they are imported
+            scores = on_main(strategy, partial(score, table, scorers, loss))
+    elif loss is not None:
+        scores = Scores(loss=loss)
+    else:
         raise DataError(
             f"Nothing to score: every label of the loader is {IGNORE_INDEX}. Check the masking of "
             "the labels, and that truncation leaves some."
         )
-    scores = Scores() if loss is None else Scores(loss=loss)
     scores.names = names
-    if scorers:
-        with random_states_kept(devices=False):  # some libraries draw when they are imported
-            found = on_main(strategy, partial(score, table, scorers, loss))
-        if "loss" in scores and "loss" in found:
-            raise MetricError(
-                f"A metric has a score 'loss', which is the key of the model's loss ({loss:.4g}). "
-                "Rename it: return {'own_loss': ...}."
-            )
-        scores.add(found)
     if confidence is None:
         return scores
     find = partial(find_intervals, model, table, scorers, losses, scores, confidence)

@@ -156,10 +156,10 @@ class Losses:
 def _terms_of(made: Made, loss_fn: LossFn | None, terms: Terms | None) -> list[Term] | None:
     """Return the terms of a batch's loss; None if the model returned no loss."""
     if loss_fn is None and terms is None:
+        counts = () if made.task.objection else made.task.count(made.batch)
         loss = find_loss(made.outputs)
         if loss is None:
             return None
-        counts = () if made.task.objection else made.task.count(made.batch)
         return model_terms(loss, made.outputs, made.inputs, counts)
     declared = declared_items(loss_fn) if loss_fn is not None else None
     counts = (declared or made.task.count)(made.batch)

@@ -189,7 +189,8 @@ class Metric:
         self.name, self.options = name, dict(options or {})
         self.names: Sequence[str] | None = None  # of the classes, where the options hold none
         self.ignored: Sequence[int] = IGNORED
-        require_options(name, self.options, _OPTIONS.get(name, ()))
+        if self.options:
+            require_options(name, self.options, _OPTIONS.get(name, ()))
         self._continuous = name not in _REPORTS and _KEYS[name][0] in _CONTINUOUS
         self.takes: Takes = "values" if self._continuous else "classes"
         if name == "mean_iou":
@@ -241,7 +242,11 @@ class Metric:
                 predictions, references = pixels_of(
                     predictions, references, self._num_batches, self.left_out
                 )
-            self._rows.append(self._to_rows(to_array(predictions), to_array(references)))
+            sides = to_array(predictions), to_array(references)
+            kinds = "biuf" if self._continuous else "biu"
+            require_kind(self.name, "predictions", sides[0], self._num_batches, kinds)
+            require_kind(self.name, "references", sides[1], self._num_batches, kinds)
+            self._rows.append(self._to_rows(*sides))
             self._num_rows += num_rows
             self._num_waiting += len(self._rows[-1])
             # Not before there are as many as distinct ones, so that the cost per row does not grow.
@@ -252,9 +257,6 @@ class Metric:
     def _to_rows(self, predictions: Array, references: Array) -> Array:
         """Return the rows as a new array, because a caller may reuse its buffer."""
         where = f"in batch {self._num_batches}"
-        kinds = "biuf" if self._continuous else "biu"
-        require_kind(self.name, "predictions", predictions, self._num_batches, kinds)
-        require_kind(self.name, "references", references, self._num_batches, kinds)
         wanted, shape = {1: "one value", 2: "several labels"}, predictions.shape
         if self.name.endswith("/samples"):
             del wanted[1]

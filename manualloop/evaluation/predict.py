@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from manualloop.arguments import check_arguments
-from manualloop.evaluation.decoding import AnyDecode, lets_write, uses_outputs, with_model
+from manualloop.checks import require_loader
+from manualloop.data.sampler import packs_rows
+from manualloop.errors import DataError
+from manualloop.evaluation.decoding import AnyDecode, with_model
 from manualloop.evaluation.inputs import Inputs
 from manualloop.evaluation.loop import longest_first
-from manualloop.evaluation.passes import passes_of
-from manualloop.evaluation.predictions import Predictions, dataset_rows
-from manualloop.evaluation.rows import Ask, Postprocess, check_predictions
-from manualloop.evaluation.table import read_table
-from manualloop.models import predicts_without_labels
+from manualloop.evaluation.passes import Pass, read_table
+from manualloop.evaluation.predictions import Predictions
+from manualloop.evaluation.rows import Ask, Postprocess
+from manualloop.models import accepts, predicts_without_labels, without_ranks
 from manualloop.notices import say
 from manualloop.reading.ranks import unsharded
+from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
@@ -63,27 +66,27 @@ def predict_loop(
         decode=decode,
         progress_bar=progress_bar,
     )
-    check_predictions(postprocess, decode)
+    require_loader(dataloader)
     strategy = strategy_for(model, strategy)
     strategy = begin_call(strategy, "predict_loop", postprocess=postprocess, decode=decode)
-    model = prepare_model(strategy, model)
+    model = without_ranks(prepare_model(strategy, model))
     names = class_names(model, dataloader)
     loader = dataloader if strategy.world_size == 1 else unsharded(dataloader)
     loader, numbers = longest_first(loader, model, strategy)
-    by_rule = postprocess is None and decode is None
-    passes = passes_of(model, loader, strategy, predicts=by_rule)
-    if by_rule and predicts_without_labels(model):
-        passes = replace(passes, leaves_out=passes.leaves_out | {"labels"})
-    if not uses_outputs(decode):
-        passes = replace(passes, runs="none")
-    decode = with_model(decode, model, strategy)
-    passes = replace(passes, lets_write=lets_write(decode), has_loss=False)
+    ask = Ask(
+        postprocess,
+        None if decode is None else with_model(decode, model, strategy),
+        references=False,
+        scores=None,
+        kept=True,
+        aligned=False,
+    )
+    needs_none = ask.made_by == "rule" and predicts_without_labels(model)
+    takes_labels = accepts(model, "labels") and not needs_none
     table, _ = read_table(
-        passes,
-        Ask(postprocess, decode, references=False, scores=None, kept=True, aligned=False),
+        Pass(model, loader, strategy, ask, takes_labels, wants_loss=False),
         "Predicting" if progress_bar else None,
-        numbers=dataset_rows(loader) if numbers is None else numbers,
-        wants_loss=False,
+        numbers=_row_numbers(loader) if numbers is None else numbers,
     )
     assert table is not None
     for name in table.missing:
@@ -97,4 +100,33 @@ def predict_loop(
         names,
         Inputs(dataloader),
         table.ignored,
+    )
+
+
+def _row_numbers(loader: Iterable[Any]) -> Iterable[int] | None:
+    """Return the dataset's row numbers in the loader's order; None: nobody knows them.
+
+    Raises:
+        DataError: The loader reads its rows by a sampler that does not tell which they are.
+    """
+    numbers = source_of(loader).row_numbers()
+    if numbers is not None:
+        return numbers
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+        say(
+            "the rows of a stream come as several processes read them, so their numbers are not "
+            "known: Predictions.index is None. Read it with num_workers=0 to get them in order."
+        )
+        return None
+    if packs_rows(loader):
+        raise DataError(
+            "The rows of this loader are packed, several of them in one row of a batch, so there "
+            "would be no prediction for each. Prepare them without pack=True, or under a name that "
+            'does not begin with "train": such splits are not packed.'
+        )
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    name = type(getattr(sampler, "sampler", sampler) or getattr(loader, "sampler", None)).__name__
+    raise DataError(
+        f"The loader draws its rows with a {name}, so predictions could not be "
+        "put in the dataset's order. Build it with shuffle=False, or use prepare_dataloaders."
     )

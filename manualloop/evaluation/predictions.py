@@ -1,33 +1,26 @@
-"""The table of predictions, in the dataset's order."""
+"""The table of predictions, in the dataset's order, and the tables and files made of it."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
-from manualloop.data.sampler import packs_rows
 from manualloop.errors import DataError
-from manualloop.evaluation.columns import (
-    columns_of,
-    describe,
-    names_of,
-    to_csv,
-    to_dataset,
-    to_pandas,
-    to_parquet,
-)
 from manualloop.evaluation.inputs import Inputs
-from manualloop.notices import say
-from manualloop.reading.sources import source_of
 from manualloop.tasks.task import IGNORE_INDEX
+
+Kind = Literal["class", "classes", "tokens", "value", "object"]
+"""What a row of predictions is: a class number, several labels of a row at once (0 or 1 for each
+class), a class number for each token, a number or several, or any Python object."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -79,7 +72,17 @@ class Predictions:
         return len(self.predictions)
 
     def __repr__(self) -> str:
-        return describe(self)
+        parts = [f"{len(self)} row{'s' * (len(self) != 1)}"]
+        if self.index is not None and len(self):
+            parts.append(f"index {self.index[0]} to {self.index[-1]}")
+        parts.append(f"predictions: {_summary(self, self.predictions)}")
+        if self.references is not None:
+            parts.append(f"references: {_summary(self, self.references)}")
+        if self.scores is not None:
+            parts.append(f"scores: {self.scores.dtype} {self.scores.shape}")
+        if self.kept:
+            parts.append(f"kept: {_first(self.kept, 8)}")
+        return f"Predictions({'; '.join(parts)})"[:900]
 
     @property
     def labels(self) -> list[Any] | None:
@@ -117,7 +120,15 @@ class Predictions:
 
     def to_pandas(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per row."""
-        return to_pandas(self)
+        from pandas import DataFrame, Series  # a dependency of datasets
+
+        def column(values: Any) -> Any:
+            if isinstance(values, np.ndarray):
+                return values
+            # As objects, where pandas would change them: None to NaN, lists to an array.
+            return Series(values, dtype=_dtype(values))
+
+        return DataFrame({name: column(values) for name, values in columns_of(self).items()})
 
     def to_dataset(self) -> Any:
         """Return a ``datasets.Dataset``.
@@ -125,7 +136,9 @@ class Predictions:
         Raises:
             DataError: Decoded objects cannot be stored in a table.
         """
-        return to_dataset(self)
+        from datasets import Dataset
+
+        return Dataset(_to_arrow(self))
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Write the table to a Parquet file, which keeps the types of all columns.
@@ -136,7 +149,9 @@ class Predictions:
         Raises:
             DataError: Decoded objects cannot be stored in a table.
         """
-        to_parquet(self, path)
+        from pyarrow import parquet
+
+        parquet.write_table(_to_arrow(self), os.fspath(path))
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the table to a CSV file; lists and dicts are written as JSON.
@@ -144,7 +159,11 @@ class Predictions:
         Args:
             path: Path of the file.
         """
-        to_csv(self, path)
+        frame = self.to_pandas()
+        for name in frame.columns:
+            if frame[name].dtype == object:
+                frame[name] = [_as_cell(value) for value in frame[name]]
+        frame.to_csv(path, index=False)
 
 
 def _places(rows: Any, length: int) -> NDArray[np.int64]:
@@ -171,30 +190,209 @@ def _take(values: Any, places: NDArray[np.int64]) -> Any:
     return [values[place] for place in places.tolist()]
 
 
-def dataset_rows(loader: Iterable[Any]) -> Iterable[int] | None:
-    """Return the dataset's row numbers in the loader's order; None: nobody knows them.
+def kind_of(table: Predictions) -> Kind:
+    """Tell what a row of predictions is."""
+    values = table.predictions
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
+        return "object"
+    if values.dtype.kind == "f":
+        return "value"
+    if values.ndim == 1:
+        return "class"
+    scores, references = table.scores, table.references
+    if scores is not None and scores.shape == values.shape:
+        return "classes"
+    # Of a postprocess: targets of several labels are floats, so that they fit a binary loss.
+    is_wide = values.ndim == 2 and table.names is not None and len(table.names) == values.shape[1]
+    is_float = isinstance(references, np.ndarray) and references.dtype.kind == "f"
+    return "classes" if is_wide and (is_float or values.dtype.kind == "b") else "tokens"
+
+
+def names_of(table: Predictions, values: Any) -> list[Any] | None:
+    """Return the class names of predictions or references, row by row.
+
+    Args:
+        table: The predictions they belong to.
+        values: ``table.predictions``, or ``table.references`` of the same kind.
+
+    Returns:
+        A name for each row; for several labels and for tokens a list of names. None if there are no
+        names, or the values are no class numbers.
+    """
+    names, kind = table.names, kind_of(table)
+    if names is None or kind in ("object", "value") or not isinstance(values, np.ndarray):
+        return None
+    if kind == "classes":
+        if values.ndim != 2 or values.shape[1] != len(names):
+            return None
+        return [[names[number] for number in np.flatnonzero(row > 0)] for row in values]
+    if values.dtype.kind not in "biu":
+        return None
+    known = (*names, None)  # an ignored label has no name
+    is_named = (values >= 0) & ~is_ignored(table, values)
+    if values.max(initial=0, where=is_named) >= len(names):
+        return None
+    numbers = np.where(is_named, values.astype(np.int64), len(names))
+    if kind == "class":
+        return [known[number] for number in numbers.tolist()] if values.ndim == 1 else None
+    return _each(lambda number: known[number], _kept_positions(table, numbers))
+
+
+def is_ignored(table: Predictions, labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Tell which numbers are padding, or references that count in no metric."""
+    found: NDArray[np.bool_] = labels == IGNORE_INDEX
+    return found | (labels == table.ignored) if labels is table.references else found
+
+
+def _each(function: Any, values: list[Any]) -> list[Any]:
+    """Call a function with every number in nested lists."""
+    return [_each(function, v) if isinstance(v, list) else function(v) for v in values]
+
+
+def _kept_positions(table: Predictions, values: NDArray[Any]) -> list[Any]:
+    """Return the values of each row without positions that are padding or have no reference."""
+    masked, references = table.predictions, table.references
+    if isinstance(references, np.ndarray) and references.shape == values.shape:
+        masked = references
+    is_kept = ~is_ignored(table, np.asarray(masked))
+    if values.shape != is_kept.shape or values.ndim != 2:
+        return list(values.tolist())  # a map of classes keeps its shape
+    return [row[kept].tolist() for row, kept in zip(values, is_kept, strict=True)]
+
+
+def columns_of(table: Predictions) -> dict[str, Any]:
+    """Return all columns by name, each an array or a list with one entry for each row.
+
+    A kept column whose name is one of ours gets ``kept_`` before it.
+    """
+    own: dict[str, Any] = {} if table.index is None else {"index": table.index}
+    rest: dict[str, Any] = {}
+    for name, title, values in (
+        ("prediction", "label", table.predictions),
+        ("reference", "reference_label", table.references),
+    ):
+        if values is not None:
+            rest[name] = _entries(table, values)
+            if (names := names_of(table, values)) is not None:
+                rest[title] = names
+    if table.scores is not None and table.scores.ndim == 2:
+        titles = _score_titles(table.names, table.scores.shape[1])
+        rest |= {title: table.scores[:, number] for number, title in enumerate(titles)}
+    kept: dict[str, Any] = {}
+    for name, column in table.kept.items():
+        while name in own or name in rest or name in kept:
+            name = f"kept_{name}"
+        kept[name] = [_plain(value) for value in column]
+    return {**own, **kept, **rest}
+
+
+def _score_titles(names: Sequence[str] | None, number: int) -> list[str]:
+    titles = list(map(str, range(number))) if names is None or len(names) != number else list(names)
+    twice = {title for title, times in Counter(titles).items() if times > 1}
+    return [
+        f"score_{title}" if title not in twice else f"score_{title}_{place}"
+        for place, title in enumerate(titles)
+    ]
+
+
+def _entries(table: Predictions, values: Any) -> Any:
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
+        return [_plain(value) for value in values]
+    if values.ndim == 1:
+        return values
+    is_of_tokens = kind_of(table) == "tokens" and values.dtype.kind in "biu"
+    return _kept_positions(table, values) if is_of_tokens else values.tolist()
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without tensors and arrays, which no file can hold."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _as_cell(value: Any) -> Any:
+    """Return a value as a CSV file has it: lists and dicts as JSON, others as they are."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+
+def _dtype(values: list[Any]) -> Any:
+    kinds = {type(value) for value in values}
+    if kinds == {int} and all(-(2**63) <= value < 2**63 for value in values):
+        return np.int64
+    return kinds.pop() if kinds in ({float}, {bool}) else object
+
+
+def _to_arrow(table: Predictions) -> Any:
+    """Return a ``pyarrow.Table``.
 
     Raises:
-        DataError: The loader reads its rows by a sampler that does not tell which they are.
+        DataError: A column holds what Arrow cannot hold, or would change.
     """
-    numbers = source_of(loader).row_numbers()
-    if numbers is not None:
-        return numbers
-    if isinstance(getattr(loader, "dataset", None), IterableDataset):
-        say(
-            "the rows of a stream come as several processes read them, so their numbers are not "
-            "known: Predictions.index is None. Read it with num_workers=0 to get them in order."
-        )
-        return None
-    if packs_rows(loader):
-        raise DataError(
-            "The rows of this loader are packed, several of them in one row of a batch, so there "
-            "would be no prediction for each. Prepare them without pack=True, or under a name that "
-            'does not begin with "train": such splits are not packed.'
-        )
-    sampler: Any = getattr(loader, "batch_sampler", None)
-    name = type(getattr(sampler, "sampler", sampler) or getattr(loader, "sampler", None)).__name__
-    raise DataError(
-        f"The loader draws its rows with a {name}, so predictions could not be "
-        "put in the dataset's order. Build it with shuffle=False, or use prepare_dataloaders."
+    import pyarrow as pa
+
+    arrays = {}
+    for name, values in columns_of(table).items():
+        try:
+            arrays[name] = pa.array(values)
+        except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+            raise _unstorable(name, str(error)) from error
+        if not isinstance(values, np.ndarray) and len(forms := _forms(values)) > 1:
+            shown = " and ".join(sorted(str(sorted(form))[:60] for form in forms)[:2])
+            raise _unstorable(name, f"dicts with other keys: {shown}")
+    return pa.table(arrays)
+
+
+def _unstorable(name: str, reason: str) -> DataError:
+    return DataError(
+        f"The column {name!r} cannot be stored in a table: {reason[:200]}. Let decode return "
+        "values of one form for all rows: texts, numbers, lists, or dicts with the same keys. "
+        "to_pandas() takes any object, and to_csv(path) writes lists and dicts as JSON."
     )
+
+
+def _forms(values: Sequence[Any]) -> set[frozenset[Any]]:
+    """Return the sets of keys of the dicts in a column, also of those in lists."""
+    found: set[frozenset[Any]] = set()
+    for value in values:
+        if isinstance(value, Mapping):
+            found.add(frozenset(value))
+        elif isinstance(value, list):
+            found |= _forms(value)
+    return found
+
+
+def _summary(table: Predictions, values: Any) -> str:
+    kind = kind_of(table)
+    if kind == "object" or not isinstance(values, np.ndarray):
+        kinds = Counter(type(value).__name__ for value in values)
+        example = f", such as {values[0][:40]!r}" if len(values) and type(values[0]) is str else ""
+        return _first((f"{number} {name}" for name, number in kinds.most_common()), 4) + example
+    shape = f"{values.dtype} {values.shape}"
+    if values.size == 0:
+        return shape
+    if values.dtype.kind == "f" and kind != "classes":
+        sound = values[~np.isnan(values)]
+        num_nan = f", NaN {values.size - sound.size}" if sound.size < values.size else ""
+        between = f" from {sound.min():.4g} to {sound.max():.4g}" if sound.size else ""
+        return f"{shape}{between}{num_nan}"
+    if kind == "classes":
+        numbers, counts = np.arange(values.shape[-1]), (values > 0).sum(0)
+    else:
+        numbers, counts = np.unique(values[~is_ignored(table, values)], return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:6]
+    names = table.names or ()
+    shown = [
+        f"{names[n][:24] if 0 <= n < len(names) else n} {count}"
+        for n, count in zip(numbers[order].tolist(), counts[order].tolist(), strict=True)
+    ]
+    return f"{shape} {', '.join(shown)}{', ...' if len(counts) > len(order) else ''}"
+
+
+def _first(entries: Any, number: int) -> str:
+    entries = [str(entry)[:24] for entry in entries]
+    return ", ".join(entries[:number]) + (", ..." if len(entries) > number else "")

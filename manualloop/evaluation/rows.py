@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import isnan
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from manualloop.batches import Kept, num_rows
 from manualloop.errors import ConfigError, DataError, MetricError, ModelError
+from manualloop.evaluation.decoding import Decoding
 from manualloop.evaluation.forms import to_array
 from manualloop.evaluation.layout import Layout, logits_name
 from manualloop.evaluation.losses import Made
@@ -24,14 +25,11 @@ from manualloop.types import Batch
 Postprocess: TypeAlias = Callable[[Any, Batch], Tensor]
 """``postprocess(outputs, batch)`` returns predictions: one a row, or in the shape of the labels."""
 
-Decode: TypeAlias = "Callable[[Any, Batch], list[Any] | tuple[list[Any], list[Any]]]"
-"""``decode(outputs, batch)`` returns one object of Python for each row.
-
-With two lists, the first holds the predictions and the second the references.
-"""
-
 Values: TypeAlias = "NDArray[Any] | list[Any]"
 """A column of a batch: an array whose first axis is the rows, or a list of objects."""
+
+MadeBy: TypeAlias = Literal["rule", "postprocess", "decode"]
+"""What makes predictions: the rule of the task, or a function of the user's."""
 
 
 class Ask(NamedTuple):
@@ -49,25 +47,19 @@ class Ask(NamedTuple):
     """
 
     postprocess: Postprocess | None = None
-    decode: Decode | None = None
+    decode: Decoding | None = None
     references: bool = True
     predictions: bool = True
     scores: bool | None = False
     kept: bool = False
     aligned: bool = True
 
-
-def check_predictions(postprocess: Postprocess | None, decode: object) -> None:
-    """Refuse two answers to what the predictions are.
-
-    Raises:
-        ConfigError: Both are given.
-    """
-    if postprocess is not None and decode is not None:
-        raise ConfigError(
-            "Give postprocess or decode, not both. postprocess(outputs, batch) returns a tensor of "
-            "predictions; decode(outputs, batch) returns a list with one object for each row."
-        )
+    @property
+    def made_by(self) -> MadeBy:
+        """What makes the predictions."""
+        if self.decode is not None:
+            return "decode"
+        return "rule" if self.postprocess is None else "postprocess"
 
 
 class Entries(NamedTuple):
@@ -106,63 +98,93 @@ def entries_of(made: Made, ask: Ask, layout: Layout, *, is_sound: bool) -> Entri
         DataError: The batch has no labels, or a function did not return one entry a row.
         ModelError: There is nothing to predict from.
     """
-    batch, task, postprocess, decode = made.batch, made.task, ask.postprocess, ask.decode
-    labels = _labels_of(batch)
+    batch, labels = made.batch, _labels_of(made.batch)
     rows = num_rows(batch) if labels is None else len(labels)
-    logits = None
-    if ask.scores and postprocess is not None:
-        logits = _find_logits(made.outputs)
-    elif ask.scores or (postprocess is None and decode is None):
-        logits = found = logits_of(made.outputs, task)
-        if logits.ndim > 2:
-            logits = layout.classes_last(made, logits)
-        _require_classes(task, logits, found, made.outputs)
+    logits = _needed_logits(made, ask, layout)
     scores = _probabilities(made, ask, logits, rows)
-    num_nan, misfit = 0, None
     predictions: Values
     references: Values | None = None
-    if decode is not None:
-        predictions, references = _decoded(decode(made.outputs, batch), rows)
+    misfit = None
+    if ask.decode is not None:
+        predictions, references = _decoded(ask.decode(made.outputs, batch), rows)
         if references is None and not ask.predictions:
             raise _unused("decode")
-        num_nan = 0 if is_sound or scores is None else int(np.isnan(scores).any(1).sum())
         if references is None and labels is not None:
-            references = _values(_one_axis(task, labels))
+            references = _values(_one_axis(made.task, labels))
+        num_nan = 0 if is_sound or scores is None else int(np.isnan(scores).any(1).sum())
     else:
-        predicted = _processed(postprocess(made.outputs, batch)) if postprocess else None
-        if predicted is not None and not ask.predictions and not predicted.is_floating_point():
-            raise _unused("postprocess")
-        if predicted is None:
-            assert logits is not None
-            predicted = task.rules.predict(logits)
-            num_nan = 0 if is_sound else count_nan_rows(logits, predicted)
-        if not predicted.ndim and rows == 1:  # squeeze() drops the axis of a lone row
-            predicted = predicted[None]
-        if not predicted.ndim or predicted.shape[0] != rows:
-            raise DataError(
-                f"{predicted.shape[0] if predicted.ndim else 'No'} predictions for a batch of "
-                f"{rows} rows. Let postprocess return one for each row, such as "
-                "outputs.logits.argmax(-1)."
-            )
-        if labels is None and postprocess is None and task.name == "token_classification":
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            if isinstance(mask, Tensor) and mask.shape == predicted.shape:
-                predicted = predicted.masked_fill(mask.to(predicted.device) == 0, IGNORE_INDEX)
+        predicted, num_nan = _predicted(made, ask, logits, rows, is_sound=is_sound)
         if labels is not None:
-            if postprocess is None:
-                _require_rows_of_targets(task, predicted, labels)
-            if ask.aligned:
-                predicted, labels, misfit = _aligned(made, postprocess, predicted, labels)
-            elif postprocess is None and task.rules.shifts_labels and isinstance(labels, Tensor):
-                labels = _next_labels(batch, labels)
+            predicted, labels, misfit = _beside(made, ask, predicted, labels)
             references = _values(labels)
+        elif ask.postprocess is None and made.task.name == "token_classification":
+            predicted = _without_padding(batch, predicted)
         # An argmax is new; anything else may be a view that would keep all the outputs.
-        is_new = postprocess is None and task.rules.predict is best_class
+        is_new = ask.postprocess is None and made.task.rules.predict is best_class
         predictions = to_array(predicted) if is_new else to_array(predicted).copy()
     if references is None and ask.references:
         raise _no_labels(batch)
     kept = _kept_columns(batch, rows) if ask.kept else {}
     return Entries(rows, predictions, references, scores, kept, num_nan, misfit)
+
+
+def _needed_logits(made: Made, ask: Ask, layout: Layout) -> Tensor | None:
+    """Return the logits with the classes last; None where nothing is made of them."""
+    if ask.scores and ask.postprocess is not None:
+        return _find_logits(made.outputs)
+    if not ask.scores and (ask.postprocess is not None or ask.decode is not None):
+        return None
+    logits = found = logits_of(made.outputs, made.task)
+    if logits.ndim > 2:
+        logits = layout.classes_last(made, logits)
+    _require_classes(made.task, logits, found, made.outputs)
+    return logits
+
+
+def _predicted(
+    made: Made, ask: Ask, logits: Tensor | None, rows: int, *, is_sound: bool
+) -> tuple[Tensor, int]:
+    """Return the predictions of a batch, and the number of its rows with logits that are NaN."""
+    num_nan = 0
+    if ask.postprocess is not None:
+        predicted = _processed(ask.postprocess(made.outputs, made.batch))
+        if not ask.predictions and not predicted.is_floating_point():
+            raise _unused("postprocess")
+    else:
+        assert logits is not None
+        predicted = made.task.rules.predict(logits)
+        num_nan = 0 if is_sound else count_nan_rows(logits, predicted)
+    if not predicted.ndim and rows == 1:  # squeeze() drops the axis of a lone row
+        predicted = predicted[None]
+    if not predicted.ndim or predicted.shape[0] != rows:
+        raise DataError(
+            f"{predicted.shape[0] if predicted.ndim else 'No'} predictions for a batch of "
+            f"{rows} rows. Let postprocess return one for each row, such as "
+            "outputs.logits.argmax(-1)."
+        )
+    return predicted, num_nan
+
+
+def _without_padding(batch: Any, predicted: Tensor) -> Tensor:
+    """Ignore the predictions of tokens that are padding, of a batch without labels."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.shape != predicted.shape:
+        return predicted
+    return predicted.masked_fill(mask.to(predicted.device) == 0, IGNORE_INDEX)
+
+
+def _beside(
+    made: Made, ask: Ask, predicted: Tensor, labels: Tensor | list[Any]
+) -> tuple[Tensor, Tensor | list[Any], str | None]:
+    """Put predictions and labels beside each other, as it was asked; tell what does not fit."""
+    by_rule = ask.postprocess is None
+    if by_rule and made.task.name == "multi_label_classification":
+        _require_rows_of_targets(predicted, labels)
+    if ask.aligned:
+        return _aligned(made, ask.postprocess, predicted, labels)
+    if by_rule and made.task.rules.shifts_labels and isinstance(labels, Tensor):
+        labels = _next_labels(made.batch, labels)
+    return predicted, labels, None
 
 
 def _unused(name: str) -> ConfigError:
@@ -407,11 +429,11 @@ def _values(labels: Tensor | list[Any]) -> Values:
     return _own(labels) if isinstance(labels, list) else to_array(labels).copy()
 
 
-def _require_rows_of_targets(task: Task, predicted: Tensor, labels: Tensor | list[Any]) -> None:
+def _require_rows_of_targets(predicted: Tensor, labels: Tensor | list[Any]) -> None:
     """Refuse one float a row where the model predicts several classes."""
-    if task.name != "multi_label_classification" or isinstance(labels, list):
+    if isinstance(labels, list) or labels.ndim != 1:
         return
-    if labels.ndim == 1 and predicted.ndim > 1 and predicted.shape[-1] > 1:
+    if predicted.ndim > 1 and predicted.shape[-1] > 1:
         found = f"of shape {tuple(labels.shape)}"
         raise DataError(scalar_floats_message(found, "labels", predicted.shape[-1]))
 
@@ -427,9 +449,8 @@ def count_nan_rows(logits: Tensor, predictions: Tensor) -> int:
 
 def tell_nan(num_rows: int) -> None:
     """Log that some predictions mean nothing."""
-    if num_rows:
-        rows = "1 row" if num_rows == 1 else f"{num_rows} rows"
-        say(
-            f"the logits of {rows} are NaN: their predictions and scores mean nothing.",
-            from_every_rank=True,
-        )
+    rows = "1 row" if num_rows == 1 else f"{num_rows} rows"
+    say(
+        f"the logits of {rows} are NaN: their predictions and scores mean nothing.",
+        from_every_rank=True,
+    )

@@ -1,45 +1,27 @@
-"""Scorers: anything that is accepted as a metric, behind the interface of ``evaluate_loop``."""
+"""The metrics of an evaluation: what is taken for one, what they ask of the rows, their scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
+
+import numpy as np
 
 from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.collected import Collected, Perplexity
-from manualloop.evaluation.forms import Takes, count_rows, require_rows
+from manualloop.evaluation.decoding import Decoding
+from manualloop.evaluation.forms import Scorer, Takes, count_rows, require_rows, to_array
 from manualloop.evaluation.functions import Function
 from manualloop.evaluation.metrics import Metric, load_metric
 from manualloop.evaluation.modules import Module, module_of
+from manualloop.evaluation.rows import Ask, Postprocess
+from manualloop.evaluation.scoring import arguments_for
 from manualloop.evaluation.segmentation import IGNORED
+from manualloop.evaluation.table import Table
 from manualloop.evaluation.torch_metrics import TorchMetric
 from manualloop.types import Scores
 
-
-class Scorer(Protocol):
-    """An object that takes rows batch by batch and scores all of them.
-
-    A scorer of ``"rows"`` may have an attribute ``takes_kept``. If it is true, ``add_batch`` gets a
-    third argument ``kept``: the columns that skipped the model, by name.
-
-    Attributes:
-        name: Name in messages.
-    """
-
-    name: str
-
-    @property
-    def takes(self) -> Takes:
-        """What it is given."""
-        ...
-
-    def add_batch(self, *, predictions: Any, references: Any) -> None:
-        """Add the rows of one batch: tensors, arrays or lists with one entry per row."""
-        ...
-
-    def compute(self) -> Scores:
-        """Return the scores of all rows by name, and forget the rows."""
-        ...
+_AT_ONCE = 1 << 16  # labels that are counted at once: more only take memory
 
 
 def as_metric(metric: Any, names: Sequence[str] | None = None) -> Scorer:
@@ -146,6 +128,97 @@ def parts_of(scorer: Scorer) -> list[Scorer]:
     if isinstance(scorer, _Checked) and not isinstance(scorer.scorers[0], _FOREIGN):
         return [part for one in scorer.scorers for part in parts_of(one)]
     return [scorer]
+
+
+def ask_for(
+    scorers: Sequence[Scorer], postprocess: Postprocess | None, decode: Decoding | None
+) -> Ask | None:
+    """Return what metrics ask of each row; None if they ask nothing.
+
+    Raises:
+        ConfigError: A function asks for logits, and gets predictions; or predictions are made that
+            no metric asks for.
+    """
+    scorers = [scorer for scorer in scorers if scorer.takes != "loss"]
+    if postprocess is None and decode is None:
+        for scorer in scorers:
+            if (require := getattr(scorer, "require_predictions", None)) is not None:
+                require()
+    elif not scorers:
+        name = "postprocess" if decode is None else "decode"
+        raise ConfigError(
+            f"{name} makes predictions, and no metric takes them: the result would be the loss "
+            f"alone. Name a metric: evaluate_loop(model, loader, metric, {name}={name}). For the "
+            f"predictions themselves: predict_loop(model, loader, {name}={name})."
+        )
+    takes_kept = [getattr(scorer, "takes_kept", False) for scorer in scorers]
+    return (
+        Ask(
+            postprocess,
+            decode,
+            references=not all(takes_kept) or any(scorer.takes != "rows" for scorer in scorers),
+            predictions=any(scorer.takes != "scores" for scorer in scorers),
+            scores=any(scorer.takes == "scores" for scorer in scorers),
+            kept=any(takes_kept),
+        )
+        if scorers
+        else None
+    )
+
+
+def counts(scorer: Scorer) -> bool:
+    """Tell whether a metric needs no rows once it has got them, in any order."""
+    return scorer.takes == "loss" or (isinstance(scorer, Metric) and scorer.counts)
+
+
+def tally(scorers: Sequence[Scorer], table: Table) -> None:
+    """Give the rows of a table to metrics; those that count get some at once."""
+    for scorer in scorers:
+        if scorer.takes == "loss":
+            continue
+        is_counting, arguments = counts(scorer), arguments_for(table, scorer)
+        if not is_counting:
+            scorer.add_batch(**arguments)
+            continue
+        predictions, references = arguments["predictions"], arguments["references"]
+        most = np.size(to_array(predictions[0])) if len(predictions) else 1
+        size = max(_AT_ONCE // max(most, 1), 1)
+        for start in range(0, max(len(predictions), 1), size):
+            part = slice(start, start + size)
+            scorer.add_batch(predictions=predictions[part], references=references[part])
+
+
+def merge_counts(scorers: Sequence[Scorer], of_rank: Sequence[Scorer]) -> None:
+    """Add to metrics what those of another rank have counted."""
+    for scorer, other in zip(scorers, of_rank, strict=True):
+        if isinstance(scorer, Metric) and isinstance(other, Metric):
+            scorer.merge(other)
+
+
+def score(table: Table | None, scorers: Sequence[Scorer], loss: float | None) -> Scores:
+    """Return the loss, if there is one, and what metrics make of a table.
+
+    Args:
+        table: The rows; None if the metrics have counted them already.
+        scorers: The metrics.
+        loss: The mean loss; None if there is none.
+
+    Raises:
+        MetricError: Two of them have the same key, or one has that of the loss.
+    """
+    if table is not None:
+        tally(scorers, table)
+    found = compute_all(scorers, loss)
+    if loss is None:
+        return found
+    if "loss" in found:
+        raise MetricError(
+            f"A metric has a score 'loss', which is the key of the model's loss ({loss:.4g}). "
+            "Rename it: return {'own_loss': ...}."
+        )
+    scores = Scores(loss=loss)
+    scores.add(found)
+    return scores
 
 
 def compute_all(scorers: Iterable[Scorer], loss: float | None = None) -> Scores:

@@ -2,134 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from manualloop.errors import ConfigError, DataError, MetricError
-from manualloop.evaluation.forms import Rows, to_array
+from manualloop.errors import DataError, MetricError
+from manualloop.evaluation.forms import Array, Rows, Scorer
 from manualloop.evaluation.metrics import Metric
-from manualloop.evaluation.rows import Ask, Decode, Postprocess
-from manualloop.evaluation.scorers import Scorer, compute_all
 from manualloop.evaluation.table import Column, Order, Table
-from manualloop.strategy.base import Strategy
 from manualloop.tasks.task import IGNORE_INDEX
-from manualloop.types import Scores
-
-Array = NDArray[Any]
-
-_AT_ONCE = 1 << 16  # labels that are counted at once: more only take memory
 
 
-def ask_for(
-    scorers: Sequence[Scorer], postprocess: Postprocess | None, decode: Decode | None
-) -> Ask | None:
-    """Return what metrics ask of each row; None if they ask nothing.
+class Given(NamedTuple):
+    """What a scorer is given, and the rows that it comes from.
+
+    Attributes:
+        predictions: Predictions, an array or a list; flat for a scorer of classes or values.
+        references: References of the same kind.
+        row: Number of the row of each entry, ascending; None for one entry a row.
+        kept: Kept columns, for a scorer that takes them; None for others.
+        num_rows: Number of rows.
+    """
+
+    predictions: Any
+    references: Any
+    row: NDArray[np.int64] | None
+    kept: Mapping[str, Any] | None
+    num_rows: int
+
+    def take(self, rows: NDArray[np.int64]) -> dict[str, Any]:
+        """Return the arguments of ``add_batch`` for some rows, in this order."""
+        places = rows
+        if self.row is not None:
+            ends = np.searchsorted(self.row, np.arange(self.num_rows + 1))
+            numbers = ends[rows + 1] - ends[rows]
+            # The entries of a row follow each other: its first place, and as many after it.
+            before = np.cumsum(numbers) - numbers
+            places = np.repeat(ends[rows] - before, numbers) + np.arange(numbers.sum())
+        found = {
+            "predictions": _take(self.predictions, places),
+            "references": _take(self.references, places),
+        }
+        if self.kept is not None:
+            found["kept"] = {name: _take(column, rows) for name, column in self.kept.items()}
+        return found
+
+
+def _take(values: Any, places: NDArray[np.int64]) -> Any:
+    """Return some entries of an array, or of a list, which stays of its class."""
+    if isinstance(values, list | tuple):
+        return type(values)([values[place] for place in places.tolist()])
+    return values[places]
+
+
+def given_by(table: Table, scorer: Scorer) -> Given:
+    """Return what a table gives to a scorer, and which row each entry comes from.
 
     Raises:
-        ConfigError: A function asks for logits, and gets predictions; or predictions are made that
-            no metric asks for.
+        DataError: The rows have no labels.
+        MetricError: They are not what the metric scores.
     """
-    scorers = [scorer for scorer in scorers if scorer.takes != "loss"]
-    if postprocess is None and decode is None:
-        for scorer in scorers:
-            if (require := getattr(scorer, "require_predictions", None)) is not None:
-                require()
-    elif not scorers:
-        name = "postprocess" if decode is None else "decode"
-        raise ConfigError(
-            f"{name} makes predictions, and no metric takes them: the result would be the loss "
-            f"alone. Name a metric: evaluate_loop(model, loader, metric, {name}={name}). For the "
-            f"predictions themselves: predict_loop(model, loader, {name}={name})."
-        )
-    takes_kept = [getattr(scorer, "takes_kept", False) for scorer in scorers]
-    return (
-        Ask(
-            postprocess,
-            decode,
-            references=not all(takes_kept) or any(scorer.takes != "rows" for scorer in scorers),
-            predictions=any(scorer.takes != "scores" for scorer in scorers),
-            scores=any(scorer.takes == "scores" for scorer in scorers),
-            kept=any(takes_kept),
-        )
-        if scorers
-        else None
-    )
+    arguments = arguments_for(table, scorer)
+    predictions, references = arguments["predictions"], arguments["references"]
+    row, num_rows = None, len(references)
+    if scorer.takes in ("classes", "values") and table.made_by != "decode":
+        _, of_rows, _ = _by_row(table)
+        if isinstance(of_rows, Rows):
+            numbers = list(map(np.size, of_rows))
+            row, num_rows = np.repeat(np.arange(len(numbers)), numbers), len(numbers)
+    return Given(predictions, references, row, arguments.get("kept"), num_rows)
 
 
-def counts(scorer: Scorer) -> bool:
-    """Tell whether a metric only counts: it keeps no rows, and takes them in any order."""
-    return isinstance(scorer, Metric) and scorer.counts
-
-
-def tally(scorers: Sequence[Scorer], table: Table) -> None:
-    """Let metrics count the rows of a table."""
-    for scorer in scorers:
-        give(table, scorer)
-
-
-def merge_counts(scorers: Sequence[Scorer], strategy: Strategy) -> None:
-    """Add up on rank 0 what metrics of all ranks have counted. Collective."""
-    for of_rank in strategy.gather(list(scorers))[1:]:
-        for scorer, other in zip(scorers, of_rank, strict=True):
-            if strategy.is_main and isinstance(scorer, Metric):
-                scorer.merge(other)
-
-
-def score(table: Table | None, scorers: Sequence[Scorer], loss: float | None) -> Scores:
-    """Return what metrics make of a table and the loss.
-
-    Args:
-        table: The rows; None if the metrics have counted them already.
-        scorers: The metrics.
-        loss: The mean loss; None if there is none.
-    """
-    if table is not None:
-        tally([scorer for scorer in scorers if scorer.takes != "loss"], table)
-    return compute_all(scorers, loss)
-
-
-def give(table: Table, scorer: Scorer) -> None:
-    """Give the rows of a table to a scorer, in the form it takes.
+def arguments_for(table: Table, scorer: Scorer) -> dict[str, Any]:
+    """Return the arguments of a scorer's ``add_batch``: the rows of a table in the form it takes.
 
     Raises:
         DataError: The rows have no labels, or classes of them are left out.
         MetricError: They are not what the metric scores.
     """
+    kept: dict[str, list[Any]] = {}
+    if isinstance(scorer, Metric) and table.ignored != IGNORE_INDEX:
+        scorer.ignored = (table.ignored,)  # which counts in no class map
     if scorer.takes == "rows":
         predictions, references, kept = _by_row(table)
-        more = {"kept": kept} if getattr(scorer, "takes_kept", False) else {}
-        scorer.add_batch(predictions=predictions, references=references, **more)
-        return
-    if scorer.takes == "maps":
-        tell_ignored(table, scorer)
-        predictions, references = _maps(table)
     elif scorer.takes == "scores":
         predictions, references, kept = _scores(table, scorer)
-        more = {"kept": kept} if getattr(scorer, "takes_kept", False) else {}
-        scorer.add_batch(predictions=predictions, references=references, **more)
-        return
-    elif table.ask.decode is not None:
+    elif scorer.takes == "maps":
+        predictions, references = _maps(table)
+    elif table.made_by == "decode":
         predictions, references = _numbers(table, scorer)
     else:
         predictions, references = _flat(table, scorer)
-    if not counts(scorer):
-        scorer.add_batch(predictions=predictions, references=references)
-        return
-    most = np.size(to_array(predictions[0])) if len(predictions) else 1
-    size = max(_AT_ONCE // max(most, 1), 1)
-    for start in range(0, max(len(predictions), 1), size):
-        part = slice(start, start + size)
-        scorer.add_batch(predictions=predictions[part], references=references[part])
-
-
-def tell_ignored(table: Table, scorer: Scorer) -> None:
-    """Tell a metric of class maps the label that does not count, where the config names one."""
-    if isinstance(scorer, Metric) and table.ignored != IGNORE_INDEX:
-        scorer.ignored = (table.ignored,)
+    more = {"kept": kept} if getattr(scorer, "takes_kept", False) else {}
+    return {"predictions": predictions, "references": references, **more}
 
 
 class _Labels(NamedTuple):
@@ -156,10 +124,10 @@ def _labels_of(table: Table) -> _Labels:
             "The metric needs labels, and some batches have none. Leave their rows out, or use "
             "predict_loop."
         )
-    whole = column.array(table.order)
+    whole, parts = column.array(table.order), column.parts
     has_matrix = table.task in ("multi_label_classification", "regression")
-    is_int = all(isinstance(part, np.ndarray) and part.dtype.kind in "biu" for part in column.parts)
-    by_token = is_int and not has_matrix and max(np.ndim(part) for part in column.parts) > 1
+    is_int = all(isinstance(part, np.ndarray) and part.dtype.kind in "biu" for part in parts)
+    by_token = is_int and not has_matrix and max(map(np.ndim, parts)) > 1
     if whole is None or by_token:
         return _Labels(column, None, None, by_token)
     if table.task == "multi_label_classification":
@@ -194,7 +162,7 @@ def _flat(table: Table, scorer: Scorer) -> tuple[Array, Array]:
     if table.misfit is not None:
         number, reason = table.misfit
         fix = "Let postprocess"
-        if table.ask.postprocess is not None:
+        if table.made_by == "postprocess":
             fix = "Leave postprocess out, or let it"
         raise MetricError(
             f"{scorer.name} scores a prediction for each label, and in batch {number} {reason}. "
@@ -233,7 +201,7 @@ def _classes_of_floats(
     Raises:
         MetricError: The predictions are numbers.
     """
-    if found.dtype.kind == "f" and table.ask.postprocess is None:
+    if found.dtype.kind == "f" and table.made_by != "postprocess":
         is_share = ((found >= 0) & (found <= 1)).all()
         what, bound = ("probability", 0.5) if is_share else ("logit", 0)
         raise MetricError(
@@ -305,7 +273,7 @@ def _processed_scores(table: Table) -> Array | None:
         MetricError: They are no probabilities.
     """
     found = None
-    if table.ask.postprocess is not None:
+    if table.made_by == "postprocess":
         found = table.columns["predictions"].array(table.order)
     if found is None or found.dtype.kind != "f":
         return None
@@ -356,13 +324,13 @@ def _by_row(table: Table) -> tuple[Any, Any, dict[str, list[Any]]]:
     if "references" not in table.columns and "references" not in table.missing:
         nothing = Rows([None] * table.num_rows)
         return _entries(column, order, is_list=True), nothing, kept
-    labels, is_decoded = _labels_of(table), table.ask.decode is not None
+    labels, is_decoded = _labels_of(table), table.made_by == "decode"
     found = _entries(column, order, is_list=is_decoded or labels.by_token)
     wanted: Any
     if labels.by_token:
         wanted = Rows(np.ravel(row) for row in labels.column.rows(order))
         is_labelled = [row != table.ignored for row in wanted]
-        if table.misfit is None and table.ask.postprocess is None and not is_decoded:
+        if table.misfit is None and table.made_by == "rule":
             pairs = zip(found, is_labelled, strict=True)
             found = Rows(np.ravel(row)[is_one] for row, is_one in pairs)
         wanted = Rows(row[is_one] for row, is_one in zip(wanted, is_labelled, strict=True))

@@ -12,7 +12,7 @@ from numbers import Integral
 from typing import Any
 
 from manualloop.errors import ConfigError, MetricError
-from manualloop.evaluation.extras import load_extra
+from manualloop.evaluation.forms import load_extra
 
 SCHEMES = ("IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "BILOU")
 _PREFIXES = {"IOBES": "BIES", "BILOU": "BILU"}

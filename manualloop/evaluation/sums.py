@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from manualloop.evaluation.collected import Collected
-from manualloop.evaluation.extras import load_extra
-from manualloop.evaluation.given import Inputs
+from manualloop.evaluation.forms import Scorer, load_extra
 from manualloop.evaluation.metrics import Metric
 from manualloop.evaluation.resampling import Floats
-from manualloop.evaluation.scorers import Scorer
+from manualloop.evaluation.scoring import Given
 from manualloop.evaluation.segmentation import pixels_of
 from manualloop.evaluation.spans import as_tags, spans_of
 from manualloop.evaluation.texts import require_texts, streams_of
@@ -37,30 +36,30 @@ class Sums(NamedTuple):
     scores: Callable[[Floats], dict[str, Floats]]
 
 
-def sums_of(scorer: Scorer, inputs: Inputs, keys: Mapping[str, float]) -> Sums | None:
+def sums_of(scorer: Scorer, given: Given, keys: Mapping[str, float]) -> Sums | None:
     """Return the counts of the rows of a metric; None for one that is no function of sums.
 
     Args:
         scorer: The metric.
-        inputs: What it gets.
+        given: What it gets.
         keys: Its scores of all rows, by name.
     """
     if not isinstance(scorer, Metric | Collected):
         return None
     if scorer.name in _MEANS:
-        return _of_means(scorer, inputs, keys)
+        return _of_means(scorer, given, keys)
     make = _MAKERS.get(scorer.name)
     own = {"names": scorer.options.get("names") or scorer.names}
     if isinstance(scorer, Metric):
         own["left_out"] = scorer.left_out
-    return None if make is None else make(inputs, scorer.options | own)
+    return None if make is None else make(given, scorer.options | own)
 
 
-def _of_means(scorer: Scorer, inputs: Inputs, keys: Mapping[str, float]) -> Sums:
+def _of_means(scorer: Scorer, given: Given, keys: Mapping[str, float]) -> Sums:
     """Count the scores of each row, whose means are those of all."""
-    counts = np.ones((inputs.num_rows, len(keys) + 1))
-    for row in range(inputs.num_rows):
-        scorer.add_batch(**inputs.take(np.array([row])))
+    counts = np.ones((given.num_rows, len(keys) + 1))
+    for row in range(given.num_rows):
+        scorer.add_batch(**given.take(np.array([row])))
         counts[row, :-1] = [*scorer.compute().values()]
 
     def scores(sums: Floats) -> dict[str, Floats]:
@@ -69,10 +68,10 @@ def _of_means(scorer: Scorer, inputs: Inputs, keys: Mapping[str, float]) -> Sums
     return Sums(counts, scores)
 
 
-def _of_spans(inputs: Inputs, options: Mapping[str, Any]) -> Sums:
+def _of_spans(given: Given, options: Mapping[str, Any]) -> Sums:
     """Count spans by type, the right ones, those predicted, those wanted; right tags, and all."""
-    predicted = as_tags("predictions", inputs.predictions, options["names"])
-    right = as_tags("references", inputs.references, options["names"])
+    predicted = as_tags("predictions", given.predictions, options["names"])
+    right = as_tags("references", given.references, options["names"])
     scheme, suffix = options.get("scheme"), options.get("suffix", False)
     found, wanted = (spans_of(side, scheme, suffix) for side in (predicted, right))
     types = sorted({kind for row in (*found, *wanted) for kind, _, _ in row})
@@ -105,11 +104,11 @@ def _of_spans(inputs: Inputs, options: Mapping[str, Any]) -> Sums:
     return Sums(counts, scores)
 
 
-def _of_maps(inputs: Inputs, options: Mapping[str, Any]) -> Sums:
+def _of_maps(given: Given, options: Mapping[str, Any]) -> Sums:
     """Count pixels by class: the right ones, those predicted, those wanted."""
     rows = [
         pixels_of([one], [other], 0, options["left_out"])
-        for one, other in zip(inputs.predictions, inputs.references, strict=True)
+        for one, other in zip(given.predictions, given.references, strict=True)
     ]
     classes = np.unique(np.concatenate([np.unique(side) for row in rows for side in row]))
     counts = np.zeros((len(rows), 3, len(classes)))
@@ -129,11 +128,11 @@ def _of_maps(inputs: Inputs, options: Mapping[str, Any]) -> Sums:
     return Sums(counts.reshape(len(rows), -1), scores)
 
 
-def _of_bleu(inputs: Inputs, options: Mapping[str, Any]) -> Sums:
+def _of_bleu(given: Given, options: Mapping[str, Any]) -> Sums:
     """Count n-grams by length, the right ones and all; and the words predicted and wanted."""
     kind = load_extra("sacrebleu.metrics", "bleu").BLEU
     options = {name: value for name, value in options.items() if name != "names"}
-    texts = require_texts("bleu", inputs.predictions, inputs.references)
+    texts = require_texts("bleu", given.predictions, given.references)
     plain = kind(**{**options, "smooth_method": "none", "smooth_value": None, "force": True})
     found = [
         plain.corpus_score([text], streams_of([right])) for text, right in zip(*texts, strict=True)
@@ -158,9 +157,9 @@ def _of_bleu(inputs: Inputs, options: Mapping[str, Any]) -> Sums:
     return Sums(counts, scores)
 
 
-def _of_chrf(inputs: Inputs, options: Mapping[str, Any]) -> Sums:
+def _of_chrf(given: Given, options: Mapping[str, Any]) -> Sums:
     """Count n-grams by length, of characters and words: predicted, wanted, and those in both."""
-    predicted, right = require_texts("chrf", inputs.predictions, inputs.references)
+    predicted, right = require_texts("chrf", given.predictions, given.references)
     beta, smooths = options.get("beta", 2), options.get("eps_smoothing", False)
 
     def scores(sums: Floats) -> dict[str, Floats]:
@@ -229,7 +228,7 @@ def _mean_defined(values: Floats) -> Floats:
 
 
 _MEANS = ("exact_match", "rouge", "squad")
-_MAKERS: dict[str, Callable[[Inputs, Mapping[str, Any]], Sums]] = {
+_MAKERS: dict[str, Callable[[Given, Mapping[str, Any]], Sums]] = {
     "bleu": _of_bleu,
     "chrf": _of_chrf,
     "mean_iou": _of_maps,

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, count, groupby, islice, zip_longest
 from typing import Any, TypeAlias
 
@@ -18,21 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from manualloop.checks import EXPLAINED
-from manualloop.data.labels import hidden_message, origin_of
 from manualloop.errors import DataError
 from manualloop.evaluation.layout import Layout
 from manualloop.evaluation.losses import Losses, Made
-from manualloop.evaluation.passes import Passes, each_batch, explain_pass
-from manualloop.evaluation.rows import Ask, Entries, Values, entries_of, tell_nan
-from manualloop.tasks.loss import no_loss
+from manualloop.evaluation.rows import Entries, MadeBy, Values
 from manualloop.tasks.task import IGNORE_INDEX
 
 Order: TypeAlias = "NDArray[np.int64] | None"
 """Numbers of rows in the order in which they are wanted; None leaves them in theirs."""
 
 _JOIN_AT = 512  # batches whose columns wait until they are put into one array
-_COUNT_AT = 1 << 16  # predictions that wait until they are counted
 
 
 class Column:
@@ -127,7 +121,7 @@ class Table:
         ignored: The label that counts in no metric.
         misfit: Number of the first batch whose predictions do not stand beside its labels one by
             one, and why they do not; None if there is none.
-        ask: What was asked of each row.
+        made_by: What made the predictions.
         missing: Columns that some rows have, and others do not.
     """
 
@@ -139,7 +133,7 @@ class Table:
     task: str
     ignored: int
     misfit: tuple[int, str] | None
-    ask: Ask
+    made_by: MadeBy = "rule"
     missing: Sequence[str] = ()
 
     def column(self, name: str) -> Any:
@@ -181,10 +175,12 @@ class Share:
         task: Name of the task.
         ignored: The label that counts in no metric.
         misfit: As in ``Table``.
+        made_by: What makes the predictions.
     """
 
-    def __init__(self, losses: Losses) -> None:
-        self.losses, self.layout, self.num_nan = losses, Layout(), 0
+    def __init__(self, losses: Losses, made_by: MadeBy) -> None:
+        self.losses, self.made_by = losses, made_by
+        self.layout, self.num_nan = Layout(), 0
         self.task, self.ignored = "", IGNORE_INDEX
         self.misfit: tuple[int, str] | None = None
         self._are_objects: bool | None = None
@@ -218,9 +214,9 @@ class Share:
             )
         self._are_objects = are_objects
 
-    def take(self, ask: Ask) -> Table:
+    def take(self) -> Table:
         """Return the rows added so far, and forget them."""
-        table = _table_of([self], ask, None)
+        table = table_of([self], None)
         self._forget()
         return table
 
@@ -233,81 +229,13 @@ class Share:
 COLUMNS = ("predictions", "references", "scores")
 
 
-def read_table(
-    passes: Passes,
-    ask: Ask | None,
-    bar: str | None,
-    *,
-    numbers: Iterable[int] | None = None,
-    tally: Callable[[Table], None] | None = None,
-    wants_loss: bool = True,
-    wants_row_losses: bool = False,
-) -> tuple[Table | None, list[Losses]]:
-    """Run a loader through a model, and make a table of its rows. Collective.
+def table_of(shares: Sequence[Share], numbers: Iterable[int] | None) -> Table:
+    """Make a table of the rows of all ranks.
 
     Args:
-        passes: The loader, the model and how to run it.
-        ask: What is asked of each row; None for the loss alone.
-        bar: Title of a progress bar; None shows none.
+        shares: The rows of each rank.
         numbers: The dataset's numbers of the rows in the order of the loader; None: nobody knows.
-        tally: Function that counts rows in any order, those of each rank there; they are then
-            forgotten.
-        wants_loss: Whether the loss is asked for.
-        wants_row_losses: Whether that of each row is asked for, too.
-
-    Returns:
-        The table, the same on every rank, or None if no rows are kept; and the losses of each rank.
     """
-    share = Share(Losses(by_row=wants_row_losses))
-    use = partial(_add, share, passes, ask, tally, wants_loss)
-    each_batch(passes, use, bar, ask=ask, tally=tally)
-    if ask is not None and tally is not None and share.sizes:
-        tally(share.take(ask))
-    tell_nan(share.num_nan)
-    shares: list[Share] = passes.strategy.gather(share)
-    table = None if ask is None or tally is not None else _table_of(shares, ask, numbers)
-    return table, [one.losses for one in shares]
-
-
-def _add(
-    share: Share,
-    passes: Passes,
-    ask: Ask | None,
-    tally: Callable[[Table], None] | None,
-    wants_loss: bool,
-    made: Made,
-) -> None:
-    """Add a batch to the rows of this rank."""
-    is_sound = False
-    if wants_loss:
-        try:
-            with passes.strategy.autocast():
-                is_finite = share.losses.add(made, passes.loss_fn, passes.terms)
-        except EXPLAINED as error:
-            explain_pass(error, passes, made.batch, made.number)
-            raise
-        if is_finite is None or ask is not None:
-            _refuse_hidden(passes.loader, made.batch)
-        if is_finite is None and ask is None:
-            raise no_loss(passes.model, made.batch, made.outputs)
-        # A loss that the model computed is finite only if the logits that it scored are no NaN.
-        is_sound = bool(is_finite) and passes.loss_fn is None and passes.terms is None
-    if ask is not None:
-        share.add(made, entries_of(made, ask, share.layout, is_sound=is_sound))
-        if tally is not None and share.num_waiting >= _COUNT_AT:
-            tally(share.take(ask))
-
-
-def _refuse_hidden(loader: Any, batch: Any) -> None:
-    """Refuse to score rows whose labels ``prepare_dataloaders`` found to be hidden."""
-    if not (isinstance(batch, Mapping) and "labels" in batch) and (
-        forms := origin_of(loader).hidden
-    ):
-        raise DataError(hidden_message(forms))
-
-
-def _table_of(shares: Sequence[Share], ask: Ask, numbers: Iterable[int] | None) -> Table:
-    """Make a table of the rows of all ranks."""
     places = _places([share.sizes for share in shares])
     num_rows = len(places)
     index: NDArray[np.int64] | None = None
@@ -329,7 +257,7 @@ def _table_of(shares: Sequence[Share], ask: Ask, numbers: Iterable[int] | None) 
         num_rows,
         *((named[0].task, named[0].ignored) if named else ("", IGNORE_INDEX)),
         min((share.misfit for share in shares if share.misfit is not None), default=None),
-        ask,
+        shares[0].made_by,
         tuple(name for name, column in columns.items() if 0 < len(column) < num_rows),
     )
 

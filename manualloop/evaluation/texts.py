@@ -1,4 +1,4 @@
-"""Metrics of texts, such as translations and summaries.
+"""Metrics of texts, such as answers, translations and summaries.
 
 rouge-score computes ROUGE (Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004);
 sacrebleu computes BLEU and chrF (Post, "A Call for Clarity in Reporting BLEU Scores", WMT 2018,
@@ -7,13 +7,61 @@ arXiv:1804.08771; Popovic, "chrF: character n-gram F-score for automatic MT eval
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from manualloop.errors import ConfigError, MetricError
-from manualloop.evaluation.extras import load_extra
+from manualloop.evaluation.forms import load_extra
 
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_DIGITS = str.maketrans("", "", string.digits)
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def exact_match(
+    predictions: Sequence[Any],
+    references: Sequence[Any],
+    *,
+    regexes_to_ignore: Sequence[str] | None = None,
+    ignore_case: bool = False,
+    ignore_punctuation: bool = False,
+    ignore_numbers: bool = False,
+) -> dict[str, float]:
+    """Return the share of rows whose prediction equals the reference.
+
+    Args:
+        predictions: A text, or anything else that can be compared, such as a row of tokens.
+        references: The right one; for a text also a list of several right ones.
+        regexes_to_ignore: Patterns that are cut out of texts, before anything else; also of those
+            in a row of several texts, as the options below.
+        ignore_case: Whether upper and lower case are equal.
+        ignore_punctuation: Whether ASCII punctuation is cut out.
+        ignore_numbers: Whether the digits 0 to 9 are cut out.
+
+    >>> exact_match(["a cat", "dogs"], ["a cat", ["a dog", "dogs"]])
+    {'exact_match': 1.0}
+    """
+
+    def clean(text: Any) -> Any:
+        text = text.tolist() if hasattr(text, "tolist") else text
+        if type(text) in (list, tuple):
+            return type(text)(map(clean, text))
+        if not isinstance(text, str):
+            return text
+        for pattern in regexes_to_ignore or ():
+            text = re.sub(pattern, "", text)
+        text = text.lower() if ignore_case else text
+        text = text.translate(_PUNCTUATION) if ignore_punctuation else text
+        return text.translate(_DIGITS) if ignore_numbers else text
+
+    num_equal = 0
+    for prediction, reference in zip(predictions, references, strict=True):
+        has_several = isinstance(prediction, str) and isinstance(reference, list | tuple)
+        right = map(clean, reference if has_several else [reference])
+        num_equal += clean(prediction) in list(right)
+    return {"exact_match": num_equal / len(predictions)}
 
 
 def rouge(

@@ -17,8 +17,7 @@ from manualloop.evaluation.functions import accepts_kept
 from manualloop.evaluation.loop import evaluate_loop, named_loaders
 from manualloop.evaluation.metrics import BuiltIn, load_metric
 from manualloop.evaluation.passes import NO_ROWS
-from manualloop.evaluation.scorers import as_metric, parts_of
-from manualloop.evaluation.scoring import ask_for
+from manualloop.evaluation.scorers import as_metric, ask_for, parts_of
 from manualloop.objects import remember
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.select import strategy_for

@@ -52,12 +52,6 @@ class Entries:
         return _sums(self)
 
 
-def entries_of(predictions: Any, references: Any) -> Entries:
-    """Return the entries of arrays with one entry a row."""
-    predictions, references = np.asarray(predictions), np.asarray(references)
-    return Entries(predictions, references, np.arange(len(references)), len(references))
-
-
 def group_rows(*columns: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Find the rows that are the same in all columns.
 

@@ -14,7 +14,7 @@ from torch import nn
 from manualloop.batches import num_rows
 from manualloop.checks import EXPLAINED, explain, explain_loss
 from manualloop.forecast.splits import places_of, tokens_of
-from manualloop.models import is_sharded
+from manualloop.models import is_sharded, without_ranks
 from manualloop.reading.sources import Source
 from manualloop.strategy.base import Strategy, altered
 from manualloop.types import LossFn, Terms
@@ -81,8 +81,7 @@ def passes_of(
 
     The ranks exchange no gradients, unless the model is sharded over them.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+    model = without_ranks(model)
     alone = strategy if is_sharded(model) else altered(strategy, world_size=1, rank=0)
     find = explain if loss_fn is None else explain_loss
 

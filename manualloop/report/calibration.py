@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from manualloop.evaluation.columns import Kind
-from manualloop.evaluation.predictions import Predictions
+from manualloop.evaluation.predictions import Kind, Predictions
 from manualloop.report.svg import Bin
 
 NUM_BINS = 10

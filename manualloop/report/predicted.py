@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manualloop.errors import ConfigError
-from manualloop.evaluation.columns import Kind, is_ignored, kind_of
 from manualloop.evaluation.inputs import texts_of
-from manualloop.evaluation.predictions import Predictions
+from manualloop.evaluation.predictions import Kind, Predictions, is_ignored, kind_of
 from manualloop.report.calibration import (
     SOURCE,
     calibration_bins,

@@ -99,8 +99,9 @@ def inputs_of(model: nn.Module, batch: Any) -> Any:
 
     Where documents are told apart by their positions, they are only without a cache.
     """
+    is_marked = _is_marked(batch)
     columns = model_inputs(batch)
-    if not _is_marked(columns) or "use_cache" in columns:
+    if not is_marked or "use_cache" in columns:
         return columns
     if columns.get("attention_mask") is not None or not _takes_cache(model):
         return columns

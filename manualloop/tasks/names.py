@@ -15,6 +15,7 @@ from manualloop.models import (
     is_sharded,
     model_name,
     num_classes,
+    own_config,
     unwrap_model,
 )
 from manualloop.notices import say
@@ -126,10 +127,12 @@ def splits_of(loader: Any) -> dict[str, SplitNotes]:
 
 def names_of(model: nn.Module | None) -> Names | None:
     """Return the names of a model's classes, of its config or of its data; None if it has none."""
-    if model is None or (names := names_in_config(model)) is not None:
-        return None if model is None else names
-    known = _known.get(unwrap_model(model))
-    return None if known is None else known.names
+    if model is None:
+        return None
+    model = unwrap_model(model)
+    known = _known.get(model)
+    names = names_by_number(getattr(own_config(model), "id2label", None), model)
+    return known.names if names is None and known is not None else names
 
 
 def names_in_config(model: nn.Module) -> Names | None:
@@ -144,7 +147,7 @@ def names_by_number(id2label: Any, model: nn.Module) -> Names | None:
         id2label: Names by number, as in a config.
         model: The model.
     """
-    if not isinstance(id2label, Mapping) or not _has_classes(model):
+    if not isinstance(id2label, Mapping):
         return None
     if not all(str(number).isdigit() for number in id2label):
         return None
@@ -153,7 +156,7 @@ def names_by_number(id2label: Any, model: nn.Module) -> Names | None:
         return None
     names = tuple(by_number[number] for number in range(len(by_number)))
     is_unclear = len(set(names)) < len(names)
-    return None if is_unclear or are_numbers(names) else names
+    return None if is_unclear or are_numbers(names) or not _has_classes(model) else names
 
 
 def _has_classes(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from manualloop.evaluation.resampling import bootstrap
-from manualloop.evaluation.weighted import BY_KEY, entries_of, group_rows
+from manualloop.evaluation.weighted import BY_KEY, Entries, group_rows
 
 NUM_ROWS, NUM_RESAMPLES = 100_000, 10_000
 KEYS = ("accuracy", "f1_macro", "matthews_correlation")
@@ -22,7 +22,8 @@ def seconds(num_classes: int) -> tuple[int, float]:
     predictions = np.where(generator.random(NUM_ROWS) < 0.8, references, others)
     start = time.process_time()
     places, counts = group_rows(predictions, references)
-    entries = entries_of(predictions[places], references[places])
+    rows = np.arange(len(places))
+    entries = Entries(predictions[places], references[places], rows, len(rows))
     scores = {key: BY_KEY[key](entries) for key in KEYS}
     bootstrap(
         lambda weights: {key: score(weights) for key, score in scores.items()},

@@ -20,7 +20,6 @@ from manualloop.evaluation.weighted import (
     Entries,
     area_under_curve,
     average_precision,
-    entries_of,
     group_rows,
 )
 
@@ -65,6 +64,11 @@ def sides(generator, kind):
     if kind == "ties":
         return generator.integers(0, 4, (2, number)) / 4
     return generator.normal(size=(2, number)) * 10.0 ** generator.integers(-3, 4) + 7
+
+
+def entries_of(predictions, references):
+    """The entries of arrays with one entry a row."""
+    return Entries(predictions, references, np.arange(len(references)), len(references))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from manualloop import Predictions, compare_predictions, evaluate_loop, load_metric
-from manualloop.evaluation.given import Inputs
 from manualloop.evaluation.intervals import (
     all_of,
     called,
@@ -18,6 +17,7 @@ from manualloop.evaluation.intervals import (
     weighted_scores,
 )
 from manualloop.evaluation.resampling import resamples
+from manualloop.evaluation.scoring import Given
 from manualloop.evaluation.weighted import Entries
 
 NUM_ROWS = 12
@@ -102,7 +102,7 @@ def test_scores_of_sums_equal_calls_of_the_metric(
     name: str, options: dict[str, Any], rows: tuple[Any, Any]
 ) -> None:
     metric = load_metric(name, **options)
-    inputs = Inputs(*rows, None, None, NUM_ROWS)
+    inputs = Given(*rows, None, None, NUM_ROWS)
     keys = score_rows(metric, inputs, np.arange(NUM_ROWS))
     # In groups of the same rows, and not.
     for known in ([(keys, np.ones(NUM_ROWS))], [(keys, np.ones(NUM_ROWS))] * 2):
@@ -119,7 +119,7 @@ def test_scores_of_sums_equal_calls_of_the_metric(
         assert_same(found, called(metric, inputs, list(keys))(weights))
 
 
-def of_classes(kind: str) -> Inputs:
+def of_classes(kind: str) -> Given:
     rng = np.random.default_rng(4)
     row = None
     right = rng.integers(0, 4, NUM_ROWS)
@@ -131,7 +131,7 @@ def of_classes(kind: str) -> Inputs:
     elif kind == "labels":
         right = rng.integers(0, 2, (NUM_ROWS, 3))
     predicted = np.where(rng.random(right.shape) < 0.6, right, right[::-1])
-    return Inputs(predicted, right, row, None, NUM_ROWS)
+    return Given(predicted, right, row, None, NUM_ROWS)
 
 
 @pytest.mark.filterwarnings("ignore")

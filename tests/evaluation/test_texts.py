@@ -1,4 +1,4 @@
-"""ROUGE, BLEU and chrF: equal to rouge-score and sacrebleu, however rows are batched."""
+"""Exact match; ROUGE, BLEU and chrF, equal to rouge-score and sacrebleu in any split of rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers import A_THOUSAND
 
 from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.metrics import load_metric
-from manualloop.evaluation.texts import bleu, chrf, rouge
+from manualloop.evaluation.texts import bleu, chrf, exact_match, rouge
 
 WORDS = [
     *("the", "The", "cat", "cats", "sat", "sitting", "on", "a", "mat", ".", "!", "?", ",", "42"),
@@ -116,6 +116,19 @@ def test_any_split_into_batches_gives_the_same(name: str) -> None:
             metric.add_batch(predictions=predictions[start:end], references=references[start:end])
             start = end
         assert metric.compute() == expected
+
+
+def test_exact_match() -> None:
+    predictions = ["the cat", "The cat!", "cat 12", "ab"]
+    references: list[Any] = ["the cat", "the cat", "cat", ["x", "ab"]]
+    assert exact_match(predictions, references) == {"exact_match": 0.5}
+    assert exact_match(predictions, references, ignore_case=True)["exact_match"] == 0.5
+    options = {"ignore_case": True, "ignore_punctuation": True}
+    assert exact_match(predictions, references, **options)["exact_match"] == 0.75
+    found = exact_match(predictions, references, regexes_to_ignore=[" 12"])
+    assert found["exact_match"] == 0.75
+    assert exact_match(["cat 12"], ["cat "], ignore_numbers=True) == {"exact_match": 1.0}
+    assert exact_match([[1, 2], [3]], [[1, 2], [4]]) == {"exact_match": 0.5}  # rows of tokens
 
 
 def test_tokenizers_of_ones_own() -> None:

@@ -1,4 +1,4 @@
-"""Exact match and SQuAD: the official scripts, written out."""
+"""SQuAD: the official scripts, written out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from helpers import A_THOUSAND
 
 from manualloop.errors import MetricError
-from manualloop.evaluation.answers import exact_match
 from manualloop.evaluation.metrics import load_metric
 from manualloop.tasks.answers import squad, squad_v2
 
@@ -172,19 +171,6 @@ def test_sets_with_unanswerable_questions_equal_the_official_script(seeds: range
         expected = official_v2(*columns, threshold)
         assert list(found) == list(expected)
         assert found == pytest.approx(expected, rel=0, abs=1e-9), seed
-
-
-def test_exact_match() -> None:
-    predictions = ["the cat", "The cat!", "cat 12", "ab"]
-    references: list[Any] = ["the cat", "the cat", "cat", ["x", "ab"]]
-    assert exact_match(predictions, references) == {"exact_match": 0.5}
-    assert exact_match(predictions, references, ignore_case=True)["exact_match"] == 0.5
-    options = {"ignore_case": True, "ignore_punctuation": True}
-    assert exact_match(predictions, references, **options)["exact_match"] == 0.75
-    found = exact_match(predictions, references, regexes_to_ignore=[" 12"])
-    assert found["exact_match"] == 0.75
-    assert exact_match(["cat 12"], ["cat "], ignore_numbers=True) == {"exact_match": 1.0}
-    assert exact_match([[1, 2], [3]], [[1, 2], [4]]) == {"exact_match": 0.5}  # rows of tokens
 
 
 @pytest.mark.parametrize(
