@@ -194,24 +194,24 @@ def _forward(run: Pass, batch: Any, number: int) -> tuple[Any, Any, Any]:
     with run.strategy.autocast():
         require_isolation(run.model, batch, inputs, run.loss_fn)
         if run.loss_fn is None:
-            return inputs, _call_model(run, batch, inputs, number), None
+            columns = inputs_of(run.model, inputs)
+            return inputs, _call_model(run, batch, inputs, columns, number), None
         require_padding_unseen(run.model, batch, inputs, run.loss_fn)
         return inputs, *_call_loss(run, run.loss_fn, batch, inputs, number)
 
 
-def _call_model(run: Pass, batch: Any, inputs: Any, number: int) -> Any:
+def _call_model(run: Pass, batch: Any, inputs: Any, columns: Any, number: int) -> Any:
     """Return the outputs of the model; None if nothing uses them."""
-    model, columns = run.model, inputs_of(run.model, inputs)
     decode = None if run.ask is None else run.ask.decode
     is_used = decode is None or (run.wants_loss and "labels" in columns)
     if decode is not None and not decode.uses_outputs and not is_used:
         return None
     if is_used or (decode is not None and not decode.takes_model):
-        require_padding_unseen(model, batch, inputs, refuses=is_used)
+        require_padding_unseen(run.model, batch, inputs, refuses=is_used)
     if not run.takes_labels and isinstance(columns, Mapping):
         columns = {name: column for name, column in columns.items() if name != "labels"}
     try:
-        return model(**columns)
+        return run.model(**columns)
     except EXPLAINED as error:
         given = batch if columns is inputs else {name: batch[name] for name in columns}
         _explain(error, run, given, number, partial(explain, needs_labels=False))

@@ -101,7 +101,7 @@ def entries_of(made: Made, ask: Ask, layout: Layout, *, is_sound: bool) -> Entri
     batch, labels = made.batch, _labels_of(made.batch)
     rows = num_rows(batch) if labels is None else len(labels)
     logits = _needed_logits(made, ask, layout)
-    scores = _probabilities(made, ask, logits, rows)
+    scores = None if ask.scores is False else _probabilities(made, ask, logits, rows)
     predictions: Values
     references: Values | None = None
     misfit = None
@@ -286,9 +286,9 @@ def _require_classes(task: Task, logits: Tensor, given: Tensor, outputs: Any) ->
 def _probabilities(
     made: Made, ask: Ask, logits: Tensor | None, rows: int
 ) -> NDArray[np.float32] | None:
-    """Return the probabilities of a batch, if they are asked for."""
+    """Return the probabilities of a batch; None where there are none, and need not be."""
     rule = made.task.rules.probabilities
-    if ask.scores is False or (ask.scores is None and (rule is None or ask.postprocess)):
+    if ask.scores is None and (rule is None or ask.postprocess):
         return None
     if ask.scores is None and logits is None:
         logits = _find_logits(made.outputs)

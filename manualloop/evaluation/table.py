@@ -195,24 +195,16 @@ class Share:
             self.misfit = made.number, entries.misfit
         self.columns["predictions"].add(entries.predictions)
         if entries.references is not None:
-            self._require_one_kind(entries.references, made.number)
+            are_objects = isinstance(entries.references, list)
+            if self._are_objects not in (None, are_objects):
+                raise _other_kind(made.number, are_objects=are_objects)
+            self._are_objects = are_objects
             self.columns["references"].add(entries.references)
         if entries.scores is not None:
             self.columns["scores"].add(entries.scores)
         for name, values in entries.kept.items():
             self.kept[name].add(values)
         self.num_waiting += _count_numbers(entries.predictions)
-
-    def _require_one_kind(self, references: Values, number: int) -> None:
-        """Refuse references that ``decode`` returns for some batches, beside labels of others."""
-        are_objects = isinstance(references, list)
-        if self._are_objects not in (None, are_objects):
-            raise DataError(
-                f"The references of batch {number} are {'objects' if are_objects else 'labels'}, "
-                "and those of the batches before it are not. Let decode return two lists, "
-                "predictions and references, for every batch or for none."
-            )
-        self._are_objects = are_objects
 
     def take(self) -> Table:
         """Return the rows added so far, and forget them."""
@@ -224,6 +216,15 @@ class Share:
         self.columns: defaultdict[str, Column] = defaultdict(Column)
         self.kept: defaultdict[str, Column] = defaultdict(Column)
         self.sizes, self.num_waiting = array("q"), 0
+
+
+def _other_kind(number: int, *, are_objects: bool) -> DataError:
+    """Return the error about a ``decode`` that returns references for some batches alone."""
+    return DataError(
+        f"The references of batch {number} are {'objects' if are_objects else 'labels'}, "
+        "and those of the batches before it are not. Let decode return two lists, "
+        "predictions and references, for every batch or for none."
+    )
 
 
 COLUMNS = ("predictions", "references", "scores")
