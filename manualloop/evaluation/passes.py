@@ -195,6 +195,9 @@ def _forward(run: Pass, batch: Any, number: int) -> tuple[Any, Any, Any]:
         require_isolation(run.model, batch, inputs, run.loss_fn)
         if run.loss_fn is None:
             columns = inputs_of(run.model, inputs)
+            if not hasattr(columns, "keys"):
+                message = no_columns_message(run.model, batch, takes_loss=run.wants_loss)
+                raise DataError(message)
             return inputs, _call_model(run, batch, inputs, columns, number), None
         require_padding_unseen(run.model, batch, inputs, run.loss_fn)
         return inputs, *_call_loss(run, run.loss_fn, batch, inputs, number)
@@ -208,7 +211,7 @@ def _call_model(run: Pass, batch: Any, inputs: Any, columns: Any, number: int) -
         return None
     if is_used or (decode is not None and not decode.takes_model):
         require_padding_unseen(run.model, batch, inputs, refuses=is_used)
-    if not run.takes_labels and isinstance(columns, Mapping):
+    if not run.takes_labels:
         columns = {name: column for name, column in columns.items() if name != "labels"}
     try:
         return run.model(**columns)
