@@ -31,7 +31,7 @@ from manualloop.reading.sources import source_of
 from manualloop.strategy.base import Strategy, on_main, prepare_model
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
-from manualloop.tasks.loss import of_model
+from manualloop.tasks.loss import check_loss, of_model
 from manualloop.tasks.names import class_names
 from manualloop.tasks.task import IGNORE_INDEX
 from manualloop.types import LossFn, Scores, Terms
@@ -132,6 +132,7 @@ def evaluate_loop(
     )
     if confidence is not None:
         check_arguments(confidence=confidence)
+    check_loss(loss_fn, terms)
     strategy = begin_call(
         strategy_for(model, strategy),
         "evaluate_loop",

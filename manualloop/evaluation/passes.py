@@ -106,6 +106,8 @@ def read_table(
             if strategy.world_size > 1 and is_spare(batch):
                 _use_spare(run, batch, number)
             else:
+                if task is None:
+                    refuse_lookahead(run.model, [batch], run.loss_fn)
                 task = _use(run, share, batch, number, task)
     if run.counting and share.sizes:
         tally(run.counting, share.take())

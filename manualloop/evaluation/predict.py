@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from manualloop.arguments import check_arguments
-from manualloop.checks import require_loader
+from manualloop.arguments import check_arguments, require_loader
 from manualloop.data.sampler import packs_rows
 from manualloop.errors import DataError
 from manualloop.evaluation.decoding import AnyDecode, with_model
