@@ -56,8 +56,8 @@ _HOME = {
     "predict_loop": "evaluation.predict",
     "preflight": "forecast.api",
     "prepare_dataloaders": "data.prepare",
-    "prepare_optimizer": "optim",
-    "prepare_scheduler": "schedules",
+    "prepare_optimizer": "optimizers.prepare",
+    "prepare_scheduler": "optimizers.schedules",
     "prepare_strategy": "strategy.select",
     "save_checkpoint": "checkpoint.api",
     "train_loop": "loop",
@@ -109,14 +109,14 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.forecast.report import PreflightReport as PreflightReport
     from manualloop.loop import TrainResult as TrainResult
     from manualloop.loop import train_loop as train_loop
-    from manualloop.optim import prepare_optimizer as prepare_optimizer
+    from manualloop.optimizers.prepare import prepare_optimizer as prepare_optimizer
+    from manualloop.optimizers.schedules import prepare_scheduler as prepare_scheduler
     from manualloop.reading.reader import windows as windows
     from manualloop.report.card import write_model_card as write_model_card
     from manualloop.report.page import write_report as write_report
     from manualloop.run.compare import RunComparison as RunComparison
     from manualloop.run.compare import compare_runs as compare_runs
     from manualloop.run.plot import plot_history as plot_history
-    from manualloop.schedules import prepare_scheduler as prepare_scheduler
     from manualloop.script.eject import eject as eject
     from manualloop.state import TrainState as TrainState
     from manualloop.steps import train_steps as train_steps

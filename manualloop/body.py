@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from manualloop.internals import unwrap_optimizer
 from manualloop.notices import say
+from manualloop.optimizers.schedules import schedules_of
 from manualloop.optimizers.together import each
-from manualloop.schedules import schedules_of
 from manualloop.state import TrainState
 
 _T = TypeVar("_T")

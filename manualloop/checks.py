@@ -52,7 +52,8 @@ from manualloop.models import (
     unwrap_model,
 )
 from manualloop.notices import say, warn
-from manualloop.optim import parameters_of, require_trainable
+from manualloop.optimizers.access import parameters_of
+from manualloop.optimizers.prepare import require_trainable
 from manualloop.optimizers.together import class_of, each
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy

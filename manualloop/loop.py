@@ -29,7 +29,8 @@ from manualloop.errors import ConfigError
 from manualloop.evaluation.trial import try_evaluation
 from manualloop.keywords import explains_unknown
 from manualloop.notices import say
-from manualloop.optim import prepare_optimizer
+from manualloop.optimizers.prepare import prepare_optimizer
+from manualloop.optimizers.schedules import check_schedule, prepare_scheduler
 from manualloop.optimizers.together import as_optimizer, each, for_each
 from manualloop.plan import plan_run, settings_of
 from manualloop.reading.sources import source_of
@@ -41,7 +42,6 @@ from manualloop.run.report import Report, report_of
 from manualloop.run.run import Run
 from manualloop.run.stopping import Stopping, agree_at_updates, counted
 from manualloop.run.table import ends_of_intervals
-from manualloop.schedules import check_schedule, prepare_scheduler
 from manualloop.state import Pace, TrainState, has_updates_left
 from manualloop.steps import contract_of, start_steps
 from manualloop.strategy.base import Strategy

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from manualloop.arguments import is_count, is_positive, problem_of_call, require_loader
 from manualloop.errors import ConfigError, DataError
 from manualloop.notices import say
+from manualloop.optimizers.schedules import is_planned, move_schedule, require_length, schedules_of
 from manualloop.reading.describe import batch_size_of
 from manualloop.reading.ranks import num_rounds
 from manualloop.reading.reader import Reader
-from manualloop.schedules import is_planned, move_schedule, require_length, schedules_of
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
 from manualloop.tasks.loss import BOTH_GIVEN

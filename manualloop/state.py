@@ -13,10 +13,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from manualloop.errors import ConfigError
 from manualloop.models import unwrap_model
 from manualloop.optimizers.loading import load_together
+from manualloop.optimizers.schedules import follow_functions
 from manualloop.optimizers.states import OptimizerStates
 from manualloop.optimizers.together import as_optimizer, as_schedule, each
 from manualloop.randomness import generator_states, is_generator, restore_generators
-from manualloop.schedules import follow_functions
 from manualloop.times import Times
 from manualloop.types import Plan, SplitNotes
 

@@ -33,7 +33,8 @@ from manualloop.errors import ConfigError, DataError
 from manualloop.models import remember_configs, unwrap_model
 from manualloop.nonfinite import Watch
 from manualloop.notices import say
-from manualloop.optim import plain_lr, put_into_training
+from manualloop.optimizers.access import plain_lr, put_into_training
+from manualloop.optimizers.schedules import require_schedules, tell_rates_of_zero
 from manualloop.optimizers.together import as_optimizer
 from manualloop.plan import Settings, Skips, begin_epoch, has_other_size, plan_run, settings_of
 from manualloop.randomness import find_generators, restore_generators, search
@@ -46,7 +47,6 @@ from manualloop.reading.describe import (
 from manualloop.reading.position import read_position
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import Source, source_of, workers_matter
-from manualloop.schedules import require_schedules, tell_rates_of_zero
 from manualloop.state import TrainState, has_updates_left
 from manualloop.strategy.base import Strategy, prepare
 from manualloop.strategy.calls import begin_call

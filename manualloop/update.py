@@ -19,8 +19,8 @@ from manualloop.batches import num_rows, split_batch
 from manualloop.errors import ConfigError
 from manualloop.internals import heeds_found_inf, skip_where
 from manualloop.notices import say
-from manualloop.optim import parameters_of, zero_gradients
-from manualloop.schedules import schedules_of
+from manualloop.optimizers.access import parameters_of, zero_gradients
+from manualloop.optimizers.schedules import schedules_of
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import in_call

@@ -33,8 +33,8 @@ ROWS = [
     ["data"],
     ["tasks"],
     ["mistakes", "strategy", "state"],
-    ["optim", "schedules"],
-    ["arguments", "batches", "keywords", "models", "optimizers", "times"],
+    ["optimizers"],
+    ["arguments", "batches", "keywords", "models", "times"],
     ["deprecation", "errors", "types", "notices", "progress", "randomness"],
     ["objects", "internals", "screen"],
 ]
@@ -43,7 +43,7 @@ ROWS = [
 DOORS = {
     "accelerate": {"strategy.accelerated", "strategy.launch", "internals"},
     "datasets": {"data.tables", "evaluation.predictions", "internals"},
-    "transformers": {"data.collate", "schedules", "internals"},
+    "transformers": {"data.collate", "optimizers.schedules", "internals"},
     "evaluate": {"evaluation.modules"},
     "peft": {"checkpoint.pretrained"},
     "tqdm": {"screen"},

@@ -36,10 +36,10 @@ from manualloop.checkpoint.tensors import (
 from manualloop.errors import CheckpointError
 from manualloop.models import is_sharded, tied_names
 from manualloop.optimizers.loading import load_together
+from manualloop.optimizers.schedules import follow_functions
 from manualloop.optimizers.states import OptimizerStates
 from manualloop.optimizers.together import Schedules, class_of
 from manualloop.randomness import restore_generators, set_random_state
-from manualloop.schedules import follow_functions
 from manualloop.state import Progress, TrainState, differences
 from manualloop.strategy.base import Strategy
 from manualloop.tasks.names import load_names

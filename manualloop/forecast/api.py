@@ -46,12 +46,12 @@ from manualloop.keywords import instead_of
 from manualloop.loop import check_evaluation, check_schedules, optimizer_of, train_loop, try_metrics
 from manualloop.models import model_name
 from manualloop.notices import logger
+from manualloop.optimizers.schedules import require_length, require_schedule
 from manualloop.optimizers.together import class_of, each, for_each
 from manualloop.plan import Settings, plan_run, settings_of
 from manualloop.reading.describe import batch_size_of
 from manualloop.reading.sources import Source, source_of
 from manualloop.run.folder import check_folder
-from manualloop.schedules import require_length, require_schedule
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, prepare, prepare_model
 from manualloop.strategy.calls import begin_call

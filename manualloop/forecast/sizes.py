@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from manualloop.checkpoint.parts import saved_part
 from manualloop.internals import unwrap_optimizer
 from manualloop.models import is_sharded, own_part, unwrap_model
-from manualloop.optim import parameters_of
+from manualloop.optimizers.access import parameters_of
 from manualloop.optimizers.together import each
 
 

@@ -22,7 +22,7 @@ from manualloop.internals import compiled_in_place
 from manualloop.models import is_sharded, sample_weights, unwrap_model
 from manualloop.notices import say
 from manualloop.objects import walk
-from manualloop.optim import schedule_free
+from manualloop.optimizers.access import schedule_free
 from manualloop.randomness import (
     generator_states,
     get_random_state,

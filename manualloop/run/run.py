@@ -15,7 +15,7 @@ from manualloop.checkpoint.finite import require_finite
 from manualloop.errors import CheckpointError, ConfigError
 from manualloop.models import remember_modes, unwrap_model
 from manualloop.notices import say
-from manualloop.optim import require_initialized
+from manualloop.optimizers.prepare import require_initialized
 from manualloop.reading.describe import is_prepared
 from manualloop.reading.streams import cannot_rewind
 from manualloop.run.delivery import Delivery, describe_settings

@@ -23,7 +23,7 @@ from manualloop.internals import unwrap_optimizer
 from manualloop.keywords import instead_of
 from manualloop.loop import train_loop
 from manualloop.models import unwrap_model
-from manualloop.optim import prepare_optimizer
+from manualloop.optimizers.prepare import prepare_optimizer
 from manualloop.plan import plan_run, settings_of
 from manualloop.randomness import random_states_kept
 from manualloop.run.cadence import parse_cadence

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from manualloop.schedules import PlannedLR
+from manualloop.optimizers.schedules import PlannedLR
 from manualloop.script.job import Job
 from manualloop.script.loading import FILL_IN, is_plain
 from manualloop.script.text import Call, Line, Note, Part, literal, when

@@ -14,8 +14,8 @@ from manualloop.data.kept import inner_collate
 from manualloop.data.nested import NestedCollate
 from manualloop.data.preparation import Preparation, preparation_of
 from manualloop.models import unwrap_model
-from manualloop.optim import schedule_free
-from manualloop.schedules import schedules_of
+from manualloop.optimizers.access import schedule_free
+from manualloop.optimizers.schedules import schedules_of
 from manualloop.script.job import Job, seconds_of, source_of
 from manualloop.script.optimizers import is_importable
 from manualloop.script.scores import PREDICTIONS, find_scores

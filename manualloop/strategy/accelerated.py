@@ -20,7 +20,7 @@ from manualloop.errors import ConfigError, DistributedError
 from manualloop.internals import prepare_optimizer_once, prepared_models, watch_scale
 from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
-from manualloop.optim import parameters_of, whole_norm
+from manualloop.optimizers.access import parameters_of, whole_norm
 from manualloop.optimizers.together import Optimizers, as_optimizer, each
 from manualloop.strategy.base import STRATEGY_OF
 from manualloop.strategy.calls import Tagged, strategy_of_call, values_of

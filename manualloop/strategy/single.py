@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from manualloop.errors import ConfigError
 from manualloop.internals import step_optimizer, watch_scale
-from manualloop.optim import parameters_of, whole_norm
+from manualloop.optimizers.access import parameters_of, whole_norm
 from manualloop.optimizers.together import each
 from manualloop.strategy.base import STRATEGY_OF, MixedPrecision
 from manualloop.strategy.compiled import CompileOptions, compile_model
