@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
@@ -34,7 +34,7 @@ def watching_body(state: TrainState) -> Iterator[None]:
         stepped.append(type(optimizer).__name__)
 
     optimizers = [unwrap_optimizer(one) for one in each(state.optimizer)]
-    hooks = [one.register_step_post_hook(note) for one in optimizers if _takes_hooks(one)]
+    hooks = [hook for one in optimizers if (hook := _hooked(one, note)) is not None]
     schedules = schedules_of(state.lr_scheduler)
     places = [getattr(schedule, "last_epoch", None) for schedule in schedules]
     try:
@@ -56,5 +56,8 @@ def watching_body(state: TrainState) -> Iterator[None]:
             )
 
 
-def _takes_hooks(optimizer: Any) -> bool:
-    return hasattr(optimizer, "register_step_post_hook")
+def _hooked(optimizer: Any, note: Callable[..., None]) -> Any:
+    try:
+        return optimizer.register_step_post_hook(note)
+    except AttributeError:  # it is no torch optimizer, or one that was not made as such
+        return None
