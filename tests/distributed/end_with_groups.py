@@ -16,5 +16,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "by-itself":
         torch.distributed.destroy_process_group()
     if strategy.is_main:
-        time.sleep(1)  # longer than GRACE, as if it saved the model
+        time.sleep(0.6)  # longer than GRACE, as if it saved the model
     print(f"rank {strategy.rank} is done", flush=True)

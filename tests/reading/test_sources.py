@@ -1,6 +1,7 @@
 """A position belongs to the loader it was taken from, and a user's loader stays as it was."""
 
 import copy
+import itertools
 import random
 
 import numpy as np
@@ -284,18 +285,21 @@ DRAWING = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWING)
+NEW, KEPT = {"num_workers": 2}, {"num_workers": 1, "persistent_workers": True}
+
+
+def is_sampled(name, options, cut):
+    """Workers take long to start; "all" has what the first two have."""
+    return not options or (
+        name in ("all", "sampler inside a sampler") and (options, cut) in ((NEW, 9), (KEPT, 2))
+    )
+
+
 @pytest.mark.parametrize(
-    ("options", "cut"),
+    ("name", "options", "cut"),
     [
-        ({}, 2),
-        ({}, 9),
-        pytest.param({"num_workers": 2}, 2, marks=pytest.mark.exhaustive),
-        ({"num_workers": 2}, 9),
-        ({"num_workers": 1, "persistent_workers": True}, 2),
-        pytest.param(
-            {"num_workers": 1, "persistent_workers": True}, 9, marks=pytest.mark.exhaustive
-        ),
+        pytest.param(*case, marks=() if is_sampled(*case) else pytest.mark.exhaustive)
+        for case in itertools.product(DRAWING, ({}, NEW, KEPT), (2, 9))
     ],
     ids=str,
 )
