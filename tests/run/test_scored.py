@@ -189,7 +189,7 @@ def test_the_best_checkpoint_holds_the_weights_that_were_scored(kind, evaluates,
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_continues_with_the_weights_that_were_trained(kind, tmp_path):
     def run(folder, on_step):
-        options = {"evaluate_every": 2, "checkpoint_every": 1}
+        options = {"evaluate_every": 2, "checkpoint_every": 2}
         return train(folder, kind, ours, on_step=on_step, **options)
 
     whole, resumed = whole_and_resumed(run, tmp_path, dies_after=5)
