@@ -55,14 +55,14 @@ DOORS = {
     "rouge_score": set(),
     "pycocotools": set(),
     "matplotlib": {"run.plot"},
-    "safetensors": {"checkpoint.tensors"},
+    "safetensors": {"checkpoint.tensors", "script.weights"},
     "tensorboard": set(),  # it and the next three by tracking.records.load
     "wandb": set(),
     "mlflow": set(),
     "trackio": set(),
     "jinja2": {"report.page"},
     "markupsafe": {"report.page", "report.parts", "report.svg"},
-    "huggingface_hub": {"report.card"},
+    "huggingface_hub": {"report.card", "script.weights"},
 }
 
 PUBLIC_NAMES = [

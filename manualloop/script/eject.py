@@ -48,6 +48,7 @@ def eject(*arguments: Any, **options: Any) -> str:
         _docstring(job),
         [
             sources.settings(job),
+            sources.process(),
             optimizers.accelerator(job),
             sources.given(job),
             sources.functions(job),

@@ -17,6 +17,7 @@ from manualloop.internals import attention_of
 from manualloop.randomness import random_states_kept
 from manualloop.script.built import changed_settings, differences
 from manualloop.script.text import Call, Line, Note, literal, when
+from manualloop.script.weights import are_stored
 from manualloop.tasks.names import names_in_config
 
 FILL_IN = "FILL IN"
@@ -56,7 +57,7 @@ def loading_of(model: Any) -> Loading:
             *_trained_parts(model, None),
         ]
         return Loading(lines)
-    source = _Source.of(base)
+    source = _Source.of(base, model)
     try:
         built = _build(model, base, source)
         if attention_of(built.config) != attention_of(base.config):
@@ -102,8 +103,13 @@ class _Source:
         self.problems: list[str] = []
 
     @classmethod
-    def of(cls, model: Any) -> _Source:
-        """Find the source of a model, and what it was given beside the name."""
+    def of(cls, model: Any, whole: Any) -> _Source:
+        """Find the source of a model, and what it was given beside the name.
+
+        Args:
+            model: The model.
+            whole: The model with the wrappers of PEFT.
+        """
         config = model.config
         own = type(config).from_dict(config.to_dict())  # as save_pretrained would keep it
         where = getattr(config, "name_or_path", "") or ""
@@ -118,9 +124,10 @@ class _Source:
                 note = "its config is not on this disk"
                 source.note = f"{FILL_IN} what else from_pretrained was given: {note}."
             else:
-                if getattr(stored, "vocab_size", None) == getattr(config, "vocab_size", None):
+                sizes = {getattr(one, "vocab_size", None) for one in (stored, config)}
+                if len(sizes) == 1 and are_stored(model, where, whole):
                     source.stored, source.note = stored, ""
-                else:  # of other embeddings than those that are stored
+                else:  # of other embeddings or weights than those that are stored
                     source.where = ""
         source.compare(model)
         return source

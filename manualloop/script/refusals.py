@@ -95,6 +95,13 @@ def _problems_of_strategy(job: Job) -> Iterator[str]:
             'with strategy="auto", or with an Accelerator.'
         )
         return
+    accelerator = strategy.accelerator
+    dynamo = getattr(getattr(accelerator.state, "dynamo_plugin", None), "backend", "NO")
+    if str(getattr(dynamo, "value", dynamo)) != "NO" or accelerator.ddp_handler is not None:
+        yield (
+            "the Accelerator compiles the model, or has a DistributedDataParallelKwargs, which is "
+            "not written out. Eject the call without, and pass it to the Accelerator of the script."
+        )
     kind = str(getattr(strategy.accelerator.distributed_type, "value", ""))
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
         yield (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from manualloop.data.preparation import Preparation
 from manualloop.script.job import Job, source_of
 from manualloop.script.loading import FILL_IN
@@ -23,6 +25,23 @@ def settings(job: Job) -> Part:
     if job.accumulates:
         lines.append(f"ACCUMULATION = {job['gradient_accumulation_steps']}  # batches per update")
     return Part(lines)
+
+
+def process() -> Part:
+    """The settings of torch that are not those of a new process, and change numbers."""
+    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    cudnn = torch.backends.cudnn
+    lines: list[Line] = [
+        *when(precision != "highest", f'torch.set_float32_matmul_precision("{precision}")'),
+        *when(dtype != torch.float32, f"torch.set_default_dtype({dtype})"),
+        *when(
+            torch.are_deterministic_algorithms_enabled(),
+            "torch.use_deterministic_algorithms(True)",
+        ),
+        *when(cudnn.benchmark, "torch.backends.cudnn.benchmark = True"),
+        *when(cudnn.deterministic, "torch.backends.cudnn.deterministic = True"),
+    ]
+    return Part(lines, ("import torch",) if lines else ())
 
 
 def _seed(job: Job) -> int:

@@ -442,6 +442,41 @@ def test_a_model_without_an_attention_mask(folder, data):
     assert torch.equal(models[0].words.weight, models[1].words.weight)
 
 
+def test_weights_of_somewhere_else_are_left_to_the_user(folder, data):
+    made = prepare_dataloaders(data, AutoTokenizer.from_pretrained(folder / "model"))
+
+    def line(model):
+        script = eject(model, made["train"])
+        return "model.save_pretrained(" in script
+
+    model = BertForSequenceClassification.from_pretrained(folder / "model")
+    assert not line(model)
+    with torch.no_grad():
+        model.bert.pooler.dense.bias += 1
+    assert line(model)
+    model = BertForSequenceClassification.from_pretrained(folder / "model")
+    train_loop(model, made["train"], max_steps=1, progress_bar=False)
+    assert not line(model)  # the script begins where the training began
+    model = BertForSequenceClassification.from_pretrained(folder / "model")
+    model.resize_token_embeddings(helpers.VOCAB_SIZE + 3)
+    assert line(model)
+
+
+def test_settings_of_torch(folder, data):
+    made = prepare_dataloaders(data, AutoTokenizer.from_pretrained(folder / "model"))
+    model = BertForSequenceClassification.from_pretrained(folder / "model")
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        script = eject(model, made["train"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
+    assert "torch.use_deterministic_algorithms(True)" in script
+    assert 'torch.set_float32_matmul_precision("high")' in script
+    assert "set_default_dtype" not in script
+
+
 def test_a_model_that_was_built_from_a_config_tells_where_to_seed(folder, data):
     made = prepare_dataloaders(data, AutoTokenizer.from_pretrained(folder / "model"))
     script = eject(helpers.tiny_bert(), made["train"])
