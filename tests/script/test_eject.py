@@ -573,7 +573,7 @@ call = dict(
     best_metric="accuracy",
 )
 arguments = model, loaders["train"], prepare_optimizer(model, lr=1e-3)
-print(eject(*arguments, **call), end="# the end of the script\n")
+print(eject(*arguments, **call), end="# the end of the script\\n")
 result = train_loop(*arguments, progress_bar=False, **call)
 torch.save({"model": model.state_dict(), "metrics": result.metrics}, "ours.pt")
 """
