@@ -172,7 +172,8 @@ def write_checkpoint(
 
     def write() -> Path:
         with explain_disk(directory, snapshot.num_bytes):
-            _check_writable(directory, state)
+            if aside is None:
+                _check_writable(directory, state)
             path = write_folder(directory, step, snapshot.write, content, aside)
             _rotate(directory, keep)
         return path
