@@ -35,7 +35,7 @@ from manualloop.tasks.shares import (
     share_out,
     tell_equal,
 )
-from manualloop.tasks.splitting import doubt_about_splitting, explain_memory
+from manualloop.tasks.splitting import doubt_about_splitting, explain_memory, report_own_loss
 from manualloop.tasks.task import Counted, Task, count_window, resolve_task
 from manualloop.times import Times
 from manualloop.types import LossFn, OnNonfinite, Terms, Update
@@ -267,6 +267,8 @@ def _accumulate_shares(
     if len(batches) > 1 or strategy.world_size > 1:
         counts = [(1,)] * len(batches) if known else counted.counts
         task, is_settled = counted.task, known is False
+        if known is None and loss.is_models:
+            report_own_loss(state.model, batches[0], task, strategy)
         shares = share_out(batches, counts, task, strategy, loss, is_settled=is_settled)
     update, is_equal = _accumulate(
         state.model,

@@ -27,12 +27,14 @@ from manualloop.models import evaluation_mode, is_sharded
 from manualloop.progress import ProgressBar, is_watched
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import source_of
+from manualloop.reading.streams import tell_repeated
 from manualloop.strategy.base import Strategy
 from manualloop.tasks.isolation import inputs_of, require_isolation
 from manualloop.tasks.lookahead import refuse_lookahead
-from manualloop.tasks.loss import explain_kept, no_loss
+from manualloop.tasks.loss import explain_kept, find_loss, no_loss
 from manualloop.tasks.otherwise import objection_to
 from manualloop.tasks.padding import require_padding_unseen
+from manualloop.tasks.splitting import report_own_loss
 from manualloop.tasks.task import Task, are_targets, resolve_task
 from manualloop.types import LossFn, Terms
 
@@ -135,7 +137,7 @@ def _numbered(run: Pass, bar: str | None) -> Generator[tuple[int, Any], None, No
     try:
         comes_in_order = strategy.world_size == 1 and getattr(loader, "in_order", True)
         given = loader if comes_in_order else _in_common_order(loader, strategy)
-        for batch in with_draws_reported(run.model, loader, given):
+        for batch in tell_repeated(with_draws_reported(run.model, loader, given), loader):
             yield number + strategy.rank, batch
             number += strategy.world_size
             if progress is not None and progress.is_due():
@@ -187,6 +189,12 @@ def _use(run: Pass, share: Share, batch: Any, number: int, known: Task | None) -
         share.add(made, entries_of(made, ask, share.layout, is_sound=is_sound))
         if run.counting and share.num_waiting >= _COUNT_AT:
             tally(run.counting, share.take())
+    is_models = run.wants_loss and run.loss_fn is None and run.terms is None
+    if known is None and is_models and find_loss(outputs) is not None:
+        task = made.task
+        del inputs, outputs, made  # the trial needs the memory
+        report_own_loss(run.model, batch, task, run.strategy)
+        return task
     return made.task
 
 

@@ -36,6 +36,7 @@ from manualloop.reading.ranks import (
     rounds_of,
 )
 from manualloop.reading.sources import Source, source_of
+from manualloop.reading.streams import tell_repeated
 from manualloop.reading.workers import WorkerBatch, states_between_passes
 from manualloop.strategy.base import Strategy
 from manualloop.types import Window
@@ -149,6 +150,9 @@ class Reader:
                 begin_in_common(self.source, self._strategy)
         self._is_checked = True
         begun = self.source.open(position, self._shard)
+        items = begun.items
+        if not position.get("num_batches"):
+            items = tell_repeated(items, loader, _batch_of)
         self._close_pass()
         self._loaded, self._start, self._num_used = None, begun.start, begun.num_used
         if position.get("num_workers") == getattr(loader, "num_workers", 0):
@@ -156,10 +160,10 @@ class Reader:
             self._last_worker = position.get("last_worker")
         self._is_renumbered = self._last_worker is not None
         if self._shard.world_size == 1:
-            self._rounds = map(Round, zip(begun.items, strict=True))
+            self._rounds = map(Round, zip(items, strict=True))
         else:
             sampler = self.source.copy.sharded_sampler
-            self._rounds = rounds_of(begun.items, sampler, self._shard)
+            self._rounds = rounds_of(items, sampler, self._shard)
         self._left = None if begun.left is None else -(-begun.left // self._shard.world_size)
         self._is_open = True
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
+from weakref import WeakSet
 
-from manualloop.batches import num_rows
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from manualloop.batches import num_rows, rebuild
 from manualloop.data.sampler import num_batches
 from manualloop.internals import has_shuffle_buffer
 from manualloop.notices import say
@@ -61,3 +66,63 @@ def cannot_rewind(loader: Any) -> str | None:
     if has_shuffle_buffer(getattr(loader, "dataset", None)):
         return "the stream has a shuffle buffer, which no checkpoint holds"
     return None
+
+
+def tell_repeated(
+    items: Iterator[Any], loader: Any, batch_of: Callable[[Any], Any] = lambda item: item
+) -> Iterator[Any]:
+    """Give the batches of a pass from its start; report a stream of which each worker gives all.
+
+    The first two batches come from two workers. Where the rows are split among these, they differ.
+
+    Args:
+        items: The batches, or what holds them.
+        loader: Their loader.
+        batch_of: Function from an item to its batch.
+    """
+    is_stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    if not is_stream or getattr(loader, "num_workers", 0) < 2 or loader in _TOLD:
+        return items
+    return _compared(items, loader, batch_of)
+
+
+_TOLD: WeakSet[Any] = WeakSet()
+
+
+def _compared(items: Iterator[Any], loader: Any, batch_of: Callable[[Any], Any]) -> Iterator[Any]:
+    batches = []
+    for item in items:
+        batches.append(batch_of(item))
+        if len(batches) == 2:
+            if _are_same(*map(_tensors_of, batches)):
+                _TOLD.add(loader)
+                say(
+                    f"each of the {loader.num_workers} workers gives the same rows of the stream, "
+                    "which are used as often. Split them in its __iter__: info = "
+                    "torch.utils.data.get_worker_info(); itertools.islice(rows, info.id, None, "
+                    "info.num_workers). Or read it with num_workers=1."
+                )
+            batches = []
+            yield item
+            break
+        yield item
+    yield from items
+
+
+def _are_same(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Tell whether two batches hold the same numbers, which are not all one number."""
+    is_one = len(first) == len(second) and all(map(torch.equal, first, second))
+    return is_one and any(bool((part != part.flatten()[0]).any()) for part in first if part.numel())
+
+
+def _tensors_of(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def note(entry: Any) -> Any:
+        if isinstance(entry, Tensor):
+            found.append(entry)
+            return entry
+        return rebuild(entry, note, is_whole=False)
+
+    rebuild({"": batch}, note)
+    return found

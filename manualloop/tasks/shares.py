@@ -212,7 +212,7 @@ def count_ahead(
             random_states_kept(
                 devices=strategy.device.type != "cpu", model=model, terms=loss.terms
             ),
-            _buffers_kept(inner),
+            buffers_kept(inner),
             torch.no_grad(),
         ):
             for batch in batches[1:]:
@@ -231,7 +231,7 @@ def _read(found: Sequence[Term]) -> Counts:
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
+def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Put the buffers of a model back, such as the statistics of batch normalisation."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:

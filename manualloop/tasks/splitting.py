@@ -6,15 +6,29 @@ transformers, on a model in which no row depends on the rows beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from manualloop.batches import model_inputs, num_rows, shared_rows
-from manualloop.models import batch_statistics, model_name, unwrap_model
+from manualloop.batches import model_inputs, num_rows, shared_rows, split_batch
+from manualloop.models import (
+    batch_statistics,
+    coarsest_dtype,
+    evaluation_mode,
+    is_sharded,
+    model_name,
+    unwrap_model,
+)
+from manualloop.notices import say
+from manualloop.strategy.base import Strategy
+from manualloop.tasks.isolation import inputs_of
+from manualloop.tasks.loss import find_loss
 from manualloop.tasks.otherwise import balances_experts
+from manualloop.tasks.shares import buffers_kept
 from manualloop.tasks.task import Task, count_rows
 from manualloop.types import LossFn, Terms
 
@@ -43,6 +57,57 @@ def doubt_about_splitting(
     if task.count is count_rows or not all(map(_has_rows_only, batches)):
         return "not every column of the batch has one entry for each row"
     return None
+
+
+_TRIED: WeakSet[nn.Module] = WeakSet()
+
+
+def report_own_loss(model: nn.Module, batch: Any, task: Task | None, strategy: Strategy) -> None:
+    """Report a loss of a module of one's own that is no mean over the items that are counted.
+
+    The first batch of several rows is run as a whole and in two halves, without a trace. Class
+    weights, a sum, and rows that are compared with each other make a difference.
+
+    Args:
+        model: The model, which returns its loss.
+        batch: A batch, as the loader gave it.
+        task: Its task.
+        strategy: The strategy.
+    """
+    has_labels = isinstance(batch, Mapping) and "labels" in batch
+    if not has_labels or model in _TRIED or task is None or task.objection or is_sharded(model):
+        return
+    counts = task.count(batch)
+    if _has_known_loss(model) or len(counts) != 1 or (shared_rows(batch) or 0) < 2:
+        return
+    _TRIED.add(model)
+    inner = unwrap_model(model, adapters=False)
+    parts = [batch, *split_batch(batch, (num_rows(batch) + 1) // 2)]
+    found: list[tuple[float, float]] = []
+    state = torch.get_rng_state()
+    try:
+        with evaluation_mode(inner, strategy.device), buffers_kept(inner), strategy.autocast():
+            for part in parts:
+                columns = inputs_of(inner, strategy.to_device(part))
+                found.append((float(find_loss(inner(**columns))), task.count(part)[0]))
+            is_random = not torch.equal(state, torch.get_rng_state())
+    except Exception:
+        return  # the pass that follows raises it too, and explains it
+    (whole, _), *halves = found
+    number = sum(items for _, items in halves)
+    if is_random or not number or not all(math.isfinite(loss) for loss, _ in found):
+        return
+    split = sum(loss * items for loss, items in halves if items) / number
+    rounding = max(1e-3, 8 * torch.finfo(coarsest_dtype(inner, strategy.device)).eps)
+    if abs(whole - split) > rounding * max(abs(loss) for loss, _ in found):
+        weights = " and ".join(f"{items:g}" for _, items in halves)
+        say(
+            f"the loss of {model_name(model)} depends on how rows are split: it is {whole:.4g} for "
+            f"the {num_rows(batch)} rows of a batch, and {split:.4g} by two halves, weighed by "
+            f"their {weights} items. So do the updates of several micro-batches or ranks, and the "
+            "loss of an evaluation. If it is a mean over other items, such as class weights or "
+            "rows, let a loss_fn return (mean_loss, num_items)."
+        )
 
 
 def _has_known_loss(model: nn.Module) -> bool:

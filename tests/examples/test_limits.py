@@ -213,6 +213,21 @@ def untold_items(folder: Path) -> None:
     step_once(state_of(), UNEVEN, 1, gradient_accumulation_steps=2)
 
 
+class Weighted(nn.Linear):
+    """Returns a loss with class weights."""
+
+    def forward(self, x: Any, labels: Any = None) -> Any:
+        logits, weight = super().forward(x), torch.tensor([1.0, 9.0])
+        return {"loss": nn.functional.cross_entropy(logits, labels, weight), "logits": logits}
+
+
+def weighted_inside(folder: Path) -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(4, 3), "labels": torch.tensor([0, 0, 0, 1])}
+    model = Weighted(3, 2)
+    train_loop(model, [batch, batch], gradient_accumulation_steps=2, progress_bar=False)
+
+
 def untold_evaluation(folder: Path) -> None:
     evaluate_loop(nn.Linear(4, 1), UNEVEN, loss_fn=loss_fn, progress_bar=False)
 
@@ -520,6 +535,7 @@ TOLD = {
     "another reference of a loss": another_reference,
     "weights in another memory order": other_memory,
     "items that nothing tells": untold_items,
+    "a loss of a module of your own that is no mean over what is counted": weighted_inside,
     "an evaluation loss that nothing weighs": untold_evaluation,
     "a gradient of NaN with a finite loss": nan_gradient,
     "an optimizer's average that has overflowed": overflown_average,

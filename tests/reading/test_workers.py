@@ -11,9 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from manualloop import TrainState, load_checkpoint, save_checkpoint, train_loop, train_steps
+from manualloop import (
+    TrainState,
+    evaluate_loop,
+    load_checkpoint,
+    save_checkpoint,
+    train_loop,
+    train_steps,
+)
 
 
 class Noisy(Dataset[dict[str, Tensor]]):
@@ -207,3 +214,28 @@ def test_a_state_saved_after_the_run_has_the_generators_of_its_loss(tmp_path: Pa
     for _ in train_steps(state, batches, num_epochs=2, loss_fn=noisy):
         pass
     assert torch.equal(weights(state), weights(expected))
+
+
+class Counting(IterableDataset):
+    """Gives the numbers below 16, of which each worker gives all, or its own."""
+
+    def __init__(self, splits):
+        self.splits = splits
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        start, step = (info.id, info.num_workers) if self.splits else (0, 1)
+        yield from ({"x": torch.tensor([float(n)])} for n in range(start, 16, step))
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_stream_of_which_each_worker_gives_all_rows_is_told(splits, caplog):
+    loader, model = DataLoader(Counting(splits), batch_size=4, num_workers=2), torch.nn.Linear(1, 1)
+
+    def loss_fn(model, batch):
+        return model(batch["x"]).mean()
+
+    train_loop(model, loader, max_steps=4, loss_fn=loss_fn, progress_bar=False)
+    evaluate_loop(model, loader, loss_fn=loss_fn)
+    told = "each of the 2 workers gives the same rows of the stream"
+    assert caplog.text.count(told) == (0 if splits else 1)
