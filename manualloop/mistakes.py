@@ -207,6 +207,8 @@ def _kind_of_numbers(column: Any) -> str | None:
 def dtypes_message(model: nn.Module, batch: Any, where: str, error: str) -> str | None:
     """Return the message about numbers of another kind than a model or its loss computes with.
 
+    It is also that of a lone row, which batch normalisation does not take.
+
     Args:
         model: The model.
         batch: A batch.
@@ -216,6 +218,12 @@ def dtypes_message(model: nn.Module, batch: Any, where: str, error: str) -> str 
     Returns:
         None if the error is another one, or no column explains it.
     """
+    if "more than 1 value per channel" in error:
+        return (
+            f"{where[0].upper()}{where[1:]} has one row, and in training batch normalisation needs "
+            "two. Leave out a last batch that is so small: DataLoader(..., drop_last=True), or "
+            "choose another batch_size."
+        )
     weight = next((w for w in model.parameters() if w.is_floating_point()), None)
     wants_floats = _NO_FLOATS.search(error) is not None
     is_mapping = isinstance(batch, Mapping)

@@ -926,6 +926,15 @@ def test_numbers_of_another_kind_are_named_with_the_line_that_converts_them(kind
         run(nn.Linear(2, 2), [eval(line, {"torch": torch, "batch": bad})], loss_fn=loss_fn)
 
 
+def test_a_lone_row_of_batch_normalisation_is_named():
+    loader = DataLoader(torch.ones(9, 2), batch_size=4)
+    options = {"loss_fn": lambda model, batch: model(batch).mean(), "num_epochs": 1}
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with pytest.raises(DataError, match=r"has one row, .* drop_last=True"):
+        by_train_loop(model, loader, **options)
+    by_train_loop(model, DataLoader(torch.ones(9, 2), batch_size=4, drop_last=True), **options)
+
+
 def test_an_axis_that_a_tokenizer_made_for_each_row_is_named():
     made = [{n: c[:, None] for n, c in batch.items() if n != "labels"} for batch in tiny_batches()]
     batches = [{**batch, "labels": torch.tensor([0, 1])} for batch in made]
