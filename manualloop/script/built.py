@@ -37,7 +37,8 @@ def differences(model: nn.Module, built: nn.Module) -> Iterator[str]:
     ours, theirs = dict(model.named_modules()), dict(built.named_modules())
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         kinds = [type(found[name]).__name__ if name in found else None for found in (ours, theirs)]
-        if type(ours.get(name)) is not type(theirs.get(name)):
+        one, other = (getattr(found.get(name), "__class__", None) for found in (ours, theirs))
+        if _name_of(one) != _name_of(other):  # weight_norm makes a class of each module
             yield (
                 f"{name or 'the model'} is {_a(kinds[0])}, and {_a(kinds[1])} in the model that a "
                 f"script would load. {_FIX}"

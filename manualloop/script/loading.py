@@ -6,7 +6,7 @@ becomes a line of the script, or a problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -147,9 +147,9 @@ class _Source:
             problem_type != known and (problem_type not in (None, inferred) or known is not None)
         ):
             arguments["problem_type"] = problem_type
-        kept = stored.to_dict()
-        for name, value in config.to_dict().items():
-            if name in _SET_ELSEWHERE or kept.get(name) == value:
+        kept = _settings_of(stored.to_dict())
+        for name, value in _settings_of(config.to_dict()).items():
+            if kept.get(name) == value:
                 continue
             if name not in kept or not is_plain(value) or len(repr(value)) > _LONG:
                 self.problems.append(
@@ -169,6 +169,15 @@ class _Source:
         if self.names is not None:
             given["id2label"] = dict(enumerate(self.names))
         return type(self.stored).from_dict(self.stored.to_dict(), **given)
+
+
+def _settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a config, and of configs inside of it, that are set nowhere else."""
+    return {
+        name: _settings_of(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name not in _SET_ELSEWHERE
+    }
 
 
 _SET_ELSEWHERE = (
@@ -233,33 +242,23 @@ def _loaded(name: str, kind: type, source: _Source) -> tuple[list[Line], list[st
 
 def _trained_parts(model: nn.Module, built: nn.Module | None) -> list[Line]:
     """The lines for parameters that are trained, or not, otherwise than those that are loaded."""
-    before = {name: True for name, _ in model.named_parameters()}
-    if built is not None:
-        before |= {name: one.requires_grad for name, one in built.named_parameters()}
-    changed = {
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad != before[name]
-    }
+    # Loading may thaw what a class freezes, such as tables of positions. Adapters freeze their base.
+    freezes = hasattr(built, "peft_config")
+    before = {} if built is None else dict(built.named_parameters())
+    changed: dict[bool, dict[int, str]] = {True: {}, False: {}}
+    for name, parameter in model.named_parameters():
+        trains = parameter.requires_grad
+        was_trained = name not in before or before[name].requires_grad
+        if not was_trained if trains else was_trained or not freezes:
+            changed[trains][id(parameter)] = name
     lines: list[Line] = []
     for trains, comment in (
         (False, "# These parts stay as they are: they get no gradient."),
         (True, "# These parts are trained, too."),
     ):
-        whole = [*_parts(model, "", lambda p, wanted=trains: p.requires_grad is wanted)]  # type: ignore[misc]
-        inside = tuple(f"{name}." if name else "" for name in whole)
-        names = [
-            name
-            for name, start in zip(whole, inside, strict=True)
-            if any(one.startswith(start) for one in changed)
-        ]
-        alone = [
-            name
-            for name, parameter in model.named_parameters()
-            if name in changed
-            and parameter.requires_grad is trains
-            and not name.startswith(inside or ("\0",))
-        ]
+        names = [*_parts(model, "", changed[trains])]
+        inside = tuple(f"{name}." for name in names) or ("\0",)
+        alone = [name for name in changed[trains].values() if not name.startswith(inside)]
         for found, kind in ((names, "submodule"), (alone, "parameter")):
             if found:
                 called = "trained" if trains else "frozen"
@@ -272,16 +271,16 @@ def _trained_parts(model: nn.Module, built: nn.Module | None) -> list[Line]:
     return lines
 
 
-def _parts(module: nn.Module, name: str, holds: Callable[[nn.Parameter], bool]) -> Iterator[str]:
-    """Yield the names of the outermost modules for all of whose parameters something holds."""
+def _parts(module: nn.Module, name: str, wanted: Container[int]) -> Iterator[str]:
+    """Yield the names of the outermost modules whose parameters are all wanted, by their ids."""
     parameters = list(module.parameters())
     if not parameters:
         return
-    if all(map(holds, parameters)):
+    if all(id(parameter) in wanted for parameter in parameters):
         yield name
         return
     for child, inner in module.named_children():
-        yield from _parts(inner, f"{name}.{child}" if name else child, holds)
+        yield from _parts(inner, f"{name}.{child}" if name else child, wanted)
 
 
 def _settings(model: nn.Module, built: nn.Module) -> list[Line]:

@@ -19,6 +19,12 @@ from datasets import DatasetDict, load_dataset
 from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
+    MarianConfig,
+    MarianMTModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
 )
 
 from manualloop import (
@@ -30,6 +36,8 @@ from manualloop import (
     train_loop,
 )
 from manualloop.run.evaluations import Evaluations
+from manualloop.script.loading import loading_of
+from manualloop.script.text import Part, script_of
 
 
 @pytest.fixture(scope="module")
@@ -460,6 +468,33 @@ def test_weights_of_somewhere_else_are_left_to_the_user(folder, data):
     model = BertForSequenceClassification.from_pretrained(folder / "model")
     model.resize_token_embeddings(helpers.VOCAB_SIZE + 3)
     assert line(model)
+
+
+def test_tables_that_a_class_freezes_and_loading_thaws(tmp_path):
+    """A Marian has positions that its class freezes; a script leaves them as they are here."""
+    sizes = {"d_model": 8, "vocab_size": 20, "pad_token_id": 0, "decoder_start_token_id": 0}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 8}
+    model = MarianMTModel(MarianConfig(**sizes))
+    model.save_pretrained(tmp_path)
+    for one in (model, MarianMTModel.from_pretrained(tmp_path)):
+        loading = loading_of(one)
+        assert not loading.problems
+        lines = script_of("", [Part(loading.lines)])
+        is_frozen = not one.model.encoder.embed_positions.weight.requires_grad
+        assert ("requires_grad_(False)" in lines) == is_frozen
+
+
+def test_modules_whose_class_is_made_for_each_of_them(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (8, 8), "conv_kernel": (3, 3), "conv_stride": (2, 2)}
+    groups = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    config = Wav2Vec2Config(**sizes, **convolutions, **groups, intermediate_size=8, vocab_size=9)
+    assert not loading_of(Wav2Vec2ForCTC(config)).problems  # weight_norm
+    part = {**sizes, "intermediate_size": 8}
+    config = CLIPConfig(text_config=part, vision_config={**part, "image_size": 8, "patch_size": 4})
+    CLIPModel(config).save_pretrained(tmp_path)
+    assert not loading_of(CLIPModel.from_pretrained(tmp_path)).problems  # two configs in one
 
 
 def test_settings_of_torch(folder, data):
