@@ -242,7 +242,7 @@ def _loaded(name: str, kind: type, source: _Source) -> tuple[list[Line], list[st
 
 def _trained_parts(model: nn.Module, built: nn.Module | None) -> list[Line]:
     """The lines for parameters that are trained, or not, otherwise than those that are loaded."""
-    # Loading may thaw what a class freezes, such as tables of positions. Adapters freeze their base.
+    # Loading may thaw what a class freezes, such as tables of positions. PEFT freezes the base.
     freezes = hasattr(built, "peft_config")
     before = {} if built is None else dict(built.named_parameters())
     changed: dict[bool, dict[int, str]] = {True: {}, False: {}}
