@@ -92,6 +92,7 @@ def _read(split: Split, number: int, read: Callable[[Any], Any], cell: Any) -> A
 
 def _refuse_binary(split: Split, column: str, transform: Any) -> None:
     """Refuse masks of 0 and 255, of which the loss would see the background alone."""
+    _refuse_channels(split, column)
     if transform.ignored != 255:
         return  # else 255 is refused where it is no class
     found: set[int] = set()
@@ -103,6 +104,8 @@ def _refuse_binary(split: Split, column: str, transform: Any) -> None:
         return
     code, cell = f'row["{column}"]', split.first[column]
     ones = f"{code}.point(lambda pixel: pixel // 255)"
+    if is_pil(cell) and cell.mode not in ("L", "P"):  # of which PIL takes no such function
+        ones = f'PIL.Image.fromarray((numpy.asarray({code}) // 255).astype("uint8"))'
     if not is_pil(cell):
         ones = f"[[pixel // 255 for pixel in line] for line in {code}]"
     message = (
@@ -114,6 +117,21 @@ def _refuse_binary(split: Split, column: str, transform: Any) -> None:
         say(message)
         return
     raise DataError(f"{message}.")
+
+
+def _refuse_channels(split: Split, column: str) -> None:
+    """Refuse masks that have the class of each pixel several times, as grey in colours."""
+    _, row = next(_rows_of(split, [column]), (0, {column: None}))
+    cell = row[column]
+    if not is_pil(cell) or len(cell.getbands()) == 1:
+        return
+    array = np.asarray(cell)
+    if cell.mode == "LA" or (cell.mode in ("RGB", "RGBA") and not np.ptp(array[..., :3], -1).any()):
+        one = f'row["{column}"].getchannel(0)'
+        raise DataError(
+            f"The masks {column!r} of {split.name} are of mode {cell.mode}, with the same number "
+            f"in each of their colours. Take one of these: {split.fix(change_of(column, one))}."
+        )
 
 
 def _refuse_black(split: Split, column: str) -> None:

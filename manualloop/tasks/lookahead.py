@@ -33,6 +33,7 @@ from manualloop.tasks.padding import Cut, part_of
 from manualloop.tasks.task import IGNORE_INDEX, infer_task
 from manualloop.types import LossFn
 
+_FEW = 8  # labels, of which all may be tokens of the row by chance
 _MOST_LABELS = 8
 _MOST_BEFORE = 32  # tokens before the first label that is looked at
 _ROUNDING = 5e-7  # relative; only experts with other numbers of tokens round at all
@@ -143,11 +144,12 @@ def _distance(model: nn.Module, ids: Tensor, labels: Tensor) -> int | None:
     """
     if (task := infer_task(model)) == "causal_lm":
         return 0
-    is_label = labels != IGNORE_INDEX
-    if _is_own(model) and bool((~is_label | (labels == ids)).all()):
-        return 0
-    if not _is_own(model) and task != "masked_lm":  # some of which want shifted labels
+    is_label, is_own = labels != IGNORE_INDEX, _is_own(model)
+    is_masked = task != "masked_lm" or model_name(model).endswith("ForMaskedLM")
+    if (is_masked and not is_own) or int(is_label.sum()) < _FEW:
         return None
+    if is_own and bool((~is_label | (labels == ids)).all()):
+        return 0
     before, after = is_label[..., :-1], labels[..., :-1] == ids[..., 1:]
     return 1 if bool(before.any()) and bool((after | ~before).all()) else None
 

@@ -100,6 +100,22 @@ def test_the_part_that_a_model_sees(made, size, part, frame, seen):
     assert np.abs(np.subtract(found.part, part)).max() <= step / 2
 
 
+def test_a_processor_that_pads_maps_otherwise_than_images_is_refused():
+    own = type(processor("DPT"))
+
+    class Beside(own):
+        def __call__(self, images, segmentation_maps=None, **options):
+            made = super().__call__(images, segmentation_maps=segmentation_maps, **options)
+            made["labels"] = made["labels"].roll(3, -1)
+            return made
+
+    options = {"size": {"height": 32, "width": 64}, "do_pad": True, "size_divisor": 48}
+    with pytest.raises(DataError, match=r"of transformers .* puts other margins around a mask"):
+        map_options(Beside(**options))
+    options["do_pad"] = False
+    map_options(Beside(**options))
+
+
 @pytest.mark.parametrize("length", [7, 8, 31, 64, 300, 1001])
 def test_a_part_is_whole_exactly_if_it_is(length):
     for number in (3, 8, 30, 64, 299, 500):

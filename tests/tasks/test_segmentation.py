@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import transformers
@@ -171,7 +172,9 @@ def test_a_loader_of_ones_own_and_a_training_split_are_scored_by_their_labels():
 
 
 def test_mistakes_in_masks_are_refused_in_words():
-    colours = pictures(2).map(lambda row: {"mask": row["mask"].convert("RGB")})
+    colours = pictures(2).map(
+        lambda row: {"mask": Pil.merge("RGB", [*[row["mask"]] * 2, row["mask"].point([9] * 256)])}
+    )
     with pytest.raises(DataError, match="map of class numbers"):
         loader_of(colours)
     smaller = pictures(2).map(lambda row: {"mask": row["mask"].resize((8, 8), 0)})
@@ -223,6 +226,46 @@ def test_masks_of_black_and_white_are_refused_with_the_line_that_numbers_them(fo
     assert "mean_iou" in evaluate_loop(
         model, loader_of(changed, model), "mean_iou", decode=upsampled
     )
+
+
+CLASSES = np.arange(256).reshape(16, 16) % 5
+KINDS_OF_MASKS = {
+    "palette": lambda: Pil.fromarray(CLASSES.astype(np.uint8)).convert("P"),
+    "16 bits": lambda: Pil.fromarray(CLASSES.astype(np.uint16)),
+    "gray": lambda: Pil.fromarray(CLASSES.astype(np.uint8)),
+    "colours": lambda: Pil.fromarray(np.stack([CLASSES] * 3, -1).astype(np.uint8)),
+    "transparent": lambda: Pil.fromarray(CLASSES.astype(np.uint8)).convert("RGBA"),
+    "gray and transparent": lambda: Pil.fromarray(CLASSES.astype(np.uint8)).convert("LA"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_MASKS)
+def test_masks_of_any_kind_of_image_are_their_numbers(kind, tmp_path):
+    mask = KINDS_OF_MASKS[kind]()
+    if mask.mode == "P":  # whose colours mean nothing
+        mask.putpalette([7 * number % 256 for number in range(768)])
+    mask.save(tmp_path / "mask.png")
+    picture = np.zeros((16, 16, 3), np.uint8)
+    features = Features({"image": Image(), "mask": Image()})
+    rows = {"image": [Pil.fromarray(picture)] * 2, "mask": [str(tmp_path / "mask.png")] * 2}
+    data, model = Dataset.from_dict(rows, features=features), tiny_segformer(5)
+    if len(mask.getbands()) > 1:
+        with pytest.raises(DataError, match="the same number in each of their colours") as error:
+            loader_of(data, model)
+        (line,) = fixes_in(error.value)
+        data = run_fix(line, {"validation": data})["validation"]
+    (batch,) = loader_of(data, model)
+    assert np.array_equal(batch["mask"][0], CLASSES)
+
+
+def test_masks_of_16_bits_that_are_black_and_white_have_a_line_as_well():
+    masks = [mask.astype(np.uint16) for mask in halves()]
+    data, model = with_masks(masks), tiny_segformer(2)
+    with pytest.raises(DataError, match="hold 0 and 255 alone") as error:
+        loader_of(data, model)
+    (line,) = fixes_in(error.value)
+    changed = run_fix(line, {"validation": data}, PIL=PIL, numpy=np)["validation"]
+    assert next(iter(loader_of(changed, model)))["labels"].unique().tolist() == [0, 1]
 
 
 def test_masks_that_are_not_of_two_colours_alone_are_taken():
