@@ -121,8 +121,8 @@ def _refuse_binary(split: Split, column: str, transform: Any) -> None:
 
 def _refuse_channels(split: Split, column: str) -> None:
     """Refuse masks that have the class of each pixel several times, as grey in colours."""
-    _, row = next(_rows_of(split, [column]), (0, {column: None}))
-    cell = row[column]
+    first: Any = next(_rows_of(split, [column]), (0, {column: None}))
+    cell = first[1][column]
     if not is_pil(cell) or len(cell.getbands()) == 1:
         return
     array = np.asarray(cell)
