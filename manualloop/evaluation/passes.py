@@ -31,7 +31,7 @@ from manualloop.reading.streams import tell_repeated
 from manualloop.strategy.base import Strategy
 from manualloop.tasks.isolation import inputs_of, require_isolation
 from manualloop.tasks.lookahead import refuse_lookahead
-from manualloop.tasks.loss import explain_kept, find_loss, no_loss
+from manualloop.tasks.loss import ALL_LOOKS, explain_kept, find_loss, no_loss
 from manualloop.tasks.otherwise import objection_to
 from manualloop.tasks.padding import require_padding_unseen
 from manualloop.tasks.splitting import report_own_loss
@@ -175,8 +175,10 @@ def _use(run: Pass, share: Share, batch: Any, number: int, known: Task | None) -
         number: Its number.
         known: The task of the batches before; None for the first.
     """
-    ask = run.ask
-    inputs, outputs, loss = _forward(run, batch, number)
+    ask, looks = run.ask, ALL_LOOKS
+    if known is not None and isinstance(batch, Mapping) and known.columns == tuple(batch):
+        looks = known.looks
+    inputs, outputs, loss = _forward(run, batch, number, looks)
     task = resolve_task(run.model, batch, known)  # the model has its problem_type now
     made = Made(number, batch, inputs, outputs, loss, task)
     if ask is not None and share.made_by == "rule":
@@ -198,13 +200,22 @@ def _use(run: Pass, share: Share, batch: Any, number: int, known: Task | None) -
     return made.task
 
 
-def _forward(run: Pass, batch: Any, number: int) -> tuple[Any, Any, Any]:
-    """Return the inputs of a batch, its outputs, and what ``loss_fn`` returned."""
+def _forward(run: Pass, batch: Any, number: int, looks: frozenset[str]) -> tuple[Any, Any, Any]:
+    """Return the inputs of a batch, its outputs, and what ``loss_fn`` returned.
+
+    Args:
+        run: The model and what is wanted.
+        batch: The batch.
+        number: Its number.
+        looks: What the batch is looked at for: see ``Task``.
+    """
     inputs = run.strategy.to_device(batch)
     with run.strategy.autocast():
-        require_isolation(run.model, batch, inputs, run.loss_fn)
+        if "documents" in looks:
+            require_isolation(run.model, batch, inputs, run.loss_fn)
         if run.loss_fn is None:
-            columns = inputs_of(run.model, inputs)
+            is_called_as_is = looks.isdisjoint(("documents", "kept"))
+            columns = inputs if is_called_as_is else inputs_of(run.model, inputs)
             if not hasattr(columns, "keys"):
                 message = no_columns_message(run.model, batch, takes_loss=run.wants_loss)
                 raise DataError(message)
@@ -250,7 +261,7 @@ def _call_loss(run: Pass, loss_fn: LossFn, batch: Any, inputs: Any, number: int)
 def _use_spare(run: Pass, batch: Any, number: int) -> None:
     """Take part in a pass that takes all ranks: losses of detection add up the boxes of all."""
     if is_sharded(run.model) or objection_to(run.model, batch):
-        inputs, outputs, _ = _forward(run, batch, number)
+        inputs, outputs, _ = _forward(run, batch, number, ALL_LOOKS)
         if run.terms is not None:
             run.terms(outputs, inputs)
 

@@ -57,7 +57,8 @@ class Loss(NamedTuple):
 
 
 _OF_THE_MODEL = Loss()
-_ALL_LOOKS = frozenset(("padding", "documents", "kept"))
+ALL_LOOKS = frozenset(("padding", "documents", "kept"))
+"""What a batch is looked at for where nothing is known of its columns: see ``Task``."""
 
 
 def check_loss(loss_fn: LossFn | None, terms: Terms | None) -> None:
@@ -131,7 +132,7 @@ def loss_terms(
     loss_fn: LossFn | None = None,
     terms: Terms | None = None,
     *,
-    looks: frozenset[str] = _ALL_LOOKS,
+    looks: frozenset[str] = ALL_LOOKS,
 ) -> list[Term]:
     """Run a batch through the model, and return the terms of its loss.
 
