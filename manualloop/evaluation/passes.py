@@ -89,6 +89,7 @@ def read_table(
         Metrics that count have all counts on rank 0.
     """
     ask, strategy = run.ask, run.strategy
+    uses_outputs = run.wants_loss or ask is None or ask.decode is None or ask.decode.uses_outputs
     share = Share(Losses(by_row=wants_row_losses), "rule" if ask is None else ask.made_by)
     with (
         evaluation_mode(
@@ -108,7 +109,7 @@ def read_table(
             if strategy.world_size > 1 and is_spare(batch):
                 _use_spare(run, batch, number)
             else:
-                if task is None:
+                if task is None and uses_outputs:
                     refuse_lookahead(run.model, [batch], run.loss_fn)
                 task = _use(run, share, batch, number, task)
     if run.counting and share.sizes:
