@@ -357,7 +357,7 @@ def test_a_regression_is_judged_by_the_variance_of_its_labels():
 
 
 def test_language_models_and_tokens_have_a_chance():
-    ids = {"input_ids": [[4, 5, 6, 7]] * 6, "labels": [[-100, 6, 7, -100]] * 6}
+    ids = {"input_ids": [[4, 5, 6, 7]] * 6, "labels": [[-100, 9, 8, -100]] * 6}
     model = tiny_bert(kind=BertForMaskedLM)
     loaders = prepare_dataloaders(rows(**ids), tiny_tokenizer(), model=model)
     assert preflight(model, loaders, num_epochs=1).chance.name == "ln 16"
