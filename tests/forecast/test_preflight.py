@@ -481,7 +481,7 @@ def test_all_arguments_of_train_loop_are_taken_and_checked():
     with pytest.raises(ConfigError, match=r"no num_epoch=.* Did you mean num_epochs=\?"):
         preflight(model, loaders, num_epoch=1)
     for name in ("lr", "learning_rate"):
-        with pytest.raises(ConfigError, match=r"optimizer=prepare_optimizer\(model, lr=\.\.\.\)"):
+        with pytest.raises(ConfigError, match=r"optimizer=prepare_optimizer\(model, lr=0\.001\)"):
             preflight(model, loaders, num_epochs=1, **{name: 1e-3})
     with pytest.raises(ConfigError) as refused:
         preflight(model, loaders, num_epochs=0, keep_checkpoints=0, patience=2)
