@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -163,8 +164,20 @@ NOT_BOTH = {
 """Arguments of which a call takes one, with the message about two."""
 
 
+_LOSSES_OF_TORCH = ("torch.nn.functional", "torch.nn.modules.loss")
+
+
 def problem_of_call(name: str, function: Any) -> str | None:
     """Tell why a function cannot be called as it will be; None if it can, or if nobody knows."""
+    inner = function
+    while isinstance(inner, partial):
+        inner = inner.func
+    if name == "loss_fn" and str(getattr(inner, "__module__", "")).startswith(_LOSSES_OF_TORCH):
+        kind = getattr(inner, "__name__", type(inner).__name__)
+        return (
+            f"loss_fn is torch's {kind}, which takes outputs and labels, and it is called with the "
+            "model and a batch: loss_fn=lambda model, batch: loss(model(batch[0]), batch[1])."
+        )
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of C, or no function

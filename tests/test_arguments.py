@@ -18,6 +18,7 @@ from manualloop import (
     DataError,
     ManualLoopError,
     TrainState,
+    evaluate_loop,
     save_checkpoint,
     train_loop,
     train_steps,
@@ -313,3 +314,20 @@ def test_two_ways_of_predicting_are_refused():
     with pytest.raises(ConfigError, match="Give postprocess or decode, not both"):
         check_arguments(postprocess=function, decode=function)
     check_arguments(postprocess=None, decode=function)
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (nn.CrossEntropyLoss(), "CrossEntropyLoss"),
+        (nn.functional.mse_loss, "mse_loss"),
+        (partial(nn.functional.cross_entropy, label_smoothing=0.1), "cross_entropy"),
+    ],
+)
+def test_a_loss_of_torch_is_no_loss_fn(loss, name):
+    batches = [(torch.ones(2, 3), torch.ones(2, 2))]
+    for run in (partial(train_loop, num_epochs=1, progress_bar=False), evaluate_loop):
+        with pytest.raises(ConfigError, match=f"loss_fn is torch's {name}, which takes") as error:
+            run(nn.Linear(3, 2), batches, loss_fn=loss)
+        line = str(error.value).rpartition("loss_fn=")[2].removesuffix(".")
+        run(nn.Linear(3, 2), batches, loss_fn=eval(line, {"loss": loss}))
