@@ -8,7 +8,7 @@ for models of a user's own that lack the mask.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -26,6 +26,7 @@ from manualloop.models import (
     unwrap_model,
 )
 from manualloop.notices import say
+from manualloop.objects import remember
 from manualloop.tasks.endings import report_untrained_ends
 from manualloop.tasks.float32 import in_float32
 from manualloop.tasks.isolation import RAISED_BY_MODELS, inputs_of, parts_of_loss
@@ -171,12 +172,17 @@ def _that_sees(model: nn.Module, place: _Place, loss_fn: LossFn | None) -> nn.Mo
     device = devices.pop()
     row = {n: c.to(device) if isinstance(c, Tensor) else c for n, c in place.row.items()}
     place = place._replace(row=row, kept=place.kept.to(device))
-    for context in (in_float32(device), nullcontext()):  # some kernels take half precision alone
-        try:
-            with evaluation_mode(model, device, loss_fn=loss_fn), context:
+    put_back = remember({"loss_fn": loss_fn})  # which may count its calls
+    try:
+        for context in (in_float32(device), nullcontext()):  # some kernels take halves alone
+            with (
+                suppress(*RAISED_BY_MODELS),  # the pass that follows raises them too
+                evaluation_mode(model, device, loss_fn=loss_fn),
+                context,
+            ):
                 return _that_differs(model, place, loss_fn)
-        except RAISED_BY_MODELS:
-            continue  # the pass that follows raises it too, if it is a mistake
+    finally:
+        put_back()
     return None
 
 

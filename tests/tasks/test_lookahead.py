@@ -156,3 +156,21 @@ def test_other_labels_are_no_reason():
     refuse_lookahead(tags, [own_batch(True)])
     masked = encoder("Bert", "BertForMaskedLM")
     refuse_lookahead(masked, [batch_of()])
+
+
+class Counting:
+    """A loss that counts its calls."""
+
+    def __init__(self):
+        self.num_calls, self.seen = 0, []
+
+    def __call__(self, model, batch):
+        self.num_calls += 1
+        self.seen.append(len(batch["input_ids"]))
+        return model(**batch).loss
+
+
+def test_a_loss_does_not_count_the_trial():
+    loss_fn = Counting()
+    train_loop(llama().float(), [batch_of()], loss_fn=loss_fn, max_steps=1, progress_bar=False)
+    assert (loss_fn.num_calls, loss_fn.seen) == (1, [3])
