@@ -521,20 +521,24 @@ def num_waits(**options: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "num_reads"),
     [
-        {},
-        {"log_every": 1},
-        {"max_grad_norm": 0.1},
-        {"num_epochs": 10, "gradient_accumulation_steps": 2},
+        ({}, 0),
+        ({"log_every": 1}, 0),
+        ({"max_grad_norm": 0.1}, 0),
+        # Before the first update, whether the loss of this module is a mean over rows.
+        ({"num_epochs": 10, "gradient_accumulation_steps": 2}, 1),
     ],
     ids=str,
 )
 def test_fifty_updates_never_ask_the_device(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: dict[str, Any],
+    num_reads: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
-    assert num_waits(**options) == 0
+    assert num_waits(**options) == num_reads
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 51  # the bar was drawn at every update
     assert "loss=" in lines[-1]

@@ -61,7 +61,8 @@ def schedule_free(optimizer: Any) -> list[Any]:
     Their ``eval()`` gives the model the weights that are to be evaluated, ``train()`` those that
     are trained.
 
-    >>> schedule_free(torch.optim.SGD(nn.Linear(1, 1).parameters()))
+    >>> import torch
+    >>> schedule_free(torch.optim.SGD(torch.nn.Linear(1, 1).parameters()))
     []
     """
     several = optimizer if isinstance(optimizer, list | tuple) else (optimizer,)

@@ -337,6 +337,7 @@ def windows(loader: Iterable[Any], size: int, *, skip: int = 0) -> Iterator[Wind
         DataError: The number of batches differs from the loader's ``len()``, or rows cannot be
             stacked.
 
+    >>> import torch
     >>> batches = [{"x": torch.zeros(2)}, {"x": torch.zeros(2)}, {"x": torch.zeros(1)}]
     >>> [(len(window.batches), window.num_samples) for window in windows(batches, 2)]
     [(2, 4), (1, 1)]

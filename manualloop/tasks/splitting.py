@@ -6,7 +6,6 @@ transformers, on a model in which no row depends on the rows beside it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
@@ -83,23 +82,26 @@ def report_own_loss(model: nn.Module, batch: Any, task: Task | None, strategy: S
     _TRIED.add(model)
     inner = unwrap_model(model, adapters=False)
     parts = [batch, *split_batch(batch, (num_rows(batch) + 1) // 2)]
-    found: list[tuple[float, float]] = []
+    found: list[tuple[Tensor, float]] = []
     state = torch.get_rng_state()
     try:
         with evaluation_mode(inner, strategy.device), buffers_kept(inner), strategy.autocast():
             for part in parts:
                 columns = inputs_of(inner, strategy.to_device(part))
-                found.append((float(find_loss(inner(**columns))), task.count(part)[0]))
+                loss = find_loss(inner(**columns)).reshape(()).float()
+                found.append((loss, task.count(part)[0]))
             is_random = not torch.equal(state, torch.get_rng_state())
     except Exception:
         return  # the pass that follows raises it too, and explains it
     (whole, _), *halves = found
     number = sum(items for _, items in halves)
-    if is_random or not number or not all(math.isfinite(loss) for loss, _ in found):
+    if is_random or not number:
         return
-    split = sum(loss * items for loss, items in halves if items) / number
+    split: Any = sum(loss * items for loss, items in halves if items) / number
     rounding = max(1e-3, 8 * torch.finfo(coarsest_dtype(inner, strategy.device)).eps)
-    if abs(whole - split) > rounding * max(abs(loss) for loss, _ in found):
+    largest = torch.stack([loss.abs() for loss, items in found if items]).max()
+    is_other = (whole - split).abs() > rounding * largest
+    if is_other.item():  # the only wait; False if one of them is NaN
         weights = " and ".join(f"{items:g}" for _, items in halves)
         say(
             f"the loss of {model_name(model)} depends on how rows are split: it is {whole:.4g} for "

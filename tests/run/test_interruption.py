@@ -111,13 +111,14 @@ def test_threads_that_still_draw_are_reported(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluating, "_SECONDS", 0.01)
+    monkeypatch.setattr(evaluating, "_SECONDS", 0.1)
     caplog.set_level("INFO", "manualloop")
-    is_over = threading.Event()
+    is_over, has_begun = threading.Event(), threading.Event()
 
     def work() -> None:
         while not is_over.is_set():
             draw()
+            has_begun.set()
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()  # its thread exists from now on
@@ -127,6 +128,7 @@ def test_threads_that_still_draw_are_reported(
                 threading.Thread(target=work).start()
             else:
                 pool.submit(work)
+            has_begun.wait()
             stop()
             return score()
 

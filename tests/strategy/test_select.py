@@ -419,6 +419,9 @@ def test_forward_passes_run_under_autocast(precision: Any, dtype: torch.dtype) -
     strategy = prepare_strategy("cpu", mixed_precision=precision)
     accumulate_gradients(model, make_batches([4]), strategy=strategy)
     evaluate_loop(model, make_batches([4]), strategy=strategy)
+    assert set(seen) == {dtype}  # the first evaluation tries whether rows may be split
+    del seen[1:]
+    evaluate_loop(model, make_batches([4]), strategy=strategy)
     predict_loop(model, make_batches([4]), strategy=strategy)
     assert seen == [dtype] * 3
     assert model.hidden.weight.dtype == torch.float32
