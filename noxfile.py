@@ -178,6 +178,6 @@ def wheel(session: nox.Session) -> None:
     for name in ("README.md", "pyproject.toml", "constraints-oldest.txt"):
         shutil.copy(ROOT / name, tmp)
     session.chdir(tmp)
-    session.run(
-        "pytest", *PARALLEL, "tests", "--pyargs", "manualloop", *session.posargs, env=OFFLINE
-    )
+    # "python -m" puts the folder on the path, so that processes of the tests find their module.
+    options = (*PARALLEL, "tests", "--pyargs", "manualloop", *session.posargs)
+    session.run("python", "-m", "pytest", *options, env=OFFLINE)
