@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
 from manualloop import (
+    ConfigError,
     DataError,
     ModelError,
     SingleDevice,
@@ -265,6 +266,14 @@ def test_one_micro_batch_keeps_the_bits():
     update = accumulate_gradients(model, [{"x": x}], loss_fn=loss_fn)
     assert torch.equal(model.weight.grad, twin.weight.grad)
     assert update.num_items == 5
+
+
+def test_an_update_takes_one_of_loss_fn_and_terms():
+    model = torch.nn.Linear(1, 1)
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1), None)
+    both = {"loss_fn": lambda model, batch: None, "terms": lambda outputs, batch: []}
+    with pytest.raises(ConfigError, match="loss_fn"):
+        apply_update(state, batches_of(2), SingleDevice(), **both)
 
 
 def test_nothing_to_learn_from_moves_nothing():
