@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,6 +110,13 @@ def _environment() -> dict[str, str]:
     }
 
 
+def _forget_accelerators() -> None:
+    """Let the next test make an Accelerator of other settings, which one process refuses."""
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+
 @pytest.fixture(autouse=True)
 def leaves_no_trace() -> Iterator[None]:
     """Fail a test that leaves settings of the process changed; then put them back."""
@@ -134,6 +142,7 @@ def leaves_no_trace() -> Iterator[None]:
     torch.set_num_threads(num_threads)
     torch.set_grad_enabled(grad)
     logger.handlers[:] = handlers
+    _forget_accelerators()
     changed = [name for name, is_same in left.items() if not is_same]
     assert not changed, f"The test changed {', '.join(changed)} and did not put it back."
 

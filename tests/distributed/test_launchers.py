@@ -9,7 +9,6 @@ import pytest
 import ranks
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from manualloop import ConfigError, DistributedError, launch
 
@@ -83,19 +82,6 @@ def test_accelerate_starts_one_and_that_is_reported(by, tmp_path):
     assert "RANKS [0]" in output
     assert FEWER in output
     assert "torchrun" in output
-
-
-@pytest.fixture
-def new_accelerator():
-    """Nothing of an Accelerator is there before, nor afterwards."""
-
-    def forget():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    forget()
-    yield
-    forget()
 
 
 def test_an_accelerator_that_ignores_the_other_ranks_is_refused(tmp_path):
@@ -185,7 +171,7 @@ def test_launch_refuses_impossible_requests(monkeypatch):
         launch(print, num_processes=2)
 
 
-def test_launch_after_an_accelerator_was_made_is_refused(new_accelerator):
+def test_launch_after_an_accelerator_was_made_is_refused():
     Accelerator(cpu=True)
     with pytest.raises(DistributedError, match="An Accelerator was made in this process"):
         launch(print, num_processes=2)

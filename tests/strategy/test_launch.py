@@ -96,8 +96,6 @@ def test_other_ways_to_train_alone_are_refused_too(monkeypatch: pytest.MonkeyPat
     GradientState._reset_state()
     with pytest.raises(DistributedError, match="train alone"):
         prepare_strategy(Accelerator(cpu=True))
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def test_what_starts_processes_itself_is_refused_inside_a_launcher(

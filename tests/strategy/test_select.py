@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,18 +38,10 @@ from manualloop.strategy.transfer import move
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate's state belongs to the process: none before a test, none after it."""
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a launcher is in the environment."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
-    _forget_accelerate()
-    yield
-    _forget_accelerate()
-
-
-def _forget_accelerate() -> None:
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 class Net(nn.Module):
@@ -194,7 +186,8 @@ def test_a_launcher_of_accelerate_decides(monkeypatch: pytest.MonkeyPatch) -> No
         assert isinstance(strategy, Accelerated)
         assert strategy.accelerator.mixed_precision == "bf16"
         assert "bf16" in repr(strategy)
-        _forget_accelerate()
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     strategy = prepare_strategy(mixed_precision="bf16")  # what the script says counts
     assert isinstance(strategy, Accelerated)
