@@ -16,9 +16,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -79,6 +79,44 @@ def _code_of_hooked_step() -> Any:
     """Return the code of the function that torch puts around every ``step``."""
     profile_hook_step: Any = Optimizer.profile_hook_step
     return profile_hook_step(lambda self: None).__code__
+
+
+class Engine(NamedTuple):
+    """What ``loss.backward()`` comes down to, for a plain loss of one real number.
+
+    Attributes:
+        run: ``run((loss,), (gradient,), *defaults)`` runs the backward pass.
+        defaults: Whether to keep the graph, whether to create one, and inputs, of which there are
+            none: what ``backward()`` passes without arguments.
+        is_refused: Function that tells whether ``backward`` would refuse to be called here.
+        methods: torch's own ``Tensor.backward`` and ``torch.autograd.backward``. Somebody may put
+            others in their place, which are to be called.
+    """
+
+    run: Callable[..., Any]
+    defaults: tuple[bool, bool, tuple[()]]
+    is_refused: Callable[[], bool]
+    methods: tuple[Any, Any]
+
+
+def find_engine() -> Engine | None:
+    """Return what ``loss.backward()`` ends with; None if the method has to be called.
+
+    Before, torch looks for subclasses of tensors, for inputs, and at the shapes of gradients that
+    were passed: 8 us, 3 % of the step of a model of one linear layer. A plain tensor of one real
+    number needs none of it: the gradient to begin with is 1.
+
+    Seen in torch 2.6 to 2.14: ``_engine_run_backward``, ``_are_functorch_transforms_active``, and
+    the names of the modules that define ``backward``.
+    """
+    methods: tuple[Any, Any] = (Tensor.backward, torch.autograd.backward)
+    modules = tuple(getattr(one, "__globals__", {}).get("__name__") for one in methods)
+    run: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
+    is_refused: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if modules != ("torch._tensor", "torch.autograd") or run is None or is_refused is None:
+        return None
+    run = partial(run, allow_unreachable=True, accumulate_grad=True)
+    return Engine(run, (False, False, ()), is_refused, methods)
 
 
 def watch_scale(scaler: Any) -> Callable[[], bool]:

@@ -40,6 +40,7 @@ from manualloop import (
 from manualloop.evaluation import torch_metrics
 from manualloop.models import unwrap_model
 from manualloop.reading.ranks import is_sharded
+from manualloop.strategy import single
 
 
 @pytest.fixture
@@ -237,6 +238,130 @@ def test_the_short_way_is_taken():
     assert internals._bare_step(optimizer) is None  # the scheduler notes the first call
     optimizer.step()
     assert internals._bare_step(optimizer) is torch.optim.SGD.step.__wrapped__
+
+
+# backward
+
+
+def losses_of_a_run(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3, dtype=dtype)
+    for hooked in (lambda grad: grad * 3, lambda grad: grad + 1):
+        loss = model(torch.ones(2, 4, dtype=dtype)).square().mean()
+        loss.register_hook(hooked)
+        yield model, loss
+
+
+def gradients(backward, dtype=torch.float32):
+    found = []
+    for model, loss in losses_of_a_run(dtype):
+        backward(loss)
+        found += [parameter.grad.clone() for parameter in model.parameters()]
+    return found
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+BACKWARD = SingleDevice("cpu").backward
+
+
+def test_gradients_are_those_of_backward():
+    for dtype in DTYPES:
+        expected = gradients(lambda loss: loss.backward(), dtype)
+        found = gradients(BACKWARD, dtype)
+        assert all(map(torch.equal, found, expected))
+
+
+NAMES_OF_BACKWARD = {
+    "engine": (torch.autograd.graph, "_engine_run_backward"),
+    "functorch": (torch._C, "_are_functorch_transforms_active"),
+}
+
+
+@pytest.mark.parametrize("gone", NAMES_OF_BACKWARD)
+def test_gradients_are_the_same_without(take_away, monkeypatch, gone):
+    expected = gradients(BACKWARD)
+    missed = take_away(*NAMES_OF_BACKWARD[gone])
+    monkeypatch.setattr(single, "_ENGINE", internals.find_engine())
+    assert missed
+    assert single._ENGINE is None
+    assert all(map(torch.equal, gradients(BACKWARD), expected))
+
+
+@pytest.mark.parametrize("owner", [torch.Tensor, torch.autograd], ids=["method", "function"])
+def test_a_backward_of_before_the_import_is_called(monkeypatch, owner):
+    original = owner.backward
+    monkeypatch.setattr(
+        owner, "backward", functools.wraps(original)(lambda *args, **kw: original(*args, **kw))
+    )
+    assert internals.find_engine() is None
+
+
+@pytest.mark.parametrize("owner", [torch.Tensor, torch.autograd], ids=["method", "function"])
+def test_a_backward_that_was_put_in_place_is_called(monkeypatch, owner):
+    calls, original = [], owner.backward
+
+    @functools.wraps(original)
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, "backward", counting)
+    gradients(BACKWARD)
+    assert len(calls) == 2
+
+
+def test_subclasses_and_modes_see_backward():
+    seen = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    parameter = torch.nn.Parameter(torch.ones(2))
+    BACKWARD(parameter.sum().as_subclass(Watched))
+    assert torch.Tensor.backward in seen
+    seen.clear()
+    with Mode():
+        BACKWARD(parameter.sum())
+    assert torch.Tensor.backward in seen
+    assert parameter.grad.tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameter: parameter,  # two numbers
+        lambda parameter: parameter.sum().to(torch.complex64),
+        lambda parameter: parameter.sum().detach(),
+    ],
+    ids=["vector", "complex", "detached"],
+)
+def test_the_errors_are_those_of_backward(make):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError) as expected:
+        make(parameter).backward()
+    with pytest.raises(RuntimeError) as found:
+        BACKWARD(make(parameter))
+    assert str(found.value) == str(expected.value)
+    with pytest.raises(RuntimeError, match="inside a functorch transform"):
+        torch.func.grad(lambda x: BACKWARD((x * parameter).sum()) or x.sum())(torch.ones(2))
+
+
+def test_the_engine_is_called_directly(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "backward", None)
+    monkeypatch.setattr(
+        single, "_ENGINE", single._ENGINE._replace(methods=(None, torch.autograd.backward))
+    )
+    parameter = torch.nn.Parameter(torch.ones(2))
+    BACKWARD(parameter.sum())
+    assert parameter.grad.tolist() == [1.0, 1.0]
 
 
 def weights_of(model):

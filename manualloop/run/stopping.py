@@ -77,6 +77,10 @@ class Agreement:
         """Tell whether the ranks have agreed on something."""
         return kind in self._agreed
 
+    def first_of(self, kinds: Iterable[str]) -> str | None:
+        """Return the first of several that the ranks have agreed on, or None."""
+        return next(filter(self.has, kinds), None) if self._agreed else None
+
     def take(self, kind: str) -> bool:
         """Tell whether the ranks have agreed on something, and forget it."""
         if kind not in self._agreed:
@@ -166,7 +170,7 @@ class Stopping:
             self._agreement.propose(self.cause)
         elif self._deadline is not None and time.monotonic() >= self._deadline:
             self._agreement.propose("max_time")
-        reason = next(filter(self._agreement.has, _REASONS), None)
+        reason = self._agreement.first_of(_REASONS)
         if reason != "max_time" and self.cause is None:
             self.cause = reason  # a signal to another rank
         return reason

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.overrides import has_torch_function
 
 from manualloop.errors import ConfigError
-from manualloop.internals import step_optimizer, watch_scale
+from manualloop.internals import find_engine, step_optimizer, watch_scale
 from manualloop.optimizers.access import parameters_of, whole_norm
 from manualloop.optimizers.together import each
 from manualloop.strategy.base import STRATEGY_OF, MixedPrecision
@@ -19,6 +20,7 @@ from manualloop.strategy.compiled import CompileOptions, compile_model
 from manualloop.strategy.transfer import move, move_optimizer_state
 
 _NOTHING = nullcontext()
+_ENGINE = find_engine()
 
 
 class SingleDevice:
@@ -117,7 +119,17 @@ class SingleDevice:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to those of the parameters."""
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
-        scaled.backward()  # type: ignore[no-untyped-call]
+        if (
+            _ENGINE is None
+            or scaled.ndim
+            or not scaled.is_floating_point()
+            or has_torch_function((scaled,))
+            or _ENGINE.is_refused()
+            or (Tensor.backward, torch.autograd.backward) != _ENGINE.methods
+        ):
+            scaled.backward()  # type: ignore[no-untyped-call]
+        else:
+            _ENGINE.run((scaled,), (torch.ones_like(scaled),), *_ENGINE.defaults)
 
     def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
         """Scale the gradients down to a norm of at most ``max_norm``; return the norm before."""

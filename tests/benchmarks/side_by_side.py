@@ -7,9 +7,9 @@ All contestants of a section take turns, on the same rows, from the same weights
 updates, every weight changed. What is printed is Markdown; ``--write`` puts it into
 docs/benchmarks.md, where the sections that were not run stay as they are.
 
-All sections but ``overhead`` and ``imports`` need MANUALLOOP_SHARED, the folder of the data sets.
-``ceiling``, meant for a GPU, and ``accuracy``, which trains for many minutes, run only when they
-are named.
+All sections but ``overhead``, ``instructions`` and ``imports`` need MANUALLOOP_SHARED, the folder
+of the data sets. ``instructions``, which needs valgrind, ``ceiling``, meant for a GPU, and
+``accuracy``, which trains for many minutes, run only when they are named.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow
 import torch
 from datasets import disable_progress_bars
+from instructions import per_step
 from jobs import base_job, bert_job, check_trained, digest, linear_job
 from loops import (
     BASE,
@@ -137,6 +138,23 @@ def overhead(args):
         f'{check_same_bits(left)}"At its best" means that Lightning and Ignite update their bars '
         "every 50 steps, and that the Trainer neither logs nor checks for NaN.",
         table(found, "us a step", ".0f", REFERENCES, scale=lambda number: number * microseconds),
+    )
+
+
+def instructions(args):
+    """What does a step cost where other processes disturb the clock? Valgrind must be installed."""
+    chosen = [
+        name
+        for name in OVERHEAD
+        if not args.contestants or any(part in name for part in args.contestants)
+    ]
+    found = {name: [per_step(name)] for name in chosen}  # the same in each turn
+    yield (
+        "Instructions of a step beside the model",
+        "The same model of one linear layer and the same steps, under valgrind: the processor "
+        "executes as many instructions however busy the machine is, though not each in the same "
+        "time.",
+        table(found, "thousands", ".0f", REFERENCES, scale=lambda number: number / 1000),
     )
 
 
@@ -383,9 +401,19 @@ def accuracy_note(scores, reference):
 
 SECTIONS = {
     section.__name__: section
-    for section in (overhead, train, evaluate, loader, imports, memory, ceiling, accuracy)
+    for section in (
+        overhead,
+        instructions,
+        train,
+        evaluate,
+        loader,
+        imports,
+        memory,
+        ceiling,
+        accuracy,
+    )
 }
-ONLY_WHEN_NAMED = {"ceiling", "accuracy"}
+ONLY_WHEN_NAMED = {"instructions", "ceiling", "accuracy"}
 INTRO = """## Side by side
 
 ```console
