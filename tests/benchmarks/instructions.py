@@ -1,7 +1,8 @@
 """Count the instructions of a step with valgrind's callgrind: a busy machine changes none of them.
 
 ``side_by_side.py --only instructions`` makes a table of them. The file itself is the process that
-valgrind watches: its argument is the name of a contestant of ``loops.py``.
+valgrind watches: its argument is the name of a contestant of ``loops.py``. Bars count steps, but do
+not draw: they do so by the clock, and under valgrind a step takes fifty times as long.
 """
 
 import os
@@ -14,7 +15,6 @@ from pathlib import Path
 import torch
 from jobs import linear_job
 from loops import OVERHEAD
-from measure import terminal
 
 LENGTHS = (60, 160)  # steps of two runs, whose difference is that of 100 steps alone
 
@@ -26,7 +26,7 @@ def per_step(name):
         command = ["valgrind", "--tool=callgrind", "--instr-atstart=no"]
         command += [f"--callgrind-out-file={out}", sys.executable, __file__, name]
         # The order of a set, and with it a count, depends on the seed of the hashes.
-        environment = os.environ | {"PYTHONHASHSEED": "0"}
+        environment = os.environ | {"PYTHONHASHSEED": "0", "TQDM_MININTERVAL": "3600"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             sys.exit(done.stderr)
@@ -47,10 +47,9 @@ def main(name):
 
 
 def train(name, num_steps):
-    with terminal():
-        _, run = OVERHEAD[name](linear_job(num_steps))
-        torch.manual_seed(1)
-        run()
+    _, run = OVERHEAD[name](linear_job(num_steps))
+    torch.manual_seed(1)
+    run()
 
 
 def control(option):

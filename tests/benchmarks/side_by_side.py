@@ -153,7 +153,7 @@ def instructions(args):
         "Instructions of a step beside the model",
         "The same model of one linear layer and the same steps, under valgrind: the processor "
         "executes as many instructions however busy the machine is, though not each in the same "
-        "time.",
+        "time. What bars draw is not in it: they draw by the clock.",
         table(found, "thousands", ".0f", REFERENCES, scale=lambda number: number / 1000),
     )
 
