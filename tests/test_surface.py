@@ -43,7 +43,7 @@ ROWS = [
 DOORS = {
     "accelerate": {"strategy.accelerated", "strategy.launch", "internals"},
     "datasets": {"data.tables", "evaluation.predictions", "internals"},
-    "transformers": {"data.collate", "optimizers.schedules", "internals"},
+    "transformers": {"data.collate", "optimizers.schedules", "internals", "script.built"},
     "evaluate": {"evaluation.modules"},
     "peft": {"checkpoint.pretrained"},
     "tqdm": {"screen"},

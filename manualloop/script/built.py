@@ -1,17 +1,98 @@
-"""What differs between a model and another one of its class, as it is built anew."""
+"""The model that a script loads, built without weights, and what differs between it and another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.utils import logging
 
 from manualloop.checkpoint.facts import module_settings
 from manualloop.internals import attention_of, compiled_in_place, hooks_of_gradient
+from manualloop.randomness import random_states_kept
 
 _FIX = "Eject the call with the model as it is loaded, and make the change in the script."
+
+
+def build(model: Any, base: Any, config: Any, dtype: torch.dtype) -> Any:
+    """Build what ``from_pretrained`` makes of a config, and PEFT of that, on the meta device.
+
+    Which weights keep a dtype of their own, and which are trained, is decided by
+    ``from_pretrained``, so it gets weights: those of a model that is built from the config.
+
+    Args:
+        model: The model with the wrappers of PEFT.
+        base: The model without them.
+        config: The config that is loaded.
+        dtype: The dtype that it is loaded in.
+    """
+    kind, meta = type(base), torch.device("meta")
+    with random_states_kept(devices=False), _without_bars():
+        with meta:
+            empty = kind(config)
+            empty.tie_weights()
+        weights: dict[int, tuple[str, Any]] = {}
+        for name, weight in empty.state_dict(keep_vars=True).items():
+            weights.setdefault(id(weight), (name, weight.detach()))  # as a file has tied weights
+        built = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(weights.values()),
+            device_map=meta,
+            **{name_of_dtype(config): dtype},
+        )
+        if model is not base:
+            adapter = deepcopy(model.peft_config[model.active_adapter])
+            adapter.inference_mode, adapter.init_lora_weights = False, True  # no other has a shape
+            with meta:
+                built = type(model)(built, adapter)
+    return built
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    is_seen = logging.is_progress_bar_enabled()
+    if is_seen:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_seen:
+            logging.enable_progress_bar()
+
+
+def name_of_dtype(config: Any) -> str:
+    """Return the argument of ``from_pretrained`` for the dtype (before 4.56 ``torch_dtype``)."""
+    return "dtype" if hasattr(config, "dtype") else "torch_dtype"
+
+
+def convert(model: nn.Module, built: nn.Module) -> list[tuple[str, torch.dtype]]:
+    """Convert parts of the model built anew to the dtypes that they have in a model.
+
+    Returns:
+        The outermost parts that were converted, by their paths, with their dtypes.
+    """
+    ours, theirs = _weights(model), _weights(built)
+    if ours.keys() != theirs.keys():
+        return []
+    changed = {name for name, weight in ours.items() if weight.dtype != theirs[name].dtype}
+    found: list[tuple[str, torch.dtype]] = []
+    for path, module in model.named_modules() if changed else ():
+        prefix = f"{path}." if path else ""
+        if any(not part or path.startswith(f"{part}.") for part, _ in found):
+            continue
+        inner = [prefix + name for name in _weights(module)]
+        dtypes = {ours[name].dtype for name in inner if ours[name].is_floating_point()}
+        if len(dtypes) == 1 and not changed.isdisjoint(inner):
+            found.append((path, dtypes.pop()))
+    for path, dtype in found:
+        built.get_submodule(path).to(dtype)
+    return found
 
 
 def changed_settings(
@@ -114,7 +195,13 @@ def _of_weights(model: nn.Module, built: nn.Module) -> Iterator[str]:
         if hooks_of_gradient(parameter):
             yield f"{name} has a hook that sees its gradient, which is not written out. {_FIX}"
             return
-    yield from _of_dtypes(model, built)
+    for name, weight in ours.items():
+        if weight.dtype != theirs[name].dtype:
+            yield (
+                f"{name} is of {weight.dtype}, and of {theirs[name].dtype} in the model that a "
+                f"script would load, and not all of its module was converted. {_FIX}"
+            )
+            return
 
 
 def _weights(model: nn.Module) -> dict[str, Any]:
@@ -128,24 +215,3 @@ def _shared(weights: Mapping[str, Any]) -> set[frozenset[str]]:
     for name, weight in weights.items():
         names.setdefault(id(weight), set()).add(name)
     return {frozenset(found) for found in names.values() if len(found) > 1}
-
-
-def _of_dtypes(model: Any, built: Any) -> Iterator[str]:
-    """Yield what has another dtype than ``from_pretrained(..., dtype=model.dtype)`` gives it.
-
-    That converts what is stored; adapters, and tables that are computed, keep theirs.
-    """
-    is_adapted = hasattr(built, "peft_config")
-    stored = built.state_dict(keep_vars=True)
-    main, before = model.dtype, _weights(built)
-    for name, weight in _weights(model).items():
-        other = before[name]
-        is_adapter = is_adapted and other.requires_grad and ".modules_to_save." not in name
-        is_converted = name in stored and other.is_floating_point() and not is_adapter
-        wanted = main if is_converted else other.dtype
-        if weight.dtype != wanted:
-            yield (
-                f"{name} is of {weight.dtype}, and of {wanted} in the model that a script would "
-                f"load. Convert nothing after loading: from_pretrained(..., dtype={main})."
-            )
-            return

@@ -7,17 +7,16 @@ becomes a line of the script, or a problem.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from copy import deepcopy
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from manualloop.internals import attention_of
-from manualloop.randomness import random_states_kept
-from manualloop.script.built import changed_settings, differences
+from manualloop.script.built import build, changed_settings, convert, differences, name_of_dtype
 from manualloop.script.text import Call, Line, Note, literal, when
-from manualloop.script.weights import are_stored
+from manualloop.script.weights import are_stored, dtype_of, has_other_shapes
 from manualloop.tasks.names import names_in_config
 
 FILL_IN = "FILL IN"
@@ -59,10 +58,7 @@ def loading_of(model: Any) -> Loading:
         return Loading(lines)
     source = _Source.of(base, model)
     try:
-        built = _build(model, base, source)
-        if attention_of(built.config) != attention_of(base.config):
-            source.arguments["attn_implementation"] = attention_of(base.config)
-            built = _build(model, base, source)
+        built, converted = _built(model, base, source)
     except Exception as error:  # of any class of transformers, or of PEFT
         problem = f"a {kind.__name__} cannot be built from its config here ({error!r:.200})"
         return Loading([], problems=[f"{problem}, so nothing tells what a script would train."])
@@ -70,7 +66,8 @@ def loading_of(model: Any) -> Loading:
     if is_adapted:
         lines += _ADAPTER
         imports.append("from peft import PeftModel")
-    problems = [*source.problems, *_several_adapters(model), *differences(model, built)]
+    lines += _conversions(converted)
+    problems = [*source.problems, *_problems_of_adapters(model), *differences(model, built)]
     lines += [*_trained_parts(model, built), *_settings(model, built), *_checkpointing(base)]
     return Loading(lines, imports, problems, source.names, draws=bool(source.where))
 
@@ -84,20 +81,38 @@ _ADAPTER: list[Line] = [
 ]
 
 
+def _built(model: Any, base: Any, source: _Source) -> tuple[Any, list[tuple[str, torch.dtype]]]:
+    """Build what the lines load, and find what was converted since; completes the source."""
+    built = build(model, base, source.config(), source.dtype)
+    if attention_of(built.config) != attention_of(base.config):
+        source.arguments["attn_implementation"] = attention_of(base.config)
+        built = build(model, base, source.config(), source.dtype)
+    converted = convert(model, built)
+    widest = reduce(torch.promote_types, (dtype for _, dtype in converted), source.dtype)
+    if not source.where and widest != source.dtype:  # the file has digits that would be lost
+        source.dtype = widest
+        built = build(model, base, source.config(), widest)
+        converted = convert(model, built)
+    return built, converted
+
+
 class _Source:
     """Where a model is loaded from, and with what.
 
     Attributes:
         where: Name or folder; "" if nothing tells.
         stored: The config that is found there; that of the model if there is no such place.
+        dtype: The dtype that it is loaded in.
+        replaces: Whether stored weights of another shape are replaced by new ones.
         arguments: Arguments of ``from_pretrained`` beside it.
         names: Names of the classes, if the stored config has not got them.
         note: What is left to the user; "" if nothing is.
         problems: Settings that no argument can carry.
     """
 
-    def __init__(self, where: str, stored: Any, note: str = "") -> None:
-        self.where, self.stored, self.note = where, stored, note
+    def __init__(self, where: str, stored: Any, dtype: torch.dtype, note: str) -> None:
+        self.where, self.stored, self.dtype, self.note = where, stored, dtype, note
+        self.replaces = False
         self.arguments: dict[str, Any] = {}
         self.names: tuple[str, ...] | None = None
         self.problems: list[str] = []
@@ -116,17 +131,25 @@ class _Source:
         folder = (
             f'{FILL_IN} the folder: model.save_pretrained("path/to/model"), before the training.'
         )
-        source = cls(where, own, folder)
+        source = cls(where, own, model.dtype, folder)
+        # What from_pretrained has noted, unless the model was built from a config with a dtype.
+        noted = getattr(config, "dtype", None)
+        dtypes = dict.fromkeys(
+            (noted if isinstance(noted, torch.dtype) else model.dtype, model.dtype)
+        )
         if where:
             try:
                 stored = type(config).from_pretrained(where, local_files_only=True)
             except (OSError, ValueError):
+                source.dtype = dtypes[0]
                 note = "its config is not on this disk"
                 source.note = f"{FILL_IN} what else from_pretrained was given: {note}."
             else:
                 sizes = {getattr(one, "vocab_size", None) for one in (stored, config)}
-                if len(sizes) == 1 and are_stored(model, where, whole):
-                    source.stored, source.note = stored, ""
+                loaded = [d for d in dtypes if are_stored(model, where, d, whole)]
+                if len(sizes) == 1 and loaded:
+                    source.stored, source.dtype, source.note = stored, loaded[0], ""
+                    source.replaces = has_other_shapes(model, where)
                 else:  # of other embeddings or weights than those that are stored
                     source.where = ""
         source.compare(model)
@@ -159,13 +182,10 @@ class _Source:
                 )
             else:
                 arguments[name] = value
-        dtypes = {str(model.dtype), str(getattr(stored, "dtype", None) or torch.float32)}
-        if dtypes != {"torch.float32"}:
-            arguments["dtype"] = model.dtype
 
     def config(self) -> Any:
         """Return the config that ``from_pretrained`` makes of this."""
-        given = {name: value for name, value in self.arguments.items() if name != "dtype"}
+        given = dict(self.arguments)
         if self.names is not None:
             given["id2label"] = dict(enumerate(self.names))
         return type(self.stored).from_dict(self.stored.to_dict(), **given)
@@ -197,32 +217,27 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _build(model: Any, base: Any, source: _Source) -> Any:
-    """Build what the lines load, without weights."""
-    with torch.device("meta"), random_states_kept(devices=False):
-        built = type(base)(source.config())
-        built.tie_weights()
-        if model is not base:
-            adapter = deepcopy(model.peft_config[model.active_adapter])
-            adapter.inference_mode, adapter.init_lora_weights = False, True  # no other has a shape
-            built = type(model)(built, adapter)
-    return built
-
-
-def _several_adapters(model: Any) -> Iterator[str]:
-    names = list(getattr(model, "peft_config", ()))
+def _problems_of_adapters(model: Any) -> Iterator[str]:
+    adapters = getattr(model, "peft_config", {})
+    names = list(adapters)
     if names not in ([], ["default"]):
         yield (
             f"the model has the adapters {', '.join(names)}, and a script loads one, which is "
             "called default. Eject the call with one adapter of this name."
         )
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+        yield (
+            "PEFT does not load an adapter of virtual tokens to train it. Eject the call with the "
+            "model without it, and wrap it in the script: model = get_peft_model(model, config)."
+        )
 
 
 def _loaded(name: str, kind: type, source: _Source) -> tuple[list[Line], list[str]]:
-    written = {
-        name: str(value) if isinstance(value, torch.dtype) else literal(value)
-        for name, value in source.arguments.items()
-    }
+    written = {name: literal(value) for name, value in source.arguments.items()}
+    if {str(source.dtype), _default_dtype(source)} != {"torch.float32"}:
+        written[name_of_dtype(source.stored)] = str(source.dtype)
+    if source.replaces:
+        written["ignore_mismatched_sizes"] = "True"
     lines: list[Line] = []
     if source.names is not None:
         lines.append(Call("classes = [", map(literal, source.names), "]"))
@@ -238,6 +253,25 @@ def _loaded(name: str, kind: type, source: _Source) -> tuple[list[Line], list[st
         *when(source.note, Note(source.note)),
         Call(f"{name} = {kind.__name__}.from_pretrained(", arguments),
     ], [f"from transformers import {kind.__name__}"]
+
+
+def _default_dtype(source: _Source) -> str:
+    """Return the dtype that is loaded if none is given: that of the config, or of the file."""
+    return str(getattr(source.stored, "dtype", None) or dtype_of(source.where) or torch.float32)
+
+
+def _conversions(converted: Sequence[tuple[str, torch.dtype]]) -> list[Line]:
+    """The lines for modules that were converted after the model was loaded."""
+    lines: list[Line] = []
+    for dtype in dict.fromkeys(dtype for _, dtype in converted):
+        paths = [path for path, other in converted if other == dtype]
+        if paths == [""]:
+            return [f"model.to({dtype})  # converted after it was loaded"]
+        lines += [
+            Call("for name in [", map(literal, paths), "]:"),
+            [f"model.get_submodule(name).to({dtype})"],
+        ]
+    return [*when(lines, "# Converted after the model was loaded."), *lines]
 
 
 def _trained_parts(model: nn.Module, built: nn.Module | None) -> list[Line]:

@@ -16,13 +16,21 @@ import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict, load_dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoTokenizer,
+    BertConfig,
     BertForSequenceClassification,
     CLIPConfig,
     CLIPModel,
+    DebertaConfig,
+    DebertaForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     MarianConfig,
     MarianMTModel,
+    T5Config,
+    T5ForConditionalGeneration,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
 )
@@ -270,7 +278,7 @@ def compiled(model):
 
 
 def converted(model):
-    model.classifier.double()
+    model.classifier.weight.data = model.classifier.weight.data.double()
 
 
 def some_modes(model):
@@ -326,8 +334,6 @@ def test_what_is_refused(name, folder, data):
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_an_adapter_beside_layers_that_are_trained(folder, data, tmp_path, monkeypatch):
-    from peft import LoraConfig, get_peft_model
-
     monkeypatch.chdir(tmp_path)
 
     def adapted(model):
@@ -468,6 +474,99 @@ def test_weights_of_somewhere_else_are_left_to_the_user(folder, data):
     model = BertForSequenceClassification.from_pretrained(folder / "model")
     model.resize_token_embeddings(helpers.VOCAB_SIZE + 3)
     assert line(model)
+
+
+SIZES = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+FAMILIES = {
+    BertForSequenceClassification: BertConfig(**SIZES, intermediate_size=8),
+    DebertaForSequenceClassification: DebertaConfig(  # two biases are made in float32
+        **SIZES, intermediate_size=8, relative_attention=True, pos_att_type=["p2c", "c2p"]
+    ),
+    LlamaForCausalLM: LlamaConfig(**SIZES, intermediate_size=8),  # a table in float32, not saved
+    T5ForConditionalGeneration: T5Config(  # one matrix stays in float32 if the others are float16
+        vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2
+    ),
+}
+
+
+def half_with_a_part_in_float32(model):
+    for name, module in model.named_modules():
+        if "norm" in name.lower():
+            module.float()
+
+
+def adapted(model):
+    return get_peft_model(model, LoraConfig(target_modules=["query"]))
+
+
+def loaded_as(lines, base, model, folder):
+    """Run the lines that load a model."""
+    script = script_of("", [Part(lines.lines, tuple(lines.imports))])
+    for name, one in {"path/to/model": base, "path/to/adapter": model}.items():
+        if name in script:
+            one.save_pretrained(folder / name)
+            script = script.replace(name, str(folder / name))
+    names = {"torch": torch}
+    exec(script, names)
+    return names["model"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "change"),
+    [
+        (DebertaForSequenceClassification, "bfloat16", unchanged),
+        (DebertaForSequenceClassification, "float32", lambda model: model.half()),
+        (DebertaForSequenceClassification, None, lambda model: model.bfloat16()),
+        (LlamaForCausalLM, "bfloat16", unchanged),
+        (LlamaForCausalLM, "float32", lambda model: model.bfloat16()),
+        (LlamaForCausalLM, "bfloat16", half_with_a_part_in_float32),
+        (T5ForConditionalGeneration, "float16", unchanged),
+        (T5ForConditionalGeneration, "float32", lambda model: model.half()),
+        (BertForSequenceClassification, "bfloat16", lambda model: model.float()),
+        (BertForSequenceClassification, "bfloat16", half_with_a_part_in_float32),
+        (BertForSequenceClassification, "bfloat16", adapted),
+        (BertForSequenceClassification, "float32", lambda model: adapted(model.bfloat16())),
+        (BertForSequenceClassification, "float32", lambda model: adapted(model).bfloat16()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_dtypes_of_weights_and_tables(kind, dtype, change, tmp_path):
+    """The lines give each weight and table the dtype and the bits that it has in the call."""
+    torch.manual_seed(0)
+    base = kind(FAMILIES[kind])
+    if dtype is not None:
+        base.save_pretrained(tmp_path)
+        base = kind.from_pretrained(tmp_path, dtype=getattr(torch, dtype))
+    model = change(base) or base
+    lines = loading_of(model)
+    assert not lines.problems
+    other = loaded_as(lines, base, model, tmp_path)
+    for read in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(one, read)(remove_duplicate=False)) for one in (model, other))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert tensor.dtype == theirs[name].dtype, name
+            assert torch.equal(tensor, theirs[name]), name
+
+
+def test_a_head_of_another_size_than_the_stored_one(tmp_path):
+    kind = BertForSequenceClassification
+    kind(FAMILIES[kind]).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = kind.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    lines = loading_of(model)
+    torch.manual_seed(0)
+    other = loaded_as(lines, model, model, tmp_path)
+    assert torch.equal(other.classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_virtual_tokens_are_refused_as_peft_loads_none_to_train(folder):
+    model = BertForSequenceClassification.from_pretrained(folder / "model")
+    prompts = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2, num_layers=1)
+    prompts.token_dim, prompts.num_attention_heads = model.config.hidden_size, 2
+    (problem,) = loading_of(get_peft_model(model, prompts)).problems
+    assert "virtual tokens" in problem
 
 
 def test_tables_that_a_class_freezes_and_loading_thaws(tmp_path):
