@@ -56,14 +56,15 @@ def build(model: Any, base: Any, config: Any, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    is_seen = logging.is_progress_bar_enabled()
+    bars: Any = logging
+    is_seen = bars.is_progress_bar_enabled()
     if is_seen:
-        logging.disable_progress_bar()
+        bars.disable_progress_bar()
     try:
         yield
     finally:
         if is_seen:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
 
 
 def name_of_dtype(config: Any) -> str:

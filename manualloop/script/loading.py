@@ -132,11 +132,9 @@ class _Source:
             f'{FILL_IN} the folder: model.save_pretrained("path/to/model"), before the training.'
         )
         source = cls(where, own, model.dtype, folder)
-        # What from_pretrained has noted, unless the model was built from a config with a dtype.
-        noted = getattr(config, "dtype", None)
-        dtypes = dict.fromkeys(
-            (noted if isinstance(noted, torch.dtype) else model.dtype, model.dtype)
-        )
+        # from_pretrained notes the dtype, and so does a config that a model is built from.
+        noted: Any = getattr(config, "dtype", None)
+        dtypes = [noted, model.dtype] if isinstance(noted, torch.dtype) else [model.dtype]
         if where:
             try:
                 stored = type(config).from_pretrained(where, local_files_only=True)

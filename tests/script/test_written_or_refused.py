@@ -549,6 +549,16 @@ def test_dtypes_of_weights_and_tables(kind, dtype, change, tmp_path):
             assert torch.equal(tensor, theirs[name]), name
 
 
+def test_the_dtype_of_a_model_whose_folder_is_gone(tmp_path):
+    kind = LlamaForCausalLM
+    kind(FAMILIES[kind]).save_pretrained(tmp_path / "gone")
+    model = kind.from_pretrained(tmp_path / "gone", dtype=torch.bfloat16).float()
+    (tmp_path / "gone").rename(tmp_path / "other")
+    lines = script_of("", [Part(loading_of(model).lines)])
+    assert "dtype=torch.bfloat16" in lines
+    assert "model.to(torch.float32)" in lines
+
+
 def test_a_head_of_another_size_than_the_stored_one(tmp_path):
     kind = BertForSequenceClassification
     kind(FAMILIES[kind]).save_pretrained(tmp_path)
