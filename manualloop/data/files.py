@@ -36,13 +36,18 @@ def read_rows(name: str, source: Any) -> Any:
     """
     if isinstance(source, str | os.PathLike):
         source = _read_file(name, Path(source))
-    if type(source).__name__ != "DataFrame" or not hasattr(source, "columns"):
+    if not is_frame(source):
         return source
     from manualloop.data.tables import from_frame
 
     advice = "Look at its columns: print(frame.dtypes), or make them texts: frame.astype(str)"
     with _explaining(f"The table of {name}", advice):
         return from_frame(source)
+
+
+def is_frame(source: Any) -> bool:
+    """Tell whether an object is a ``pandas.DataFrame``, without loading pandas."""
+    return type(source).__name__ == "DataFrame" and hasattr(source, "columns")
 
 
 def note_on_sources(datasets: Any) -> str:
@@ -65,7 +70,7 @@ def note_on_sources(datasets: Any) -> str:
 
 def code_of_file(source: Any) -> str:
     """Return the code that makes a dataset of a file or a frame; empty for anything else."""
-    if type(source).__name__ == "DataFrame":
+    if is_frame(source):
         return "datasets.Dataset.from_pandas(frame, preserve_index=False)"
     if not isinstance(source, str | os.PathLike):
         return ""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from manualloop.data.files import code_of_file
+from manualloop.data.files import code_of_file, is_frame
 from manualloop.data.kept import KeepingCollate
 from manualloop.data.mapping import Encode
 from manualloop.data.notes import hub_source
@@ -36,6 +36,7 @@ class Preparation(NamedTuple):
         source: Call of ``load_dataset`` for all splits, or of a method of ``Dataset`` for this
             one; None if it is unknown.
         others: What else makes the rows or their batches, by the names of the arguments.
+        frame_index: The index of the ``pandas.DataFrame`` that the rows were; None of others.
     """
 
     split: Any
@@ -50,6 +51,7 @@ class Preparation(NamedTuple):
     collate_fn: Any
     source: str | None
     others: tuple[str, ...]
+    frame_index: Any
 
     @property
     def is_of_file(self) -> bool:
@@ -107,12 +109,20 @@ def note_preparation(
             collate_fn=collate,
             source=_source_of(str(key), given),
             others=tuple(others),
+            frame_index=_frame_index(given, loader.dataset),
         )
 
 
 def preparation_of(loader: Any) -> Preparation | None:
     """Return how a loader was made; None if ``prepare_dataloaders`` has not made it."""
     return getattr(loader, "preparation", None)
+
+
+def _frame_index(given: Any, rows: Any) -> Any:
+    """Return the index of a frame; None of others, and if ``preprocess`` changed their number."""
+    if not is_frame(given) or not hasattr(rows, "__len__") or len(rows) != len(given):
+        return None
+    return given.index
 
 
 def _numbered_classes(rows: Any, label: str | None, naming: Naming) -> tuple[str, ...] | None:

@@ -108,7 +108,8 @@ def compare_predictions(
 
     Args:
         a: Predictions of one model, such as ``predict_loop(model, loader)``.
-        b: Those of another for the same rows. Rows are joined by ``index``.
+        b: Those of another for the same rows. Rows are joined by ``index``, or by the index of the
+            frames that the loaders were prepared from, if these are in different orders.
         metric: As for ``evaluate_loop``. Metrics that are not built in are called for each
             resample, and get fewer.
         confidence: Confidence of the intervals.
@@ -165,6 +166,7 @@ def _joined(a: Predictions, b: Predictions) -> tuple[Predictions, Predictions]:
             "Give both configs one semantic_loss_ignore_index."
         )
     a, b = (replace(table, ignored=max(ignored, default=IGNORE_INDEX)) for table in (a, b))
+    b = _renumbered(a, b)
     a, b = (_by_index(name, table) for name, table in (("a", a), ("b", b)))
     assert a.index is not None
     assert b.index is not None
@@ -201,6 +203,17 @@ def _joined(a: Predictions, b: Predictions) -> tuple[Predictions, Predictions]:
     if isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "biu":
         a, b = (table[labels != IGNORE_INDEX] for table in (a, b))
     return a, b
+
+
+def _renumbered(a: Predictions, b: Predictions) -> Predictions:
+    """Return b with the numbers that its rows have in the frame of a, if it has the same rows."""
+    ours, theirs = a.inputs.frame_index, b.inputs.frame_index
+    if ours is None or theirs is None or b.index is None or len(ours) != len(theirs):
+        return b
+    if ours.equals(theirs) or not ours.is_unique:
+        return b
+    numbers = ours.get_indexer(theirs)
+    return b if (numbers < 0).any() else replace(b, index=numbers[b.index])
 
 
 def _by_index(name: str, table: Predictions) -> Predictions:

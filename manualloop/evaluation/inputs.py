@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import ref
 
+from manualloop.data.preparation import preparation_of
 from manualloop.tasks.names import notes_of
 
 Texts = dict[str, str]
@@ -27,17 +28,21 @@ class Found(NamedTuple):
 class Inputs:
     """Finds the texts of rows in the dataset of a loader, as long as that exists.
 
-    It does not keep the dataset in memory. A copy of it, in this process or another, finds nothing.
+    It does not keep the dataset in memory. A copy, in this process or another, finds no texts.
 
     Args:
         loader: The loader that the rows come from; None for none.
+        frame_index: What the loader knows, for a copy.
 
     Attributes:
         split: Name of the split; None if nobody knows it.
         names: Names of the columns of text that its tokens were made of.
+        frame_index: The index of the ``pandas.DataFrame`` that the rows were; None of others.
     """
 
-    def __init__(self, loader: Any = None) -> None:
+    def __init__(self, loader: Any = None, frame_index: Any = None) -> None:
+        made = preparation_of(loader)
+        self.frame_index = frame_index if made is None else made.frame_index
         sampler, collate = (getattr(loader, n, None) for n in ("batch_sampler", "collate_fn"))
         self.split: str | None = getattr(sampler, "split", None)
         self.names = notes_of(loader).texts
@@ -48,7 +53,7 @@ class Inputs:
             self._dataset = _nothing
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Inputs, ()
+        return Inputs, (None, self.frame_index)
 
     def texts(self, numbers: Sequence[int], tokenizer: Any = None) -> Found | None:
         """Return the texts of some rows; None if they cannot be had.

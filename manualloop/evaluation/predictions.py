@@ -108,7 +108,7 @@ class Predictions:
                 name: values.tolist()[0] if isinstance(values, np.ndarray) else values[0]
                 for name, values in columns.items()
             }
-        places = _places(rows, len(self))
+        places = _places(_by_place(rows, self), len(self))
         return replace(
             self,
             index=_take(self.index, places),
@@ -119,7 +119,11 @@ class Predictions:
         )
 
     def to_pandas(self) -> Any:
-        """Return a ``pandas.DataFrame`` with one row per row."""
+        """Return a ``pandas.DataFrame`` with one row per row.
+
+        Its index is that of the frame that the loader was prepared from, else the number of the row
+        in the dataset. So ``frame.join(table.to_pandas())`` puts each row beside its own.
+        """
         from pandas import DataFrame, Series  # a dependency of datasets
 
         def column(values: Any) -> Any:
@@ -128,7 +132,11 @@ class Predictions:
             # As objects, where pandas would change them: None to NaN, lists to an array.
             return Series(values, dtype=_dtype(values))
 
-        return DataFrame({name: column(values) for name, values in columns_of(self).items()})
+        columns = {name: column(values) for name, values in columns_of(self).items()}
+        made = DataFrame(columns)
+        if (labels := row_labels(self)) is not None:
+            made.index = labels
+        return made
 
     def to_dataset(self) -> Any:
         """Return a ``datasets.Dataset``.
@@ -164,6 +172,46 @@ class Predictions:
             if frame[name].dtype == object:
                 frame[name] = [_as_cell(value) for value in frame[name]]
         frame.to_csv(path, index=False)
+
+
+def row_labels(table: Predictions) -> Any:
+    """Return the ``pandas.Index`` of the rows: of their frame, or their numbers; None: no numbers.
+
+    >>> row_labels(Predictions(np.array([1, 2]), np.zeros(2), None, None)).tolist()
+    [1, 2]
+    """
+    from pandas import Index, RangeIndex
+
+    if table.index is None:
+        return None
+    if table.inputs.frame_index is not None:
+        return table.inputs.frame_index.take(table.index)
+    if len(table) == 0 or np.array_equal(table.index, np.arange(len(table))):
+        return RangeIndex(len(table))
+    return Index(table.index)
+
+
+def _by_place(rows: Any, table: Predictions) -> Any:
+    """Return a mask of pandas in the order of the table, as pandas itself finds rows by an index.
+
+    Raises:
+        IndexError: Its index is not that of the rows, or counts what may be either.
+    """
+    if type(rows).__name__ != "Series" or getattr(rows.dtype, "kind", "") != "b":
+        return rows
+    labels = row_labels(table)
+    if labels is None or rows.index.equals(labels):
+        return rows.to_numpy()
+    fits = len(rows) == len(table) and np.array_equal(rows.index, np.arange(len(rows)))
+    has_all = rows.index.is_unique and bool(labels.isin(rows.index).all())
+    if has_all and not fits:
+        return rows[labels].to_numpy()
+    if fits and not has_all:
+        return rows.to_numpy()
+    raise IndexError(
+        "The mask is a Series with another index than the rows. Take it by place, "
+        "table[mask.to_numpy()], or by its index, table[mask[table.to_pandas().index].to_numpy()]."
+    )
 
 
 def _places(rows: Any, length: int) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from manualloop.data.files import is_frame
 from manualloop.errors import ConfigError
 from manualloop.evaluation.inputs import texts_of
 from manualloop.evaluation.predictions import Kind, Predictions, is_ignored, kind_of
@@ -415,7 +416,7 @@ def _texts(
     numbers = list(places) if table.index is None else table.index[list(places)].tolist()
     names, note = table.inputs.names, ""
     if rows is not None:
-        texts = texts_of(_taken(rows, numbers), tokenizer, names) or texts
+        texts = texts_of(_taken(rows, _found_in(rows, numbers, table)), tokenizer, names) or texts
     elif not names or not set(names) <= {name for of_row in texts for name in of_row}:
         found = None if table.index is None else table.inputs.texts(numbers, tokenizer)
         if found is not None:
@@ -425,6 +426,27 @@ def _texts(
             note = _NO_TEXTS
     shown = [{shorten(n, 60): shorten(t, _LONGEST_TEXT) for n, t in row.items()} for row in texts]
     return shown, note
+
+
+def _found_in(rows: Any, numbers: Sequence[int], table: Predictions) -> Sequence[int]:
+    """Return the places of rows in a frame with other rows or another order than the predicted one.
+
+    Raises:
+        ConfigError: Its index counts its rows, which may be in either order.
+    """
+    index = table.inputs.frame_index
+    if not is_frame(rows) or index is None or rows.index.equals(index):
+        return numbers
+    labels = index.take(numbers)
+    if not rows.index.is_unique or not labels.isin(rows.index).all():
+        return numbers
+    if len(rows) == len(index) and rows.index.tolist() == list(range(len(rows))):
+        raise ConfigError(
+            "rows has the index 0, 1, 2, ..., and the frame that was predicted has it in another "
+            "order, so nothing tells which rows are meant. Pass the frame that was predicted."
+        )
+    places: list[int] = rows.index.get_indexer(labels).tolist()
+    return places
 
 
 def _taken(rows: Any, numbers: Sequence[int]) -> list[Any]:

@@ -1,14 +1,24 @@
 """``Predictions`` as a table: short text, names, smaller tables, and files that read back."""
 
 import json
+import pickle
 
+import helpers
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from pyarrow import parquet
 
-from manualloop import DataError, Predictions
+from manualloop import (
+    ConfigError,
+    DataError,
+    Predictions,
+    compare_predictions,
+    predict_loop,
+    prepare_dataloaders,
+)
+from manualloop.report.predicted import _found_in
 
 NAMES = ("negative", "positive")
 
@@ -279,3 +289,91 @@ def test_missing_values_stay_missing(tmp_path):
     expected = {"index": [0, 1, 2], "n": [1, None, 2**62 + 1], "prediction": ["a", None, "b"]}
     assert parquet.read_table(tmp_path / "table.parquet").to_pydict() == expected
     assert lists(table.to_pandas()) == expected
+
+
+@pytest.fixture(scope="module")
+def predict():
+    """Predicts the rows of a frame, whose labels are not those of their neighbours."""
+    model, tokenizer = helpers.tiny_bert(), helpers.tiny_tokenizer()
+
+    def predict_frame(frame, **options):
+        made = prepare_dataloaders({"test": frame}, tokenizer, model=model, **options)
+        return predict_loop(model, made["test"])
+
+    return predict_frame
+
+
+def frame_of_rows():
+    rows = helpers.table_of(["text"], 12).to_pandas().drop(columns="idx")
+    rows["label"] = [0, 1, 1, 0, 1, 0, 0, 0, 1, 0, 1, 1]
+    return rows
+
+
+FRAMES = {
+    "as it was read": lambda rows: rows,
+    "gaps": lambda rows: rows.iloc[[1, 5, 7, 8]],
+    "another order": lambda rows: rows.sample(frac=1, random_state=3),
+    "names": lambda rows: rows.set_index(pd.Index(list("abcdefghijkl"), name="id")),
+    "two levels": lambda rows: rows.set_index([np.arange(12) % 2, np.arange(12)]),
+    "dates": lambda rows: rows.set_index(pd.date_range("2026-01-01", periods=12))[::-1],
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_predictions_stand_beside_the_rows_of_their_frame(name, predict):
+    frame = FRAMES[name](frame_of_rows())
+    table = predict(frame)
+    assert table.to_pandas().index.equals(frame.index)
+    assert table.index.tolist() == list(range(len(frame)))  # in the dataset, as of other data
+    joined = frame.join(pickle.loads(pickle.dumps(table)).to_pandas())
+    assert joined["reference"].tolist() == joined["label"].tolist()
+    some = table[[2, 0]].to_pandas()
+    assert frame.loc[some.index, "label"].tolist() == some["reference"].tolist()
+    for mask in (frame["label"] == 1, frame["label"].iloc[::-1] == 1):
+        assert table[mask].references.tolist() == [1] * (frame["label"] == 1).sum()
+
+
+def test_a_preprocess_that_makes_other_rows_leaves_their_numbers(predict):
+    def twice(rows):
+        return {**helpers.tiny_tokenizer()(2 * rows["text"]), "labels": 2 * rows["label"]}
+
+    table = predict(frame_of_rows().iloc[3:], preprocess=twice)
+    assert table.to_pandas().index.tolist() == list(range(18))
+
+
+def test_masks_of_pandas():
+    table = of_classes()[[1, 3]]
+    assert table[pd.Series([False, True])].index.tolist() == [30]
+    by_number = pd.Series([False, True], index=[30, 10])
+    assert table[by_number].index.tolist() == [10]
+    assert table[pd.Series(True, index=range(0, 60, 10))].index.tolist() == [10, 30]
+    with pytest.raises(IndexError, match="another index than the rows"):
+        table[pd.Series([True, False], index=["a", "b"])]
+    shuffled = Predictions(np.array([1, 0]), np.array([4, 5]), None, None)
+    with pytest.raises(IndexError, match="another index") as error:  # of the table or of the data
+        shuffled[mask := pd.Series([True, False])]
+    for line, index in {
+        "table[mask.to_numpy()]": [1],
+        "table[mask[table.to_pandas().index].to_numpy()]": [0],
+    }.items():
+        assert line in str(error.value)
+        assert eval(line, {"table": shuffled, "mask": mask}).index.tolist() == index
+
+
+def test_rows_of_two_frames_in_two_orders_are_compared_by_their_index(predict):
+    rows = frame_of_rows()
+    a, b = predict(rows), predict(rows.sample(frac=1, random_state=3))
+    found = compare_predictions(a, b, "accuracy")
+    assert "12 rows, 0 of them predicted differently" in str(found)
+
+
+def test_texts_of_a_frame_with_more_rows_or_another_order(predict):
+    rows = frame_of_rows()
+    table = predict(rows.iloc[[7, 2, 5]])
+    assert _found_in(rows, [0, 1], table) == [7, 2]
+    assert _found_in(rows.iloc[[2, 5, 7]], [0, 1], table) == [2, 0]
+    assert _found_in(rows.iloc[[7, 2, 5]], [0, 1], table) == [0, 1]
+    assert _found_in(["x", "y", "z"], [0, 1], table) == [0, 1]
+    table = predict(rows.sample(frac=1, random_state=3))
+    with pytest.raises(ConfigError, match="Pass the frame that was predicted"):
+        _found_in(rows, [0, 1], table)
