@@ -6,6 +6,7 @@ rows, texts, a dataclass, a namespace, or an object of the user's, nested in any
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import is_dataclass
@@ -16,12 +17,34 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from manualloop.errors import DataError
+from manualloop.errors import ConfigError, DataError
 
 _ARRAYS = (Tensor, np.ndarray)
 _SCALARS = (str, bytes, int, float, complex, np.generic, type(None))
 _WITHOUT_FIELDS = (type, nn.Module, list, tuple, *_ARRAYS, *_SCALARS)
 _DEPTH = 8  # no batch is nested so deeply, and objects may refer to each other
+
+
+def begin_pass(loader: Any) -> Iterator[Any]:
+    """Return an iterator over the batches of a loader.
+
+    Raises:
+        ConfigError: The workers of a ``DataLoader`` are fresh processes, and what they read by
+            cannot be sent to them.
+    """
+    try:
+        return iter(loader)
+    except Exception as error:  # of many classes: whatever an object of the user's raises
+        if getattr(loader, "num_workers", 0) == 0 or not _NOT_SENT.search(f"{error!r}"):
+            raise
+        raise ConfigError(
+            f"The workers of the loader are fresh processes, and its dataset or functions cannot "
+            f"be sent to them: {error}. Define these outside of other functions, with def or "
+            "class instead of lambda, or read without workers: num_workers=0."
+        ) from error
+
+
+_NOT_SENT = re.compile("[Pp]ickle|local object")
 
 
 class Kept(list[Any]):

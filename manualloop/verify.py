@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -327,7 +328,8 @@ def verify_resume(train_fn: Callable[..., Any], *, at: int) -> ResumeReport:
             of the log, shows the most.
 
     Raises:
-        ConfigError: ``at`` is not inside the run, or ``train_fn`` does not pass its options on.
+        ConfigError: ``at`` is not inside the run, or ``train_fn`` does not pass its options on, or
+            cannot be sent to a process, as a function inside of another.
         DistributedError: A launcher has started several processes.
         RuntimeError: A process failed; its traceback is in the message.
 
@@ -385,16 +387,16 @@ def _first_difference(
 
 def _trace(train_fn: Callable[..., Any], directory: Path, at: int | None) -> dict[str, Any]:
     """Train in a fresh process; return the trace that it wrote."""
-    main = sys.modules["__main__"]
-    is_notebook = train_fn.__module__ == "__main__" and not hasattr(main, "__file__")
-    context: Any = multiprocessing.get_context("fork" if is_notebook else "spawn")
+    sent = _sent(train_fn)
+    context: Any = multiprocessing.get_context("fork" if sent is None else "spawn")
     path = Path(f"{directory}-{at}.json")
     ours, theirs = context.Pipe()  # as an argument it would wait for a process that has ended
-    given = train_fn if is_notebook else theirs
+    given = train_fn if sent is None else theirs
     (process := context.Process(target=_write_trace, args=(given, directory, at, path))).start()
     theirs.close()
-    with suppress(BrokenPipeError, ConnectionResetError):
-        ours.send(None if is_notebook else train_fn)
+    if sent is not None:
+        with suppress(BrokenPipeError, ConnectionResetError):
+            ours.send_bytes(sent)
     process.join()
     trace: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
     if "steps" not in trace:
@@ -404,8 +406,35 @@ def _trace(train_fn: Callable[..., Any], directory: Path, at: int | None) -> dic
     return trace
 
 
+def _sent(train_fn: Callable[..., Any]) -> bytes | None:
+    """Return what a fresh process gets of a function; None: it lives in a notebook, to be forked.
+
+    Raises:
+        ConfigError: The function cannot be sent, and there is no notebook to fork.
+    """
+    is_script = hasattr(sys.modules["__main__"], "__file__")
+    try:
+        sent = bytes(ForkingPickler.dumps(train_fn))
+    except Exception as error:  # of many classes: whatever an object of the user's raises
+        if not is_script and "fork" in multiprocessing.get_all_start_methods():
+            return None
+        raise ConfigError(
+            f"verify_resume sends train_fn to fresh processes, and it cannot be sent: {error}. "
+            "Write it as a function of its own, outside of other functions, that builds everything "
+            "it uses: def train(**options): ... return train_loop(..., **options)."
+        ) from None
+    if is_script or b"__main__" not in sent:
+        return sent
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise ConfigError(
+            "verify_resume starts fresh processes, which do not see functions of a notebook here. "
+            "Write train_fn into a file beside the notebook, and import it: from training import "
+            "train."
+        )
+    return None
+
+
 def _write_trace(function: Any, directory: Path, at: int | None, path: Path) -> None:
-    train_fn = function.recv() if hasattr(function, "recv") else function
     steps: dict[int, dict[str, Any]] = {}
     batches: list[str] = []
     given: Iterator[Window] = iter(())
@@ -432,6 +461,7 @@ def _write_trace(function: Any, directory: Path, at: int | None, path: Path) -> 
     Reader.windows = give_and_note  # type: ignore[assignment, method-assign]  # of this process
     send_nothing(directory)
     try:
+        train_fn = function.recv() if hasattr(function, "recv") else function
         result = train_fn(checkpoint_dir=directory, on_step=on_step)
         if not steps or not list(directory.rglob("step-*")):
             raise ConfigError(

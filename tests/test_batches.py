@@ -3,6 +3,7 @@
 import collections
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -11,17 +12,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from manualloop import (
+    ConfigError,
     DataError,
     TrainState,
+    evaluate_loop,
     load_checkpoint,
     save_checkpoint,
     train_loop,
     train_steps,
 )
-from manualloop.batches import as_spare, is_spare, num_rows, rebuild, shared_rows, split_batch
+from manualloop.batches import (
+    as_spare,
+    begin_pass,
+    is_spare,
+    num_rows,
+    rebuild,
+    shared_rows,
+    split_batch,
+)
 from manualloop.strategy.transfer import move
 
 
@@ -301,3 +313,40 @@ def test_tensors_in_a_list_that_is_no_list_of_rows_are_split():
     batch = {"inputs": {"a": torch.arange(4), "b": [torch.arange(4)]}, "labels": torch.arange(4)}
     parts = split_batch(batch, 3)
     assert [part["inputs"]["b"][0].tolist() for part in parts] == [[0, 1, 2], [3]]
+
+
+def collate(rows):
+    return torch.utils.data.default_collate(rows)
+
+
+@pytest.mark.filterwarnings("ignore:Got pickle error:UserWarning")
+def test_what_cannot_be_sent_to_new_workers_is_refused():
+    """torch's own error does not tell what to write."""
+
+    class Local(torch.utils.data.Dataset):
+        __len__ = list.__len__
+
+    class Net(torch.nn.Linear):
+        def forward(self, x, labels):
+            return {"loss": (super().forward(x) - labels).square().mean()}
+
+    rows = [{"x": torch.ones(1), "labels": torch.ones(1)}] * 4
+    spawn = partial(DataLoader, num_workers=1, multiprocessing_context="spawn")
+    model = Net(1, 1)
+    calls = (
+        lambda loader: train_loop(model, loader, num_epochs=1, progress_bar=False),
+        lambda loader: evaluate_loop(model, loader),
+    )
+    for loader in (
+        spawn(rows, 2, collate_fn=lambda rows: collate(rows)),
+        spawn(rows, 2, worker_init_fn=lambda number: None),
+        spawn(Local()),
+        spawn([*rows, (n for n in rows)], 2),
+    ):
+        with pytest.raises(ConfigError, match=r"cannot be sent to them.*num_workers=0"):
+            begin_pass(loader)
+    for call in calls:
+        with pytest.raises(ConfigError, match="cannot be sent to them"):
+            call(spawn(rows, 2, collate_fn=lambda rows: collate(rows)))
+    with pytest.raises(TypeError, match="object is not iterable"):
+        begin_pass(3)

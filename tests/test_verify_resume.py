@@ -2,8 +2,12 @@
 
 import itertools
 import multiprocessing
+import pickle
 import random
+import sys
 import time
+import types
+from functools import partial
 
 import numpy as np
 import processes
@@ -12,7 +16,14 @@ import torch
 from bench import CONTEXT
 from torch.utils.data import DataLoader, Dataset
 
-from manualloop import CheckpointError, ConfigError, compare_runs, train_loop, verify_resume
+from manualloop import (
+    CheckpointError,
+    ConfigError,
+    compare_runs,
+    train_loop,
+    verify,
+    verify_resume,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +134,47 @@ def test_what_cannot_be_verified_is_said():
         verify_resume(train_without_options, at=1)
     with pytest.raises(RuntimeError, match="KeyError: 'no such column'"):
         verify_resume(train_with_an_error, at=1)
+
+
+class Unsendable:
+    def __init__(self):
+        self.lines = open(__file__)  # noqa: SIM115  # closed with this object
+
+    def __call__(self, **options):
+        return train(**options)
+
+
+def test_a_function_that_no_process_can_get_is_refused_before_one_is_started(monkeypatch):
+    def nested(**options):
+        return train(**options)
+
+    unsendable = Unsendable()
+    monkeypatch.setattr(multiprocessing, "get_context", None)
+    for function in (nested, lambda **options: train(**options), partial(nested), unsendable):
+        with pytest.raises(ConfigError, match=r"cannot be sent.*def train") as error:
+            verify_resume(function, at=2)
+        assert len(str(error.value).splitlines()) == 1
+    unsendable.lines.close()
+
+
+def test_functions_of_a_notebook_are_forked(monkeypatch):
+    def nested(**options):
+        return train(**options)
+
+    def of_notebook(**options):
+        return train(**options)
+
+    of_notebook.__module__, of_notebook.__qualname__ = "__main__", "of_notebook"
+    main = types.ModuleType("__main__")
+    main.of_notebook = of_notebook
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    for function in (of_notebook, nested, partial(of_notebook)):
+        assert verify._sent(function) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+            with pytest.raises(ConfigError, match=r"into a file|cannot be sent"):
+                verify._sent(function)
+    assert pickle.loads(verify._sent(train)) is train
 
 
 class QuietRows(Dataset):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from manualloop.arguments import check_arguments
-from manualloop.batches import Kept
+from manualloop.batches import Kept, begin_pass
 from manualloop.data.marks import Piece, answer_of, as_ansi, as_html, mark_row, shows_color
 from manualloop.data.pictures import Picture, pictures_of
 from manualloop.errors import DataError
@@ -239,7 +239,7 @@ def reading(loader: Any) -> Iterator[Iterator[Any]]:
             for part in parts:
                 if isinstance(part, DataLoader):
                     vars(part)["_iterator"] = None  # workers that are kept would move on
-            batches = iter(loader)
+            batches = begin_pass(loader)
             if not isinstance(loader, DataLoader) and iter(loader) is batches:
                 raise DataError(_read_once_message("", batches))
             for path, part in walk({"loader": loader}):

@@ -14,6 +14,7 @@ from weakref import WeakSet
 from torch import nn
 from torch.utils.data import SequentialSampler
 
+from manualloop.batches import begin_pass
 from manualloop.models import model_name
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, has_drawn
@@ -31,7 +32,7 @@ def with_draws_reported(model: nn.Module, loader: Any, batches: Iterable[Any]) -
         loader: The loader.
         batches: Its batches, or those of this rank.
     """
-    iterator = iter(batches)
+    iterator = begin_pass(batches)
     return chain(_first(model, loader, iterator, is_loaders=batches is loader), iterator)
 
 

@@ -9,6 +9,7 @@ from weakref import ref
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from manualloop.batches import begin_pass
 from manualloop.internals import copy_loader, shut_down_workers
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, is_same_random_state, set_random_state
@@ -105,7 +106,7 @@ class LoaderCopy:
         is_plain = type(loader) is DataLoader and not loader.pin_memory
         if self._draws_no_seed and is_plain and loader.num_workers == 0:
             return read_in_process(self._copy)
-        iterator: Iterator[Any] = iter(self._copy)
+        iterator = begin_pass(self._copy)
         if loader.num_workers > 0:
             self._iterator = ref(iterator)
             look_after_workers(iterator)
