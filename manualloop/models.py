@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from manualloop.internals import children_of, compiled_module, tied_patterns
+from manualloop.internals import children_of, compiled_module
+from manualloop.libraries import tied_patterns
 from manualloop.objects import remember
 from manualloop.randomness import random_states_kept
 

@@ -12,7 +12,7 @@ import torch
 from manualloop.data.labels import BY_TOKEN
 from manualloop.data.stacking import collate_images
 from manualloop.errors import ConfigError, DataError
-from manualloop.internals import pads_as_base
+from manualloop.libraries import pads_as_base
 from manualloop.mistakes import (
     filter_missing,
     misaligned_message,

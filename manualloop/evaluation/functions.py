@@ -15,7 +15,7 @@ from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.forms import Array, Rows, Takes, explaining, to_array, to_scores
 from manualloop.evaluation.reports import class_name
 from manualloop.evaluation.torch_metrics import as_tensor, is_of_classes, taken_in
-from manualloop.internals import parts_of_scorer
+from manualloop.libraries import parts_of_scorer
 from manualloop.types import Scores
 
 _REFERENCES = {

@@ -16,7 +16,7 @@ from manualloop.evaluation.forms import (
     to_array,
     to_scores,
 )
-from manualloop.internals import options_of_module
+from manualloop.libraries import options_of_module
 from manualloop.types import Scores
 
 

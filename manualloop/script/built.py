@@ -13,7 +13,8 @@ from torch import nn
 from transformers.utils import logging
 
 from manualloop.checkpoint.facts import module_settings
-from manualloop.internals import attention_of, compiled_in_place, hooks_of_gradient
+from manualloop.internals import compiled_in_place, hooks_of_gradient
+from manualloop.libraries import attention_of
 from manualloop.randomness import random_states_kept
 
 _FIX = "Eject the call with the model as it is loaded, and make the change in the script."

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from manualloop.internals import attention_of
+from manualloop.libraries import attention_of
 from manualloop.script.built import build, changed_settings, convert, differences, name_of_dtype
 from manualloop.script.text import Call, Line, Note, literal, when
 from manualloop.script.weights import are_stored, dtype_of, has_other_shapes

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from manualloop.arguments import check_arguments
 from manualloop.batches import model_inputs, split_batch
 from manualloop.errors import ModelError
-from manualloop.internals import attention_of
+from manualloop.libraries import attention_of
 from manualloop.models import (
     coarsest_dtype,
     config_of,
