@@ -16,7 +16,7 @@ __version__ = "0.2.0"
 
 _HOME = {
     "Accelerated": "strategy.accelerated",
-    "AccumulationReport": "verify",
+    "AccumulationReport": "accumulation",
     "BatchReport": "data.inspect",
     "CheckpointError": "errors",
     "CheckpointInfo": "checkpoint.api",
@@ -41,7 +41,7 @@ _HOME = {
     "Window": "types",
     "accumulate_gradients": "update",
     "apply_update": "update",
-    "check_accumulation": "verify",
+    "check_accumulation": "accumulation",
     "compare_predictions": "evaluation.compare",
     "compare_runs": "run.compare",
     "count_items": "tasks.task",
@@ -84,6 +84,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
+    from manualloop.accumulation import AccumulationReport as AccumulationReport
+    from manualloop.accumulation import check_accumulation as check_accumulation
     from manualloop.checkpoint.api import CheckpointInfo as CheckpointInfo
     from manualloop.checkpoint.api import find_checkpoint as find_checkpoint
     from manualloop.checkpoint.api import load_checkpoint as load_checkpoint
@@ -131,7 +133,5 @@ if TYPE_CHECKING:  # the same names, for readers that do not run __getattr__
     from manualloop.types import Window as Window
     from manualloop.update import accumulate_gradients as accumulate_gradients
     from manualloop.update import apply_update as apply_update
-    from manualloop.verify import AccumulationReport as AccumulationReport
     from manualloop.verify import ResumeReport as ResumeReport
-    from manualloop.verify import check_accumulation as check_accumulation
     from manualloop.verify import verify_resume as verify_resume

@@ -25,7 +25,7 @@ MODULES = {
 # The rows of the plan: a room imports only rooms of the rows below its own.
 ROWS = [
     ["forecast", "script"],
-    ["loop", "verify"],
+    ["accumulation", "loop", "verify"],
     ["steps", "report"],
     ["body", "nonfinite", "plan"],
     ["update", "evaluation", "run", "tracking"],
