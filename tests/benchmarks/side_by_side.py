@@ -153,7 +153,8 @@ def instructions(args):
         "Instructions of a step beside the model",
         "The same model of one linear layer and the same steps, under valgrind: the processor "
         "executes as many instructions however busy the machine is, though not each in the same "
-        "time. What bars draw is not in it: they draw by the clock.",
+        "time. What bars draw is not in it: they draw by the clock. "
+        "`nox -s benchmarks -- --only instructions`.",
         table(found, "thousands", ".0f", REFERENCES, scale=lambda number: number / 1000),
     )
 
@@ -458,7 +459,7 @@ def main():
     where = "on the CPU, CPU time" if DEVICE.type == "cpu" else torch.cuda.get_device_name()
     for section in args.only or [name for name in SECTIONS if name not in ONLY_WHEN_NAMED]:
         for title, text, figures in SECTIONS[section](args):
-            if section != "accuracy":
+            if section not in ("instructions", "accuracy"):
                 text += f" {args.num_turns} turns {where}."
             print(f"\n### {title}\n\n{text}\n\n{figures}", flush=True)
             if args.write:
