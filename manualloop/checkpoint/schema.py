@@ -421,8 +421,8 @@ def check_like(
     if strict and isinstance(saved, int | float) and isinstance(own, int | float):
         if math.isfinite(own) and not (abs(saved) < _MOST and math.isfinite(saved)):
             raise _refuse(saved, path, "a finite number")
-        if path.rpartition(".")[2] in _COUNTS and saved < 0:
-            raise _refuse(saved, path, "a number of at least 0")
+        if saved < _least(path):
+            raise _refuse(saved, path, f"a number of at least {_least(path):g}")
     check = partial(check_like, strict=strict, has_fixed_lists=has_fixed_lists)
     if isinstance(saved, Mapping):
         for key in saved.keys() & own.keys():
@@ -432,6 +432,13 @@ def check_like(
             raise _refuse(saved, path, f"a list of {len(own)}")
         for place, (item, own_item) in enumerate(zip(saved, own, strict=False)):
             check(item, own_item, _at(path, place))
+
+
+def _least(path: str) -> float:
+    name = path.rpartition(".")[2]
+    if name == "last_epoch" and "._schedulers." in path:
+        return -1  # a part of a SequentialLR that has not begun
+    return 0 if name in _COUNTS else -math.inf
 
 
 _COUNTS = ("last_epoch", "_step_count", "T_cur", "T_i", "total_steps", "scale", "growth_interval")

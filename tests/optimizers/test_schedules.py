@@ -492,6 +492,30 @@ def test_an_extended_run_of_train_steps(warmup: float, by_file: bool, tmp_path: 
     assert [step.lr for step in steps(second, max_steps=20)] == whole[10:]
 
 
+@pytest.mark.parametrize("cut", [1, 3, 5])
+def test_a_checkpoint_between_the_parts_of_a_sequence(cut: int, tmp_path: Path) -> None:
+    """Parts that have not begun count from -1, as torch leaves them."""
+
+    def state_of() -> TrainState:
+        model = nn.Linear(1, 1)
+        optimizer = optimizer_of(model)
+        parts = [
+            torchs.LinearLR(optimizer, 0.1, total_iters=2),
+            torchs.ConstantLR(optimizer, 0.5, total_iters=1),
+            torchs.CosineAnnealingLR(optimizer, 4),
+        ]
+        return TrainState(model, optimizer, torchs.SequentialLR(optimizer, parts, [2, 4]))
+
+    whole = [step.lr for step in steps(state_of(), max_steps=8)]
+    first, second = state_of(), state_of()
+    assert len(list(steps(first, max_steps=cut))) == cut
+    save_checkpoint(tmp_path, first)
+    load_checkpoint(tmp_path, second)
+    assert [step.lr for step in steps(second, max_steps=8)] == whole[cut:]
+    load_checkpoint(tmp_path, second)  # back, from a sequence that has begun
+    assert [step.lr for step in steps(second, max_steps=8)] == whole[cut:]
+
+
 def test_a_checkpoint_that_knows_nothing_of_its_plan(tmp_path: Path) -> None:
     """As those of release 0.1.0, whose schedule was a plain LambdaLR."""
     model = nn.Linear(1, 1)
