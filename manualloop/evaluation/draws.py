@@ -1,4 +1,4 @@
-"""Scores that depend on random numbers: what draws them is noticed, and reported once.
+"""Scores that depend on random numbers, or not on all rows: what makes them so is reported once.
 
 In an evaluation nothing should move the global random generators. Of a loader the first two batches
 of its first evaluation are looked at, of the passes through the model the first of each evaluation.
@@ -7,6 +7,7 @@ of its first evaluation are looked at, of the passes through the model the first
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 from weakref import WeakSet
@@ -42,6 +43,7 @@ def _first(
     looks = _can_be_remembered(loader) and loader not in _SEEN
     if looks:
         _SEEN.add(loader)
+        _report_rows(loader)
     # One that shuffles draws the order when its first batch is read.
     is_plain = isinstance(getattr(loader, "sampler", None), SequentialSampler)
     skips_first = looks and not (is_plain and is_loaders) and not is_prepared(loader)
@@ -70,6 +72,29 @@ def _first(
             "the score depends on them and on the batch size. Draw by row, with transform= of "
             "prepare_dataloaders, whose splits that are not shuffled also get the masks of "
             "DataCollatorForLanguageModeling by row."
+        )
+
+
+def _report_rows(loader: Any) -> None:
+    """Report rows that a loader leaves out of an evaluation, or counts more than once."""
+    batches: Any = getattr(loader, "batch_sampler", None)
+    sampler: Any = getattr(batches, "sampler", batches)
+    if getattr(sampler, "replacement", False):
+        say(
+            f"some rows count more than once in this evaluation, and others not at all: a "
+            f"{type(sampler).__name__} draws them with replacement. Evaluate with a loader that "
+            "has no sampler=."
+        )
+    if not getattr(batches, "drop_last", False) or getattr(batches, "max_tokens", None):
+        return
+    with suppress(AttributeError, TypeError):  # one of the user's own need not tell
+        num_rows = len(loader.dataset if sampler is batches else sampler)
+        num_left = num_rows - len(batches) * batches.batch_size
+        if num_left <= 0:
+            return
+        say(
+            f"{num_left:,} of {num_rows:,} rows are left out of this evaluation: the loader drops "
+            "its last batch, which is not whole. Build it with drop_last=False."
         )
 
 

@@ -1,0 +1,62 @@
+"""Rows that a loader leaves out of an evaluation, or counts twice, are reported."""
+
+import pytest
+import torch
+from helpers import messages
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
+
+from manualloop import evaluate_loop, predict_loop
+
+ROWS = [{"x": torch.ones(2), "labels": torch.tensor(row % 2)} for row in range(11)]
+
+
+class Classifier(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(2, 2)
+
+    def forward(self, x, labels):
+        logits = self.head(x)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+LOADERS = {
+    "drop_last": (DataLoader(ROWS, 4, drop_last=True), "3 of 11 rows are left out"),
+    "a batch sampler": (
+        DataLoader(ROWS, batch_sampler=BatchSampler(range(11), 3, drop_last=True)),
+        "2 of 11 rows are left out",
+    ),
+    "with weights": (
+        DataLoader(ROWS, 4, sampler=WeightedRandomSampler([1.0] * 11, 11)),
+        "a WeightedRandomSampler draws them with replacement",
+    ),
+    "with replacement": (
+        DataLoader(ROWS, 4, sampler=RandomSampler(ROWS, replacement=True)),
+        "a RandomSampler draws them with replacement",
+    ),
+    "nothing left": (DataLoader(ROWS[:8], 4, drop_last=True), None),
+    "shuffled": (DataLoader(ROWS, 4, shuffle=True), None),
+    "plain": (DataLoader(ROWS, 4), None),
+    "batches themselves": (
+        DataLoader([{"x": torch.ones(4, 2), "labels": torch.tensor([0, 1] * 2)}], None),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_rows_that_an_evaluation_does_not_count_once(name, caplog):
+    loader, line = LOADERS[name]
+    model = Classifier()
+    with caplog.at_level("INFO", logger="manualloop"):
+        evaluate_loop(model, loader, "accuracy")
+        evaluate_loop(model, loader, "accuracy")  # reported once
+    found = [told for told in messages(caplog) if "this evaluation" in told]
+    assert len(found) == (line is not None)
+    assert line is None or line in found[0]
+
+
+def test_rows_that_a_prediction_leaves_out(caplog):
+    with caplog.at_level("INFO", logger="manualloop"):
+        assert len(predict_loop(Classifier(), DataLoader(ROWS, 4, drop_last=True))) == 8
+    assert any("3 of 11 rows are left out" in told for told in messages(caplog))
