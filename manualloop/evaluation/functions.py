@@ -14,7 +14,7 @@ import numpy as np
 from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.forms import Array, Rows, Takes, explaining, to_array, to_scores
 from manualloop.evaluation.reports import class_name
-from manualloop.evaluation.torch_metrics import as_tensor, is_of_classes, taken_in
+from manualloop.evaluation.torch_metrics import as_tensor, in_single, is_of_classes, taken_in
 from manualloop.libraries import parts_of_scorer
 from manualloop.types import Scores
 
@@ -123,7 +123,8 @@ class Function:
         with explaining(self.name) if is_known else nullcontext():
             sides: tuple[Any, Any] = (predictions, references)
             if self._call.takes_tensors:
-                sides = as_tensor(predictions), as_tensor(references)
+                predicted = in_single(predictions) if self.takes == "scores" else predictions
+                sides = as_tensor(predicted), as_tensor(references)
             if self._call.sides is None:
                 result = self._call.function(*sides, **options)
             else:

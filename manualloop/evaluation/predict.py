@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.utils.data import IterableDataset
 
@@ -90,10 +91,11 @@ def predict_loop(
     assert table is not None
     for name in table.missing:
         say(f"the predictions have no {name}: some batches of the loader have no labels.")
+    scores = table.column("scores")
     return Predictions(
         table.index,
         table.column("predictions"),
-        table.column("scores"),
+        None if scores is None else scores.astype(np.float32),
         table.column("references"),
         {name: column.rows(table.order) for name, column in table.kept.items()},
         names,

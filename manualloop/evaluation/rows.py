@@ -79,7 +79,7 @@ class Entries(NamedTuple):
     num_rows: int
     predictions: Values
     references: Values | None
-    scores: NDArray[np.float32] | None
+    scores: NDArray[np.floating] | None
     kept: dict[str, list[Any]]
     num_nan: int
     misfit: str | None
@@ -285,7 +285,7 @@ def _require_classes(task: Task, logits: Tensor, given: Tensor, outputs: Any) ->
 
 def _probabilities(
     made: Made, ask: Ask, logits: Tensor | None, rows: int
-) -> NDArray[np.float32] | None:
+) -> NDArray[np.floating] | None:
     """Return the probabilities of a batch; None where there are none, and need not be."""
     rule = made.task.rules.probabilities
     if ask.scores is None and (rule is None or ask.postprocess):
@@ -312,7 +312,8 @@ def _probabilities(
             )
         if logits.ndim != 2:
             return None
-    probabilities: NDArray[np.float32] = rule(logits.float()).cpu().numpy()
+    # In float32 a probability beyond 1 - 6e-8 is 1: rows with logits 17 apart would be tied.
+    probabilities: NDArray[np.float64] = rule(logits.cpu().double()).numpy()
     return probabilities
 
 

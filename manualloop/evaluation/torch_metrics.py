@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,6 +74,8 @@ class TorchMetric:
 
     def add_batch(self, *, predictions: Any, references: Any) -> None:
         """Add the rows of one batch, as tensors on the metric's own device."""
+        if self.takes == "scores":
+            predictions = in_single(predictions)
         predicted, right = self._to_tensor(predictions), self._to_tensor(references)
         if isinstance(predicted, list) and self._takes_each:
             for one, other in zip(predicted, right, strict=True):
@@ -127,6 +130,13 @@ def taken_in(domain: str) -> Takes:
 def is_of_classes(name: str) -> bool:
     """Tell whether a function of ``torchmetrics.functional.classification`` takes classes."""
     return not name.endswith(_OF_SCORES_TOO) and "_at_" not in name
+
+
+def in_single(probabilities: Any) -> Any:
+    """Return probabilities in float32, as torch makes them, and takes them on every device."""
+    if isinstance(probabilities, Tensor):
+        return probabilities.float()
+    return np.asarray(probabilities, np.float32)
 
 
 def as_tensor(values: Any, device: Any = None) -> Any:

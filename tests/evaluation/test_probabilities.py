@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn import metrics as sk
 
+from manualloop import evaluate_loop, predict_loop
 from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.metrics import load_metric
 
@@ -131,3 +133,51 @@ def test_the_area_of_each_class_heeds_the_largest_rate_of_false_positives() -> N
         expected = sk.roc_auc_score(references == label, scores[:, label], max_fpr=0.3)
         assert found[f"roc_auc_{label}"] == expected
         assert expected != sk.roc_auc_score(references == label, scores[:, label])
+
+
+with_logits = torch.nn.functional.binary_cross_entropy_with_logits
+
+
+class Sure(torch.nn.Module):
+    """A model whose logits are its input, so that it may be as sure as it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Any, labels: Any) -> dict[str, Any]:
+        if x.shape[1] == 1:
+            x = torch.cat([torch.zeros_like(x), x], 1)
+        is_one = labels.ndim == 1
+        loss = torch.nn.functional.cross_entropy if is_one else with_logits
+        return {"loss": loss(x, labels if is_one else labels.float()), "logits": x}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_which_a_model_is_very_sure_are_not_tied(dtype: Any) -> None:
+    logits = torch.linspace(18, 34, 12)[torch.randperm(12)].to(dtype)
+    right = (logits > 25).long()
+    two = [{"x": logits[i : i + 5, None], "labels": right[i : i + 5]} for i in (0, 5, 10)]
+    wide = torch.stack([logits, -logits, logits / 2], 1)
+    many = [
+        {"x": wide[i : i + 5], "labels": torch.stack([right, 1 - right, right], 1)[i : i + 5]}
+        for i in (0, 5, 10)
+    ]
+    got: list[Any] = []
+
+    def area(y_true: Any, y_score: Any) -> float:
+        got.append(y_score)
+        return float(sk.roc_auc_score(y_true, y_score))
+
+    for batches in (two, many):
+        found = evaluate_loop(Sure(), batches, ["roc_auc", "average_precision", area])
+        assert {found["roc_auc"], found["area"]} == {1.0}
+        assert found["average_precision"] == pytest.approx(1, rel=1e-12)
+        assert predict_loop(Sure(), batches).scores.dtype == np.float32  # type: ignore[union-attr]
+    assert [scores.dtype for scores in got] == [np.float64] * 2
+
+
+def test_a_log_loss_is_the_loss_however_sure_a_wrong_model_is() -> None:
+    batches = [{"x": torch.tensor([[30.0], [28.0]]), "labels": torch.tensor([0, 1])}]
+    found = evaluate_loop(Sure(), batches, "log_loss")
+    assert found["log_loss"] == pytest.approx(found["loss"], rel=1e-6) == pytest.approx(15)
