@@ -150,7 +150,7 @@ class Sure(torch.nn.Module):
             x = torch.cat([torch.zeros_like(x), x], 1)
         is_one = labels.ndim == 1
         loss = torch.nn.functional.cross_entropy if is_one else with_logits
-        return {"loss": loss(x, labels if is_one else labels.float()), "logits": x}
+        return {"loss": loss(x, labels), "logits": x}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -160,7 +160,7 @@ def test_rows_of_which_a_model_is_very_sure_are_not_tied(dtype: Any) -> None:
     two = [{"x": logits[i : i + 5, None], "labels": right[i : i + 5]} for i in (0, 5, 10)]
     wide = torch.stack([logits, -logits, logits / 2], 1)
     many = [
-        {"x": wide[i : i + 5], "labels": torch.stack([right, 1 - right, right], 1)[i : i + 5]}
+        {"x": wide[i : i + 5], "labels": torch.stack([right, 1 - right, right], 1)[i : i + 5] * 1.0}
         for i in (0, 5, 10)
     ]
     got: list[Any] = []
