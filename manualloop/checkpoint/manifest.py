@@ -303,7 +303,9 @@ def is_known(name: str) -> bool:
 
 
 _LOWER = re.compile(
-    r"(.*[_/])?(loss|perplexity|error|error_rate|mse|mae|rmse|wer|cer)(_low|_high)?", re.DOTALL
+    r"(.*[_/])?(loss|nll|cross_entropy|perplexity|ppl|error|error_rate|edit_rate|mse|mae|rmse|rmsle|"
+    r"mape|smape|wer|cer|ter|eer|ece|brier|brier_score|deviance|distance|divergence)(_low|_high)?",
+    re.DOTALL,
 )
 _HIGHER = re.compile(
     r"(.*[_/])?(accuracy|f1|precision|recall|roc_auc|auc|matthews_correlation|pearson|spearmanr|"

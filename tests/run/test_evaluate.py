@@ -55,10 +55,13 @@ LOWER = [
     *("loss", "eval_loss", "log_loss", "perplexity", "mse", "mae", "rmse", "wer", "cer"),
     *("matched_mse", "val/loss", "mean_squared_error", "word_error_rate", "LOSS", "-f1"),
     *("loss_low", "loss_high", "matched_mse_low", "-f1_low"),
+    *("val_nll", "ppl", "mape", "symmetric_mape", "ECE", "ter", "brier_score", "cross_entropy"),
+    *("mean_poisson_deviance", "hamming_distance", "kl_divergence", "translation_edit_rate"),
 ]
 HIGHER = [
     *("f1", "accuracy", "bleu", "+loss", "neg_mean_squared_error", "lossless", "r2", "terror"),
-    *("matthews_correlation", "glossary", "powers", "neg_log_loss"),
+    *("matthews_correlation", "glossary", "powers", "neg_log_loss", "better", "piece", "supple"),
+    *("explained_deviance_share", "distances_right", "neg_hamming_distance"),
     *("accuracy_low", "f1_high", "+loss_low", "neg_mse_high", "loss_lower"),
 ]
 
