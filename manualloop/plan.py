@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+
+from torch.utils.data import BatchSampler
 
 from manualloop.arguments import is_count, is_positive, problem_of_call, require_loader
 from manualloop.errors import ConfigError, DataError
 from manualloop.notices import say
 from manualloop.optimizers.schedules import is_planned, move_schedule, require_length, schedules_of
-from manualloop.reading.describe import batch_size_of
+from manualloop.reading.describe import batch_size_of, is_prepared
 from manualloop.reading.ranks import num_rounds
 from manualloop.reading.reader import Reader
 from manualloop.state import TrainState
@@ -101,6 +104,20 @@ def _problems_of_length(settings: Settings, num_epochs: Any, max_steps: Any) -> 
             f"Give num_epochs={num_epochs!r} or max_steps={max_steps!r}, not both: each ends the "
             "run."
         )
+
+
+def ends_in_lone_row(loader: Any, plan: Plan) -> bool:
+    """Tell whether a run will read a last batch of one row in an epoch of batches of several."""
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    size = batch_size_of(loader)
+    if plan.num_epochs is None and plan.num_steps < (plan.num_steps_per_epoch or math.inf):
+        return False  # it ends before
+    if size is None or size == 1 or getattr(sampler, "drop_last", True):
+        return False
+    if is_prepared(loader):
+        return sampler.max_tokens is None and bool(sampler.num_rows % size == 1)
+    is_plain = type(sampler) is BatchSampler and hasattr(sampler.sampler, "__len__")
+    return is_plain and len(sampler.sampler) % size == 1
 
 
 def _problems_of(settings: Settings) -> Iterator[str]:

@@ -36,14 +36,17 @@ from manualloop.notices import say
 from manualloop.optimizers.access import plain_lr, put_into_training
 from manualloop.optimizers.schedules import require_schedules, tell_rates_of_zero
 from manualloop.optimizers.together import as_optimizer
-from manualloop.plan import Settings, Skips, begin_epoch, has_other_size, plan_run, settings_of
-from manualloop.randomness import find_generators, restore_generators, search
-from manualloop.reading.describe import (
-    all_facts,
-    digest_of,
-    digests_of_loaders,
-    rows_digest,
+from manualloop.plan import (
+    Settings,
+    Skips,
+    begin_epoch,
+    ends_in_lone_row,
+    has_other_size,
+    plan_run,
+    settings_of,
 )
+from manualloop.randomness import find_generators, restore_generators, search
+from manualloop.reading.describe import all_facts, digest_of, digests_of_loaders, rows_digest
 from manualloop.reading.position import read_position
 from manualloop.reading.reader import Reader
 from manualloop.reading.sources import Source, source_of, workers_matter
@@ -53,6 +56,7 @@ from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.endings import tokenizer_of
 from manualloop.tasks.loss import check_own_loss, of_model
+from manualloop.tasks.splitting import try_lone_row
 from manualloop.tasks.task import Task
 from manualloop.types import LossFn, OnNonfinite, Plan, Step, Terms, Update, Window
 from manualloop.update import StepFn, apply_update, checked, drop_gradients
@@ -205,6 +209,8 @@ def start_steps(
             strategy=strategy if state.progress.num_steps == 0 else None,
         )
     check = partial(check, tokenizer=tokenizer_of(train_dataloader))
+    if not by_step_fn and ends_in_lone_row(train_dataloader, plan):
+        check = partial(try_lone_row, check=check, loss_fn=loss_fn, strategy=strategy)
     return _train_steps(
         state,
         source,

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from manualloop.evaluation.forms import Array, Rows, Takes, explaining, to_array
 from manualloop.evaluation.reports import class_name
 from manualloop.evaluation.torch_metrics import as_tensor, in_single, is_of_classes, taken_in
 from manualloop.libraries import parts_of_scorer
+from manualloop.notices import say
+from manualloop.randomness import random_states_kept
 from manualloop.types import Scores
 
 _REFERENCES = {
@@ -58,6 +61,7 @@ class _Call(NamedTuple):
     sign: int = 1
     is_sklearns: bool = False
     takes_tensors: bool = False
+    is_guess: bool = False  # the parameters' names tell no order
 
 
 class Function:
@@ -131,6 +135,8 @@ class Function:
                 by_name = dict(zip(self._call.sides, sides, strict=True))
                 result = self._call.function(**by_name, **options)
             result = result if self._call.sign > 0 else -result
+        if self._call.is_guess:
+            _tell_order(self._call, sides, options, result)
         returned = _RETURNED.get(self.name) if self._call.is_sklearns else None
         if returned is not None:
             pairs = zip(returned, result, strict=True)  # there is no support of an average
@@ -189,6 +195,38 @@ class Function:
             ) from error
 
 
+_COMPARED: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""How often a function was called in both orders: on a first batch, and in a first evaluation."""
+
+
+def _tell_order(call: _Call, sides: tuple[Any, Any], options: Any, result: Any) -> None:
+    """Report that a function whose parameters are called anything gives another score by order."""
+    function, name = call.function, call.name
+    try:
+        if (times := _COMPARED.get(function, 0)) == 2:
+            return
+        _COMPARED[function] = times + 1
+        with random_states_kept(devices=False):
+            other, again = function(*sides[::-1], **options), function(*sides, **options)
+        found = [to_scores(name, one) for one in (result, again, other)]
+        keys = [key for key in found[0] if all(isinstance(one.get(key), float) for one in found)]
+        values = np.array([[one[key] for key in keys] for one in found])
+        is_other = ~np.isclose(values[0], values[2], rtol=1e-6, equal_nan=True)
+        is_random = not np.allclose(values[0], values[1], rtol=1e-6, equal_nan=True)
+    except Exception:  # of the user's function, which takes one order alone
+        return
+    if is_random or not is_other.any():
+        return
+    _COMPARED[function] = 2
+    first, second = list(_parameters(function))[:2]
+    key = int(np.flatnonzero(is_other)[0])
+    say(
+        f"{name} gets predictions as {first} and references as {second}, and gives another score "
+        f"the other way round ({values[0][key]:.4g}, {values[2][key]:.4g}). Name its parameters "
+        "predictions and references in the order that you mean."
+    )
+
+
 def _flat(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of mappings, and what is none, in one mapping."""
     flat: dict[str, Any] = {}
@@ -240,7 +278,9 @@ def _call_of(function: Callable[..., Any]) -> _Call:
         if scored or method != "predict" or named.__name__ in _OF_PROBABILITIES:
             takes = "scores"
         return _Call(function, takes, (side, wanted), name, sign, True)
-    return _Call(function, *_by_names(function, name, parameters[:2]), name, sign)
+    by_names = _by_names(function, name, parameters[:2])
+    named_first = parameters[:1] == ["p"] or any(map(_role, parameters[:2]))
+    return _Call(function, *by_names, name, sign, is_guess=len(parameters) > 1 and not named_first)
 
 
 def _call_of_torch(

@@ -6,7 +6,7 @@ transformers, on a model in which no row depends on the rows beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from manualloop.batches import model_inputs, num_rows, shared_rows, split_batch
+from manualloop.errors import DataError
 from manualloop.models import (
     batch_statistics,
     coarsest_dtype,
@@ -110,6 +111,52 @@ def report_own_loss(model: nn.Module, batch: Any, task: Task | None, strategy: S
             "loss of an evaluation. If it is a mean over other items, such as class weights or "
             "rows, let a loss_fn return (mean_loss, num_items)."
         )
+
+
+def try_lone_row(
+    model: nn.Module,
+    batches: Sequence[Any],
+    *places: Any,
+    check: Callable[..., Task | None],
+    loss_fn: LossFn | None,
+    strategy: Strategy,
+) -> Task | None:
+    """Check a first window, and refuse a model that cannot be trained on the last row of an epoch.
+
+    Batch normalisation over the rows alone needs two of them; one over the pixels of an image does
+    not. So the first row is run in training, without a trace.
+
+    Args:
+        model: The model.
+        batches: The micro-batches of the window.
+        places: Further arguments of the check.
+        check: The check that comes first.
+        loss_fn: The loss; None for that of the model.
+        strategy: The strategy.
+
+    Raises:
+        DataError: A batch of one row cannot be normalised.
+    """
+    task, batch, inner = check(model, batches, *places), batches[0], unwrap_model(model)
+    if is_sharded(model) or not shared_rows(batch):
+        return task
+    trains = {module: module.training or not inner.training for module in inner.modules()}
+    try:
+        with evaluation_mode(inner, strategy.device), buffers_kept(inner), strategy.autocast():
+            for module, training in trains.items():
+                module.training = training
+            layer = batch_statistics(inner)
+            if layer is not None:
+                row = strategy.to_device(split_batch(batch, 1)[0])
+                inner(**inputs_of(inner, row)) if loss_fn is None else loss_fn(inner, row)
+    except Exception as error:  # any other is explained where it is raised again
+        if "more than 1 value per channel" in str(error):
+            raise DataError(
+                "The last batch of each epoch has one row, and batch normalisation needs two in "
+                "training. Leave it out with drop_last=True of the loader, or choose another "
+                "batch_size."
+            ) from error
+    return task
 
 
 def _has_known_loss(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
+import helpers
 import numpy as np
 import pytest
 import scipy.stats
@@ -311,3 +312,35 @@ def test_words_in_the_names_of_parameters_tell_their_order(function: Any) -> Non
 def test_functions_whose_order_is_not_clear_are_refused(function: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Function(function)
+
+
+def test_an_order_that_no_name_tells_is_reported_where_it_matters(caplog):
+    """Called in both orders: in one, and that of the names, where they tell one."""
+
+    def score(function):
+        caplog.clear()
+        for _ in range(3):
+            metric = Function(function)
+            metric.add_batch(predictions=np.array([1, 1, 0, 1]), references=np.array([1, 0, 0, 1]))
+            metric.compute()
+        return helpers.messages(caplog)
+
+    (line,) = score(lambda a, b: float(a[b == 1].mean()))
+    assert "metric gets predictions as a and references as b" in line
+    assert "(1, 0.6667)" in line
+    (line,) = score(lambda x, y_: {"same": float((x == y_).mean()), "bias": float((x - y_).mean())})
+    assert "predictions as x and references as y_" in line
+
+    def by_name(y_true, y_pred):
+        return float(y_pred[y_true == 1].mean())
+
+    silent = (
+        by_name,
+        lambda a, b: float((a == b).mean()),
+        lambda a, b: float(np.random.rand()),
+        lambda p, r: float(p[r == 1].mean()),
+        lambda a, references: float(a[references == 1].mean()),
+        lambda a, b: float(np.corrcoef(a, b)[0, 1]),
+    )
+    for function in silent:
+        assert score(function) == []
