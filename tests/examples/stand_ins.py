@@ -312,7 +312,7 @@ def _replace(monkeypatch: Any, kind: str, build: Callable[..., Any] | None) -> N
     load = getattr(transformers, kind).from_pretrained
 
     def from_pretrained(name: Any, **options: Any) -> Any:
-        if os.path.isdir(name):
+        if name is None or os.path.isdir(name):
             return load(name, **options)
         options.pop("dtype", None)
         if build is None:
