@@ -122,7 +122,8 @@ class Predictions:
         """Return a ``pandas.DataFrame`` with one row per row.
 
         Its index is that of the frame that the loader was prepared from, else the number of the row
-        in the dataset. So ``frame.join(table.to_pandas())`` puts each row beside its own.
+        in the dataset. So ``frame.join(table.to_pandas()[["prediction"]])`` puts each row beside
+        its own.
         """
         from pandas import DataFrame, Series  # a dependency of datasets
 
