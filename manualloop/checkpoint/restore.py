@@ -188,7 +188,7 @@ def _check_parts(saved: Saved, parts: Mapping[str, Any]) -> None:
                 if own is not None:
                     _check_schedule(f"{name}[{number}]", own, one)
         elif name == "strategy":
-            check_like(state, part.state_dict(), name, strict=True)
+            check_like(state, part.state_dict(), name, strict=True, counts=_COUNTS_OF_SCALERS)
         elif isinstance(part, nn.Module) and name != "model":
             _check_module(name, part.state_dict(), state)
         if name == "model" or name.startswith("extras."):
@@ -218,6 +218,7 @@ def _check_schedule(name: str, part: LRScheduler, saved: Mapping[str, Any]) -> N
     for key in own.keys() & saved.keys():
         path = f"{name}.{key}"
         # Those of torch have lists of settings; one of the user's may keep a list that grows.
+        is_ours = type(part).__module__.startswith(("torch.", "manualloop."))
         is_fixed = type(part).__module__.startswith("torch.") or key in _PER_GROUP
         if key == "_schedulers" and len(inner) == len(own[key]):
             items(by_name(anything))(saved[key], path)
@@ -226,9 +227,19 @@ def _check_schedule(name: str, part: LRScheduler, saved: Mapping[str, Any]) -> N
             for number, one in enumerate(inner):
                 _check_schedule(f"{path}.{number}", one, saved[key][number])
         else:
-            check_like(saved[key], own[key], path, strict=True, has_fixed_lists=is_fixed)
+            check_like(
+                saved[key],
+                own[key],
+                path,
+                strict=True,
+                has_fixed_lists=is_fixed,
+                takes_tensors=not is_ours or key == "_last_lr",
+                counts=_COUNTS if is_ours else _COUNTS[:2],
+            )
 
 
+_COUNTS = ("last_epoch", "_step_count", "T_cur", "T_i", "total_steps")
+_COUNTS_OF_SCALERS = ("scale", "growth_interval")
 _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "base_momentums", "max_momentums")
 
 

@@ -9,7 +9,7 @@ state of a dataset, is theirs to check.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -396,7 +396,14 @@ def check_state(values: Mapping[str, Any], step: int, path: str) -> None:
 
 
 def check_like(
-    saved: Any, own: Any, path: str, *, strict: bool = False, has_fixed_lists: bool = False
+    saved: Any,
+    own: Any,
+    path: str,
+    *,
+    strict: bool = False,
+    has_fixed_lists: bool = False,
+    takes_tensors: bool = False,
+    counts: Collection[str] = (),
 ) -> None:
     """Refuse a part's state whose values are of other kinds than those the part has now.
 
@@ -409,11 +416,13 @@ def check_like(
         strict: Whether finite numbers must stay finite, and no number may turn into None or a
             tensor.
         has_fixed_lists: Whether lists keep their lengths.
+        takes_tensors: Whether a number may turn into a tensor all the same.
+        counts: Names of numbers that are never negative.
 
     Raises:
         CheckpointError: The message names the value.
     """
-    kind, own_kind = _kind(saved, strict), _kind(own, strict)
+    kind, own_kind = (_kind(value, strict and not takes_tensors) for value in (saved, own))
     if own_kind == "none" or (kind == "none" and not strict):
         return
     if kind != own_kind:
@@ -421,9 +430,18 @@ def check_like(
     if strict and isinstance(saved, int | float) and isinstance(own, int | float):
         if math.isfinite(own) and not (abs(saved) < _MOST and math.isfinite(saved)):
             raise _refuse(saved, path, "a finite number")
-        if saved < _least(path):
-            raise _refuse(saved, path, f"a number of at least {_least(path):g}")
-    check = partial(check_like, strict=strict, has_fixed_lists=has_fixed_lists)
+        name = path.rpartition(".")[2]
+        # A part of a SequentialLR that has not begun counts from -1.
+        least = -1 if name == "last_epoch" and "._schedulers." in path else 0
+        if name in counts and saved < least:
+            raise _refuse(saved, path, f"a number of at least {least}")
+    check = partial(
+        check_like,
+        strict=strict,
+        has_fixed_lists=has_fixed_lists,
+        takes_tensors=takes_tensors,
+        counts=counts,
+    )
     if isinstance(saved, Mapping):
         for key in saved.keys() & own.keys():
             check(saved[key], own[key], _at(path, key))
@@ -432,16 +450,6 @@ def check_like(
             raise _refuse(saved, path, f"a list of {len(own)}")
         for place, (item, own_item) in enumerate(zip(saved, own, strict=False)):
             check(item, own_item, _at(path, place))
-
-
-def _least(path: str) -> float:
-    name = path.rpartition(".")[2]
-    if name == "last_epoch" and "._schedulers." in path:
-        return -1  # a part of a SequentialLR that has not begun
-    return 0 if name in _COUNTS else -math.inf
-
-
-_COUNTS = ("last_epoch", "_step_count", "T_cur", "T_i", "total_steps", "scale", "growth_interval")
 
 
 def _kind(value: Any, strict: bool) -> str:

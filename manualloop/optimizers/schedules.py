@@ -221,7 +221,11 @@ def tell_rates_of_zero(lr_scheduler: Any, optimizer: Any) -> None:
     """Report learning rates of 0 that stay so, as an earlier schedule leaves them."""
     for own, schedule in zip(each(optimizer), for_each(optimizer, lr_scheduler), strict=True):
         rates = [group.get("lr") for group in own.param_groups]
-        stays = schedule is None or not any(getattr(schedule, "base_lrs", (1,)))
+        # A class of the user's own may compute rates that are no multiples of the first ones.
+        scales = type(schedule).__module__.startswith(("torch.", "manualloop."))
+        stays = schedule is None or (scales and not any(getattr(schedule, "base_lrs", (1,))))
+        if any(group.get("relative_step") for group in own.param_groups):
+            continue  # Adafactor computes its rates itself
         if stays and all(type(rate) is float and rate == 0 for rate in rates):
             say(
                 f"the learning rate of the {class_of(own)} is 0, and nothing raises it: no weight "

@@ -21,6 +21,7 @@ from transformers import (
     get_polynomial_decay_schedule_with_warmup,
     get_scheduler,
 )
+from transformers.optimization import AdafactorSchedule
 
 from manualloop import (
     ConfigError,
@@ -514,6 +515,68 @@ def test_a_checkpoint_between_the_parts_of_a_sequence(cut: int, tmp_path: Path) 
     assert [step.lr for step in steps(second, max_steps=8)] == whole[cut:]
     load_checkpoint(tmp_path, second)  # back, from a sequence that has begun
     assert [step.lr for step in steps(second, max_steps=8)] == whole[cut:]
+
+
+class Falling(torchs.LRScheduler):
+    """A schedule whose rates are no multiples of the first, with numbers that become others."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.worst, self.scale, self.T_cur = 0.0, -1.0, -1
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        if self.last_epoch > 0:
+            self.worst = torch.tensor(-1.0)  # type: ignore[assignment]
+        self.scale -= 1
+        return [1 / (self.last_epoch + 2) for _ in self.base_lrs]
+
+
+def relative(model: nn.Module) -> Any:
+    return Adafactor(model.parameters(), lr=None, relative_step=True, warmup_init=True)
+
+
+@pytest.mark.parametrize(
+    ("build", "schedule"),
+    [
+        (relative, AdafactorSchedule),
+        (relative, None),
+        (lambda model: torch.optim.SGD(model.parameters(), lr=0.0), Falling),
+    ],
+)
+def test_a_schedule_of_another_library_is_resumed(
+    build: Any, schedule: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its numbers may be negative or become tensors, and its rates need not follow the first."""
+
+    def train(folder: Path, cut: int | None = None) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(1, 1)
+        optimizer = build(model)
+
+        def stop(step: Any) -> None:
+            if step.index == cut:
+                raise KeyError
+
+        with contextlib.suppress(KeyError):
+            train_loop(
+                model,
+                [{"x": torch.ones(4, 1)}] * NUM_BATCHES,
+                optimizer,
+                schedule and schedule(optimizer),
+                num_epochs=1,
+                loss_fn=lambda model, batch: model(batch["x"]).mean(),
+                checkpoint_dir=folder,
+                checkpoint_every=1,
+                on_step=stop,
+                progress_bar=False,
+            )
+        return model.weight.detach()
+
+    with caplog.at_level("INFO", logger="manualloop"):
+        whole = train(tmp_path / "whole")
+        train(tmp_path / "cut", cut=3)
+        assert torch.equal(train(tmp_path / "cut"), whole)
+    assert not any("learning rate" in line for line in messages(caplog))
 
 
 def test_a_checkpoint_that_knows_nothing_of_its_plan(tmp_path: Path) -> None:
