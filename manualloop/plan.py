@@ -195,6 +195,9 @@ def begin_epoch(
             _require_no_plan(state, plan, num_steps)
         num_left += (plan.num_epochs - progress.epoch - 1) * num_steps
     if is_resized is not None:
+        if not progress.num_steps:
+            for schedule in schedules_of(state.lr_scheduler):
+                _tell_batches_counted(schedule, plan, window_size * strategy.world_size)
         _fit_schedules(state, plan, num_left, is_resized=is_resized)
     return num_over + num_left
 
@@ -247,6 +250,33 @@ def _fit_schedules(state: TrainState, plan: Plan, num_left: int, *, is_resized: 
         _tell_size(state, plan, num_left, moved)
     for schedule in schedules:
         require_length(schedule, num_left)
+
+
+def _tell_batches_counted(lr_scheduler: Any, plan: Plan, num_batches: int) -> None:
+    """Report a schedule of transformers that was built for the batches of a run, not its updates.
+
+    A schedule that is longer by any other number may be so on purpose, for a run in several parts.
+
+    Args:
+        lr_scheduler: The schedule, at its start.
+        plan: How long the run is.
+        num_batches: Number of batches per update, over all ranks.
+    """
+    per_epoch, end = plan.num_steps_per_epoch, plan.num_steps
+    if num_batches == 1 or not per_epoch or not plan.num_epochs:
+        return
+    for function in getattr(lr_scheduler, "lr_lambdas", ()):
+        total = getattr(function, "keywords", {}).get("num_training_steps")
+        if not isinstance(total, int) or total <= end:
+            continue
+        counts_batches = per_epoch - 1 < total / plan.num_epochs / num_batches <= per_epoch
+        if counts_batches and not math.isclose(last := function(end), function(total)):
+            say(
+                f"the schedule was built for num_training_steps={total}, the batches of the run, "
+                f"and is stepped after each of its {end} updates of {num_batches} batches: the run "
+                f"ends at {last:.0%} of the rate. Build it for updates: num_training_steps={end}."
+            )
+            return
 
 
 def _tell_size(state: TrainState, plan: Plan, num_left: int, moved: list[Any]) -> None:

@@ -696,6 +696,32 @@ def test_other_schedules_are_taken(make: Any, caplog: pytest.LogCaptureFixture) 
     assert "was built for" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "batches", "told"),
+    [
+        ("linear", {"gradient_accumulation_steps": 2}, 10, "ends at 50% of the rate"),
+        ("ours cosine", {"gradient_accumulation_steps": 4, "num_epochs": 2}, 20, "of 4 batches"),
+        ("linear", {"gradient_accumulation_steps": 2}, 5, None),
+        ("linear", {"gradient_accumulation_steps": 2}, 30, None),  # longer on purpose, perhaps
+        (
+            "linear",
+            {"gradient_accumulation_steps": 2, "max_steps": 5, "num_epochs": None},
+            10,
+            None,
+        ),
+        ("constant_with_warmup", {"gradient_accumulation_steps": 2}, 10, None),
+        ("inverse_sqrt", {"gradient_accumulation_steps": 2}, 10, None),
+        ("linear", {}, 30, None),
+    ],
+)
+def test_a_schedule_for_the_batches_of_a_run_is_told(
+    name: str, options: Any, batches: int, told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_ten(of_length(name, batches), **{"num_epochs": 1, **options})
+    lines = [line for line in messages(caplog) if "was built for" in line]
+    assert lines == [] if told is None else told in lines[0]
+
+
 def held(step: int, *, num_training_steps: int) -> float:
     """A function of one's own, which stays at half of the rate."""
     return max(0.5, 1 - step / num_training_steps)
