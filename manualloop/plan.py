@@ -300,7 +300,7 @@ def has_other_size(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> 
     if before is None or before["same"] != now["same"]:
         return False
     lengths = [contract.get("ends", {}) for contract in (before, now)]
-    if all(ends.get("num_epochs") for ends in lengths):
+    if all(ends.get("num_epochs") and ends.get("num_steps") for ends in lengths):
         per_epoch = [ends["num_steps"] / ends["num_epochs"] for ends in lengths]
         if per_epoch[0] != per_epoch[1]:
             return True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from manualloop.checkpoint.changes import restore_changes
 from manualloop.checkpoint.files import read_json
+from manualloop.checkpoint.manifest import metric_name
 from manualloop.checkpoint.nested import UNREADABLE, put_together, take_apart
 from manualloop.checkpoint.parts import BASE, is_shard, read_shards, saved_part, take_shards
 from manualloop.checkpoint.pretrained import saved_names
@@ -102,11 +105,36 @@ def read_snapshot(
         values["model"] |= tensors["model"] | tensors.get(TRAINED, {})
         values.setdefault("strategy", values.pop("scaler", {}))  # the name in older checkpoints
         check_state(values, manifest["step"], f"{STATE}:")
+        _check_notes(values["run"], manifest["contract"])
         return Saved(values, values.pop("run"), aliases["model"])
     except CheckpointError:
         raise
     except (*UNREADABLE, OSError, MemoryError) as error:
         raise CheckpointError(f"{STATE} cannot be read: {error!r:.200}.") from error
+
+
+def _check_notes(notes: Mapping[str, Any], contract: Mapping[str, Any] | None) -> None:
+    """Refuse notes of ``train_loop`` with numbers by which it could not have continued itself.
+
+    Raises:
+        CheckpointError: The best score is no number, or a sum of losses is not finite although the
+            run would have ended.
+    """
+    evaluations = notes.get("evaluations")
+    if isinstance(evaluations, Mapping) and evaluations["best_metric"] and evaluations["best"]:
+        name = metric_name(evaluations["best_metric"])
+        if not isinstance(value := evaluations["best"].get(name), Real):
+            raise CheckpointError(
+                f"{STATE}: run.evaluations.best.{name} is {value!r:.40}, not a number"
+            )
+    settings = {} if contract is None else contract.get("settings", {})
+    if settings.get("on_nonfinite") in ("raise", "skip"):
+        for name in ("interval", "since"):
+            total = notes.get("report", {}).get(name, {}).get("total", 0.0)
+            if not math.isfinite(total):
+                raise CheckpointError(
+                    f"{STATE}: run.report.{name}.total is {total}, not a finite number"
+                )
 
 
 def _read_shards(

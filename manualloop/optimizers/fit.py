@@ -103,6 +103,11 @@ _MOMENTS: dict[str, tuple[str, ...]] = {
     "SGD": (),
     "SparseAdam": ("exp_avg", "exp_avg_sq"),
 }
+# torch averages these with the gradient by ``lerp_``, which takes two tensors of one dtype.
+_AVERAGES = {
+    **dict.fromkeys(("Adam", "AdamW", "Adamax", "NAdam", "RAdam"), "exp_avg"),
+    "Muon": "momentum_buffer",
+}
 _OF_OPTIONS = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
 _MORE_MOMENTS = ("momentum_buffer", *_OF_OPTIONS.values())
 _NUMBERS: dict[str, tuple[str, ...]] = {
@@ -158,8 +163,10 @@ def _misfit(entry: Any, parameter: Tensor, kind: str, options: Mapping[str, Any]
         wider = () if parameter.is_complex() else (torch.float32, torch.float64)
         if value.dtype not in (parameter.dtype, *wider):
             return f"{name} is {value.dtype}, the parameter {parameter.dtype}"
-        if options.get("fused") and value.dtype != parameter.dtype:
+        if value.dtype != parameter.dtype and options.get("fused"):
             return f"{name} is {value.dtype}, the parameter {parameter.dtype}, under a fused kernel"
+        if value.dtype != parameter.dtype and _AVERAGES.get(kind) == name:
+            return f"{name} is {value.dtype}, which {kind} cannot mix with {parameter.dtype}"
     for name in _NUMBERS.get(kind, ("step",)):
         if not _is_count(value := entry.get(name)):
             return f"{name} is {value!r:.40}"
