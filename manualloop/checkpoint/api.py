@@ -107,12 +107,18 @@ def save_checkpoint(
     """
     check_arguments(state=state, metrics=metrics, keep=keep, best_metric=best_metric)
     directory = local_folder(checkpoint_dir)
-    with explain_memory(directory), ExitStack() as stack:
-        strategy = strategy_for(state.model, strategy)
-        strategy = begin_call(strategy, "save_checkpoint", step=state.progress.num_steps)
-        on_main(strategy, lambda: stack.enter_context(locked(directory, again=True)))
-        scored = _scored_weights(state, metrics)
-        return write_checkpoint(directory, state, strategy, metrics, best_metric, {}, keep, scored)
+    try:  # no context manager: the end of one needs memory itself
+        with ExitStack() as stack:
+            strategy = strategy_for(state.model, strategy)
+            strategy = begin_call(strategy, "save_checkpoint", step=state.progress.num_steps)
+            on_main(strategy, lambda: stack.enter_context(locked(directory, again=True)))
+            scored = _scored_weights(state, metrics)
+            return write_checkpoint(
+                directory, state, strategy, metrics, best_metric, {}, keep, scored
+            )
+    except Exception as error:
+        explain_memory(error, directory)
+        raise
 
 
 def _scored_weights(
@@ -149,9 +155,12 @@ def write_checkpoint(
     The caller holds the lock of the folder. ``run`` is saved as it is. ``scored`` returns the
     weights that the metrics are of, if they are others than those that are trained.
     """
-    with explain_memory(directory):
+    try:
         require_finite(state, strategy)
         snapshot = take_state_apart(state, strategy, run, scored)
+    except Exception as error:
+        explain_memory(error, directory)
+        raise
     content = {
         "release": __version__,  # for people who look at it: nothing depends on it
         "metrics": as_json(dict(metrics or {})),

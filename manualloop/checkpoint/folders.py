@@ -236,14 +236,13 @@ def _shown(error: Exception) -> str:
     return str(error) if isinstance(error, OSError) else repr(error)
 
 
-@contextmanager
-def explain_memory(directory: Path) -> Iterator[None]:
-    """Turn an error for want of memory into one that tells that older checkpoints are whole."""
-    try:
-        yield
-    except Exception as error:
-        if not _is_for_want_of_memory(error):
-            raise
+def explain_memory(error: Exception, directory: Path) -> None:
+    """Raise, for want of memory, an error that tells that older checkpoints are whole.
+
+    Raises:
+        CheckpointError: Memory ran out.
+    """
+    if _is_for_want_of_memory(error):
         raise CheckpointError(
             f"No checkpoint could be written in {directory}: memory ran out. Those from before are "
             "as they were."
@@ -253,6 +252,9 @@ def explain_memory(directory: Path) -> Iterator[None]:
 def _is_for_want_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, MemoryError | SystemError | torch.OutOfMemoryError):
+            return True
+        # What Python makes of a path for which it has no memory: such a path is an os.PathLike.
+        if isinstance(error, TypeError) and str(error).endswith(f"not {type(Path()).__name__}"):
             return True
         error = error.__cause__ or error.__context__
     return False
