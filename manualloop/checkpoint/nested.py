@@ -117,7 +117,10 @@ def _put_list_together(value: list[Any], tensors: dict[str, Tensor]) -> Any:
     if tag == "array":
         return _as_array(tensors.pop(parts[0]), _number_type(parts[1]))
     if tag == "scalar":
-        return _number_type(parts[1]).type(put_together(parts[0], tensors))
+        number = put_together(parts[0], tensors)
+        if not isinstance(number, bool | int | float):
+            raise ValueError(f"a {type(number).__name__} as a scalar")
+        return _number_type(parts[1]).type(number)
     if tag == "float":
         return float(parts[0])
     if tag == "bytes":

@@ -347,6 +347,11 @@ FOUND_BY_ALL = {  # which no sample had
         (("run", "evaluations", "best", "f1"), "text", "run.evaluations.best.f1 is 'text'"),
         (("run", "evaluations", "best", "f1"), None, "run.evaluations.best.f1 is None"),
         (("run", "evaluations", "best", "f1"), REMOVED, None),  # then there was no evaluation
+        (
+            ("lr_scheduler", "_last_lr", 1),
+            ["scalar", ["list", 1, 2], "<i8"],
+            "cannot be read: .'scalar'",
+        ),
         (("run", "report", "interval", "total"), ["float", "nan"], "interval.total is nan"),
         (("run", "report", "since", "total"), ["float", "-inf"], "since.total is -inf"),
     ],

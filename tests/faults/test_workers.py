@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from manualloop import (
+    CheckpointError,
     DataError,
     NonFiniteError,
     SingleDevice,
@@ -90,7 +91,8 @@ def check(tmp_path, kind, error, pattern, **options):
     with pytest.raises(error, match=pattern) as raised:
         train(tmp_path / "run", cause, kind, **options)
     cause.unlink()
-    assert (tmp_path / "run" / "step-00000002").is_dir()
+    if kind != signal.SIGSTOP:  # on a busy machine an earlier batch may come too late as well
+        assert (tmp_path / "run" / "step-00000002").is_dir()
     result = train(tmp_path / "run", cause, kind, **options)
     assert weights(result.state.model) == weights(whole.state.model)
     assert result.history == whole.history
@@ -122,11 +124,13 @@ def test_f12_a_worker_that_fails_is_explained_and_the_rerun_is_exact(
 @pytest.mark.exhaustive
 def test_f12_after_a_worker_was_killed_the_rerun_is_exact(tmp_path):
     # torch raises from its handler of SIGCHLD, wherever the main process is at that moment: while
-    # it waits for a batch the rows are named, elsewhere the error is torch's own.
+    # it waits for a batch the rows are named, in a save it is the reason, elsewhere it is torch's.
     cause = tmp_path / "cause"
     whole = train(tmp_path / "whole", cause, signal.SIGKILL)
     cause.touch()
-    with pytest.raises((DataError, RuntimeError), match="is killed by signal: Killed"):
+    with pytest.raises(
+        (DataError, CheckpointError, RuntimeError), match="is killed by signal: Killed"
+    ):
         train(tmp_path / "run", cause, signal.SIGKILL)
     cause.unlink()
     result = train(tmp_path / "run", cause, signal.SIGKILL)
