@@ -149,6 +149,9 @@ def test_a_function_that_no_process_can_get_is_refused_before_one_is_started(mon
         return train(**options)
 
     unsendable = Unsendable()
+    main = types.ModuleType("__main__")
+    main.__file__ = __file__  # a process of pytest-xdist has none, as a notebook
+    monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(multiprocessing, "get_context", None)
     for function in (nested, lambda **options: train(**options), partial(nested), unsendable):
         with pytest.raises(ConfigError, match=r"cannot be sent.*def train") as error:

@@ -79,7 +79,7 @@ class Entries(NamedTuple):
     num_rows: int
     predictions: Values
     references: Values | None
-    scores: NDArray[np.floating] | None
+    scores: NDArray[np.float32 | np.float64] | None
     kept: dict[str, list[Any]]
     num_nan: int
     misfit: str | None
@@ -285,7 +285,7 @@ def _require_classes(task: Task, logits: Tensor, given: Tensor, outputs: Any) ->
 
 def _probabilities(
     made: Made, ask: Ask, logits: Tensor | None, rows: int
-) -> NDArray[np.floating] | None:
+) -> NDArray[np.float32 | np.float64] | None:
     """Return the probabilities of a batch; None where there are none, and need not be."""
     rule = made.task.rules.probabilities
     if ask.scores is None and (rule is None or ask.postprocess):
@@ -313,8 +313,12 @@ def _probabilities(
         if logits.ndim != 2:
             return None
     # In float32 a probability beyond 1 - 6e-8 is 1: rows with logits 17 apart would be tied.
-    probabilities: NDArray[np.float64] = rule(logits.cpu().double()).numpy()
-    return probabilities
+    wide = logits.cpu().double()
+    probabilities = rule(wide)
+    if torch.equal(probabilities, wide):  # the model's own, which add up to 1 in float32 alone
+        probabilities = wide.float()
+    array: NDArray[np.float32 | np.float64] = probabilities.numpy()
+    return array
 
 
 def _decoded(result: Any, rows: int) -> tuple[list[Any], list[Any] | None]:

@@ -58,6 +58,7 @@ def test_everything_that_travels_can_be_sent(name, is_stream):
     assert_same_batches(again, loader)
 
 
+@pytest.mark.exhaustive  # the process that the workers are forked from imports torch again: 7 s
 def test_a_stream_is_read_by_workers_that_get_it_pickled():
     dataset = rows(8).to_iterable_dataset(num_shards=2)
     loader = prepare_dataloaders(dataset, tiny_tokenizer(), batch_size=4, num_workers=1)["train"]
