@@ -253,8 +253,9 @@ def _is_for_want_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, MemoryError | SystemError | torch.OutOfMemoryError):
             return True
-        # What Python makes of a path for which it has no memory: such a path is an os.PathLike.
-        if isinstance(error, TypeError) and str(error).endswith(f"not {type(Path()).__name__}"):
+        # What Python makes of a path for which it has no memory: "os.PathLike, not PosixPath".
+        text, name = str(error), type(Path()).__name__
+        if isinstance(error, TypeError) and "os.PathLike" in text and text.endswith(f"not {name}"):
             return True
         error = error.__cause__ or error.__context__
     return False
