@@ -12,8 +12,9 @@ from itertools import chain
 from typing import Any
 from weakref import WeakSet
 
-from torch import nn
-from torch.utils.data import SequentialSampler
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler, SubsetRandomSampler
 
 from manualloop.batches import begin_pass
 from manualloop.models import model_name
@@ -85,6 +86,12 @@ def _report_rows(loader: Any) -> None:
             f"{type(sampler).__name__} draws them with replacement. Evaluate with a loader that "
             "has no sampler=."
         )
+    if num_repeated := _num_repeated(sampler):
+        say(
+            f"some rows count more than once in this evaluation: {num_repeated:,} of the rows in "
+            f"the loader's {type(sampler).__name__} are repeated. Evaluate with a loader that has "
+            "no sampler= and no batch_sampler=."
+        )
     if not getattr(batches, "drop_last", False) or getattr(batches, "max_tokens", None):
         return
     with suppress(AttributeError, TypeError):  # one of the user's own need not tell
@@ -96,6 +103,21 @@ def _report_rows(loader: Any) -> None:
             f"{num_left:,} of {num_rows:,} rows are left out of this evaluation: the loader drops "
             "its last batch, which is not whole. Build it with drop_last=False."
         )
+
+
+def _num_repeated(sampler: Any) -> int:
+    """Count the rows that a list of rows, or of batches of rows, names again; 0 if it is none."""
+    listed = sampler.indices if isinstance(sampler, SubsetRandomSampler) else sampler
+    if isinstance(listed, (np.ndarray, Tensor)):
+        listed = listed.tolist()
+    if not isinstance(listed, (list, tuple)):
+        return 0
+    is_batches = bool(listed) and isinstance(listed[0], (list, tuple))
+    rows = list(chain.from_iterable(listed)) if is_batches else listed
+    try:
+        return len(rows) - len(set(rows))
+    except TypeError:  # keys of the user's own dataset
+        return 0
 
 
 def _can_be_remembered(loader: Any) -> bool:

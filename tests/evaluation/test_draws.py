@@ -3,7 +3,13 @@
 import pytest
 import torch
 from helpers import messages
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from manualloop import evaluate_loop, predict_loop
 
@@ -34,6 +40,28 @@ LOADERS = {
         DataLoader(ROWS, 4, sampler=RandomSampler(ROWS, replacement=True)),
         "a RandomSampler draws them with replacement",
     ),
+    "a list": (
+        DataLoader(ROWS, 4, sampler=[0, 1, 1, 3, 3, 3]),
+        "3 of the rows in the loader's list are repeated",
+    ),
+    "an array": (
+        DataLoader(ROWS, 4, sampler=torch.tensor([0, 1, 1])),
+        "1 of the rows in the loader's Tensor are repeated",
+    ),
+    "a random subset": (
+        DataLoader(ROWS, 4, sampler=SubsetRandomSampler([2, 2, 5])),
+        "1 of the rows in the loader's SubsetRandomSampler are repeated",
+    ),
+    "a list in a batch sampler": (
+        DataLoader(ROWS, batch_sampler=BatchSampler([4, 4, 5], 2, drop_last=False)),
+        "1 of the rows in the loader's list are repeated",
+    ),
+    "batches that overlap": (
+        DataLoader(ROWS, batch_sampler=[[0, 1], [1, 2]]),
+        "1 of the rows in the loader's list are repeated",
+    ),
+    "a list without repeats": (DataLoader(ROWS, 4, sampler=[3, 1, 2]), None),
+    "batches without repeats": (DataLoader(ROWS, batch_sampler=[[0, 1], [2]]), None),
     "nothing left": (DataLoader(ROWS[:8], 4, drop_last=True), None),
     "shuffled": (DataLoader(ROWS, 4, shuffle=True), None),
     "plain": (DataLoader(ROWS, 4), None),
