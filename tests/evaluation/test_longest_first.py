@@ -1,5 +1,7 @@
 """Evaluation reads the longest rows first; what comes out is the dataset's, row by row."""
 
+from itertools import groupby
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import BertForQuestionAnswering, BertForTokenClassification
 
 from manualloop import DataError, evaluate_loop, predict_loop, prepare_dataloaders
+from manualloop.evaluation import passes
 
 NUM_ROWS = 37
 
@@ -264,3 +267,24 @@ def test_models_that_see_padding_or_other_rows_are_read_as_they_come():
     model = tiny_bert(kind=BertForQuestionAnswering)
     loader = loader_of(data)
     assert evaluate_loop(model, loader) == evaluate_loop(model, as_it_is(loader))
+
+
+@pytest.mark.parametrize(("num_ahead", "num_tokens"), [(4, 1 << 16), (16, 100), (16, 1)])
+def test_few_batches_are_read_ahead_and_few_tokens(num_ahead, num_tokens, monkeypatch):
+    monkeypatch.setattr(passes, "_NUM_AHEAD", num_ahead)
+    monkeypatch.setattr(passes, "_TOKENS_AHEAD", num_tokens)
+    model, loader = telling(), loader_of(sentences(), batch_size=4)
+    expected = evaluate_loop(model, as_it_is(loader), "accuracy")
+    events, collate = [], type(loader.collate_fn).__call__
+
+    def reading(self, rows):
+        batch = collate(self, rows)
+        events.append(batch["input_ids"].numel())
+        return batch
+
+    monkeypatch.setattr(type(loader.collate_fn), "__call__", reading)
+    model.register_forward_pre_hook(lambda module, args: events.append(-1))
+    assert evaluate_loop(model, loader, "accuracy")["accuracy"] == expected["accuracy"]
+    read = [[*group] for is_read, group in groupby(events, lambda n: n > 0) if is_read]
+    assert max(map(len, read)) == {1 << 16: num_ahead, 100: 2, 1: 1}[num_tokens]
+    assert all(sum(group) <= num_tokens for group in read if len(group) > 1)
