@@ -111,7 +111,8 @@ def compare_predictions(
         b: Those of another for the same rows. Rows are joined by ``index``, or by the index of the
             frames that the loaders were prepared from, if these are in different orders.
         metric: As for ``evaluate_loop``. Metrics that are not built in are called for each
-            resample, and get fewer.
+            resample, and get fewer. Those of probabilities get the tables' scores, in float32, in
+            which all above ``1 - 3e-8`` are 1; ``evaluate_loop`` ranks such rows in float64.
         confidence: Confidence of the intervals.
 
     Returns:
