@@ -349,6 +349,7 @@ print(verify_resume(partial(dict, rows=bytes(1_000_000)), at=1))
 """
 
 
+@pytest.mark.exhaustive  # both interpreters import everything
 def test_a_script_without_a_guard_in_new_interpreters_ends_with_the_advice(tmp_path):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)

@@ -708,6 +708,10 @@ def test_a_stream_keeps_columns_and_names_the_rows_of_mistakes():
 def test_a_stream_that_workers_read_has_no_numbers():
     with pytest.raises(ConfigError, match=r"nobody knows the numbers.*num_workers=0"):
         prepare_dataloaders(one_shard(), transform=crop_and_flip, num_workers=2)
+
+
+@pytest.mark.exhaustive  # torch waits five seconds for a worker whose stream has failed
+def test_a_stream_that_workers_of_another_loader_read_has_no_numbers():
     loader = prepare_dataloaders(one_shard(), transform=crop_and_flip)["train"]
     again = DataLoader(loader.dataset, batch_size=4, num_workers=1)
     with pytest.raises(ConfigError, match="nobody knows the numbers"):
