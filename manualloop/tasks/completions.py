@@ -134,13 +134,24 @@ def require_text(value: Any, where: str, column: str) -> None:
 def head_of(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of a prompt, with the special tokens that begin a text.
 
-    A rendered prompt may begin with ``bos_token`` itself, and gets no second one.
+    A rendered prompt may begin with ``bos_token`` itself, and gets no second one. It keeps the end
+    that is in its text, as of an earlier turn; one that the tokenizer adds is left out.
     """
     ids: list[int] = tokenizer(text)["input_ids"]
     if ids[:2] == [getattr(tokenizer, "bos_token_id", None)] * 2:
         ids = ids[1:]
     ends = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)} - {None}
-    return ids[:-1] if ids and ids[-1] in ends else ids
+    is_ended = len(ids) > 0 and ids[-1] in ends
+    return ids[: len(ids) - _num_added(tokenizer, text or "a")] if is_ended else ids
+
+
+def _num_added(tokenizer: Any, text: str) -> int:
+    """Return the number of tokens that a tokenizer adds behind a text; 1 where nothing tells."""
+    whole: list[int] = tokenizer(text)["input_ids"]
+    own: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    number = len(whole) - len(own)
+    starts = (n for n in range(number + 1) if whole[n : n + len(own)] == own)
+    return next((number - start for start in starts), 1)
 
 
 def tail_of(tokenizer: Any, text: str) -> list[int]:

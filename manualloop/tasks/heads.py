@@ -21,8 +21,16 @@ from torch.utils.checkpoint import checkpoint
 from manualloop.batches import model_inputs
 from manualloop.errors import DataError, ManualLoopError, ModelError
 from manualloop.internals import children_of, compiled_in_place, compiled_module
-from manualloop.models import config_of, evaluation_mode, forward_columns, model_name, unwrap_model
-from manualloop.tasks.float32 import not_compiled
+from manualloop.models import (
+    coarsest_dtype,
+    config_of,
+    evaluation_mode,
+    forward_columns,
+    model_name,
+    unwrap_model,
+)
+from manualloop.tasks.float32 import in_float32, not_compiled
+from manualloop.tasks.isolation import RAISED_BY_MODELS
 from manualloop.tasks.loss import find_loss
 from manualloop.tasks.task import IGNORE_INDEX, infer_task
 from manualloop.tasks.tokens import is_of_tokens
@@ -330,7 +338,7 @@ def _number(config: Any, name: str) -> float | None:
 
 _LARGE = 50.0
 """Largest logit of a proof. A new model has small ones, which a cap leaves as they are."""
-_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4}  # transformers' losses are in float32
+_TOLERANCES = {torch.float64: 5e-5, torch.float32: 5e-5}  # transformers' losses are in float32
 
 
 def _prove(model: nn.Module, head: Head, batch: Any) -> bool:
@@ -355,7 +363,7 @@ def _prove(model: nn.Module, head: Head, batch: Any) -> bool:
 
     hook = head.module.register_forward_hook(enlarge)
     try:
-        with evaluation_mode(model, labels.device), not_compiled():
+        with evaluation_mode(model, labels.device), _widened(model, row):
             hidden = hidden_states(model, row, labels.shape[-1])[0][kept]
             largest = float(head.module(hidden).abs().max())
             tolerance = _TOLERANCES.get(head.module(hidden[:1]).dtype, 2e-2)
@@ -374,6 +382,22 @@ def _prove(model: nn.Module, head: Head, batch: Any) -> bool:
     finally:
         hook.remove()
     return True
+
+
+def _widened(model: nn.Module, row: Mapping[str, Any]) -> Any:
+    """Return a context in which a proof computes in float32, if the model can be called in it.
+
+    In half precision rounding would hide a loss that is added, such as that of balanced experts.
+    """
+    device = labels_of(row).device
+    if coarsest_dtype(model, device) in (torch.float32, torch.float64):
+        return not_compiled()
+    try:
+        with in_float32(device):
+            hidden_states(model, row, 1)
+    except RAISED_BY_MODELS:
+        return not_compiled()  # of kernels for half precision alone
+    return in_float32(device)
 
 
 def _other_message(model: nn.Module, found: float, own: float, num_tokens: int, gain: float) -> str:

@@ -1,11 +1,12 @@
-"""Models of transformers whose loss is no mean over items that a batch shows.
+"""Models of transformers whose loss is otherwise than their names tell.
 
-Their loss is right for one batch and cannot be added up: it needs ``terms``. The names are those of
-transformers 5.23.
+That of some is right for one batch and no mean over items that it shows, so that it cannot be added
+up: it needs ``terms``. The names are those of transformers 5.23. Others do not shift their labels.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,21 @@ _WITH_DETECTION_TERMS = ("Yolos", "Detr", "TableTransformer")
 def balances_experts(model: nn.Module) -> bool:
     """Tell whether a model adds a loss over all tokens of a batch that balances its experts."""
     return bool(getattr(config_of(model), "output_router_logits", False))
+
+
+def wants_shifted_labels(kind: type[nn.Module]) -> bool:
+    """Tell whether a head of transformers takes each label in the place that predicts it.
+
+    Decoders of encoder-decoders do, and models of masked tokens that are named after their head. A
+    head that shifts labels calls ``loss_function``, which does it, or has names with "shift".
+    """
+    kinds = (c for c in kind.__mro__ if c.__module__.startswith("transformers."))
+    owner: Any = next((c for c in kinds if "forward" in vars(c)), None)
+    code = None if owner is None else getattr(inspect.unwrap(owner.forward), "__code__", None)
+    if code is None or "labels" not in code.co_varnames:
+        return False
+    names = (*code.co_names, *code.co_varnames)
+    return not any(name == "loss_function" or "shift" in name for name in names)
 
 
 def objection_to(model: nn.Module, batch: Any) -> str | None:

@@ -35,7 +35,7 @@ from manualloop.batches import Kept, shared_rows
 from manualloop.errors import DataError
 from manualloop.mistakes import targets_message
 from manualloop.models import own_config, unwrap_model
-from manualloop.tasks.otherwise import ATTENDED, objection_to
+from manualloop.tasks.otherwise import ATTENDED, objection_to, wants_shifted_labels
 from manualloop.types import Batch
 
 Counts: TypeAlias = tuple[float, ...]
@@ -394,6 +394,7 @@ def count_items(model: nn.Module, batch: Batch) -> int:
     return int(sum(counts))
 
 
+_ANSWERING = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
 # Heads whose question answering loss is another.
 _BEAM_SEARCHING = (
     "FlaubertForQuestionAnswering",
@@ -401,20 +402,13 @@ _BEAM_SEARCHING = (
     "XLNetForQuestionAnswering",
 )
 
-# Heads of language models that want their labels shifted already (transformers 5.23).
-_UNSHIFTED = (
-    "BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM",
-    "BlenderbotSmallForCausalLM", "MarianForCausalLM", "MBartForCausalLM", "PegasusForCausalLM",
-    "PLBartForCausalLM", "ProphetNetForCausalLM", "WhisperForCausalLM", "XLMWithLMHeadModel",
-    "XLNetLMHeadModel",
-)  # fmt: skip
-
 _TASK_OF_HEAD = {
     "ForTokenClassification": "token_classification",
     "ForMultipleChoice": "multiple_choice",
     "ForMaskedLM": "masked_lm",
     "ForCausalLM": "causal_lm",
-    "LMHeadModel": "causal_lm",
+    **dict.fromkeys(("LMHeadModel", "WithLMHead", "ForVisionText2Text"), "causal_lm"),
+    "BertGenerationDecoder": "causal_lm",
     "ForSemanticSegmentation": "semantic_segmentation",
     "ForCTC": "ctc",
     **dict.fromkeys(("MarianMTModel", "EncoderDecoderModel"), "seq2seq_lm"),
@@ -425,15 +419,13 @@ _TASK_OF_HEAD = {
 def is_known_head(model: nn.Module) -> bool:
     """Tell whether a model is a head of transformers, by its config or by the name of its class."""
     model = unwrap_model(model)
-    return _task_of_class(type(model).__name__) is not None or hasattr(
-        own_config(model), "id2label"
-    )
+    return _task_of_class(type(model)) is not None or hasattr(own_config(model), "id2label")
 
 
 def _has_position_loss(inner: nn.Module) -> bool:
     """Tell whether the loss is the mean of those of start and of end positions."""
     name = type(inner).__name__
-    return name.endswith("ForQuestionAnswering") and name not in _BEAM_SEARCHING
+    return name.endswith(_ANSWERING) and name not in _BEAM_SEARCHING
 
 
 def _has_bce_loss(inner: nn.Module, config: Any) -> bool:
@@ -441,10 +433,15 @@ def _has_bce_loss(inner: nn.Module, config: Any) -> bool:
     return type(inner).__name__.endswith("Classification") and config is not None
 
 
-@cache
-def _task_of_class(name: str) -> str | None:
-    if name in _UNSHIFTED:
+def _task_of_class(kind: type[nn.Module]) -> str | None:
+    task = _task_of_name(kind.__name__)
+    if task == "causal_lm" and wants_shifted_labels(kind):
         return "masked_lm"  # which counts as they do
+    return task
+
+
+@cache
+def _task_of_name(name: str) -> str | None:
     return next((task for head, task in _TASK_OF_HEAD.items() if name.endswith(head)), None)
 
 
@@ -463,7 +460,7 @@ def infer_task(model: nn.Module, labels: Tensor | None = None) -> str:
 
 def _task_of(inner: nn.Module, config: Any, labels: Tensor | None) -> str:
     name = type(inner).__name__
-    if task := _task_of_class(name):
+    if task := _task_of_class(type(inner)):
         return task
     if name.endswith("ForConditionalGeneration"):
         return "seq2seq_lm" if getattr(config, "is_encoder_decoder", False) else "causal_lm"

@@ -4,7 +4,7 @@ import pytest
 from chat_styles import tokenizer_for
 
 from manualloop import ConfigError, DataError
-from manualloop.tasks import complete
+from manualloop.tasks import complete, preference_pairs
 
 ROWS = {"prompt": ["(see) 2+2 is", "the sun"], "completion": [" four.", " naïve 🙂"]}
 
@@ -50,6 +50,26 @@ def test_an_end_that_the_tokenizer_adds_to_the_prompt_is_left_out():
     )
     made = complete(tokenizer)(ROWS)
     assert all(ids.count(tokenizer.eos_token_id) == 1 for ids in made["input_ids"])
+
+
+@pytest.mark.parametrize("frame", ["$A", "<s> $A", "$A </s>", "</s> $A"])
+def test_a_prompt_keeps_the_end_that_is_in_its_text(frame):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tokenizer_for("llama2")
+    plain = tokenizer("the sun</s>", add_special_tokens=False)["input_ids"]
+    begin = tokenizer.convert_tokens_to_ids(frame.partition("$A")[0].split())
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=frame, special_tokens=[("<s>", 1), ("</s>", tokenizer.eos_token_id)]
+    )
+    for prompt, ids in (("the sun</s>", plain), ("the sun", plain[:-1]), ("", [])):
+        made = complete(tokenizer)({"prompt": [prompt], "completion": [" is"]})
+        learned = [label for label in made["labels"][0] if label != -100]
+        assert made["input_ids"][0] == [*begin, *ids, *learned]
+        pairs = preference_pairs(tokenizer)(
+            {"prompt": [prompt or None], "chosen": [" is"], "rejected": ["2+2"]}
+        )
+        assert pairs["input_ids"][0][0] == [*begin, *ids, *learned]
 
 
 def test_the_beginning_of_a_long_prompt_is_cut_off_first():

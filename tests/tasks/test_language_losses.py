@@ -266,6 +266,24 @@ def test_another_loss_is_refused_before_the_first_update(kind, updates):
     assert not updates
 
 
+class Penalized(LlamaForCausalLM):
+    """It adds a small loss of its logits."""
+
+    def forward(self, **inputs):
+        outputs = super().forward(**inputs)
+        if outputs.loss is not None:
+            outputs.loss = outputs.loss + 1e-4 * outputs.logits.logsumexp(-1).square().mean()
+        return outputs
+
+
+@pytest.mark.parametrize("by", ["weights", "autocast"])
+@pytest.mark.parametrize("kind", [mixtral, Penalized])
+def test_rounding_hides_no_other_loss(kind, by):
+    model = (kind() if kind is mixtral else kind(llama().config)).float()
+    with torch.autocast("cpu", enabled=by == "autocast"), pytest.raises(ModelError, match="adds"):
+        lm_loss(model.bfloat16() if by == "weights" else model, BATCH)
+
+
 def test_a_setting_that_changes_is_proved_again():
     model = of_kind("Granite", logits_scaling=7.0)
     lm_loss(model, BATCH)

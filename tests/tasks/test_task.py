@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from heads import HEADS, build, head_id, make_batch
 from helpers import bert_config, tiny_bert
 from torch import nn
@@ -20,6 +21,7 @@ from manualloop import (
     TrainState,
     accumulate_gradients,
     apply_update,
+    check_accumulation,
     count_items,
     evaluate_loop,
     predict_loop,
@@ -70,6 +72,53 @@ def test_a_known_task_is_the_one_that_would_be_found(head):
         assert known.name == fresh.name == head[2] or "Bart" in head_id(head)
         assert known.count(batch) == fresh.count(batch)
     assert resolve_task(model, batches[0], known) is known
+
+
+def head_without_a_shift(name):
+    """A decoder in float64 whose labels may be shifted already, whatever its name is."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "d_model": 8, "decoder_layers": 1, "decoder_attention_heads": 2}
+    sizes |= {"decoder_ffn_dim": 8, "max_position_embeddings": 16, "dropout": 0.0}
+    if name == "Flaubert":
+        sizes = {"n_words": 20, "emb_dim": 8, "n_layers": 1, "n_heads": 2, "dropout": 0.0}
+        sizes |= {"attention_dropout": 0.0, "max_position_embeddings": 16}
+        return transformers.FlaubertWithLMHeadModel(transformers.FlaubertConfig(**sizes)).double()
+    if name == "BertGeneration":
+        sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "is_decoder": True}
+        sizes |= {"num_attention_heads": 2, "intermediate_size": 8, "hidden_dropout_prob": 0.0}
+        config = transformers.BertGenerationConfig(**sizes, attention_probs_dropout_prob=0.0)
+        return transformers.BertGenerationDecoder(config).double()
+    if name == "Mvp":
+        sizes |= {"encoder_layers": 1, "encoder_ffn_dim": 8, "is_encoder_decoder": False}
+    config = getattr(transformers, f"{name}Config")(**sizes, is_decoder=True)
+    return getattr(transformers, f"{name}ForCausalLM")(config).double()
+
+
+@pytest.mark.parametrize("name", ["TrOCR", "Mvp", "Bart", "Flaubert", "BertGeneration"])
+def test_whether_a_head_shifts_its_labels_is_what_it_does(name):
+    model, draw = head_without_a_shift(name), torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 20, (3, 6), generator=draw)
+    batch = {"input_ids": ids, "labels": torch.randint(3, 20, (3, 6), generator=draw)}
+    batch["labels"][1, 3:] = -100
+    logits = model(**batch).logits
+    first = {**batch, "labels": batch["labels"].index_fill(1, torch.tensor(0), -100)}
+    is_shifted = torch.equal(model(**batch).loss, model(**first).loss)
+    assert is_shifted is (name == "BertGeneration")
+    kept = batch["labels"][:, 1:] if is_shifted else batch["labels"]
+    logits = logits[:, :-1] if is_shifted else logits
+    assert count_items(model, batch) == int((kept != -100).sum())
+    is_right = (logits.argmax(-1) == kept)[kept != -100]
+    scores = evaluate_loop(model, [batch], "accuracy")
+    assert scores["accuracy"] == pytest.approx(float(is_right.double().mean()))
+    assert "Any split is the same update" in str(check_accumulation(model, batch))
+
+
+def test_a_subclass_of_ones_own_shifts_as_its_base():
+    class MineForCausalLM(transformers.TrOCRForCausalLM):
+        def forward(self, **inputs):
+            return super().forward(**inputs)
+
+    assert infer_task(MineForCausalLM(head_without_a_shift("TrOCR").config)) == "masked_lm"
 
 
 KINDS = {
