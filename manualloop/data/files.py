@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -108,7 +109,7 @@ def _read_file(name: str, path: Path) -> Any:
         if kind in (".csv", ".tsv", ".txt"):
             return _read_csv(path)
         if kind in (".json", ".jsonl", ".ndjson"):
-            return pandas.read_json(path, lines=_is_lines(path))
+            return _read_json(path)
         if kind in (".parquet", ".pq"):
             return pandas.read_parquet(path)
     how = f'pandas.read_excel("{path}")' if kind in (".xlsx", ".xls", ".ods") else "pandas.read_..."
@@ -118,12 +119,24 @@ def _read_file(name: str, path: Path) -> Any:
     )
 
 
+def _read_json(path: Path) -> Any:
+    """Read rows as they are written: pandas would make numbers and dates of their strings."""
+    import pandas
+
+    with path.open(encoding="utf-8-sig") as file:
+        if _is_lines(path):
+            return pandas.DataFrame([json.loads(line) for line in file if line.strip()])
+        return pandas.DataFrame(json.load(file))
+
+
 def _read_csv(path: Path) -> Any:
     """Read a table of text, whose header tells how its cells are separated."""
     import pandas
 
     separator, encoding = _separator_in(path), _encoding_of(path)
     frame = pandas.read_csv(path, sep=separator, encoding=encoding)
+    if not isinstance(frame.index, pandas.RangeIndex):
+        frame = _without_names(path, frame, separator, encoding)
     with path.open(newline="", encoding=encoding) as file, suppress(csv.Error):
         first = next(filter(None, csv.reader(file, delimiter=separator)), [])
         if len(first) == len(frame.columns) and _is_row(first, frame.head(_NUM_ROWS)):
@@ -136,6 +149,35 @@ def _read_csv(path: Path) -> Any:
                 f'Else name its columns: pandas.read_csv("{path}"{option}, names={names}).'
             )
     return frame
+
+
+def _without_names(path: Path, frame: Any, separator: str, encoding: str) -> Any:
+    """Return a table whose rows have more cells than its header, where those are no content.
+
+    pandas takes the first cells of such rows for their names, so that each column has the cells of
+    the one after it.
+
+    Raises:
+        DataError: They may be content.
+    """
+    import pandas
+
+    option = "" if separator == "," else f", sep={_quoted(separator)}"
+    numbers: Any = frame.index if frame.index.dtype.kind in "iu" else ()
+    if len(numbers) and (numbers[1:] - numbers[:-1] == 1).all():
+        return frame  # of R, which numbers rows without a name in the header
+    with path.open(newline="", encoding=encoding) as file:
+        rows = filter(None, csv.reader(file, delimiter=separator))
+        names = next(rows, [])
+        longer = [row for row in rows if len(row) > len(names)]
+    if all(not any(row[len(names) :]) for row in longer):  # a separator ends each row
+        options: Any = {"sep": separator, "encoding": encoding, "index_col": False}
+        return pandas.read_csv(path, usecols=range(len(names)), **options)
+    raise DataError(
+        f"{path} has {len(names)} names in its header, and {len(longer[0])} cells in the row "
+        f"{separator.join(longer[0])!r:.80}. Put quotes around texts that hold {separator!r}. If "
+        f'the first cell names the row, pass a frame: pandas.read_csv("{path}"{option}).'
+    )
 
 
 def _is_row(cells: Sequence[str], frame: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
+from numbers import Integral
 from typing import Any
 from weakref import WeakSet
 
@@ -86,7 +87,7 @@ def _report_rows(loader: Any) -> None:
             f"{type(sampler).__name__} draws them with replacement. Evaluate with a loader that "
             "has no sampler=."
         )
-    if num_repeated := _num_repeated(sampler):
+    if num_repeated := _num_repeated(loader):
         say(
             f"some rows count more than once in this evaluation: {num_repeated:,} of the rows in "
             f"the loader's {type(sampler).__name__} are repeated. Evaluate with a loader that has "
@@ -105,19 +106,27 @@ def _report_rows(loader: Any) -> None:
         )
 
 
-def _num_repeated(sampler: Any) -> int:
+def _num_repeated(loader: Any) -> int:
     """Count the rows that a list of rows, or of batches of rows, names again; 0 if it is none."""
+    batches: Any = getattr(loader, "batch_sampler", None)
+    sampler = getattr(batches, "sampler", batches)
     listed = sampler.indices if isinstance(sampler, SubsetRandomSampler) else sampler
     if isinstance(listed, (np.ndarray, Tensor)):
         listed = listed.tolist()
     if not isinstance(listed, (list, tuple)):
         return 0
-    is_batches = bool(listed) and isinstance(listed[0], (list, tuple))
-    rows = list(chain.from_iterable(listed)) if is_batches else listed
     try:
-        return len(rows) - len(set(rows))
-    except TypeError:  # keys of the user's own dataset
+        rows = list(chain.from_iterable(listed)) if sampler is batches else listed
+        num_rows = len(loader.dataset)
+        return len(rows) - len({_number(row, num_rows) for row in rows})
+    except (AttributeError, TypeError):  # keys of the user's own dataset
         return 0
+
+
+def _number(row: Any, num_rows: int) -> Any:
+    """Return the number of a row, which may be a tensor, or count from the end."""
+    row = row.item() if isinstance(row, (np.ndarray, Tensor)) else row
+    return row % num_rows if isinstance(row, Integral) else row
 
 
 def _can_be_remembered(loader: Any) -> bool:

@@ -57,6 +57,28 @@ class Rows(list[Any]):
     """One entry a row, of any kind, which a function gets as a list and not as an array."""
 
 
+_PLAIN = frozenset((str, int, float, bool, type(None)))
+
+
+def owned(entry: Any) -> Any:
+    """Return a copy of an entry and of what is in it, so that a metric may change it.
+
+    >>> row = [{"tags": ["B", "O"]}]
+    >>> owned(row)[0]["tags"].clear()
+    >>> row
+    [{'tags': ['B', 'O']}]
+    """
+    if isinstance(entry, list):
+        return type(entry)([one if type(one) in _PLAIN else owned(one) for one in entry])
+    if type(entry) is tuple:
+        return tuple(map(owned, entry))
+    if type(entry) is dict:
+        return {name: owned(one) for name, one in entry.items()}
+    if isinstance(entry, np.ndarray):
+        return entry.copy()
+    return entry.clone() if hasattr(entry, "clone") and hasattr(entry, "detach") else entry
+
+
 def to_array(values: Any) -> Array:
     """Convert a tensor of any device and dtype, an array or a list to a NumPy array."""
     if hasattr(values, "detach"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -14,6 +15,14 @@ import numpy as np
 
 from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.forms import Array, Rows, Takes, explaining, to_array, to_scores
+from manualloop.evaluation.parameters import (
+    PREDICTIONS,
+    PROBABILITIES,
+    REFERENCES,
+    asks_for_more,
+    parameters_of,
+    role_of,
+)
 from manualloop.evaluation.reports import class_name
 from manualloop.evaluation.torch_metrics import as_tensor, in_single, is_of_classes, taken_in
 from manualloop.libraries import parts_of_scorer
@@ -21,20 +30,6 @@ from manualloop.notices import say
 from manualloop.randomness import random_states_kept
 from manualloop.types import Scores
 
-_REFERENCES = {
-    *("references", "reference", "refs", "ref", "labels", "label", "targets", "target", "gold"),
-    *("golds", "truth", "truths", "ground_truth", "ground_truths", "actual", "expected"),
-    *("y_true", "labels_true", "true", "trues", "y_test"),
-}
-_PREDICTIONS = {
-    *("predictions", "prediction", "predicted", "preds", "pred", "outputs", "output", "y_hat"),
-    *("hypotheses", "hypothesis", "hyps", "y_pred", "labels_pred"),
-}
-_PROBABILITIES = {"y_score", "y_prob", "y_proba", "probas_pred"}
-_NOT_GIVEN = {  # what a metric gets only where decode or postprocess returns it
-    *("logits", "logit", "probs", "prob", "proba", "probas", "probabilities", "y_logits"),
-    *("y_probs", "y_probas", "y_pred_proba", "pred_proba", "softmax"),
-}
 _OF_PROBABILITIES = {"log_loss", "d2_log_loss_score"}  # scikit-learn's, whose y_pred are such
 _SYMMETRIC = {"cohen_kappa_score"}  # scikit-learn's, which does not tell its sides apart
 _OF_VALUES = (
@@ -92,9 +87,11 @@ class Function:
         Raises:
             ConfigError: It asks for logits or probabilities, and gets the predictions of the task.
         """
-        names = [*_parameters(self._call.function)][:2]
-        if wrong := [name for name in names if name.lower() in _NOT_GIVEN]:
-            right = wrong[0].replace("y_", "")
+        names = [*parameters_of(self._call.function)][:2]
+        asked = [name for name in names if asks_for_more(name)]
+        wrong = [name for name in asked if role_of(name) != "references"]
+        if asked and wrong == asked:  # pred_scores and true_scores are values
+            right = wrong[0].replace("y_", "").replace("_", " ")
             raise ConfigError(
                 f"{self.name} has a parameter {wrong[0]!r}, and gets class numbers there. Name it "
                 "predictions if that is what it scores; name it y_score to get probabilities, of "
@@ -174,7 +171,7 @@ class Function:
         num_classes = scores.shape[1] if scores.ndim == 2 else 1
         if references.ndim > 1 or num_classes == 1:
             return scores
-        parameters, bound = _parameters(self._call.function), _bound(self._call.function)
+        parameters, bound = parameters_of(self._call.function), _bound(self._call.function)
         is_free = "labels" in parameters and "labels" not in bound
         is_whole = num_classes > 2 or (self._call.is_sklearns and "y_pred" in parameters)
         if self._call.takes_tensors:  # torchmetrics', which take those of all, unless for two
@@ -206,6 +203,8 @@ def _tell_order(call: _Call, sides: tuple[Any, Any], options: Any, result: Any) 
         if (times := _COMPARED.get(function, 0)) == 2:
             return
         _COMPARED[function] = times + 1
+        if not inspect.isroutine(function):
+            function = deepcopy(function)  # an object may collect what it gets
         with random_states_kept(devices=False):
             other, again = function(*sides[::-1], **options), function(*sides, **options)
         found = [to_scores(name, one) for one in (result, again, other)]
@@ -217,8 +216,8 @@ def _tell_order(call: _Call, sides: tuple[Any, Any], options: Any, result: Any) 
         return
     if is_random or not is_other.any():
         return
-    _COMPARED[function] = 2
-    first, second = list(_parameters(function))[:2]
+    _COMPARED[call.function] = 2
+    first, second = list(parameters_of(function))[:2]
     key = int(np.flatnonzero(is_other)[0])
     say(
         f"{name} gets predictions as {first} and references as {second}, and gives another score "
@@ -237,7 +236,7 @@ def _flat(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def accepts_kept(function: Callable[..., Any]) -> bool:
     """Tell whether a function has a parameter for the columns that skip the model."""
-    return "kept" in _parameters(function)
+    return "kept" in parameters_of(function)
 
 
 def _copy(values: Any) -> Any:
@@ -254,7 +253,7 @@ def _call_of(function: Callable[..., Any]) -> _Call:
     named = function.func if isinstance(function, partial) else function
     name = getattr(named, "__name__", type(named).__name__)
     name = "metric" if name == "<lambda>" else name if sign > 0 else f"neg_{name}"
-    parameters = list(_parameters(function))
+    parameters = list(parameters_of(function))
     library = str(getattr(named, "__module__", "")).split(".")
     is_sklearns = library[0] == "sklearn"
     if library[0] in ("torch", "torchmetrics"):
@@ -263,7 +262,7 @@ def _call_of(function: Callable[..., Any]) -> _Call:
         return _Call(function, "rows", None, name)
     wanted, predicted, scored = (
         next((parameter for parameter in parameters if parameter in group), None)
-        for group in (_REFERENCES, _PREDICTIONS, _PROBABILITIES)
+        for group in (REFERENCES, PREDICTIONS, PROBABILITIES)
     )
     if is_sklearns:
         side = scored or predicted
@@ -279,7 +278,7 @@ def _call_of(function: Callable[..., Any]) -> _Call:
             takes = "scores"
         return _Call(function, takes, (side, wanted), name, sign, True)
     by_names = _by_names(function, name, parameters[:2])
-    named_first = parameters[:1] == ["p"] or any(map(_role, parameters[:2]))
+    named_first = parameters[:1] == ["p"] or any(map(role_of, parameters[:2]))
     return _Call(function, *by_names, name, sign, is_guess=len(parameters) > 1 and not named_first)
 
 
@@ -302,7 +301,7 @@ def _call_of_torch(
             takes = "scores"
     wanted, predicted = (
         next((parameter for parameter in parameters[:2] if parameter in group), None)
-        for group in (_REFERENCES, _PREDICTIONS)
+        for group in (REFERENCES, PREDICTIONS)
     )
     sides = None if wanted is None or predicted is None else (predicted, wanted)
     return _Call(function, takes, sides, name, takes_tensors=True)
@@ -321,7 +320,7 @@ def _by_names(
             f"{name} cannot be called with two arguments ({error}). Write it as "
             f"def {name}(predictions, references)."
         ) from error
-    roles = [_role(parameter) for parameter in first_two]
+    roles = [role_of(parameter) for parameter in first_two]
     takes: Takes = "scores" if "scores" in roles else "rows"
     if len(roles) < 2 or (None not in roles and roles[0] == roles[1]):
         return takes, None
@@ -334,26 +333,6 @@ def _by_names(
             f"them: def {name}(predictions, references)."
         )
     return takes, None
-
-
-def _role(parameter: str) -> str | None:
-    """Return what the name of a parameter tells: true_labels are references, val_preds are not."""
-    name = parameter.lower()
-    if name in _PROBABILITIES:
-        return "scores"
-    words = set(name.split("_"))
-    if name in _REFERENCES:
-        return "references"
-    if name in _PREDICTIONS or any(word.startswith("pred") for word in words) or "hat" in words:
-        return "predictions"
-    return "references" if words & _REFERENCES or "test" in words else None
-
-
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a function that is not written in Python
-        return {}
 
 
 def _bound(function: Callable[..., Any]) -> Mapping[str, Any]:

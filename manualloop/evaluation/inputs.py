@@ -33,15 +33,17 @@ class Inputs:
     Args:
         loader: The loader that the rows come from; None for none.
         frame_index: What the loader knows, for a copy.
+        task: Name of the task of the rows; "" if nobody knows it.
 
     Attributes:
         split: Name of the split; None if nobody knows it.
         names: Names of the columns of text that its tokens were made of.
         frame_index: The index of the ``pandas.DataFrame`` that the rows were; None of others.
+        task: As the argument.
     """
 
-    def __init__(self, loader: Any = None, frame_index: Any = None) -> None:
-        made = preparation_of(loader)
+    def __init__(self, loader: Any = None, frame_index: Any = None, task: str = "") -> None:
+        made, self.task = preparation_of(loader), task
         self.frame_index = frame_index if made is None else made.frame_index
         sampler, collate = (getattr(loader, n, None) for n in ("batch_sampler", "collate_fn"))
         self.split: str | None = getattr(sampler, "split", None)
@@ -53,7 +55,7 @@ class Inputs:
             self._dataset = _nothing
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Inputs, (None, self.frame_index)
+        return Inputs, (None, self.frame_index, self.task)
 
     def texts(self, numbers: Sequence[int], tokenizer: Any = None) -> Found | None:
         """Return the texts of some rows; None if they cannot be had.

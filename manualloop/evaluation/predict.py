@@ -99,7 +99,7 @@ def predict_loop(
         table.column("references"),
         {name: column.rows(table.order) for name, column in table.kept.items()},
         names,
-        Inputs(dataloader),
+        Inputs(dataloader, task=table.task),
         table.ignored,
     )
 

@@ -251,10 +251,14 @@ def kind_of(table: Predictions) -> Kind:
     scores, references = table.scores, table.references
     if scores is not None and scores.shape == values.shape:
         return "classes"
-    # Of a postprocess: targets of several labels are floats, so that they fit a binary loss.
+    # Of a postprocess: 0 or 1 for each class, or numbers of classes, such as those of the best.
     is_wide = values.ndim == 2 and table.names is not None and len(table.names) == values.shape[1]
+    if not is_wide or values.max(initial=0) > 1 or values.min(initial=0) < 0:
+        return "tokens"
+    # Targets of several labels are floats, so that they fit a binary loss.
     is_float = isinstance(references, np.ndarray) and references.dtype.kind == "f"
-    return "classes" if is_wide and (is_float or values.dtype.kind == "b") else "tokens"
+    is_of_several = is_float or table.inputs.task == "multi_label_classification"
+    return "classes" if is_of_several or values.dtype.kind == "b" else "tokens"
 
 
 def names_of(table: Predictions, values: Any) -> list[Any] | None:

@@ -10,7 +10,7 @@ import numpy as np
 from manualloop.errors import ConfigError, MetricError
 from manualloop.evaluation.collected import Collected, Perplexity
 from manualloop.evaluation.decoding import Decoding
-from manualloop.evaluation.forms import Scorer, Takes, count_rows, require_rows, to_array
+from manualloop.evaluation.forms import Scorer, Takes, count_rows, owned, require_rows, to_array
 from manualloop.evaluation.functions import Function
 from manualloop.evaluation.metrics import Metric, load_metric
 from manualloop.evaluation.modules import Module, module_of
@@ -109,8 +109,11 @@ class _Checked:
 
     def add_batch(self, *, predictions: Any, references: Any, **more: Any) -> None:
         num_rows = count_rows(self.name, predictions, references, self._num_batches)
+        rows = {"predictions": predictions, "references": references, **more}
         for scorer in self.scorers if num_rows else ():
-            scorer.add_batch(predictions=predictions, references=references, **more)
+            # The next metric, the next resample and the user's table have the same objects.
+            is_foreign = isinstance(scorer, _FOREIGN)
+            scorer.add_batch(**({n: owned(v) for n, v in rows.items()} if is_foreign else rows))
         self._num_rows += num_rows
         self._num_batches += 1
 

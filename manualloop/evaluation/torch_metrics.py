@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manualloop.errors import ConfigError
 from manualloop.evaluation.forms import Rows, Takes, explaining, to_scores
+from manualloop.evaluation.parameters import roles_of
 from manualloop.types import Scores
 
 # Ends of the names of classes whose subclasses score probabilities.
@@ -41,7 +42,7 @@ class TorchMetric:
         metric: The metric; it is reset.
 
     Raises:
-        ConfigError: The members of a collection take different things.
+        ConfigError: The members of a collection take different things, or in another order.
     """
 
     def __init__(self, metric: Any) -> None:
@@ -51,6 +52,7 @@ class TorchMetric:
         self._metric = metric
         members = list(metric.values()) if hasattr(metric, "add_metrics") else [metric]
         self.takes = self._taken_by(members)
+        self._takes_right_first = self._is_reversed(members)
         # Whether all tokens of a row are right is not told by tokens of all rows in one axis.
         self._takes_each = any(_kind(member) == _EXACT for member in members)
         self._is_binary = all(_kind(member).startswith("Binary") for member in members)
@@ -72,6 +74,18 @@ class TorchMetric:
             )
         return found.pop() if found else "rows"
 
+    def _is_reversed(self, members: Sequence[Any]) -> bool:
+        """Tell whether ``update`` takes references first, by the names of its parameters."""
+        roles = [roles_of(member.update) for member in members]
+        is_reversed = [of_one == ["references", "predictions"] for of_one in roles]
+        if any(is_reversed) and len(members) > 1:
+            raise ConfigError(
+                f"A metric of the {self.name} takes references first, as the names of its "
+                "parameters tell, and a collection calls all by place. Pass them as a list: "
+                "[metric, metric]."
+            )
+        return any(is_reversed)
+
     def add_batch(self, *, predictions: Any, references: Any) -> None:
         """Add the rows of one batch, as tensors on the metric's own device."""
         if self.takes == "scores":
@@ -87,8 +101,9 @@ class TorchMetric:
         self._update(predicted, right)
 
     def _update(self, predicted: Any, right: Any) -> None:
+        sides = (right, predicted) if self._takes_right_first else (predicted, right)
         with explaining(self.name):
-            self._metric.update(predicted, right)
+            self._metric.update(*sides)
 
     def _to_tensor(self, values: Any) -> Any:
         if isinstance(values, Rows) and self._takes_each:

@@ -1,5 +1,7 @@
 """Files and frames of a user's own: read as they are, or refused with the line that reads them."""
 
+import json
+
 import datasets
 import pandas
 import pytest
@@ -104,7 +106,7 @@ REFUSED = {
     "rows.xlsx": "whose kind '.xlsx' is unknown",
     "ragged.csv": "cannot be read: ParserError",
     "empty.csv": "cannot be read: EmptyDataError",
-    "broken.json": "cannot be read: ValueError",
+    "broken.json": "cannot be read: JSONDecodeError",
     "broken.parquet": "cannot be read: ",
 }
 CONTENTS = {
@@ -122,6 +124,45 @@ def test_what_cannot_be_read_is_named(name, tmp_path):
         (tmp_path / name).write_text(CONTENTS[name])
     with pytest.raises(DataError, match=REFUSED[name]):
         prepare_dataloaders({"train": tmp_path / name}, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_strings_of_json_stay_strings(name, tmp_path):
+    """As in a dataset of the file: pandas would make one class of "01" and "1", and dates."""
+    rows = [
+        {"text": "001", "label": "01", "date": "2020-01-01", "id": "0012", "size": 0.1},
+        {"text": "2", "label": "1", "date": "x", "id": None, "size": 2**53 + 1},
+    ]
+    lines = "\n\n".join(map(json.dumps, rows))
+    (tmp_path / name).write_text(lines if name.endswith("l") else json.dumps(rows))
+    read = read_rows("train", tmp_path / name)
+    texts = ["text", "label", "date", "id"]
+    assert read.select_columns(texts).to_list() == [{n: r[n] for n in texts} for r in rows]
+    assert read["size"][0] == 0.1
+
+
+LONGER = {
+    "a separator behind each row": ("text,title,label\na,b,1,\nc,d,0,\n", ["a", "c"]),
+    "numbers of rows, as R writes them": ('"text","label"\n"1","a",NA\n"2","c",NA\n', ["a", "c"]),
+    "commas in texts": ("text,label\ngood, really,1\nbad, too,0\n", "'good, really,1'"),
+    "commas in the first text": ("text,label\ngood, really,1\nbad,0\n", "'good, really,1'"),
+    "names of rows": ("text,label\nx,a,1\ny,c,0\n", "'x,a,1'"),
+    "two more": ("text,label\nx,1,a,1\ny,2,c,0\n", "'x,1,a,1'"),
+}
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_rows_with_more_cells_than_the_header_are_not_shifted(name, tmp_path):
+    content, found = LONGER[name]
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    if isinstance(found, list):
+        assert read_rows("train", path)["text"][:] == found
+        return
+    with pytest.raises(DataError, match=f"names in its header, .* in the row {found}") as refused:
+        read_rows("train", path)
+    line = "pandas.read_csv" + str(refused.value).rpartition("pandas.read_csv")[2].removesuffix(".")
+    assert len(eval(line, {"pandas": pandas})) == 2
 
 
 def test_a_column_of_mixed_kinds_is_named():

@@ -1,5 +1,6 @@
 """Rows that a loader leaves out of an evaluation, or counts twice, are reported."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import messages
@@ -14,6 +15,7 @@ from torch.utils.data import (
 from manualloop import evaluate_loop, predict_loop
 
 ROWS = [{"x": torch.ones(2), "labels": torch.tensor(row % 2)} for row in range(11)]
+BY_PAIR = {(0, 1): ROWS[0], (0, 2): ROWS[1]}
 
 
 class Classifier(torch.nn.Module):
@@ -60,6 +62,23 @@ LOADERS = {
         DataLoader(ROWS, batch_sampler=[[0, 1], [1, 2]]),
         "1 of the rows in the loader's list are repeated",
     ),
+    "batches that are tensors": (
+        DataLoader(ROWS, batch_sampler=[torch.tensor([0, 1]), torch.tensor([1, 2])]),
+        "1 of the rows in the loader's list are repeated",
+    ),
+    "batches that are arrays or ranges": (
+        DataLoader(ROWS, batch_sampler=[np.array([0, 1]), range(1, 3), (2, 3)]),
+        "2 of the rows in the loader's list are repeated",
+    ),
+    "numbers that are tensors": (
+        DataLoader(ROWS, 4, sampler=[torch.tensor(1), torch.tensor(1), np.int64(1), 2]),
+        "2 of the rows in the loader's list are repeated",
+    ),
+    "a row that is counted from the end, too": (
+        DataLoader(ROWS, 4, sampler=[-1, 0, len(ROWS) - 1]),
+        "1 of the rows in the loader's list are repeated",
+    ),
+    "keys that are pairs": (DataLoader(BY_PAIR, 4, sampler=[(0, 1), (0, 2)]), None),
     "a list without repeats": (DataLoader(ROWS, 4, sampler=[3, 1, 2]), None),
     "batches without repeats": (DataLoader(ROWS, batch_sampler=[[0, 1], [2]]), None),
     "nothing left": (DataLoader(ROWS[:8], 4, drop_last=True), None),

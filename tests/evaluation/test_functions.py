@@ -314,6 +314,38 @@ def test_functions_whose_order_is_not_clear_are_refused(function: Any, message: 
         Function(function)
 
 
+class Keeping:
+    """A metric that keeps what it gets, under names that tell nothing."""
+
+    def __init__(self) -> None:
+        self.kept: list[int] = []
+
+    def __call__(self, a: Any, b: Any) -> float:
+        self.kept += [*a.tolist(), *b.tolist()]
+        return float(len(self.kept))
+
+
+def test_a_metric_with_a_state_gets_each_row_once():
+    metric = Function(keeping := Keeping())
+    for number in (1, 2):
+        metric.add_batch(predictions=np.array([1, 1]), references=np.array([1, 0]))
+        assert metric.compute() == {"Keeping": 4.0 * number}
+    assert keeping.kept == [1, 1, 1, 0] * 2
+
+
+ASKS = "logits, probs, y_pred_probs, pred_proba, scores, y_scores, confidences, softmax_out, Score"
+
+
+def test_names_that_ask_for_more_than_predictions_are_refused():
+    for name in ASKS.split(", "):
+        for first_two in (f"{name}, labels", f"{name}, b"):
+            function = eval(f"lambda {first_two}: 0.0")
+            with pytest.raises(ConfigError, match=f"a parameter '{name}', and gets class numbers"):
+                Function(function).require_predictions()
+    for names in ("pred_scores, true_scores", "predictions, true_score", "y_true, y_score", "p, r"):
+        Function(eval(f"lambda {names}: 0.0")).require_predictions()
+
+
 def test_an_order_that_no_name_tells_is_reported_where_it_matters(caplog):
     """Called in both orders: in one, and that of the names, where they tell one."""
 

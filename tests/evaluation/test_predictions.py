@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from pyarrow import parquet
 
 from manualloop import (
@@ -377,3 +378,43 @@ def test_texts_of_a_frame_with_more_rows_or_another_order(predict):
     table = predict(rows.sample(frac=1, random_state=3))
     with pytest.raises(ConfigError, match="Pass the frame that was predicted"):
         _found_in(rows, [0, 1], table)
+
+
+class OfLabels(torch.nn.Module):
+    """A classifier of three labels a row, whose config names them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = transformers.BertConfig(
+            id2label={0: "a", 1: "b", 2: "c"}, problem_type="multi_label_classification"
+        )
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return {"logits": x + self.weight}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+@pytest.mark.parametrize("labels", [None, torch.int64, torch.float32])
+def test_names_of_several_labels_by_a_threshold_of_ones_own(dtype, labels):
+    logits = torch.tensor([[0.5, -1, 2], [-1, -1, -1], [0.1, 3, 0.7]])
+    batch = {"x": logits} if labels is None else {"x": logits, "labels": (logits > 1).to(labels)}
+    table = predict_loop(
+        OfLabels(), [batch], postprocess=lambda o, b: (o["logits"] > 0.2).to(dtype)
+    )
+    names = [["a", "c"], [], ["b", "c"]]
+    assert table.labels == names
+    assert list(table.to_pandas()["label"]) == names
+    assert pickle.loads(pickle.dumps(table))[1:].labels == names[1:]
+    assert repr(table).count("c 2, a 1, b 1") == 1
+
+
+def test_names_of_classes_by_rank():
+    """Numbers of classes beside targets of several labels: each is a class of its own."""
+    logits = torch.tensor([[0.5, -1, 2], [0, 1, 2]])
+    batch = {"x": logits, "labels": (logits > 1).float()}
+    ranked = predict_loop(OfLabels(), [batch], postprocess=lambda o, b: o["logits"].argsort(-1))
+    assert ranked.labels == [["b", "a", "c"], ["a", "b", "c"]]
+    best = predict_loop(OfLabels(), [batch], postprocess=lambda o, b: o["logits"].topk(2).indices)
+    assert best.labels == [["c", "a"], ["c", "b"]]

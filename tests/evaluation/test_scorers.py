@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from sklearn.metrics import (
     recall_score,
 )
 
+from manualloop import compare_predictions, evaluate_loop, predict_loop
 from manualloop.errors import ConfigError, MetricError
+from manualloop.evaluation.forms import Rows
 from manualloop.evaluation.metrics import Metric, load_metric
 from manualloop.evaluation.scorers import as_metric
 
@@ -360,3 +363,52 @@ def test_a_metric_of_ours_is_taken_as_it_is_and_starts_clean() -> None:
 def test_what_is_no_metric(metric: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         as_metric(metric)
+
+
+# Metrics that change what they get. ---------------------------------------------------------------
+
+
+def spoils(predictions: Any, references: Any) -> dict[str, float]:
+    """Score rows that are lists, and empty them."""
+    right = [row == other for row, other in zip(predictions, references, strict=True)]
+    for row in (*predictions, *references):
+        row[:] = [{"spoilt": True}] if isinstance(row, list) else 7
+    return {"spoils": float(np.mean([np.all(one) for one in right]))}
+
+
+def rows_as_lists(outputs: Any, batch: Any) -> tuple[list[Any], list[Any]]:
+    tags = [[{"tag": int(number)}] for number in outputs["logits"].argmax(-1)]
+    return tags, [[{"tag": int(number)}] for number in batch["labels"]]
+
+
+class Linear(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(3, 2)
+
+    def forward(self, x: Any) -> Any:
+        return {"logits": self.linear(x)}
+
+
+def test_a_metric_may_change_what_it_gets() -> None:
+    """The next metric, each resample and the user's table have rows of their own."""
+    model, x = Linear(), torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    labels = (x[:, 0] > 0).long()
+    batches = [{"x": x[:12], "labels": labels[:12]}, {"x": x[12:], "labels": labels[12:]}]
+    share = float((model(x)["logits"].argmax(-1) == labels).float().mean())
+    assert 0.1 < share < 0.9
+    metrics = [spoils, lambda predictions, references: {"again": spoils(predictions, references)}]
+    scores = evaluate_loop(model, batches, metrics, decode=rows_as_lists, confidence=0.9)
+    assert scores["spoils"] == scores["again_spoils"] == pytest.approx(share)
+    assert scores["spoils_low"] < share < scores["spoils_high"]
+    table = predict_loop(model, batches, decode=rows_as_lists)
+    before = copy.deepcopy(table.predictions)
+    compare_predictions(table, table, spoils)
+    assert table.predictions == before
+
+
+def test_a_metric_may_change_rows_of_tokens() -> None:
+    scorer = as_metric([spoils, lambda predictions, references: np.mean(predictions[0])])
+    scorer.add_batch(predictions=Rows([np.array([1, 2])]), references=Rows([np.array([1, 2])]))
+    assert scorer.compute() == {"spoils": 1.0, "metric": 1.5}

@@ -794,12 +794,12 @@ def test_an_exact_match_of_torchmetrics_is_one_of_rows():
     assert scores["multiclass_exact_match"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("name", ["logits", "probs", "y_proba_"])
+@pytest.mark.parametrize("name", ["logits", "probs", "pred_scores", "likely"])
 def test_a_function_of_logits_is_refused_where_it_gets_classes(name):
     names = {}
     exec(f"def own({name}, labels): return len({name})", names)
     data = [{"x": one_hot([0, 1, 2]), "labels": torch.tensor([0, 1, 1])}]
-    if name == "y_proba_":  # a name that tells nothing
+    if name == "likely":  # a name that tells nothing
         assert evaluate_loop(Affine(), data, names["own"])["own"] == 3
         return
     with pytest.raises(ConfigError, match=f"own has a parameter {name!r}") as caught:

@@ -104,3 +104,31 @@ def test_texts_and_rows_with_names() -> None:
     row = {"boxes": [[0.0, 0, 1, 1]]}
     scorer.add_batch(predictions=[row], references=[row])
     assert scorer.compute() == {"boxes": 1.0}
+
+
+class Recall(torchmetrics.Metric):  # type: ignore[misc,name-defined]
+    """A metric whose ``update`` takes references first, as its names tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("right", torch.tensor(0), "sum")
+        self.add_state("number", torch.tensor(0), "sum")
+
+    def update(self, target: Any, preds: Any) -> None:
+        self.right += ((preds == 1) & (target == 1)).sum()
+        self.number += (target == 1).sum()
+        target[:] = preds[:] = 0
+
+    def compute(self) -> Any:
+        return self.right / self.number
+
+
+def test_update_is_called_in_the_order_of_its_parameters() -> None:
+    """And may change what it gets: the metric after it has rows of its own."""
+    predictions, references = np.array([1, 1, 1, 0]), np.array([1, 0, 0, 1])
+    scorer = as_metric([Recall(), "accuracy"])
+    scorer.add_batch(predictions=predictions, references=references)
+    assert scorer.compute() == {"recall": 0.5, "accuracy": 0.25}
+    both = torchmetrics.MetricCollection([Recall(), torchmetrics.text.BLEUScore()])
+    with pytest.raises(ConfigError, match="takes references first"):
+        as_metric(both)
