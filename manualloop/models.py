@@ -76,10 +76,40 @@ def is_blind_to_padding(model: nn.Module) -> bool:
     if own_config(model) is None or name.endswith("ForQuestionAnswering"):
         return False
     takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
-    return takes_mask and not name.startswith(_SEEING_PADDING)
+    has_own_places = varying_positions(model) is None
+    return takes_mask and has_own_places and not name.startswith(_SEEING_PADDING)
 
 
 _SEEING_PADDING = ("Canine", "ConvBert", "FNet", "Nystromformer", "Yoso")
+
+
+class Varying(NamedTuple):
+    """Rotary positions that depend on the longest row of a batch.
+
+    Attributes:
+        kind: Name of the kind.
+        length: Number of tokens above which a row changes those of the others.
+    """
+
+    kind: str
+    length: int
+
+
+def varying_positions(model: nn.Module) -> Varying | None:
+    """Tell whether a model computes its positions for the longest row of a batch; None: not so."""
+    config = config_of(model)
+    texts = getattr(config, "get_text_config", lambda: config)()
+    for name in ("rope_parameters", "rope_scaling"):  # of transformers 5, and before
+        found = getattr(texts, name, None)
+        for part in (found, *found.values()) if isinstance(found, Mapping) else ():
+            kind = part.get("rope_type", part.get("type")) if isinstance(part, Mapping) else None
+            length = getattr(texts, "max_position_embeddings", None)
+            if kind == "longrope":
+                own = getattr(texts, "original_max_position_embeddings", None)
+                length = part.get("original_max_position_embeddings", own) or length
+            if kind in ("longrope", "dynamic") and length is not None:
+                return Varying(kind, int(length))
+    return None
 
 
 def config_of(model: nn.Module) -> Any:

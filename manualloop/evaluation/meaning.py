@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from manualloop.errors import DataError
 from manualloop.evaluation.layout import logits_name
 from manualloop.evaluation.losses import Made
+from manualloop.models import unwrap_model
 from manualloop.notices import say
 from manualloop.tasks.loss import find_loss
+from manualloop.tasks.otherwise import balances_experts
 from manualloop.tasks.task import Task, is_known_head
 
 _TOLD: WeakSet[nn.Module] = WeakSet()  # a run evaluates a model again and again
@@ -74,6 +76,20 @@ def task_of_outputs(made: Made) -> Task:
         for line in lines:
             say(line)
     return task
+
+
+def report_balance(model: nn.Module) -> None:
+    """Report a loss of experts that is a part of the loss of an evaluation."""
+    inner = unwrap_model(model)
+    if not balances_experts(model) or inner in _TOLD:
+        return
+    _TOLD.add(inner)
+    say(
+        "the loss that balances the experts (output_router_logits) is a part of the loss of this "
+        "evaluation, also in its perplexity, and depends on which rows share a batch. Leave it out "
+        "by model.config.output_router_logits = False, or pass a loss_fn that returns the loss of "
+        "the tokens."
+    )
 
 
 def _logits_of(outputs: Any) -> Tensor | None:

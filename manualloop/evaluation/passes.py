@@ -20,7 +20,7 @@ from manualloop.errors import DataError, ManualLoopError
 from manualloop.evaluation.draws import with_draws_reported
 from manualloop.evaluation.forms import Scorer
 from manualloop.evaluation.losses import Losses, Made
-from manualloop.evaluation.meaning import task_of_outputs
+from manualloop.evaluation.meaning import report_balance, task_of_outputs
 from manualloop.evaluation.rows import Ask, entries_of, tell_nan
 from manualloop.evaluation.scorers import merge_counts, tally
 from manualloop.evaluation.table import Share, Table, table_of
@@ -222,6 +222,7 @@ def _use(run: Pass, share: Share, batch: Any, number: int, known: Task | None) -
     if known is None and is_models and find_loss(outputs) is not None:
         task = made.task
         del inputs, outputs, made  # the trial needs the memory
+        report_balance(run.model)
         report_own_loss(run.model, batch, task, run.strategy)
         return task
     return made.task

@@ -32,6 +32,7 @@ from manualloop.models import (
     vocab_size,
 )
 from manualloop.notices import say
+from manualloop.tasks.positions import report_positions
 from manualloop.tasks.task import IGNORE_INDEX
 from manualloop.types import LossFn
 
@@ -163,6 +164,8 @@ def require_isolation(
     if not _is_marked(batch):
         return
     known, key = _known(model), _key_of(model, batch, loss_fn)
+    if "positions" not in known and report_positions(model, batch):
+        known["positions"] = True
     if known.get(key) or not isinstance(batch.get("input_ids"), Tensor):
         return
     if (packed := _find_packed(batch)) is None:

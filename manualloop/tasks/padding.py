@@ -27,6 +27,7 @@ from manualloop.models import (
 from manualloop.notices import say
 from manualloop.tasks.float32 import in_float32
 from manualloop.tasks.isolation import RAISED_BY_MODELS, inputs_of, parts_of_loss
+from manualloop.tasks.positions import report_positions
 from manualloop.tasks.task import IGNORE_INDEX, infer_task
 from manualloop.types import LossFn
 
@@ -69,6 +70,8 @@ def require_padding_unseen(
     if ids.shape != mask.shape:
         raise DataError(_other_length_message(ids, mask))
     known = _KNOWN.setdefault(model, set())
+    if _PLACES not in known and report_positions(model, batch):
+        known.add(_PLACES)
     if not mask.numel() or (mask.device.type != "cpu" and _ON_DEVICE in known):  # a look waits
         return
     key: Any = _PADS
@@ -108,7 +111,7 @@ def require_padding_unseen(
 
 
 _PADS, _ON_DEVICE, _TOLD = "its pad token", "a batch on the device", "logged"
-_BY_ROW = "one prediction a row"
+_BY_ROW, _PLACES = "one prediction a row", "positions for the longest row"
 _KNOWN: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 """What is known not to matter to a model, or was logged, and of what it makes a prediction."""
 

@@ -13,6 +13,7 @@ from datasets import Dataset
 from helpers import piece_tokenizer, questions, rows, tagged_words, tiny_bert, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from resume_cases import Rows, StatelessStream, built
+from tiny_language_models import llama, of_kind, padded, rows_of
 from tiny_scenes import processor, scenes, tiny_detr, tiny_segformer
 from torch import nn
 from torch.optim import SGD
@@ -391,6 +392,17 @@ def longer_rows(folder: Path) -> None:
     prepare_dataloaders(data, tokenizer, task="causal_lm", max_tokens=64, **options)
 
 
+def longest_row(folder: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = llama(rope_scaling=rope, max_position_embeddings=8)
+    evaluate_loop(model, [padded(rows_of((12, 5)))], "perplexity")
+
+
+def balanced_experts(folder: Path) -> None:
+    model = of_kind("Mixtral", num_local_experts=2, output_router_logits=True).float()
+    evaluate_loop(model, [padded(rows_of((6, 5)))], "perplexity")
+
+
 class OfOneLength(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -550,6 +562,8 @@ TOLD = {
     "rows that a transform makes longer": longer_rows,
     "padding on the left in a model that cannot be tried": untried_padding,
     "padding on the left in a sharded model": sharded_padding,
+    "positions for the longest row of a batch": longest_row,
+    "a loss that balances experts": balanced_experts,
     "words that are cut off": lost_words,
     "answers that no window holds whole": lost_answers,
     "windows padded by batch": padded_by_batch,
