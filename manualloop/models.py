@@ -83,6 +83,19 @@ def is_blind_to_padding(model: nn.Module) -> bool:
 _SEEING_PADDING = ("Canine", "ConvBert", "FNet", "Nystromformer", "Yoso")
 
 
+def has_soft_prompt(model: nn.Module) -> bool:
+    """Tell whether PEFT puts trained places before the tokens, which predict the first of them.
+
+    A prefix of keys and values, as of prefix tuning, predicts nothing.
+    """
+    adapter = getattr(unwrap_model(model, adapters=False), "active_peft_config", None)
+    is_prompt = bool(getattr(adapter, "is_prompt_learning", False))
+    return is_prompt and getattr(adapter, "peft_type", None) not in _PREFIXES
+
+
+_PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
+
+
 class Varying(NamedTuple):
     """Rotary positions that depend on the longest row of a batch.
 

@@ -365,7 +365,7 @@ def _logits(model: nn.Module, columns: Mapping[str, Any]) -> Tensor:
     logits = getattr(outputs, "last_hidden_state", None) if logits is None else logits
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise TypeError(f"its {type(outputs).__name__} has no logits for each token")
-    return logits
+    return logits[:, -columns["input_ids"].shape[1] :]  # a soft prompt stands before the tokens
 
 
 def _others_before(ids: Tensor, lengths: tuple[int, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from manualloop.errors import ConfigError, ModelError
-from manualloop.models import model_name
+from manualloop.models import has_soft_prompt, model_name
 from manualloop.tasks.frozen import frozen_pass
 from manualloop.tasks.heads import (
     hidden_states,
@@ -19,7 +20,7 @@ from manualloop.tasks.heads import (
     proved_head,
     token_losses,
 )
-from manualloop.tasks.task import count_shifted_labels
+from manualloop.tasks.task import IGNORE_INDEX, count_shifted_labels
 
 
 def lm_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
@@ -39,16 +40,34 @@ def lm_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
 
     Raises:
         DataError: The batch has no labels.
-        ModelError: The model's own loss is another one.
+        ModelError: The model's own loss is another one, or a soft prompt predicts first tokens.
 
     ::
 
         train_loop(model, loaders["train"], loss_fn=lm_loss, gradient_accumulation_steps=4)
         evaluate_loop(model, loaders["validation"], "perplexity", loss_fn=lm_loss)
     """
+    if has_soft_prompt(model):
+        _refuse_first_labels(model, batch)
     head, hidden, labels, _, _ = labelled(model, batch)
     losses = in_pieces(token_losses, (head,), hidden, labels)
     return losses.sum() / max(len(labels), 1), len(labels)
+
+
+def _refuse_first_labels(model: nn.Module, batch: Any) -> None:
+    """Refuse rows whose first token has a label, which a soft prompt predicts.
+
+    Raises:
+        ModelError: The message tells what to do.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and bool((labels[..., 0] != IGNORE_INDEX).any()):
+        raise ModelError(
+            f"The soft prompt of {model_name(model)} predicts the first token of a row, which has "
+            "a label here and no place in lm_loss. Train with the loss that the model returns: "
+            "leave loss_fn=lm_loss out; or leave that token out of the labels: "
+            'batch["labels"][:, 0] = -100.'
+        )
 
 
 def _items(batch: Any) -> int:

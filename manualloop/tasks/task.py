@@ -34,7 +34,7 @@ from manualloop.arguments import check_arguments
 from manualloop.batches import Kept, shared_rows
 from manualloop.errors import DataError
 from manualloop.mistakes import targets_message
-from manualloop.models import own_config, unwrap_model
+from manualloop.models import has_soft_prompt, own_config, unwrap_model
 from manualloop.tasks.otherwise import ATTENDED, objection_to, wants_shifted_labels
 from manualloop.types import Batch
 
@@ -291,7 +291,7 @@ def resolve_task(model: nn.Module, batch: Any, known: Task | None = None) -> Tas
     elif known is not None and _is_listed(kind) and _is_listed(known.kind):
         count = count_nothing  # columns do not change in number: these are rows, or it is not clear
     elif labels is not None:
-        count = _special_count(inner, config, name) or count
+        count = _special_count(model, inner, config, name) or count
     has_targets = labels is not None and labels.ndim > 1 and labels.shape[-1] > 1
     if has_targets and name == "multi_label_classification" and _has_bce_loss(inner, config):
         count = count_targets
@@ -312,8 +312,12 @@ def _looks_for(columns: Mapping[str, Any]) -> frozenset[str]:
     return frozenset((*kept, *(_TELLING[name] for name in columns if name in _TELLING)))
 
 
-def _special_count(inner: nn.Module, config: Any, name: str) -> Callable[[Batch], Counts] | None:
+def _special_count(
+    model: nn.Module, inner: nn.Module, config: Any, name: str
+) -> Callable[[Batch], Counts] | None:
     """Return how a model counts the items of labels, if not by the rule of its task."""
+    if name == "causal_lm":
+        return count_labels if has_soft_prompt(model) else None
     if name == "semantic_segmentation":
         if getattr(config, "num_labels", None) == 1:
             return count_elements  # ignored pixels add 0 to the sum, and are counted

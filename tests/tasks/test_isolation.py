@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny_language_models import llama, needs_packs
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening
@@ -126,6 +127,17 @@ def test_models_that_never_keep_documents_apart_are_refused(name):
 
 
 @needs_packs
+@needs_packs
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.")  # read by peft
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_prompts_of_adapters_leave_positions_out_and_are_refused(kind):
+    model = get_peft_model(llama(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).double()
+    with pytest.raises(ModelError, match="lets them see each other"):
+        accumulate_gradients(model, [packed_batch()])
+    assert not check_isolation(model).is_isolated
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_proof_holds_in_every_dtype(dtype):
     assert check_isolation(model_of("Llama").to(dtype)).is_isolated

@@ -6,7 +6,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from tiny_language_models import (
     VOCAB,
     apart,
@@ -27,6 +33,7 @@ from manualloop import (
     TrainState,
     accumulate_gradients,
     check_accumulation,
+    count_items,
     evaluate_loop,
     train_loop,
     train_steps,
@@ -123,6 +130,33 @@ def test_a_soft_prompt_before_the_tokens():
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = get_peft_model(llama(), config).double()
     (loss, gradient), (ours, found) = both(model, BATCH)
+    assert ours == pytest.approx(loss, rel=1e-12)
+    assert apart(found, gradient) < 1e-12
+
+
+PROMPTS = {
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "encoder": PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8
+    ),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_a_soft_prompt_predicts_the_first_token(kind):
+    model, rows = get_peft_model(llama(), PROMPTS[kind]).double(), rows_of((9, 4, 7), prompt=0)
+    batch, is_soft = padded(rows), kind != "prefix"
+    num_items = int((batch["labels"][:, 0 if is_soft else 1 :] != -100).sum())
+    assert count_items(model, batch) == num_items
+    report = check_accumulation(model, batch)
+    assert report.num_items == num_items
+    assert "Any split is the same update" in str(report)
+    if is_soft:
+        with pytest.raises(ModelError, match=r"soft prompt .* predicts the first token"):
+            lm_loss(model, batch)
+        batch["labels"][:, 0] = -100
+    (loss, gradient), (ours, found) = both(model, batch)
     assert ours == pytest.approx(loss, rel=1e-12)
     assert apart(found, gradient) < 1e-12
 
