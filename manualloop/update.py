@@ -32,6 +32,7 @@ from manualloop.tasks.shares import (
     count_ahead,
     items_alone,
     items_of,
+    leaves_of,
     share_out,
     tell_equal,
 )
@@ -130,6 +131,7 @@ def _accumulate(
         their items.
     """
     weighted_losses: list[Tensor] = []
+    roots: list[Any] = []  # of the graphs, which have let go of their tensors
     num_items: float = 0
     is_equal = False
     for number, batch in enumerate(batches):
@@ -153,6 +155,8 @@ def _accumulate(
             if weighted is None:
                 continue
             strategy.backward(weighted)
+        if shares is not None and shares.is_guess:
+            roots.append(weighted.grad_fn)
         if items:
             weighted_losses.append(weighted.detach())
             num_items += items
@@ -171,7 +175,8 @@ def _accumulate(
         return Update(mean, 0, applied=False), is_equal
     if shares.is_guess and total != shares.totals[0]:
         factor = shares.totals[0] / total  # the items are other than those of count_items
-        for parameter in parameters():
+        scaled = {id(one): one for one in (*parameters(), *leaves_of(roots))}
+        for parameter in scaled.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         mean = mean * factor
@@ -295,9 +300,8 @@ def _accumulate_shares(
 
 
 def _all_parameters(state: TrainState) -> list[Tensor]:
-    """List the parameters of the model and those of its optimizers, each once."""
-    parameters = [*parameters_of(state.optimizer), *state.model.parameters()]
-    return list({id(parameter): parameter for parameter in parameters}.values())
+    """List the parameters of the model and those of its optimizers."""
+    return [*parameters_of(state.optimizer), *state.model.parameters()]
 
 
 def drop_gradients(state: TrainState) -> None:

@@ -5,7 +5,7 @@ items come from:
 
 1. The function that makes the loss may declare them: ``loss_fn.items``, ``terms.items``.
 2. A loss of one term that is made by the user's function is weighed by a guess, and the gradients
-   of the window are multiplied once by what the guess was off.
+   of the window are multiplied once by what the guess was off: those of all its graphs' leaves.
 3. The terms of several are counted ahead, by a forward pass without gradients of each micro-batch
    but the first: their gradients are one sum, in which no term can be corrected afterwards.
 4. Without such a function the task counts the batch.
@@ -14,7 +14,7 @@ items come from:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isclose
 from typing import Any, NamedTuple
@@ -224,6 +224,27 @@ def count_ahead(
     used = [count for count, is_none in zip(counts, shares.spare, strict=True) if not is_none]
     totals = strategy.sum_counts([sum(c[term] for c in used) for term in range(len(found))])
     return shares._replace(counts=counts, totals=totals, is_guess=False)
+
+
+def leaves_of(roots: Iterable[Any]) -> list[Tensor]:
+    """List the tensors whose gradients some graphs have added to.
+
+    The weights of a loss may belong to no model and no optimizer that the loop knows.
+
+    Args:
+        roots: The ``grad_fn`` of each graph.
+    """
+    leaves: dict[int, Tensor] = {}
+    seen, nodes = set(roots), list(roots)
+    while nodes:
+        node = nodes.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves[id(leaf)] = leaf
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return list(leaves.values())
 
 
 def _read(found: Sequence[Term]) -> Counts:
