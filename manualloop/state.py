@@ -125,7 +125,7 @@ class TrainState:
         tokenizer: Tokenizer or processor of the loader, which is saved beside the weights.
         class_names: Names of the classes, which are saved beside the weights.
         splits: Notes on the splits that the loader was prepared with, by name; not saved.
-        has_told: Whether what changes and is not saved was logged.
+        told: What was logged as changing and not saved.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1)
@@ -154,7 +154,7 @@ class TrainState:
     built: dict[str, Any] | None = field(default=None, init=False, repr=False)
     is_resumed: bool = field(default=False, init=False, repr=False)
     baseline: Any = field(default=None, init=False, repr=False)
-    has_told: bool = field(default=False, init=False, repr=False)
+    told: set[str] = field(default_factory=set, init=False, repr=False)
     tokenizer: Any = field(default=None, init=False, repr=False)
     class_names: tuple[str, ...] | None = field(default=None, init=False, repr=False)
     splits: Mapping[str, SplitNotes] = field(default_factory=dict, init=False, repr=False)

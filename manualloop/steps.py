@@ -156,8 +156,7 @@ def train_steps(
     settings = settings_of(arguments)
     ends: dict[str, Any] = {"num_epochs": num_epochs, "max_steps": max_steps}
     plan = plan_run(train_dataloader, settings, world_size=strategy.world_size, **ends)
-    progress = state.progress
-    at = {"steps made": progress.num_steps, "epochs made": progress.epoch}
+    at = {"steps made": state.progress.num_steps, "epochs made": state.progress.epoch}
     strategy = begin_call(strategy, "train_steps", **ends, **settings._asdict(), **at)
     source = source_of(train_dataloader)
     contract = contract_of(state, source, plan, strategy, arguments)
@@ -185,6 +184,7 @@ def start_steps(
     train_dataloader = source.loader
     terms = of_model(terms, state.model)
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
+    state.allows_nonfinite = on_nonfinite == "ignore"
     put_into_training(state.optimizer)
     is_resized = has_other_size(state.contract, contract)
     _agree_on_contract(state, source, plan, strategy, contract)
@@ -193,7 +193,6 @@ def start_steps(
     watch = Watch(state, source, loss_fn, terms, strategy, on_nonfinite, by_step_fn=by_step_fn)
     _take_generators(state, train_dataloader, **of_loss, step_fn=step_fn)
     note_run(state, train_dataloader, **of_loss, step_fn=step_fn)
-    state.allows_nonfinite = on_nonfinite == "ignore"
     own_loss = loss_fn is not None or step_fn is not None
     if step_fn is not None:
         step_fn = checked(step_fn)
@@ -226,6 +225,7 @@ def start_steps(
         strategy,
         watch,
         check=check if preflight else None,
+        of_call=(state.contract, state.allows_nonfinite),
         is_resized=is_resized,
         yields_skipped=yields_skipped,
     )
@@ -313,6 +313,7 @@ def _train_steps(
     watch: Watch,
     *,
     check: Callable[..., Task | None] | None,
+    of_call: tuple[Contract | None, bool],
     is_resized: bool | None,
     yields_skipped: bool,
 ) -> Generator[Step | None, None, None]:
@@ -320,6 +321,7 @@ def _train_steps(
         return
     progress, times, inner = state.progress, state.times, unwrap_model(state.model)
     (reader, leave), skips = _enter(state, source, strategy), Skips(strategy)
+    state.contract, state.allows_nonfinite = of_call  # another call may have been made since
     try:
         while has_updates_left(progress, plan):
             epoch, window, num_before = progress.epoch, None, progress.num_steps

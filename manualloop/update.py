@@ -36,7 +36,12 @@ from manualloop.tasks.shares import (
     share_out,
     tell_equal,
 )
-from manualloop.tasks.splitting import doubt_about_splitting, explain_memory, report_own_loss
+from manualloop.tasks.splitting import (
+    doubt_about_splitting,
+    explain_memory,
+    report_own_loss,
+    report_statistics,
+)
 from manualloop.tasks.task import Counted, Task, count_window, resolve_task
 from manualloop.times import Times
 from manualloop.types import LossFn, OnNonfinite, Terms, Update
@@ -91,6 +96,7 @@ def accumulate_gradients(
     counted, shares = count_window(model, batches), None
     if len(batches) > 1 or strategy.world_size > 1:
         shares = share_out(batches, counted.counts, counted.task, strategy, loss)
+        report_statistics(model)
     update, is_equal = _accumulate(
         model, batches, counted, shares, strategy, loss, Times(), model.parameters
     )
@@ -272,8 +278,10 @@ def _accumulate_shares(
     if len(batches) > 1 or strategy.world_size > 1:
         counts = [(1,)] * len(batches) if known else counted.counts
         task, is_settled = counted.task, known is False
-        if known is None and loss.is_models:
-            report_own_loss(state.model, batches[0], task, strategy)
+        if known is None:
+            report_statistics(state.model)
+            if loss.is_models:
+                report_own_loss(state.model, batches[0], task, strategy)
         shares = share_out(batches, counts, task, strategy, loss, is_settled=is_settled)
     update, is_equal = _accumulate(
         state.model,

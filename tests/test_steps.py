@@ -1,6 +1,7 @@
 """train_steps and train_loop: what is yielded when, what lasts, and how a run ends."""
 
 import copy
+import itertools
 import math
 import sys
 import weakref
@@ -21,9 +22,11 @@ from manualloop import (
     TrainState,
     Update,
     apply_update,
+    load_checkpoint,
     prepare_dataloaders,
     prepare_optimizer,
     prepare_scheduler,
+    save_checkpoint,
     train_loop,
     train_steps,
 )
@@ -651,3 +654,21 @@ def test_the_order_of_an_epoch_is_made_once(monkeypatch):
     state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert len(list(train_steps(state, new_loader(), **options(loss_fn=None)))) == 8
     assert made == [0, 1]
+
+
+@pytest.mark.parametrize("cut", [2, 5])
+def test_loops_that_are_made_before_the_first_is_run_keep_their_own_contracts(cut, tmp_path):
+    def steps_of(state):
+        calls = [
+            train_steps(state, new_loader(), **options(max_steps=3, num_epochs=None)),
+            train_steps(state, [{"x": torch.ones(2, 2)}] * 4, max_steps=6, loss_fn=loss_fn),
+        ]
+        return itertools.chain(*calls)
+
+    whole = new_state()
+    for step in steps_of(whole):
+        save_checkpoint(tmp_path / str(step.index), whole)
+    state = new_state()
+    load_checkpoint(tmp_path / str(cut), state)
+    assert [step.index for step in steps_of(state)] == list(range(cut + 1, 7))
+    assert all(map(torch.equal, weights(whole), weights(state)))

@@ -304,3 +304,27 @@ def test_clipping_comes_after_weighting():
 def test_a_model_without_a_loss_says_so():
     with pytest.raises(ModelError, match=r"forward returned a Tensor of shape \(2, 1\), not"):
         accumulate_gradients(torch.nn.Linear(1, 1), [{"input": torch.zeros(2, 1)}])
+
+
+@pytest.mark.parametrize("by_state", [False, True])
+def test_weights_that_the_loop_does_not_know_are_rescaled_too(by_state):
+    """A head beside the model, with items that only the loss counts, and a loose temperature."""
+    batch = rows(8)
+    model, head, temperature = Line(), torch.nn.Linear(1, 1).double(), torch.zeros(1)
+    temperature = temperature.double().requires_grad_()
+
+    def loss_fn(model, batch):
+        out = head(model(**batch)["loss"].reshape(1, 1)) * temperature.exp()
+        return out.sum(), 2.5 * len(batch["labels"])
+
+    known = [*model.parameters(), *head.parameters(), temperature]
+    means = [loss_fn(model, part)[0] for part in split(batch, [5, 3])]
+    wanted = torch.autograd.grad((means[0] * 5 + means[1] * 3) / 8, known)
+    if by_state:
+        other = torch.optim.SGD([*head.parameters(), temperature], lr=0.0)
+        state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.0))
+        state.extras["other"] = other
+        apply_update(state, split(batch, [5, 3]), SingleDevice(), loss_fn=loss_fn)
+    else:
+        accumulate_gradients(model, split(batch, [5, 3]), loss_fn=loss_fn)
+    torch.testing.assert_close([w.grad for w in known], [*wanted], rtol=1e-12, atol=1e-14)

@@ -7,19 +7,18 @@ a script which sets them up otherwise, on purpose, is not overruled.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from copy import copy
-from hashlib import blake2b
 from typing import Any, NamedTuple
 from weakref import ref
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manualloop.checkpoint.finite import names_infinite
+from manualloop.checkpoint.held import Held, changed_among, held_by
+from manualloop.checkpoint.marks import MOST_BYTES, mark_of
 from manualloop.checkpoint.nested import take_apart
 from manualloop.checkpoint.pretrained import find_tokenizer
 from manualloop.checkpoint.tensors import num_bytes, require_places
@@ -37,9 +36,6 @@ _OWN = {*vars(nn.Module()), "training"}
 _NOTES = {"_output_capturing_hooks_installed"}
 """Attributes of transformers 5 that note what was done to a model and would not be done again."""
 
-_MOST_ENTRIES, _MOST_LEVELS = 5_000, 4
-_MOST_BYTES = 100_000_000
-
 
 class Baseline(NamedTuple):
     """How a run has found its model and its functions.
@@ -50,6 +46,7 @@ class Baseline(NamedTuple):
         functions: Functions of the run by name, such as the loss function.
         numbers: Mark of each number and tensor that they hold.
         optimizers: Mark of each attribute of optimizers of the script's own classes.
+        held: What modules of the functions, functions of schedules and the loader hold.
         infinite: Names of the weights that were infinite already.
     """
 
@@ -59,6 +56,7 @@ class Baseline(NamedTuple):
     numbers: dict[str, Any]
     optimizers: dict[str, Any]
     infinite: frozenset[str]
+    held: tuple[Held, ...] = ()
 
 
 def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
@@ -70,9 +68,14 @@ def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
     state.class_names = learn_names(state.model, loader) or state.class_names
     note_model(state)
     held = numbers_in(functions, beside=state.all_holders())
-    numbers = {path: _mark(value) for path, value in held.items()}
-    kept = {path: _mark(value) for path, value in _kept_by_optimizers(state)}
-    state.baseline = state.baseline._replace(functions=functions, numbers=numbers, optimizers=kept)
+    numbers = {path: mark_of(value) for path, value in held.items()}
+    kept = {path: mark_of(value) for path, value in _kept_by_optimizers(state)}
+    state.baseline = state.baseline._replace(
+        functions=functions,
+        numbers=numbers,
+        optimizers=kept,
+        held=tuple(held_by(state, functions, loader)),
+    )
     state.tokenizer = find_tokenizer(loader) or state.tokenizer
     state.splits = splits_of(loader) or state.splits
 
@@ -80,7 +83,7 @@ def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
 def forget_functions(state: TrainState) -> None:
     """Let go of the functions of a run that has ended; they may refer to its result."""
     if state.baseline is not None:
-        state.baseline = state.baseline._replace(functions={}, numbers={})
+        state.baseline = state.baseline._replace(functions={}, numbers={}, held=())
 
 
 def note_model(state: TrainState) -> None:
@@ -88,7 +91,7 @@ def note_model(state: TrainState) -> None:
     model = unwrap_model(state.model, adapters=False)
     baseline: Baseline | None = state.baseline
     if baseline is None or baseline.model() is not model:
-        marks = {(kind, name): _mark(value) for kind, name, value in _parts(model)}
+        marks = {(kind, name): mark_of(value) for kind, name, value in _parts(model)}
         infinite = frozenset(names_infinite(state))
         state.baseline = Baseline(ref(model), marks, {}, {}, {}, infinite)
 
@@ -120,68 +123,6 @@ def _parts(
                 yield "attributes", f"{name}:{attribute}", value
 
 
-def _mark(value: Any) -> Any:
-    """Return what differs once a value is replaced, or changed in place as far as can be told.
-
-    Containers and objects of the script's own classes are looked into, up to so many entries; other
-    objects are marked by themselves.
-    """
-    budget = iter(range(_MOST_ENTRIES))
-
-    def mark(value: Any, level: int) -> Any:
-        if value is None or isinstance(value, bool | int | float | str):
-            return type(value), repr(value)  # NaN is itself
-        if isinstance(value, Tensor | np.ndarray):
-            return (_digest(value) if _can_be_read(value) else None) or _Same(value)
-        if level == _MOST_LEVELS:
-            return _Same(value)
-        if isinstance(value, list | tuple | set | deque):
-            marks = [mark(entry, level + 1) for entry, _ in zip(value, budget, strict=False)]
-            return type(value), len(value), marks
-        if isinstance(value, dict):
-            return _Same(type(value)), len(value), pairs(value, level)
-        names = getattr(value, "__dict__", None)
-        if isinstance(names, dict) and not is_of_library(type(value).__module__):
-            return _Same(value), pairs(names, level)
-        return _Same(value)
-
-    def pairs(values: dict[Any, Any], level: int) -> list[Any]:
-        some = list(zip(values.items(), budget, strict=False))
-        return [(key, mark(entry, level + 1)) for (key, entry), _ in some]
-
-    return mark(value, 0)
-
-
-def _digest(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.dtype.str, value.shape, blake2b(value.tobytes()).digest()
-    data = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
-    content = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
-    return value.dtype, value.shape, blake2b(content).digest()
-
-
-def _can_be_read(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.dtype.kind in "biufc" and value.nbytes <= _MOST_BYTES
-    # Weights are of another class, and are in the state_dict.
-    is_plain = value.layout is torch.strided and not value.is_quantized and not value.is_meta
-    return is_plain and type(value) is Tensor and value.nbytes <= _MOST_BYTES
-
-
-class _Same:
-    """Is equal to another of the very same object, which it keeps."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
-
-
 def changes_of(
     state: TrainState, saved: Collection[str], holders: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -199,7 +140,7 @@ def changes_of(
     if baseline is None or baseline.model() is not model:
         return changes, unsaved
     for kind, name, value in _parts(model, saved):
-        if baseline.marks.get((kind, name)) == _mark(value) or _is_from_graph(value):
+        if baseline.marks.get((kind, name)) == mark_of(value) or _is_from_graph(value):
             continue
         if _can_be_saved(value):
             on_device = kind == "attributes" and _is_on_device(value)
@@ -208,10 +149,13 @@ def changes_of(
             unsaved.append(f"{name.replace(':', '.')} of the model")
     if baseline.functions:
         held = numbers_in(baseline.functions, beside=holders)
-        unsaved += [path for path, one in held.items() if baseline.numbers.get(path) != _mark(one)]
-    if baseline.optimizers and not state.has_told:
+        unsaved += [
+            path for path, one in held.items() if baseline.numbers.get(path) != mark_of(one)
+        ]
+    unsaved += changed_among(baseline.held)
+    if baseline.optimizers and not any(path.startswith("optimizer") for path in state.told):
         kept = _kept_by_optimizers(state)
-        unsaved += [path for path, one in kept if baseline.optimizers.get(path) != _mark(one)]
+        unsaved += [path for path, one in kept if baseline.optimizers.get(path) != mark_of(one)]
     return changes, unsaved
 
 
@@ -253,12 +197,13 @@ def _can_be_saved(value: Any) -> bool:
         require_places(tensors)
     except CheckpointError:
         return False
-    return num_bytes(tensors) <= _MOST_BYTES
+    return num_bytes(tensors) <= MOST_BYTES
 
 
 def tell_unsaved(state: TrainState, unsaved: list[str]) -> None:
     """Log once what changes in the run and is in no checkpoint."""
-    if unsaved and not state.has_told:
+    unsaved = [path for path in dict.fromkeys(unsaved) if path not in state.told]
+    if unsaved:
         shown = ", ".join(unsaved[:_NUM_NAMED])
         more = f" and {len(unsaved) - _NUM_NAMED} more" if len(unsaved) > _NUM_NAMED else ""
         say(
@@ -266,7 +211,7 @@ def tell_unsaved(state: TrainState, unsaved: list[str]) -> None:
             "run begins with what the script sets. Keep it in a buffer of the model, or in extras "
             "as an object with state_dict() and load_state_dict()."
         )
-        state.has_told = True
+        state.told.update(unsaved)
 
 
 _NUM_NAMED = 3
@@ -300,6 +245,17 @@ def restore_changes(model: nn.Module, changes: Mapping[str, Mapping[str, Any]]) 
             model.train()  # else the loop would, and thaw them
         for name in modes.keys() & modules.keys():
             modules[name].training = modes[name]
+
+
+def count_as_changed(state: TrainState, changes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Let later checkpoints hold what an earlier one has changed, whatever it is now.
+
+    The model may have been so already, as in a notebook whose cell is run again. Another process
+    builds it anew.
+    """
+    for kind, entries in changes.items():
+        for name in entries:
+            state.baseline.marks.pop(("attributes" if kind == "on device" else kind, name), None)
 
 
 def _is_data(kind: type, name: str) -> bool:

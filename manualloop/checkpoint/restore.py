@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from manualloop.checkpoint.changes import restore_changes
+from manualloop.checkpoint.changes import count_as_changed, restore_changes
 from manualloop.checkpoint.files import read_json
 from manualloop.checkpoint.manifest import metric_name
 from manualloop.checkpoint.nested import UNREADABLE, put_together, take_apart
@@ -180,7 +180,9 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
     # Optimizers keep what was read for them.
     load_together(parts, saved.values, CheckpointError, copies=False)
     follow_functions(state.lr_scheduler)
-    restore_changes(state.model, saved.values.get("changes", {}))
+    changes = saved.values.get("changes", {})
+    restore_changes(state.model, changes)
+    count_as_changed(state, changes)
     state.progress = Progress(**saved.values["progress"])
     of_ranks = [saved.values, *saved.values.get("ranks", ())]
     is_known = strategy.rank < len(of_ranks)  # else there were fewer, and this one has no state

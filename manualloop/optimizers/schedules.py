@@ -267,22 +267,30 @@ def require_schedule(lr_scheduler: object, optimizer: Optimizer) -> None:
 def follow_functions(lr_scheduler: Any) -> None:
     """Give the next update the rate of the schedules' functions, once a state was loaded.
 
-    The functions of a ``LambdaLR`` are not in its state. If those at hand are others, or have
-    another length, the state holds the last rate of those before. Objects with attributes
-    are in the state, and are not called: a call may change them.
-
-    Args:
-        lr_scheduler: A schedule, several, or None.
+    The functions of a ``LambdaLR`` are not in its state, which has the last rate of those before,
+    perhaps of another length. Objects with attributes are in the state, and are not called: a call
+    may change them. A script that has only changed ``base_lrs`` has the functions of before.
     """
     for schedule in map(own_schedule, schedules_of(lr_scheduler)):
         if type(schedule) not in (LambdaLR, PlannedLR):
             continue
         if any(map(_is_in_state, schedule.lr_lambdas)):
             continue
-        functions = zip(schedule.lr_lambdas, schedule.base_lrs, strict=True)
-        now = [base * function(schedule.last_epoch) for function, base in functions]
-        if [*map(float, now)] != [*map(float, schedule.get_last_lr())]:
-            move_schedule(schedule, schedule.last_epoch)
+        factors = [function(schedule.last_epoch) for function in schedule.lr_lambdas]
+        first = [group["initial_lr"] for group in schedule.optimizer.param_groups]
+        was = [*map(float, schedule.get_last_lr())]
+        now, of_first = (
+            [float(base * factor) for base, factor in zip(bases, factors, strict=False)]
+            for bases in (schedule.base_lrs, first)
+        )
+        if was in (now, of_first):
+            continue
+        if type(schedule) is LambdaLR or schedule.base_lrs != first:
+            say(
+                f"not bit-exact, because rates of the {type(schedule).__name__} after update "
+                f"{schedule.last_epoch}: {was} -> {now}; the new value counts from now on."
+            )
+        move_schedule(schedule, schedule.last_epoch)
 
 
 def _is_in_state(function: object) -> bool:
@@ -292,8 +300,13 @@ def _is_in_state(function: object) -> bool:
 
 def move_schedule(schedule: LambdaLR, place: int) -> None:
     """Let the next update have the rate of a place of the schedule."""
-    functions = list(schedule.lr_lambdas)
+    functions, groups = list(schedule.lr_lambdas), schedule.optimizer.param_groups
+    first = [group["initial_lr"] for group in groups]
+    for group, base in zip(groups, schedule.base_lrs, strict=False):
+        group["initial_lr"] = base  # the script may have changed it
     LambdaLR.__init__(schedule, schedule.optimizer, functions, place - 1)
+    for group, rate in zip(groups, first, strict=True):
+        group["initial_lr"] = rate
 
 
 def schedules_of(lr_scheduler: Any) -> list[Any]:

@@ -59,6 +59,21 @@ def doubt_about_splitting(
     return None
 
 
+_LOOKED_AT: WeakSet[nn.Module] = WeakSet()
+
+
+def report_statistics(model: nn.Module) -> None:
+    """Report, once for a model, a layer that makes another update of each split of the rows."""
+    if model in _LOOKED_AT:
+        return
+    _LOOKED_AT.add(model)
+    if layer := batch_statistics(model):
+        say(
+            f"{layer} computes statistics over each micro-batch: another split of the rows is "
+            "another update. To keep it out of that, put it into eval mode, or use GroupNorm."
+        )
+
+
 _TRIED: WeakSet[nn.Module] = WeakSet()
 
 

@@ -436,3 +436,36 @@ def test_hooks_of_transformers_are_put_on_a_resumed_model_again(tmp_path):
     resumed = make()
     load_checkpoint(tmp_path, resumed)
     assert len([*train_steps(resumed, batches, max_steps=2, loss_fn=loss_fn)]) == 1
+
+
+def test_a_change_stays_in_later_checkpoints_of_a_model_that_has_it_already(tmp_path):
+    """As in a notebook whose cell is run again, before its kernel is started anew."""
+
+    def resume(model, up_to):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        state = TrainState(model, optimizer)
+        if up_to > 3:
+            load_checkpoint(tmp_path, state)
+        for step in train_steps(
+            state, BATCHES, max_steps=9, loss_fn=lambda model, batch: model(batch["x"]).mean()
+        ):
+            if step.index == 2:
+                model.stage = 2.0
+                model.passes.fill_(5)
+                model.linear.eval()
+            save_checkpoint(tmp_path, state)
+            if step.index == up_to:
+                break
+
+    def build():
+        model = Scaled("in place")
+        model.stage = 1.0
+        model.forward = lambda x: model.linear(x)
+        return model
+
+    first = build()
+    resume(first, 3)
+    resume(first, 4)
+    last = build()
+    resume(last, 5)
+    assert (last.stage, last.passes.item(), last.linear.training) == (2.0, 5.0, False)

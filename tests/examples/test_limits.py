@@ -158,6 +158,15 @@ def unsaved_attribute(folder: Path) -> None:
     resume(folder, built, model=lambda: Holding(4, 1))
 
 
+def curriculum(folder: Path) -> None:
+    loader = built()
+    loader.dataset.stage = 1
+    state = state_of()
+    for step in train_steps(state, loader, max_steps=2, loss_fn=loss_fn):
+        loader.dataset.stage += step.index
+    save_checkpoint(folder, state)
+
+
 def other_surroundings(folder: Path) -> None:
     num_threads = torch.get_num_threads()
     state = state_of()
@@ -227,6 +236,11 @@ def weighted_inside(folder: Path) -> None:
     batch = {"x": torch.randn(4, 3), "labels": torch.tensor([0, 0, 0, 1])}
     model = Weighted(3, 2)
     train_loop(model, [batch, batch], gradient_accumulation_steps=2, progress_bar=False)
+
+
+def statistics(folder: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+    step_once(state_of(model), built(), 1, gradient_accumulation_steps=2)
 
 
 def untold_evaluation(folder: Path) -> None:
@@ -541,6 +555,7 @@ TOLD = {
     "a loader that draws in an evaluation": random_loader,
     "a model that draws in evaluation mode": random_model,
     "an attribute that no checkpoint holds": unsaved_attribute,
+    "what the loop changes in its loader or its schedule": curriculum,
     "other surroundings": other_surroundings,
     "scored weights of a sharded model": sharded_average,
     "weights that PEFT does not read": beside_an_adapter,
@@ -548,6 +563,7 @@ TOLD = {
     "weights in another memory order": other_memory,
     "items that nothing tells": untold_items,
     "a loss of a module of your own that is no mean over what is counted": weighted_inside,
+    "batch normalisation under accumulation, or on several ranks": statistics,
     "an evaluation loss that nothing weighs": untold_evaluation,
     "a gradient of NaN with a finite loss": nan_gradient,
     "an optimizer's average that has overflowed": overflown_average,

@@ -867,3 +867,55 @@ def test_the_line_about_epochs_steps_the_schedule_after_each() -> None:
     )
     wanted = [0.1 * 0.1 ** (epoch // 2) for epoch in range(6) for _ in range(20)]
     assert rates == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+@pytest.mark.parametrize("at", [(3,), (2, 4)])
+def test_first_rates_that_the_script_changes_stay(
+    is_named: bool, at: tuple[int, ...], tmp_path: Path
+) -> None:
+    def state_of() -> TrainState:
+        model = nn.Linear(1, 1)
+        optimizer = optimizer_of(model)
+        schedule = prepare_scheduler(optimizer, "linear", num_training_steps=8)
+        own = torchs.LambdaLR(optimizer, lambda place: 0.9**place)
+        return TrainState(model, optimizer, schedule if is_named else own)
+
+    def rates(state: TrainState) -> list[float]:
+        found = []
+        for step in steps(state, max_steps=8):
+            found.append(float(step.lr))
+            if step.index in at:
+                schedule: Any = state.lr_scheduler
+                schedule.base_lrs = [rate / 2 for rate in schedule.base_lrs]
+            save_checkpoint(tmp_path / str(step.index), state)
+        return found
+
+    whole = rates(state_of())
+    for cut in (at[0], 5):
+        state = state_of()
+        load_checkpoint(tmp_path / str(cut), state)
+        assert [float(step.lr) for step in steps(state, max_steps=8)][:1] == whole[cut : cut + 1]
+        if len(at) == 1:
+            load_checkpoint(tmp_path / str(cut), state := state_of())
+            assert [float(step.lr) for step in steps(state, max_steps=8)] == whole[cut:]
+
+
+def test_a_function_that_gives_another_rate_after_a_resume_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def state_of(scale: dict[str, float]) -> TrainState:
+        model = nn.Linear(1, 1)
+        optimizer = optimizer_of(model)
+        schedule = torchs.LambdaLR(optimizer, lambda place: scale["factor"])
+        return TrainState(model, optimizer, schedule)
+
+    state = state_of(scale := {"factor": 1.0})
+    for step in steps(state, max_steps=4):
+        scale["factor"] = 0.5
+        if step.index == 3:
+            save_checkpoint(tmp_path, state)
+            break
+    caplog.clear()
+    load_checkpoint(tmp_path, state_of({"factor": 1.0}))
+    assert any("rates of the LambdaLR after update 3: " in line for line in messages(caplog))

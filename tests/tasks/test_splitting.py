@@ -1,14 +1,24 @@
-"""Lone rows, which batch normalisation cannot be trained on."""
+"""Layers with statistics over the batch: lone rows, and splits that are other updates."""
 
 import copy
+import logging
 from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
+from helpers import messages
+from torch import nn
 from torch.utils.data import DataLoader
 
-from manualloop import DataError, prepare_dataloaders, train_loop
+from manualloop import (
+    DataError,
+    TrainState,
+    accumulate_gradients,
+    prepare_dataloaders,
+    train_loop,
+    train_steps,
+)
 
 
 class Normalised(torch.nn.Module):
@@ -72,3 +82,31 @@ def test_a_lone_last_row_that_is_never_read_or_can_be_normalised_is_none():
         torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
     )
     assert torch.equal(model.norm.running_mean, other.norm.running_mean)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_batch_normalisation_under_accumulation_is_reported_once(by_hand, caplog):
+    caplog.set_level(logging.INFO, "manualloop")
+
+    def run(model, num_batches=2):
+        caplog.clear()
+        batches = [{"x": torch.randn(4, 2)} for _ in range(num_batches)]
+        if by_hand:
+            for _ in range(2):
+                accumulate_gradients(model, batches, loss_fn=loss_fn)
+        else:
+            state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            options = {"gradient_accumulation_steps": 2, "loss_fn": loss_fn}
+            list(train_steps(state, batches, max_steps=2, **options))
+        return [line for line in messages(caplog) if "computes statistics" in line]
+
+    def loss_fn(model, batch):
+        return model(batch["x"]).square().mean()
+
+    def build(**options):
+        return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, **options))
+
+    frozen = build()
+    frozen[1].eval()
+    assert len(run(build())) == 1
+    assert run(frozen) == run(nn.Linear(2, 1)) == run(build(), 1) == []

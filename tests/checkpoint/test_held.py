@@ -1,0 +1,225 @@
+"""What functions, schedules and the loader of a run change, and no checkpoint has, is logged."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as schedules
+from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler, default_collate
+
+from manualloop import TrainState, save_checkpoint, train_steps
+
+
+class Rows(Dataset):
+    def __init__(self):
+        self.stage, self.epoch, self._cache, self.x = 1, 0, 0, torch.ones(8, 2)
+
+    def __len__(self):
+        return 8
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, row):
+        self._cache += 1
+        return {"x": self.x[row] * self.stage}
+
+
+class Stateful(Rows):
+    def state_dict(self):
+        return {"stage": self.stage}
+
+    def load_state_dict(self, state):
+        self.stage = state["stage"]
+
+
+class Collator:
+    share = 0.0
+
+    def __call__(self, rows):
+        return default_collate(rows)
+
+
+class Passes(Sampler):
+    def __init__(self):
+        self.num_passes = 0
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        self.num_passes += 1
+        return iter(range(8))
+
+
+class Centred(nn.Module):
+    """A loss with a running mean, a count, and a teacher."""
+
+    def __init__(self, changed=None):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.count, self.changed = 0, changed
+        self.teacher = nn.Linear(2, 1).requires_grad_(False)
+
+    def forward(self, model, batch):
+        loss = (model(batch["x"]) - self.teacher(batch["x"])).square().mean()
+        if self.changed == "mean":
+            self.mean += loss.detach()
+        elif self.changed == "count":
+            self.count += 1
+        elif self.changed == "teacher":
+            for own, weight in zip(self.teacher.parameters(), model.parameters(), strict=True):
+                own.data.mul_(0.9).add_(weight.data, alpha=0.1)
+        return loss
+
+
+def square(model, batch):
+    return model(batch["x"]).square().mean()
+
+
+def train(folder, loader, change=lambda step: None, loss_fn=square, make=None, **extras):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    state = TrainState(model, optimizer, make and make(optimizer), extras=extras)
+    for step in train_steps(state, loader, max_steps=6, loss_fn=loss_fn):
+        change(step)
+        save_checkpoint(folder, state)
+
+
+def told(caplog):
+    lines = [record.getMessage() for record in caplog.records]
+    start = "not in the checkpoint, though it changes during the run: "
+    return [line.removeprefix(start).partition(". A res")[0] for line in lines if start in line]
+
+
+def test_a_run_that_changes_nothing_else_logs_nothing(caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    model = nn.Linear(2, 1)
+    train(tmp_path / "plain", DataLoader(Rows(), 4, shuffle=True), loss_fn=Centred())
+    train(tmp_path / "saved", DataLoader(Rows(), 4), loss_fn=(loss := Centred("mean")), loss=loss)
+    train(tmp_path / "own", DataLoader(Rows(), 4, collate_fn=Collator()), average=model)
+    assert told(caplog) == []
+
+
+def test_an_average_that_an_extra_holds_is_in_the_checkpoint(caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    loss_fn = Centred("teacher")
+
+    class Average:
+        shadow = None
+
+        def __init__(self):
+            self.shadow = loss_fn.teacher
+
+        def state_dict(self):
+            return self.shadow.state_dict()
+
+        def load_state_dict(self, state):
+            self.shadow.load_state_dict(state)
+
+    teacher = loss_fn.teacher
+
+    def distil(model, batch):
+        loss = (model(batch["x"]) - teacher(batch["x"])).square().mean()
+        teacher.weight.data.mul_(0.9)
+        return loss
+
+    train(tmp_path, DataLoader(Rows(), 4), loss_fn=distil, average=Average())
+    assert told(caplog) == []
+
+
+def harder(loader):
+    loader.dataset.stage += 1
+
+
+def other_rows(loader):
+    loader.dataset.x.mul_(2)
+
+
+def masked(loader):
+    loader.collate_fn.share = 0.5
+
+
+def weighted(loader):
+    loader.sampler.weights[0] += 1
+
+
+CHANGES = {
+    "train_dataloader.dataset.stage": (harder, {}),
+    "train_dataloader.dataset.x": (other_rows, {}),
+    "train_dataloader.collate_fn.share": (masked, {"collate_fn": Collator()}),
+    "train_dataloader.sampler.weights": (
+        weighted,
+        {"sampler": WeightedRandomSampler(torch.ones(8), 8)},
+    ),
+}
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_what_the_loop_changes_in_its_loader(path, caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    change, options = CHANGES[path]
+    options = copy.deepcopy(options)
+    if "collate_fn" in options:
+        options["collate_fn"].share = 0.0
+    loader = DataLoader(Rows(), 4, **options)
+    train(tmp_path, loader, lambda step: change(loader) if step.ends_epoch else None)
+    assert told(caplog) == [path]
+
+
+def test_a_sampler_that_counts_its_passes(caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    train(tmp_path, DataLoader(Rows(), 4, sampler=Passes()))
+    assert told(caplog) == ["train_dataloader.sampler.num_passes"]
+
+
+def test_a_dataset_with_a_state_of_its_own_is_left_to_it(caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    loader = DataLoader(Stateful(), 4)
+    train(tmp_path, loader, lambda step: harder(loader), dataset=loader.dataset)
+    assert told(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "path"),
+    {"mean": "loss_fn.mean", "count": "loss_fn.count", "teacher": "the weights of loss_fn"}.items(),
+)
+def test_a_loss_that_is_a_module(changed, path, caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    train(tmp_path, DataLoader(Rows(), 4), loss_fn=Centred(changed))
+    assert told(caplog) == [path]
+
+
+SCALE = {"factor": 1.0}
+
+
+@pytest.mark.parametrize("is_global", [False, True])
+@pytest.mark.parametrize("kind", [schedules.LambdaLR, schedules.MultiplicativeLR])
+def test_a_variable_that_a_schedule_reads(kind, is_global, caplog, tmp_path, monkeypatch):
+    caplog.set_level(logging.INFO, "manualloop")
+    monkeypatch.setitem(SCALE, "factor", 1.0)
+    scale = {"factor": 1.0}
+    function = (lambda _: SCALE["factor"]) if is_global else (lambda _: scale["factor"])
+
+    def change(step):
+        SCALE["factor"] = scale["factor"] = 0.5 if step.index > 2 else 1.0
+
+    train(tmp_path, DataLoader(Rows(), 4), change, make=lambda optimizer: kind(optimizer, function))
+    name = "SCALE" if is_global else "scale"
+    assert told(caplog) == [f"{name} of a function of the {kind.__name__}"]
+
+
+def test_what_changes_later_is_logged_when_it_does(caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    loader = DataLoader(Rows(), 4)
+
+    def change(step):
+        if step.index == 4:
+            harder(loader)
+
+    train(tmp_path, loader, change, loss_fn=Centred("count"))
+    assert told(caplog) == ["loss_fn.count", "train_dataloader.dataset.stage"]
