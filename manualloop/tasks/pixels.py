@@ -214,7 +214,8 @@ def _readable(image: Any) -> tuple[Any, dict[str, Any]]:
     """
     if is_pil(image):
         if image.mode == "L":  # transformers 4 does not read a gray image without its channel
-            return np.asarray(image)[..., None], {"input_data_format": "channels_last"}
+            # A copy: newer torch warns about arrays that cannot be written to.
+            return np.array(image)[..., None], {"input_data_format": "channels_last"}
         return image, {}
     if not isinstance(image, Tensor | np.ndarray):
         raise DataError(
