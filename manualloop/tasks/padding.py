@@ -20,6 +20,7 @@ from manualloop.models import (
     config_of,
     evaluation_mode,
     forward_columns,
+    has_soft_prompt,
     is_sharded,
     model_name,
     unwrap_model,
@@ -85,7 +86,8 @@ def require_padding_unseen(
         known.add(_BY_ROW if _predicts_rows(model) else _PADS)
     is_open = key == _PADS and _PADS not in known
     is_full = is_open and bool(mask.all())
-    if is_open and not is_full and _are_known_pads(model, ids, mask):
+    is_known = is_open and not is_full and _are_known_pads(model, ids, mask)
+    if is_known and not has_soft_prompt(model):  # whose model gets embeddings in place of tokens
         known.add(_PADS)
     if key in known or is_full:
         if mask.device.type != "cpu":
@@ -203,6 +205,8 @@ def _error_of_call(
         config.pad_token_id = before
         if with_pad < difference:
             return ModelError(_pad_message(module, before, pad))
+    if is_on_right and has_soft_prompt(module):
+        return ModelError(_prompt_message(module))
     return None if is_on_right else DataError(_left_message(module))
 
 
@@ -368,6 +372,15 @@ def _pad_message(model: nn.Module, known: Any, pad: int) -> str:
         f"{model_name(model)} predicts from the last token of a row that is not "
         f"{config}.pad_token_id, which is {known}, and the batch is padded with {pad}: of a "
         f"shorter row it would take padding. Name the token: {config}.pad_token_id = {pad}."
+    )
+
+
+def _prompt_message(model: nn.Module) -> str:
+    return (
+        f"{model_name(model)} predicts from the last place of a row, which is padding in the "
+        "shorter rows of a batch: with a soft prompt of PEFT it gets embeddings, and nothing tells "
+        "it the padding. Take adapters that leave it its tokens, such as LoraConfig or "
+        "PrefixTuningConfig, or batches of one row: batch_size=1."
     )
 
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from chat_styles import tokenizer_for
 from datasets import Dataset
 from helpers import messages, tiny_bert, tiny_tokenizer
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny_language_models import (
     SIZES,
     VOCAB,
@@ -346,6 +347,41 @@ def test_rows_of_one_length_do_not_hide_it():
     (line,) = re.findall(r"model\.config\.pad_token_id = [\w.]*\w", str(error.value))
     exec(line, {"model": model, "tokenizer": tiny_tokenizer()})
     train_loop(model, [batch], max_steps=1, progress_bar=False)
+
+
+def prompted(model):
+    """A classifier with a soft prompt of PEFT, which gives it embeddings in place of tokens."""
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    return get_peft_model(model, config).double()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.")  # read by peft
+@pytest.mark.parametrize("name", ["Llama", "Qwen2"])
+def test_a_soft_prompt_hides_the_padding_from_a_classifier(name):
+    model = prompted(sharp(CLASSIFIERS[name](num_labels=2, pad_token_id=0)))
+    with pytest.raises(ModelError, match=r"soft prompt of PEFT.*batch_size=1"):
+        train_loop(model, [rows_with_classes()], max_steps=1, progress_bar=False)
+    of_one = [
+        {**padded([row]), "labels": torch.tensor([number % 2])}
+        for number, row in enumerate(rows_of((9, 4, 12)))
+    ]
+    train_loop(model, of_one, max_steps=1, progress_bar=False)
+    prefix = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    other = get_peft_model(sharp(CLASSIFIERS[name](num_labels=2, pad_token_id=0)), prefix).double()
+    batch, rows = rows_with_classes(), rows_of((9, 4, 12, 2, 7))
+    alone = [{**padded([r]), "labels": batch["labels"][n : n + 1]} for n, r in enumerate(rows)]
+    together = evaluate_loop(other, [batch])["loss"]
+    assert together == pytest.approx(evaluate_loop(other, alone)["loss"], rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.")  # read by peft
+def test_a_soft_prompt_hides_it_from_a_reward_model_and_not_from_an_encoder(caplog):
+    model = prompted(sharp(CLASSIFIERS["Llama"](num_labels=1, pad_token_id=0)))
+    with pytest.raises(ModelError, match="soft prompt of PEFT"):
+        train_loop(model, [paired(pairs_of(4))], loss_fn=reward, max_steps=1, progress_bar=False)
+    encoder = prompted(tiny_bert(vocab_size=VOCAB))
+    train_loop(encoder, [rows_with_classes()], max_steps=1, progress_bar=False)
+    assert not any("padding" in line for line in messages(caplog))
 
 
 def test_a_reward_model_that_does_not_know_the_pad_token_is_refused():
