@@ -23,7 +23,7 @@ from manualloop.evaluation.parameters import (
     parameters_of,
     role_of,
 )
-from manualloop.evaluation.reports import class_name
+from manualloop.evaluation.reports import class_name, require_apart
 from manualloop.evaluation.torch_metrics import as_tensor, in_single, is_of_classes, taken_in
 from manualloop.libraries import parts_of_scorer
 from manualloop.notices import say
@@ -164,6 +164,7 @@ class Function:
             return result
         if len(names) != len(result) or _bound(self._call.function).get("samplewise"):
             return result
+        require_apart(names)
         return {f"{key}_{name}": entry for name, entry in zip(names, result, strict=True)}
 
     def _probabilities(self, scores: Array, references: Array, options: dict[str, Any]) -> Array:

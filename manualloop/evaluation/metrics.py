@@ -42,6 +42,7 @@ from manualloop.evaluation.reports import (
     classes_of,
     classification_report,
     confusion_matrix,
+    require_apart,
 )
 from manualloop.evaluation.segmentation import IGNORED, mean_iou, pixels_of
 from manualloop.tasks.task import IGNORE_INDEX
@@ -73,6 +74,7 @@ def _averaged(name: str, default: str, rows: Counted, **options: Any) -> Any:
         labels = options.setdefault("labels", classes_of(rows, names))
         scores = _sklearn(f"{name}_score", rows, **options | {"average": None})
         keys = [f"{name}_{class_name(label, names)}" for label in labels]
+        require_apart(keys)
         return dict(zip(keys, scores.tolist(), strict=True))
     if default == "binary":
         labels = np.union1d(rows.predictions, rows.references)

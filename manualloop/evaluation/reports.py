@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from manualloop.errors import MetricError
 from manualloop.evaluation.forms import Array
 from manualloop.types import Matrix, Scores
 
@@ -96,6 +99,7 @@ def classification_report(
     averages = (
         ["micro", "macro", "weighted", "samples"] if is_multi_label else ["macro", "weighted"]
     )
+    require_apart([*map(partial(class_name, names=names), labels), *(f"{a} avg" for a in averages)])
     for average in averages:
         table[f"{average} avg"] = np.array([*score(average)[:3], of_classes[:, 3].sum()])
     columns = ("precision", "recall", "f1-score", "support")
@@ -108,6 +112,19 @@ def classification_report(
     shown = Matrix(np.stack([*table.values()]), tuple(table), columns, "")
     scores.matrices["classification_report"] = shown
     return scores
+
+
+def require_apart(names: Sequence[str]) -> None:
+    """Refuse two classes of one name, of which a result by class would keep one.
+
+    Raises:
+        MetricError: There are some.
+    """
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise MetricError(
+            f"Two rows of a result by class are called {twice[0]!r}. Give each class a name of its "
+            "own: names=[...], or id2label in the config of the model."
+        )
 
 
 def classes_of(rows: Counted, names: Sequence[str] | None) -> Array:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from manualloop.evaluation.metrics import keys_of
+from manualloop.evaluation.collected import Perplexity
+from manualloop.evaluation.metrics import Metric, keys_of
 
 
 class Score(NamedTuple):
@@ -69,7 +70,8 @@ def find_scores(metric: Any) -> tuple[dict[str, Score], list[str]]:
     parts = metric if isinstance(metric, list | tuple) else [] if metric is None else [metric]
     problems, found = [], {}
     for part in parts:
-        name = part if isinstance(part, str) else getattr(part, "name", "")
+        is_built_in = isinstance(part, Metric | Perplexity)  # others may have any name
+        name = part if isinstance(part, str) else part.name if is_built_in else ""
         shown = repr(part if isinstance(part, str) else type(part).__name__)
         if name == "perplexity":
             found["perplexity"] = Score("math.exp(loss_sum / num_items)", "import math")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -212,3 +213,19 @@ def test_nested_results_are_flattened_and_texts_kept() -> None:
     assert scores.matrices["m"].rows == ("0", "1")
     named = to_scores("confusion_matrix", np.eye(2), ["no", "yes"])
     assert named.matrices["confusion_matrix"].rows == ("no", "yes")
+
+
+@pytest.mark.parametrize(
+    ("metric", "names"),
+    [
+        (lambda names: load_metric("classification_report", names=names), ["macro avg", "yes"]),
+        (lambda names: load_metric("classification_report", names=names), ["no", "no"]),
+        (lambda names: load_metric("f1", average=None, names=names), ["no", "no"]),
+        (lambda names: as_metric(partial(sk.f1_score, average=None), names), ["no", "no"]),
+    ],
+)
+def test_two_rows_of_one_name_are_refused(metric: Any, names: list[str]) -> None:
+    scorer = metric(names)
+    scorer.add_batch(predictions=np.array([0, 1, 1]), references=np.array([0, 0, 1]))
+    with pytest.raises(MetricError, match=f"are called '(f1_)?{names[0]}'"):
+        scorer.compute()

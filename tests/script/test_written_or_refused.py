@@ -39,12 +39,14 @@ from manualloop import (
     ConfigError,
     eject,
     evaluate_loop,
+    load_metric,
     prepare_dataloaders,
     prepare_optimizer,
     train_loop,
 )
 from manualloop.run.evaluations import Evaluations
 from manualloop.script.loading import loading_of
+from manualloop.script.scores import find_scores
 from manualloop.script.text import Part, script_of
 
 
@@ -627,3 +629,26 @@ def test_a_model_that_was_built_from_a_config_tells_where_to_seed(folder, data):
     assert "seed the call behind the making of its model" in " ".join(script.split())
     script = eject(BertForSequenceClassification.from_pretrained(folder / "model"), made["train"])
     assert "seed the call" not in script
+
+
+class NamedAlike:
+    """A metric of one's own that is called like one of ours."""
+
+    name = "accuracy"
+
+    def add_batch(self, predictions, references):
+        self.number = len(predictions)
+
+    def compute(self):
+        return {"accuracy": 1 / self.number}
+
+
+def test_a_metric_is_known_by_what_it_is_and_not_by_its_name():
+    """The script had scikit-learn's accuracy in its place."""
+    for metric in (NamedAlike(), ["f1", NamedAlike()]):
+        _, problems = find_scores(metric)
+        assert "metric='NamedAlike' is not written out" in problems[0]
+    for metric in ("glue/mrpc", load_metric("glue/mrpc"), ["accuracy", load_metric("f1")]):
+        found, problems = find_scores(metric)
+        assert (list(found), problems) == (["accuracy", "f1"], [])
+    assert list(find_scores(load_metric("perplexity"))[0]) == ["perplexity"]
