@@ -46,9 +46,9 @@ from manualloop.data.tokens import (
     count_cuts,
     refuse_doubled,
     require_tokens,
-    tell_doubled,
     tell_lost,
     tell_padding,
+    tell_tokens,
 )
 from manualloop.data.transform import (
     Transform,
@@ -319,7 +319,7 @@ def _look_at(
                 splits, functions, sources = number_sources(splits, functions, *of_classes)
                 splits = preprocess_all(splits, functions, label)
                 label = "labels" if "labels" in reference_of(splits).kinds else label
-            tell_doubled(reference_of(splits), choices["tokenizer"])
+            tell_tokens(splits, choices["tokenizer"], choices["model"])
             of_first = functions[next(k for k, s in splits.items() if s is reference_of(splits))]
             if holds_nested(reference_of(splits)):
                 choices["task"] = choices["task"] or "causal_lm"

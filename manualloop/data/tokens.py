@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from manualloop.data.grouping import Ints, grouped_order
 from manualloop.data.mapping import CUT, Encode
 from manualloop.data.sampler import OrderedBatchSampler
-from manualloop.data.splits import Split
+from manualloop.data.splits import Split, reference_of
 from manualloop.errors import DataError
-from manualloop.mistakes import no_tokens_fix
+from manualloop.mistakes import as_map, no_tokens_fix
+from manualloop.models import accepts
 from manualloop.notices import say
 from manualloop.tasks.made import share_of
 from manualloop.tasks.task import IGNORE_INDEX
@@ -75,7 +77,16 @@ def refuse_doubled(raw: Split, split: Split, encode: Encode) -> None:
 _NUM_LOOKED_AT = 100
 
 
-def tell_doubled(split: Split, tokenizer: Any) -> None:
+def tell_tokens(splits: Mapping[Any, Split], tokenizer: Any, model: nn.Module | None) -> None:
+    """Log what is strange about rows that were tokenized elsewhere: two beginnings, padding."""
+    _tell_doubled(reference_of(splits), tokenizer)
+    has_mask = "attention_mask" in getattr(tokenizer, "model_input_names", ())
+    if has_mask and (model is None or accepts(model, "attention_mask")):
+        for split in splits.values():
+            _tell_unmasked(split, tokenizer)
+
+
+def _tell_doubled(split: Split, tokenizer: Any) -> None:
     """Log that rows which were tokenized elsewhere begin with two tokens that begin a text."""
     ids, bos = split.first.get("input_ids"), getattr(tokenizer, "bos_token_id", None)
     if bos is not None and isinstance(ids, list) and ids[:2] == [bos, bos]:
@@ -83,6 +94,27 @@ def tell_doubled(split: Split, tokenizer: Any) -> None:
             f"the first row of {split.name} begins with {tokenizer.bos_token!r} twice, as no text "
             "does in generation: a rendered chat has one already. Tokenize it with "
             "add_special_tokens=False, or its messages with manualloop.tasks.chat(tokenizer)"
+        )
+
+
+def _tell_unmasked(split: Split, tokenizer: Any) -> None:
+    """Log that rows which were tokenized elsewhere hold padding that no mask hides.
+
+    A single token of padding may be the end of a text, where both are one token.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    kinds = split.kinds
+    if pad is None or kinds.get("input_ids") != "list" or "attention_mask" in kinds:
+        return
+    looked_at = [split.first] if split.is_stream else split.rows.select_columns(["input_ids"])
+    rows = [row["input_ids"] for row, _ in zip(looked_at, range(_NUM_LOOKED_AT), strict=False)]
+    if number := sum(len(ids) > 2 and [pad] * 2 in (ids[:2], ids[-2:]) for ids in rows):
+        mask = f'[int(token != {pad}) for token in row["input_ids"]]'
+        say(
+            f"{number} of the first {len(rows)} rows of {split.name} are padded with "
+            f"{tokenizer.pad_token!r} and have no attention_mask, so that the model reads the "
+            "padding as text. Tokenize without padding=, as batches are padded here, or keep the "
+            f"mask. To make it again: {split.fix(as_map('attention_mask', mask))}"
         )
 
 

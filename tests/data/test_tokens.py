@@ -234,3 +234,32 @@ def test_tokens_of_a_rendered_text_are_told(caplog):
         caplog.clear()
         prepare_dataloaders(Dataset.from_dict({"input_ids": [ids]}), tokenizer)
         assert ("begins with '[CLS]' twice" in caplog.text) == is_told
+
+
+def test_padding_that_no_mask_hides_is_told(caplog):
+    tokenizer = tiny_tokenizer()
+    whole = dict(tokenizer(TEXTS, padding="max_length", max_length=32))
+    bare = {"input_ids": whole["input_ids"], "label": [0, 1] * 3}
+    splits = {"train": rows(text=TEXTS, label=[0, 1] * 3), "dev": Dataset.from_dict(bare)}
+
+    def lines(dataset, **options):
+        caplog.clear()
+        loaders = prepare_dataloaders(dataset, tokenizer, **options)
+        return [line for line in messages(caplog) if "no attention_mask" in line], loaders
+
+    (line,), _ = lines({"dev": splits["dev"]})
+    assert line.startswith("5 of the first 6 rows of dev are padded with '[PAD]'")
+    (fix,) = fixes_in(line)
+    found, loaders = lines({"dev": run_fix(fix, {"dev": splits["dev"]})["dev"]})
+    assert not found
+    masks = [row.tolist() for batch in loaders["dev"] for row in batch["attention_mask"]]
+    assert masks == whole["attention_mask"]
+    for dataset in (
+        {"dev": Dataset.from_dict({**whole, "label": [0, 1] * 3})},
+        {"dev": Dataset.from_dict({"input_ids": [[5, 6, tokenizer.pad_token_id]], "label": [0]})},
+        {"train": splits["train"]},
+    ):
+        assert not lines(dataset)[0]
+    padded = {"preprocess": lambda batch: {"input_ids": [[5, 6, 0, 0]] * len(batch["text"])}}
+    assert len(lines({"train": splits["train"]}, **padded)[0]) == (tokenizer.pad_token_id == 0)
+    assert lines({"dev": splits["dev"].to_iterable_dataset()})[0]
