@@ -69,7 +69,8 @@ def owned(entry: Any) -> Any:
     [{'tags': ['B', 'O']}]
     """
     if isinstance(entry, list):
-        return type(entry)([one if type(one) in _PLAIN else owned(one) for one in entry])
+        are_plain = _PLAIN.issuperset(map(type, entry))
+        return type(entry)(entry if are_plain else map(owned, entry))
     if type(entry) is tuple:
         return tuple(map(owned, entry))
     if type(entry) is dict:
