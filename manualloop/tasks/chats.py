@@ -224,6 +224,7 @@ def add_row(made: Made, source: int, row: Encoded) -> None:
     made.counts["rows"] += 1
     made.counts["tokens"] += len(row.ids)
     made.counts["labels"] += len(row.labels) - row.labels.count(IGNORE_INDEX)
+    made.counts["longer"] += row.num_longer
     made.counts.update(f"stop {stop}" for stop in row.stops)
 
 
@@ -251,14 +252,27 @@ def describe_left(counts: Mapping[str, int], max_length: int | None, noun: str) 
     return lines
 
 
+def describe_longer(counts: Mapping[str, int]) -> list[str]:
+    """Return the sentence on answers with text behind their stop token."""
+    if not (number := counts.get("longer")):
+        return []
+    return [
+        f"text behind the stop token, which is not learned: in {counted(number, 'answer')}. If the "
+        "text of an answer holds that token, take it out; if the template ends answers with "
+        "another one, name it: stop="
+    ]
+
+
 def describe_stops(tokenizer: Any, counts: Mapping[str, int], known: frozenset[int]) -> list[str]:
     """Return the sentence on stop tokens at which the model's generation would not stop."""
+    lines = describe_longer(counts)
     used = {int(name.removeprefix("stop ")) for name in counts if name.startswith("stop ")}
     if not known or not (unknown := sorted(used - known)):
-        return []
+        return lines
     token, after = tokenizer.convert_ids_to_tokens(unknown[0]), sorted(known | used)
     return [
+        *lines,
         f"answers end with {token!r} (id {unknown[0]}), at which generation would not stop: "
         f"model.generation_config.eos_token_id is {sorted(known)}. Add it: "
-        f"model.generation_config.eos_token_id = {after}"
+        f"model.generation_config.eos_token_id = {after}",
     ]

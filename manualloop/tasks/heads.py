@@ -390,7 +390,8 @@ def _widened(model: nn.Module, row: Mapping[str, Any]) -> Any:
     In half precision rounding would hide a loss that is added, such as that of balanced experts.
     """
     device = labels_of(row).device
-    if coarsest_dtype(model, device) in (torch.float32, torch.float64):
+    is_quantized = getattr(config_of(model), "quantization_config", None) is not None
+    if is_quantized or coarsest_dtype(model, device) in (torch.float32, torch.float64):
         return not_compiled()
     try:
         with in_float32(device):

@@ -249,4 +249,5 @@ def _add_pair(made: Made, source: int, both: list[Encoded]) -> None:
     for row in both:
         made.counts["tokens"] += len(row.ids)
         made.counts["labels"] += len(row.labels) - row.labels.count(IGNORE_INDEX)
+        made.counts["longer"] += row.num_longer
         made.counts.update(f"stop {stop}" for stop in row.stops)

@@ -37,12 +37,14 @@ class Encoded(NamedTuple):
         labels: The same, and -100 where the model has nothing to write.
         ends: Number of tokens up to the end of each answer.
         stops: The token with which each answer ends.
+        num_longer: Number of answers with text behind that token.
     """
 
     ids: list[int]
     labels: list[int]
     ends: list[int]
     stops: list[int]
+    num_longer: int = 0
 
     def cut(self, max_length: int | None) -> Encoded | None:
         """Return the row with as many whole answers as fit; None if none does."""
@@ -51,7 +53,8 @@ class Encoded(NamedTuple):
         kept = [end for end in self.ends if end <= max_length]
         if not kept:
             return None
-        return Encoded(self.ids[: kept[-1]], self.labels[: kept[-1]], kept, self.stops[: len(kept)])
+        ids, labels = self.ids[: kept[-1]], self.labels[: kept[-1]]
+        return Encoded(ids, labels, kept, self.stops[: len(kept)], min(self.num_longer, len(kept)))
 
 
 def without_nones(value: Any) -> Any:
@@ -215,7 +218,7 @@ def encode(
 ) -> Encoded:
     """Tokenize a text without special tokens, and label the parts that the model has to write.
 
-    The labels of a part end with its last stop token.
+    The labels of a part end with its last stop token; text behind that is counted.
 
     Raises:
         DataError: A part has no stop token.
@@ -224,7 +227,7 @@ def encode(
     whole = _whole(tokenizer, text, spans)
     ids, places = whole if whole is not None else _in_parts(tokenizer, text, spans)
     labels = [IGNORE_INDEX] * len(ids)
-    ends, stops = [], []
+    ends, stops, num_longer = [], [], 0
     for (first, last), (start, end) in zip(places, spans, strict=True):
         stop = next((n for n in range(last - 1, first - 1, -1) if is_stop(ids[n])), None)
         if stop is None:
@@ -232,7 +235,9 @@ def encode(
         labels[first : stop + 1] = ids[first : stop + 1]
         ends.append(stop + 1)
         stops.append(ids[stop])
-    return Encoded(ids, labels, ends, stops)
+        behind = ids[stop + 1 : last]
+        num_longer += bool(behind) and bool(str(tokenizer.decode(behind)).strip())
+    return Encoded(ids, labels, ends, stops, num_longer)
 
 
 Places: TypeAlias = "list[tuple[int, int]]"

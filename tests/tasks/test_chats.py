@@ -186,6 +186,26 @@ def test_an_answer_without_a_stop_token_is_refused():
         chat(tokenizer, stop="<end_of_nothing>")
 
 
+@pytest.mark.parametrize("answer", ["one</s> two", "one"])
+def test_text_behind_the_stop_token_is_told(answer):
+    tokenizer = tokenizer_for("zephyr")
+    ends = "" if "</s>" in answer else "</s>"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
+        f"{{% if m['role'] == 'assistant' %}}{ends}{{% endif %}}"
+        "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+    function = chat(tokenizer)
+    made = function.make({"messages": [messages] * 3}, str)
+    lines = "; ".join(function.describe(made.counts))
+    assert ("text behind the stop token, which is not learned: in 3 answers" in lines) is not bool(
+        ends
+    )
+    learned = [label for label in made.columns["labels"][0] if label != -100]
+    assert tokenizer.decode(learned) == "one</s>"
+
+
 def test_what_is_not_to_be_learned_is_left_out():
     tokenizer = tokenizer_for("chatml")
     left = {**TELL, "content": "five.", "train": False}
