@@ -34,6 +34,7 @@ from manualloop.evaluation.scorers import as_metric, parts_of
 from manualloop.evaluation.scoring import Given, given_by
 from manualloop.evaluation.table import Column, Table
 from manualloop.evaluation.weighted import Entries, group_rows
+from manualloop.randomness import random_states_kept
 from manualloop.tasks.task import IGNORE_INDEX
 
 
@@ -145,7 +146,9 @@ def compare_predictions(
         raise DataError("a and b have no row with a label to compare by.")
     differences: dict[str, Difference] = {}
     for scorer in parts_of(as_metric(metric, a.names or b.names)):
-        for name, found in _compare(scorer, a, b, confidence).items():
+        with random_states_kept(devices=False):  # a metric may draw
+            compared = _compare(scorer, a, b, confidence)
+        for name, found in compared.items():
             if name in differences and repr(differences[name]) != repr(found):
                 raise MetricError(f"Key {name!r} comes from two metrics. Leave one of them out.")
             differences[name] = found

@@ -238,7 +238,8 @@ def _evaluate(call: Evaluation, loader: Iterable[Any]) -> Scores:
     if confidence is None:
         return scores
     find = partial(find_intervals, model, table, scorers, losses, scores, confidence)
-    return with_intervals(scores, on_main(strategy, find))
+    with random_states_kept(devices=False):  # a metric that is called again may draw
+        return with_intervals(scores, on_main(strategy, find))
 
 
 def longest_first(

@@ -412,3 +412,28 @@ def test_a_metric_may_change_rows_of_tokens() -> None:
     scorer = as_metric([spoils, lambda predictions, references: np.mean(predictions[0])])
     scorer.add_batch(predictions=Rows([np.array([1, 2])]), references=Rows([np.array([1, 2])]))
     assert scorer.compute() == {"spoils": 1.0, "metric": 1.5}
+
+
+def draws(predictions: Any, references: Any) -> float:
+    """Score with the global generators, as a bootstrap inside of a metric does."""
+    return float(np.random.rand() + torch.rand(1)) + len(predictions)
+
+
+def test_a_metric_that_draws_leaves_the_generators_as_they_were() -> None:
+    """In each of the calls that intervals and comparisons make, too: they would move dropout."""
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    model, batches = Linear(), [{"x": x, "labels": torch.tensor([0, 1] * 3)}]
+    table = predict_loop(model, batches)
+    calls: dict[str, Any] = {
+        "scores": lambda: evaluate_loop(model, batches, draws),
+        "intervals": lambda: evaluate_loop(model, batches, draws, confidence=0.9),
+        "a comparison": lambda: compare_predictions(table, table, draws),
+    }
+    for name, call in calls.items():
+        torch.manual_seed(0)
+        np.random.seed(0)
+        call()
+        found = float(torch.rand(1)), np.random.rand()
+        torch.manual_seed(0)
+        np.random.seed(0)
+        assert found == (float(torch.rand(1)), np.random.rand()), name
