@@ -152,7 +152,8 @@ def _of_loader(state: TrainState, loader: Any) -> Iterator[_Read]:
         if ".__globals__" in path or name.startswith("_") or path.startswith(tuple(stateful)):
             continue
         holder = follow(path, owners).holder
-        if not (name == "epoch" and hasattr(holder, "set_epoch")):
+        is_place = hasattr(type(holder), "__next__")  # which is found again by reading
+        if not is_place and not (name == "epoch" and hasattr(holder, "set_epoch")):
             yield path, partial(_at, path, owners)
     sampler = getattr(loader, "sampler", None)
     if isinstance(getattr(sampler, "weights", None), Tensor):  # a WeightedRandomSampler's

@@ -77,6 +77,20 @@ class Centred(nn.Module):
         return loss
 
 
+class Batches:
+    """A loader that is its own iterator."""
+
+    def __iter__(self):
+        self.place = 0
+        return self
+
+    def __next__(self):
+        self.place += 1
+        if self.place > 3:
+            raise StopIteration
+        return {"x": torch.ones(2, 2)}
+
+
 def square(model, batch):
     return model(batch["x"]).square().mean()
 
@@ -101,6 +115,9 @@ def test_a_run_that_changes_nothing_else_logs_nothing(caplog, tmp_path):
     model = nn.Linear(2, 1)
     train(tmp_path / "plain", DataLoader(Rows(), 4, shuffle=True), loss_fn=Centred())
     train(tmp_path / "saved", DataLoader(Rows(), 4), loss_fn=(loss := Centred("mean")), loss=loss)
+    batches = Batches()
+    batches.place = 0
+    train(tmp_path / "iterator", batches)
     train(tmp_path / "own", DataLoader(Rows(), 4, collate_fn=Collator()), average=model)
     assert told(caplog) == []
 
