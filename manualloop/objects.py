@@ -152,10 +152,13 @@ def put(holder: Any, step: str, value: Any) -> None:
         LookupError: There is no such place, or it cannot be written to.
     """
     kind, _, name = step.rpartition(".")
-    if step.startswith("[") and issubclass(type(holder), dict):
-        dict.__setitem__(holder, ast.literal_eval(step[1:-1]), value)
-    elif step.startswith("[") and issubclass(type(holder), list):
-        list.__setitem__(holder, ast.literal_eval(step[1:-1]), value)
+    if step.startswith("[") and issubclass(type(holder), dict | list):
+        try:
+            key = ast.literal_eval(step[1:-1])
+        except (SyntaxError, ValueError) as error:  # it is more than one step
+            raise LookupError("its holder is missing") from error
+        base: Any = dict if issubclass(type(holder), dict) else list
+        base.__setitem__(holder, key, value)
     elif type(holder) is FunctionType and kind == ".__closure__":
         cells = dict(zip(holder.__code__.co_freevars, holder.__closure__ or (), strict=True))
         cells[name].cell_contents = value

@@ -17,6 +17,7 @@ from manualloop.checkpoint.marks import can_be_read, mark_of
 from manualloop.models import digest_of_weights, unwrap_model
 from manualloop.objects import follow, is_of_library, numbers_in, walk
 from manualloop.optimizers.schedules import own_schedule, schedules_of
+from manualloop.optimizers.together import each
 from manualloop.state import TrainState
 
 
@@ -35,13 +36,14 @@ class Held(NamedTuple):
 
 
 def held_by(state: TrainState, functions: Mapping[str, Any], loader: Any) -> Iterator[Held]:
-    """Yield what the functions of a run, its schedules and its loader hold.
+    """Yield what the functions of a run, its schedules, its hooks and its loader hold.
 
     Numbers and tensors that the functions hold themselves are not among it.
     """
     reads = {
         **dict(_of_modules(state, functions)),
         **dict(_of_schedules(state.lr_scheduler)),
+        **dict(_of_hooks(state)),
         **dict(_of_loader(state, loader)),
     }
     for path, read in reads.items():
@@ -133,6 +135,27 @@ def _variable(function: FunctionType, name: str) -> Any:
         except ValueError:  # it has no value yet
             return None
     return mark_of(value) if isinstance(value, int | float | Tensor | list | dict) else None
+
+
+def _of_hooks(state: TrainState) -> Iterator[_Read]:
+    """Yield numbers that hooks of modules and optimizers count; what they collect is no state."""
+    for holder in (*unwrap_model(state.model).modules(), *each(state.optimizer)):
+        tables = [value for name, value in vars(holder).items() if name.endswith("_hooks")]
+        for hook in [
+            hook for table in tables if isinstance(table, dict) for hook in table.values()
+        ]:
+            if type(hook) is FunctionType and not is_of_library(hook.__module__):
+                cells = zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True)
+                for name in [name for name, cell in cells if _is_number(cell)]:
+                    where = f"a hook of the {type(holder).__name__}"
+                    yield f"{name} of {where}", partial(_variable, hook, name)
+
+
+def _is_number(cell: Any) -> bool:
+    try:
+        return isinstance(cell.cell_contents, int | float)
+    except ValueError:  # it has no value yet
+        return False
 
 
 def _of_loader(state: TrainState, loader: Any) -> Iterator[_Read]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler, default_collate
 
-from manualloop import TrainState, save_checkpoint, train_steps
+from manualloop import TrainState, load_checkpoint, save_checkpoint, train_steps
 
 
 class Rows(Dataset):
@@ -240,3 +240,48 @@ def test_what_changes_later_is_logged_when_it_does(caplog, tmp_path):
 
     train(tmp_path, loader, change, loss_fn=Centred("count"))
     assert told(caplog) == ["loss_fn.count", "train_dataloader.dataset.stage"]
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("of_model", [True, False])
+def test_hooks_that_count_and_hooks_that_collect(of_model, counts, caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    number, seen = 0, {}
+
+    def count(*call):
+        nonlocal number
+        number += 1
+
+    def collect(*call):
+        seen[len(seen)] = call
+
+    hook = count if counts else collect
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    _ = model.register_forward_hook(hook) if of_model else optimizer.register_step_pre_hook(hook)
+    state = TrainState(model, optimizer)
+    for _ in train_steps(state, DataLoader(Rows(), 4), max_steps=2, loss_fn=square):
+        save_checkpoint(tmp_path, state)
+    wanted = f"number of a hook of the {'Linear' if of_model else 'SGD'}"
+    assert told(caplog) == ([wanted] if counts else [])
+
+
+def test_a_generator_of_a_hook_that_has_another_number_is_told(caplog, tmp_path):
+    """Handles are counted over the whole process."""
+    caplog.set_level(logging.INFO, "manualloop")
+
+    def build():
+        model, generator = nn.Sequential(nn.Linear(2, 1)), torch.Generator().manual_seed(3)
+        model[0].register_forward_hook(
+            lambda module, given, out: out + torch.randn(out.shape, generator=generator)
+        )
+        return TrainState(model, torch.optim.SGD(model.parameters(), lr=0.01))
+
+    first, second = build(), build()
+    loader = DataLoader(Rows(), 4)
+    for _ in train_steps(first, loader, max_steps=1, loss_fn=square):
+        save_checkpoint(tmp_path, first)
+    load_checkpoint(tmp_path, second)
+    list(train_steps(second, loader, max_steps=2, loss_fn=square))
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(".generator was not restored: " in line for line in lines)
