@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from manualloop.checkpoint.finite import names_infinite
 from manualloop.checkpoint.held import Held, changed_among, held_by
-from manualloop.checkpoint.marks import MOST_BYTES, mark_of
+from manualloop.checkpoint.marks import MOST_BYTES, marks_of
 from manualloop.checkpoint.nested import take_apart
 from manualloop.checkpoint.pretrained import find_tokenizer
 from manualloop.checkpoint.tensors import num_bytes, require_places
@@ -68,8 +68,7 @@ def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
     state.class_names = learn_names(state.model, loader) or state.class_names
     note_model(state)
     held = numbers_in(functions, beside=state.all_holders())
-    numbers = {path: mark_of(value) for path, value in held.items()}
-    kept = {path: mark_of(value) for path, value in _kept_by_optimizers(state)}
+    numbers, kept = marks_of(held), marks_of(dict(_kept_by_optimizers(state)))
     state.baseline = state.baseline._replace(
         functions=functions,
         numbers=numbers,
@@ -91,7 +90,7 @@ def note_model(state: TrainState) -> None:
     model = unwrap_model(state.model, adapters=False)
     baseline: Baseline | None = state.baseline
     if baseline is None or baseline.model() is not model:
-        marks = {(kind, name): mark_of(value) for kind, name, value in _parts(model)}
+        marks = marks_of({(kind, name): value for kind, name, value in _parts(model)})
         infinite = frozenset(names_infinite(state))
         state.baseline = Baseline(ref(model), marks, {}, {}, {}, infinite)
 
@@ -139,8 +138,10 @@ def changes_of(
     model = unwrap_model(state.model, adapters=False)
     if baseline is None or baseline.model() is not model:
         return changes, unsaved
-    for kind, name, value in _parts(model, saved):
-        if baseline.marks.get((kind, name)) == mark_of(value) or _is_from_graph(value):
+    parts = {(kind, name): value for kind, name, value in _parts(model, saved)}
+    marks = marks_of(parts)
+    for (kind, name), value in parts.items():
+        if baseline.marks.get((kind, name)) == marks[kind, name] or _is_from_graph(value):
             continue
         if _can_be_saved(value):
             on_device = kind == "attributes" and _is_on_device(value)
@@ -148,14 +149,12 @@ def changes_of(
         else:
             unsaved.append(f"{name.replace(':', '.')} of the model")
     if baseline.functions:
-        held = numbers_in(baseline.functions, beside=holders)
-        unsaved += [
-            path for path, one in held.items() if baseline.numbers.get(path) != mark_of(one)
-        ]
+        held = marks_of(numbers_in(baseline.functions, beside=holders))
+        unsaved += [path for path, mark in held.items() if baseline.numbers.get(path) != mark]
     unsaved += changed_among(baseline.held)
     if baseline.optimizers and not any(path.startswith("optimizer") for path in state.told):
-        kept = _kept_by_optimizers(state)
-        unsaved += [path for path, one in kept if baseline.optimizers.get(path) != mark_of(one)]
+        kept = marks_of(dict(_kept_by_optimizers(state)))
+        unsaved += [path for path, mark in kept.items() if baseline.optimizers.get(path) != mark]
     return changes, unsaved
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,14 @@ from manualloop.objects import is_of_library
 _MOST_ENTRIES, _MOST_LEVELS = 5_000, 4
 MOST_BYTES = 100_000_000
 """Size of the largest value that is read, and of the largest that is saved beside the weights."""
+
+
+_Key = TypeVar("_Key")
+
+
+def marks_of(values: Mapping[_Key, Any]) -> dict[_Key, Any]:
+    """Return the mark of each value: see ``mark_of``."""
+    return {key: mark_of(value) for key, value in values.items()}
 
 
 def mark_of(value: Any) -> Any:
