@@ -31,15 +31,18 @@ def report_positions(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     found, inner = varying_positions(model), unwrap_model(model)
     if found is None or inner in _TOLD:
         return True
-    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    if isinstance(positions, Tensor) and mask is None:
-        longest, has_others = int(positions.max()) + 1, bool((positions[..., 1:] == 0).any())
-    elif isinstance(mask, Tensor):
-        lengths = (mask != 0).sum(-1)
+    mask = batch.get("attention_mask")
+    looked_at = batch.get("position_ids") if mask is None else mask
+    if not isinstance(looked_at, Tensor) or looked_at.shape[-1] <= found.length:
+        return False
+    if looked_at.device.type != "cpu":  # a look waits
+        return False
+    if mask is None:
+        longest, has_others = int(looked_at.max()) + 1, bool((looked_at[..., 1:] == 0).any())
+    else:
+        lengths = (looked_at != 0).sum(-1)
         longest, shortest = int(lengths.max()), int(lengths.min())
         has_others = shortest < longest and (found.kind == "dynamic" or shortest <= found.length)
-    else:
-        return False
     if longest <= found.length or not has_others:
         return False
     _TOLD.add(inner)
