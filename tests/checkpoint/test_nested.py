@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict, defaultdict
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -353,6 +353,7 @@ values = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(TEXTS, values, max_size=6))
 def test_a_record_comes_back_from_plain_json(record):
     text = json.dumps(as_json(record), allow_nan=False)

@@ -206,7 +206,7 @@ def test_started_again_a_run_ends_like_the_one_without_a_fault(faults, run_with,
         pytest.param("kill", "is gone", 0, marks=pytest.mark.exhaustive),
         ("kill", "is gone", 2),
         pytest.param("raise", "failed (ValueError: first line)", 0, marks=pytest.mark.exhaustive),
-        ("raise", "failed (ValueError: first line)", 2),
+        pytest.param("raise", "failed (ValueError: first line)", 2, marks=pytest.mark.exhaustive),
         ("stop", "does not answer", 0),
         pytest.param("stop", "does not answer", 2, marks=pytest.mark.exhaustive),  # 20 s of waiting
     ],

@@ -70,7 +70,8 @@ def test_accelerate_starts_two_with_its_own_flags():
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux to see what was asked for")
-@pytest.mark.parametrize("by", ["arguments", pytest.param("config", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("by", ["arguments", "config"])
 def test_accelerate_starts_one_and_that_is_reported(by, tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG)
     options = {
