@@ -324,19 +324,21 @@ def _close_at_end() -> None:
 
 
 def _end_group() -> None:
-    """End the process group of gloo, and give its threads time to release tensors.
+    """End the process group of gloo, after its threads have had time to release tensors.
 
-    Such a thread may be the last to hold a tensor of Python's. If it releases it while Python
-    ends, Python ends the thread by force, and C++ aborts the process ("terminate called without an
-    active exception"): seen in one of a hundred launches on a busy machine. Ending the group joins
-    its threads, unless something else holds it; then the time has to do.
+    Such a thread may be the last to hold a tensor of Python's, and needs Python's lock to release
+    it. If Python ends first, it ends the thread by force, and C++ aborts the process ("terminate
+    called without an active exception": seen in one of a hundred launches on a busy machine). And
+    the group joins its threads when it is released, with torch 2.6 while it holds the lock: then
+    both would wait for ever.
     """
+    if torch.distributed.is_initialized():
+        time.sleep(_RELEASE)  # without the lock
     for release in _before_end:
         release()
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         release_default_groups()
         torch.distributed.destroy_process_group()
-        time.sleep(_RELEASE)  # without Python's lock, for which such a thread waits
 
 
 def _describe(report: Report) -> str:

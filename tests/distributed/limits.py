@@ -8,12 +8,18 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
+import torch
 from processes import wait_until
 from torch.distributed import distributed_c10d
 
 from manualloop.strategy import hosts, liveness
 
 FOREVER = 3600.0
+CAN_FAIL_SOON = not torch.__version__.startswith("2.6.")
+needs_to_fail_soon = pytest.mark.skipif(
+    not CAN_FAIL_SOON, reason="a group of torch 2.6 keeps the timeout with which it was made"
+)
 
 
 def wait_patiently(**others):

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from helpers import TAGS, piece_tokenizer, questions, tagged_words, tiny_bert
-from tiny_language_models import gpt2, padded, paired, pairs_of, rows_of
+from tiny_language_models import TELLS_PACKS_APART, gpt2, padded, paired, pairs_of, rows_of
 from transformers import BertForQuestionAnswering, BertForTokenClassification
 
 from manualloop import (
@@ -149,6 +149,7 @@ JOBS = {
         preferences,
         packs,
     )
+    if function is not packs or TELLS_PACKS_APART
 }
 
 

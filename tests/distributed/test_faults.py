@@ -13,6 +13,7 @@ from contextlib import suppress
 import bench
 import pytest
 import ranks
+from limits import CAN_FAIL_SOON, needs_to_fail_soon
 from processes import wait_until
 
 pytestmark = [
@@ -152,6 +153,7 @@ def test_a_rank_leaves_early(run_with):
     assert "rank 1 has ended before the others" in found.outputs[0]
 
 
+@needs_to_fail_soon
 def test_f18_a_rank_is_stopped(run_with):
     found = run_with("stop")
     assert 0 not in found.codes
@@ -181,7 +183,7 @@ SOME = (
     ("kill", 1),
     ("kill", 0),
     ("raise", 0),
-    ("stop", 1),
+    *((("stop", 1),) if CAN_FAIL_SOON else ()),
     ("killed after its save", 0),
     ("SIGTERM", 1),
 )
@@ -207,8 +209,10 @@ def test_started_again_a_run_ends_like_the_one_without_a_fault(faults, run_with,
         ("kill", "is gone", 2),
         pytest.param("raise", "failed (ValueError: first line)", 0, marks=pytest.mark.exhaustive),
         pytest.param("raise", "failed (ValueError: first line)", 2, marks=pytest.mark.exhaustive),
-        ("stop", "does not answer", 0),
-        pytest.param("stop", "does not answer", 2, marks=pytest.mark.exhaustive),  # 20 s of waiting
+        pytest.param("stop", "does not answer", 0, marks=needs_to_fail_soon),
+        pytest.param(  # 20 s of waiting
+            *("stop", "does not answer", 2), marks=[needs_to_fail_soon, pytest.mark.exhaustive]
+        ),
     ],
 )
 def test_both_survivors_of_three_name_the_failed_rank(fault, what, victim):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import processes
 import pytest
 import ranks
@@ -85,6 +86,9 @@ def test_accelerate_starts_one_and_that_is_reported(by, tmp_path):
     assert "torchrun" in output
 
 
+@pytest.mark.skipif(
+    accelerate.__version__.startswith("1.7."), reason="accelerate 1.7 joins processes on a CPU"
+)
 def test_an_accelerator_that_ignores_the_other_ranks_is_refused(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -15,6 +15,7 @@ import resized
 import same_update
 import torch
 import two_optimizers
+from limits import needs_to_fail_soon
 from sharded_by_one import new_state, scores_of, train
 
 from manualloop import prepare_strategy
@@ -45,6 +46,24 @@ SECOND = [
     "calls",  # after it the ranks have no connection
 ]
 
+HAS_MUON = hasattr(torch.optim, "Muon")
+SHARDS = hasattr(torch.cpu.Stream, "record_event")
+needs_muon = pytest.mark.skipif(not HAS_MUON, reason=f"torch {torch.__version__} has no Muon")
+needs_shards = pytest.mark.skipif(
+    not SHARDS, reason=f"fully_shard of torch {torch.__version__} does not run on a CPU"
+)
+MARKS = {
+    "sharded": needs_shards,
+    "sharded_by_one 3": needs_shards,
+    "sharded_by_one 8": needs_shards,
+    "two_optimizers": needs_muon,
+    "calls": needs_to_fail_soon,
+}
+
+
+def that_run_here(scripts):
+    return [name for name in scripts if name not in MARKS or not MARKS[name].args[0]]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -57,9 +76,10 @@ class Outcome:
     def __init__(self, folder):
         resized.main(folder / "resized", 7)
         self.codes, self.outputs = [], ["", ""]
-        self.start("two_ranks.py", folder, *FIRST)
-        self.start("sharded_by_one.py", folder / "sharded_by_one", 5, num_ranks=1)
-        self.start("two_ranks.py", folder, *SECOND)
+        self.start("two_ranks.py", folder, *that_run_here(FIRST))
+        if SHARDS:
+            self.start("sharded_by_one.py", folder / "sharded_by_one", 5, num_ranks=1)
+        self.start("two_ranks.py", folder, *that_run_here(SECOND))
 
     def start(self, *arguments, **options):
         children = ranks.start(*arguments, **options)
@@ -78,7 +98,9 @@ def outcome(folder):
     return Outcome(folder)
 
 
-@pytest.mark.parametrize("script", [*FIRST, *SECOND])
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=MARKS.get(name, ())) for name in (*FIRST, *SECOND)]
+)
 def test_a_script_passes_on_both_ranks(script, outcome):
     for output in outcome.outputs:
         assert f"passed: {script}" in output.splitlines(), output
@@ -86,7 +108,7 @@ def test_a_script_passes_on_both_ranks(script, outcome):
 
 
 def test_the_ranks_end_as_they_should(outcome):
-    assert outcome.codes == [0] * 5, "\n".join(outcome.outputs)
+    assert set(outcome.codes) == {0}, "\n".join(outcome.outputs)
 
 
 @pytest.mark.parametrize("name", distributed_loaders.SCENARIOS)
@@ -193,6 +215,7 @@ def test_the_line_of_trainer_beside_ours(tmp_path):
         )
 
 
+@needs_muon
 def test_two_optimizers_on_two_ranks(outcome, folder):
     folder = folder / "two_optimizers"
     two_optimizers.main(folder)
@@ -206,6 +229,7 @@ def test_two_optimizers_on_two_ranks(outcome, folder):
     assert "extras['head'], whose gradients would differ from rank to rank" in ours["refusal"]
 
 
+@needs_shards
 def test_a_sharded_run_goes_from_two_ranks_to_one_and_back(outcome, folder):
     """It ends as a run of one process does whose weights were never sharded."""
     seen = []

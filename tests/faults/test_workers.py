@@ -128,9 +128,9 @@ def test_f12_after_a_worker_was_killed_the_rerun_is_exact(tmp_path):
     cause = tmp_path / "cause"
     whole = train(tmp_path / "whole", cause, signal.SIGKILL)
     cause.touch()
-    with pytest.raises(
-        (DataError, CheckpointError, RuntimeError), match="is killed by signal: Killed"
-    ):
+    # On a busy machine it may look at its workers before that signal comes.
+    pattern = "is killed by signal: Killed|exited unexpectedly"
+    with pytest.raises((DataError, CheckpointError, RuntimeError), match=pattern):
         train(tmp_path / "run", cause, signal.SIGKILL)
     cause.unlink()
     result = train(tmp_path / "run", cause, signal.SIGKILL)

@@ -154,7 +154,6 @@ def test_models_that_never_keep_documents_apart_are_refused(name):
 
 
 @needs_packs
-@needs_packs
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.")  # read by peft
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
@@ -165,6 +164,7 @@ def test_prompts_of_adapters_leave_positions_out_and_are_refused(kind):
     assert not check_isolation(model).is_isolated
 
 
+@needs_packs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_proof_holds_in_every_dtype(dtype):
     assert check_isolation(model_of("Llama").to(dtype)).is_isolated
