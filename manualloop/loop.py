@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,13 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from manualloop.arguments import (
-    all_at_once,
-    check_arguments,
-    is_count,
-    is_positive,
-    problem_of_call,
-)
+from manualloop.arguments import all_at_once, check_arguments, is_positive
 from manualloop.body import watching_body
 from manualloop.checkpoint.manifest import metric_name
 from manualloop.errors import ConfigError
@@ -32,15 +27,15 @@ from manualloop.notices import say
 from manualloop.optimizers.prepare import prepare_optimizer
 from manualloop.optimizers.schedules import check_schedule, prepare_scheduler
 from manualloop.optimizers.together import as_optimizer, each, for_each
-from manualloop.plan import plan_run, settings_of
+from manualloop.plan import Settings, plan_run, settings_of
 from manualloop.reading.sources import source_of
 from manualloop.run.cadence import Cadence, parse_cadence
 from manualloop.run.delivery import check_trackers
-from manualloop.run.evaluations import require_metric
+from manualloop.run.evaluations import check_evaluation, require_metric
 from manualloop.run.folder import check_folder, open_run_folder
 from manualloop.run.report import Report, report_of
 from manualloop.run.run import Run
-from manualloop.run.stopping import Stopping, agree_at_updates, counted
+from manualloop.run.stopping import Agreement, Stopping, agree_at_updates, counted
 from manualloop.run.table import ends_of_intervals
 from manualloop.state import Pace, TrainState, has_updates_left
 from manualloop.steps import contract_of, start_steps
@@ -243,28 +238,18 @@ def train_loop(
     check_arguments(model=model)  # everything else is made for it
     strategy = in_call(strategy_for(model, strategy), "train_loop")
     settings = settings_of(arguments)
-    ends: dict[str, Any] = {"num_epochs": num_epochs, "max_steps": max_steps}
     agreement, run_strategy = agree_at_updates(strategy)
-    with all_at_once() as check:
-        plan = check(plan_run, train_dataloader, settings, world_size=strategy.world_size, **ends)
-        known = plan or Plan(sys.maxsize, None, 1)  # its error is raised below: any length will do
-        parse = partial(parse_cadence, num_steps_per_epoch=known[2], agreement=agreement)
-        due = Due(*(check(parse, name, arguments[name]) for name in _CADENCES))
-        max_seconds = check(parse_seconds, "max_time", max_time)
-        check(check_evaluation, evaluate, best_metric, patience, on_step)
-        check(check_folder, checkpoint_dir, resume, keep_checkpoints)
-        check(check_trackers, trackers)
-        check(check_arguments, extras=extras, progress_bar=progress_bar, preflight=preflight)
-        optimizer = check(optimizer_of, model, optimizer)
-        check(check_schedules, lr_scheduler, optimizer, known.num_steps, num_warmup_steps)
+    plan, optimizer, due, max_seconds = check_call(arguments, settings, strategy, agreement)
     _tell_unused(arguments)
-    given = {name: arguments[name] for name in _SAME_ON_RANKS} | ends | settings._asdict()
+    given = {name: arguments[name] for name in _SAME_ON_RANKS} | settings._asdict()
     agree(strategy, "train_loop", checkpoint_dir=checkpoint_dir and Path(checkpoint_dir), **given)
+
     schedule = _schedules(lr_scheduler, optimizer, plan.num_steps, num_warmup_steps)
     stopping = Stopping(max_seconds, agreement)
     state = TrainState(model, optimizer, schedule, extras=extras or {})
     source = source_of(train_dataloader)
     contract = contract_of(state, source, plan, strategy, arguments)
+
     with ExitStack() as stack:
         folder = stack.enter_context(
             open_run_folder(checkpoint_dir, state, strategy, resume, keep_checkpoints, best_metric)
@@ -286,6 +271,7 @@ def train_loop(
             yields_skipped=True,
         )
         stack.enter_context(closing(steps))
+
         if has_updates_left(state.progress, plan):
             run.rehearse()
             try_metrics(evaluate if preflight else None, best_metric)
@@ -296,24 +282,10 @@ def train_loop(
         if run.stopped_by is None:
             _follow(counted(steps, run_strategy, step_fn), state, report, run, due, on_step)
         run.finish()
+
     if folder is not None:
         stopping.raise_signal(run.place, strategy)
     return _result(state, run, report)
-
-
-def _result(state: TrainState, run: Run, report: Report) -> TrainResult:
-    planned_end = "max_steps" if report.plan.num_epochs is None else "num_epochs"
-    best_checkpoint, last_checkpoint = run.find_checkpoints()
-    return TrainResult(
-        state,
-        metrics=run.metrics,
-        best_metrics=run.best_metrics,
-        history=report.history.records,
-        stopped_by=run.stopped_by or planned_end,
-        best_step=run.best_step,
-        best_checkpoint=best_checkpoint,
-        last_checkpoint=last_checkpoint,
-    )
 
 
 _SAME_ON_RANKS = (
@@ -323,25 +295,10 @@ _SAME_ON_RANKS = (
     "patience",
     "checkpoint_every",
     "resume",
+    "num_epochs",
+    "max_steps",
 )
-"""Arguments that decide when the ranks of a run exchange something."""
-
-
-def optimizer_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None) -> Optimizer:
-    """Return one optimizer for those that ``train_loop`` was given, or for none."""
-    return prepare_optimizer(model) if optimizer is None else as_optimizer(optimizer)
-
-
-def _schedules(
-    lr_scheduler: Any, optimizer: Any, num_steps: int, num_warmup_steps: float
-) -> list[LRScheduler | None]:
-    return [
-        _schedule(one, own, num_steps, num_warmup_steps)
-        for one, own in zip(for_each(optimizer, lr_scheduler), each(optimizer), strict=True)
-    ]
-
-
-_CADENCES = ("log_every", "evaluate_every", "checkpoint_every")
+"""Arguments that decide when the ranks of a run exchange something, beside the settings."""
 
 
 class Due(NamedTuple):
@@ -394,49 +351,102 @@ def _follow(
             break
 
 
-def _schedule(
-    lr_scheduler: str | LRScheduler | None,
-    optimizer: Optimizer,
-    num_steps: int,
-    num_warmup_steps: float,
-) -> LRScheduler | None:
-    if not isinstance(lr_scheduler, str):
-        return lr_scheduler
-    return prepare_scheduler(
-        optimizer, lr_scheduler, num_training_steps=num_steps, num_warmup_steps=num_warmup_steps
+def _result(state: TrainState, run: Run, report: Report) -> TrainResult:
+    planned_end = "max_steps" if report.plan.num_epochs is None else "num_epochs"
+    best_checkpoint, last_checkpoint = run.find_checkpoints()
+    return TrainResult(
+        state,
+        metrics=run.metrics,
+        best_metrics=run.best_metrics,
+        history=report.history.records,
+        stopped_by=run.stopped_by or planned_end,
+        best_step=run.best_step,
+        best_checkpoint=best_checkpoint,
+        last_checkpoint=last_checkpoint,
     )
 
 
-def check_schedules(
+def check_call(
+    arguments: Mapping[str, Any],
+    settings: Settings,
+    strategy: Strategy,
+    agreement: Agreement | None = None,
+) -> tuple[Plan, Optimizer, Due, float | None]:
+    """Check all arguments of ``train_loop``, and raise what is wrong with them as one error.
+
+    Args:
+        arguments: The arguments by name.
+        settings: Those that an update depends on.
+        strategy: The strategy of the run.
+        agreement: The agreement by which its ranks act on time together; None for a single rank.
+
+    Returns:
+        The length of the run, its optimizer, what is due when, and ``max_time`` in seconds.
+
+    Raises:
+        ConfigError: The arguments do not fit together.
+        DataError: The data cannot be trained on.
+    """
+    model, loader, schedule = itemgetter("model", "train_dataloader", "lr_scheduler")(arguments)
+    ends = {name: arguments[name] for name in ("num_epochs", "max_steps")}
+    cadences = {
+        name: arguments[name] for name in ("log_every", "evaluate_every", "checkpoint_every")
+    }
+    of_evaluation = itemgetter("evaluate", "best_metric", "patience", "on_step")(arguments)
+    of_folder = itemgetter("checkpoint_dir", "resume", "keep_checkpoints")(arguments)
+    others = {name: arguments[name] for name in ("extras", "progress_bar", "preflight")}
+    with all_at_once() as check:
+        plan = check(plan_run, loader, settings, world_size=strategy.world_size, **ends)
+        num_steps, _, per_epoch = plan or Plan(sys.maxsize, None, 1)  # any, if that was refused
+        parse = partial(parse_cadence, num_steps_per_epoch=per_epoch, agreement=agreement)
+        due = Due(*(check(parse, name, cadence) for name, cadence in cadences.items()))
+        max_seconds = check(parse_seconds, "max_time", arguments["max_time"])
+        check(check_evaluation, *of_evaluation)
+        check(check_folder, *of_folder)
+        check(check_trackers, arguments["trackers"])
+        check(check_arguments, **others)
+        optimizer = check(_optimizer_of, model, arguments["optimizer"])
+        warmup = arguments["num_warmup_steps"]
+        check(_check_schedules, schedule, optimizer, num_steps, warmup)
+    return plan, optimizer, due, max_seconds
+
+
+def _optimizer_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None) -> Optimizer:
+    return prepare_optimizer(model) if optimizer is None else as_optimizer(optimizer)
+
+
+def _schedules(
+    lr_scheduler: Any, optimizer: Any, num_steps: int, num_warmup_steps: float
+) -> list[LRScheduler | None]:
+    """Return the schedule of each optimizer: those that were named are built."""
+    return [
+        prepare_scheduler(own, one, num_training_steps=num_steps, num_warmup_steps=num_warmup_steps)
+        if isinstance(one, str)
+        else one
+        for one, own in zip(for_each(optimizer, lr_scheduler), each(optimizer), strict=True)
+    ]
+
+
+def _check_schedules(
     lr_scheduler: Any, optimizer: Any, num_steps: int, num_warmup_steps: float
 ) -> None:
-    """Refuse schedules of ``train_loop`` that do not fit its optimizers or its length."""
-    if optimizer is None:  # there is none to be made of the model
-        _check_schedule(lr_scheduler, None, num_steps, num_warmup_steps)
-        return
-    for one, own in zip(for_each(optimizer, lr_scheduler), each(optimizer), strict=True):
-        _check_schedule(one, own, num_steps, num_warmup_steps)
-
-
-def _check_schedule(
-    lr_scheduler: str | LRScheduler | None,
-    optimizer: Optimizer | None,
-    num_steps: int,
-    num_warmup_steps: float,
-) -> None:
+    pairs: Iterable[tuple[Any, Any]] = [(lr_scheduler, None)]
+    if optimizer is not None:  # else there is none to be made of the model
+        pairs = zip(for_each(optimizer, lr_scheduler), each(optimizer), strict=True)
     if num_warmup_steps != 0 and not is_positive(num_warmup_steps):
         raise ConfigError(
             f"num_warmup_steps={num_warmup_steps!r} is neither a number of updates (100) nor a "
             "share of them (0.1)."
         )
-    if isinstance(lr_scheduler, str):
-        if optimizer is not None:
-            check_schedule(optimizer, lr_scheduler, num_steps, num_warmup_steps)
-    elif num_warmup_steps:
-        raise ConfigError(
-            f"num_warmup_steps={num_warmup_steps} belongs to a schedule given by name. Build it "
-            "into the scheduler: prepare_scheduler(optimizer, num_warmup_steps=...)."
-        )
+    for one, own in pairs:
+        if isinstance(one, str):
+            if own is not None:
+                check_schedule(own, one, num_steps, num_warmup_steps)
+        elif num_warmup_steps:
+            raise ConfigError(
+                f"num_warmup_steps={num_warmup_steps} belongs to a schedule given by name. Build "
+                "it into the scheduler: prepare_scheduler(optimizer, num_warmup_steps=...)."
+            )
 
 
 def try_metrics(evaluate: object, best_metric: str | None) -> None:
@@ -455,38 +465,6 @@ def try_metrics(evaluate: object, best_metric: str | None) -> None:
         f"which one batch gave. If the other metrics do not return {name!r}, the run ends with a "
         "checkpoint after the first evaluation."
     )
-
-
-def check_evaluation(
-    evaluate: object, best_metric: object, patience: object, on_step: object
-) -> None:
-    """Refuse functions and names of ``train_loop`` that cannot be meant, all of them at once."""
-    problems = []
-    if evaluate is not None and not callable(evaluate):
-        problems.append(
-            f"evaluate is a {type(evaluate).__name__}, already computed. Pass a function: "
-            "evaluate=lambda: evaluate_loop(model, loader)."
-        )
-    if best_metric is not None and not (isinstance(best_metric, str) and best_metric.strip("+-")):
-        problems.append(f'best_metric={best_metric!r} is not a name, such as "f1" or "loss".')
-    if best_metric is not None and evaluate is None:
-        problems.append(
-            f"best_metric={best_metric!r} needs evaluate=lambda: evaluate_loop(model, ...)."
-        )
-    if patience is not None and best_metric is None:
-        problems.append(f'patience={patience!r} needs a best_metric, such as "f1" or "loss".')
-    if patience is not None and not is_count(patience):
-        problems.append(f"patience must be a whole number of at least 1, got {patience!r}.")
-    if on_step is not None and not callable(on_step):
-        problems.append(
-            f"on_step is a {type(on_step).__name__}. Pass a function: on_step=lambda step: ...."
-        )
-    for name, function in (("evaluate", evaluate), ("on_step", on_step)):
-        # A partial of evaluate_loop is tried on a batch.
-        if callable(function) and not isinstance(function, partial):
-            problems += filter(None, [problem_of_call(name, function)])
-    if problems:
-        raise ConfigError("\n".join(problems))
 
 
 def _tell_unused(arguments: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from manualloop.arguments import all_at_once, check_arguments
+from manualloop.arguments import check_arguments
 from manualloop.batches import num_rows
 from manualloop.checkpoint.folders import free_bytes, local_folder
 from manualloop.checks import check_batches, check_run
@@ -43,15 +43,14 @@ from manualloop.forecast.splits import (
 )
 from manualloop.forecast.traces import without_a_trace
 from manualloop.keywords import instead_of
-from manualloop.loop import check_evaluation, check_schedules, optimizer_of, train_loop, try_metrics
+from manualloop.loop import check_call, train_loop, try_metrics
 from manualloop.models import model_name
 from manualloop.notices import logger
 from manualloop.optimizers.schedules import require_length, require_schedule
 from manualloop.optimizers.together import class_of, each, for_each
-from manualloop.plan import Settings, plan_run, settings_of
+from manualloop.plan import Settings, settings_of
 from manualloop.reading.describe import batch_size_of
 from manualloop.reading.sources import Source, source_of
-from manualloop.run.folder import check_folder
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, prepare, prepare_model
 from manualloop.strategy.calls import begin_call
@@ -136,16 +135,15 @@ def preflight(
     >>> report.num_steps, report.parameters.num_trainable, model.weight.grad
     (20, 2, None)
     """
-    arguments = {**locals()}
-    arguments |= arguments.pop("others")
+    given = dict(locals())
     check_arguments(model=model, extras=extras)
     splits, train = splits_of(loaders)
-    arguments["train_dataloader"] = splits[train]
-    _require_known(others)
-    settings = settings_of({"on_nonfinite": "raise", **arguments})
+    given["train_dataloader"] = splits[train]
+    arguments = _arguments_of_loop(given, others)
+    settings = settings_of(arguments)
     strategy = begin_call(strategy_for(model, strategy), "preflight", **settings._asdict())
     with _notes() as notes:
-        plan, optimizer = _check(arguments, settings, strategy)
+        plan, optimizer, _, _ = check_call(arguments, settings, strategy)
         _check_length(lr_scheduler, optimizer, plan)
         state = TrainState(model, optimizer, None, extras=extras or {})
         check_run(state, strategy, calls_step=step_fn is None)
@@ -178,34 +176,17 @@ class _Found(NamedTuple):
     chance: Chance | None
 
 
-def _require_known(others: Mapping[str, Any]) -> None:
-    known = [*inspect.signature(train_loop).parameters]
+def _arguments_of_loop(given: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of ``train_loop``, with their defaults where they are not given."""
+    parameters = inspect.signature(train_loop).parameters
     for name, value in others.items():
-        if name not in known:
+        if name not in parameters:
             raise ConfigError(
                 f"preflight takes the arguments of train_loop, which has no {name}=. "
-                f"{instead_of(name, value, known)}"
+                f"{instead_of(name, value, parameters)}"
             )
-
-
-def _check(
-    arguments: Mapping[str, Any], settings: Settings, strategy: Strategy
-) -> tuple[Plan, Optimizer]:
-    """Check the arguments as ``train_loop`` does, all of them at once."""
-    ends = {name: arguments[name] for name in ("num_epochs", "max_steps")}
-    model, loader = arguments["model"], arguments["train_dataloader"]
-    with all_at_once() as check:
-        plan = check(plan_run, loader, settings, world_size=strategy.world_size, **ends)
-        wanted = (arguments.get(name) for name in ("patience", "on_step"))
-        check(check_evaluation, arguments["evaluate"], arguments["best_metric"], *wanted)
-        keep = arguments["keep_checkpoints"]
-        resume = arguments.get("resume", "auto")
-        check(check_folder, arguments["checkpoint_dir"], resume, keep)
-        optimizer = check(optimizer_of, model, arguments["optimizer"])
-        length = plan.num_steps if plan else 1
-        warmup = arguments["num_warmup_steps"]
-        check(check_schedules, arguments["lr_scheduler"], optimizer, length, warmup)
-    return plan, optimizer
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    return {name: given.get(name, others.get(name, value)) for name, value in defaults.items()}
 
 
 def _check_length(lr_scheduler: Any, optimizer: Optimizer, plan: Plan) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from numbers import Real
 from typing import Any
 
+from manualloop.arguments import is_count, problem_of_call
 from manualloop.checkpoint.manifest import (
     has_sign,
     is_known,
@@ -120,6 +122,42 @@ class Evaluations:
         # Before the direction was noted, it was the sign alone.
         was_lower = notes.get("is_lower_better", (before or "").startswith("-"))
         return bool(before == self.best_metric and was_lower == self.is_lower_better)
+
+
+def check_evaluation(
+    evaluate: object, best_metric: object, patience: object, on_step: object
+) -> None:
+    """Refuse functions and names of ``train_loop`` that cannot be meant, all of them at once.
+
+    Raises:
+        ConfigError: A line for every problem.
+    """
+    problems = []
+    if evaluate is not None and not callable(evaluate):
+        problems.append(
+            f"evaluate is a {type(evaluate).__name__}, already computed. Pass a function: "
+            "evaluate=lambda: evaluate_loop(model, loader)."
+        )
+    if best_metric is not None and not (isinstance(best_metric, str) and best_metric.strip("+-")):
+        problems.append(f'best_metric={best_metric!r} is not a name, such as "f1" or "loss".')
+    if best_metric is not None and evaluate is None:
+        problems.append(
+            f"best_metric={best_metric!r} needs evaluate=lambda: evaluate_loop(model, ...)."
+        )
+    if patience is not None and best_metric is None:
+        problems.append(f'patience={patience!r} needs a best_metric, such as "f1" or "loss".')
+    if patience is not None and not is_count(patience):
+        problems.append(f"patience must be a whole number of at least 1, got {patience!r}.")
+    if on_step is not None and not callable(on_step):
+        problems.append(
+            f"on_step is a {type(on_step).__name__}. Pass a function: on_step=lambda step: ...."
+        )
+    for name, function in (("evaluate", evaluate), ("on_step", on_step)):
+        # A partial of evaluate_loop is tried on a batch.
+        if callable(function) and not isinstance(function, partial):
+            problems += filter(None, [problem_of_call(name, function)])
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def require_metric(best_metric: str, metrics: Mapping[str, Any]) -> None:

@@ -486,6 +486,9 @@ def test_all_arguments_of_train_loop_are_taken_and_checked():
     with pytest.raises(ConfigError) as refused:
         preflight(model, loaders, num_epochs=0, keep_checkpoints=0, patience=2)
     assert len(str(refused.value).splitlines()) == 3
+    with pytest.raises(ConfigError) as refused:
+        preflight(model, loaders, evaluate_every="often", max_time="long", trackers=5)
+    assert len(str(refused.value).splitlines()) == 3
     with pytest.raises(ConfigError, match="evaluate returned no 'f2'"):
         evaluate = partial(evaluate_loop, model, loaders["validation"], "accuracy")
         preflight(model, loaders, num_epochs=1, evaluate=evaluate, best_metric="f2")
