@@ -21,13 +21,8 @@ from manualloop.checkpoint.contract import (
     log_differences,
 )
 from manualloop.checkpoint.functions import values_read
-from manualloop.checks import (
-    EXPLAINED,
-    check_batches,
-    check_run,
-    explain,
-    explain_loss,
-)
+from manualloop.checkpoint.restore import take_generators
+from manualloop.checks import EXPLAINED, check_batches, check_run, explain, explain_loss
 from manualloop.data.kept import columns_read
 from manualloop.errors import ConfigError, DataError
 from manualloop.models import remember_configs, unwrap_model
@@ -45,7 +40,6 @@ from manualloop.plan import (
     plan_run,
     settings_of,
 )
-from manualloop.randomness import find_generators, restore_generators, search
 from manualloop.reading.describe import all_facts, digest_of, digests_of_loaders, rows_digest
 from manualloop.reading.position import read_position
 from manualloop.reading.reader import Reader
@@ -180,55 +174,65 @@ def start_steps(
     With ``yields_skipped`` it yields None for an update that was skipped, and where an epoch ends
     without one.
     """
-    window_size, max_grad_norm, loss_fn, terms, step_fn, on_nonfinite = settings
-    train_dataloader = source.loader
-    terms = of_model(terms, state.model)
+    settings = settings._replace(terms=of_model(settings.terms, state.model))
+    window_size, _, loss_fn, terms, step_fn, on_nonfinite = settings
     state.model, state.optimizer = prepare(strategy, state.model, state.optimizer)
     state.allows_nonfinite = on_nonfinite == "ignore"
     put_into_training(state.optimizer)
     is_resized = has_other_size(state.contract, contract)
     _agree_on_contract(state, source, plan, strategy, contract)
-    of_loss: dict[str, Any] = {"loss_fn": loss_fn, "terms": terms}
     by_step_fn = step_fn is not None
     watch = Watch(state, source, loss_fn, terms, strategy, on_nonfinite, by_step_fn=by_step_fn)
-    _take_generators(state, train_dataloader, **of_loss, step_fn=step_fn)
-    note_run(state, train_dataloader, **of_loss, step_fn=step_fn)
-    own_loss = loss_fn is not None or step_fn is not None
-    if step_fn is not None:
-        step_fn = checked(step_fn)
-    else:
-        step_fn = partial(
-            apply_update, **of_loss, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite
-        )
-    check: Any = partial(check_batches, needs_labels=terms is None)
-    if own_loss:
-        check = partial(
-            check_own_loss,
-            loss_fn=loss_fn,
-            strategy=strategy if state.progress.num_steps == 0 else None,
-        )
-    check = partial(check, tokenizer=tokenizer_of(train_dataloader))
-    if not by_step_fn and ends_in_lone_row(train_dataloader, plan):
-        check = partial(try_lone_row, check=check, loss_fn=loss_fn, strategy=strategy)
+    functions: dict[str, Any] = {"loss_fn": loss_fn, "terms": terms, "step_fn": step_fn}
+    take_generators(state, source.loader, **functions)
+    note_run(state, source.loader, **functions)
     return _train_steps(
         state,
         source,
         plan,
         window_size,
-        partial(
-            _update_from,
-            step_fn=step_fn,
-            strategy=strategy,
-            source=source,
-            explain=explain_loss if own_loss else partial(explain, needs_labels=terms is None),
-        ),
+        _updater(source, strategy, settings),
         strategy,
         watch,
-        check=check if preflight else None,
+        check=_first_check(state, source, plan, strategy, settings) if preflight else None,
         of_call=(state.contract, state.allows_nonfinite),
         is_resized=is_resized,
         yields_skipped=yields_skipped,
     )
+
+
+def _updater(
+    source: Source, strategy: Strategy, settings: Settings
+) -> Callable[[TrainState, Window], Update]:
+    """Return the function that makes the update of a window."""
+    _, max_grad_norm, loss_fn, terms, step_fn, on_nonfinite = settings
+    if step_fn is not None:
+        make = checked(step_fn)
+    else:
+        of_loss: dict[str, Any] = {"loss_fn": loss_fn, "terms": terms}
+        make = partial(
+            apply_update, **of_loss, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite
+        )
+    is_own = loss_fn is not None or step_fn is not None
+    explains = explain_loss if is_own else partial(explain, needs_labels=terms is None)
+    return partial(_update_from, step_fn=make, strategy=strategy, source=source, explain=explains)
+
+
+def _first_check(
+    state: TrainState, source: Source, plan: Plan, strategy: Strategy, settings: Settings
+) -> Callable[..., Task | None]:
+    """Return the function that looks at the first window of a run, before its update."""
+    loss_fn, step_fn, tokenizer = settings.loss_fn, settings.step_fn, tokenizer_of(source.loader)
+    needs_labels = settings.terms is None
+    check: Callable[..., Task | None] = partial(
+        check_batches, needs_labels=needs_labels, tokenizer=tokenizer
+    )
+    if loss_fn is not None or step_fn is not None:
+        begins = strategy if state.progress.num_steps == 0 else None
+        check = partial(check_own_loss, loss_fn=loss_fn, strategy=begins, tokenizer=tokenizer)
+    if step_fn is None and ends_in_lone_row(source.loader, plan):
+        check = partial(try_lone_row, check=check, loss_fn=loss_fn, strategy=strategy)
+    return check
 
 
 def contract_of(
@@ -275,34 +279,6 @@ def _agree_on_contract(
     state.contract, state.is_resumed = contract, False
 
 
-def _take_generators(state: TrainState, loader: Iterable[Any], **holders: Any) -> None:
-    """Note what may hold random generators, and restore theirs from a checkpoint just loaded.
-
-    What cannot be saved or restored is printed.
-    """
-    state.holders |= {name: holder for name, holder in holders.items() if holder is not None}
-    found, unsaved = search(state.all_holders())
-    for path, reason in (unsaved | search({"train_dataloader": loader}).unsaved).items():
-        say(f"a resumed run will draw other random numbers at {path}: {reason}.")
-    if getattr(loader, "num_workers", 0):
-        own = {id(generator) for generator in find_generators(loader=loader).values()}
-        for path in [path for path, part in found.items() if id(part.value) in own]:
-            if not path.startswith(("evaluate", "on_step")):
-                say(
-                    f"a resumed run may draw other random numbers at {path}: the loader, which "
-                    "reads ahead, draws from it too. Give each a generator of its own."
-                )
-    if state.generators is None:
-        return
-    waiting = {path: saved for path, saved in state.generators.items() if saved is not None}
-    for path, reason in restore_generators(waiting, **state.all_holders()).items():
-        say(f"not bit-exact, because the random generator {path} was not restored: {reason}.")
-    for path in sorted(found.keys() - state.generators.keys()):
-        if not path.startswith(("evaluate", "on_step")):  # no update draws from those
-            say(f"not bit-exact, because the checkpoint has no state of the generator {path}.")
-    state.generators = None
-
-
 def _train_steps(
     state: TrainState,
     source: Source,
@@ -317,6 +293,7 @@ def _train_steps(
     is_resized: bool | None,
     yields_skipped: bool,
 ) -> Generator[Step | None, None, None]:
+    """Make the updates that are left, and yield a step after each."""
     if not has_updates_left(state.progress, plan):
         return
     progress, times, inner = state.progress, state.times, unwrap_model(state.model)
@@ -456,6 +433,7 @@ def _reader_for(state: TrainState, source: Source, strategy: Strategy) -> Reader
 def _enter(
     state: TrainState, source: Source, strategy: Strategy
 ) -> tuple[Reader, Callable[[], None]]:
+    """Return the reader of the batches, and the function to call when the loop is left."""
     if state.is_training:
         raise ConfigError(
             "Another train_steps is still open on this state. Leave its loop, or close() it."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,11 +38,17 @@ from manualloop.checkpoint.tensors import (
 )
 from manualloop.errors import CheckpointError
 from manualloop.models import is_sharded, tied_names
+from manualloop.notices import say
 from manualloop.optimizers.loading import load_together
 from manualloop.optimizers.schedules import follow_functions
 from manualloop.optimizers.states import OptimizerStates
 from manualloop.optimizers.together import Schedules, class_of
-from manualloop.randomness import restore_generators, set_random_state
+from manualloop.randomness import (
+    find_generators,
+    restore_generators,
+    search,
+    set_random_state,
+)
 from manualloop.state import Progress, TrainState, differences
 from manualloop.strategy.base import Strategy
 from manualloop.tasks.names import load_names
@@ -198,6 +204,39 @@ def put_state_back(saved: Saved, state: TrainState, strategy: Strategy) -> None:
     }
     if is_known:
         set_random_state(own["rng"])
+
+
+def take_generators(state: TrainState, loader: Iterable[Any], **holders: Any) -> None:
+    """Note what may hold random generators, and restore those that were loaded before it was known.
+
+    What cannot be saved or restored is printed.
+
+    Args:
+        state: The state of the run.
+        loader: The loader that is trained on.
+        holders: Functions of the run by name; None where there is none.
+    """
+    state.holders |= {name: holder for name, holder in holders.items() if holder is not None}
+    found, unsaved = search(state.all_holders())
+    for path, reason in (unsaved | search({"train_dataloader": loader}).unsaved).items():
+        say(f"a resumed run will draw other random numbers at {path}: {reason}.")
+    if getattr(loader, "num_workers", 0):
+        own = {id(generator) for generator in find_generators(loader=loader).values()}
+        for path in [path for path, part in found.items() if id(part.value) in own]:
+            if not path.startswith(("evaluate", "on_step")):
+                say(
+                    f"a resumed run may draw other random numbers at {path}: the loader, which "
+                    "reads ahead, draws from it too. Give each a generator of its own."
+                )
+    if state.generators is None:
+        return
+    waiting = {path: saved for path, saved in state.generators.items() if saved is not None}
+    for path, reason in restore_generators(waiting, **state.all_holders()).items():
+        say(f"not bit-exact, because the random generator {path} was not restored: {reason}.")
+    for path in sorted(found.keys() - state.generators.keys()):
+        if not path.startswith(("evaluate", "on_step")):  # no update draws from those
+            say(f"not bit-exact, because the checkpoint has no state of the generator {path}.")
+    state.generators = None
 
 
 def _check_parts(saved: Saved, parts: Mapping[str, Any]) -> None:
