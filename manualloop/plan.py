@@ -156,7 +156,7 @@ def begin_epoch(
     reader: Reader,
     window_size: int,
     strategy: Strategy,
-    is_resized: bool | None = None,
+    is_resized: bool | None,
 ) -> int:
     """Count the updates of an epoch whose pass has begun, and those of the run.
 

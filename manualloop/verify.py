@@ -225,12 +225,12 @@ def _write_trace(function: Any, directory: Path, at: int | None, path: Path) -> 
     path.write_text(json.dumps(trace))
 
 
-def _digest_rest(given: Iterator[Window], num_batches: int = 8) -> list[str]:
+def _digest_rest(given: Iterator[Window]) -> list[str]:
     """Read the first batches after the last step."""
     found: list[str] = []
     with suppress(Exception):  # of the loader: that it comes at the same batch is compared as well
         rest = (batch for window in given for batch in window.batches)
-        found.extend(map(_digest, islice(rest, num_batches)))
+        found.extend(map(_digest, islice(rest, 8)))
     return found
 
 

@@ -63,7 +63,7 @@ class BatchReport:
     pieces: list[list[Piece]] = field(default_factory=list)
     pictures: tuple[Picture, ...] = ()
 
-    def _lines(self, paint: Paint | None = None) -> list[tuple[str, str]]:
+    def _lines(self, paint: Paint | None) -> list[tuple[str, str]]:
         """Return the lines; with ``paint`` as it returns them."""
         plain = paint or _as_text
         lines = [(name, f"{shape} {dtype}") for name, (shape, dtype) in self.columns.items()]

@@ -42,7 +42,7 @@ def collate_images(
         if isinstance(cells[0], Mapping):
             batch[name] = cells
         elif name in _PADDED and isinstance(cells[0], Tensor):
-            batch[name] = _stacked(name, cells, "pixel_mask" in columns)
+            batch[name] = _stacked(cells, "pixel_mask" in columns)
         else:
             others.append(name)
     if not others:
@@ -50,7 +50,7 @@ def collate_images(
     return {**batch, **collate([{name: row[name] for name in others} for row in rows])}
 
 
-def _stacked(name: str, images: Sequence[Tensor], has_mask: bool) -> Tensor:
+def _stacked(images: Sequence[Tensor], has_mask: bool) -> Tensor:
     shapes = list(dict.fromkeys(tuple(image.shape) for image in images))
     if len(shapes) == 1:
         return torch.stack(list(images))

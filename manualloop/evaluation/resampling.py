@@ -131,16 +131,13 @@ def interval_of(scores: Floats, confidence: float) -> Interval:
     return Interval(float(low), float(high), num_undefined)
 
 
-def swaps(
-    counts: NDArray[Any], differs: NDArray[np.bool_], num_resamples: int, seed: int = _SEED
-) -> Iterator[Floats]:
+def swaps(counts: NDArray[Any], differs: NDArray[np.bool_], num_resamples: int) -> Iterator[Floats]:
     """Yield random exchanges of two predictions of the same row, in parts that fit into memory.
 
     Args:
         counts: How often each group of the same rows occurs, ``(groups,)``.
         differs: Which groups have two predictions that differ. Others are never exchanged.
         num_resamples: Number of exchanges. All possible ones are taken if they are not more.
-        seed: Seed of the draws.
 
     Yields:
         Number of rows of each group whose predictions are exchanged, ``(exchanges, groups)``.
@@ -154,7 +151,7 @@ def swaps(
             taken[:, place] += bits[:, number]
         yield taken
         return
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(_SEED)
     step = max(1, _AT_ONCE // len(counts))
     for start in range(0, num_resamples, step):
         taken = np.zeros((min(step, num_resamples - start), len(counts)))

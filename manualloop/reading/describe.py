@@ -373,7 +373,7 @@ def _is_file_system(value: Any) -> bool:
     return any(base.__module__.partition(".")[0] == "fsspec" for base in type(value).__mro__)
 
 
-def _of_array(array: Any, room: _Room | None = None) -> bytes:
+def _of_array(array: Any, room: _Room | None) -> bytes:
     """Describe a tensor or an array by shape, dtype and some of its elements, or all of them."""
     if isinstance(array, Tensor):
         array = array.detach()
@@ -418,7 +418,7 @@ def is_prepared(loader: Any) -> bool:
     return isinstance(getattr(loader, "batch_sampler", None), OrderedBatchSampler)
 
 
-def place_in(loader: Any, num_samples: int, epoch: int | None = None) -> Place:
+def place_in(loader: Any, num_samples: int, epoch: int | None) -> Place:
     """Name the batch of a loader that begins after so many rows; epoch None: of the present one.
 
     Rows are named by their number in the dataset where it is known.

@@ -8,7 +8,6 @@ from numbers import Integral, Real
 from typing import Any
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-_LONGEST = 1_000
 
 
 def clean(value: Any, longest: int | None = None) -> str:
@@ -37,8 +36,8 @@ def _picture(found: re.Match[str]) -> str:
     return "␡" if code == 0x7F else "\ufffd"
 
 
-def shorten(value: Any, longest: int = _LONGEST) -> str:
-    """Return a value as text of a length that a page can show."""
+def shorten(value: Any, longest: int) -> str:
+    """Return a value as text of at most ``longest`` characters, and how many there were."""
     return clean(value, longest)
 
 

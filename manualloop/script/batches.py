@@ -60,7 +60,7 @@ def _collate(job: Job, made: Preparation) -> tuple[list[Line], list[str]]:
     return ["def collate(rows):", body], imports
 
 
-def _options(job: Job, loader: Any) -> list[str]:
+def _options(loader: Any) -> list[str]:
     return [
         *when(loader.num_workers, f"num_workers={loader.num_workers}"),  # type: ignore[list-item]
         *when(loader.pin_memory, "pin_memory=True"),  # type: ignore[list-item]
@@ -110,7 +110,7 @@ def _epoch(job: Job) -> list[Line]:
                     *(["sampler=order"] if shuffles else []),
                     "collate_fn=collate",
                     *(["drop_last=True"] if drops else []),
-                    *_options(job, job.loader),
+                    *_options(job.loader),
                     "generator=rng",
                 ],
             ),
@@ -144,7 +144,7 @@ def _epoch_of_a_rank(job: Job) -> list[Line]:
                     "train_dataset",
                     "batch_sampler=[batches[min(k, len(batches) - 1)] for k in own]",
                     "collate_fn=collate",
-                    *_options(job, job.loader),
+                    *_options(job.loader),
                     "generator=rng",
                 ],
             ),
@@ -224,7 +224,7 @@ def _eval_dataloader(job: Job) -> list[Line]:
                 "eval_dataset",
                 _size(job, loader),
                 "collate_fn=collate",
-                *_options(job, loader),
+                *_options(loader),
                 "generator=torch.Generator()",
             ],
         ),

@@ -20,9 +20,7 @@ def tokenizer_of(loader: Any) -> Any:
     return own or getattr(getattr(loader, "collate_fn", None), "tokenizer", None)
 
 
-def report_untrained_ends(
-    model: nn.Module, batches: Sequence[Any], *, tokenizer: Any = None
-) -> None:
+def report_untrained_ends(model: nn.Module, batches: Sequence[Any], tokenizer: Any) -> None:
     """Log that a causal language model does not learn to end a text, if that is so."""
     if infer_task(model) == "causal_lm" and (line := untrained_ends(model, batches, tokenizer)):
         say(line)

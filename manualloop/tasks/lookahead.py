@@ -55,7 +55,7 @@ def look_at_texts(
         ModelError: The model sees the tokens that it is to predict.
     """
     refuse_lookahead(model, batches, loss_fn)
-    report_untrained_ends(model, batches, tokenizer=tokenizer)
+    report_untrained_ends(model, batches, tokenizer)
 
 
 def refuse_lookahead(
