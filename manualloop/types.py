@@ -236,6 +236,22 @@ def _restored(
 
 
 Record: TypeAlias = dict[str, Any]
+"""What the history of a run holds: a record of training, or of an evaluation."""
+
+
+def is_training(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record is of training; the others are of evaluations."""
+    return "lr" in record
+
+
+def metrics_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics in a record of an evaluation, by the names that ``evaluate`` gave them.
+
+    >>> metrics_of({"step": 8, "epoch": 0.5, "eval_f1": 0.9})
+    {'f1': 0.9}
+    """
+    return {name[5:]: value for name, value in record.items() if name.startswith("eval_")}
+
 
 Tracker: TypeAlias = Callable[[Record], object]
 """A function that is called with each record of a run; see ``docs/tracking.md``."""

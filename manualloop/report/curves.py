@@ -11,7 +11,7 @@ from manualloop.report.parts import Cell, Chart, Charts, Details, Part, Section,
 from manualloop.report.svg import Band, Line, Point, line_chart, thin
 from manualloop.report.text import number, shorten
 from manualloop.run.table import ends_of_intervals
-from manualloop.types import Record
+from manualloop.types import Record, is_training
 
 _MOST_CHARTS = 8
 _MOST_ROWS = 60
@@ -26,8 +26,8 @@ def curves(history: Sequence[Record], best_step: int | None, best_metric: str | 
         best_step: Number of updates before the best evaluation; None: nothing decides.
         best_metric: Name of the metric that decides.
     """
-    training = [record for record in history if "lr" in record]
-    evaluations = [record for record in history if "lr" not in record]
+    training = [record for record in history if is_training(record)]
+    evaluations = [record for record in history if not is_training(record)]
     loss = [
         Line("training", "quiet", _points(training, "loss")),
         _scored(evaluations, "eval_loss", "evaluation"),
@@ -68,7 +68,7 @@ def scores(
         best_step: Number of updates before it.
         best_metric: Name of the metric that decides.
     """
-    evaluations = [record for record in history if "lr" not in record]
+    evaluations = [record for record in history if not is_training(record)]
     if not last:
         return Section("metrics", "Metrics", [])
     last_step = evaluations[-1]["step"] if evaluations else None

@@ -17,7 +17,7 @@ from manualloop.checkpoint.manifest import (
 )
 from manualloop.errors import ConfigError
 from manualloop.notices import say
-from manualloop.types import Record
+from manualloop.types import Record, is_training, metrics_of
 
 
 class Evaluations:
@@ -106,7 +106,8 @@ class Evaluations:
         if isinstance(notes, Mapping) and self._decides_as(notes):
             vars(self).update((name, notes[name]) for name in vars(self) if name in notes)
             return
-        found = [(_metrics(record), record["step"]) for record in filter(_is_evaluation, records)]
+        evaluations = (record for record in records if not is_training(record))
+        found = [(metrics_of(record), record["step"]) for record in evaluations]
         if isinstance(notes, list):
             found = [(metrics, None) for metrics in notes]
         for metrics, step in found:
@@ -226,11 +227,3 @@ def _plain(name: str, value: Any) -> Any:
 
 def _describe(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__} ({value!r:.60})"
-
-
-def _is_evaluation(record: Record) -> bool:
-    return "lr" not in record  # a record of training has one
-
-
-def _metrics(record: Record) -> dict[str, Any]:
-    return {name[5:]: value for name, value in record.items() if name.startswith("eval_")}

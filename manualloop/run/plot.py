@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from manualloop.errors import ConfigError
 from manualloop.run.table import choose_metrics, ends_of_intervals
-from manualloop.types import Record
+from manualloop.types import Record, metrics_of
 
 # Of Okabe and Ito, which are told apart with any colour vision. Lines and markers differ as well,
 # so that curves can be told apart in print.
@@ -121,11 +121,7 @@ def _read(results: Sequence[Any], labels: Sequence[str] | None) -> list[_Run]:
 
 def _scores(runs: Sequence[_Run]) -> list[str]:
     """Return the scores to draw, without those of single classes where there are many."""
-    metrics = [
-        {name[5:]: value for name, value in record.items() if name[:5] == "eval_"}
-        for run in runs
-        for record in run.evaluations
-    ]
+    metrics = [metrics_of(record) for run in runs for record in run.evaluations]
     names, _ = choose_metrics(metrics, None)
     return [name for name in names if any(_points(run.evaluations, f"eval_{name}") for run in runs)]
 

@@ -18,7 +18,7 @@ from manualloop.run.cadence import Cadence, num_due
 from manualloop.run.table import Row, Table
 from manualloop.state import Pace
 from manualloop.strategy.transfer import LateTensor
-from manualloop.types import Plan, Record, Step
+from manualloop.types import Plan, Record, Step, is_training, metrics_of
 
 _NUM_UNSTACKED = 256  # a 0-d CUDA tensor occupies 512 bytes
 _NUM_EARLIER = 20  # evaluations of earlier processes that are shown
@@ -219,12 +219,10 @@ class Report:
         self._epoch, self._position, self._lr_before = notes["epoch"], num_steps, notes.get("lr")
         known = {step: (loss, lr) for step, loss, lr in notes.get("rows", ())}
         for record in records:
-            if "lr" not in record:  # an evaluation
-                metrics = {name[5:]: value for name, value in record.items() if name[:5] == "eval_"}
-                loss, lr = known.get(record["step"], (None, None))
-                self._table.add(
-                    record["step"], record["epoch"], metrics, loss=loss, lr=lr, seconds=None
-                )
+            if not is_training(record):
+                step, epoch, metrics = record["step"], record["epoch"], metrics_of(record)
+                loss, lr = known.get(step, (None, None))
+                self._table.add(step, epoch, metrics, loss=loss, lr=lr, seconds=None)
 
     def open(self) -> None:
         """Show the evaluations of earlier processes, and the bar."""

@@ -8,15 +8,10 @@ from numbers import Real
 from typing import Any
 
 from manualloop.notices import say
-from manualloop.types import Record
+from manualloop.types import Record, is_training
 
 _OF_TRAINING = {"lr": "learning_rate"}
 STEP = "train/global_step"
-
-
-def is_training(record: Record) -> bool:
-    """Tell whether a record is of training; the others are of evaluations."""
-    return "lr" in record
 
 
 class Numbers:
