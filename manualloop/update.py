@@ -21,6 +21,7 @@ from manualloop.internals import heeds_found_inf, skip_where
 from manualloop.notices import say
 from manualloop.optimizers.access import parameters_of, zero_gradients
 from manualloop.optimizers.schedules import schedules_of
+from manualloop.optimizers.together import each
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import in_call
@@ -121,16 +122,8 @@ def _accumulate(
 ) -> tuple[Update, bool]:
     """Accumulate the gradients of the micro-batches of a window.
 
-    Args:
-        model: The model.
-        batches: The micro-batches.
-        counted: Their items.
-        shares: Their shares of the window; None of the only micro-batch on the only rank, whose
-            mean is the window's, as in the hand-written loop.
-        strategy: Device, precision and ranks.
-        loss: What makes the loss.
-        times: Times of the run.
-        parameters: Function that lists the parameters whose gradients are added to.
+    There are no shares of the only micro-batch on the only rank, whose mean is the window's, as in
+    the hand-written loop. ``parameters`` lists those whose gradients are added to.
 
     Returns:
         The update so far, and whether the micro-batches weighed the same because nothing tells
@@ -264,11 +257,7 @@ def _doubt(state: TrainState, batches: Sequence[Any], task: Task | None, loss: L
 
 
 def _accumulate_shares(
-    state: TrainState,
-    batches: Sequence[Any],
-    counted: Counted,
-    strategy: Strategy,
-    loss: Loss,
+    state: TrainState, batches: Sequence[Any], counted: Counted, strategy: Strategy, loss: Loss
 ) -> Update:
     """Accumulate the gradients of the micro-batches of a window, weighed as in the rest of the run.
 
@@ -283,15 +272,12 @@ def _accumulate_shares(
             if loss.is_models:
                 report_own_loss(state.model, batches[0], task, strategy)
         shares = share_out(batches, counts, task, strategy, loss, is_settled=is_settled)
+
+    def parameters() -> list[Tensor]:
+        return [*parameters_of(state.optimizer), *state.model.parameters()]
+
     update, is_equal = _accumulate(
-        state.model,
-        batches,
-        counted,
-        shares,
-        strategy,
-        loss,
-        state.times,
-        partial(_all_parameters, state),
+        state.model, batches, counted, shares, strategy, loss, state.times, parameters
     )
     if shares is None or known is not None:
         return update
@@ -305,11 +291,6 @@ def _accumulate_shares(
                 "micro-batch: another split of the rows is a slightly different update."
             )
     return update
-
-
-def _all_parameters(state: TrainState) -> list[Tensor]:
-    """List the parameters of the model and those of its optimizers."""
-    return [*parameters_of(state.optimizer), *state.model.parameters()]
 
 
 def drop_gradients(state: TrainState) -> None:
@@ -340,7 +321,30 @@ def apply_update(
     """Make one update: gradients, clipping, optimizer step, schedule step.
 
     It is the default ``step_fn``; copy it to change it. Gradients are zeroed at its beginning, so
-    that they can be inspected until the next update.
+    that they can be inspected until the next update. Call it on every rank.
+
+    Args:
+        state: Model, optimizer and schedule.
+        batches: The micro-batches of the update.
+        strategy: Device, precision and ranks.
+        loss_fn: As in ``accumulate_gradients``.
+        terms: As in ``accumulate_gradients``.
+        max_grad_norm: Norm to which gradients are clipped; None does not clip.
+        on_nonfinite: With ``"raise"`` and ``"skip"`` a loss or gradient norm that is NaN or
+            infinite leaves the weights as they are. The update tells so, and ``train_steps`` acts
+            on it; ``"skip"`` waits for the device. ``"ignore"`` makes the update.
+
+    Raises:
+        ConfigError: An argument cannot be meant.
+        DataError: The batches cannot be trained on.
+        ModelError: There is no loss that can be differentiated.
+
+    >>> model = nn.Linear(1, 1)
+    >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> strategy = strategy_in_place(model)
+    >>> update = apply_update(state, [torch.ones(2, 1)], strategy, loss_fn=lambda m, x: m(x).mean())
+    >>> update.applied, update.num_items
+    (True, 2)
     """
     clips_well = max_grad_norm is None or (type(max_grad_norm) is float and max_grad_norm > 0)
     if not clips_well or on_nonfinite not in ("raise", "skip", "ignore"):
@@ -371,16 +375,8 @@ def apply_update(
         update.grad_norm = grad_norm = strategy.clip_gradients(state.optimizer, max_grad_norm)
     if watches and not scales_losses:
         is_finite = finiteness(update.loss if grad_norm is None else update.loss + grad_norm)
-    if isinstance(is_finite, Tensor) and (
-        on_nonfinite == "skip"
-        or (bool(state.extras) and any(map(_is_optimizer, state.extras.values())))
-        or not (
-            all(heeds_found_inf(one, strategy.device) for one in state.optimizer)
-            if isinstance(state.optimizer, tuple)
-            else heeds_found_inf(state.optimizer, strategy.device)
-        )
-    ):
-        is_finite = bool(is_finite)  # this waits
+    if isinstance(is_finite, Tensor) and _must_wait(state, strategy, on_nonfinite):
+        is_finite = bool(is_finite)
     if isinstance(is_finite, Tensor):
         update.applied = _apply_guarded(state, strategy, is_finite)
     else:
@@ -405,6 +401,13 @@ def finiteness(watched: Tensor) -> bool | Tensor:
 def reads_at_once(tensor: Tensor) -> bool:
     """Tell whether the host can read a tensor without waiting for a device."""
     return tensor.device.type == "cpu"
+
+
+def _must_wait(state: TrainState, strategy: Strategy, on_nonfinite: OnNonfinite) -> bool:
+    """Tell whether the host must know if an update is finite before the device makes it."""
+    if on_nonfinite == "skip" or any(map(_is_optimizer, state.extras.values())):
+        return True
+    return not all(heeds_found_inf(one, strategy.device) for one in each(state.optimizer))
 
 
 def _apply_guarded(state: TrainState, strategy: Strategy, is_finite: Tensor) -> bool:
