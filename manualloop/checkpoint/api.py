@@ -251,7 +251,7 @@ def load_checkpoint(
     directory = local_folder(checkpoint_dir)
     found = on_main(strategy, lambda: find(directory, which, verify=verify))
     if not isinstance(state, nn.Module):
-        return load_found(found, state, strategy)
+        return put_found(found, read_found(found, state, strategy), state, strategy)
     manifest: dict[str, Any] = found.manifest or {}
     with naming(found.path):
         load_weights(found.path, manifest["files"], state)
@@ -278,13 +278,8 @@ def find_checkpoint(
     return find(local_folder(checkpoint_dir), which, verify=True).path
 
 
-def load_found(found: Found, state: TrainState, strategy: Strategy) -> CheckpointInfo:
-    """Load a checkpoint that was found and verified. Call on every rank, with the same one."""
-    return put_found(found, read_found(found, state, strategy), state, strategy)
-
-
 def read_found(found: Found, state: TrainState, strategy: Strategy) -> Saved:
-    """Read a checkpoint that was found and verified; nothing is changed by it."""
+    """Read a checkpoint that was found and verified. Call on every rank, with the same one."""
     state.require_closed()
     if not found.path.is_dir():
         raise CheckpointError(

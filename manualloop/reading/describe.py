@@ -449,10 +449,7 @@ def row_numbers_of(loader: Any) -> Iterable[int] | None:
     if is_prepared(loader):
         rows: Iterable[int] = loader.batch_sampler.rows()
         return rows
-    batch_sampler, dataset = (
-        getattr(loader, "batch_sampler", None),
-        getattr(loader, "dataset", None),
-    )
+    batch_sampler, dataset = (getattr(loader, n, None) for n in ("batch_sampler", "dataset"))
     sampler = getattr(loader if batch_sampler is None else batch_sampler, "sampler", batch_sampler)
     if isinstance(dataset, IterableDataset):
         num_workers = min(loader.num_workers, getattr(dataset, "num_shards", loader.num_workers))

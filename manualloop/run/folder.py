@@ -237,16 +237,13 @@ class RunFolder:
 
 def _is_over(ends: Mapping[str, Any], saved: Saved) -> bool:
     """Tell whether a checkpoint is at one of the ends of a run, and its evaluations are made."""
-    progress, run = saved.values["progress"], saved.run
-    evaluations = run.get("evaluations")
-    if run.get("is_pending"):
+    progress, patience = saved.values["progress"], ends.get("patience")
+    if saved.run.get("is_pending"):
         return False
-    patience = ends.get("patience")
-    if isinstance(evaluations, Mapping) and patience is not None:  # a list in older checkpoints
-        is_out_of_patience = evaluations["num_since_best"] >= patience
-    else:
-        is_out_of_patience = False
-    if is_out_of_patience:
+    evaluations, num_since_best = saved.run.get("evaluations"), 0
+    if isinstance(evaluations, Mapping):  # a list in older checkpoints
+        num_since_best = evaluations["num_since_best"]
+    if patience is not None and num_since_best >= patience:
         return True
     if ends.get("num_epochs") is not None:
         return bool(progress["epoch"] >= ends["num_epochs"])
