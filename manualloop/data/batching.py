@@ -17,6 +17,7 @@ from manualloop.data.nested import NestedCollate, holds_nested
 from manualloop.data.packing import fill_of
 from manualloop.data.sampler import OrderedBatchSampler, packs_rows
 from manualloop.data.splits import Split, reference_of
+from manualloop.data.transform import TransformedRows
 from manualloop.errors import ConfigError
 from manualloop.models import accepts
 from manualloop.notices import say
@@ -174,3 +175,20 @@ def tell_packs(loaders: Mapping[str, DataLoader[Any]]) -> None:
             f"{sampler.split}: {sampler.num_rows:,} rows in {len(sampler):,} packs of at most "
             f"{sampler.max_tokens} tokens, {100 * fill:.1f}% full"
         )
+
+
+def rows_for(collate_fn: Any, split: Split, seed: int) -> Any:
+    """Return a split's rows as ``collate_fn`` takes them: as tables, with their numbers, or as is.
+
+    Rows that are masked by their numbers know them.
+    """
+    if isinstance(collate_fn, RowMasks):
+        return TransformedRows(split.rows, split.name, seed)
+    if split.is_stream:
+        return split.rows
+    # A table holds an image as bytes.
+    if not hasattr(collate_fn, "padded_lengths") or "media" in split.kinds.values():
+        return split.rows
+    from manualloop.data.tables import as_tables
+
+    return as_tables(split.rows)

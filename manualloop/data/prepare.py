@@ -12,10 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from manualloop.arguments import all_at_once, check_arguments, is_count
-from manualloop.data.batching import collates_of, problems_of_packing, tell_packs
+from manualloop.data.batching import collates_of, problems_of_packing, rows_for, tell_packs
 from manualloop.data.collate import require_pad_token, require_tokenizer
 from manualloop.data.columns import LABELS
-from manualloop.data.fetched import as_read
 from manualloop.data.files import note_on_sources
 from manualloop.data.functions import (
     RAW,
@@ -213,7 +212,7 @@ def prepare_dataloaders(
             collate, cut = collates[key], functions[key].cut
             sizes = pad_to_multiple_of or 1, max_tokens, group_by_length, functions[key]
             lengths = check(lengths_of_rows, split, texts, labels.task, keep, *sizes)
-            rows: Any = transformed.get(key) or as_read(split, collate, seed)
+            rows: Any = transformed.get(key) or rows_for(collate, split, seed)
             if kept := kept_columns(split, functions[key], label, key in transformed):
                 collate = KeepingCollate(collate, kept)
             check(require_one_process, rows, num_workers)
