@@ -297,7 +297,7 @@ def functions_of(
         check(require_pad_token, tokenizer)
     if model is not None:
         for functions in of_split.values():
-            if isinstance(functions[0], Making):
+            if isinstance(functions[0], Making) and hasattr(functions[0], "with_model"):
                 functions[0] = functions[0].with_model(model)
     return {
         key: Functions(

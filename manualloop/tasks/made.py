@@ -12,8 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from torch import nn
-
 Rows: TypeAlias = Mapping[str, Sequence[Any]]
 """A batch of rows as ``dataset.map`` passes it to a function: column names to lists of values."""
 
@@ -39,7 +37,8 @@ class Made(NamedTuple):
 class Making(Protocol):
     """A ``preprocess`` that counts what it does.
 
-    It may have an attribute ``cut_call``, the call that cuts its rows at ``{room}`` tokens.
+    It may have an attribute ``cut_call``, the call that cuts its rows at ``{room}`` tokens, and a
+    method ``with_model(model)``, which returns the function with what it wants to know of a model.
     """
 
     def make(self, rows: Rows, place: Place) -> Made:
@@ -51,9 +50,6 @@ class Making(Protocol):
         Args:
             counts: The counts, and ``given``, the number of rows that the function got.
         """
-
-    def with_model(self, model: nn.Module) -> Making:
-        """Return the function with what it wants to know of the model."""
 
 
 def place_in_batch(number: int) -> str:

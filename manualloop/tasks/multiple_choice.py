@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
-from torch import nn
 
 from manualloop.errors import DataError
 from manualloop.tasks.made import Made, Place, Rows, place_in_batch, share_of_all
@@ -123,10 +122,6 @@ class FlattenChoices:
         limit = limit_of(self.tokenizer, self.max_length)
         share = share_of_all(counts["cut"], counts["choices"])
         return [f"choices are cut off at {limit} tokens: {share}"]
-
-    def with_model(self, model: nn.Module) -> FlattenChoices:
-        """Return the function itself."""
-        return self
 
 
 def _pairs_of(

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar
 
-from torch import nn
-
 from manualloop.arguments import is_count
 from manualloop.errors import ConfigError
 from manualloop.tasks.made import Made, Place, Rows, counted, place_in_batch
@@ -118,10 +116,6 @@ class Cut:
             lines.append(f"{number:,} left out, without text")
         return lines
 
-    def with_model(self, model: nn.Module) -> Cut:
-        """Return the function itself."""
-        return self
-
 
 @dataclass(frozen=True)
 class Pack:
@@ -166,10 +160,6 @@ class Pack:
         if number := counts.get("empty"):
             lines.append(f"{counted(number, 'document')} left out, without text")
         return lines
-
-    def with_model(self, model: nn.Module) -> Pack:
-        """Return the function itself."""
-        return self
 
 
 def _documents_at(starts: Sequence[int], documents: Sequence[Sequence[int]]) -> list[int]:

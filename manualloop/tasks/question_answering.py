@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
-
 from manualloop.arguments import is_count
 from manualloop.errors import ConfigError, DataError
 from manualloop.tasks.answers import answers_of
@@ -156,10 +154,6 @@ class AnswerWindows:
             if counts.get(name):
                 lines.append(f"{words}: {share_of_all(counts[name], counts['given'])}")
         return lines
-
-    def with_model(self, model: nn.Module) -> AnswerWindows:
-        """Return the function itself."""
-        return self
 
     @property
     def _limit(self) -> int:

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, ClassVar
 
-from torch import nn
-
 from manualloop.errors import DataError
 from manualloop.tasks.made import Made, Place, Rows, place_in_batch, share_of_all
 from manualloop.tasks.numbers import whole_number
@@ -132,10 +130,6 @@ class TagWords:
             if counts.get(name)
         ]
         return [*lines, "they are neither trained nor scored"] if lines else []
-
-    def with_model(self, model: nn.Module) -> TagWords:
-        """Return the function itself."""
-        return self
 
     def _tokenize(
         self, words: list[list[str]]
