@@ -82,6 +82,11 @@ def accumulate_gradients(
         The mean loss and the number of items of the window. If it has no item to learn from,
         ``applied`` is False and no gradient was added.
 
+    Raises:
+        ConfigError: ``loss_fn`` and ``terms`` are both given, or an argument cannot be meant.
+        DataError: A batch has no labels, or the model sees its padding.
+        ModelError: There is no loss, or none that depends on trainable parameters.
+
     >>> def loss_fn(model, batch):
     ...     return ((model(batch["x"]) - batch["labels"]) ** 2).mean()
     >>> batches = [{"x": torch.ones(n, 1), "labels": torch.zeros(n, 1)} for n in (3, 1)]
@@ -129,7 +134,7 @@ def _accumulate(
         The update so far, and whether the micro-batches weighed the same because nothing tells
         their items.
     """
-    weighted_losses: list[Tensor] = []
+    losses: list[Tensor] = []  # weighted
     roots: list[Any] = []  # of the graphs, which have let go of their tensors
     num_items: float = 0
     is_equal = False
@@ -157,12 +162,9 @@ def _accumulate(
         if shares is not None and shares.is_guess:
             roots.append(weighted.grad_fn)
         if items:
-            weighted_losses.append(weighted.detach())
+            losses.append(weighted.detach())
             num_items += items
-    if weighted_losses:
-        mean = reduce(torch.add, weighted_losses)
-    else:
-        mean = torch.zeros_like(found[0][0].detach())
+    mean = reduce(torch.add, losses) if losses else torch.zeros_like(found[0][0].detach())
     if shares is None:
         return Update(mean, num_items, applied=num_items > 0), is_equal
     total: float = num_items
@@ -335,9 +337,7 @@ def apply_update(
             on it; ``"skip"`` waits for the device. ``"ignore"`` makes the update.
 
     Raises:
-        ConfigError: An argument cannot be meant.
-        DataError: The batches cannot be trained on.
-        ModelError: There is no loss that can be differentiated.
+        ManualLoopError: As in ``accumulate_gradients``.
 
     >>> model = nn.Linear(1, 1)
     >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -152,6 +152,9 @@ def generated(
     Returns:
         A function for ``evaluate_loop(decode=)`` and ``predict_loop(decode=)``, which returns a
         text a row, and the right one beside it where there is one.
+
+    Raises:
+        ConfigError: An option asks for several texts a row, or counts the prompt.
     """
     for name, right in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
         if generate_options.get(name) not in (None, right):

@@ -55,6 +55,9 @@ def fill_in_middle(
     Returns:
         A function for ``prepare_dataloaders(transform=)`` of rows that ``pack`` or ``cut`` makes.
         What it draws is a function of seed, epoch and row.
+
+    Raises:
+        ConfigError: The tokenizer does not have the three tokens, or a rate is not between 0 and 1.
     """
     for name, value in (("rate", rate), ("spm_rate", spm_rate)):
         if not isinstance(value, float | int) or not 0 <= value <= 1:

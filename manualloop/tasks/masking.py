@@ -34,6 +34,9 @@ def mask_tokens(tokenizer: Any, probability: float = 0.15) -> MaskTokens:
     Returns:
         A function for ``prepare_dataloaders(transform=)`` of rows with ``input_ids``, such as
         ``preprocess=cut(tokenizer, max_length=512)`` makes them.
+
+    Raises:
+        ConfigError: The tokenizer has no mask token, or the probability is none.
     """
     if getattr(tokenizer, "mask_token_id", None) is None:
         raise ConfigError(

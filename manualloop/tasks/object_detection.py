@@ -345,6 +345,10 @@ def detection_terms(
         batch: The batch; ``labels`` is a dict a row, with ``class_labels``.
         eos_coefficient: Weight of a query without an object. The loops take it from the config of
             the model; ``detection_terms.of_model(model)`` does it by hand.
+
+    Returns:
+        The loss of the classes with the weight of all queries, and that of the boxes with their
+        number.
     """
     classes = sum(
         (loss for name, loss in outputs.loss_dict.items() if name.startswith("loss_ce")),

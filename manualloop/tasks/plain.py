@@ -32,6 +32,9 @@ def cut(tokenizer: Any, max_length: int, column: str = "text") -> Cut:
     Returns:
         A function for ``prepare_dataloaders(preprocess=)``, which makes the columns ``input_ids``
         and ``labels``. A line reports how many documents are cut off or left out.
+
+    Raises:
+        ConfigError: ``max_length`` is not a whole number of at least 2.
     """
     _require_length("max_length", max_length)
     return Cut(tokenizer, max_length, column)
@@ -57,6 +60,9 @@ def pack(tokenizer: Any, length: int, column: str = "text") -> Pack:
     Returns:
         A function for ``prepare_dataloaders(preprocess=)``, which makes the columns ``input_ids``
         and ``labels``. They are equal: the model shifts the labels.
+
+    Raises:
+        ConfigError: ``length`` is not a whole number of at least 2.
     """
     _require_length("length", length)
     return Pack(tokenizer, length, column)

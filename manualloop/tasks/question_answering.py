@@ -65,6 +65,9 @@ def answer_windows(
         ``start_positions`` and ``end_positions``; ``offset_mapping``, the characters of the context
         for each token without padding, None outside of it, and empty at the token of no answer; and
         ``overflow_to_sample_mapping``, the row of each window.
+
+    Raises:
+        ConfigError: The tokenizer is not a fast one, or windows share all their tokens.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(
