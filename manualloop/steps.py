@@ -23,6 +23,7 @@ from manualloop.checkpoint.contract import (
 from manualloop.checkpoint.functions import values_read
 from manualloop.checkpoint.restore import take_generators
 from manualloop.checks import EXPLAINED, check_batches, check_run, explain, explain_loss
+from manualloop.data.collate import tokenizer_of
 from manualloop.data.kept import columns_read
 from manualloop.errors import ConfigError, DataError
 from manualloop.models import remember_configs, unwrap_model
@@ -48,7 +49,6 @@ from manualloop.state import TrainState, has_updates_left
 from manualloop.strategy.base import Strategy, prepare
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
-from manualloop.tasks.endings import tokenizer_of
 from manualloop.tasks.loss import check_own_loss, of_model
 from manualloop.tasks.splitting import try_lone_row
 from manualloop.tasks.task import Task

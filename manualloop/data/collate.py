@@ -219,6 +219,12 @@ def padding_collator(tokenizer: Any, task: str | None, pad_to_multiple_of: int |
     return kind(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
 
 
+def tokenizer_of(loader: Any) -> Any:
+    """Return the tokenizer that made the batches of a loader; None if nobody knows it."""
+    own = getattr(loader, "tokenizer", None)
+    return own or getattr(getattr(loader, "collate_fn", None), "tokenizer", None)
+
+
 def require_tokenizer(tokenizer: Any) -> None:
     """Refuse what is not a tokenizer: the name of one, or a model.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import ref
 
+from manualloop.data.collate import tokenizer_of
 from manualloop.data.preparation import preparation_of
 from manualloop.tasks.names import notes_of
 
@@ -45,10 +46,9 @@ class Inputs:
     def __init__(self, loader: Any = None, frame_index: Any = None, task: str = "") -> None:
         made, self.task = preparation_of(loader), task
         self.frame_index = frame_index if made is None else made.frame_index
-        sampler, collate = (getattr(loader, n, None) for n in ("batch_sampler", "collate_fn"))
-        self.split: str | None = getattr(sampler, "split", None)
+        self.split: str | None = getattr(getattr(loader, "batch_sampler", None), "split", None)
         self.names = notes_of(loader).texts
-        self._tokenizer = getattr(loader, "tokenizer", None) or getattr(collate, "tokenizer", None)
+        self._tokenizer = tokenizer_of(loader)
         try:
             self._dataset: Any = ref(loader.dataset)
         except (AttributeError, TypeError):  # there is none, or none that can be referred to

@@ -19,6 +19,7 @@ from manualloop.arguments import check_arguments
 from manualloop.batches import num_rows
 from manualloop.checkpoint.folders import free_bytes, local_folder
 from manualloop.checks import check_batches, check_run
+from manualloop.data.collate import tokenizer_of
 from manualloop.errors import ConfigError, DistributedError
 from manualloop.forecast.chance import Chance, chance_of
 from manualloop.forecast.doubts import doubts_about
@@ -55,7 +56,6 @@ from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, prepare, prepare_model
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
-from manualloop.tasks.endings import tokenizer_of
 from manualloop.tasks.loss import check_own_loss, of_model
 from manualloop.tasks.names import class_names
 from manualloop.tasks.task import Task, resolve_task

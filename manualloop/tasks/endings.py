@@ -14,12 +14,6 @@ from manualloop.notices import say
 from manualloop.tasks.task import IGNORE_INDEX, infer_task
 
 
-def tokenizer_of(loader: Any) -> Any:
-    """Return the tokenizer that made the batches of a loader; None if nobody knows it."""
-    own = getattr(loader, "tokenizer", None)
-    return own or getattr(getattr(loader, "collate_fn", None), "tokenizer", None)
-
-
 def report_untrained_ends(model: nn.Module, batches: Sequence[Any], tokenizer: Any) -> None:
     """Log that a causal language model does not learn to end a text, if that is so."""
     if infer_task(model) == "causal_lm" and (line := untrained_ends(model, batches, tokenizer)):
