@@ -288,6 +288,7 @@ class Plan(NamedTuple):
 
 
 OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]
+"""The reaction to a loss or a gradient norm that is NaN or infinite; see ``train_steps``."""
 
 
 class Origin(NamedTuple):

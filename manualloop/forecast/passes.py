@@ -111,7 +111,7 @@ def run_passes(model: nn.Module, run: Pass, batches: Sequence[Any]) -> Passes:
     losses, items, times, rates, start = 0.0, 0.0, [], [], 0
     run(batches[0], 0)
     for batch in batches:
-        _drop_gradients(model)
+        model.zero_grad()
         loss, num_items, seconds = run(batch, start)
         losses, items = losses + loss * num_items, items + num_items
         times.append(seconds)
@@ -119,7 +119,7 @@ def run_passes(model: nn.Module, run: Pass, batches: Sequence[Any]) -> Passes:
         start += num_rows(batch)
         for name in [name for name in without if trainable[name].grad is not None]:
             del without[name]
-    _drop_gradients(model)
+    model.zero_grad()
     timed = times[:NUM_TIMED]
     return Passes(
         losses / items if items else 0.0,
@@ -133,7 +133,7 @@ def run_passes(model: nn.Module, run: Pass, batches: Sequence[Any]) -> Passes:
 
 def run_largest(model: nn.Module, run: Pass, batch: Any, device: torch.device) -> LargestBatch:
     """Run the largest batch forward and backward, and measure the memory that it takes."""
-    _drop_gradients(model)
+    model.zero_grad()
     is_cuda = device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -142,7 +142,7 @@ def run_largest(model: nn.Module, run: Pass, batch: Any, device: torch.device) -
         _, _, seconds = run(batch, 0)
     except torch.OutOfMemoryError:
         fits = False
-    _drop_gradients(model)
+    model.zero_grad()
     if is_cuda and not fits:
         torch.cuda.empty_cache()
     return LargestBatch(
@@ -154,11 +154,6 @@ def run_largest(model: nn.Module, run: Pass, batch: Any, device: torch.device) -
         _most_memory(),
         fits,
     )
-
-
-def _drop_gradients(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
 
 
 def _wait(device: torch.device) -> None:

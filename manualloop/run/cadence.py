@@ -15,6 +15,7 @@ from manualloop.times import SECONDS, TIME_OR_EPOCHS
 from manualloop.types import Step
 
 Cadence: TypeAlias = int | str
+"""A number of updates, ``"epoch"``, ``"0.25 epoch"``, or a time such as ``"10 min"``."""
 
 
 def parse_cadence(
