@@ -1,4 +1,8 @@
-"""``train_loop``: a run in one call, built on ``train_steps``."""
+"""``train_loop``: a run in one call, built on ``train_steps``.
+
+``train_loop`` checks the arguments, builds the parts of the run and resumes it. ``_follow`` is the
+loop over its steps, and tells what happens after each; ``run/run.py`` does it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""``train_steps``: training as a ``for`` loop over optimizer updates."""
+"""``train_steps``: training as a ``for`` loop over optimizer updates.
+
+``train_steps`` checks the arguments and describes the run, ``start_steps`` gets everything ready,
+and ``_train_steps`` is the loop. The mathematics of an update is in ``update.py``.
+"""
 
 from __future__ import annotations
 
@@ -169,10 +173,10 @@ def start_steps(
     preflight: bool,
     yields_skipped: bool = False,
 ) -> Generator[Step | None, None, None]:
-    """Start ``train_steps`` with arguments that were checked, and with the plan they make.
+    """Put model and optimizer in place, note how the run finds everything, and return its steps.
 
-    With ``yields_skipped`` it yields None for an update that was skipped, and where an epoch ends
-    without one.
+    The arguments were checked; ``plan`` and ``contract`` were made of them. With ``yields_skipped``
+    there is a None for an update that was skipped, and where an epoch ends without one.
     """
     settings = settings._replace(terms=of_model(settings.terms, state.model))
     window_size, _, loss_fn, terms, step_fn, on_nonfinite = settings
