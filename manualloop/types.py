@@ -257,6 +257,19 @@ Tracker: TypeAlias = Callable[[Record], object]
 """A function that is called with each record of a run; see ``docs/tracking.md``."""
 
 
+def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by their names, joined by dots.
+
+    >>> flat({"config": {"dropout": 0.1}, "lr": 1e-3})
+    {'config.dropout': 0.1, 'lr': 0.001}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        is_nested, name = isinstance(value, Mapping), f"{path}{name}"
+        found |= flat(value, f"{name}.") if is_nested else {name: value}
+    return found
+
+
 class TrackedRun(NamedTuple):
     """What a tracker is told of a run before its first record.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from manualloop.run.history_file import read_times
 from manualloop.run.table import ends_of_intervals
 from manualloop.state import TrainState
 from manualloop.times import Times
-from manualloop.types import Record
+from manualloop.types import Record, flat
 
 
 class Result(Protocol):
@@ -316,7 +316,7 @@ def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _facts_of(facts: Mapping[str, Any]) -> dict[str, str]:
     return {
         shorten(name, 100): shorten(_as_text(value), 300)
-        for name, value in _flat(facts)
+        for name, value in flat(facts).items()
         if value is not None
     }
 
@@ -327,14 +327,6 @@ def _as_text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_as_text, value))
     return str(value)
-
-
-def _flat(facts: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{start}{name}.")
-        else:
-            yield start + str(name), value
 
 
 def versions(result: Result) -> Section:

@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from manualloop.tracking.records import Numbers, flat, load
-from manualloop.types import Record, TrackedRun, Tracker
+from manualloop.tracking.records import Numbers, load
+from manualloop.types import Record, TrackedRun, Tracker, flat
 
 _TAG = "manualloop.run"
 _NOT_IN_NAMES = re.compile(r"[^/\w.\- ]")
@@ -115,7 +115,7 @@ class _MlflowRun:
     def _log_params(self, config: dict[str, Any]) -> None:
         # MLflow keeps the first value of a param.
         there = self._client.get_run(self._run_id).data.params
-        new = {_valid(name): str(value)[:_MAX_LENGTH] for name, value in flat(config)}
+        new = {_valid(name): str(value)[:_MAX_LENGTH] for name, value in flat(config).items()}
         params = [
             self._module.entities.Param(name, value)
             for name, value in new.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from importlib import import_module
 from numbers import Real
 from typing import Any
@@ -62,15 +61,6 @@ def _name(name: str, *, of_training: bool) -> str:
     if of_training:
         return f"train/{_OF_TRAINING.get(name, name)}"
     return f"eval/{name.removeprefix('eval_')}"
-
-
-def flat(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Give the values of nested dicts by names joined by dots."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value
 
 
 def load(module: str, extra: str) -> Any:
