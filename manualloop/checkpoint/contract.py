@@ -146,7 +146,7 @@ def describe_run(
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "python": platform.python_version(),
-            **{name: _version(name) for name in LIBRARIES},
+            **{name: version_of(name) for name in LIBRARIES},
         },
     }
     return _as_read(contract)
@@ -469,7 +469,8 @@ def carried_on(saved: Contract | None, now: Contract) -> Contract:
 
 
 @cache  # each is read from a file
-def _version(library: str) -> str | None:
+def version_of(library: str) -> str | None:
+    """Return the installed version of a library; None if it is not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:

@@ -13,7 +13,6 @@ delivery ends, ``tracking.json`` takes its place, and is.
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import json
 import os
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from manualloop.arguments import problem_of_call
-from manualloop.checkpoint.contract import Contract
+from manualloop.checkpoint.contract import Contract, version_of
 from manualloop.checkpoint.files import open_regular, parse_json, read_json, read_regular
 from manualloop.errors import CheckpointError, ConfigError, ManualLoopError
 from manualloop.models import unwrap_model
@@ -393,7 +392,7 @@ def describe_settings(
         "device": exact["device"],
         "num_processes": exact["world_size"],
         "version_of_python": exact["python"],
-        **{f"version_of_{name}": _version(name) for name in _LIBRARIES},
+        **{f"version_of_{name}": version_of(name) for name in _LIBRARIES},
         "model_config": settings["config"],
     }
     return {name: value for name, value in found.items() if value is not None}
@@ -401,10 +400,3 @@ def describe_settings(
 
 def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
