@@ -238,9 +238,11 @@ def compute_all(scorers: Iterable[Scorer], loss: float | None = None) -> Scores:
     for scorer in scorers:
         scores = scorer.compute(loss=loss) if isinstance(scorer, Perplexity) else scorer.compute()
         twice = merged.keys() & scores.keys()
-        if isinstance(scorer, Metric) and not scorer.options:
-            # A built-in score is the same in each metric that has it: accuracy in a report.
-            twice -= built_in
+        if isinstance(scorer, Metric) and scorer.options.keys() <= {"names"}:
+            # A built-in score is the same in each metric that has it: accuracy in a report. Names
+            # of classes change keys alone, and scores of classes that others call otherwise.
+            is_same = {key for key in twice if repr(merged[key]) == repr(scores[key])}
+            twice -= built_in & is_same
             built_in |= scores.keys()
         for key in twice or merged.matrices.keys() & scores.matrices.keys():
             raise MetricError(

@@ -284,6 +284,13 @@ def test_a_key_of_two_built_in_metrics_has_one_value() -> None:
     scores = score(("accuracy", "glue/mrpc", "classification_report"), [1, 0], [1, 1])
     assert scores["accuracy"] == 0.5
     assert scores["f1"] == scores["1_f1-score"] == pytest.approx(2 / 3)
+    named = as_metric(["accuracy", "classification_report"], ("no", "yes"))  # as a model names them
+    named.add_batch(predictions=[1, 0], references=[1, 1])
+    found = named.compute()
+    assert (found["accuracy"], found["yes_recall"]) == (0.5, 0.5)
+    names = [load_metric("classification_report", names=names) for names in ("ab", "ba")]
+    with pytest.raises(MetricError, match=r"Key '\w_[\w-]+' comes from classification_report"):
+        score(names, [1, 0], [1, 1])
 
 
 @pytest.mark.parametrize("function", [f1_score, jaccard_score, recall_score])
