@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import NamedTuple
 
 from markupsafe import Markup, escape
@@ -134,7 +135,7 @@ def reliability_chart(key: str, title: str, bins: Sequence[Bin]) -> Markup:
         parts.append(_box("bar quiet", left, count(entry.num_rows), width, base))
     parts.append(_path("diagonal", f"M{x(0):.1f} {y(0):.1f}L{x(1):.1f} {y(1):.1f}"))
     parts.append(f'<text x="{_LEFT - 8}" y="{base}" class="end">0</text>')
-    parts.append(f'<text x="{_LEFT - 8}" y="284" class="end">{_tick(most, most)}</text>')
+    parts.append(f'<text x="{_LEFT - 8}" y="284" class="end">{tick_labels([most])[0]}</text>')
     shown = [
         f"{entry.low:.0%} to {entry.high:.0%}: {entry.accuracy:.0%} right of {entry.num_rows:,}"
         for entry in bins
@@ -202,34 +203,54 @@ def _padded(low: float, high: float, share: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _tick(value: float, size: float) -> str:
-    if value == 0:
+def tick_labels(marks: Sequence[float]) -> list[str]:
+    """Return what stands at ticks: numbers that read as these, of one form.
+
+    >>> tick_labels([0.998, 0.9985, 0.999]), tick_labels([0.0, 1.15e-05, 1.2e-05])
+    (['0.9980', '0.9985', '0.9990'], ['0', '1.15e-5', '1.20e-5'])
+    >>> tick_labels([0.0, 500.0, 1000.0]), tick_labels([0.0, 5e5, 1e6]), tick_labels([1e9, 2e9])
+    (['0', '500', '1,000'], ['0', '500k', '1M'], ['1e9', '2e9'])
+    """
+    most = max(map(abs, marks), default=0.0)
+    places = max((_places(value) for value in marks if value), default=0)
+    if (places > 3 and most < 0.01) or most >= 1e9:
+        return [_with_exponent(value, places) for value in marks]
+    if places <= -4 or most >= 100_000:
+        return [_with_unit(value) for value in marks]
+    return [f"{value:,.{max(0, places)}f}" if value else "0" for value in marks]
+
+
+def _places(value: float) -> int:
+    """Return the place of the last digit that is not 0: 2 for 0.25, and -3 for 12,000."""
+    exponent = Decimal(f"{value:.12g}").normalize().as_tuple().exponent
+    assert isinstance(exponent, int)
+    return -exponent
+
+
+def _with_exponent(value: float, places: int) -> str:
+    if not value:
         return "0"
-    if abs(size) >= 10_000 or abs(value) >= 100_000:
-        return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
-    if abs(size) < 0.001:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    digits = max(0, -math.floor(math.log10(size) + 1e-9))
-    return f"{value:,.{digits}f}"
+    place = int(f"{value:.11e}".split("e")[1])
+    mantissa, exponent = f"{value:.{max(0, place + places)}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _with_unit(value: float) -> str:
+    unit, sign = (1e6, "M") if abs(value) >= 1e6 else (1e3, "k")
+    return f"{value / unit:.12g}{sign}" if value else "0"
 
 
 def _grid(x: _Scale, y: _Scale, x_name: str, floor: float = HEIGHT - _BOTTOM) -> str:
     parts = []
     marks = ticks(y.low, y.high)
-    size = marks[1] - marks[0] if len(marks) > 1 else abs(marks[0]) if marks else 1.0
-    for value in marks:
+    for value, label in zip(marks, tick_labels(marks), strict=True):
         at = y(value)
         parts.append(f'<path class="grid" d="M{x.first} {at:.1f}H{x.last}"/>')
-        parts.append(
-            f'<text class="end" x="{_LEFT - 8}" y="{at + 4:.1f}">{_tick(value, size or 1.0)}</text>'
-        )
+        parts.append(f'<text class="end" x="{_LEFT - 8}" y="{at + 4:.1f}">{label}</text>')
     marks = ticks(x.low, x.high)
-    size = marks[1] - marks[0] if len(marks) > 1 else 1.0
-    for value in marks:
-        at = x(value)
+    for value, label in zip(marks, tick_labels(marks), strict=True):
         parts.append(
-            f'<text class="middle" x="{at:.1f}" y="{floor + 16}">{_tick(value, size)}</text>'
+            f'<text class="middle" x="{x(value):.1f}" y="{floor + 16}">{label}</text>'
         )
     parts.append(f'<path class="axis" d="M{x.first} {floor}H{x.last}"/>')
     parts.append(

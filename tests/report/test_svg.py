@@ -4,6 +4,7 @@ import math
 import re
 
 import numpy as np
+import pytest
 
 from manualloop.report.calibration import calibration_bins
 from manualloop.report.svg import (
@@ -14,6 +15,7 @@ from manualloop.report.svg import (
     reliability_chart,
     scatter_chart,
     thin,
+    tick_labels,
     ticks,
 )
 
@@ -78,6 +80,20 @@ def test_ticks_are_round_and_inside():
         assert 1 <= len(found) <= 8, (low, high)
         room = (high - low) * 1e-6
         assert all(low - room <= tick <= high + room for tick in found)
+
+
+def test_labels_of_ticks_read_as_the_ticks():
+    draw = np.random.default_rng(2)
+    units = {"k": 1e3, "M": 1e6}
+    ranges = [(0.9979, 0.9996), (4.75e-5, 5.25e-5), (0, 1e30), (1_000_000, 1_000_040)]
+    for _ in range(500):
+        low = float(draw.normal() * 10.0 ** draw.integers(-9, 12))
+        ranges.append((low, low + float(draw.random()) * 10.0 ** draw.integers(-3, 3) * abs(low)))
+    for low, high in ranges:
+        marks = ticks(low, high)
+        for mark, label in zip(marks, tick_labels(marks), strict=True):
+            digits = label.replace(",", "").rstrip("kM")
+            assert float(digits) * units.get(label[-1], 1) == pytest.approx(mark, rel=1e-9), marks
 
 
 def test_other_pictures_stay_inside():
