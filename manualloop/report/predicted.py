@@ -80,9 +80,10 @@ def _confusions(table: Predictions, kind: Kind, accuracies: Collection[float]) -
     if (pairs := _pairs(table, kind)) is None or not len(pairs[0]):
         return []
     right, found = pairs
-    classes = np.union1d(right, found)
-    if table.names is not None:
-        classes = np.union1d(classes, np.arange(len(table.names)))
+    num_outputs = len(table.names or ())
+    if kind == "class" and table.scores is not None and table.scores.ndim == 2:
+        num_outputs = max(num_outputs, table.scores.shape[1])
+    classes = np.union1d(np.union1d(right, found), np.arange(num_outputs))
     unit = "tokens" if kind == "tokens" else "rows"
     places = np.searchsorted(classes, right), np.searchsorted(classes, found)
     if len(classes) > _MOST_CLASSES:

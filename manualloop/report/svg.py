@@ -158,7 +158,8 @@ def scatter_chart(key: str, title: str, points: Sequence[Point]) -> Markup | Non
     parts = [_grid(x, y, "true value", height - _BOTTOM)]
     parts.append(_path("diagonal", f"M{x.first:.1f} {y.first:.1f}L{x.last:.1f} {y.last:.1f}"))
     parts += [f'<circle class="point" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.5"/>' for a, b in points]
-    text = f"Predicted over true values of {len(points):,} rows, from {low:.4g} to {high:.4g}."
+    ends = f"from {min(numbers):.4g} to {max(numbers):.4g}"
+    text = f"Predicted over true values of {len(points):,} rows, {ends}."
     return _picture(key, title, text, parts, height)
 
 

@@ -98,7 +98,7 @@ class _CsvFile:
         except UnicodeDecodeError:
             text = "\0"
         whole = text[: text.rfind("\n") + 1]  # a killed process may have left half a row
-        columns, *rows = [*csv.reader(StringIO(whole, newline=""))] or [[]]
+        columns, *rows = _cells(whole) or [[]]
         if text and columns[:3] != _FIRST:
             raise ConfigError(
                 f"{self._path} is there, and is not a file of csv_file: it does not begin with the "
@@ -117,6 +117,15 @@ class _CsvFile:
             os.fsync(file.fileno())
         os.replace(aside, self._path)
         self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+
+
+def _cells(text: str) -> list[list[str]]:
+    """Return the cells of all rows, however long: such as the texts that an evaluation returned."""
+    before = csv.field_size_limit(max(len(text), 1))
+    try:
+        return [*csv.reader(StringIO(text, newline=""))]
+    finally:
+        csv.field_size_limit(before)
 
 
 def _cell(value: Any) -> Any:

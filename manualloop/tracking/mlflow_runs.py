@@ -12,7 +12,7 @@ from manualloop.types import Record, TrackedRun, Tracker, flat
 
 _TAG = "manualloop.run"
 _NOT_IN_NAMES = re.compile(r"[^/\w.\- ]")
-_MAX_PARAMS, _MAX_LENGTH = 100, 500
+_MAX_PARAMS, _MAX_LENGTH, _LONGEST_NAME = 100, 500, 250
 
 
 def mlflow(
@@ -105,7 +105,13 @@ class _MlflowRun:
         self._client.set_terminated(self._run_id, "FINISHED" if is_finished else "KILLED")
 
     def _metrics(self, record: Record) -> dict[str, float]:
-        return {_valid(name): value for name, value in self._numbers(record).items()}
+        found: dict[str, float] = {}
+        for name, value in self._numbers(record).items():
+            valid = _valid(name)
+            while valid in found:  # of "C+" and "C#"
+                valid = f"{valid[: _LONGEST_NAME - 1]}_"
+            found[valid] = value
+        return found
 
     def _find_experiment(self) -> str:
         name = self._experiment or _default_experiment()
@@ -142,5 +148,6 @@ def _default_experiment() -> str:
 
 
 def _valid(name: str) -> str:
-    """Return a name that MLflow takes: it refuses most signs of punctuation."""
-    return _NOT_IN_NAMES.sub("_", name)
+    """Return a name that MLflow takes: it refuses most signs of punctuation, and odd paths."""
+    parts = _NOT_IN_NAMES.sub("_", name).split("/")
+    return "/".join(part if part.strip(".") else f"{part}_" for part in parts)[:_LONGEST_NAME]

@@ -312,6 +312,13 @@ def test_tokens_and_texts(classified, tmp_path):
     assert "All 3 rows are right" in page_of(result, right, tmp_path).sections["wrong"]
 
 
+def test_classes_without_names_and_rows_are_counted(classified, tmp_path):
+    scores, right = np.full((2, 25), 0.04), np.array([0, 3])
+    table = Predictions(np.arange(2), right[::-1].copy(), scores, right)
+    page = page_of(classified[0], table, tmp_path)
+    assert "There are 25 classes" in page.sections["confusion"]
+
+
 def test_pixels_that_count_in_no_score_are_left_out(classified, tmp_path):
     result, *_ = classified
     right, found = np.array([[[0, 1], [255, 255]]]), np.array([[[0, 0], [1, 0]]])

@@ -102,6 +102,7 @@ def test_other_pictures_stay_inside():
     assert len(re.findall("bar accent", reliability_chart("a", "b", bins))) <= 10
     points = [(1e300, -1e300), (0.0, NAN), (5.0, 5.0)]
     assert scatter_chart("a", "b", points).count("<circle") == 2
+    assert "of 2 rows, from 1 to 5." in scatter_chart("a", "b", [(1.0, 2.0), (5.0, 4.0)])
     assert scatter_chart("a", "b", [(NAN, 1.0)]) is None
     assert scatter_chart("a", "b", [(2.0, 2.0)]).count("<circle") == 1
 

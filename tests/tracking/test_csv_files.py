@@ -108,6 +108,18 @@ def test_texts_lists_and_names_with_commas_come_back(tmp_path):
     assert list(table["eval_text"].fillna("")) == [text, ""]
 
 
+def test_texts_of_any_length_come_back(tmp_path):
+    path, long = tmp_path / "history.csv", "word " * 100_000  # csv reads 131,072 characters
+    limit = csv.field_size_limit()
+    tracker = opened(path)
+    tracker({"step": 1, "epoch": 0.5, "eval_text": long})
+    tracker.close_run(True)
+    opened(path, "two").close_run(True)
+    assert csv.field_size_limit() == limit
+    (row,) = pd.read_csv(path).to_dict("records")
+    assert row["eval_text"] == long
+
+
 def test_a_full_disk_leaves_no_half_row(tmp_path):
     tracker = opened(tmp_path / "x.csv", records=[{"step": 1, "epoch": 1.0, "loss": 0.5}])
     before = (tmp_path / "x.csv").read_text()

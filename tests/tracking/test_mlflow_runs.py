@@ -124,3 +124,13 @@ def test_names_that_mlflow_refuses_are_changed(store, tmp_path):
     train(None, [tracker(store)], evaluate=lambda: {"f1/C++": 0.5, "é@2": 1, "nan": float("nan")})
     names = {name for name, _ in read(store)[1]}
     assert {"eval/f1/C__", "eval/é_2", "eval/nan"} <= names
+
+
+def test_names_that_mlflow_refuses_or_would_confuse(store, tmp_path):
+    long = "n" * 300
+    values = {"C+": 1.0, "C#": 2.0, "a//b": 3.0, "../x": 4.0, f"{long}a": 5.0, f"{long}b": 6.0}
+    train(tmp_path / "run", [tracker(store)], evaluate=lambda: values, max_steps=1, num_epochs=None)
+    _, points = read(store)
+    found = {name: value for (name, _), (value,) in points.items() if name.startswith("eval/")}
+    assert sorted(found.values()) == [*values.values()]
+    assert {"eval/C_", "eval/C__", "eval/a/_/b", "eval/.._/x"} < found.keys()
