@@ -10,7 +10,7 @@ from manualloop.forecast.chance import Chance
 from manualloop.forecast.passes import LargestBatch
 from manualloop.forecast.sizes import Parameters
 from manualloop.forecast.splits import SplitSummary
-from manualloop.tasks.made import share_of
+from manualloop.tasks.made import counted, share_of
 
 _NUM_CLASSES_SHOWN = 12
 
@@ -108,14 +108,14 @@ def lines_of(report: PreflightReport) -> Iterator[tuple[str, str]]:
         yield "" if number else "look at", note
 
 
-def _parameters(counted: Parameters) -> str:
-    frozen = counted.num_all - counted.num_trainable
-    parts = [f"{counted.num_trainable:,} of {counted.num_all:,} parameters are trained"]
+def _parameters(found: Parameters) -> str:
+    frozen = found.num_all - found.num_trainable
+    parts = [f"{found.num_trainable:,} of {found.num_all:,} parameters are trained"]
     if frozen:
         parts.append(f"{frozen:,} are frozen")
-    if counted.num_shared:
-        parts.append(f"{counted.num_shared:,} are shared")
-    return f"{', '.join(parts)}; {' and '.join(counted.dtypes)}"
+    if found.num_shared:
+        parts.append(f"{found.num_shared:,} are shared")
+    return f"{', '.join(parts)}; {' and '.join(found.dtypes)}"
 
 
 def _updates(report: PreflightReport) -> str:
@@ -169,8 +169,9 @@ def size(num_bytes: float) -> str:
 
 
 def _lines_of_split(name: str, split: SplitSummary) -> Iterator[tuple[str, str]]:
-    rows = "a stream" if split.num_rows is None else f"{split.num_rows:,} rows"
-    parts = [rows if split.num_batches is None else f"{rows} in {split.num_batches:,} batches"]
+    rows = None if split.num_rows is None else counted(split.num_rows, "row")
+    batches = counted(split.num_batches, "batch", "batches") if split.num_batches else None
+    parts = [" in ".join(filter(None, (rows, batches))) or "a stream"]
     if split.num_cut is not None:
         share = share_of(split.num_cut, max(split.num_texts, 1)) if split.num_cut else "none"
         parts.append(f"{share} of the texts cut off at {split.max_length} tokens")
@@ -189,12 +190,12 @@ def _lines_of_split(name: str, split: SplitSummary) -> Iterator[tuple[str, str]]
 
 def _classes(split: SplitSummary) -> str:
     total = sum(split.classes.values()) or 1
-    counted = sorted(split.classes.items(), key=lambda found: -found[1])
+    by_size = sorted(split.classes.items(), key=lambda found: -found[1])
     shown = [
         f"{name} {count:,} ({share_of(count, total)})"
-        for name, count in counted[:_NUM_CLASSES_SHOWN]
+        for name, count in by_size[:_NUM_CLASSES_SHOWN]
     ]
-    more = len(counted) - len(shown)
+    more = len(by_size) - len(shown)
     shown += [f"... ({more} more)"] if more else []
     of = "" if split.num_counted == split.num_rows else f" (of {split.num_counted} rows)"
     return f"{', '.join(shown)}{of}"
@@ -211,10 +212,11 @@ def _loss(loss: float, chance: Chance | None) -> str:
 
 def _largest(batch: LargestBatch, optimizer_bytes: int | None) -> str:
     tokens = "" if batch.num_tokens is None else f" of {batch.num_tokens} tokens"
-    what = f"{batch.num_rows} rows{tokens}"
+    what = f"{counted(batch.num_rows, 'row')}{tokens}"
     if not batch.fits:
         return f"{what}: out of memory, of {size(batch.device_bytes or 0)}"
-    what += f": {batch.seconds:.2g} s"
+    seconds = batch.seconds
+    what += f": {seconds:.2g} s" if seconds < 10 else f": {duration(seconds)}"
     device = "" if batch.device_bytes is None else f" of {size(batch.device_bytes)}"
     if batch.peak_bytes is not None:
         more = f"; the optimizer adds {size(optimizer_bytes)}" if optimizer_bytes else ""

@@ -25,7 +25,7 @@ class SplitSummary(NamedTuple):
     """What is known of a split before it is used.
 
     Attributes:
-        num_rows: Number of rows; None for a stream.
+        num_rows: Number of rows; None for a stream, and for batches of your own.
         num_batches: Number of batches in a pass; None for a stream.
         num_cut: Number of texts that were cut off; None if nobody knows.
         num_texts: Number of texts.

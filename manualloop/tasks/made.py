@@ -57,13 +57,13 @@ def place_in_batch(number: int) -> str:
     return f"row {number} of the batch"
 
 
-def counted(number: int, name: str) -> str:
+def counted(number: int, name: str, plural: str | None = None) -> str:
     """Return a number with a noun, in the plural where it is not 1.
 
-    >>> counted(1, "row"), counted(1200, "row")
-    ('1 row', '1,200 rows')
+    >>> counted(1, "row"), counted(1200, "row"), counted(2, "batch", "batches")
+    ('1 row', '1,200 rows', '2 batches')
     """
-    return f"{number:,} {name}{'' if number == 1 else 's'}"
+    return f"{number:,} {name if number == 1 else plural or name + 's'}"
 
 
 def share_of_all(part: int, whole: int) -> str:

@@ -1,6 +1,7 @@
 """preflight: it leaves no trace, and what it reports is true."""
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from threading import Thread
@@ -462,6 +463,11 @@ def test_any_batches_with_a_loss_of_ones_own():
     assert (report.num_steps, report.chance, report.largest.num_rows) == (6, None, 8)
     assert math.isclose(report.loss, loss_fn(model, (x, y)).item(), rel_tol=1e-5)
     assert report.splits["train"] == SplitSummary(20, 3)
+    listed = preflight(model, [*loader][:1], num_epochs=2, loss_fn=loss_fn)
+    assert re.search("^train +1 batch$", str(listed), re.M)  # which is no stream
+    assert "  1 row in 1 batch, " in str(replace(report, splits={"train": SplitSummary(1, 1, 0)}))
+    slow = replace(report, largest=report.largest._replace(seconds=123.4))
+    assert "8 rows: 2 min;" in str(slow)
 
 
 def test_a_step_fn_is_not_called():
