@@ -14,7 +14,15 @@ from torch.utils.data import DataLoader
 
 from manualloop.arguments import check_arguments
 from manualloop.batches import Kept, begin_pass
-from manualloop.data.marks import Piece, answer_of, as_ansi, as_html, mark_row, shows_color
+from manualloop.data.marks import (
+    Piece,
+    answer_of,
+    as_ansi,
+    as_html,
+    decoder,
+    mark_row,
+    shows_color,
+)
 from manualloop.data.pictures import Picture, pictures_of
 from manualloop.errors import DataError
 from manualloop.objects import remember, walk
@@ -176,7 +184,7 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
             "collate_fn that returns a dict."
         )
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    mask, labels = tensors.get("attention_mask"), tensors.get("labels")
+    mask, labels = _mask_of_tokens(tensors), tensors.get("labels")
     notes = notes_of(loader)
     num_rows = next((len(tensor) for tensor in tensors.values() if tensor.ndim), 0)
     return BatchReport(
@@ -194,6 +202,15 @@ def inspect_batch(loader: Iterable[Any], tokenizer: Any = None) -> BatchReport:
         ],
         pictures=pictures_of(batch, processor, notes.names),
     )
+
+
+def _mask_of_tokens(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the mask that has a 0 or 1 for each token; None where it tells of pairs of tokens."""
+    mask, ids = tensors.get("attention_mask"), tensors.get("input_ids")
+    if mask is None or not mask.numel() or (ids is not None and mask.shape != ids.shape):
+        return None
+    is_binary = ((mask == 0) | (mask == 1)).all()  # others are added to the scores
+    return mask if bool(is_binary) else None
 
 
 def _ignored(labels: Tensor, mask: Tensor | None) -> float | None:
@@ -276,18 +293,20 @@ def _describe(value: Any) -> tuple[tuple[int, ...], str]:
 
 def _show_row(tensors: Mapping[str, Tensor], number: int, tokenizer: Any) -> dict[str, Any]:
     row: dict[str, Any] = {}
+    decode = decoder(tokenizer)
     if "input_ids" in tensors:
         ids = tensors["input_ids"][number]
-        if (mask := tensors.get("attention_mask")) is not None:
+        if (mask := _mask_of_tokens(tensors)) is not None:
             ids = ids[mask[number].bool()]
         if tokenizer is None:
             row["input_ids"] = ids.tolist()
+        elif ids.ndim > 1:
+            row["input_ids"] = [decode(part) for part in ids.flatten(0, -2).tolist()]
         else:
-            texts = [tokenizer.decode(part) for part in ids.reshape(-1, ids.shape[-1])]
-            row["input_ids"] = texts if ids.ndim > 1 else texts[0]
-    if "labels" in tensors and tensors["labels"].ndim < 3:  # the map of an image is drawn
-        row["labels"] = tensors["labels"][number].tolist()
-    decode = (lambda ids: str(ids)) if tokenizer is None else tokenizer.decode
-    if (answer := answer_of(tensors, number, decode)) is not None:
+            row["input_ids"] = decode(ids.reshape(-1).tolist())
+    labels = tensors.get("labels")
+    if labels is not None and 0 < labels.ndim < 3 and number < len(labels):
+        row["labels"] = labels[number].tolist()  # the map of an image is drawn
+    if (answer := answer_of(tensors, number, decode if tokenizer else str)) is not None:
         row["answer"] = answer
     return row

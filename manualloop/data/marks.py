@@ -52,7 +52,7 @@ def mark_row(
     ids, mask = tensors.get("input_ids"), tensors.get("attention_mask")
     if ids is None or ids.ndim < 2:
         return []
-    decode: Decode = _as_numbers if tokenizer is None else tokenizer.decode
+    decode = decoder(tokenizer)
     if mask is None or mask.shape != ids.shape:
         mask = ids == ids
     own, kept, labels = ids[number], mask[number].bool(), tensors.get("labels")
@@ -88,6 +88,22 @@ def mark_row(
         piece._replace(text=f"{piece.text}={piece.name}") if of_vocabulary and piece.name else piece
         for piece in pieces
     ]
+
+
+def decoder(tokenizer: Any) -> Decode:
+    """Return a function that gives tokens as text, or as numbers where they have none.
+
+    Args:
+        tokenizer: The tokenizer; None gives the numbers of all tokens.
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        try:
+            return str(tokenizer.decode(ids))
+        except Exception:  # what a tokenizer raises for -100 is its own affair
+            return _as_numbers(ids)
+
+    return _as_numbers if tokenizer is None else decode
 
 
 def answer_of(tensors: Mapping[str, Tensor], number: int, decode: Decode) -> str | None:

@@ -250,9 +250,7 @@ def _grid(x: _Scale, y: _Scale, x_name: str, floor: float = HEIGHT - _BOTTOM) ->
         parts.append(f'<text class="end" x="{_LEFT - 8}" y="{at + 4:.1f}">{label}</text>')
     marks = ticks(x.low, x.high)
     for value, label in zip(marks, tick_labels(marks), strict=True):
-        parts.append(
-            f'<text class="middle" x="{x(value):.1f}" y="{floor + 16}">{label}</text>'
-        )
+        parts.append(f'<text class="middle" x="{x(value):.1f}" y="{floor + 16}">{label}</text>')
     parts.append(f'<path class="axis" d="M{x.first} {floor}H{x.last}"/>')
     parts.append(
         f'<text class="end name" x="{x.last}" y="{floor + 32}">{escape(clean(x_name))}</text>'

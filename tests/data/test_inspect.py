@@ -397,3 +397,29 @@ def test_inspect_batch_has_no_classes_where_nobody_named_any():
     assert report.classes == {}
     assert report.ignored == 0.5
     assert "classes" not in str(report)
+
+
+@pytest.mark.parametrize("tokenizer", [None, tiny_tokenizer()], ids=["numbers", "text"])
+@pytest.mark.parametrize(
+    ("mask", "padding"),
+    [
+        (torch.ones(2, 3, 3).tril().long(), None),  # of pairs of tokens
+        (torch.zeros(2, 1, 3, 3).masked_fill(torch.ones(3, 3).triu(1).bool(), -1e9), None),
+        (torch.tensor([[0.0, 0.0, -1e9], [0.0, 0.0, 0.0]]), None),  # added to the scores
+        (torch.ones(2, 8).long(), None),  # of a prefix, too
+        (torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]), 1 / 6),
+    ],
+)
+def test_masks_of_any_kind(mask: torch.Tensor, padding: float | None, tokenizer: Any) -> None:
+    batch = {"input_ids": torch.tensor([[4, 5, 0], [6, 7, 8]]), "attention_mask": mask}
+    report = inspect_batch([batch], tokenizer)
+    assert report.padding == (None if padding is None else pytest.approx(padding))
+    assert len(str(report).splitlines()) == 4 + (padding is not None)
+
+
+def test_tokens_without_text_are_numbers() -> None:
+    batch = {"input_ids": torch.tensor([[2, 4, -100], [2, 4, 5]]), "labels": torch.tensor(1)}
+    report = inspect_batch([batch], tiny_tokenizer())
+    assert [row["input_ids"] for row in report.rows] == ["2 4 -100", "[CLS] good bad"]
+    assert "labels     () int64" in str(report)
+    assert inspect_batch([{"input_ids": torch.zeros(2, 0).long()}], tiny_tokenizer()).num_rows == 2
