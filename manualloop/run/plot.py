@@ -75,7 +75,7 @@ def plot_history(*results: Any, labels: Sequence[str] | None = None) -> Any:
     axes = dict(zip(panels, figure.subplots(len(panels), sharex=True), strict=True))
     draw(runs, axes)
     for panel, axis in axes.items():
-        axis.set_ylabel(panel)
+        axis.set_ylabel(_plain(panel))
         axis.grid(alpha=0.3)
         if panel == panels[0] or panel == "scores":
             named, _ = axis.get_legend_handles_labels()
@@ -173,10 +173,15 @@ def _styles() -> Any:
 def _curve(axis: Any, records: Sequence[Record], name: str, label: str, style: _Style) -> None:
     if not (points := _points(records, name)):
         return
-    axis.plot(*zip(*points, strict=True), label=label, markersize=5, **style._asdict())
+    axis.plot(*zip(*points, strict=True), label=_plain(label), markersize=5, **style._asdict())
     intervals = ends_of_intervals({name for record in records for name in record})
     if name in intervals and (bands := _points(records, *intervals[name])):
         axis.fill_between(*zip(*bands, strict=True), alpha=0.2, color=style.color)
+
+
+def _plain(name: str) -> str:
+    """Return a name as matplotlib shows it, which reads formulae between two signs of dollar."""
+    return name.replace("$", r"\$")
 
 
 def _points(records: Sequence[Record], *names: str) -> list[list[Any]]:

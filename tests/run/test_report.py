@@ -474,6 +474,14 @@ def test_curves_show_themselves_in_a_notebook() -> None:
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
+def test_names_with_signs_of_dollar_are_no_formulae() -> None:
+    pytest.importorskip("matplotlib")
+    records = [*RECORDS, {"step": 20, "epoch": 2.0, "eval_from $5 to $x_": 0.5}]
+    figure = plot_history(records, records, labels=[r"$\frac$", "b"])
+    assert figure._repr_png_()  # formulae are read when it is drawn
+    assert r"from \$5 to \$x_" in [axis.get_ylabel() for axis in figure.axes]
+
+
 def test_curves_without_evaluations_and_without_anything() -> None:
     pytest.importorskip("matplotlib")
     assert list(curves(plot_history(RECORDS[:1]))) == ["loss", "learning rate"]
