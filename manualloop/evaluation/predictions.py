@@ -168,10 +168,13 @@ class Predictions:
         Args:
             path: Path of the file.
         """
+        from pandas import Series  # a dependency of datasets
+
         frame = self.to_pandas()
         for name in frame.columns:
-            if frame[name].dtype == object:
-                frame[name] = [_as_cell(value) for value in frame[name]]
+            if frame[name].dtype == object:  # and stays: whole numbers beside None are no floats
+                cells = [_as_cell(value) for value in frame[name]]
+                frame[name] = Series(cells, dtype=object, index=frame.index)
         frame.to_csv(path, index=False)
 
 

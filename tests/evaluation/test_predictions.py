@@ -418,3 +418,11 @@ def test_names_of_classes_by_rank():
     assert ranked.labels == [["b", "a", "c"], ["a", "b", "c"]]
     best = predict_loop(OfLabels(), [batch], postprocess=lambda o, b: o["logits"].topk(2).indices)
     assert best.labels == [["c", "a"], ["c", "b"]]
+
+
+def test_whole_numbers_beside_none_stay_whole_in_a_csv_file(tmp_path):
+    numbers = [1_234_567_890_123_456_789, None, 7]  # of posts, of which one is missing
+    kept = {"id": numbers, "ok": [True, None, False]}
+    Predictions(np.arange(3), np.arange(3), None, None, kept).to_csv(tmp_path / "x.csv")
+    rows = [line.split(",") for line in (tmp_path / "x.csv").read_text().splitlines()]
+    assert [row[1:3] for row in rows[1:]] == [[str(numbers[0]), "True"], ["", ""], ["7", "False"]]
