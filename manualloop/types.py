@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,6 +155,16 @@ def _cells(column: list[float]) -> list[str]:
     return [f"{value:.4f}" for value in column]
 
 
+def _number(value: float) -> str:
+    """Return a score as text, of which four digits after the point may show nothing.
+
+    >>> [_number(value) for value in (0.5, 0.0, 3.2e-06, -1.5e9, float("nan"))]
+    ['0.5000', '0.0000', '3.20e-06', '-1.50e+09', 'nan']
+    """
+    is_usual = value == 0 or 0.001 <= abs(value) < 1e7 or not math.isfinite(value)
+    return f"{value:.4f}" if is_usual else f"{value:.2e}"
+
+
 def num_cells(text: str) -> int:
     """Return the width of a text in a terminal: wide characters take two cells, accents none."""
     return sum(
@@ -215,8 +226,8 @@ class Scores(dict[str, float]):
         """Return a score, and its interval if there is one."""
         interval = [self.get(f"{name}_{bound}") for bound in ("low", "high")]
         if interval[0] is None or interval[1] is None:
-            return f"{self[name]:.4f}"
-        return f"{self[name]:.4f}  ({interval[0]:.4f} to {interval[1]:.4f})"
+            return _number(self[name])
+        return f"{_number(self[name])}  ({_number(interval[0])} to {_number(interval[1])})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Elsewhere there is no such model.

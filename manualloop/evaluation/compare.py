@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +36,7 @@ from manualloop.evaluation.scoring import Given, given_by
 from manualloop.evaluation.table import Column, Table
 from manualloop.evaluation.weighted import Entries, group_rows
 from manualloop.randomness import random_states_kept
+from manualloop.tasks.made import counted
 from manualloop.tasks.task import IGNORE_INDEX
 
 
@@ -61,9 +63,13 @@ class Difference:
     test: str
 
     def __repr__(self) -> str:
+        found = self.difference, self.low, self.high
+        largest = max((abs(value) for value in found if math.isfinite(value)), default=0.0)
+        form = "+.2e" if 0 < largest < 0.001 else "+.4f"
+        difference, low, high = (format(value, form) for value in found)
         return (
-            f"{self.a:.4g} -> {self.b:.4g}, {self.difference:+.4f} "
-            f"({self.low:+.4f} to {self.high:+.4f}), p = {self.p_value:.2g}, {self.test}"
+            f"{self.a:.4g} -> {self.b:.4g}, {difference} ({low} to {high}), "
+            f"p = {self.p_value:.2g}, {self.test}"
         )
 
 
@@ -89,8 +95,9 @@ class PredictionsComparison:
     def __repr__(self) -> str:
         width = max(map(len, self.differences), default=0)
         lines = [f"{name:<{width}}  {found!r}" for name, found in self.differences.items()]
+        rows = counted(self.num_rows, "row")
         head = (
-            f"{self.num_rows} rows, {self.num_different} of them predicted differently; "
+            f"{rows}, {self.num_different:,} of them predicted differently; "
             f"intervals of {self.confidence:.4g} around b - a"
         )
         return "\n".join([head, *lines])

@@ -28,7 +28,7 @@ from manualloop.report.facts import (
 )
 from manualloop.report.page import check_result, on_first_rank, write_file
 from manualloop.report.parts import Cell, Facts, Table
-from manualloop.report.text import clean, duration, number
+from manualloop.report.text import clean, duration, number, short
 from manualloop.run.table import ends_of_intervals
 
 _MARK = "<!-- Written by manualloop; digest of the rest: {} -->"
@@ -275,7 +275,7 @@ def _training(result: Result) -> Table:
         "tokens per batch": settings.get("max_tokens"),
         "batches per update": settings.get("gradient_accumulation_steps"),
         "clipping to norm": settings.get("max_grad_norm"),
-        "epochs": f"{num_epochs(result):.4g}",
+        "epochs": short(num_epochs(result)),
         "updates": f"{result.state.progress.num_steps:,}",
         "seed of the order": settings.get("seed"),
         "precision": precision(settings.get("mixed_precision"), result.state.model),

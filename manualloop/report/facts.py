@@ -14,7 +14,7 @@ from manualloop.checkpoint.contract import LIBRARIES
 from manualloop.checkpoint.manifest import metric_name
 from manualloop.models import model_name, unwrap_model
 from manualloop.report.parts import Cell, Code, Details, Facts, Part, Section, Table, Text, Tile
-from manualloop.report.text import amount, duration, number, percent, shorten
+from manualloop.report.text import amount, duration, number, percent, short, shorten
 from manualloop.run.history_file import read_times
 from manualloop.run.table import ends_of_intervals
 from manualloop.state import TrainState
@@ -88,7 +88,7 @@ def summary(result: Result) -> str:
     epochs = num_epochs(result)
     rows = num_training_rows(result)
     on = "" if rows is None else f" on {rows:,} rows"
-    passes = f" in {epochs:.4g} epoch{'s' * (epochs != 1)}" if epochs else ""
+    passes = f" in {short(epochs)} epoch{'s' * (epochs != 1)}" if epochs else ""
     return f"Trained{on} with {steps:,} update{'s' * (steps != 1)}{passes}."
 
 
@@ -137,7 +137,7 @@ def the_run(result: Result) -> Section:
         "Schedule": settings.get("lr_scheduler"),
         "Updates": f"{state.progress.num_steps:,}{planned}",
         "Updates that were skipped": state.progress.num_skipped or None,
-        "Epochs": f"{num_epochs(result):.4g}",
+        "Epochs": short(num_epochs(result)),
         "Ended by": result.stopped_by,
         "Best evaluation": None if result.best_step is None else f"update {result.best_step:,}",
         "Precision": precision(settings.get("mixed_precision"), state.model),

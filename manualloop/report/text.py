@@ -65,12 +65,25 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share in percent.
+    """Return a share in percent, which is neither 0 nor 100 unless it is none or all.
 
-    >>> percent(0.0521), percent(1.0), percent(0.0)
-    ('5.2 %', '100.0 %', '0.0 %')
+    >>> percent(0.0521), percent(1.0), percent(0.0), percent(0.0002), percent(0.9999)
+    ('5.2 %', '100.0 %', '0.0 %', 'under 0.1 %', 'over 99.9 %')
     """
+    if 0 < share < 0.0005:
+        return "under 0.1 %"
+    if 0.9995 <= share < 1:
+        return "over 99.9 %"
     return "NaN" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def short(value: float) -> str:
+    """Return a number with what it has behind the point, if that is something.
+
+    >>> short(3.0), short(12_000.0), short(0.41667)
+    ('3', '12,000', '0.41667')
+    """
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.5g}"
 
 
 def duration(seconds: float) -> str:

@@ -399,3 +399,12 @@ def test_a_score_of_two_built_in_metrics_is_compared_once(few_calls):
     assert "0_f1-score" in found.differences
     with pytest.raises(MetricError, match="Key 'accuracy' comes from two metrics"):
         compare_predictions(a, b, ["accuracy", lambda p, r: {"accuracy": 0.0 * len(p)}])
+
+
+def test_small_differences_are_not_printed_as_none(few_calls):
+    references = np.linspace(0, 0.01, 40)
+    numbers = np.arange(40)
+    a, b = (Predictions(numbers, references + e, None, references) for e in (1e-3, 2e-3))
+    printed = repr(compare_predictions(a, b, "mse"))
+    assert "1e-06 -> 4e-06, +3.00e-06 (+3.00e-06 to +3.00e-06), p = " in printed
+    assert repr(compare_predictions(a[:1], b[:1], "mse")).startswith("1 row, 1 of them")
