@@ -101,19 +101,22 @@ class Times:
         parts = [f"{name} {value / total:.0%}" for name, value in seconds.items() if value]
         if self.num_tokens:
             parts += [f"{self.tokens_per_second:,.0f} tokens/s", f"{self.padding:.0%} padding"]
-        return f"{self.total:.1f} s: {', '.join(parts)}"
+        return f"{self.total:.1f} s" + (f": {', '.join(parts)}" if parts else "")
 
-    def advice(self, num_workers: int, *, may_group: bool) -> str | None:
+    def advice(self, num_workers: int | None, *, may_group: bool) -> str | None:
         """Return a line on the largest avoidable cost and its remedy; None if there is none.
 
         Args:
-            num_workers: Number of workers of the training loader.
+            num_workers: Number of workers of the training loader; None if it cannot have any.
             may_group: Whether the loader is a prepared one whose rows are not grouped by length.
         """
         if self.total < _LONG_ENOUGH:
             return None
+        workers = f"Try num_workers={2 * (num_workers or 1)}"
+        if num_workers is None:  # such as a list, or an iterator of one's own
+            workers = "A DataLoader with num_workers=2 would read while the model computes"
         found = {
-            f"waiting for data. Try num_workers={2 * num_workers or 2}": self.data / self.total,
+            f"waiting for data. {workers}": self.data / self.total,
             "saving checkpoints. Try a larger checkpoint_every": self.checkpoint / self.total,
         }
         if may_group:

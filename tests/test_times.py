@@ -105,6 +105,7 @@ LONG = {"data": 2.0, "update": 98.0, "optimizer": 8.0}
         ({}, 0, None),
         ({"data": 60.0}, 0, "38% of the time went to waiting for data. Try num_workers=2."),
         ({"data": 60.0}, 4, "38% of the time went to waiting for data. Try num_workers=8."),
+        ({"data": 60.0}, None, "38% of the time went to waiting for data. A DataLoader with num_wor"),
         ({"checkpoint": 50.0}, 0, "33% of the time went to saving checkpoints. Try a larger"),
         (
             {"num_tokens": 40, "num_places": 100},
@@ -117,6 +118,11 @@ LONG = {"data": 2.0, "update": 98.0, "optimizer": 8.0}
 def test_advice_names_the_largest_share_and_what_to_do(changes, num_workers, expected):
     advice = Times(**{**LONG, **changes}).advice(num_workers, may_group=True)
     assert advice == expected or advice.startswith(expected)
+
+
+def test_times_of_nothing_and_of_something():
+    assert str(Times()) == "0.0 s"
+    assert str(Times(data=1.0, update=3.0)) == "4.0 s: data 25%, forward_backward 75%"
 
 
 def test_no_advice_to_group_what_is_grouped():

@@ -315,7 +315,7 @@ class Run:
         """Log what took more time than it should, if the run was long enough to tell."""
         loader: Any = self._loader
         may_group = is_prepared(loader) and loader.batch_sampler.lengths is None
-        num_workers = getattr(loader, "num_workers", 0)
+        num_workers = getattr(loader, "num_workers", None)
         advice = self._state.times.advice(num_workers, may_group=may_group)
         if advice is not None:
             say(advice)
