@@ -105,7 +105,11 @@ LONG = {"data": 2.0, "update": 98.0, "optimizer": 8.0}
         ({}, 0, None),
         ({"data": 60.0}, 0, "38% of the time went to waiting for data. Try num_workers=2."),
         ({"data": 60.0}, 4, "38% of the time went to waiting for data. Try num_workers=8."),
-        ({"data": 60.0}, None, "38% of the time went to waiting for data. A DataLoader with num_wor"),
+        (
+            {"data": 60.0},
+            None,
+            "38% of the time went to waiting for data. A DataLoader with num_wor",
+        ),
         ({"checkpoint": 50.0}, 0, "33% of the time went to saving checkpoints. Try a larger"),
         (
             {"num_tokens": 40, "num_places": 100},

@@ -193,8 +193,9 @@ def _results(result: Result, dataset: str | None, config: str | None) -> list[An
     scores, task = result.best_metrics or result.metrics, _task(unwrap_model(result.state.model))
     if dataset is None or task is None:
         return []
-    splits = [name for name in result.state.splits if not name.startswith("train")]
-    split = splits[0] if len(splits) == 1 else "validation" if "validation" in splits else None
+    splits = {n: notes for n, notes in result.state.splits.items() if not n.startswith("train")}
+    labelled = [name for name, notes in splits.items() if notes.label is not None] or [*splits]
+    split = labelled[0] if len(labelled) == 1 else None  # of several nobody knows which it was
     return [
         EvalResult(
             task_type=task[0],

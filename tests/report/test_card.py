@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from manualloop import (
     train_loop,
     write_model_card,
 )
+from manualloop.report.card import _results
+from manualloop.tasks.names import notes_of
 
 HUB = {"hf://datasets/nyu-mll/glue@bcdcba79/sst2/train-00000-of-00001.parquet": {}}
 
@@ -68,6 +71,12 @@ def test_the_hub_reads_its_metadata(result, tmp_path):
     assert found["f1"].dataset_split == "validation"
     again = ModelCard(str(card))
     assert again.data.to_dict() == card.data.to_dict()
+    for notes, split in ((notes_of(None), "validation"), (result.state.splits["train"], None)):
+        splits = {**result.state.splits, "test": notes}
+        state = SimpleNamespace(model=result.state.model, splits=splits)
+        both = SimpleNamespace(state=state, best_metrics=best, metrics=result.metrics)
+        (entry, *_) = _results(both, "nyu-mll/glue", "sst2")
+        assert entry.dataset_split == split  # without labels nothing is scored
     for text in ("| f1 |", "Nobody has written this section yet", "| train | 12 |", "no, yes"):
         assert text in card.text
 
