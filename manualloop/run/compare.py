@@ -51,8 +51,9 @@ class RunComparison:
                 f"{(self.second or {}).get(name, 'none')!r}"
                 for name in self.names
             )
-            text = f"Different from step {self.step} on, after {self.num_records} records that are "
-            text += f"the same: {values}."
+            are = "record that is" if self.num_records == 1 else "records that are"
+            text = f"Different from step {self.step} on, after {self.num_records} {are} the same: "
+            text += f"{values}."
         return "\n".join([text, *(f"- {setting}" for setting in self.settings)])
 
     __repr__ = __str__
