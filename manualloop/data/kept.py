@@ -69,6 +69,11 @@ class KeepingCollate:
         find: Any = getattr(self.collate_fn, "padded_lengths", None)
         return None if find is None else find(without_columns(dataset, self.skips))
 
+    def token_lengths(self, dataset: Any) -> Any:
+        """Return the number of tokens of rows, as ``TableCollate`` does; None if it is unknown."""
+        find: Any = getattr(self.collate_fn, "token_lengths", None)
+        return None if find is None else find(without_columns(dataset, self.skips))
+
 
 def inner_collate(collate_fn: Any) -> Any:
     """Return the function that makes a loader's batches, without the columns that are kept."""

@@ -186,7 +186,12 @@ class TableCollate:
         return self._collate(list(rows)) if batch is None else batch
 
     def padded_lengths(self, dataset: Any) -> Ints | None:
-        """Return the smallest padded length of each row, int64 ``(rows,)``.
+        """Return the smallest padded length of each row, int64 ``(rows,)``; None as below."""
+        lengths = self.token_lengths(dataset)
+        return None if lengths is None else round_up(lengths, self._multiple)
+
+    def token_lengths(self, dataset: Any) -> Ints | None:
+        """Return the number of tokens of each row, int64 ``(rows,)``.
 
         None means that results may depend on which rows are in a batch together, or that the number
         of tokens does not describe the size of a row.
@@ -205,7 +210,7 @@ class TableCollate:
         lengths = dataset.lengths([name for name in padded if name in self._counted()])
         if lengths is None or lengths.min() == 0:
             return None  # rows without tokens would form a batch of width 0
-        return round_up(lengths, self._multiple)
+        return lengths
 
     def _counted(self) -> list[str]:
         """Return the columns whose lists determine the length of a row."""

@@ -158,11 +158,11 @@ def tell_padding(loaders: Iterable[Any]) -> None:
             continue
         if (lengths := find(loader.dataset)) is None:
             continue
-        size = sampler.batch_size
-        share = padding_of(lengths, sampler.rows(0), size)
+        size, tokens = sampler.batch_size, loader.collate_fn.token_lengths(loader.dataset)
+        share = padding_of(lengths, sampler.rows(0), size, tokens)
         if share < _MUCH_PADDING:
             continue
-        grouped = padding_of(lengths, grouped_order(lengths, size, sampler.seed, 0), size)
+        grouped = padding_of(lengths, grouped_order(lengths, size, sampler.seed, 0), size, tokens)
         if grouped < share / 2:
             say(
                 f"{share_of(share, 1)} of the tokens in the batches of {sampler.split} are "
@@ -174,8 +174,16 @@ _FEW_BATCHES = 20
 _MUCH_PADDING = 0.2
 
 
-def padding_of(lengths: Ints, rows: Sequence[int], batch_size: int) -> float:
+def padding_of(
+    lengths: Ints, rows: Sequence[int], batch_size: int, tokens: Ints | None = None
+) -> float:
     """Return the share of padding in the batches of an order of rows.
+
+    Args:
+        lengths: Smallest padded length of each row.
+        rows: The order.
+        batch_size: Number of rows of a batch.
+        tokens: Number of tokens of each row; None takes the lengths.
 
     >>> round(padding_of(np.array([2, 4, 3, 3]), [0, 1, 2, 3], batch_size=2), 4)
     0.1429
@@ -183,7 +191,8 @@ def padding_of(lengths: Ints, rows: Sequence[int], batch_size: int) -> float:
     ordered = lengths[np.asarray(rows)]
     starts = np.arange(0, len(ordered), batch_size)
     sizes = np.diff(starts, append=len(ordered))
-    return 1 - float(ordered.sum() / (np.maximum.reduceat(ordered, starts) * sizes).sum())
+    num_tokens = (lengths if tokens is None else tokens)[np.asarray(rows)].sum()
+    return 1 - float(num_tokens / (np.maximum.reduceat(ordered, starts) * sizes).sum())
 
 
 def _tell_ignored(splits: Iterable[Split], task: str | None) -> None:

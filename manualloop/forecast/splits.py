@@ -122,7 +122,8 @@ def plan_of(loader: Any) -> Plan | None:
         places = np.add.reduceat(lengths[rows], starts)
     else:
         places = np.maximum.reduceat(lengths[rows], starts) * sizes
-    return Plan(batches, places, int(lengths[rows].sum()))
+    tokens = loader.collate_fn.token_lengths(loader.dataset)
+    return Plan(batches, places, int(tokens[rows].sum()))
 
 
 def largest_batch(loader: Any, plan: Plan | None, read: Sequence[Any]) -> Any:

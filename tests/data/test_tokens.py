@@ -131,10 +131,11 @@ def padded(lengths, caplog, **options):
     return [line for line in messages(caplog) if "padding" in line], share
 
 
-def test_much_padding_is_reported_with_what_grouping_leaves_of_it(caplog):
+@pytest.mark.parametrize("options", [{}, {"pad_to_multiple_of": 4}], ids=str)
+def test_much_padding_is_reported_with_what_grouping_leaves_of_it(options, caplog):
     lengths = np.random.default_rng(1).integers(1, 30, 200)
-    (line,), share = padded(lengths, caplog, batch_size=8)
-    _, grouped = padded(lengths, caplog, batch_size=8, group_by_length=True)
+    (line,), share = padded(lengths, caplog, batch_size=8, **options)
+    _, grouped = padded(lengths, caplog, batch_size=8, group_by_length=True, **options)
     assert line == (
         f"{100 * share:.0f}% of the tokens in the batches of train are padding; with "
         f"group_by_length=True it is {100 * grouped:.0f}%"

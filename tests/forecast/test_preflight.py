@@ -383,6 +383,17 @@ def test_multi_label_rows_are_counted_by_class():
     assert "The model has classes of which train has no row: 1." in report.notes
 
 
+def test_padding_to_a_multiple_is_counted():
+    loaders = prepare_dataloaders(
+        rows(42), tiny_tokenizer(), batch_size=2, pad_to_multiple_of=16, keep="sentence"
+    )
+    masks = [batch["attention_mask"] for batch in loaders["train"]]
+    share = 1 - sum(mask.sum() for mask in masks) / sum(mask.numel() for mask in masks)
+    report = preflight(tiny_bert(), loaders, num_epochs=1)
+    assert report.splits["train"].padding == pytest.approx(share.item(), abs=1e-6)
+    assert share > 0.6
+
+
 def test_truncated_texts_are_counted():
     model = tiny_bert()
     loaders = prepare_dataloaders(
