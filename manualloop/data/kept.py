@@ -69,9 +69,9 @@ class KeepingCollate:
         find: Any = getattr(self.collate_fn, "padded_lengths", None)
         return None if find is None else find(without_columns(dataset, self.skips))
 
-    def token_lengths(self, dataset: Any) -> Any:
-        """Return the number of tokens of rows, as ``TableCollate`` does; None if it is unknown."""
-        find: Any = getattr(self.collate_fn, "token_lengths", None)
+    def input_lengths(self, dataset: Any) -> Any:
+        """Return the lengths of rows without labels, as ``TableCollate`` does; or None."""
+        find: Any = getattr(self.collate_fn, "input_lengths", None)
         return None if find is None else find(without_columns(dataset, self.skips))
 
 

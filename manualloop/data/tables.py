@@ -186,16 +186,25 @@ class TableCollate:
         return self._collate(list(rows)) if batch is None else batch
 
     def padded_lengths(self, dataset: Any) -> Ints | None:
-        """Return the smallest padded length of each row, int64 ``(rows,)``; None as below."""
-        lengths = self.token_lengths(dataset)
-        return None if lengths is None else round_up(lengths, self._multiple)
-
-    def token_lengths(self, dataset: Any) -> Ints | None:
-        """Return the number of tokens of each row, int64 ``(rows,)``.
+        """Return the smallest padded length of each row, int64 ``(rows,)``.
 
         None means that results may depend on which rows are in a batch together, or that the number
         of tokens does not describe the size of a row.
         """
+        lengths = self._lengths(dataset, self._counted())
+        if lengths is None or lengths.min() == 0:
+            return None  # rows without tokens would form a batch of width 0
+        return round_up(lengths, self._multiple)
+
+    def input_lengths(self, dataset: Any) -> tuple[Ints, Ints] | None:
+        """Return the number of tokens of each row without its labels, and the same when padded.
+
+        None where ``padded_lengths`` returns None.
+        """
+        tokens = self._lengths(dataset, self._counted()[:1])
+        return None if tokens is None else (tokens, round_up(tokens, self._multiple))
+
+    def _lengths(self, dataset: Any, names: Sequence[str]) -> Ints | None:
         tokenizer = self._tokenizer
         hides_padding = "attention_mask" in tokenizer.model_input_names
         if not hides_padding or tokenizer.padding_side != "right":
@@ -207,10 +216,7 @@ class TableCollate:
         others = [name for name in dataset.column_names if name not in (*padded, "labels")]
         if any(pa.types.is_nested(schema.field(name).type) for name in others):
             return None  # the size of an image, for example, is not that of its text
-        lengths = dataset.lengths([name for name in padded if name in self._counted()])
-        if lengths is None or lengths.min() == 0:
-            return None  # rows without tokens would form a batch of width 0
-        return lengths
+        return dataset.lengths([name for name in padded if name in names])
 
     def _counted(self) -> list[str]:
         """Return the columns whose lists determine the length of a row."""

@@ -158,11 +158,11 @@ def tell_padding(loaders: Iterable[Any]) -> None:
             continue
         if (lengths := find(loader.dataset)) is None:
             continue
-        size, tokens = sampler.batch_size, loader.collate_fn.token_lengths(loader.dataset)
-        share = padding_of(lengths, sampler.rows(0), size, tokens)
+        size, (tokens, places) = sampler.batch_size, loader.collate_fn.input_lengths(loader.dataset)
+        share = padding_of(places, sampler.rows(0), size, tokens)
         if share < _MUCH_PADDING:
             continue
-        grouped = padding_of(lengths, grouped_order(lengths, size, sampler.seed, 0), size, tokens)
+        grouped = padding_of(places, grouped_order(lengths, size, sampler.seed, 0), size, tokens)
         if grouped < share / 2:
             say(
                 f"{share_of(share, 1)} of the tokens in the batches of {sampler.split} are "

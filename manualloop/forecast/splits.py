@@ -57,12 +57,12 @@ class Plan(NamedTuple):
     Attributes:
         batches: Row numbers of each batch.
         places: Number of places of each batch, padding included.
-        num_tokens: Number of tokens without padding.
+        padding: Share of padding among the tokens of the inputs.
     """
 
     batches: list[list[int]]
     places: NDArray[np.int64]
-    num_tokens: int
+    padding: float
 
 
 def splits_of(loaders: Any) -> tuple[dict[str, Any], str]:
@@ -118,12 +118,10 @@ def plan_of(loader: Any) -> Plan | None:
     rows = np.concatenate([np.asarray(batch, dtype=np.int64) for batch in batches])
     sizes = np.array([len(batch) for batch in batches])
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    if sampler.packs:
-        places = np.add.reduceat(lengths[rows], starts)
-    else:
-        places = np.maximum.reduceat(lengths[rows], starts) * sizes
-    tokens = loader.collate_fn.token_lengths(loader.dataset)
-    return Plan(batches, places, int(tokens[rows].sum()))
+    places = np.maximum.reduceat(lengths[rows], starts) * sizes
+    tokens, padded = loader.collate_fn.input_lengths(loader.dataset)  # labels have no mask
+    num_places = (np.maximum.reduceat(padded[rows], starts) * sizes).sum()
+    return Plan(batches, places, 1 - float(tokens[rows].sum() / max(num_places, 1)))
 
 
 def largest_batch(loader: Any, plan: Plan | None, read: Sequence[Any]) -> Any:
@@ -166,7 +164,7 @@ def summarize(
     padding, num_tokens = _padding_in(read), None
     if plan is not None:
         num_tokens = int(plan.places.sum())
-        padding = 1 - plan.num_tokens / max(num_tokens, 1)
+        padding = plan.padding
     found = SplitSummary(
         rows,
         num_batches(loader),

@@ -14,7 +14,14 @@ from helpers import bert_config, messages, rows, tiny_bert, tiny_tokenizer, toke
 from mistakes import assert_same_bits, bits_of
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from transformers import BertForMaskedLM, BertForPreTraining, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertForMaskedLM,
+    BertForPreTraining,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from manualloop import (
     ConfigError,
@@ -392,6 +399,20 @@ def test_padding_to_a_multiple_is_counted():
     report = preflight(tiny_bert(), loaders, num_epochs=1)
     assert report.splits["train"].padding == pytest.approx(share.item(), abs=1e-6)
     assert share > 0.6
+
+
+def test_padding_of_an_encoder_is_counted_without_the_targets():
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(1, 20, (2, 21))
+    ids, labels = ([draw.integers(4, 16, n).tolist() for n in side] for side in lengths)
+    data = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    loaders = prepare_dataloaders({"train": data}, tiny_tokenizer(), model=model)
+    masks = [batch["attention_mask"] for batch in loaders["train"]]
+    share = 1 - sum(mask.sum() for mask in masks) / sum(mask.numel() for mask in masks)
+    report = preflight(model, loaders, num_epochs=1)
+    assert report.splits["train"].padding == pytest.approx(share.item(), abs=1e-6)
 
 
 def test_truncated_texts_are_counted():
