@@ -407,6 +407,39 @@ def remember_modes(model: nn.Module) -> Callable[[], None]:
     return put_back
 
 
+def call_own_train(model: nn.Module) -> None:
+    """Call ``model.train()`` if a class in a model in training mode has a ``train`` of its own.
+
+    Such a method keeps a part in eval mode, such as batch normalisation or a teacher, and a model
+    that was just built is in training mode without it. A loop by hand calls it in every epoch.
+    Parts that are in eval mode stay in it.
+
+    >>> class Frozen(nn.Sequential):
+    ...     def train(self, mode=True):
+    ...         super().train(mode)[0].eval()
+    ...         return self
+    >>> model = Frozen(nn.BatchNorm1d(2), nn.Dropout())
+    >>> call_own_train(model)
+    >>> model[0].training, model[1].training
+    (False, True)
+    """
+    model = unwrap_model(model)
+    before = [(module, module.training) for module in model.modules()]
+    if not model.training or all(
+        getattr(module.train, "__module__", None) in _PLAIN_TRAIN for module, _ in before
+    ):
+        return
+    model.train()
+    wanted = [(module, module.training and was) for module, was in before]
+    for module, mode in wanted:
+        if module.training != mode:
+            module.train(mode)
+
+
+_PLAIN_TRAIN = {"torch.nn.modules.module", "transformers.modeling_utils"}
+"""Modules of Python whose ``train`` sets the modes of all parts alike."""
+
+
 def batch_statistics(model: nn.Module) -> str | None:
     """Name the first layer that computes statistics over the batch; None if there is none.
 

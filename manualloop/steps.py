@@ -7,7 +7,7 @@ and ``_train_steps`` is the loop. The mathematics of an update is in ``update.py
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial
 from time import perf_counter
 from typing import Any, cast
@@ -30,7 +30,7 @@ from manualloop.checks import EXPLAINED, check_batches, check_run, explain, expl
 from manualloop.data.collate import tokenizer_of
 from manualloop.data.kept import columns_read
 from manualloop.errors import ConfigError, DataError
-from manualloop.models import remember_configs, unwrap_model
+from manualloop.models import call_own_train, remember_configs, unwrap_model
 from manualloop.nonfinite import Watch
 from manualloop.notices import say
 from manualloop.optimizers.access import plain_lr, put_into_training
@@ -307,7 +307,7 @@ def _train_steps(
         while has_updates_left(progress, plan):
             epoch, window, num_before = progress.epoch, None, progress.num_steps
             is_whole, begin = not progress.num_samples, perf_counter()
-            windows = reader.windows(window_size, epoch)
+            windows = _begin_pass(state, reader, window_size)
             num_planned = begin_epoch(state, plan, reader, window_size, strategy, is_resized)
             is_resized = None
             for window in windows:
@@ -446,6 +446,12 @@ def _enter(
     state.reader, state.position = reader, None
     state.is_training, state.has_failed, state.task = True, None, None
     return reader, _leaving(state, reader)
+
+
+def _begin_pass(state: TrainState, reader: Reader, window_size: int) -> Iterator[Window]:
+    if not state.progress.num_samples:  # inside of an epoch the modes are those of the checkpoint
+        call_own_train(state.model)
+    return reader.windows(window_size, state.progress.epoch)
 
 
 def _advance(state: TrainState, reader: Reader, window: Window, *, applied: bool) -> None:

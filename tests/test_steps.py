@@ -232,6 +232,65 @@ def test_train_is_called_only_when_it_is_off_so_frozen_layers_stay_frozen():
         assert not state.model[1].training
 
 
+class KeepsNormFrozen(torch.nn.Module):
+    """Keeps its normalisation in eval mode by a ``train`` of its own, as many models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dropout = torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.5)
+        self.body = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x):
+        return self.dropout(self.body(self.norm(x)))
+
+
+@pytest.mark.parametrize("stops_at", [None, 5, 8])
+def test_a_train_method_of_the_model_is_called_as_in_a_loop_by_hand(stops_at, tmp_path):
+    def built():
+        torch.manual_seed(0)
+        model = KeepsNormFrozen()  # in training mode, without a call of its train()
+        return model, torch.optim.SGD(model.parameters(), 0.1)
+
+    def train(state):
+        for step in train_steps(state, batches, num_epochs=2, loss_fn=loss_fn):
+            if step.index == stops_at:
+                save_checkpoint(tmp_path, state)
+                return
+
+    batches = list(new_loader())
+    theirs, optimizer = built()
+    for _ in range(2):
+        theirs.train()
+        for batch in batches:
+            loss_fn(theirs, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    state = TrainState(*built())
+    train(state)
+    if stops_at is not None:
+        state, stops_at = TrainState(*built()), None
+        load_checkpoint(tmp_path, state)
+        train(state)
+    assert [module.training for module in state.model.children()] == [False, True, True]
+    assert all(map(torch.equal, state.model.state_dict().values(), theirs.state_dict().values()))
+
+
+def test_parts_in_eval_mode_stay_in_it_where_the_model_has_a_train_method():
+    model = KeepsNormFrozen()
+    model.body.eval()
+    model.body[0].train()
+    state = TrainState(model, torch.optim.SGD(model.parameters(), 0.1))
+    for _ in train_steps(state, new_loader(), **options()):
+        modes = {name: module.training for name, module in model.named_modules()}
+        frozen = {"norm": False, "body": False, "body.1": False}
+        assert modes == {"": True, "dropout": True, "body.0": True} | frozen
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("wraps", [True, False])
 def test_a_wrapper_around_a_model_in_eval_mode_does_not_train_it_without_dropout(wraps):

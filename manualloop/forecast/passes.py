@@ -14,7 +14,7 @@ from torch import nn
 from manualloop.batches import num_rows
 from manualloop.checks import EXPLAINED, explain, explain_loss
 from manualloop.forecast.splits import places_of, tokens_of
-from manualloop.models import is_sharded, without_ranks
+from manualloop.models import call_own_train, is_sharded, without_ranks
 from manualloop.reading.sources import Source
 from manualloop.strategy.base import Strategy, altered
 from manualloop.types import LossFn, Terms
@@ -88,6 +88,7 @@ def passes_of(
     def run(batch: Any, start: int) -> tuple[float, float, float]:
         if not model.training:
             model.train()
+        call_own_train(model)
         _wait(strategy.device)
         begin = perf_counter()
         try:
