@@ -14,7 +14,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from manualloop.checkpoint.finite import names_infinite
 from manualloop.checkpoint.held import Held, changed_among, held_by
@@ -25,7 +24,8 @@ from manualloop.checkpoint.tensors import num_bytes, require_places
 from manualloop.errors import CheckpointError
 from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
-from manualloop.objects import is_of_library, numbers_in
+from manualloop.objects import numbers_in
+from manualloop.optimizers.inside import kept_beside
 from manualloop.optimizers.together import each
 from manualloop.state import TrainState
 from manualloop.tasks.names import learn_names, splits_of
@@ -45,7 +45,7 @@ class Baseline(NamedTuple):
         marks: Mark of each thing by its kind and name, which differs once the thing is changed.
         functions: Functions of the run by name, such as the loss function.
         numbers: Mark of each number and tensor that they hold.
-        optimizers: Mark of each attribute of optimizers of the script's own classes.
+        optimizers: Mark of what optimizers keep beside their ``state_dict``; None before a run.
         held: What modules of the functions, functions of schedules and the loader hold.
         infinite: Names of the weights that were infinite already.
     """
@@ -54,7 +54,7 @@ class Baseline(NamedTuple):
     marks: dict[tuple[str, str], Any]
     functions: dict[str, Any]
     numbers: dict[str, Any]
-    optimizers: dict[str, Any]
+    optimizers: dict[str, Any] | None
     infinite: frozenset[str]
     held: tuple[Held, ...] = ()
 
@@ -92,7 +92,7 @@ def note_model(state: TrainState) -> None:
     if baseline is None or baseline.model() is not model:
         marks = marks_of({(kind, name): value for kind, name, value in _parts(model)})
         infinite = frozenset(names_infinite(state))
-        state.baseline = Baseline(ref(model), marks, {}, {}, {}, infinite)
+        state.baseline = Baseline(ref(model), marks, {}, {}, None, infinite)
 
 
 def _parts(
@@ -152,26 +152,20 @@ def changes_of(
         held = marks_of(numbers_in(baseline.functions, beside=holders))
         unsaved += [path for path, mark in held.items() if baseline.numbers.get(path) != mark]
     unsaved += changed_among(baseline.held)
-    if baseline.optimizers and not any(path.startswith("optimizer") for path in state.told):
+    noted = baseline.optimizers
+    if noted is not None and not any(path.startswith("optimizer") for path in state.told):
         kept = marks_of(dict(_kept_by_optimizers(state)))
-        unsaved += [path for path, mark in kept.items() if baseline.optimizers.get(path) != mark]
+        unsaved += [path for path, mark in kept.items() if noted.get(path) != mark]
     return changes, unsaved
 
 
 def _kept_by_optimizers(state: TrainState) -> Iterator[tuple[str, Any]]:
-    """Yield what optimizers of the script's own classes keep beside their ``state_dict``."""
+    """Yield what optimizers keep beside their ``state_dict``, which an extra may hold."""
+    extras = {id(extra) for extra in state.extras.values()}
     optimizers = each(state.optimizer)
     for number, optimizer in enumerate(optimizers):
-        kind = type(optimizer)
-        if is_of_library(kind.__module__) or kind.state_dict is not Optimizer.state_dict:
-            continue
         path = "optimizer" if len(optimizers) == 1 else f"optimizer[{number}]"
-        for name, value in list(vars(optimizer).items()):
-            if not name.startswith("_") and name not in _SAVED and not callable(value):
-                yield f"{path}.{name}", value
-
-
-_SAVED = ("state", "param_groups", "defaults")
+        yield from kept_beside(path, optimizer, extras)
 
 
 def _is_on_device(value: Any) -> bool:
@@ -205,10 +199,17 @@ def tell_unsaved(state: TrainState, unsaved: list[str]) -> None:
     if unsaved:
         shown = ", ".join(unsaved[:_NUM_NAMED])
         more = f" and {len(unsaved) - _NUM_NAMED} more" if len(unsaved) > _NUM_NAMED else ""
+        way = (
+            "Keep it in a buffer of the model, or in extras as an object with state_dict() and "
+            "load_state_dict()."
+        )
+        for path in unsaved:
+            inner = path.removesuffix(".state")
+            if path.startswith("optimizer") and inner != path and "." in inner:
+                way = f'Keep it in the checkpoint: extras={{"inner": {inner}}}.'
         say(
             f"not in the checkpoint, though it changes during the run: {shown}{more}. A resumed "
-            "run begins with what the script sets. Keep it in a buffer of the model, or in extras "
-            "as an object with state_dict() and load_state_dict()."
+            f"run begins with what the script sets. {way}"
         )
         state.told.update(unsaved)
 

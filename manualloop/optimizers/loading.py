@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from manualloop.errors import ManualLoopError
 from manualloop.internals import unwrap_optimizer
+from manualloop.optimizers.form import inner_of
+from manualloop.optimizers.inside import remember_shared
 from manualloop.optimizers.states import OptimizerStates
 
 
@@ -34,6 +36,8 @@ def load_together(
         ManualLoopError: A part refuses its state. The message tells which, and nothing was loaded.
     """
     put_back: list[Callable[[], None]] = []
+    optimizers = [part.optimizers for part in parts.values() if isinstance(part, OptimizerStates)]
+    share = remember_shared(inner_of(one) for several in optimizers for one in several)
     for name in sorted(parts, key=lambda name: cannot_fail(parts[name])):
         part = parts[name]
         try:
@@ -49,6 +53,7 @@ def load_together(
                 f"{name} ({type(part).__name__}) does not take the state it was saved with: "
                 f"{type(error).__name__}: {error}. Nothing was loaded."
             ) from error
+    share()
 
 
 def cannot_fail(part: Any) -> bool:
