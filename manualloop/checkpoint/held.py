@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from manualloop.checkpoint.marks import can_be_read, mark_of
-from manualloop.models import digest_of_weights, unwrap_model
+from manualloop.models import digest_of_weights, is_sharded, unwrap_model
 from manualloop.objects import follow, is_of_library, numbers_in, walk
 from manualloop.optimizers.schedules import own_schedule, schedules_of
 from manualloop.optimizers.together import each
@@ -61,7 +61,9 @@ _Read = tuple[str, Callable[[], Any]]
 def _of_modules(state: TrainState, functions: Mapping[str, Any]) -> Iterator[_Read]:
     """Yield weights, buffers and numbers of modules that nobody but a function has."""
     known = {id(module) for module in unwrap_model(state.model).modules()}
-    for extra in state.extras.values():
+    for name, extra in state.extras.items():
+        if isinstance(extra, nn.Module):
+            yield from _beside_state_dict(f"extras.{name}", extra, known)
         for part in (extra, *getattr(extra, "__dict__", {}).values()):
             if isinstance(part, nn.Module):
                 known |= {id(module) for module in part.modules()}
@@ -79,10 +81,34 @@ def _of_modules(state: TrainState, functions: Mapping[str, Any]) -> Iterator[_Re
         for name, _ in root.named_buffers():
             yield f"{path}.{name}", partial(_buffer, root, name)
         for name, module in root.named_modules():
-            if not is_of_library(type(module).__module__):
-                for own, value in vars(module).items():
-                    if own != "training" and isinstance(value, int | float):
-                        yield f"{path}.{name}.{own}".replace("..", "."), partial(_own, module, own)
+            yield from _numbers_of(f"{path}.{name}", module)
+
+
+def _numbers_of(path: str, module: nn.Module) -> Iterator[_Read]:
+    if not is_of_library(type(module).__module__):
+        for own, value in vars(module).items():
+            if own != "training" and isinstance(value, int | float):
+                yield f"{path}.{own}".replace("..", "."), partial(_own, module, own)
+
+
+def _beside_state_dict(path: str, root: nn.Module, known: set[int]) -> Iterator[_Read]:
+    """Yield what a module among the extras keeps, and no ``state_dict`` has.
+
+    Args:
+        path: Its path.
+        root: The module.
+        known: Identities of the model's modules, of which a checkpoint holds these, too.
+    """
+    if is_sharded(root) or type(root).state_dict is not nn.Module.state_dict:
+        return
+    saved = root.state_dict()
+    for name, _ in root.named_buffers():
+        if name not in saved:
+            yield f"{path}.{name}", partial(_buffer, root, name)
+    for name, module in root.named_modules():
+        has_more = type(module).get_extra_state is not nn.Module.get_extra_state
+        if id(module) not in known and not has_more:
+            yield from _numbers_of(f"{path}.{name}", module)
 
 
 def _sample(module: nn.Module) -> Any:

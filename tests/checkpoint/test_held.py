@@ -211,6 +211,48 @@ def test_a_loss_that_is_a_module(changed, path, caplog, tmp_path):
     assert told(caplog) == [path]
 
 
+class Critic(nn.Linear):
+    """Has a stage that the loop raises, and counts in a buffer that its ``state_dict`` lacks."""
+
+    def __init__(self):
+        super().__init__(2, 1)
+        self.stage = 0.0
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+
+class SavesStage(Critic):
+    """Saves the stage."""
+
+    def get_extra_state(self):
+        return {"stage": self.stage}
+
+    def set_extra_state(self, state):
+        self.stage = state["stage"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "expected"),
+    [
+        (Critic, "stage", ["extras.critic.0.stage"]),
+        (Critic, "seen", ["extras.critic.0.seen"]),
+        (Critic, "bias", []),
+        (SavesStage, "stage", []),
+    ],
+)
+def test_a_module_among_the_extras(kind, changed, expected, caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    critic = nn.Sequential(kind())
+
+    def change(step):
+        with torch.no_grad():
+            value = getattr(critic[0], changed)
+            value += 1.0  # a tensor in place
+        setattr(critic[0], changed, value)
+
+    train(tmp_path, DataLoader(Rows(), 4), change, critic=critic)
+    assert told(caplog) == expected
+
+
 SCALE = {"factor": 1.0}
 
 
