@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -14,7 +16,7 @@ from manualloop.errors import ModelError
 from manualloop.evaluation.losses import Made
 from manualloop.notices import say
 from manualloop.tasks.loss import find_loss
-from manualloop.tasks.task import best_class, is_known_head
+from manualloop.tasks.task import IGNORE_INDEX, best_class, is_known_head
 
 
 @dataclass(slots=True)
@@ -28,9 +30,13 @@ class Layout:
 
     Attributes:
         is_second: Whether it is axis 1; None until a batch has told it.
+        num_classes: Number of classes that the logits of a module of one's own have; 0 if unknown.
+        strangers: Labels that are none of these, and that the scores count.
     """
 
     is_second: bool | None = None
+    num_classes: int = 0
+    strangers: set[int] = field(default_factory=set)
 
     def classes_last(self, made: Made, logits: Tensor) -> Tensor:
         """Return logits of three axes or more with that of the classes moved to the end.
@@ -43,6 +49,17 @@ class Layout:
         if self.is_second is None:
             self.is_second = _is_second(made, logits)
         return logits.movedim(1, -1) if self.is_second else logits
+
+    def note_labels(self, made: Made, logits: Tensor, labels: NDArray[Any] | list[Any]) -> None:
+        """Note the labels that no logit stands for. Heads of transformers refuse or ignore them."""
+        if isinstance(labels, list) or labels.dtype.kind not in "iu" or not labels.size:
+            return
+        num_classes = logits.shape[-1]
+        if (labels.max() < num_classes and labels.min() >= 0) or is_known_head(made.task.model):
+            return
+        strange = labels[(labels < 0) | (labels >= num_classes)]
+        self.num_classes = num_classes
+        self.strangers |= {*np.unique(strange).tolist()} - {IGNORE_INDEX, made.task.ignored}
 
 
 def _is_second(made: Made, logits: Tensor) -> bool:
@@ -105,8 +122,11 @@ def _by_loss(made: Made, logits: Tensor, labels: Tensor) -> bool | None:
     loss = loss[0] if isinstance(loss, tuple) else loss
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         return None
-    sides = logits.movedim(-1, 1), logits
-    losses = [float(cross_entropy(side.float(), labels.long())) for side in sides]
+    losses = []
+    for side in (logits.movedim(-1, 1), logits):
+        is_strange = (labels < 0) | (labels >= side.shape[1])  # the loss may ignore them
+        kept = labels.long().masked_fill(is_strange, IGNORE_INDEX)
+        losses.append(float(cross_entropy(side.float(), kept)))
     is_near = [abs(one - float(loss)) <= 1e-4 * abs(one) + 1e-6 for one in losses]
     return is_near[1] if is_near[0] != is_near[1] else None
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manualloop.errors import DataError
-from manualloop.evaluation.layout import logits_name
+from manualloop.evaluation.layout import Layout, logits_name
 from manualloop.evaluation.losses import Made
 from manualloop.models import unwrap_model
 from manualloop.notices import say
@@ -25,6 +25,7 @@ from manualloop.tasks.otherwise import balances_experts
 from manualloop.tasks.task import Task, is_known_head
 
 _TOLD: WeakSet[nn.Module] = WeakSet()  # a run evaluates a model again and again
+_TOLD_OF_LABELS: WeakSet[nn.Module] = WeakSet()
 
 
 def task_of_outputs(made: Made) -> Task:
@@ -89,6 +90,24 @@ def report_balance(model: nn.Module) -> None:
         "evaluation, also in its perplexity, and depends on which rows share a batch. Leave it out "
         "by model.config.output_router_logits = False, or pass a loss_fn that returns the loss of "
         "the tokens."
+    )
+
+
+def report_strangers(model: nn.Module, layout: Layout) -> None:
+    """Report labels that the model cannot predict, which are often those that its loss ignores."""
+    inner = unwrap_model(model)
+    if not layout.strangers or inner in _TOLD_OF_LABELS:
+        return
+    _TOLD_OF_LABELS.add(inner)
+    first, *others = sorted(layout.strangers)
+    labels = f"{first} and {len(others)} more" if others else str(first)
+    say(
+        f"labels of {labels} count as wrong predictions: the model has {layout.num_classes} logits "
+        f"for the classes 0 to {layout.num_classes - 1}. If its loss ignores them "
+        f"(ignore_index={first}), ignore -100 instead, as cross_entropy does by default, and no "
+        'score counts them: {**batch, "labels": '
+        f'batch["labels"].masked_fill(batch["labels"] == {first}, -100)}}.',
+        from_every_rank=True,
     )
 
 

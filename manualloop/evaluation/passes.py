@@ -20,7 +20,7 @@ from manualloop.errors import DataError, ManualLoopError
 from manualloop.evaluation.draws import with_draws_reported
 from manualloop.evaluation.forms import Scorer
 from manualloop.evaluation.losses import Losses, Made
-from manualloop.evaluation.meaning import report_balance, task_of_outputs
+from manualloop.evaluation.meaning import report_balance, report_strangers, task_of_outputs
 from manualloop.evaluation.rows import Ask, entries_of, tell_nan
 from manualloop.evaluation.scorers import merge_counts, tally
 from manualloop.evaluation.table import Share, Table, table_of
@@ -118,6 +118,7 @@ def read_table(
         tally(run.counting, share.take())
     if share.num_nan:
         tell_nan(share.num_nan)
+    report_strangers(run.model, share.layout)
     shares, counted = zip(*strategy.gather((share, run.counting)), strict=True)
     if run.counting and strategy.is_main:
         for of_rank in counted[1:]:

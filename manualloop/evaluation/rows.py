@@ -44,6 +44,7 @@ class Ask(NamedTuple):
         kept: Whether the columns that skip the model are asked for.
         aligned: Whether predictions without a label, and labels without a prediction, are left out
             as for a metric. Where they are kept, those of a causal language model are shifted.
+        classes: Whether a metric counts every label that is not -100 as a class.
     """
 
     postprocess: Postprocess | None = None
@@ -53,6 +54,7 @@ class Ask(NamedTuple):
     scores: bool | None = False
     kept: bool = False
     aligned: bool = True
+    classes: bool = False
 
     @property
     def made_by(self) -> MadeBy:
@@ -117,6 +119,9 @@ def entries_of(made: Made, ask: Ask, layout: Layout, *, is_sound: bool) -> Entri
         if labels is not None:
             predicted, labels, misfit = _beside(made, ask, predicted, labels)
             references = _values(labels)
+            by_rule = ask.postprocess is None and made.task.rules.predict is best_class
+            if ask.classes and by_rule and logits is not None:
+                layout.note_labels(made, logits, references)
         elif ask.postprocess is None and made.task.name == "token_classification":
             predicted = _without_padding(batch, predicted)
         # An argmax is new; anything else may be a view that would keep all the outputs.
@@ -296,10 +301,13 @@ def _probabilities(
     if ask.postprocess is not None and (rule is None or not is_wide):
         return None  # what postprocess returns may be probabilities
     if rule is None:
+        name = logits_name(made.outputs)
+        is_share = logits is not None and bool(((logits >= 0) & (logits <= 1)).all())
+        what, found = ("probability", name) if is_share else ("logit", f"{name}.sigmoid()")
         raise MetricError(
             f"The metric scores probabilities of classes, and a {made.task.name} has none here. "
-            "Leave it out, or pass a function of the predictions: decode=lambda outputs, batch: "
-            "outputs.logits.softmax(-1).tolist()."
+            f"Leave it out. For one {what} a row that tells two classes: postprocess=lambda "
+            f"outputs, batch: {found}."
         )
     if logits is None or not is_wide or logits.shape[0] != rows:
         if ask.scores is None and ask.decode is not None:

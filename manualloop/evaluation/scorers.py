@@ -163,10 +163,16 @@ def ask_for(
             predictions=any(scorer.takes != "scores" for scorer in scorers),
             scores=any(scorer.takes == "scores" for scorer in scorers),
             kept=any(takes_kept),
+            classes=any(map(_counts_all_classes, scorers)),
         )
         if scorers
         else None
     )
+
+
+def _counts_all_classes(scorer: Scorer) -> bool:
+    is_own = isinstance(scorer, Metric) and scorer.takes == "classes"
+    return is_own and "labels" not in scorer.options
 
 
 def counts(scorer: Scorer) -> bool:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import f1_score, log_loss
+from sklearn.metrics import f1_score, log_loss, roc_auc_score
 from torch import Tensor, nn
 
-from manualloop import DataError, evaluate_loop, predict_loop
+from manualloop import DataError, MetricError, evaluate_loop, predict_loop
 
 NUM_CLASSES = 3
 generator = torch.Generator().manual_seed(3)
@@ -125,3 +125,63 @@ def test_the_line_for_one_output_knows_probabilities(last: Any, bound: str) -> N
     loss_fn = lambda m, b: F.mse_loss(m(b["x"]), b["labels"])  # noqa: E731
     with pytest.raises(Exception, match=rf'outputs\["logits"\]\) > {bound}\)\.long'):
         evaluate_loop(model, rows, "accuracy", loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("shape", [(24,), (8, 3)])
+@pytest.mark.parametrize("ignored", [-1, NUM_CLASSES, 255])
+def test_labels_that_only_the_loss_ignores_are_told(
+    ignored: int, shape: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    labels, inputs = CLASSES.clone().reshape(shape), X.reshape(*shape, 4)
+    labels.view(-1)[::5] = ignored
+
+    class Flat(Net):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+            logits = self.layer(x)
+            loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignored)
+            return {"logits": logits, "loss": loss}
+
+    model, batch = Flat(), {"x": inputs, "labels": labels}
+    for _ in range(2):
+        found = evaluate_loop(model, [batch], ["accuracy", "f1/macro"])
+    assert caplog.text.count(f"labels of {ignored} count as wrong predictions") == 1
+    line = caplog.text.partition("no score counts them: ")[2].partition("-100)}")[0] + "-100)}"
+    fixed = eval(line, {"batch": batch})
+    caplog.clear()
+    model = Net(None, None if len(shape) > 1 else F.cross_entropy)
+    right = (model.layer(inputs).argmax(-1) == labels)[labels != ignored].float().mean()
+    found = evaluate_loop(model, [fixed], "accuracy")
+    assert found["accuracy"] == pytest.approx(float(right))
+    assert "count as wrong" not in caplog.text
+
+
+def test_no_labels_are_told_that_a_metric_or_a_prediction_leaves_to_the_user(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    labels = CLASSES.clone()
+    labels[0] = 255
+    model, loader = Net(), batches(labels)
+    predict_loop(model, loader)
+    evaluate_loop(model, loader, lambda predictions, references: {"n": len(references)})
+    evaluate_loop(
+        model,
+        batches((CLASSES > 0).long()),
+        "accuracy",
+        postprocess=lambda outputs, batch: (outputs["logits"][:, 0] > 0).long(),
+    )
+    assert "count as wrong" not in caplog.text
+
+
+@pytest.mark.parametrize("last", [None, nn.Sigmoid()])
+def test_one_logit_for_two_classes_is_scored_by_the_line_that_is_printed(last: Any) -> None:
+    class One(Net):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+            return {"logits": super().forward(x)["logits"][:, 0]}
+
+    model, loader = One(last), batches((CLASSES > 0).float())
+    with pytest.raises(MetricError, match="For one") as error:
+        evaluate_loop(model, loader, "roc_auc")
+    line = str(error.value).partition("postprocess=")[2].removesuffix(".")
+    found = evaluate_loop(model, loader, "roc_auc", postprocess=eval(line))
+    right = roc_auc_score(CLASSES > 0, model.layer(X)[:, 0].detach())
+    assert found["roc_auc"] == pytest.approx(right)
