@@ -207,7 +207,8 @@ def _kind_of_numbers(column: Any) -> str | None:
 def dtypes_message(model: nn.Module, batch: Any, where: str, error: str) -> str | None:
     """Return the message about numbers of another kind than a model or its loss computes with.
 
-    It is also that of a lone row, which batch normalisation does not take.
+    It is also that of a lone row, which batch normalisation does not take, and of a graph that was
+    used before.
 
     Args:
         model: The model.
@@ -223,6 +224,12 @@ def dtypes_message(model: nn.Module, batch: Any, where: str, error: str) -> str 
             f"{where[0].upper()}{where[1:]} has one row, and in training batch normalisation needs "
             "two. Leave out a last batch that is so small: DataLoader(..., drop_last=True), or "
             "choose another batch_size."
+        )
+    if "backward through the graph a second time" in error:
+        return (
+            "The loss comes from a graph that backward() has used already. If loss_fn calls "
+            "loss.backward(), leave that to the loop. If the model or loss_fn keeps a tensor of an "
+            "earlier batch, such as a hidden state, keep it without its graph: hidden.detach()."
         )
     weight = next((w for w in model.parameters() if w.is_floating_point()), None)
     wants_floats = _NO_FLOATS.search(error) is not None

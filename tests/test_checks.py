@@ -669,6 +669,28 @@ def test_labels_of_another_type_in_a_later_batch_are_explained():
         by_train_loop(tiny_bert(), batches)
 
 
+def test_a_graph_that_was_used_before_is_explained():
+    def calls_backward(model, batch):
+        loss = model(batch).sigmoid().mean()
+        loss.backward()
+        return loss
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.hidden = nn.GRUCell(2, 2), None
+
+        def forward(self, x, labels=None):
+            self.hidden = self.cell(x, self.hidden)
+            return {"loss": self.hidden.square().mean()}
+
+    with pytest.raises(DataError, match=r"If loss_fn calls loss.backward\(\), leave that to the"):
+        train_loop(nn.Linear(2, 1), [torch.ones(2, 2)], max_steps=1, loss_fn=calls_backward)
+    rows = [{"x": torch.ones(2, 2), "labels": torch.zeros(2)}] * 2
+    with pytest.raises(DataError, match=r"such as a hidden state, .* hidden.detach\(\)\."):
+        train_loop(Recurrent(), rows, max_steps=2)
+
+
 @pytest.mark.parametrize("labels", [[-1, 1], [-1, -1]])
 def test_a_batch_that_may_be_coded_by_minus_1_gets_both_lines(labels):
     with pytest.raises(DataError, match="If it is a class, number the classes from 0: ") as refused:

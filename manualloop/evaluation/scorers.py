@@ -171,8 +171,9 @@ def ask_for(
 
 
 def _counts_all_classes(scorer: Scorer) -> bool:
-    is_own = isinstance(scorer, Metric) and scorer.takes == "classes"
-    return is_own and "labels" not in scorer.options
+    if not isinstance(scorer, Metric):
+        return False
+    return scorer.takes == "classes" and "labels" not in scorer.options
 
 
 def counts(scorer: Scorer) -> bool:
