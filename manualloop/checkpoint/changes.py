@@ -25,7 +25,7 @@ from manualloop.errors import CheckpointError
 from manualloop.models import is_sharded, unwrap_model
 from manualloop.notices import say
 from manualloop.objects import numbers_in
-from manualloop.optimizers.inside import kept_beside
+from manualloop.optimizers.inside import has_own_schedule, kept_beside
 from manualloop.optimizers.together import each
 from manualloop.state import TrainState
 from manualloop.tasks.names import learn_names, splits_of
@@ -166,6 +166,11 @@ def _kept_by_optimizers(state: TrainState) -> Iterator[tuple[str, Any]]:
     for number, optimizer in enumerate(optimizers):
         path = "optimizer" if len(optimizers) == 1 else f"optimizer[{number}]"
         yield from kept_beside(path, optimizer, extras)
+        if state.lr_scheduler is None and has_own_schedule(optimizer, state.extras.values()):
+            yield f"{_SCHEDULE} {path}", [group["lr"] for group in optimizer.param_groups]
+
+
+_SCHEDULE = "the schedule that moves the learning rate of the"
 
 
 def _is_on_device(value: Any) -> bool:
@@ -204,6 +209,8 @@ def tell_unsaved(state: TrainState, unsaved: list[str]) -> None:
             "load_state_dict()."
         )
         for path in unsaved:
+            if path.startswith(_SCHEDULE):
+                way = 'Keep it in the checkpoint: extras={"schedule": schedule}.'
             inner = path.removesuffix(".state")
             if path.startswith("optimizer") and inner != path and "." in inner:
                 way = f'Keep it in the checkpoint: extras={{"inner": {inner}}}.'

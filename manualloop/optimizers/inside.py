@@ -97,6 +97,22 @@ def _is_among(leaf: Any, saved: Iterable[Any]) -> bool:
     return any(one.dtype == leaf.dtype and torch.equal(one.to(leaf.device), leaf) for one in alike)
 
 
+def has_own_schedule(optimizer: Any, extras: Iterable[Any]) -> bool:
+    """Tell whether a schedule was built for an optimizer that none of the extras is or holds.
+
+    Args:
+        optimizer: The optimizer, in whose groups a schedule of torch notes the first rates.
+        extras: Objects that are saved beside it.
+    """
+    inner = inner_of(optimizer)
+    for extra in extras:
+        for part in (extra, *getattr(extra, "__dict__", {}).values()):
+            driven = getattr(part, "optimizer", None)
+            if driven is optimizer or driven is inner:
+                return False
+    return any("initial_lr" in group for group in optimizer.param_groups)
+
+
 def remember_shared(optimizers: Iterable[Any]) -> Callable[[], None]:
     """Return a function that lets optimizers share their groups and states as they do now.
 

@@ -419,6 +419,40 @@ def test_what_an_optimizer_keeps_beside_its_state_is_told(kind, is_told, tmp_pat
     assert ("not in the checkpoint" in caplog.text) == is_told
 
 
+@pytest.mark.parametrize("place", ["nowhere", "extras", "an object", "the state", "no schedule"])
+def test_a_schedule_that_the_loop_steps_and_no_checkpoint_holds_is_told(place, tmp_path, caplog):
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = None
+    if place != "no schedule":
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+    class Stages:
+        def __init__(self):
+            self.schedule = schedule
+
+        def state_dict(self):
+            return self.schedule.state_dict()
+
+        def load_state_dict(self, state):
+            self.schedule.load_state_dict(state)
+
+    extras = {"extras": {"schedule": schedule}, "an object": {"stages": Stages()}}.get(place, {})
+    state = TrainState(model, optimizer, schedule if place == "the state" else None, extras=extras)
+    rows = [{"x": torch.ones(2, 2)}] * 4
+    for step in train_steps(state, rows, loss_fn=lambda model, batch: model(batch["x"]).mean()):
+        if schedule is None:
+            optimizer.param_groups[0]["lr"] = 0.1 / step.index  # a function of the step
+        elif place != "the state":
+            schedule.step()
+        save_checkpoint(tmp_path, state)
+        if step.index == 3:
+            break
+    told = "the schedule that moves the learning rate of the optimizer. A resumed run begins with"
+    assert caplog.text.count(told) == (place == "nowhere")
+    assert ('extras={"schedule": schedule}.' in caplog.text) == (place == "nowhere")
+
+
 def test_hooks_of_transformers_are_put_on_a_resumed_model_again(tmp_path):
     """A note that they are there, restored without them, would leave out the hidden states."""
 
