@@ -19,6 +19,7 @@ from manualloop.checkpoint.finite import names_infinite
 from manualloop.checkpoint.held import Held, changed_among, held_by
 from manualloop.checkpoint.marks import MOST_BYTES, marks_of
 from manualloop.checkpoint.nested import take_apart
+from manualloop.checkpoint.orders import ORDER
 from manualloop.checkpoint.pretrained import find_tokenizer
 from manualloop.checkpoint.tensors import num_bytes, require_places
 from manualloop.errors import CheckpointError
@@ -209,6 +210,8 @@ def tell_unsaved(state: TrainState, unsaved: list[str]) -> None:
             "load_state_dict()."
         )
         for path in unsaved:
+            if path.startswith(ORDER):
+                way = "Shuffle a copy in each pass: order = list(...); random.shuffle(order)."
             if path.startswith(_SCHEDULE):
                 way = 'Keep it in the checkpoint: extras={"schedule": schedule}.'
             inner = path.removesuffix(".state")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from manualloop.checkpoint.marks import can_be_read, mark_of
+from manualloop.checkpoint.orders import orders_in
 from manualloop.models import digest_of_weights, is_sharded, unwrap_model
 from manualloop.objects import follow, is_of_library, numbers_in, walk
 from manualloop.optimizers.schedules import own_schedule, schedules_of
@@ -45,6 +46,7 @@ def held_by(state: TrainState, functions: Mapping[str, Any], loader: Any) -> Ite
         **dict(_of_schedules(state.lr_scheduler)),
         **dict(_of_hooks(state)),
         **dict(_of_loader(state, loader)),
+        **dict(orders_in(loader)),
     }
     for path, read in reads.items():
         yield Held(path, read, read())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
+from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -209,6 +212,66 @@ def test_a_loss_that_is_a_module(changed, path, caplog, tmp_path):
     caplog.set_level(logging.INFO, "manualloop")
     train(tmp_path, DataLoader(Rows(), 4), loss_fn=Centred(changed))
     assert told(caplog) == [path]
+
+
+class Ordered(Sampler):
+    """Has its rows in a list, from which ``change`` makes the order of a pass."""
+
+    def __init__(self, change, rows):
+        self._change, self._rows = change, rows
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        self._rows = self._change(self._rows)
+        rows = self._rows
+        return chain.from_iterable(rows) if isinstance(rows[0], list) else iter(rows)
+
+
+def in_place(rows):
+    random.shuffle(rows)
+    return rows
+
+
+def each_in_place(rows):
+    list(map(random.shuffle, rows))
+    return rows
+
+
+def array_in_place(rows):
+    np.random.shuffle(rows)
+    return rows
+
+
+def anew(rows):
+    return random.sample(range(8), 8)
+
+
+def counting(rows):
+    rows[0] = (rows[0] + 1) % 8
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("change", "rows", "names"),
+    [
+        (in_place, [*range(8)], [""]),
+        (array_in_place, np.arange(8), [""]),
+        (each_in_place, [[0, 1, 2, 3], [4, 5, 6, 7]], ["[0]", "[1]"]),
+        (anew, [*range(8)], []),
+        (counting, [*range(8)], []),
+    ],
+)
+def test_a_list_that_is_shuffled_in_place(change, rows, names, caplog, tmp_path):
+    """The order of a pass is that of the passes before, which a resumed run has not made."""
+    caplog.set_level(logging.INFO, "manualloop")
+    random.seed(3)
+    np.random.seed(3)
+    train(tmp_path, DataLoader(Rows(), 4, sampler=Ordered(change, rows)))
+    path = "the order of train_dataloader.sampler._rows"
+    assert told(caplog) == ([", ".join(path + name for name in names)] if names else [])
+    assert ("Shuffle a copy in each pass" in caplog.text) == bool(names)
 
 
 class Critic(nn.Linear):

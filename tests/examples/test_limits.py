@@ -167,6 +167,32 @@ def curriculum(folder: Path) -> None:
     save_checkpoint(folder, state)
 
 
+class Shuffling(Sampler[int]):
+    """Shuffles its list of rows in place."""
+
+    def __init__(self) -> None:
+        self.rows = list(range(14))
+
+    def __len__(self) -> int:
+        return 14
+
+    def __iter__(self) -> Any:
+        random.Random(len(self.rows)).shuffle(self.rows)
+        return iter(self.rows)
+
+
+def shuffled_in_place(folder: Path) -> None:
+    resume(folder, lambda: built(sampler=Shuffling(), shuffle=False))
+
+
+def schedule_of_the_loop(folder: Path) -> None:
+    state = state_of()
+    schedule = torch.optim.lr_scheduler.ExponentialLR(state.optimizer, 0.9)
+    for _ in train_steps(state, built(), max_steps=2, loss_fn=loss_fn):
+        schedule.step()
+    save_checkpoint(folder, state)
+
+
 def other_surroundings(folder: Path) -> None:
     num_threads = torch.get_num_threads()
     state = state_of()
@@ -556,6 +582,8 @@ TOLD = {
     "a model that draws in evaluation mode": random_model,
     "an attribute that no checkpoint holds": unsaved_attribute,
     "what the loop changes in its loader or its schedule": curriculum,
+    "a list that is shuffled in place": shuffled_in_place,
+    "a schedule that the loop steps itself": schedule_of_the_loop,
     "other surroundings": other_surroundings,
     "scored weights of a sharded model": sharded_average,
     "weights that PEFT does not read": beside_an_adapter,
