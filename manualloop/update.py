@@ -26,7 +26,7 @@ from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import in_call
 from manualloop.strategy.select import strategy_in_place
-from manualloop.tasks.loss import Loss, loss_of, means_of
+from manualloop.tasks.loss import Loss, loss_of, means_of, require_mean
 from manualloop.tasks.otherwise import balances_experts
 from manualloop.tasks.shares import (
     Shares,
@@ -206,7 +206,7 @@ def _weighted_loss(
             weight = num_items * world_size / total
             shares.append(mean if weight == 1 else mean * weight)
         elif world_size > 1:
-            shares.append((mean * 0).nan_to_num())
+            shares.append((require_mean(mean) * 0).nan_to_num())
     return (reduce(torch.add, shares) if shares else None), items
 
 

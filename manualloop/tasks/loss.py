@@ -113,6 +113,8 @@ def means_of(
         loss: What makes the loss.
         looks: What the batch is looked at for: see ``Task``.
 
+    A mean over no item may be a constant, as that of DeBERTa is: it is left out of the window.
+
     Raises:
         DataError: The model sees the padding, or the batch has no labels.
         ModelError: The model sees the other documents of a sequence, or there is no loss.
@@ -122,7 +124,15 @@ def means_of(
     if "padding" in looks:
         require_padding_unseen(model, batch, inputs, loss.loss_fn)
     found = loss_terms(model, inputs, counts, loss.loss_fn, loss.terms, looks=looks)
-    return [(require_mean(mean), num_items) for mean, num_items in found]
+    means = []
+    for place, (mean, num_items) in enumerate(found):
+        is_constant = not (isinstance(mean, Tensor) and mean.requires_grad)
+        if is_constant and num_items is None:
+            counts = counts if loss.declared is None else loss.declared(batch)
+            num_items = counts[place] if place < len(counts) else None
+        is_left_out = is_constant and num_items is not None and bool(num_items == 0)
+        means.append((require_mean(mean, trains=not is_left_out), num_items))
+    return means
 
 
 def loss_terms(

@@ -139,3 +139,55 @@ def test_weights_below_one_are_items_to_the_proof_too():
     report = check_accumulation(model, batch, loss_fn=weighted)
     assert report.is_exact
     assert 0 < report.unweighted_difference < 0.5  # 1 if all rows were left out
+
+
+def constant_of_no_row(model, batch):
+    kept = batch["labels"] != -100
+    if not kept.any():
+        return torch.tensor(0.0), 0
+    return F.cross_entropy(model(batch["x"])[kept], batch["labels"][kept]), kept.sum()
+
+
+class Declared:
+    def __call__(self, model, batch):
+        return constant_of_no_row(model, batch)[0]
+
+    def items(self, batch):
+        return int((batch["labels"] != -100).sum())
+
+
+@pytest.mark.parametrize("loss_fn", [constant_of_no_row, Declared()], ids=["counts", "declares"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_mean_over_no_item_may_be_a_constant(loss_fn, size):
+    model, labels = nn.Linear(3, 2), ([0, 1], [-100, -100], [1, -100])
+    batches = [{"x": torch.rand(2, 3), "labels": torch.tensor(kept)} for kept in labels]
+    found = [
+        accumulate_gradients(model, batches[start : start + size], loss_fn=loss_fn)
+        for start in range(0, 3, size)
+    ]
+    assert [update.applied for update in found] == ([True] if size == 3 else [True, False, True])
+    got, model.weight.grad = model.weight.grad, None
+    for batch in batches[::2]:
+        loss, kept = constant_of_no_row(model, batch)
+        (loss * (kept / 3 if size == 3 else 1)).backward()
+    torch.testing.assert_close(got, model.weight.grad)
+
+
+def test_a_head_whose_loss_of_no_row_is_a_constant_is_trained_in_micro_batches():
+    model, batch = build(HEAD["DebertaForSequenceClassification"]), {}
+    model.config.problem_type = None
+    batch["input_ids"] = torch.randint(3, 50, (3, 8))
+    batch["labels"] = torch.tensor([1, -100, 2])
+    model(**batch).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    rows = [{name: column[n : n + 1] for name, column in batch.items()} for n in range(3)]
+    assert accumulate_gradients(model, rows).num_items == 2
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_a_constant_over_rows_is_refused_as_ever():
+    batch = {"x": torch.ones(2, 1), "labels": torch.ones(2, 1)}
+    with pytest.raises(ModelError, match="requires_grad=False"):
+        accumulate_gradients(nn.Linear(1, 1), [batch], loss_fn=lambda *_: torch.tensor(0.0))
