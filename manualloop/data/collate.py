@@ -19,7 +19,8 @@ from manualloop.mistakes import (
     pad_token_fix,
     text_message,
 )
-from manualloop.tasks.task import IGNORE_INDEX, POSITIONS, TASKS, in_batch
+from manualloop.tasks.places import POSITIONS, in_batch
+from manualloop.tasks.task import IGNORE_INDEX, TASKS
 
 Row = Mapping[str, Any]
 

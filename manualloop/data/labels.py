@@ -20,7 +20,8 @@ from manualloop.errors import DataError
 from manualloop.mistakes import as_map, renumber_call
 from manualloop.models import num_labels
 from manualloop.notices import warn
-from manualloop.tasks.task import IGNORE_INDEX, POSITIONS, infer_task
+from manualloop.tasks.places import POSITIONS
+from manualloop.tasks.task import IGNORE_INDEX, infer_task
 from manualloop.types import Origin
 
 BY_TOKEN = ("token_classification", "masked_lm", "causal_lm")

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from manualloop.tasks.task import IGNORE_INDEX, POSITIONS
+from manualloop.tasks.places import POSITIONS
+from manualloop.tasks.task import IGNORE_INDEX
 
 _COLORS = (
     *(("#ffe08a", 222), ("#a8d8ff", 153), ("#b8efb0", 157), ("#ffc0cb", 218)),

@@ -40,7 +40,8 @@ from manualloop.mistakes import (
 )
 from manualloop.models import problem_type
 from manualloop.tasks.names import Naming
-from manualloop.tasks.task import POSITIONS, infer_task
+from manualloop.tasks.places import POSITIONS
+from manualloop.tasks.task import infer_task
 
 _NUM_PEEKED = 1000
 

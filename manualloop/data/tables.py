@@ -22,7 +22,8 @@ from torch import Tensor
 from manualloop import screen
 from manualloop.data.grouping import Ints, round_up
 from manualloop.internals import as_kind, rows_as_table, stored_table
-from manualloop.tasks.task import IGNORE_INDEX, POSITIONS, in_batch
+from manualloop.tasks.places import POSITIONS, in_batch
+from manualloop.tasks.task import IGNORE_INDEX
 
 _ROWS_AT_ONCE = 10_000
 

@@ -10,7 +10,7 @@ from torch import nn
 from manualloop.data.functions import RAW, Functions
 from manualloop.data.splits import Split
 from manualloop.models import model_name
-from manualloop.tasks.task import POSITIONS
+from manualloop.tasks.places import POSITIONS
 
 if TYPE_CHECKING:
     from manualloop.data.survey import Survey

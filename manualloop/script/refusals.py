@@ -23,7 +23,8 @@ from manualloop.script.trial import TOGETHER, problems_of_batches, problems_of_g
 from manualloop.strategy.accelerated import Accelerated
 from manualloop.strategy.single import SingleDevice
 from manualloop.tasks.loss import declared_items
-from manualloop.tasks.task import POSITIONS, count_targets
+from manualloop.tasks.places import POSITIONS
+from manualloop.tasks.task import count_targets
 
 
 def problems_of(job: Job) -> Iterator[str]:

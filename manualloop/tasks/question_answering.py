@@ -15,7 +15,7 @@ from manualloop.arguments import is_count
 from manualloop.errors import ConfigError, DataError
 from manualloop.tasks.answers import answers_of
 from manualloop.tasks.made import Made, Place, Rows, counted, place_in_batch, share_of_all
-from manualloop.tasks.task import POSITIONS
+from manualloop.tasks.places import POSITIONS
 from manualloop.tasks.texts import limit_of, texts_of
 
 

@@ -15,6 +15,7 @@ An item is what the mean loss of a batch is a mean over. Adding up mean losses t
 | causal_lm | labels that are not -100, without each row's first: the model shifts them |
 | semantic_segmentation | pixels that are not the config's ``semantic_loss_ignore_index`` |
 | ctc | rows |
+| frame_classification | frames of sound, ``labels`` without its axis of classes |
 | question_answering | positions inside the input, of starts and of ends: two means |
 | any, without labels | rows, if all tensors of the batch share axis 0 |
 """
@@ -36,6 +37,7 @@ from manualloop.errors import DataError
 from manualloop.mistakes import targets_message
 from manualloop.models import has_soft_prompt, own_config, unwrap_model
 from manualloop.tasks.otherwise import ATTENDED, objection_to, wants_shifted_labels
+from manualloop.tasks.places import count_positions
 from manualloop.types import Batch
 
 Counts: TypeAlias = tuple[float, ...]
@@ -46,9 +48,6 @@ There is one, except for question answering, whose loss has two. There is none i
 
 IGNORE_INDEX = -100
 """The label that PyTorch's cross-entropy leaves out of the mean."""
-
-POSITIONS = ("start_positions", "end_positions")
-"""Columns of places among the tokens of a row, which padding on the left moves."""
 
 _FEW = 64  # labels; a list of them takes 1 us
 
@@ -108,25 +107,6 @@ def wrong_target(labels: Tensor) -> tuple[int, float] | None:
     return int(is_wrong.nonzero()[0, 0]), float(labels[is_wrong][0])
 
 
-def count_positions(batch: Batch) -> Counts:
-    """Count the start positions inside the input, and the end positions inside it."""
-    length = batch["input_ids"].shape[-1]
-    start, end = (int(np.count_nonzero(batch[name].cpu().numpy() < length)) for name in POSITIONS)
-    return start, end
-
-
-def in_batch(positions: Tensor, lengths: Tensor, width: int, *, pads_left: bool) -> Tensor:
-    """Return positions among the tokens of rows as those among the tokens of a padded batch.
-
-    A position beyond the tokens of its row is out of the loss, and is so beside padding, too.
-
-    >>> in_batch(torch.tensor([1, 3]), torch.tensor([4, 3]), 5, pads_left=True)
-    tensor([2, 5])
-    """
-    moved = positions + (width - lengths) if pads_left else positions
-    return torch.where(positions < lengths, moved, positions.clamp(min=width))
-
-
 def count_texts(batch: Batch) -> Counts:
     """Count the rows: torch's CTC divides each by the length of its text before it averages."""
     return (int(batch["labels"].shape[0]),)
@@ -136,6 +116,11 @@ def count_attended(batch: Batch) -> Counts:
     """Count the tokens that are attended to."""
     mask = batch.get("attention_mask")
     return count_elements(batch) if mask is None else (int((mask == 1).sum()),)
+
+
+def count_frames(batch: Batch) -> Counts:
+    """Count the frames, of which each has a 0 or 1 for each class: the loss takes the largest."""
+    return (int(batch["labels"].shape[:-1].numel()),)
 
 
 def count_rows(batch: Any) -> Counts:
@@ -208,6 +193,7 @@ TASKS: dict[str, Rules] = {
     "question_answering": Rules(count_positions, best_class),
     "semantic_segmentation": Rules(count_labels, _class_map),
     "ctc": Rules(count_texts, best_class, is_aligned=False),
+    "frame_classification": Rules(count_frames, best_class, is_aligned=False),
 }
 
 
@@ -468,6 +454,9 @@ def _task_of(inner: nn.Module, config: Any, labels: Tensor | None) -> str:
         return task
     if name.endswith("ForConditionalGeneration"):
         return "seq2seq_lm" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
+    for (head, axes), task in _TASK_OF_PARTS.items() if labels is not None else ():
+        if name.endswith(head) and labels.ndim == axes:
+            return task
     # The rule of transformers' ForSequenceClassificationLoss, which the model writes into its
     # config at the first forward pass.
     chosen = getattr(config, "problem_type", None)
@@ -485,6 +474,13 @@ def _task_of(inner: nn.Module, config: Any, labels: Tensor | None) -> str:
         is_class = is_classifier or labels.ndim < 2 or labels.shape[1:] == (1,)
         return "single_label_classification" if is_class else "token_classification"
     return "multi_label_classification" if is_row and are_targets(labels) else "regression"
+
+
+_TASK_OF_PARTS = {
+    ("ForEntitySpanClassification", 2): "token_classification",  # entities, with a class each
+    ("ForAudioFrameClassification", 3): "frame_classification",
+}
+"""Classifiers of the parts of a row, and how many axes their labels have."""
 
 
 def are_targets(labels: Tensor) -> bool:

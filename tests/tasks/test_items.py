@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from manualloop.tasks.task import count_kept, count_positions, count_shifted_labels
+from manualloop.tasks.places import count_positions
+from manualloop.tasks.task import count_kept, count_shifted_labels
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (64,), (65,), (3, 5), (2, 3, 4), ()])

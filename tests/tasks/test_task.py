@@ -41,6 +41,8 @@ from manualloop.tasks.task import TASKS, count_window, infer_task, resolve_task
         ("ForCausalLM", {"labels": torch.tensor([[1, 2, 3], [-100, 5, -100]])}, 3),
         ("LMHeadModel", {"labels": torch.tensor([[1, 2, 3], [-100, 5, -100]])}, 3),
         ("ForMultipleChoice", {"labels": torch.tensor([2, 0])}, 2),
+        ("ForEntitySpanClassification", {"labels": torch.tensor([[1, -100], [2, 0]])}, 3),
+        ("ForAudioFrameClassification", {"labels": torch.zeros(2, 5, 3).long()}, 10),
         ("Anything", {"x": torch.zeros(5, 2)}, 5),
         ("Anything", {"labels": torch.zeros(5, 1)}, 5),
         ("Anything", {"labels": [{"boxes": torch.zeros(2, 4)}] * 3, "x": torch.zeros(3, 2)}, 3),
@@ -533,3 +535,65 @@ def test_labels_of_the_second_batch_of_a_bert_are_counted_anew():
     again = [evaluate_loop(model, loader, "accuracy") for _ in range(2)]
     assert again[0] == again[1]
     assert model.config.problem_type is None  # which the model had written at its first batch
+
+
+def luke_of_spans():
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    words = {"vocab_size": 50, "hidden_size": 16, "max_position_embeddings": 20, "pad_token_id": 0}
+    entities = {"entity_vocab_size": 9, "entity_emb_size": 16, "num_labels": 3}
+    config = transformers.LukeConfig(**sizes, **words, **entities)
+    labels = torch.tensor([[0, 1, -100], [2, -100, -100], [1, 1, 2]])
+    places = labels.clamp(min=0) + 1
+    return transformers.LukeForEntitySpanClassification(config), {
+        "input_ids": torch.randint(3, 50, (3, 6)),
+        "entity_ids": places,
+        "entity_position_ids": places[..., None].expand(3, 3, 4),
+        "entity_start_positions": places,
+        "entity_end_positions": places + 1,
+        "labels": labels,
+    }
+
+
+def wav2vec2_of_frames():
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    layers = {"conv_dim": [8], "conv_kernel": [4], "conv_stride": [4], "num_feat_extract_layers": 1}
+    config = transformers.Wav2Vec2Config(
+        vocab_size=9,
+        hidden_size=16,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer",
+        num_labels=3,
+        **sizes,
+        **layers,
+    )
+    labels = F.one_hot(torch.randint(0, 3, (3, 10)), 3)
+    model = transformers.Wav2Vec2ForAudioFrameClassification(config)
+    return model, {"input_values": torch.rand(3, 40), "labels": labels}
+
+
+@pytest.mark.parametrize("make", [luke_of_spans, wav2vec2_of_frames])
+def test_classifiers_of_parts_of_a_row_are_trained_and_scored_in_any_split(make):
+    model, batch = make()
+    model.double().eval()
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    loss = model(**batch).loss
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    rows = [{name: column[n : n + 1] for name, column in batch.items()} for n in range(3)]
+    assert evaluate_loop(model, rows)["loss"] == pytest.approx(loss.item(), rel=1e-9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    for _ in train_steps(
+        TrainState(model, optimizer), rows, gradient_accumulation_steps=3, max_steps=1
+    ):
+        pass
+    model.zero_grad()
+    model.eval()
+    accumulate_gradients(model, rows)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
+    right = batch["labels"]
+    if right.ndim == 2:  # of frames no metric of classes is told what the right ones are
+        kept, best = right != -100, model(**batch).logits.argmax(-1)
+        share = (best == right)[kept].double().mean().item()
+        assert evaluate_loop(model, rows, "accuracy")["accuracy"] == pytest.approx(share)
