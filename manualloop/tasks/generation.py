@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -21,6 +21,7 @@ from manualloop.errors import ConfigError, DataError, ModelError
 from manualloop.models import config_of, is_sharded, max_length, model_name, unwrap_model
 from manualloop.notices import say
 from manualloop.tasks.made import Made, Place, Rows, counted, place_in_batch
+from manualloop.tasks.rendering import stops_of
 from manualloop.tasks.task import IGNORE_INDEX
 from manualloop.tasks.texts import encode_texts, texts_of
 
@@ -64,7 +65,7 @@ def source_target(
 
 @dataclass(frozen=True)
 class SourceTarget:
-    """What ``source_target`` returns; the attributes are its arguments."""
+    """What ``source_target`` returns: its arguments, and where the model's generation stops."""
 
     tokenizer: Any
     source: str
@@ -72,6 +73,7 @@ class SourceTarget:
     prefix: str
     max_length: int | None
     max_target_length: int | None
+    known: frozenset[int] = frozenset()
     cut_call: ClassVar[str] = "source_target(tokenizer, ..., max_length={room})"
 
     def __call__(self, rows: Rows) -> dict[str, list[Any]]:
@@ -88,8 +90,12 @@ class SourceTarget:
             made, are_cut = encode_texts(
                 self.tokenizer, targets, self.max_target_length, are_targets=True
             )
-            columns["labels"] = made["input_ids"]
-            counts.update(targets=sum(are_cut), labels=sum(map(len, made["input_ids"])))
+            columns["labels"] = labels = made["input_ids"]
+            found = (getattr(self.tokenizer, f"{name}_token_id", None) for name in ("eos", "sep"))
+            ends = self.known.union(found)
+            whole = (ids for ids, is_cut in zip(labels, are_cut, strict=True) if not is_cut)
+            num_open = sum(ends.isdisjoint(ids[-2:]) for ids in whole)  # mBART's language is last
+            counts.update(targets=sum(are_cut), labels=sum(map(len, labels)), open=num_open)
         return Made(columns, list(range(len(texts))), counts)
 
     def describe(self, counts: Mapping[str, int]) -> list[str]:
@@ -104,10 +110,23 @@ class SourceTarget:
                 f"{counted(number, 'target')} cut at {self.max_target_length} tokens, where the "
                 "model learns to stop: raise max_target_length=, or filter them out"
             )
+        if number := counts.get("open"):
+            lines.append(
+                f"{counted(number, 'target')} without a token that ends a text, so that "
+                f"the model never learns to stop: {self._end()}"
+            )
         return lines
 
+    def _end(self) -> str:
+        """Return what makes targets end."""
+        name, eos = f'"{self.target}"', getattr(self.tokenizer, "eos_token", None)
+        if eos is None:
+            return 'name one, tokenizer.eos_token = "</s>", and put it behind each target'
+        call = f'dataset.map(lambda row: {{{name}: row[{name}] + "{eos}"}})'
+        return f"put {eos!r} behind each" if "." in self.target else call
+
     def with_model(self, model: nn.Module) -> SourceTarget:
-        """Return the function itself.
+        """Return the function with the stop tokens of a model's generation.
 
         Raises:
             ConfigError: The model has no encoder.
@@ -119,7 +138,7 @@ class SourceTarget:
                 f"preprocess=complete(tokenizer, prompt={self.source!r}, "
                 f"completion={self.target!r})."
             )
-        return self
+        return replace(self, known=stops_of(unwrap_model(model)))
 
 
 def generated(

@@ -64,10 +64,10 @@ def build(kind, config):
     return model
 
 
-def t5():
+def t5(vocabulary=VOCAB):
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     ids = {"decoder_start_token_id": PAD, "pad_token_id": PAD, "eos_token_id": EOS}
-    return build(T5ForConditionalGeneration, T5Config(vocab_size=VOCAB, **sizes, **ids))
+    return build(T5ForConditionalGeneration, T5Config(vocab_size=vocabulary, **sizes, **ids))
 
 
 BART = {
@@ -377,6 +377,33 @@ def test_prepare_dataloaders_reports_cuts_and_refuses_a_model_without_an_encoder
     assert "cut at 4 tokens, where the model learns to stop" in line
     with pytest.raises(ConfigError, match="Use complete"):
         prepare_dataloaders(pairs(), tokenizer(), model=DECODERS["Llama"](), preprocess=make)
+
+
+def test_targets_without_an_end_are_reported_with_the_line_that_ends_them(caplog):
+    tok = tokenizer_for("llama2")  # as GPT-2's, it puts nothing behind a text
+    model = t5(len(tok))
+    rows = Dataset.from_dict({"source": ["the sun", "four", "end"], "target": ["a b", "", "no"]})
+    make = source_target(tok, "source", "target")
+    prepare_dataloaders(rows, tok, model=model, preprocess=make)
+    (line,) = [m for m in messages(caplog) if m.startswith("train: 3 rows with")]
+    assert "3 targets without a token that ends a text" in line
+    fixed = eval(line[line.index("dataset.map") :], {"dataset": rows})
+    assert [ids[-1] for ids in make(fixed[:])["labels"]] == [tok.eos_token_id] * 3
+    caplog.clear()
+    prepare_dataloaders(fixed, tok, model=model, preprocess=make)
+    assert not any("ends a text" in line for line in messages(caplog))
+
+
+@pytest.mark.parametrize("behind", [[EOS], [EOS, 9], [7]], ids=["end", "language", "model's"])
+def test_targets_with_an_end_are_not_reported(behind):
+    def tok(text=None, text_target=None, **_):
+        return {"input_ids": [[5, 6, *behind] for _ in text or text_target]}
+
+    tok.eos_token_id = EOS
+    make = source_target(tok, "source", "target", max_length=None)
+    model = t5()
+    model.generation_config.eos_token_id = [7]
+    assert make.with_model(model).make(pairs(2)[:], str).counts["open"] == 0
 
 
 def test_columns_of_dicts_are_named_by_a_dot():
