@@ -437,7 +437,8 @@ def _check_labels(
     facts: _Facts, batch: Mapping[str, Any], labels: Tensor, task: Task, place: Place
 ) -> None:
     ids, classes = batch.get("input_ids"), facts.num_labels
-    if facts.is_by_token and isinstance(ids, Tensor) and labels.shape != ids.shape:
+    is_by_token = facts.is_by_token and labels.ndim < 3  # of sound there is one for each codebook
+    if is_by_token and isinstance(ids, Tensor) and labels.shape != ids.shape:
         lengths = (labels.shape[-1] if labels.ndim > 1 else 1, ids.shape[-1])
         raise DataError(misaligned_message(*lengths, place.batch))
     if labels.is_floating_point() and bool((is_nan := labels.isnan()).any()):

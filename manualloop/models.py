@@ -111,7 +111,7 @@ class Varying(NamedTuple):
 def varying_positions(model: nn.Module) -> Varying | None:
     """Tell whether a model computes its positions for the longest row of a batch; None: not so."""
     config = config_of(model)
-    texts = getattr(config, "get_text_config", lambda: config)()
+    texts = text_config(config)
     for name in ("rope_parameters", "rope_scaling"):  # of transformers 5, and before
         found = getattr(texts, name, None)
         for part in (found, *found.values()) if isinstance(found, Mapping) else ():
@@ -128,6 +128,19 @@ def varying_positions(model: nn.Module) -> Varying | None:
 def config_of(model: nn.Module) -> Any:
     """Return the ``config`` of a model of transformers; None for other modules."""
     return own_config(unwrap_model(model))
+
+
+def text_config(config: Any) -> Any:
+    """Return the part of a config that tells of texts; of two, as in MusicGen, the decoder's."""
+    find = getattr(config, "get_text_config", None)
+    if find is None:
+        return config
+    for options in ({}, {"decoder": True}):
+        try:
+            return find(**options)
+        except ValueError:  # there are several
+            continue
+    return config
 
 
 def own_config(model: nn.Module) -> Any:

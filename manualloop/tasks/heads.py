@@ -27,6 +27,7 @@ from manualloop.models import (
     evaluation_mode,
     forward_columns,
     model_name,
+    text_config,
     unwrap_model,
 )
 from manualloop.tasks.float32 import in_float32, not_compiled
@@ -322,7 +323,7 @@ def _head_of(model: nn.Module) -> Head:
     is_causal = any(name.endswith(_CAUSAL) for name in names) or infer_task(model) == "causal_lm"
     if config is None or not is_causal:
         raise ModelError(_unknown_message(model, "it is no causal language model of transformers"))
-    texts = getattr(config, "get_text_config", lambda: config)()
+    texts = text_config(config)
     scale = _number(texts, "logit_scale") or _number(texts, "lm_head_multiplier") or 1.0
     return Head(
         _output_embedding(model),

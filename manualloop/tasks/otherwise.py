@@ -101,6 +101,12 @@ def _sum_of(name: str, config: Any, columns: Mapping[str, Any]) -> tuple[str, st
     if name.endswith("ForCTC"):
         is_sum = getattr(config, "ctc_loss_reduction", "mean") == "sum"
         return ('ctc_loss_reduction is "sum"', _SUM) if is_sum else None
+    labels: Any = columns.get("labels")
+    if (
+        name.endswith(("ForConditionalGeneration", "ForCausalLM"))
+        and getattr(labels, "ndim", 0) > 2
+    ):
+        return "it adds up means over the labels of each codebook", _ANY
     if name.endswith("DoubleHeadsModel"):
         return (_SUMS["ForPreTraining"], _ANY) if "mc_labels" in columns else None
     if name.endswith("ForPrediction") and "future_observed_mask" in columns:

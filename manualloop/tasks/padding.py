@@ -23,6 +23,7 @@ from manualloop.models import (
     has_soft_prompt,
     is_sharded,
     model_name,
+    text_config,
     unwrap_model,
 )
 from manualloop.notices import say
@@ -124,8 +125,7 @@ def _predicts_rows(model: nn.Module) -> bool:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = config_of(model)
-    return getattr(config, "get_text_config", lambda: config)()
+    return text_config(config_of(model))
 
 
 def _are_known_pads(model: nn.Module, ids: Tensor, mask: Tensor) -> bool:

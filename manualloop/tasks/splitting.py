@@ -33,7 +33,9 @@ from manualloop.tasks.task import Task, count_rows
 from manualloop.types import LossFn, Terms
 
 _HEADS = (
-    "Classification", "ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForMultipleChoice",
+    "ForSequenceClassification", "ForTokenClassification", "ForImageClassification",
+    "ForVideoClassification", "ForAudioClassification", "ForAudioFrameClassification",
+    "ForEntitySpanClassification", "ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForMultipleChoice",
     "ForQuestionAnswering", "ForConditionalGeneration", "ForCTC", "ForSemanticSegmentation",
 )  # fmt: skip
 

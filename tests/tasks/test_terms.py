@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from transformers import (
     BertConfig,
@@ -460,3 +461,42 @@ def test_a_subclass_without_a_loss_of_its_own_is_seen_through():
         decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
         decoder_intermediate_size=16))  # fmt: skip
     assert resolve_task(mae, {"pixel_values": torch.rand(2, 3, 16, 16)}).objection is None
+
+
+def music():
+    """A model that writes sound, two codebooks of tokens, to texts; its config has two of texts."""
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
+    written = {"vocab_size": 64, "num_codebooks": 2, "pad_token_id": 0, "bos_token_id": 1}
+    dropout = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    sound = {"num_filters": 4, "upsampling_ratios": [2], "hidden_size": 8, "codebook_size": 64}
+    config = transformers.MusicgenConfig(
+        text_encoder=transformers.T5Config(vocab_size=50, **t5).to_dict(),
+        audio_encoder=transformers.EncodecConfig(**sound, num_lstm_layers=1).to_dict(),
+        decoder=transformers.MusicgenDecoderConfig(**sizes, **written, **dropout).to_dict(),
+    )
+    model = transformers.MusicgenForConditionalGeneration(config)
+    model.config.decoder.decoder_start_token_id = 1
+    labels = torch.randint(1, 64, (6, 5, 2))
+    labels[1, 1:, 0], labels[2, 3:] = 0, -100  # padding is left out by the model itself
+    return model, {"input_ids": torch.randint(3, 50, (6, 4)), "labels": labels}
+
+
+def codebook_terms(outputs, batch):
+    labels = batch["labels"].masked_fill(batch["labels"] == 0, -100)
+    logits = outputs.logits.view(len(labels), 2, -1, 64)
+    return [
+        (F.cross_entropy(logits[:, n].flatten(0, 1), labels[..., n].flatten()) / 2, number)
+        for n, number in enumerate((labels != -100).sum((0, 1)).tolist())
+    ]
+
+
+def test_means_over_the_labels_of_codebooks_are_taken_apart_by_terms():
+    model, batch = music()
+    parts = split(batch, (2, 1, 3))
+    train_loop(model, parts, None, None, num_epochs=1, progress_bar=False)  # one batch an update
+    with pytest.raises(ModelError, match="means over the labels of each codebook"):
+        accumulate_gradients(model, parts)
+    found = sum(mean for mean, _ in codebook_terms(model(**batch), batch))
+    torch.testing.assert_close(found, model(**batch).loss)
+    assert check_accumulation(model, batch, terms=codebook_terms).is_exact
