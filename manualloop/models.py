@@ -64,25 +64,6 @@ def is_sharded(model: nn.Module) -> bool:
     return bool(names & {"FSDPModule", "FullyShardedDataParallel", "DeepSpeedEngine"})
 
 
-def is_blind_to_padding(model: nn.Module) -> bool:
-    """Tell whether a model's outputs for a row do not depend on the length it is padded to.
-
-    True only for models of transformers that take an attention mask and treat each row alone. Not
-    for question answering, whose softmax runs over the padding, nor for some families (of 93 tried
-    with transformers 5.23 for sequence classification, 5 depend on the padding).
-    """
-    model = unwrap_model(model)
-    name = type(model).__name__
-    if own_config(model) is None or name.endswith("ForQuestionAnswering"):
-        return False
-    takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
-    has_own_places = varying_positions(model) is None
-    return takes_mask and has_own_places and not name.startswith(_SEEING_PADDING)
-
-
-_SEEING_PADDING = ("Canine", "ConvBert", "FNet", "Nystromformer", "Yoso")
-
-
 def has_soft_prompt(model: nn.Module) -> bool:
     """Tell whether PEFT puts trained places before the tokens, which predict the first of them.
 

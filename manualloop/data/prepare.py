@@ -46,6 +46,7 @@ from manualloop.data.tokens import (
     refuse_doubled,
     require_tokens,
     tell_lost,
+    tell_mixed_padding,
     tell_padding,
     tell_tokens,
 )
@@ -238,6 +239,7 @@ def prepare_dataloaders(
             )
     note_preparation(loaders, datasets, opened, found, naming, encode, arguments)
     name_model(model, naming)
+    tell_mixed_padding(model, loaders.values(), tokenizer, pad_to_multiple_of or 1)
     return _finished(loaders, tokenizer)
 
 

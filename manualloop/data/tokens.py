@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from manualloop.data.grouping import Ints, grouped_order
+from manualloop.data.grouping import Ints, grouped_order, round_up
 from manualloop.data.mapping import CUT, Encode
 from manualloop.data.sampler import OrderedBatchSampler
 from manualloop.data.splits import Split, reference_of
 from manualloop.errors import DataError
 from manualloop.mistakes import as_map, no_tokens_fix
-from manualloop.models import accepts
+from manualloop.models import accepts, model_name
 from manualloop.notices import say
 from manualloop.tasks.made import share_of
+from manualloop.tasks.mixing import mixes_padding
 from manualloop.tasks.task import IGNORE_INDEX
 
 
@@ -168,6 +169,34 @@ def tell_padding(loaders: Iterable[Any]) -> None:
                 f"{share_of(share, 1)} of the tokens in the batches of {sampler.split} are "
                 f"padding; with group_by_length=True it is {share_of(grouped, 1)}"
             )
+
+
+def tell_mixed_padding(
+    model: nn.Module | None, loaders: Iterable[Any], tokenizer: Any, multiple: int
+) -> None:
+    """Log that a model sees the padding of its batches, if it is of a family that does."""
+    if model is None or not mixes_padding(model):
+        return
+    fix = 'pad on the left: tokenizer.padding_side = "left"'
+    is_by_last = "XLNet" in model_name(model)
+    if is_by_last and getattr(tokenizer, "padding_side", None) == "left":
+        return
+    longest = 0
+    for loader in loaders:
+        rows = loader.dataset
+        if "input_ids" in getattr(rows, "column_names", ()) and hasattr(rows, "lengths"):
+            lengths = rows.lengths(["input_ids"])
+            if lengths is not None and len(np.unique(rounded := round_up(lengths, multiple))) > 1:
+                longest = max(longest, int(rounded.max()))
+    if not longest:
+        return
+    if not is_by_last:
+        fix = f"give all rows one length: prepare_dataloaders(..., pad_to_multiple_of={longest})"
+    say(
+        f"{model_name(model)} sees padding, whatever its attention mask says: what it makes of a "
+        "row, losses and scores depend on the longest row of its batch. For numbers that do not, "
+        f"{fix}."
+    )
 
 
 _FEW_BATCHES = 20

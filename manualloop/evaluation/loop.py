@@ -20,7 +20,6 @@ from manualloop.evaluation.rows import Postprocess
 from manualloop.evaluation.scorers import as_metric, ask_for, counts, parts_of, score
 from manualloop.models import (
     accepts,
-    is_blind_to_padding,
     is_sharded,
     sample_weights,
     without_ranks,
@@ -32,6 +31,7 @@ from manualloop.strategy.base import Strategy, on_main, prepare_model
 from manualloop.strategy.calls import begin_call
 from manualloop.strategy.select import strategy_for
 from manualloop.tasks.loss import check_loss, of_model
+from manualloop.tasks.mixing import is_blind_to_padding
 from manualloop.tasks.names import class_names
 from manualloop.tasks.task import IGNORE_INDEX
 from manualloop.types import LossFn, Scores, Terms

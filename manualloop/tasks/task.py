@@ -454,9 +454,10 @@ def _task_of(inner: nn.Module, config: Any, labels: Tensor | None) -> str:
         return task
     if name.endswith("ForConditionalGeneration"):
         return "seq2seq_lm" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
-    for (head, axes), task in _TASK_OF_PARTS.items() if labels is not None else ():
-        if name.endswith(head) and labels.ndim == axes:
-            return task
+    axes = 0 if labels is None else labels.ndim
+    for (head, number), of_parts in _TASK_OF_PARTS.items():
+        if name.endswith(head) and number == axes:
+            return of_parts
     # The rule of transformers' ForSequenceClassificationLoss, which the model writes into its
     # config at the first forward pass.
     chosen = getattr(config, "problem_type", None)

@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from helpers import WORDS, fixes_in, messages, rows, run_fix, tiny_bert, tiny_tokenizer
-from transformers import ByT5Tokenizer
+from transformers import (
+    BertForSequenceClassification,
+    ByT5Tokenizer,
+    FNetConfig,
+    FNetForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
-from manualloop import DataError, inspect_batch, prepare_dataloaders
+from manualloop import DataError, evaluate_loop, inspect_batch, prepare_dataloaders
 from manualloop.tasks.names import notes_of
 
 LENGTHS = [1, 3, 4, 5, 9, 30]
@@ -264,3 +271,44 @@ def test_padding_that_no_mask_hides_is_told(caplog):
     padded = {"preprocess": lambda batch: {"input_ids": [[5, 6, 0, 0]] * len(batch["text"])}}
     assert len(lines({"train": splits["train"]}, **padded)[0]) == (tokenizer.pad_token_id == 0)
     assert lines({"dev": splits["dev"].to_iterable_dataset()})[0]
+
+
+FNET = FNetForSequenceClassification(
+    FNetConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+)
+XLNET = XLNetForSequenceClassification(
+    XLNetConfig(vocab_size=60, d_model=16, n_layer=1, n_head=2, d_inner=16)
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "padding", "is_told"),
+    [
+        (FNET, {}, {}, True),
+        (FNET, {"model_input_names": ["input_ids", "token_type_ids"]}, {}, True),
+        (FNET, {}, {"pad_to_multiple_of": 32}, False),
+        (XLNET, {}, {}, True),
+        (XLNET, {"padding_side": "left"}, {}, False),
+        (tiny_bert(), {}, {}, False),
+    ],
+    ids=["FNet", "FNet without masks", "one length", "XLNet", "XLNet on the left", "BERT"],
+)
+def test_a_model_that_mixes_padding_into_its_tokens_is_told(
+    model: BertForSequenceClassification,
+    options: dict[str, Any],
+    padding: dict[str, Any],
+    is_told: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokenizer, losses = tiny_tokenizer(**options), []
+    for batch_size in (1, 6):
+        data = {"dev": rows(text=TEXTS, label=[0, 1] * 3)}
+        made = {"model": model, "batch_size": batch_size, **padding}
+        loader = prepare_dataloaders(data, tokenizer, **made)["dev"]
+        losses.append(evaluate_loop(model, loader)["loss"])
+    found = [line for line in messages(caplog) if "sees padding, whatever" in line]
+    assert len(found) == 2 * is_told
+    assert (losses[0] == pytest.approx(losses[1], rel=1e-6)) != is_told
+    if is_told:
+        fix = 'padding_side = "left"' if model is XLNET else "pad_to_multiple_of=32"
+        assert fix in found[0]

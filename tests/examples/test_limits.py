@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from transformers import FNetConfig, FNetForSequenceClassification
 
 from manualloop import (
     ConfigError,
@@ -438,6 +439,13 @@ def longest_row(folder: Path) -> None:
     evaluate_loop(model, [padded(rows_of((12, 5)))], "perplexity")
 
 
+def mixed_padding(folder: Path) -> None:
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    model = FNetForSequenceClassification(FNetConfig(**sizes))
+    data = {"test": rows(text=["a", "a good movie"], label=[0, 1])}
+    prepare_dataloaders(data, tiny_tokenizer(), model=model)
+
+
 def balanced_experts(folder: Path) -> None:
     model = of_kind("Mixtral", num_local_experts=2, output_router_logits=True).float()
     evaluate_loop(model, [padded(rows_of((6, 5)))], "perplexity")
@@ -607,6 +615,7 @@ TOLD = {
     "padding on the left in a model that cannot be tried": untried_padding,
     "padding on the left in a sharded model": sharded_padding,
     "positions for the longest row of a batch": longest_row,
+    "a model that mixes padding into its tokens": mixed_padding,
     "a loss that balances experts": balanced_experts,
     "words that are cut off": lost_words,
     "answers that no window holds whole": lost_answers,

@@ -7,8 +7,8 @@ from helpers import messages
 from tiny_language_models import SIZES, llama, padded, rows_of
 
 from manualloop import accumulate_gradients, evaluate_loop
-from manualloop.models import is_blind_to_padding
 from manualloop.tasks import lm_loss
+from manualloop.tasks.mixing import is_blind_to_padding
 
 
 def long_rope(rope="longrope"):
