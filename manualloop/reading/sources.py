@@ -159,9 +159,10 @@ def _resume_built(
     loader, num_used = source.loader, position["num_batches"]
     if not num_used:  # else when the order has been drawn, from the same generator perhaps
         _restore_rows(source, position)
-    left: int | None = len(loader) - num_used
-    if not _has_other_size(loader, position):
-        require_inside(num_used, len(loader), "batches")
+    length = num_batches(loader)  # None: a sampler that never ends
+    left = None if length is None else length - num_used
+    if length is not None and not _has_other_size(loader, position):
+        require_inside(num_used, length, "batches")
     num_indices = None
     if num_used and _has_other_size(loader, position):
         num_indices, left = num_used * (position["batch_size"] or 0), None

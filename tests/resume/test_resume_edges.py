@@ -239,6 +239,24 @@ def test_cut_points_of_a_loader_of_a_class_of_the_users(options, cuts, tmp_path)
     check_cuts(lambda: OwnWay(Rows(), 2, shuffle=True, **options), tmp_path, cuts)
 
 
+class Endless(OwnSampler):
+    """Shuffles again and again, and has no length: an epoch never ends."""
+
+    __len__ = None
+
+    def __iter__(self):
+        while True:
+            yield from super().__iter__()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}], ids=["in the process", "1 worker"])
+def test_cut_points_of_a_sampler_without_an_end(options, cuts, tmp_path):
+    def make():
+        return built(sampler=Endless(random.Random(2)), shuffle=None, **options)
+
+    check_cuts(make, tmp_path, cuts)
+
+
 def test_an_evaluation_that_draws_and_then_fails_is_made_again_with_the_same_draws(tmp_path):
     calls = itertools.count()
 
