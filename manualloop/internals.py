@@ -326,6 +326,26 @@ def shut_down_workers(iterator: Any, *, ends_python: bool = True) -> None:
                 process.join(0.1)
 
 
+def iterator_of_loaders() -> type:
+    """Return the class of what ``iter(DataLoader(...))`` gives.
+
+    Seen in torch 2.6 to 2.14: ``_BaseDataLoaderIter``. If it is gone, there is no such class: a
+    function that holds such an iterator is not told of.
+    """
+    return getattr(torch.utils.data.dataloader, "_BaseDataLoaderIter", _NoSuch)
+
+
+class _NoSuch: ...
+
+
+def num_given(iterator: Any) -> int | None:
+    """Return the number of batches that the iterator of a loader has given; None: nothing tells.
+
+    Seen in torch 2.6 to 2.14: ``_num_yielded``.
+    """
+    return getattr(iterator, "_num_yielded", None)
+
+
 # torch: process groups
 
 

@@ -6,12 +6,9 @@ A path leads from a named object to one of its parts: ``loader.dataset.transform
 
 from __future__ import annotations
 
+import argparse
 import ast
-import os
-import re
 import sys
-import tempfile
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -26,6 +23,7 @@ from types import (
     GetSetDescriptorType,
     MemberDescriptorType,
     ModuleType,
+    SimpleNamespace,
 )
 from typing import Any, NamedTuple
 
@@ -95,15 +93,23 @@ def walk(owners: Mapping[str, Any], *, skips_empty: bool = False) -> Iterator[tu
                 )
 
 
-def numbers_in(owners: Mapping[str, Any], *, beside: Mapping[str, Any]) -> dict[str, Any]:
+def numbers_in(
+    owners: Mapping[str, Any],
+    *,
+    beside: Mapping[str, Any],
+    kinds: tuple[type, ...] = (int, float, torch.Tensor),
+    places: tuple[type, ...] = (),
+) -> dict[str, Any]:
     """Return the numbers and tensors that some objects hold, by their paths.
 
     Left out are entries of containers, which are records more often than a state, and what modules
-    and objects of libraries hold.
+    and objects of libraries hold, except a namespace.
 
     Args:
         owners: The objects by their names, such as functions.
         beside: Other objects by their names; what they hold is left out, too.
+        kinds: Types of what is returned.
+        places: Types of what is returned also where it is an entry of a list, a tuple or a dict.
 
     >>> def decayed(loss, *, rate=0.9): ...
     >>> numbers_in({"loss_fn": decayed}, beside={})
@@ -111,14 +117,17 @@ def numbers_in(owners: Mapping[str, Any], *, beside: Mapping[str, Any]) -> dict[
     """
     shapes: dict[type, _Shape] = {}
     found: dict[str, Any] = {}
-    for path, part in walk({**beside, **owners}, skips_empty=True):
-        kind = type(part.value)
+    for path, (value, _, _) in walk({**beside, **owners}, skips_empty=True):
+        kind = type(value)
         if not any(_begins(path, name) for name in owners) or issubclass(kind, torch.nn.Module):
             continue
-        if kind is not FunctionType and _shape_of(kind, shapes).is_of_library:
+        if kind in _PLAIN_CONTAINERS and (not places or _has_inert_entries_only(value, shapes)):
             continue
-        for step, child in _steps(part.value, shapes):
-            if issubclass(type(child), int | float | torch.Tensor) and not step.startswith("["):
+        is_data = kind in (FunctionType, type, *NAMESPACES, *_PLAIN_CONTAINERS)
+        if not is_data and _shape_of(kind, shapes).is_of_library:
+            continue
+        for step, child in _steps(value, shapes):
+            if issubclass(type(child), places if step.startswith("[") else (*kinds, *places)):
                 found[path + step] = child
     return found
 
@@ -264,6 +273,10 @@ def is_of_library(module: object) -> bool:
     return isinstance(file, str) and not {"site-packages", "dist-packages"}.isdisjoint(
         PurePath(file).parts
     )
+
+
+NAMESPACES = (SimpleNamespace, argparse.Namespace)
+"""Classes of Python whose objects are what the script puts into them."""
 
 
 def _begins(path: str, step: str) -> bool:
@@ -443,55 +456,3 @@ def _steps_of_class(value: type) -> Iterable[tuple[str, Any]]:
         yield f".{name}", child
     for number, base in enumerate(value.__bases__):
         yield f".__bases__[{number}]", base
-
-
-def without_root(value: Any) -> Any:
-    """Return the last two parts of an absolute path, and any other value as it is.
-
-    The same files lie under another root on another machine. The first folder in one for temporary
-    files has another name in each process.
-    """
-    if isinstance(value, str) and os.path.isabs(value) and len(value.split()) == 1:
-        path = PurePath(value)
-        for root in (tempfile.gettempdir(), *_TEMPORARY):
-            if path.is_relative_to(root) and path != PurePath(root):
-                return "/".join(("a temporary folder", *path.relative_to(root).parts[1:][-1:]))
-        return "/".join(path.parts[-2:])
-    return value
-
-
-_TEMPORARY = ("/tmp", "/var/tmp", "/private/tmp", "/dev/shm")
-
-
-def is_clock(value: Any) -> bool:
-    """Tell whether a number is the time at which something began, which is another in each run."""
-    if type(value) is int and value > 10**17:
-        value = value / 1e9  # of time_ns()
-    clocks = zip((time.time, time.perf_counter), _IMPORTED_AT, strict=True)
-    is_number = isinstance(value, float) or (type(value) is int and value > 10**9)
-    return is_number and any(begin < value <= now() for now, begin in clocks)
-
-
-_IMPORTED_AT = (time.time() - 86_400, time.perf_counter())
-
-
-def steady(text: str) -> str:
-    """Return a text with stars for what is another in each run: dates, times, random names.
-
-    >>> steady("runs/2026-11-29_21-01-47/model"), steady("run-1764450107"), steady("v2.1")
-    ('runs/*/model', 'run-*', 'v2.1')
-    """
-    return _PASSING.sub("*", text)
-
-
-_DATE = r"(?:19|20)\d\d([-_./]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12]\d|3[01])"
-_TIME = r"(?:[01]\d|2[0-3])([-_:.h]?)[0-5]\d(?:\2[0-5]\d(?:[.,]\d+)?)?Z?"
-_DAY = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*[-_ ]?\d{1,2}(?:[-_, ]*20\d\d)?"
-_PASSING = re.compile(
-    rf"(?<!\d){_DATE}(?:[T _-]*{_TIME})?(?!\d)"
-    rf"|(?<![A-Za-z]){_DAY}(?:[T _-]*(?:[01]\d|2[0-3])[-:][0-5]\d(?:[-:][0-5]\d)?)?(?!\d)"
-    r"|(?<!\d)(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d+)?(?!\d)"
-    r"|(?<!\d)1[5-9]\d{8}(?:\d{3})?(?:\.\d+)?(?!\d)"  # seconds or milliseconds since 1970
-    r"|[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}"
-    r"|(?<=\btmp)[a-z0-9_]{8}(?![a-z0-9_])"
-)

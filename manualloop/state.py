@@ -283,8 +283,12 @@ class TrainState:
 
     def all_holders(self) -> dict[str, Any]:
         """Return the objects that may hold random generators, by name."""
+        return self.saved_holders() | self.holders
+
+    def saved_holders(self) -> dict[str, Any]:
+        """Return those whose state a checkpoint holds."""
         names = ("model", "optimizer", "lr_scheduler", "extras")
-        return {name: getattr(self, name) for name in names} | self.holders
+        return {name: getattr(self, name) for name in names}
 
 
 def _progress_of(saved: Any) -> Progress:

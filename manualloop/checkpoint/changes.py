@@ -12,12 +12,14 @@ from copy import copy
 from typing import Any, NamedTuple
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from manualloop.checkpoint.finite import names_infinite
+from manualloop.checkpoint.functions import entries_read, forward_code
 from manualloop.checkpoint.held import Held, changed_among, held_by
-from manualloop.checkpoint.marks import MOST_BYTES, marks_of
+from manualloop.checkpoint.marks import MOST_BYTES, PLACES, marks_of
 from manualloop.checkpoint.nested import take_apart
 from manualloop.checkpoint.orders import ORDER
 from manualloop.checkpoint.pretrained import find_tokenizer
@@ -44,8 +46,9 @@ class Baseline(NamedTuple):
     Attributes:
         model: Weak reference to the model, unwrapped.
         marks: Mark of each thing by its kind and name, which differs once the thing is changed.
-        functions: Functions of the run by name, such as the loss function.
-        numbers: Mark of each number and tensor that they hold.
+        functions: Functions of the run by name, such as the loss function, and forward methods of
+            the script's own modules.
+        numbers: Mark of each number, tensor and iterator that they hold.
         optimizers: Mark of what optimizers keep beside their ``state_dict``; None before a run.
         held: What modules of the functions, functions of schedules and the loader hold.
         infinite: Names of the weights that were infinite already.
@@ -68,16 +71,29 @@ def note_run(state: TrainState, loader: Any, **functions: Any) -> None:
     """
     state.class_names = learn_names(state.model, loader) or state.class_names
     note_model(state)
-    held = numbers_in(functions, beside=state.all_holders())
-    numbers, kept = marks_of(held), marks_of(dict(_kept_by_optimizers(state)))
+    code = {**functions, **forward_code(state.model)}
+    numbers, kept = _numbers_of(code, state), marks_of(dict(_kept_by_optimizers(state)))
     state.baseline = state.baseline._replace(
-        functions=functions,
+        functions=code,
         numbers=numbers,
         optimizers=kept,
         held=tuple(held_by(state, functions, loader)),
     )
     state.tokenizer = find_tokenizer(loader) or state.tokenizer
     state.splits = splits_of(loader) or state.splits
+
+
+def _numbers_of(functions: Mapping[str, Any], state: TrainState) -> dict[str, Any]:
+    """Return the marks of numbers, arrays and iterators that functions of a run read, by path."""
+    kinds = (int, float, Tensor, np.ndarray, np.generic)
+    beside = state.saved_holders()
+    found = {
+        f"the place in {path}" if isinstance(value, PLACES) else path: value
+        for path, value in numbers_in(functions, beside=beside, kinds=kinds, places=PLACES).items()
+    }
+    for name, function in functions.items():
+        found |= {f"{path} of {name}": value for path, value in entries_read(function)}
+    return marks_of(found)
 
 
 def forget_functions(state: TrainState) -> None:
@@ -124,14 +140,13 @@ def _parts(
 
 
 def changes_of(
-    state: TrainState, saved: Collection[str], holders: Mapping[str, Any]
+    state: TrainState, saved: Collection[str]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return what the run has changed in its model, by kind and name, and what cannot be saved.
 
     Args:
         state: State of the run.
         saved: Names in the model's ``state_dict``.
-        holders: What the state holds, by name: what is in there is no part of a function.
     """
     baseline: Baseline | None = state.baseline
     changes: dict[str, dict[str, Any]] = {}
@@ -150,8 +165,8 @@ def changes_of(
         else:
             unsaved.append(f"{name.replace(':', '.')} of the model")
     if baseline.functions:
-        held = marks_of(numbers_in(baseline.functions, beside=holders))
-        unsaved += [path for path, mark in held.items() if baseline.numbers.get(path) != mark]
+        numbers = _numbers_of(baseline.functions, state)
+        unsaved += [path for path, mark in numbers.items() if baseline.numbers.get(path) != mark]
     unsaved += changed_among(baseline.held)
     noted = baseline.optimizers
     if noted is not None and not any(path.startswith("optimizer") for path in state.told):

@@ -26,8 +26,8 @@ from manualloop.data.kept import inner_collate
 from manualloop.data.transform import transform_of
 from manualloop.errors import CheckpointError
 from manualloop.notices import say
-from manualloop.objects import steady
 from manualloop.optimizers.together import class_of
+from manualloop.passing import steady
 from manualloop.randomness import seed_of
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy

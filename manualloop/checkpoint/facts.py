@@ -27,8 +27,9 @@ from manualloop.checkpoint.functions import (
 )
 from manualloop.internals import unwrap_optimizer
 from manualloop.models import config_of, digest_of_weights, unwrap_model
-from manualloop.objects import is_clock, walk, without_root
+from manualloop.objects import walk
 from manualloop.optimizers.schedules import PlannedLR, own_schedule
+from manualloop.passing import is_clock, without_root
 
 Facts = dict[str, Any]
 """Plain data by name: numbers, texts, and lists of them."""

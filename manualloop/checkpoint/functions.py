@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from manualloop.checkpoint.code import facts_of
-from manualloop.objects import is_clock, steady
+from manualloop.passing import is_clock, steady
 
 _SCALARS = (bool, int, float, str, bytes, type(None))
 _CONTAINERS = (list, tuple, set, frozenset, deque, Mapping)
@@ -384,6 +384,42 @@ def values_read(function: Any) -> Iterator[Any]:
         for _, value in _own_values(function):
             yield value
             yield from (part for _, part in _members(value, _uses_of(function)))
+
+
+def entries_read(function: Any) -> Iterator[tuple[str, Any]]:
+    """Give the numbers, texts and tensors of dicts that a function reads by their keys.
+
+    Those that it sets itself are left out: they are records more often than a state.
+    """
+    todo, seen = [function], set[int]()
+    while todo:
+        one = _unwrapped(todo.pop())
+        if isinstance(one, partial):
+            found = [*enumerate(one.args), *one.keywords.items()]
+            todo.append(one.func)
+        elif isinstance(one, MethodType):
+            found = []
+            todo.append(one.__func__)
+        elif isinstance(one, FunctionType) and not _is_installed(one.__module__):
+            found = [*_defaults_of(one), *_own_values(one)]
+            todo += [value for _, value in found if isinstance(value, partial | FunctionType)]
+        else:
+            continue
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        for name, table in found:
+            if isinstance(table, Mapping):
+                for key, part in _members(table, _uses_of(one)):
+                    if isinstance(part, (*_SCALARS, Tensor, np.ndarray)):
+                        yield f"{name}[{key!r}]", part
+
+
+def forward_code(model: nn.Module) -> dict[str, FunctionType]:
+    """Return the script's own functions that a forward pass of a model runs, by their names."""
+    kinds = dict.fromkeys(map(type, model.modules()))
+    code = [function for kind in kinds for function in _users_code(kind, "forward")]
+    return {".".join(one.__qualname__.split(".")[-2:]): one for one in code}
 
 
 def _own_values(function: FunctionType) -> Iterator[tuple[str, Any]]:

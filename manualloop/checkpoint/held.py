@@ -198,7 +198,7 @@ def _of_loader(state: TrainState, loader: Any) -> Iterator[_Read]:
         for path, part in walk(owners, skips_empty=True)
         if path != "train_dataloader" and hasattr(type(part.value), "load_state_dict")
     ]
-    for path in numbers_in(owners, beside=state.all_holders()):
+    for path in numbers_in(owners, beside=state.saved_holders()):
         name = path.rpartition(".")[2]
         if ".__globals__" in path or name.startswith("_") or path.startswith(tuple(stateful)):
             continue

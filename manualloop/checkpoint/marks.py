@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from hashlib import blake2b
+from inspect import GEN_CREATED, getgeneratorstate
+from itertools import chain, count, cycle, islice
+from operator import length_hint
+from types import GeneratorType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from manualloop.objects import is_of_library
+from manualloop.internals import iterator_of_loaders, num_given
+from manualloop.objects import NAMESPACES, is_of_library
 
 _MOST_ENTRIES, _MOST_LEVELS = 5_000, 4
 MOST_BYTES = 100_000_000
@@ -46,8 +51,10 @@ def mark_of(value: Any) -> Any:
             return type(value), len(value), marks
         if isinstance(value, dict):
             return _Same(type(value)), len(value), pairs(value, level)
-        names = getattr(value, "__dict__", None)
-        if isinstance(names, dict) and not is_of_library(type(value).__module__):
+        if isinstance(value, PLACES):
+            return _Same(value), _place(value)
+        names, kind = getattr(value, "__dict__", None), type(value)
+        if isinstance(names, dict) and (kind in NAMESPACES or not is_of_library(kind.__module__)):
             return _Same(value), pairs(names, level)
         return _Same(value)
 
@@ -56,6 +63,25 @@ def mark_of(value: Any) -> Any:
         return [(key, mark(entry, level + 1)) for (key, entry), _ in some]
 
     return mark(value, 0)
+
+
+PLACES: tuple[type, ...] = (
+    *(iterator_of_loaders(), GeneratorType, count, cycle, chain, islice, zip, map, filter),
+    *(enumerate, type(iter([])), type(iter(())), type(iter(range(0))), type(iter({}))),
+)
+"""Iterators of torch and of Python, which know a place that no checkpoint holds."""
+
+
+def _place(iterator: Any) -> Any:
+    """Return what differs once an iterator is advanced, without a step of it."""
+    if (num_batches := num_given(iterator)) is not None:
+        return num_batches
+    if isinstance(iterator, count):
+        return repr(iterator)
+    if isinstance(iterator, GeneratorType) and getgeneratorstate(iterator) == GEN_CREATED:
+        return GEN_CREATED
+    left = length_hint(iterator, -1)
+    return left if left >= 0 else object()  # nothing tells it: it may have been advanced
 
 
 def _digest(value: Any) -> Any:

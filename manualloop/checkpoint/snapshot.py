@@ -99,7 +99,7 @@ def take_state_apart(
     if scored is not None:
         tensors["model"], tensors[TRAINED] = _beside(scored(), tensors["model"])
     more = {key: value for key, value in weights.items() if key not in tensors["model"]}
-    changes, unsaved = changes_of(state, weights.keys(), holders)
+    changes, unsaved = changes_of(state, weights.keys())
     values |= {
         "model": more,
         "changes": changes,

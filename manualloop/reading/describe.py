@@ -21,7 +21,7 @@ from manualloop.data.transform import transform_of
 from manualloop.errors import DataError
 from manualloop.internals import stored_table
 from manualloop.notices import say
-from manualloop.objects import is_clock, without_root
+from manualloop.passing import is_clock, without_root
 from manualloop.randomness import find_generators, seed_of
 from manualloop.reading.ranks import part_of
 from manualloop.strategy.base import Strategy

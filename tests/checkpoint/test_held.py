@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import itertools
 import logging
 import random
+from functools import partial
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedules
-from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    Sampler,
+    Subset,
+    WeightedRandomSampler,
+    default_collate,
+)
 
-from manualloop import TrainState, load_checkpoint, save_checkpoint, train_steps
+from manualloop import TrainState, load_checkpoint, save_checkpoint, train_loop, train_steps
 
 
 class Rows(Dataset):
@@ -98,8 +109,16 @@ def square(model, batch):
     return model(batch["x"]).square().mean()
 
 
-def train(folder, loader, change=lambda step: None, loss_fn=square, make=None, **extras):
-    model = nn.Linear(2, 1)
+def train(
+    folder,
+    loader,
+    change=lambda step: None,
+    loss_fn=square,
+    make=None,
+    model=None,
+    **extras,
+):
+    model = nn.Linear(2, 1) if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     state = TrainState(model, optimizer, make and make(optimizer), extras=extras)
     for step in train_steps(state, loader, max_steps=6, loss_fn=loss_fn):
@@ -390,3 +409,175 @@ def test_a_generator_of_a_hook_that_has_another_number_is_told(caplog, tmp_path)
     list(train_steps(second, loader, max_steps=2, loss_fn=square))
     lines = [record.getMessage() for record in caplog.records]
     assert any(".generator was not restored: " in line for line in lines)
+
+
+def batches(number=30):
+    return DataLoader(torch.arange(4.0 * number), 4)
+
+
+def generator():
+    while True:
+        yield from batches()
+
+
+ITERATORS = {
+    "of a loader": lambda: iter(batches()),
+    "that begins again": lambda: itertools.cycle(batches()),
+    "of a generator": generator,
+    "that counts": itertools.count,
+    "of a list": lambda: iter(list(batches())),
+}
+
+
+@pytest.mark.parametrize("make", ITERATORS.values(), ids=ITERATORS)
+def test_an_iterator_that_a_loss_reads(make, caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    more = make()
+
+    def loss_fn(model, batch):
+        next(more)
+        return square(model, batch)
+
+    train(tmp_path, DataLoader(Rows(), 4), loss_fn=loss_fn)
+    assert told(caplog) == ["the place in loss_fn.__closure__.more"]
+
+
+def test_iterators_in_a_list_and_one_that_a_loss_makes_anew(caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+
+    class Unlabelled:
+        def __init__(self):
+            self.loader, self.rows, self.several = batches(2), None, [iter(batches()), 0]
+
+        def __call__(self, model, batch):
+            next(self.several[0])
+            self.rows = self.rows or iter(self.loader)
+            if next(self.rows, None) is None:
+                self.rows = None
+            return square(model, batch)
+
+    train(tmp_path, DataLoader(Rows(), 4), loss_fn=Unlabelled())
+    assert set(told(caplog)[0].split(", ")) == {
+        "the place in loss_fn.several[0]",
+        "the place in loss_fn.rows",
+    }
+
+
+@pytest.mark.parametrize("make", ITERATORS.values(), ids=ITERATORS)
+def test_an_iterator_that_nobody_reads_is_not_told_where_that_can_be_known(make, caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    more = make()
+
+    def loss_fn(model, batch):
+        assert more is not None
+        return square(model, batch)
+
+    train(tmp_path, DataLoader(Rows(), 4), loss_fn=loss_fn)
+    nothing_tells = make is ITERATORS["that begins again"]
+    assert told(caplog) == (["the place in loss_fn.__closure__.more"] if nothing_tells else [])
+
+
+class Plain:
+    scale = 1.0
+
+
+HOLDERS = {
+    "an object": (lambda: Plain(), "loss_fn.__closure__.config.scale"),
+    "a class": (
+        lambda: type("Config", (Plain,), {"scale": 1.0}),
+        "loss_fn.__closure__.config.scale",
+    ),
+    "a namespace": (lambda: SimpleNamespace(scale=1.0), "loss_fn.__closure__.config.scale"),
+    "arguments": (lambda: argparse.Namespace(scale=1.0), "loss_fn.__closure__.config.scale"),
+    "a dict": (lambda: {"scale": 1.0}, "config['scale'] of loss_fn"),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_a_setting_that_on_step_changes_and_a_loss_reads(name, caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    make, path = HOLDERS[name]
+    config, loader = make(), DataLoader(Subset(Rows(), range(8)), 4)
+    if name == "an object":
+        config.scale = 1.0
+    rows = loader.dataset.dataset
+
+    def scale():
+        return config["scale"] if isinstance(config, dict) else config.scale
+
+    def loss_fn(model, batch):
+        used = config["scale"] if name == "a dict" else config.scale
+        return square(model, batch) * used
+
+    def on_step(step):
+        rows.stage += 1
+        if isinstance(config, dict):
+            config["scale"] = 0.5 * scale()
+        else:
+            config.scale = 0.5 * scale()
+
+    model = nn.Linear(2, 1)
+    train_loop(
+        model, loader, loss_fn=loss_fn, on_step=on_step, num_epochs=1, checkpoint_dir=tmp_path
+    )
+    assert told(caplog) == [f"{path}, train_dataloader.dataset.dataset.stage"]
+
+
+def test_what_a_loss_writes_into_a_dict_is_a_record(caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    record, weights, more = {"calls": 0, "loss": 0.0}, {"loss": 1.0}, {"margin": 0.0}
+
+    def loss_fn(model, batch, *, options):
+        loss = square(model, batch) * weights["loss"] + options["margin"]
+        record["calls"] += 1
+        record["last"] = loss.item()
+        return loss
+
+    train(tmp_path, DataLoader(Rows(), 4), loss_fn=partial(loss_fn, options=more))
+    assert told(caplog) == []
+    train(
+        tmp_path / "changed",
+        DataLoader(Rows(), 4),
+        lambda step: more.update(margin=step.loss.item()),
+        loss_fn=partial(loss_fn, options=more),
+    )
+    assert told(caplog) == ["options['margin'] of loss_fn"]
+
+
+SETTINGS = SimpleNamespace(scale=1.0)
+
+
+class Scaled(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        Scaled.calls += 1
+        return super().forward(x) * SETTINGS.scale
+
+
+def test_what_the_forward_pass_of_a_module_reads(caplog, tmp_path, monkeypatch):
+    caplog.set_level(logging.INFO, "manualloop")
+    monkeypatch.setattr(SETTINGS, "scale", 1.0)
+    monkeypatch.setattr(Scaled, "calls", 0)
+
+    def change(step):
+        SETTINGS.scale *= 0.9
+
+    train(tmp_path, DataLoader(Rows(), 4), change, model=Scaled(2, 1))
+    assert set(told(caplog)[0].split(", ")) == {
+        "Scaled.forward.__globals__.SETTINGS.scale",
+        "Scaled.forward.__closure__.__class__.calls",
+    }
+
+
+@pytest.mark.parametrize("fills", [False, True])
+def test_an_array_that_a_loss_fills(fills, caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    bank = np.zeros(8)
+
+    def loss_fn(model, batch):
+        bank[0] += fills
+        return square(model, batch)
+
+    train(tmp_path, DataLoader(Rows(), 4), loss_fn=loss_fn)
+    assert told(caplog) == (["loss_fn.__closure__.bank"] if fills else [])

@@ -159,6 +159,20 @@ def unsaved_attribute(folder: Path) -> None:
     resume(folder, built, model=lambda: Holding(4, 1))
 
 
+def second_loader(folder: Path) -> None:
+    more = iter(built())
+    resume(folder, built, loss_fn=lambda model, batch: loss_fn(model, next(more)))
+
+
+def changed_setting(folder: Path) -> None:
+    config = {"margin": 1.0}
+    state = state_of()
+    own = {"loss_fn": lambda model, batch: loss_fn(model, batch) + config["margin"]}
+    for _ in train_steps(state, built(), max_steps=2, **own):
+        config["margin"] *= 0.5
+    save_checkpoint(folder, state)
+
+
 def curriculum(folder: Path) -> None:
     loader = built()
     loader.dataset.stage = 1
@@ -589,6 +603,8 @@ TOLD = {
     "a loader that draws in an evaluation": random_loader,
     "a model that draws in evaluation mode": random_model,
     "an attribute that no checkpoint holds": unsaved_attribute,
+    "the place of an iterator": second_loader,
+    "a setting that the loop changes": changed_setting,
     "what the loop changes in its loader or its schedule": curriculum,
     "a list that is shuffled in place": shuffled_in_place,
     "a schedule that the loop steps itself": schedule_of_the_loop,
