@@ -36,7 +36,7 @@ ROWS = [
     ["optimizers"],
     ["arguments", "batches", "keywords", "models", "times"],
     ["deprecation", "errors", "types", "notices", "progress", "randomness"],
-    ["objects", "internals", "libraries", "screen"],
+    ["objects", "internals", "libraries", "passing", "screen"],
 ]
 
 # One door per dependency.
