@@ -25,6 +25,7 @@ from manualloop.optimizers.together import each
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy, prepare_model
 from manualloop.strategy.calls import in_call
+from manualloop.strategy.replicas import require_all_added_up
 from manualloop.strategy.select import strategy_in_place
 from manualloop.tasks.loss import Loss, loss_of, means_of, require_mean
 from manualloop.tasks.otherwise import balances_experts
@@ -169,6 +170,7 @@ def _accumulate(
         return Update(mean, num_items, applied=num_items > 0), is_equal
     total: float = num_items
     if strategy.world_size > 1:
+        require_all_added_up(model)
         mean = strategy.sum_over_ranks(mean) / strategy.world_size
         guessed = shares.is_guess
         total = strategy.sum_counts([num_items])[0] if guessed else sum(shares.totals)
@@ -350,7 +352,7 @@ def apply_update(
     if not clips_well or on_nonfinite not in ("raise", "skip", "ignore"):
         check_arguments(max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite)
     try:
-        if strategy.world_size > 1 and not state.is_training:
+        if strategy.world_size > 1:  # which wraps it anew if other parameters are trained now
             state.model = prepare_model(strategy, state.model)
         update = _accumulate_in_memory(state, batches, strategy, loss_fn, terms)
     except (AttributeError, TypeError):  # here, because it costs nothing otherwise

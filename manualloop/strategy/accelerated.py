@@ -10,15 +10,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from manualloop.errors import ConfigError, DistributedError
-from manualloop.internals import prepare_optimizer_once, prepared_models, watch_scale
-from manualloop.models import is_sharded, unwrap_model
+from manualloop.errors import ConfigError, DistributedError, ModelError
+from manualloop.internals import (
+    forget_prepared,
+    prepare_optimizer_once,
+    prepared_models,
+    watch_scale,
+)
+from manualloop.models import digest_of_weights, is_sharded, unwrap_model
 from manualloop.notices import say
 from manualloop.optimizers.access import parameters_of, whole_norm
 from manualloop.optimizers.together import Optimizers, as_optimizer, each
@@ -29,6 +35,7 @@ from manualloop.strategy.hosts import Hosts, connect_hosts
 from manualloop.strategy.launch import num_launched, refuse_training_alone
 from manualloop.strategy.liveness import release_at_end
 from manualloop.strategy.meeting import explaining_network
+from manualloop.strategy.replicas import Replica, adder_of, settle_order, without_adder
 from manualloop.strategy.transfer import move, move_optimizer_state
 
 if TYPE_CHECKING:
@@ -78,7 +85,10 @@ class Accelerated:
         self.rank = accelerator.process_index
         self.world_size = accelerator.num_processes
         self._shards = accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-        self._prepared: list[tuple[nn.Module, nn.Module]] = []  # all of them, as accelerate does
+        self._prepared: list[Replica] = []  # all of them, as accelerate does
+        self._replaced: WeakSet[nn.Module] = WeakSet()  # wrappers that fit their model no more
+        self._trained: WeakSet[nn.Module] = WeakSet()  # models, and wrappers whose order is settled
+        self._settled: WeakSet[nn.Module] = WeakSet()
         self._hosts: Hosts | None = None  # none on a TPU
         if self.world_size > 1 and torch.distributed.is_initialized():
             self._hosts = explaining_network(lambda: connect_hosts(timeout))
@@ -95,9 +105,10 @@ class Accelerated:
         """Release the process groups when the program ends."""
         for model in {
             *prepared_models(self.accelerator),
-            *(prepared for _, prepared in self._prepared),
+            *(replica.prepared for replica in self._prepared),
+            *self._replaced,
         }:
-            if isinstance(model, nn.parallel.DistributedDataParallel):
+            if isinstance(model, DistributedDataParallel):
                 for name in ("reducer", "logger", "process_group"):
                     setattr(model, name, None)
 
@@ -111,7 +122,9 @@ class Accelerated:
             return prepared, as_optimizer(optimizers)
         parameters = parameters_of(optimizer)
         before = [parameter.device for parameter in parameters]
+        self._replace_outdated(model)
         model = self.prepare_model(model)
+        self._settle(model)
         held = [prepare_optimizer_once(self.accelerator, one) for one in each(optimizer)]
         if before != [parameter.device for parameter in parameters]:
             for one in held:
@@ -128,11 +141,64 @@ class Accelerated:
                 f"{type(model).__name__} is sharded together with its optimizer: "
                 "train it first, or prepare both with accelerator.prepare(model, optimizer)."
             )
-        compile_model(unwrap_model(model, adapters=False), self.compile)
+        inner = unwrap_model(model, adapters=False)
+        compile_model(inner, self.compile)
         if prepared is None:
-            prepared = self.accelerator.prepare_model(model)
+            # A wrapper that does not fit any more goes; one of torch.compile stays.
+            is_frozen = not any(parameter.requires_grad for parameter in inner.parameters())
+            prepared = self.accelerator.prepare_model(
+                without_adder(model), evaluation_mode=self.world_size > 1 and is_frozen
+            )
+            if inner in self._trained:
+                self._settle(prepared)
         self._remember(model, prepared)
         return prepared
+
+    def _settle(self, prepared: nn.Module) -> None:
+        """Let the wrapper of a model that is trained add up gradients in one order. Collective."""
+        adder = adder_of(prepared)
+        if adder is None or adder in self._settled:
+            return
+        self._settled.add(adder)
+        self._trained.add(unwrap_model(prepared, adapters=False))
+        try:
+            settle_order(adder)
+        except RuntimeError as error:
+            self.explain(error)
+            raise
+
+    def _replace_outdated(self, model: nn.Module) -> None:
+        """Let a model be wrapped anew if its wrapper would not add up what the ranks compute.
+
+        A model that is wrapped gets the weights of rank 0: it gets them again if the script has
+        meanwhile changed its weights otherwise on each rank. Collective.
+        """
+        inner = unwrap_model(model, adapters=False)
+        for replica in self._prepared:
+            if replica.model is not inner or self.world_size == 1 or is_sharded(inner):
+                continue
+            differ = len(set(self.gather(digest_of_weights(inner)))) > 1
+            if not replica.fits_whole() or (differ and not replica.is_given):
+                self._replace(replica)
+            return
+
+    def _replace(self, replica: Replica) -> None:
+        """Forget a wrapper, so that its model is wrapped anew.
+
+        Raises:
+            ModelError: The wrapper is the user's.
+        """
+        was_made = forget_prepared(self.accelerator, replica.prepared, replica.model)
+        if replica.is_given and not was_made:
+            name = type(replica.model).__name__
+            raise ModelError(
+                f"Since the DistributedDataParallel of this {name} was made, {name} has got other "
+                "parameters, or trains others: it does not add up their gradients over the ranks. "
+                "Pass the model without it, which is then wrapped as it is: "
+                f"{name} instead of DistributedDataParallel({name})."
+            )
+        self._prepared.remove(replica)
+        self._replaced.add(replica.prepared)
 
     def _held(self, model: nn.Module) -> nn.Module | None:
         """Return what a model was prepared as; None if it was not.
@@ -141,22 +207,26 @@ class Accelerated:
         given the model inside, of which it keeps no wrapper.
         """
         inner = unwrap_model(model, adapters=False)
-        for known, prepared in self._prepared:
-            if known is inner:
-                return prepared
+        for replica in self._prepared:
+            if replica.model is inner:
+                if replica.fits() or self.world_size == 1 or self._shards or is_sharded(inner):
+                    return replica.prepared
+                self._replace(replica)
+                return None
         if is_sharded(model):
             return model  # by the user, with fully_shard
         if self.world_size == 1 or self._shards:
             return (
                 model if any(model is held for held in prepared_models(self.accelerator)) else None
             )
-        return None if inner is model else model
+        return None if adder_of(model) is None or model in self._replaced else model
 
     def _remember(self, model: nn.Module, prepared: nn.Module) -> None:
         STRATEGY_OF[model] = STRATEGY_OF[prepared] = ref(self)
         inner = unwrap_model(model, adapters=False)
-        if all(known is not inner for known, _ in self._prepared):
-            self._prepared.append((inner, prepared))
+        if all(replica.model is not inner for replica in self._prepared):
+            is_given = prepared is model and adder_of(model) is not None
+            self._prepared.append(Replica(inner, prepared, is_given=is_given))
 
     def to_device(self, batch: Any) -> Any:
         """Copy a batch to the device without waiting for the copy."""
