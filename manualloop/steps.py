@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 
 from manualloop.arguments import check_arguments
 from manualloop.body import watch_first
+from manualloop.checkpoint.agreement import agreed
 from manualloop.checkpoint.changes import note_run
 from manualloop.checkpoint.contract import (
     Contract,
@@ -246,7 +247,7 @@ def contract_of(
     strategy: Strategy,
     arguments: Mapping[str, Any],
 ) -> Contract:
-    """Check the state of a run, and describe the run by all arguments of the call."""
+    """Check the state of a run, and describe the run by all arguments of the call. Collective."""
     state.optimizer = as_optimizer(state.optimizer)  # somebody may have set a list
     check_run(state, strategy, calls_step=arguments.get("step_fn") is None)
     state.lr_scheduler = require_schedules(state.lr_scheduler, state.optimizer)
@@ -259,7 +260,7 @@ def contract_of(
     if "evaluate" in arguments:
         rows = digests_of_loaders(values_read(arguments["evaluate"]))
         arguments = {**arguments, "evaluated rows": rows}
-    return describe_run(state, facts, plan, strategy, arguments)
+    return agreed(describe_run(state, facts, plan, strategy, arguments), strategy)
 
 
 def _agree_on_contract(
