@@ -104,6 +104,7 @@ class TrainState:
         allows_nonfinite: Whether weights that are NaN or infinite may be saved and returned:
             ``on_nonfinite="ignore"``; not saved.
         has_told_moments: Whether it was logged that the optimizer's state is not finite; not saved.
+        has_told_apart: Whether it was logged that the ranks have different weights; not saved.
         has_told_spoilt: Whether it was logged that the weights are not finite; not saved.
         is_training: Whether a ``train_steps`` is open on the state.
         reader: Reader of the batches, which knows its position; None before the first
@@ -144,6 +145,7 @@ class TrainState:
     has_failed: Tensor | None = field(default=None, init=False, repr=False)
     allows_nonfinite: bool = field(default=False, init=False, repr=False)
     has_told_moments: bool = field(default=False, init=False, repr=False)
+    has_told_apart: bool = field(default=False, init=False, repr=False)
     has_told_spoilt: bool = field(default=False, init=False, repr=False)
     is_training: bool = field(default=False, init=False, repr=False)
     reader: Reader | None = field(default=None, init=False, repr=False)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from manualloop.errors import NonFiniteError
 from manualloop.internals import unwrap_optimizer
-from manualloop.models import names_not_finite, own_part
+from manualloop.models import digest_of_weights, is_sharded, names_not_finite, own_part
 from manualloop.notices import say
 from manualloop.optimizers.together import class_of, each
 from manualloop.state import TrainState
 from manualloop.strategy.base import Strategy
+from manualloop.strategy.calls import name_ranks
 
 _NUM_NAMED = 3
 HOW_TO_FIX = (
@@ -28,7 +29,8 @@ def require_finite(state: TrainState, strategy: Strategy) -> None:
 
     The gradient of an update may be NaN where its loss is finite. The next loss tells, and the last
     update of a run has none. That the optimizer keeps such numbers is logged once, too: the square
-    of a large gradient overflows where the gradient does not, and stays in the average.
+    of a large gradient overflows where the gradient does not, and stays in the average. So is that
+    the ranks have other weights than rank 0.
 
     Collective; waits for the device once.
 
@@ -45,6 +47,7 @@ def require_finite(state: TrainState, strategy: Strategy) -> None:
             "weights may not move any more. A gradient was NaN, or too large for its square: "
             "max_grad_norm=1.0 limits it."
         )
+    _tell_apart(state, strategy)
     spoilt = _on_any_rank(_spoilt(state, [name for name in found if name in weights]), strategy)
     if not spoilt or (state.allows_nonfinite and state.has_told_spoilt):
         return
@@ -59,6 +62,22 @@ def require_finite(state: TrainState, strategy: Strategy) -> None:
         f"The weights are not finite after step {state.progress.num_steps}, and "
         f"are neither saved nor returned: {shown(spoilt)}. {HOW_TO_FIX}"
     )
+
+
+def _tell_apart(state: TrainState, strategy: Strategy) -> None:
+    """Log once that the ranks have not trained the same weights. Collective."""
+    if strategy.world_size == 1 or state.has_told_apart or is_sharded(state.model):
+        return
+    first, *others = strategy.gather(digest_of_weights(state.model))
+    apart = [rank for rank, digest in enumerate(others, 1) if digest != first]
+    if apart:
+        state.has_told_apart = True
+        say(
+            f"the weights of {name_ranks(apart)} are not those of rank 0 after step "
+            f"{state.progress.num_steps}: something changes them on each rank for itself, such as "
+            "on_step, a step_fn that does not add up gradients over the ranks, or an optimizer "
+            "that draws random numbers. Those of rank 0 are saved."
+        )
 
 
 def _moments(state: TrainState, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
