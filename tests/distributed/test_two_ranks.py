@@ -40,6 +40,7 @@ SECOND = [
     "job",
     "beside_training",
     "own_generators",
+    "replicas",
     "two_optimizers",
     "two_runs",
     "sharded_by_one 8",
@@ -136,6 +137,11 @@ def test_every_resume_is_exact_at_every_cut(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_metrics_and_predictions_of_an_accelerator_of_one_rank_are_those_of_one_process():
     exact_evaluation.main(cases=[(3, 5)])
+
+
+@pytest.mark.exhaustive
+def test_three_ranks_keep_one_model(tmp_path):
+    ranks.run("replicas.py", tmp_path, num_ranks=3)
 
 
 @pytest.mark.exhaustive
