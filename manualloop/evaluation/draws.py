@@ -21,6 +21,7 @@ from manualloop.batches import begin_pass
 from manualloop.models import model_name
 from manualloop.notices import say
 from manualloop.randomness import get_random_state, has_drawn
+from manualloop.reading.dataloader import iterates_plainly
 from manualloop.reading.describe import is_prepared
 
 _SEEN: WeakSet[Any] = WeakSet()
@@ -47,7 +48,8 @@ def _first(
         _SEEN.add(loader)
         _report_rows(loader)
     # One that shuffles draws the order when its first batch is read.
-    is_plain = isinstance(getattr(loader, "sampler", None), SequentialSampler)
+    # So does one that begins its pass only then, as the loaders of accelerate do.
+    is_plain = iterates_plainly(loader) and isinstance(loader.sampler, SequentialSampler)
     skips_first = looks and not (is_plain and is_loaders) and not is_prepared(loader)
     draws = looks and getattr(loader, "num_workers", 0) > 0 and _draws_in_workers(loader)
     for number in range(2 if looks else 1):

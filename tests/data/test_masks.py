@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from helpers import messages, tiny_bert, tiny_tokenizer
 from torch.utils.data import DataLoader
@@ -181,6 +182,10 @@ def test_random_scores_are_told(caplog):
     fixed = [collate([{"input_ids": ids} for ids in rows["input_ids"]])]
     assert lines(fixed) == []
     assert lines(DataLoader(fixed, batch_size=None, shuffle=True)) == []
+    row = {name: column[0] for name, column in fixed[0].items()}
+    row["labels"] = row["input_ids"]
+    begins_later = Accelerator(cpu=True).prepare_data_loader(DataLoader([row] * 6, batch_size=2))
+    assert lines(begins_later) == []
 
 
 def test_a_model_that_draws_in_evaluation_is_told(caplog):
