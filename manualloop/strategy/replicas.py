@@ -70,10 +70,11 @@ def settle_order(adder: DistributedDataParallel) -> None:
     It groups parameters anew after its first backward pass. Of more than two ranks each group is
     added up in an order of its own, and the first update after a resume would be rounded otherwise
     than in a run that was never stopped. So the first pass is one without effect: its gradients are
-    0, and are put away. Not where functions see them, or where DDP looks at what each pass uses.
-    Collective.
+    0, and are put away. Not where functions see them, where some are sparse, or where DDP looks at
+    what each pass uses. Collective.
     """
-    if adder.find_unused_parameters or adder.static_graph:
+    is_sparse = any(getattr(module, "sparse", False) for module in adder.module.modules())
+    if adder.find_unused_parameters or adder.static_graph or is_sparse:
         return
     parameters = [parameter for parameter in adder.module.parameters() if parameter.requires_grad]
     if any(map(hooks_of_gradient, parameters)):
@@ -101,7 +102,7 @@ class _Zero(nn.Module):
         vars(self).update(named_buffers=model.named_buffers, weights=parameters)
 
     def forward(self) -> Tensor:
-        zeros: list[Tensor] = [(weight * 0).sum().float() for weight in vars(self)["weights"]]
+        zeros: list[Tensor] = [(weight * 0).sum().abs().float() for weight in vars(self)["weights"]]
         return reduce(torch.add, zeros)
 
 

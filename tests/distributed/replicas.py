@@ -165,6 +165,24 @@ def check_given_wrapper(strategy):
     assert "Pass the model without it" in message, message
 
 
+def check_sparse(strategy):
+    """Of a sparse gradient DDP takes no other kind."""
+    model = nn.Sequential(nn.Embedding(9, 3, sparse=True))
+    data = DataLoader(TensorDataset(torch.arange(8), torch.arange(8) % 3), 2)
+    train_loop(
+        model,
+        data,
+        torch.optim.SparseAdam(list(model.parameters())),
+        None,
+        num_epochs=1,
+        loss_fn=lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
+        strategy=strategy,
+        progress_bar=False,
+    )
+    weights = strategy.gather(model[0].weight.detach())
+    assert all(torch.equal(weights[0], other) for other in weights)
+
+
 def refused(kind, call):
     try:
         call()
@@ -255,6 +273,7 @@ def main(folder):
     check_changed_within(strategy)
     check_frozen_whole(strategy)
     check_given_wrapper(strategy)
+    check_sparse(strategy)
     check_unused(strategy)
     check_searched(strategy)
     check_built_otherwise(strategy)
