@@ -349,15 +349,6 @@ def num_given(iterator: Any) -> int | None:
 # torch: process groups
 
 
-def require_reduced(model: Any) -> None:
-    """Raise the ``RuntimeError`` of DDP if it still waits for gradients after a backward pass.
-
-    Seen in torch 2.6 to 2.14: ``_check_reducer_finalized``. If it is gone, the next forward pass of
-    DDP raises the same error.
-    """
-    getattr(model, "_check_reducer_finalized", bool)()
-
-
 def release_default_groups() -> None:
     """Let torch's own functions release the process group that they hold as a default argument.
 
@@ -385,18 +376,6 @@ def prepared_models(accelerator: Any) -> list[nn.Module]:
     user has prepared is then prepared again, which changes no number.
     """
     return list(getattr(accelerator, "_models", ()))
-
-
-def forget_prepared(accelerator: Any, *parts: nn.Module) -> bool:
-    """Let an ``Accelerator`` forget a model and its wrapper; tell whether it had made that.
-
-    Seen in accelerate 1.7 to 1.15: ``_models``, and ``_is_accelerate_prepared`` of what it returns.
-    If they are gone, it prepares the model again all the same.
-    """
-    known: list[nn.Module] = getattr(accelerator, "_models", [])
-    known[:] = [held for held in known if all(held is not part for part in parts)]
-    made = [vars(part).pop("_is_accelerate_prepared", False) for part in parts]
-    return any(made)
 
 
 def prepare_optimizer_once(accelerator: Any, optimizer: Optimizer) -> Optimizer:

@@ -1,4 +1,4 @@
-"""The private names of transformers, evaluate and scikit-learn that are used, as ``internals.py``.
+"""The private names of libraries around models and metrics that are used, as ``internals.py``.
 
 Each function says what a name is for, in which versions it was seen, and what happens without it.
 """
@@ -67,3 +67,24 @@ def parts_of_scorer(scorer: Any) -> tuple[Callable[..., Any], int, dict[str, Any
     function, sign, options, method = (getattr(scorer, name) for name in names)
     method = method if isinstance(method, str) else next(iter(method), "predict")
     return function, int(sign), dict(options), method
+
+
+def require_reduced(model: Any) -> None:
+    """Raise the ``RuntimeError`` of DDP if it still waits for gradients after a backward pass.
+
+    Seen in torch 2.6 to 2.14: ``_check_reducer_finalized``. If it is gone, the next forward pass of
+    DDP raises the same error.
+    """
+    getattr(model, "_check_reducer_finalized", bool)()
+
+
+def forget_prepared(accelerator: Any, *parts: nn.Module) -> bool:
+    """Let an ``Accelerator`` forget a model and its wrapper; tell whether it had made that.
+
+    Seen in accelerate 1.7 to 1.15: ``_models``, and ``_is_accelerate_prepared`` of what it returns.
+    If they are gone, it prepares the model again all the same.
+    """
+    known: list[nn.Module] = getattr(accelerator, "_models", [])
+    known[:] = [held for held in known if all(held is not part for part in parts)]
+    made = [vars(part).pop("_is_accelerate_prepared", False) for part in parts]
+    return any(made)

@@ -485,16 +485,16 @@ def test_an_accelerator_forgets_a_model(names, take_away):
     accelerator, model = Accelerator(cpu=True), torch.nn.Linear(2, 2)
     prepared = accelerator.prepare_model(model)
     take_away(Accelerator, *names)
-    assert internals.forget_prepared(accelerator, prepared)
-    assert not internals.forget_prepared(accelerator, model)
+    assert libraries.forget_prepared(accelerator, prepared)
+    assert not libraries.forget_prepared(accelerator, model)
     assert names or not internals.prepared_models(accelerator)
 
 
 def test_gradients_that_ddp_waits_for_are_left_to_it_where_nothing_tells():
     waits = SimpleNamespace(_check_reducer_finalized=lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        internals.require_reduced(waits)
-    internals.require_reduced(SimpleNamespace())
+        libraries.require_reduced(waits)
+    libraries.require_reduced(SimpleNamespace())
 
 
 def test_an_accelerators_optimizer_is_wrapped_once(take_away):

@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 
 from manualloop.errors import ConfigError, DistributedError, ModelError
 from manualloop.internals import (
-    forget_prepared,
     prepare_optimizer_once,
     prepared_models,
     watch_scale,
 )
+from manualloop.libraries import forget_prepared
 from manualloop.models import digest_of_weights, is_sharded, unwrap_model
 from manualloop.notices import say
 from manualloop.optimizers.access import parameters_of, whole_norm

@@ -18,8 +18,8 @@ from manualloop.internals import (
     children_of,
     compiled_module,
     hooks_of_gradient,
-    require_reduced,
 )
+from manualloop.libraries import require_reduced
 from manualloop.models import model_name, unwrap_model
 
 
