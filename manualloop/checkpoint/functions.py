@@ -394,6 +394,9 @@ def entries_read(function: Any) -> Iterator[tuple[str, Any]]:
     todo, seen = [function], set[int]()
     while todo:
         one = _unwrapped(todo.pop())
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
         if isinstance(one, partial):
             found = [*enumerate(one.args), *one.keywords.items()]
             todo.append(one.func)
@@ -405,9 +408,6 @@ def entries_read(function: Any) -> Iterator[tuple[str, Any]]:
             todo += [value for _, value in found if isinstance(value, partial | FunctionType)]
         else:
             continue
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
         for name, table in found:
             if isinstance(table, Mapping):
                 for key, part in _members(table, _uses_of(one)):

@@ -523,6 +523,26 @@ def test_a_setting_that_on_step_changes_and_a_loss_reads(name, caplog, tmp_path)
     assert told(caplog) == [f"{path}, train_dataloader.dataset.dataset.stage"]
 
 
+def test_a_setting_that_functions_read_which_call_each_other(caplog, tmp_path):
+    caplog.set_level(logging.INFO, "manualloop")
+    config = {"scale": 1.0}
+
+    def loss_fn(model, batch, depth=0):
+        return again(model, batch) if depth == 0 else square(model, batch) * config["scale"]
+
+    def again(model, batch):
+        return loss_fn(model, batch, depth=1)
+
+    def on_step(step):
+        config.update(scale=0.5)
+
+    model, loader = nn.Linear(2, 1), DataLoader(Subset(Rows(), range(8)), 4)
+    train_loop(
+        model, loader, loss_fn=loss_fn, on_step=on_step, num_epochs=1, checkpoint_dir=tmp_path
+    )
+    assert told(caplog) == ["config['scale'] of loss_fn"]
+
+
 def test_what_a_loss_writes_into_a_dict_is_a_record(caplog, tmp_path):
     caplog.set_level(logging.INFO, "manualloop")
     record, weights, more = {"calls": 0, "loss": 0.0}, {"loss": 1.0}, {"margin": 0.0}
