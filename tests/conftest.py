@@ -46,7 +46,7 @@ hypothesis.settings.load_profile("manualloop")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-_SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "KINETO_", "TORCHINDUCTOR_", "TRITON_")
+_SET_BY_LIBRARIES = ("PYTEST_", "PYTORCH_NVML_", "KMP_", "KINETO_", "TORCHINDUCTOR_", "TRITON_")
 
 
 # The files that take longest, so that none of them is left over for one process at the end.

@@ -121,8 +121,8 @@ def test_f24_a_changed_seed_counts_from_the_next_epoch(tmp_path):
 def test_f24_another_version_is_logged(tmp_path, caplog, monkeypatch):
     train(tmp_path, stop_after=3)
     versions = {"torch": "1.0"}
-    own = contract._version
-    monkeypatch.setattr(contract, "_version", lambda name: versions.get(name) or own(name))
+    own = contract.version_of
+    monkeypatch.setattr(contract, "version_of", lambda name: versions.get(name) or own(name))
     with caplog.at_level("INFO", logger="manualloop"):
         train(tmp_path)
     (note,) = notes(caplog)

@@ -291,7 +291,7 @@ def test_the_rate_that_a_run_was_made_with_is_no_difference_after_another_was_as
 def test_surroundings_are_not_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train(tmp_path, DataLoader(TensorDataset(X), 2)) > 0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    monkeypatch.setattr("manualloop.checkpoint.contract._version", lambda name: "0.1")
+    monkeypatch.setattr("manualloop.checkpoint.contract.version_of", lambda name: "0.1")
     assert train(tmp_path, DataLoader(TensorDataset(X), 2, num_workers=1)) == 0
 
 
