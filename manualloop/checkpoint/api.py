@@ -14,7 +14,7 @@ from torch import nn
 
 from manualloop import __version__
 from manualloop.arguments import check_arguments
-from manualloop.checkpoint.changes import note_model, tell_unsaved
+from manualloop.checkpoint.changes import note_model, tell_rebuilt, tell_unsaved
 from manualloop.checkpoint.contract import check_state, log_kept
 from manualloop.checkpoint.finite import require_finite
 from manualloop.checkpoint.folders import (
@@ -189,6 +189,7 @@ def write_checkpoint(
 
     path = on_main(strategy, write)
     tell_unsaved(state, snapshot.unsaved)
+    tell_rebuilt(state)
     return path
 
 

@@ -52,6 +52,7 @@ class Baseline(NamedTuple):
         optimizers: Mark of what optimizers keep beside their ``state_dict``; None before a run.
         held: What modules of the functions, functions of schedules and the loader hold.
         infinite: Names of the weights that were infinite already.
+        groups: Number of parameters in each group of each optimizer.
     """
 
     model: Any
@@ -60,6 +61,7 @@ class Baseline(NamedTuple):
     numbers: dict[str, Any]
     optimizers: dict[str, Any] | None
     infinite: frozenset[str]
+    groups: tuple[list[int], ...]
     held: tuple[Held, ...] = ()
 
 
@@ -109,7 +111,12 @@ def note_model(state: TrainState) -> None:
     if baseline is None or baseline.model() is not model:
         marks = marks_of({(kind, name): value for kind, name, value in _parts(model)})
         infinite = frozenset(names_infinite(state))
-        state.baseline = Baseline(ref(model), marks, {}, {}, None, infinite)
+        state.baseline = Baseline(ref(model), marks, {}, {}, None, infinite, _groups_of(state))
+
+
+def _groups_of(state: TrainState) -> tuple[list[int], ...]:
+    optimizers = each(state.optimizer)
+    return tuple([len(group["params"]) for group in one.param_groups] for one in optimizers)
 
 
 def _parts(
@@ -240,6 +247,39 @@ def tell_unsaved(state: TrainState, unsaved: list[str]) -> None:
 
 
 _NUM_NAMED = 3
+
+
+def tell_rebuilt(state: TrainState) -> None:
+    """Log once that a run has added or removed weights, or groups of its optimizer.
+
+    Its checkpoints fit that, and not what the script builds before a run.
+    """
+    baseline: Baseline | None = state.baseline
+    model = unwrap_model(state.model, adapters=False)
+    if baseline is None or baseline.model() is not model or _REBUILT in state.told:
+        return
+    before = {name for kind, name in baseline.marks if kind == "requires_grad"}
+    now = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = [f"{name} is new" for name in sorted(now - before)[:_NUM_NAMED]]
+    found += [f"{name} is gone" for name in sorted(before - now)[:_NUM_NAMED]]
+    groups = _groups_of(state)
+    if groups != baseline.groups:
+        sizes = f"{_sizes(baseline.groups)} -> {_sizes(groups)} parameters"
+        found += [f"groups of the optimizer: {sizes}"]
+    if found:
+        say(
+            f"the run has changed what its checkpoints fit: {', '.join(found)}. The same command "
+            "builds it as before, and cannot resume. Build it so before the run; an optimizer "
+            "leaves parameters that are frozen as they are."
+        )
+        state.told.add(_REBUILT)
+
+
+_REBUILT = "what the checkpoints fit"
+
+
+def _sizes(groups: tuple[list[int], ...]) -> str:
+    return " and ".join(" + ".join(map(str, one)) for one in groups)
 
 
 def restore_changes(model: nn.Module, changes: Mapping[str, Mapping[str, Any]]) -> None:

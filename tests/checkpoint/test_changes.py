@@ -10,8 +10,10 @@ import pytest
 import torch
 from helpers import tiny_bert, whole_and_resumed
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 
 from manualloop import (
+    CheckpointError,
     TrainState,
     load_checkpoint,
     save_checkpoint,
@@ -503,3 +505,62 @@ def test_a_change_stays_in_later_checkpoints_of_a_model_that_has_it_already(tmp_
     last = build()
     resume(last, 5)
     assert (last.stage, last.passes.item(), last.linear.training) == (2.0, 5.0, False)
+
+
+REBUILT = {
+    "another group": (
+        lambda model, optimizer: optimizer.add_param_group({"params": model[0].parameters()}),
+        "groups of the optimizer: 2 -> 2 + 2 parameters",
+    ),
+    "another layer": (
+        lambda model, optimizer: model.append(nn.Linear(1, 1)),
+        "2.bias is new, 2.weight is new",
+    ),
+    "pruned": (
+        lambda model, optimizer: l1_unstructured(model[1], "weight", 1),
+        "1.weight_orig is new, 1.weight is gone",
+    ),
+    "nothing": (lambda model, optimizer: model[0].requires_grad_(True), None),
+}
+
+
+@pytest.mark.parametrize("name", REBUILT)
+def test_a_run_that_changes_what_its_checkpoints_fit_tells_it_once(name, tmp_path, caplog):
+    caplog.set_level("INFO", logger="manualloop")
+    change, what = REBUILT[name]
+
+    def train_until(last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 1))
+        optimizer = torch.optim.AdamW(model[1].parameters(), lr=0.1)
+
+        def on_step(step):
+            if step.index == 2:
+                change(model, optimizer)
+            if step.index == last:
+                raise KeyboardInterrupt
+
+        train_loop(
+            model,
+            BATCHES,
+            optimizer,
+            None,  # a schedule of torch's takes no group that comes later
+            num_epochs=1,
+            loss_fn=lambda model, batch: model(batch["x"]).square().mean(),
+            on_step=on_step,
+            checkpoint_dir=tmp_path,
+            checkpoint_every=1,
+            progress_bar=False,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        train_until(5)
+    told = [text for text in caplog.messages if "has changed what its checkpoints fit" in text]
+    if what is None:
+        assert not told
+        train_until(None)
+        return
+    (line,) = told
+    assert f"fit: {what}." in line
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        train_until(None)

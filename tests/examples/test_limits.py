@@ -173,6 +173,13 @@ def changed_setting(folder: Path) -> None:
     save_checkpoint(folder, state)
 
 
+def another_group(folder: Path) -> None:
+    state = state_of()
+    for _ in train_steps(state, built(), max_steps=1, loss_fn=loss_fn):
+        state.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    save_checkpoint(folder, state)
+
+
 def curriculum(folder: Path) -> None:
     loader = built()
     loader.dataset.stage = 1
@@ -603,6 +610,7 @@ TOLD = {
     "a loader that draws in an evaluation": random_loader,
     "a model that draws in evaluation mode": random_model,
     "an attribute that no checkpoint holds": unsaved_attribute,
+    "weights and groups of the optimizer that are added or removed during the run": another_group,
     "the place of an iterator": second_loader,
     "a setting that the loop changes": changed_setting,
     "what the loop changes in its loader or its schedule": curriculum,
